@@ -1,0 +1,135 @@
+"""`tf.train.Example` without TensorFlow: the same wire format from four message descriptors.
+
+    Example  { Features features = 1 }
+    Features { map<string, Feature> feature = 1 }
+    Feature  { oneof kind { BytesList = 1, FloatList = 2, Int64List = 3 } }
+    *List    { repeated bytes | float | int64 value = 1 }
+
+The messages live in their own descriptor pool, so they never clash with TensorFlow's.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
+
+Feature = list[bytes] | np.ndarray  # bytes features as a list, numbers as float32 or int64 [n]
+Writable = bytes | str | int | float | np.ndarray | Sequence[bytes | str | int | float]
+
+
+def _example_class() -> Any:
+  field = descriptor_pb2.FieldDescriptorProto
+  file = descriptor_pb2.FileDescriptorProto(
+    name="ov_data/example.proto", package="ov_data", syntax="proto3"
+  )
+  lists = {
+    "BytesList": field.TYPE_BYTES,
+    "FloatList": field.TYPE_FLOAT,
+    "Int64List": field.TYPE_INT64,
+  }
+  for name, kind in lists.items():
+    value = file.message_type.add(name=name).field
+    value.add(name="value", number=1, label=field.LABEL_REPEATED, type=kind)
+  feature = file.message_type.add(name="Feature")
+  feature.oneof_decl.add(name="kind")
+  for number, name in enumerate(("bytes_list", "float_list", "int64_list"), 1):
+    feature.field.add(
+      name=name,
+      number=number,
+      label=field.LABEL_OPTIONAL,
+      type=field.TYPE_MESSAGE,
+      type_name=f".ov_data.{list(lists)[number - 1]}",
+      oneof_index=0,
+    )
+  features = file.message_type.add(name="Features")
+  entry = features.nested_type.add(name="FeatureEntry")
+  entry.options.map_entry = True
+  entry.field.add(name="key", number=1, label=field.LABEL_OPTIONAL, type=field.TYPE_STRING)
+  entry.field.add(
+    name="value",
+    number=2,
+    label=field.LABEL_OPTIONAL,
+    type=field.TYPE_MESSAGE,
+    type_name=".ov_data.Feature",
+  )
+  features.field.add(
+    name="feature",
+    number=1,
+    label=field.LABEL_REPEATED,
+    type=field.TYPE_MESSAGE,
+    type_name=".ov_data.Features.FeatureEntry",
+  )
+  example = file.message_type.add(name="Example")
+  example.field.add(
+    name="features",
+    number=1,
+    label=field.LABEL_OPTIONAL,
+    type=field.TYPE_MESSAGE,
+    type_name=".ov_data.Features",
+  )
+  pool = descriptor_pool.DescriptorPool()
+  pool.Add(file)
+  return message_factory.GetMessageClass(pool.FindMessageTypeByName("ov_data.Example"))
+
+
+_Example = _example_class()
+
+
+def parse(data: bytes, keys: Collection[str] | None = None) -> dict[str, Feature]:
+  """The features of a serialised Example; only those in `keys`, where given and present.
+
+  Raises:
+    ValueError: the bytes are no Example.
+  """
+  example = _Example()
+  try:
+    example.ParseFromString(data)
+  except message.DecodeError as error:
+    raise ValueError(f"{len(data)} bytes are no tf.train.Example: {error}") from None
+  features = example.features.feature
+  return {key: _value(features[key]) for key in features if keys is None or key in keys}
+
+
+def serialise(features: Mapping[str, Writable]) -> bytes:
+  """An Example from named values: bytes or str (as UTF-8), ints, floats, or lists of one of them.
+
+  The same features give the same bytes, whatever their order.
+
+  Raises:
+    TypeError: a value of another type, named with its key.
+  """
+  example = _Example()
+  for key, value in features.items():
+    _set(example.features.feature[key], key, value)
+  return example.SerializeToString(deterministic=True)
+
+
+def _value(feature: Any) -> Feature:
+  kind = feature.WhichOneof("kind")
+  if kind == "float_list":
+    return np.asarray(feature.float_list.value, np.float32)
+  if kind == "int64_list":
+    return np.asarray(feature.int64_list.value, np.int64)
+  return list(feature.bytes_list.value)
+
+
+def _set(feature: Any, key: str, value: Writable) -> None:
+  scalar = isinstance(value, bytes | str | int | float | np.generic | Mapping)
+  values: Any = [value] if scalar else value
+  if len(values) == 0 or all(isinstance(item, bytes | str) for item in values):
+    feature.bytes_list.value.extend(
+      item.encode() if isinstance(item, str) else item for item in values
+    )
+    feature.bytes_list.SetInParent()
+    return
+  array = np.asarray(values)
+  if array.ndim == 1 and array.dtype.kind in "bui":
+    feature.int64_list.value.extend(array.astype(np.int64).tolist())
+  elif array.ndim == 1 and array.dtype.kind == "f":
+    feature.float_list.value.extend(array.astype(np.float32).tolist())
+  else:
+    raise TypeError(
+      f"feature {key!r} is {type(value).__name__} of {array.dtype}; expected bytes, str, int, "
+      "float, or a flat list of one of them"
+    )
