@@ -1,0 +1,213 @@
+"""Pixels of a procedural scene: sprites on a backdrop, antialiased, with Pillow alone.
+
+Each sprite is drawn as two masks (its outline and its texture) on its own small canvas at several
+times the resolution and box-filtered down, so the cost follows the area of the sprites.
+All positions and lengths are fractions of the image side; `ov_data.scenes` decides what to draw.
+"""
+
+import cmath
+from collections.abc import Callable
+import dataclasses
+import io
+import math
+
+import numpy as np
+from PIL import Image, ImageChops, ImageDraw
+
+Rgb = tuple[int, int, int]
+_Point = tuple[float, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sprite:
+  """One object to draw; x, y, radius in fractions of the image side, angles in radians."""
+
+  shape: str
+  texture: str
+  x: float
+  y: float
+  radius: float
+  angle: float
+  texture_angle: float
+  texture_scale: float  # 1 = the usual period
+  ink: Rgb  # the colour that the object is named by
+  second_ink: Rgb  # the other colour of its texture
+  shadow: float  # 0 (none) to 1 (black)
+
+
+@dataclasses.dataclass(frozen=True)
+class Backdrop:
+  """A coarse grid of colours, smoothly interpolated over the image, and pixel noise."""
+
+  grid: bytes  # side * side RGB triples; side 1 is plain, 2 a gradient, more are clouds
+  grid_side: int
+  noise: int  # 0, or a power of two: range of the noise in 8-bit steps
+  noise_key: int
+
+
+def draw(backdrop: Backdrop, sprites: tuple[Sprite, ...], image_size: int) -> Image.Image:
+  """Draws the sprites, in order, on the backdrop: an RGB image of image_size x image_size."""
+  side = backdrop.grid_side
+  canvas = Image.frombytes("RGB", (side, side), backdrop.grid)
+  canvas = canvas.resize((image_size, image_size), Image.Resampling.BICUBIC)
+  for sprite in sprites:
+    _draw_sprite(canvas, sprite, image_size)
+  if backdrop.noise:
+    words = np.random.Philox(key=backdrop.noise_key).random_raw(
+      -(-image_size * image_size * 3 // 8)
+    )
+    noise = (words.view(np.uint8) & (backdrop.noise - 1)).tobytes()[: image_size * image_size * 3]
+    noise_image = Image.frombytes("RGB", (image_size, image_size), noise)
+    canvas = ImageChops.add(canvas, noise_image, 1, -(backdrop.noise // 2))
+  return canvas
+
+
+def encode_jpeg(image: Image.Image, quality: int = 92) -> bytes:
+  """JPEG without chroma subsampling, so that thin coloured stripes keep their colour."""
+  buffer = io.BytesIO()
+  image.save(buffer, "JPEG", quality=quality, subsampling=0)
+  return buffer.getvalue()
+
+
+def _draw_sprite(canvas: Image.Image, sprite: Sprite, image_size: int) -> None:
+  zoom = 4 if image_size <= 96 else 2
+  radius = sprite.radius * image_size
+  # The patch is aligned to whole pixels of the canvas; the centre keeps its fraction inside it.
+  left = math.floor(sprite.x * image_size - radius) - 1
+  top = math.floor(sprite.y * image_size - radius) - 1
+  patch = math.ceil(2 * radius) + 3
+  centre = complex(sprite.x * image_size - left, sprite.y * image_size - top) * zoom
+  mask = Image.new("L", (patch * zoom, patch * zoom))
+  _OUTLINES[sprite.shape](ImageDraw.Draw(mask), centre, radius * zoom, sprite.angle)
+  mask = mask.reduce(zoom)
+  if sprite.shadow:
+    offset = max(1, round(image_size / 48))
+    canvas.paste((0, 0, 0), (left + offset, top + offset), mask.point(_shade(sprite.shadow)))
+  body = Image.new("RGB", mask.size, sprite.ink)
+  if sprite.texture != "solid":
+    pattern = Image.new("L", (patch * zoom, patch * zoom))
+    period = _period(radius) * sprite.texture_scale * zoom
+    turn = cmath.rect(1.0, sprite.texture_angle)
+    _TEXTURES[sprite.texture](ImageDraw.Draw(pattern), centre, radius * zoom, period, turn)
+    body.paste(sprite.second_ink, (0, 0), pattern.reduce(zoom))
+  canvas.paste(body, (left, top), mask)
+
+
+def _period(radius: float) -> float:
+  """Texture period in pixels: at least 4.6, so that 64 px images show it on small objects."""
+  return max(4.6, 0.46 * radius)
+
+
+_SHADES: dict[float, list[int]] = {}
+
+
+def _shade(strength: float) -> list[int]:
+  level = round(strength, 2)
+  if level not in _SHADES:
+    _SHADES[level] = [round(i * level) for i in range(256)]
+  return _SHADES[level]
+
+
+def _place(points: list[complex], centre: complex, radius: float, angle: float) -> list[_Point]:
+  turn = cmath.rect(radius, angle)
+  return [(z.real, z.imag) for z in (centre + p * turn for p in points)]
+
+
+# Outlines of unit radius: x to the right, y down.
+_SQUARE = [complex(x, y) * 0.8 for x, y in ((-1, -1), (1, -1), (1, 1), (-1, 1))]
+_TRIANGLE = [cmath.rect(1.08, math.radians(a)) + 0.16j for a in (-90, 30, 150)]
+_STAR = [
+  cmath.rect(1.06 if i % 2 == 0 else 0.45, math.radians(-90 + 36 * i)) + 0.04j for i in range(10)
+]
+_ARM = 0.34  # half the width of a bar of the cross
+_CROSS = [
+  complex(x, y)
+  for x, y in (
+    *((-_ARM, -1), (_ARM, -1), (_ARM, -_ARM), (1, -_ARM), (1, _ARM), (_ARM, _ARM)),
+    *((_ARM, 1), (-_ARM, 1), (-_ARM, _ARM), (-1, _ARM), (-1, -_ARM), (-_ARM, -_ARM)),
+  )
+]
+_HEART = [
+  complex(
+    16 * math.sin(t) ** 3,
+    -13 * math.cos(t) + 5 * math.cos(2 * t) + 2 * math.cos(3 * t) + math.cos(4 * t) - 2.5,
+  )
+  / 16.5
+  for t in (2 * math.pi * i / 28 for i in range(28))
+]
+
+_Outline = Callable[[ImageDraw.ImageDraw, complex, float, float], None]
+
+
+def _polygon(points: list[complex]) -> _Outline:
+  def outline(pen: ImageDraw.ImageDraw, centre: complex, radius: float, angle: float) -> None:
+    pen.polygon(_place(points, centre, radius, angle), fill=255)
+
+  return outline
+
+
+def _disc(pen: ImageDraw.ImageDraw, centre: complex, radius: float) -> None:
+  x, y = centre.real, centre.imag
+  pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=255)
+
+
+def _circle(pen: ImageDraw.ImageDraw, centre: complex, radius: float, angle: float) -> None:
+  del angle
+  _disc(pen, centre, 0.95 * radius)
+
+
+_OUTLINES: dict[str, _Outline] = {
+  "circle": _circle,
+  "square": _polygon(_SQUARE),
+  "triangle": _polygon(_TRIANGLE),
+  "star": _polygon(_STAR),
+  "cross": _polygon(_CROSS),
+  "heart": _polygon(_HEART),
+}
+
+
+def _stripes(
+  pen: ImageDraw.ImageDraw, centre: complex, radius: float, period: float, turn: complex
+) -> None:
+  reach, half = 1.2 * radius, 0.23 * period
+  count = math.ceil(reach / period)
+  for i in range(-count, count + 1):
+    bar = (
+      complex(-reach, i * period - half),
+      complex(reach, i * period - half),
+      complex(reach, i * period + half),
+      complex(-reach, i * period + half),
+    )
+    pen.polygon(_place(list(bar), centre, 1.0, cmath.phase(turn)), fill=255)
+
+
+def _dots(
+  pen: ImageDraw.ImageDraw, centre: complex, radius: float, period: float, turn: complex
+) -> None:
+  count = math.ceil(1.1 * radius / period)
+  limit = radius + period
+  for row in range(-count, count + 1):
+    for column in range(-count, count + 1):
+      at = complex((column + 0.5 * (row & 1)) * period, row * period * 0.87)
+      if abs(at) < limit:
+        _disc(pen, centre + at * turn, 0.29 * period)
+
+
+def _checks(
+  pen: ImageDraw.ImageDraw, centre: complex, radius: float, period: float, turn: complex
+) -> None:
+  cell = 0.72 * period
+  count = math.ceil(1.1 * radius / cell)
+  side = turn * cell
+  for row in range(-count, count + 1):
+    for column in range(-count + (row + count) % 2, count + 1, 2):
+      corner = centre + complex(column, row) * side
+      quad = (corner, corner + side, corner + side * (1 + 1j), corner + side * 1j)
+      pen.polygon([(z.real, z.imag) for z in quad], fill=255)
+
+
+_TEXTURES: dict[str, Callable[[ImageDraw.ImageDraw, complex, float, float, complex], None]] = {
+  "striped": _stripes,
+  "dotted": _dots,
+  "checkered": _checks,
+}

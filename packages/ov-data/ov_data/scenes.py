@@ -1,0 +1,441 @@
+"""Procedural demo data: pictures of one or two objects with captions that are exactly right.
+
+A scene is a pure function of (seed, index, split). Its short caption names every attribute, in an
+order that the picture alone decides (the larger object first; of equal sizes the left or upper
+one), so that a captioner can be scored attribute by attribute: `score`.
+
+Held-out scenes each show at least one (colour, shape) pair of `HELD_OUT_PAIRS`; training scenes
+never do, though every colour and every shape occurs in training. What is right on held-out scenes
+was composed, not remembered.
+"""
+
+from collections.abc import Iterable, Mapping
+import colorsys
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import re
+import textwrap
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from ov_data import scene_draw
+
+SIZES = ("large", "small")
+COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")
+TEXTURES = ("solid", "striped", "dotted", "checkered")
+SHAPES = ("circle", "square", "triangle", "star", "cross", "heart")
+RELATIONS = ("left of", "right of", "above", "below")
+KINDS = ("size", "colour", "texture", "shape", "relation")
+SPLITS = ("train", "heldout")
+Split = Literal["train", "heldout"]
+
+_INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+# Hue (degrees), saturation, value. Neighbours are at least 24 degrees or a clear value apart.
+_HSV = {
+  "red": (358, 0.92, 0.86),
+  "orange": (27, 0.95, 0.98),
+  "yellow": (54, 0.92, 0.98),
+  "green": (125, 0.80, 0.66),
+  "cyan": (182, 0.80, 0.90),
+  "blue": (224, 0.88, 0.86),
+  "purple": (276, 0.70, 0.78),
+  "pink": (324, 0.52, 0.98),
+}
+
+
+def _held_out_pairs() -> frozenset[tuple[str, str]]:
+  """One colour for each shape, all different, in the order of a hash: fixed for ever."""
+  pairs = sorted(
+    itertools.product(COLOURS, SHAPES),
+    key=lambda pair: hashlib.blake2b(" ".join(pair).encode(), digest_size=8).digest(),
+  )
+  chosen: list[tuple[str, str]] = []
+  for colour, shape in pairs:
+    if all(colour != c and shape != s for c, s in chosen):
+      chosen.append((colour, shape))
+  return frozenset(chosen)
+
+
+HELD_OUT_PAIRS = _held_out_pairs()
+_PAIRS: dict[str, list[tuple[str, str]]] = {
+  "train": [p for p in itertools.product(COLOURS, SHAPES) if p not in HELD_OUT_PAIRS],
+  "heldout": sorted(HELD_OUT_PAIRS),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class SceneObject:
+  """What one object is called, and how it is drawn (fractions of the image side)."""
+
+  size: str
+  colour: str
+  texture: str
+  shape: str
+  sprite: scene_draw.Sprite
+
+  @property
+  def phrase(self) -> str:
+    return f"a {self.size} {self.colour} {self.texture} {self.shape}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+  """One or two objects in canonical order; relation is that of the first to the second."""
+
+  objects: tuple[SceneObject, ...]
+  relation: str | None  # None with one object
+  light: bool  # of the background
+  backdrop: scene_draw.Backdrop
+  seed: int
+  index: int
+  split: str
+
+  @property
+  def caption(self) -> str:
+    """Short: "a large red striped circle above a small blue solid square"."""
+    if self.relation is None:
+      return self.objects[0].phrase
+    return f"{self.objects[0].phrase} {self.relation} {self.objects[1].phrase}"
+
+  @property
+  def description(self) -> str:
+    """Longer, in sentences; says everything the caption says, and the background."""
+    ground = "light" if self.light else "dark"
+    if self.relation is None:
+      return (
+        f"There is one object on a {ground} background. The object is {self.objects[0].phrase}."
+      )
+    where = f"to the {self.relation}" if self.relation.endswith(" of") else self.relation
+    return (
+      f"There are two objects on a {ground} background. The first is {self.objects[0].phrase}. "
+      f"The second is {self.objects[1].phrase}. The first is {where} the second."
+    )
+
+  @property
+  def truth(self) -> dict[str, Any]:
+    """Ground truth as plain JSON values; x, y, radius in fractions of the image side."""
+    return {
+      "objects": [
+        {
+          "size": o.size,
+          "colour": o.colour,
+          "texture": o.texture,
+          "shape": o.shape,
+          "x": round(o.sprite.x, 4),
+          "y": round(o.sprite.y, 4),
+          "radius": round(o.sprite.radius, 4),
+        }
+        for o in self.objects
+      ],
+      "relation": self.relation,
+      "background": "light" if self.light else "dark",
+      "seed": self.seed,
+      "index": self.index,
+      "split": self.split,
+    }
+
+  def draw(self, image_size: int = 64) -> Image.Image:
+    """RGB picture of image_size x image_size, 32 to 256 px."""
+    if not 32 <= image_size <= 256:
+      raise ValueError(f"image_size={image_size}: scenes are drawn at 32 to 256 px.")
+    return scene_draw.draw(self.backdrop, tuple(o.sprite for o in self.objects), image_size)
+
+
+class _Dice:
+  """Uniform numbers from a counter-based generator: the same on every NumPy and platform."""
+
+  def __init__(self, seed: int, index: int, stream: int):
+    words = np.random.Philox(key=[seed, index], counter=[0, 0, 0, stream]).random_raw(96)
+    self._numbers = iter(((words >> np.uint64(11)) * 2.0**-53).tolist())
+    self.word = int(words[-1])
+
+  def uniform(self, low: float, high: float) -> float:
+    return low + (high - low) * next(self._numbers)
+
+  def below(self, n: int) -> int:
+    return int(next(self._numbers) * n)
+
+  def choice(self, values: Any) -> Any:
+    return values[self.below(len(values))]
+
+
+def sample_scene(
+  seed: int, index: int, split: Split = "train", num_objects: int | None = None
+) -> Scene:
+  """The scene with this number.
+
+  Args:
+    seed: non-negative; another seed gives unrelated scenes.
+    index: non-negative number of the scene.
+    split: "train" or "heldout" (see the module).
+    num_objects: 1 or 2; None draws two objects in six scenes of seven.
+
+  Raises:
+    ValueError: for an unknown split or number of objects, or negative numbers.
+  """
+  if split not in SPLITS:
+    raise ValueError(f"split={split!r}: expected one of {', '.join(SPLITS)}.")
+  if num_objects not in (None, 1, 2):
+    raise ValueError(f"num_objects={num_objects}: a scene has 1 or 2 objects.")
+  if seed < 0 or index < 0:
+    raise ValueError(f"seed={seed}, index={index}: neither may be negative.")
+  dice = _Dice(seed, index, SPLITS.index(split))
+  two = dice.below(7) > 0 if num_objects is None else num_objects == 2
+  light, backdrop = _backdrop(dice)
+
+  words = [_words(dice, split)]
+  if two:
+    words.append(_words(dice, "train"))
+    if dice.below(2):
+      words.reverse()
+  radii = [
+    dice.uniform(0.195, 0.235) if size == "large" else dice.uniform(0.100, 0.122)
+    for size, *_ in words
+  ]
+  if two:
+    horizontal = dice.below(2) == 0
+    centres = _two_centres(dice, radii, horizontal)
+  else:
+    centres = [(_inside(dice, radii[0]), _inside(dice, radii[0]))]
+  objects = [
+    SceneObject(*word, _sprite(dice, word, centre, radius, light))
+    for word, centre, radius in zip(words, centres, radii, strict=True)
+  ]
+  # _two_centres puts the left or upper object first; the larger one goes before it.
+  relation = None
+  if two:
+    relation = "left of" if horizontal else "above"
+    if objects[0].size == "small" and objects[1].size == "large":
+      objects.reverse()
+      relation = _INVERSE[relation]
+  return Scene(tuple(objects), relation, light, backdrop, seed, index, split)
+
+
+def scene_example(scene: Scene, image_size: int = 64) -> dict[str, bytes | str]:
+  """Features of one record: jpg, txt (caption), description, truth (JSON), key."""
+  return {
+    "jpg": scene_draw.encode_jpeg(scene.draw(image_size)),
+    "txt": scene.caption,
+    "description": scene.description,
+    "truth": json.dumps(scene.truth, separators=(",", ":")),
+    "key": f"{scene.split}-{scene.seed}-{scene.index}",
+  }
+
+
+def _words(dice: _Dice, pairs: str) -> tuple[str, str, str, str]:
+  colour, shape = dice.choice(_PAIRS[pairs])
+  return dice.choice(SIZES), colour, dice.choice(TEXTURES), shape
+
+
+_MARGIN, _GAP = 0.02, 0.035  # free space at the border and between two objects
+
+
+def _inside(dice: _Dice, radius: float) -> float:
+  return dice.uniform(_MARGIN + radius, 1 - _MARGIN - radius)
+
+
+def _two_centres(dice: _Dice, radii: list[float], horizontal: bool) -> list[tuple[float, float]]:
+  """Centres apart along one axis, and at most 27 degrees off that axis; lower one first."""
+  first, second = radii
+  slack = 1 - 2 * _MARGIN - 2 * first - 2 * second - _GAP
+  cuts = sorted((dice.uniform(0, slack), dice.uniform(0, slack)))
+  distance = first + second + _GAP + cuts[1] - cuts[0]
+  along = _MARGIN + first + cuts[0]
+  across = _inside(dice, first)
+  low = max(_MARGIN + second, across - 0.5 * distance)
+  high = min(1 - _MARGIN - second, across + 0.5 * distance)
+  points = [(along, across), (along + distance, dice.uniform(low, high))]
+  return points if horizontal else [(y, x) for x, y in points]
+
+
+def _rgb(hue: float, saturation: float, value: float) -> scene_draw.Rgb:
+  r, g, b = colorsys.hsv_to_rgb((hue / 360) % 1, saturation, value)
+  return round(255 * r), round(255 * g), round(255 * b)
+
+
+def _sprite(
+  dice: _Dice,
+  words: tuple[str, str, str, str],
+  centre: tuple[float, float],
+  radius: float,
+  light: bool,
+) -> scene_draw.Sprite:
+  _, colour, texture, shape = words
+  hue, saturation, value = _HSV[colour]
+  hue += dice.uniform(-5, 5)
+  saturation = min(1.0, saturation * dice.uniform(0.92, 1.06))
+  value = min(1.0, value * dice.uniform(0.92, 1.06))
+  # The texture's other colour contrasts with the background, so that it never eats the outline.
+  second = (
+    _rgb(hue, saturation, dice.uniform(0.15, 0.4) * value)
+    if light
+    else _rgb(hue, dice.uniform(0.03, 0.2) * saturation, 1.0)
+  )
+  return scene_draw.Sprite(
+    shape=shape,
+    texture=texture,
+    x=centre[0],
+    y=centre[1],
+    radius=radius,
+    angle=math.radians(dice.uniform(-16, 16)),
+    texture_angle=math.radians(dice.uniform(0, 180)),
+    texture_scale=dice.uniform(0.95, 1.15),
+    ink=_rgb(hue, saturation, value),
+    second_ink=second,
+    shadow=0.25 + 0.1 * dice.below(3) if light and dice.below(2) else 0.0,
+  )
+
+
+def _backdrop(dice: _Dice) -> tuple[bool, scene_draw.Backdrop]:
+  """Plain, gradient or clouds; light or dark; of a weak tint, so that objects stand out."""
+  light = dice.below(2) == 0
+  side = (1, 2, 5)[dice.below(3)]
+  hue, saturation = dice.uniform(0, 360), dice.uniform(0.0, 0.22)
+  value = dice.uniform(0.80, 1.0) if light else dice.uniform(0.10, 0.26)
+  spread = 0.0 if side == 1 else (0.16 if light else 0.12)
+  grid = bytearray()
+  for _ in range(side * side):
+    step = dice.uniform(-spread, spread)
+    grid += bytes(_rgb(hue + 300 * step, saturation, min(1.0, max(0.06, value + step))))
+  noise = (0, 8, 16)[dice.below(3)]
+  return light, scene_draw.Backdrop(bytes(grid), side, noise, dice.word)
+
+
+# Scoring of captions.
+
+_SYNONYMS = {
+  "big": "large", "huge": "large", "little": "small", "tiny": "small", "plus": "cross",
+  "disc": "circle", "disk": "circle", "plain": "solid", "spotted": "dotted", "checked": "checkered",
+  "chequered": "checkered", "over": "above", "under": "below", "beneath": "below",
+  "left": "left of", "right": "right of",
+}  # fmt: skip
+_KIND_OF = {
+  word: kind
+  for kind, words in zip(KINDS, (SIZES, COLOURS, TEXTURES, SHAPES, RELATIONS), strict=True)
+  for word in words
+}
+_WORD = re.compile(r"[a-z]+")
+
+
+@dataclasses.dataclass(frozen=True)
+class AttributeScore:
+  """Counts of right and of all attributes; scores add up: `sum(scores, AttributeScore())`."""
+
+  correct: int = 0
+  total: int = 0
+  by_kind: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+
+  @property
+  def accuracy(self) -> float:
+    return self.correct / self.total if self.total else math.nan
+
+  @property
+  def perfect(self) -> bool:
+    return self.correct == self.total
+
+  def __add__(self, other: "AttributeScore") -> "AttributeScore":
+    by_kind = dict(self.by_kind)
+    for kind, (correct, total) in other.by_kind.items():
+      mine = by_kind.get(kind, (0, 0))
+      by_kind[kind] = (mine[0] + correct, mine[1] + total)
+    return AttributeScore(self.correct + other.correct, self.total + other.total, by_kind)
+
+
+def parse_caption(caption: str) -> tuple[list[dict[str, str]], str | None]:
+  """The objects that a caption names, in order, and the relation (None unless it names one).
+
+  A shape word closes an object; the size, colour and texture words before it belong to it. An
+  attribute given twice with different words, and a second relation, count as not given at all.
+  """
+  objects: list[dict[str, str]] = []
+  current: dict[str, str] = {}
+  relations: set[str] = set()
+  for word in _WORD.findall(caption.lower()):
+    word = _SYNONYMS.get(word, word)
+    kind = _KIND_OF.get(word)
+    if kind == "relation":
+      relations.add(word)
+    elif kind is not None:
+      current[kind] = word if current.get(kind, word) == word else "contradiction"
+      if kind == "shape":
+        objects.append(current)
+        current = {}
+  return objects, relations.pop() if len(relations) == 1 else None
+
+
+def score(caption: str, truth: Mapping[str, Any] | str | bytes) -> AttributeScore:
+  """Counts the attributes of a caption that are true of a scene.
+
+  Four attributes for each object, and the relation where there are two: 4 or 9 in all. A missing
+  object counts as four wrong; each object too many adds four wrong (and the relation it implies
+  one more). "B below A" counts as right where the truth is "A above B".
+
+  Args:
+    caption: generated text; unknown words are passed over.
+    truth: `Scene.truth`, or its JSON as stored in the records.
+  """
+  if isinstance(truth, (str, bytes)):
+    truth = json.loads(truth)
+  said, relation = parse_caption(caption)
+  plain = _count(said, relation, truth)
+  if len(said) != 2:
+    return plain
+  swapped = _count(said[::-1], _INVERSE.get(relation or ""), truth)
+  return max(plain, swapped, key=lambda s: s.correct)
+
+
+def _count(
+  said: list[dict[str, str]], relation: str | None, truth: Mapping[str, Any]
+) -> AttributeScore:
+  true = truth["objects"]
+  counts: dict[str, tuple[int, int]] = {}
+  for kind in KINDS[:-1]:
+    right = sum(s.get(kind) == t[kind] for s, t in zip(said, true, strict=False))
+    counts[kind] = (right, max(len(said), len(true)))
+  if len(true) > 1 or len(said) > 1:
+    counts["relation"] = (int(len(true) > 1 and relation == truth["relation"]), 1)
+  correct, total = (sum(c[i] for c in counts.values()) for i in (0, 1))
+  return AttributeScore(correct, total, counts)
+
+
+def class_prompts(kind: Literal["shape", "colour", "colour_shape"]) -> dict[str, list[str]]:
+  """Captions of one object for each class, for classification by the likelihood of captions.
+
+  Every caption of a single object stands under exactly one class (384 in all), so that the class
+  likelihood is the sum over the attributes that the class leaves open. Use scenes of one object.
+  """
+  name_of = {
+    "shape": lambda colour, shape: shape,
+    "colour": lambda colour, shape: colour,
+    "colour_shape": lambda colour, shape: f"{colour} {shape}",
+  }
+  if kind not in name_of:
+    raise ValueError(f"kind={kind!r}: expected one of {', '.join(name_of)}.")
+  prompts: dict[str, list[str]] = {}
+  for colour, shape, size, texture in itertools.product(COLOURS, SHAPES, SIZES, TEXTURES):
+    name = name_of[kind](colour, shape)
+    prompts.setdefault(name, []).append(f"a {size} {colour} {texture} {shape}")
+  return prompts
+
+
+def contact_sheet(
+  scenes: Iterable[Scene], columns: int = 4, image_size: int = 64, scale: int = 3
+) -> Image.Image:
+  """Scenes side by side, enlarged without smoothing, each with its caption below."""
+  scenes = list(scenes)
+  side, text_height = image_size * scale, 46
+  rows = -(-len(scenes) // columns)
+  sheet = Image.new("RGB", (columns * (side + 8) + 8, rows * (side + text_height + 8) + 8), "white")
+  pen = ImageDraw.Draw(sheet)
+  for i, scene in enumerate(scenes):
+    x, y = 8 + (i % columns) * (side + 8), 8 + (i // columns) * (side + text_height + 8)
+    picture = scene.draw(image_size).resize((side, side), Image.Resampling.NEAREST)
+    sheet.paste(picture, (x, y))
+    lines = textwrap.fill(scene.caption, width=max(8, side // 6))
+    pen.text((x, y + side + 2), lines, fill="black", font_size=11)
+  return sheet

@@ -1,0 +1,198 @@
+"""Scenes: determinism, hold-out, captions as a function of the picture, scoring."""
+
+from collections import Counter
+import hashlib
+import io
+import json
+
+import numpy as np
+from PIL import Image
+import pytest
+
+from ov_data import scenes
+
+
+def _sample(count: int, split: scenes.Split = "train", seed: int = 0) -> list[scenes.Scene]:
+  return [scenes.sample_scene(seed, i, split) for i in range(count)]
+
+
+def test_scene_is_a_function_of_seed_index_and_split():
+  first = scenes.scene_example(scenes.sample_scene(3, 17))
+  assert scenes.scene_example(scenes.sample_scene(3, 17)) == first
+  for other in ((4, 17, "train"), (3, 18, "train"), (3, 17, "heldout")):
+    assert scenes.scene_example(scenes.sample_scene(*other))["jpg"] != first["jpg"]
+
+
+def test_sampling_never_changes():
+  """Recorded once: a change here changes every demo data set and needs a changelog entry."""
+  captions = "\n".join(s.caption for s in _sample(50) + _sample(50, "heldout"))
+  assert hashlib.sha256(captions.encode()).hexdigest()[:16] == "f25f15dd3351a23f"
+
+
+def test_held_out_pairs_occur_in_every_held_out_scene_and_in_no_training_scene():
+  def pairs(scene: scenes.Scene) -> set[tuple[str, str]]:
+    return {(o.colour, o.shape) for o in scene.objects}
+
+  assert len(scenes.HELD_OUT_PAIRS) == len(scenes.SHAPES)
+  assert all(not pairs(s) & scenes.HELD_OUT_PAIRS for s in _sample(1000))
+  held_out = _sample(1000, "heldout")
+  assert all(pairs(s) & scenes.HELD_OUT_PAIRS for s in held_out)
+  assert set().union(*map(pairs, held_out)) >= scenes.HELD_OUT_PAIRS
+
+
+def test_every_attribute_value_and_every_other_pair_occurs_in_training():
+  sample = _sample(2000)
+  objects = [o for s in sample for o in s.objects]
+  assert {o.size for o in objects} == set(scenes.SIZES)
+  assert {o.texture for o in objects} == set(scenes.TEXTURES)
+  assert {s.relation for s in sample} == {*scenes.RELATIONS, None}
+  assert {s.light for s in sample} == {True, False}
+  pairs = {(o.colour, o.shape) for o in objects}
+  assert len(pairs) == len(scenes.COLOURS) * len(scenes.SHAPES) - len(scenes.HELD_OUT_PAIRS)
+  singles = sum(len(s.objects) == 1 for s in sample)
+  # 2000 draws with p = 1/7: mean 286, standard deviation 16.
+  assert 220 < singles < 350
+
+
+@pytest.mark.parametrize("split", scenes.SPLITS)
+def test_caption_is_decided_by_the_picture(split: scenes.Split):
+  for scene in _sample(500, split):
+    if scene.relation is None:
+      continue
+    a, b = (o.sprite for o in scene.objects)
+    dx, dy = b.x - a.x, b.y - a.y
+    along = {"left of": dx, "right of": -dx, "above": dy, "below": -dy}[scene.relation]
+    across = dy if scene.relation.endswith("of") else dx
+    assert along > a.radius + b.radius  # apart along the axis: they never overlap
+    assert abs(across) <= 0.5 * along + 1e-9
+    sizes = [o.size for o in scene.objects]
+    assert sizes != ["small", "large"]
+    if sizes[0] == sizes[1]:
+      assert scene.relation in ("left of", "above")
+
+
+def test_objects_lie_inside_and_sizes_are_apart():
+  for scene in _sample(500):
+    for o in scene.objects:
+      x, y, r = o.sprite.x, o.sprite.y, o.sprite.radius
+      assert r <= x <= 1 - r and r <= y <= 1 - r
+      assert r > 0.19 if o.size == "large" else r < 0.125
+
+
+def test_colour_of_a_solid_object_is_what_the_caption_says():
+  """The mean colour around the centre lies nearer to its own name than to any other."""
+  prototypes = {c: np.array(scenes._rgb(*scenes._HSV[c]), float) for c in scenes.COLOURS}
+  checked = 0
+  for scene in _sample(400):
+    pixels = np.asarray(scene.draw(64), float)
+    for o in scene.objects:
+      if o.texture == "solid" and o.shape != "star":
+        x, y = round(o.sprite.x * 64), round(o.sprite.y * 64)
+        mean = pixels[y - 2 : y + 2, x - 2 : x + 2].mean((0, 1))
+        nearest = min(prototypes, key=lambda c: float(np.abs(prototypes[c] - mean).sum()))
+        assert nearest == o.colour, (scene.index, o.phrase, mean)
+        checked += 1
+  assert checked > 100
+
+
+@pytest.mark.parametrize("image_size", [32, 64, 100, 256])
+def test_example_holds_a_jpeg_and_the_truth(image_size: int):
+  scene = scenes.sample_scene(0, 5)
+  example = scenes.scene_example(scene, image_size)
+  picture = Image.open(io.BytesIO(example["jpg"]))
+  assert picture.size == (image_size, image_size) and picture.mode == "RGB"
+  assert example["txt"] == scene.caption
+  assert json.loads(example["truth"]) == scene.truth
+
+
+def test_pictures_vary():
+  means = [np.asarray(s.draw(32)).mean() for s in _sample(64)]
+  assert np.std(means) > 30
+  assert len({scenes.scene_example(s, 32)["jpg"] for s in _sample(300)}) == 300
+
+
+def test_bad_arguments_are_named():
+  with pytest.raises(ValueError, match="split='test'.*train, heldout"):
+    scenes.sample_scene(0, 0, "test")
+  with pytest.raises(ValueError, match="num_objects=3"):
+    scenes.sample_scene(0, 0, num_objects=3)
+  with pytest.raises(ValueError, match="seed=-1"):
+    scenes.sample_scene(-1, 0)
+  with pytest.raises(ValueError, match="image_size=16.*32 to 256"):
+    scenes.sample_scene(0, 0).draw(16)
+
+
+@pytest.mark.parametrize("split", scenes.SPLITS)
+def test_true_caption_and_description_score_full(split: scenes.Split):
+  for scene in _sample(300, split):
+    expected = 4 if scene.relation is None else 9
+    for text in (scene.caption, scene.description, scene.caption.upper() + "!"):
+      result = scenes.score(text, scene.truth)
+      assert (result.correct, result.total) == (expected, expected), text
+
+
+_TRUTH = {
+  "objects": [
+    {"size": "large", "colour": "red", "texture": "striped", "shape": "circle"},
+    {"size": "small", "colour": "blue", "texture": "solid", "shape": "square"},
+  ],
+  "relation": "above",
+}
+_FIRST, _SECOND = "a large red striped circle", "a small blue solid square"
+
+
+@pytest.mark.parametrize(
+  ("caption", "correct", "total"),
+  [
+    (f"{_FIRST} above {_SECOND}", 9, 9),
+    (f"{_SECOND} below {_FIRST}", 9, 9),  # the same statement
+    (f"{_SECOND} above {_FIRST}", 8, 9),  # relation wrong
+    (f"{_FIRST} left of {_SECOND}", 8, 9),
+    (f"{_FIRST} {_SECOND}", 8, 9),
+    (f"{_FIRST} above {_SECOND} below", 8, 9),  # two relations are none
+    ("a large blue striped circle above a small red solid square", 7, 9),
+    ("a big red striped disc over a tiny blue plain square", 9, 9),
+    ("a large red blue striped circle above a small blue solid square", 8, 9),
+    ("large red red striped circle above small blue solid square", 9, 9),
+    (_FIRST, 4, 9),  # a missing object is wrong throughout
+    (_SECOND, 0, 9),
+    ("", 0, 9),
+    ("[UNK] lorem ipsum", 0, 9),
+    (f"{_FIRST} above {_SECOND} and a small pink dotted star", 9, 13),  # extra object
+  ],
+)
+def test_score(caption: str, correct: int, total: int):
+  result = scenes.score(caption, json.dumps(_TRUTH))
+  assert (result.correct, result.total) == (correct, total)
+  assert sum(c for c, _ in result.by_kind.values()) == correct
+
+
+def test_two_objects_said_of_one_cost_five():
+  truth = {"objects": _TRUTH["objects"][:1], "relation": None}
+  result = scenes.score(f"{_FIRST} above {_SECOND}", truth)
+  assert (result.correct, result.total) == (4, 9)
+
+
+def test_scores_add_up_by_kind():
+  one = scenes.score(f"{_FIRST} above a small blue solid star", _TRUTH)
+  both = sum([one, one], scenes.AttributeScore())
+  assert (both.correct, both.total) == (16, 18)
+  assert both.by_kind["shape"] == (2, 4) and both.by_kind["colour"] == (4, 4)
+  assert both.accuracy == 16 / 18 and not both.perfect
+  assert np.isnan(scenes.AttributeScore().accuracy)
+
+
+@pytest.mark.parametrize(("kind", "classes"), [("shape", 6), ("colour", 8), ("colour_shape", 48)])
+def test_class_prompts_divide_all_single_captions(kind: str, classes: int):
+  prompts = scenes.class_prompts(kind)
+  assert len(prompts) == classes
+  counts = Counter(p for group in prompts.values() for p in group)
+  assert len(counts) == 384 and set(counts.values()) == {1}
+  assert len({len(group) for group in prompts.values()}) == 1
+  scene = scenes.sample_scene(0, 0, num_objects=1)
+  assert scene.caption in counts
+
+
+def test_contact_sheet():
+  sheet = scenes.contact_sheet(_sample(5), columns=2, image_size=32, scale=2)
+  assert sheet.size == (2 * 72 + 8, 3 * (64 + 46 + 8) + 8)
