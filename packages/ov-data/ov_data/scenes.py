@@ -170,20 +170,20 @@ def sample_scene(
   """The scene with this number.
 
   Args:
-    seed: non-negative; another seed gives unrelated scenes.
-    index: non-negative number of the scene.
+    seed: 0 to 2**63 - 1; another seed gives unrelated scenes.
+    index: number of the scene, in the same range.
     split: "train" or "heldout" (see the module).
     num_objects: 1 or 2; None draws two objects in six scenes of seven.
 
   Raises:
-    ValueError: for an unknown split or number of objects, or negative numbers.
+    ValueError: for an unknown split or number of objects, or numbers out of range.
   """
   if split not in SPLITS:
     raise ValueError(f"split={split!r}: expected one of {', '.join(SPLITS)}.")
   if num_objects not in (None, 1, 2):
     raise ValueError(f"num_objects={num_objects}: a scene has 1 or 2 objects.")
-  if seed < 0 or index < 0:
-    raise ValueError(f"seed={seed}, index={index}: neither may be negative.")
+  if not (0 <= seed < 2**63 and 0 <= index < 2**63):
+    raise ValueError(f"seed={seed}, index={index}: each must lie in [0, 2**63).")
   dice = _Dice(seed, index, SPLITS.index(split))
   two = dice.below(7) > 0 if num_objects is None else num_objects == 2
   light, backdrop = _backdrop(dice)
@@ -266,8 +266,8 @@ def _sprite(
   light: bool,
 ) -> scene_draw.Sprite:
   _, colour, texture, shape = words
-  hue, saturation, value = _HSV[colour]
-  hue += dice.uniform(-5, 5)
+  usual_hue, saturation, value = _HSV[colour]
+  hue = usual_hue + dice.uniform(-5, 5)
   saturation = min(1.0, saturation * dice.uniform(0.92, 1.06))
   value = min(1.0, value * dice.uniform(0.92, 1.06))
   # The texture's other colour contrasts with the background, so that it never eats the outline.
@@ -379,13 +379,12 @@ def score(caption: str, truth: Mapping[str, Any] | str | bytes) -> AttributeScor
     caption: generated text; unknown words are passed over.
     truth: `Scene.truth`, or its JSON as stored in the records.
   """
-  if isinstance(truth, (str, bytes)):
-    truth = json.loads(truth)
+  facts = json.loads(truth) if isinstance(truth, str | bytes) else truth
   said, relation = parse_caption(caption)
-  plain = _count(said, relation, truth)
+  plain = _count(said, relation, facts)
   if len(said) != 2:
     return plain
-  swapped = _count(said[::-1], _INVERSE.get(relation or ""), truth)
+  swapped = _count(said[::-1], _INVERSE.get(relation or ""), facts)
   return max(plain, swapped, key=lambda s: s.correct)
 
 
