@@ -1,0 +1,44 @@
+"""Evaluation that knows no model: functions and batches in, exact mergeable figures out."""
+
+from ov_eval.captions import (
+  Attribute,
+  AttributeAccuracy,
+  CaptionRecord,
+  attribute_accuracy,
+  caption_statistics,
+  generate_captions,
+)
+from ov_eval.generative import (
+  Classification,
+  canonicalise,
+  class_prompts,
+  classify_by_likelihood,
+  prompts_hash,
+)
+from ov_eval.likelihood import CaptionNLL, caption_nll
+from ov_eval.processes import across_processes, gather
+from ov_eval.results import Result, write_results
+from ov_eval.states import Confusion, Mean, Share
+
+__all__ = [
+  "Attribute",
+  "AttributeAccuracy",
+  "CaptionNLL",
+  "CaptionRecord",
+  "Classification",
+  "Confusion",
+  "Mean",
+  "Result",
+  "Share",
+  "across_processes",
+  "attribute_accuracy",
+  "canonicalise",
+  "caption_nll",
+  "caption_statistics",
+  "class_prompts",
+  "classify_by_likelihood",
+  "gather",
+  "generate_captions",
+  "prompts_hash",
+  "write_results",
+]

@@ -1,0 +1,162 @@
+"""Generated captions: collecting them, and what can be counted on them."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+import dataclasses
+import statistics
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from ov_eval.likelihood import Batch
+from ov_eval.processes import gather as gather_processes
+from ov_eval.results import Result
+from ov_eval.states import Share
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionRecord:
+  """A generated caption beside the true ones.
+
+  Attributes:
+    index: of the example in its data set.
+    generated: the model's caption.
+    references: true captions, at least one.
+    extras: whatever else the caller wants to keep, such as ground truth.
+  """
+
+  index: int
+  generated: str
+  references: tuple[str, ...]
+  extras: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class Attribute(NamedTuple):
+  """One checkable fact about a picture and whether the caption has it right."""
+
+  kind: str  # such as "colour"
+  expected: str  # such as "red"
+  correct: bool
+
+
+def generate_captions(
+  generate_fn: Callable[[Batch], Any],
+  detokenize: Callable[[np.ndarray], str],
+  batches: Iterable[Batch],
+  *,
+  limit: int | None = None,
+  extras: Callable[[Batch, int], Mapping[str, Any]] | None = None,
+  gather: Callable[[Any], list[Any]] = gather_processes,
+) -> list[CaptionRecord]:
+  """Captions for the first `limit` valid examples, in the order of the batches.
+
+  Args:
+    generate_fn: batch -> ids int [B, T] for the rows of this process.
+    detokenize: ids [T] -> text.
+    batches: each with `valid` bool [B], `index` int [B] and the true `ids` [B, T], or instead of
+      `ids` a list `references` of B sequences of texts.
+    limit: examples over all processes; None takes every one.
+    extras: (batch, row) -> what to keep in `CaptionRecord.extras`.
+    gather: value -> values of all processes; called once per batch, so that all stop together.
+  """
+  records: list[CaptionRecord] = []
+  for batch in batches:
+    generated = np.asarray(jax.device_get(generate_fn(batch)))
+    mine = [
+      CaptionRecord(
+        index=int(batch["index"][row]),
+        generated=detokenize(generated[row]),
+        references=tuple(batch["references"][row])
+        if "references" in batch
+        else (detokenize(np.asarray(batch["ids"][row])),),
+        extras=dict(extras(batch, row)) if extras else {},
+      )
+      for row in np.flatnonzero(batch["valid"]).tolist()
+    ]
+    records += [record for part in gather(mine) for record in part]
+    if limit is not None and len(records) >= limit:
+      return records[:limit]
+  return records
+
+
+@dataclasses.dataclass(frozen=True)
+class AttributeAccuracy:
+  """Attributes right in generated captions.
+
+  Attributes:
+    overall: over all attributes.
+    by_kind: the same per kind, in alphabetical order.
+    all_correct: captions with every attribute right.
+    exact_match: captions equal to a reference, up to case and spaces.
+  """
+
+  overall: Share
+  by_kind: dict[str, Share]
+  all_correct: Share
+  exact_match: Share
+
+  def results(self, level: float = 0.95) -> list[Result]:
+    """`attribute_accuracy` overall and `/<kind>`, `all_attributes_correct`, `exact_match`."""
+    named = {
+      "attribute_accuracy": self.overall,
+      **{f"attribute_accuracy/{kind}": share for kind, share in self.by_kind.items()},
+      "all_attributes_correct": self.all_correct,
+      "exact_match": self.exact_match,
+    }
+    return [
+      Result(name, share.value, share.count, *share.interval(level))
+      for name, share in named.items()
+    ]
+
+
+def attribute_accuracy(
+  records: Sequence[CaptionRecord],
+  score_fn: Callable[[CaptionRecord], Iterable[Attribute]],
+) -> AttributeAccuracy:
+  """Checks each caption against the ground truth of its picture.
+
+  Args:
+    records: from `generate_captions`.
+    score_fn: record -> its attributes, each (kind, expected, correct). A record without
+      attributes counts for `exact_match` only.
+  """
+  scored = [[Attribute(*a) for a in score_fn(record)] for record in records]
+  kinds = sorted({a.kind for attributes in scored for a in attributes})
+
+  def share(kind: str | None) -> Share:
+    rows = [[a.correct for a in attributes if kind in (None, a.kind)] for attributes in scored]
+    return Share.of([sum(row) for row in rows if row], [len(row) for row in rows if row])
+
+  return AttributeAccuracy(
+    overall=share(None),
+    by_kind={kind: share(kind) for kind in kinds},
+    all_correct=Share.of(
+      [all(a.correct for a in attributes) for attributes in scored if attributes]
+    ),
+    exact_match=Share.of(
+      [_plain(r.generated) in {_plain(text) for text in r.references} for r in records]
+    ),
+  )
+
+
+def caption_statistics(records: Sequence[CaptionRecord]) -> dict[str, float]:
+  """Length in words, and how many captions differ: a model that says one thing shows here.
+
+  Returns:
+    `caption_words` and `reference_words` (means), `distinct_captions` and `distinct_references`
+    (share of different texts among all); empty without records.
+  """
+  if not records:
+    return {}
+  generated = [_plain(r.generated) for r in records]
+  references = [_plain(text) for r in records for text in r.references]
+  return {
+    "caption_words": statistics.fmean(len(text.split()) for text in generated),
+    "reference_words": statistics.fmean(len(text.split()) for text in references),
+    "distinct_captions": len(set(generated)) / len(generated),
+    "distinct_references": len(set(references)) / len(references),
+  }
+
+
+def _plain(text: str) -> str:
+  return " ".join(text.lower().split())

@@ -1,0 +1,123 @@
+import numpy as np
+import pytest
+
+from ov_eval.captions import (
+  Attribute,
+  CaptionRecord,
+  attribute_accuracy,
+  caption_statistics,
+  generate_captions,
+)
+
+WORDS = ["", "red", "blue", "square", "circle", "a"]
+
+
+def _detokenize(ids):
+  return " ".join(WORDS[i] for i in ids if i)
+
+
+def _batches():
+  yield {
+    "index": np.array([10, 11, 12]),
+    "valid": np.array([True, False, True]),
+    "ids": np.array([[5, 1, 3], [5, 2, 4], [5, 2, 3]]),
+  }
+  yield {
+    "index": np.array([13, 14, 15]),
+    "valid": np.array([False, True, True]),
+    "ids": np.array([[5, 1, 3], [5, 1, 4], [5, 2, 4]]),
+  }
+
+
+def _generate(batch):
+  return np.where(np.arange(3) == 1, 1, batch["ids"])  # everything is red
+
+
+def test_padded_rows_give_no_record():
+  records = generate_captions(_generate, _detokenize, _batches())
+  assert [r.index for r in records] == [10, 12, 14, 15]
+  assert records[1] == CaptionRecord(12, "a red square", ("a blue square",), {})
+
+
+def test_limit_stops_reading():
+  read = []
+
+  def batches():
+    for batch in _batches():
+      read.append(1)
+      yield batch
+
+  assert len(generate_captions(_generate, _detokenize, batches(), limit=2)) == 2
+  assert len(read) == 1
+  assert len(generate_captions(_generate, _detokenize, batches(), limit=3)) == 3
+
+
+def test_extras_and_references_of_the_batch():
+  batch = {"index": np.array([3]), "valid": np.array([True]), "references": [("one", "two")]}
+  batch["ids"] = np.array([[5, 1, 3]])
+  (record,) = generate_captions(
+    _generate, _detokenize, [batch], extras=lambda batch, row: {"row": row}
+  )
+  assert record.references == ("one", "two") and record.extras == {"row": 0}
+
+
+def test_records_of_other_processes_join_and_stop_together():
+  other = [CaptionRecord(99, "x", ("x",))]
+  calls = []
+
+  def gather(mine):
+    calls.append(len(mine))
+    return [mine, other]
+
+  records = generate_captions(_generate, _detokenize, _batches(), limit=3, gather=gather)
+  assert [r.index for r in records] == [10, 12, 99]
+  assert calls == [2]
+
+
+def _score(record):
+  _, colour, shape = record.references[0].split()
+  yield "colour", colour, colour in record.generated
+  yield "shape", shape, shape in record.generated
+
+
+def test_attribute_accuracy_against_counting():
+  records = generate_captions(_generate, _detokenize, _batches())
+  accuracy = attribute_accuracy(records, _score)
+  colours = [record.references[0].split()[1] == "red" for record in records]
+  assert accuracy.by_kind["colour"].value == np.mean(colours)
+  assert accuracy.by_kind["shape"].value == 1.0
+  assert accuracy.overall.value == (sum(colours) + 4) / 8
+  assert accuracy.overall.weight == 8 and accuracy.overall.count == 4
+  assert accuracy.all_correct.value == accuracy.exact_match.value == np.mean(colours)
+  names = [r.name for r in accuracy.results()]
+  assert names[:3] == [
+    "attribute_accuracy",
+    "attribute_accuracy/colour",
+    "attribute_accuracy/shape",
+  ]
+
+
+def test_records_without_attributes_count_for_exact_match_only():
+  records = [CaptionRecord(0, "A  red square", ("a red square",)), CaptionRecord(1, "x", ("y",))]
+  accuracy = attribute_accuracy(
+    records, lambda r: [Attribute("colour", "red", True)] if r.index == 0 else []
+  )
+  assert accuracy.overall.count == 1 and accuracy.all_correct.value == 1.0
+  assert accuracy.exact_match.value == 0.5
+
+
+def test_statistics_show_a_model_that_repeats_itself():
+  records = [CaptionRecord(i, "a cat", (f"cat number {i}",)) for i in range(4)]
+  stats = caption_statistics(records)
+  assert stats == {
+    "caption_words": 2.0,
+    "reference_words": 3.0,
+    "distinct_captions": 0.25,
+    "distinct_references": 1.0,
+  }
+  assert caption_statistics([]) == {}
+
+
+def test_unequal_attribute_rows_are_refused():
+  with pytest.raises(TypeError):
+    attribute_accuracy([CaptionRecord(0, "x", ("x",))], lambda r: [("colour", "red")])
