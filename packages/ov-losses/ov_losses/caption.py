@@ -1,0 +1,129 @@
+"""Caption cross-entropy from hidden states and a head matrix, without the [B,T,V] logits.
+
+  nll_bt  = logsumexp_v(x_bt . w_v) - x_bt . w_label            x = hidden, w = head columns
+  loss    = sum(mask * ((1-a) nll + a uniform + z lse^2)) / (sum(mask) + 1e-8)
+
+`uniform` is the cross-entropy against the uniform distribution (label smoothing a), `lse` the
+logarithm of the partition function (z-loss, Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311,
+section 5). The logits are made by `ov_losses.tiles`, a few token columns at a time.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ov_losses.tiles import TokenTerms, token_terms
+
+
+class CaptionLoss(NamedTuple):
+  """What one batch gives; all float32 scalars, and all but the counts are differentiable."""
+
+  loss: jax.Array  # masked mean of the training objective: smoothing and z-loss included
+  nll: jax.Array  # masked mean negative log-likelihood in nats, without either
+  num_tokens: jax.Array  # sum of the mask
+  num_correct: jax.Array  # masked count of labels that have the strictly largest logit
+
+
+def caption_cross_entropy(
+  hidden: jax.Array,  # [B,T,D] float32 or bfloat16
+  head: jax.Array,  # [D,V] any float dtype
+  labels: jax.Array,  # [B,T] integer, 0 <= label < V wherever mask is not 0
+  mask: jax.Array,  # [B,T] bool or float weights >= 0
+  *,
+  label_smoothing: float = 0.0,
+  z_loss: float = 0.0,
+  tile: int | None = None,
+  batch_shards: int = 1,
+) -> CaptionLoss:
+  """Masked mean cross-entropy over all tokens of the global batch.
+
+  The logits are products in the dtype of `hidden` (`head` is cast to it) accumulated in float32;
+  softmax, loss and sums are float32. Gradients come back in the dtypes of `hidden` and `head`.
+
+  A batch without any token gives loss 0 and zero gradients. A label outside [0, V) under a mask
+  that is not 0 makes the loss NaN: under jit nothing can raise, and no other value would be true.
+
+  Args:
+    hidden: decoder states after the last norm.
+    head: output matrix; column v scores token v.
+    labels: target ids, for example from `shift_left`.
+    mask: weight of each target; 0 leaves it out. Not differentiated.
+    label_smoothing: share in [0, 1) of the target mass that is spread evenly over V.
+    z_loss: weight >= 0 of lse^2, which keeps the partition function near 1.
+    tile: token columns per step of the scan; default about 16. Memory is B * tile * V * 4 bytes.
+    batch_shards: number of devices the batch axis is split over. It changes no value, only the
+      traffic: the gradient of the head is then summed across devices once, not once per tile.
+
+  Raises:
+    ValueError: on shapes, dtypes or options that do not fit; the message names them.
+  """
+  if not 0.0 <= label_smoothing < 1.0:
+    raise ValueError(f"label_smoothing={label_smoothing} is outside [0, 1).")
+  if z_loss < 0.0:
+    raise ValueError(f"z_loss={z_loss} is negative; expected 0 (off) or a small weight like 1e-4.")
+  weights = _check_mask(mask, labels)
+  terms = token_terms(hidden, head, labels, tile=tile, batch_shards=batch_shards)
+  nll = _nan_where_label_is_invalid(terms, labels, head.shape[1])
+
+  objective = (1.0 - label_smoothing) * nll
+  if label_smoothing:
+    objective += label_smoothing * terms.uniform_nll
+  if z_loss:
+    objective += z_loss * jnp.square(terms.lse)
+
+  num_tokens = jnp.sum(weights)
+  denominator = num_tokens + 1e-8
+  return CaptionLoss(
+    loss=_masked_sum(objective, weights) / denominator,
+    nll=_masked_sum(nll, weights) / denominator,
+    num_tokens=num_tokens,
+    num_correct=_masked_sum(terms.correct, weights),
+  )
+
+
+def sequence_log_likelihood(
+  hidden: jax.Array,
+  head: jax.Array,
+  labels: jax.Array,
+  mask: jax.Array,
+  tile: int | None = None,
+) -> jax.Array:
+  """log p(labels) of each row, summed over its unmasked tokens: [B] float32, in nats.
+
+  Arguments as in `caption_cross_entropy`. A row without tokens scores 0.
+  """
+  weights = _check_mask(mask, labels)
+  terms = token_terms(hidden, head, labels, tile=tile)
+  nll = _nan_where_label_is_invalid(terms, labels, head.shape[1])
+  return -_masked_sum(nll, weights, axis=1)
+
+
+def shift_left(ids: jax.Array, pad_id: int) -> tuple[jax.Array, jax.Array]:
+  """Next-token targets of [B,T] ids.
+
+  Position t predicts ids[t + 1]; the last position has nothing to predict and gets `pad_id`.
+
+  Returns:
+    targets [B,T] in the dtype of `ids`, and mask [B,T] bool: true where the target is not a pad.
+  """
+  if ids.ndim != 2:
+    raise ValueError(f"ids has shape {ids.shape}; expected [B, T].")
+  last = jnp.full((ids.shape[0], 1), pad_id, dtype=ids.dtype)
+  targets = jnp.concatenate([ids[:, 1:], last], axis=1)
+  return targets, targets != pad_id
+
+
+def _check_mask(mask: jax.Array, labels: jax.Array) -> jax.Array:
+  if mask.shape != labels.shape:
+    raise ValueError(f"mask has shape {mask.shape}; expected that of labels, {labels.shape}.")
+  return jax.lax.stop_gradient(mask.astype(jnp.float32))
+
+
+def _nan_where_label_is_invalid(terms: TokenTerms, labels: jax.Array, vocab: int) -> jax.Array:
+  return jnp.where((labels >= 0) & (labels < vocab), terms.nll, jnp.nan)
+
+
+def _masked_sum(x: jax.Array, weights: jax.Array, axis: int | None = None) -> jax.Array:
+  """Sum of weights * x that ignores x entirely, NaN included, where the weight is 0."""
+  return jnp.sum(jnp.where(weights > 0, x * weights, 0.0), axis=axis)

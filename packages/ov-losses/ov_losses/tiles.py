@@ -1,0 +1,177 @@
+"""Per-token softmax terms of a linear head, computed a few token columns at a time.
+
+The [B,T,V] logits of a caption batch are its largest array by far: 64 captions of 127 tokens over
+32,000 words are 1.04 GB in float32, as much again for their gradient. Here a `lax.scan` over tiles
+of the token axis makes them piecewise and throws them away; the backward pass makes them again.
+The token axis is tiled, not the batch, so that a batch sharded over devices stays where it is.
+
+Three rules keep it exact and fast:
+  - every logits product accumulates in float32 (`preferred_element_type`), in both passes: logits
+    rounded to bfloat16 in one pass only make the recomputed softmax wrong by percents;
+  - the softmax gradient is cast to the activation dtype before the two backward products;
+  - the label is picked by a dense compare, which shards over V; a gather or scatter does not.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+DEFAULT_TILE = 16  # token columns; 8 tiles for a caption of 127
+
+
+class TokenTerms(NamedTuple):
+  """Softmax terms of every token, each [B,T] float32. All but `correct` are differentiable."""
+
+  nll: jax.Array  # lse - logit of the label
+  uniform_nll: jax.Array  # lse - mean logit: cross-entropy against the uniform distribution
+  lse: jax.Array  # logsumexp of the logits
+  correct: jax.Array  # 1 where the label has the strictly largest logit, else 0
+
+
+def token_terms(
+  hidden: jax.Array,  # [B,T,D] float32 or bfloat16
+  head: jax.Array,  # [D,V]
+  labels: jax.Array,  # [B,T] integer; clipped to [0, V)
+  *,
+  tile: int | None = None,
+  batch_shards: int = 1,
+) -> TokenTerms:
+  """Softmax terms of `hidden @ head`, of which at most [B,tile,V] exists at a time.
+
+  Args:
+    hidden: states to score; their dtype is the dtype of the products.
+    head: output matrix, cast to the dtype of `hidden`.
+    labels: target ids.
+    tile: token columns per scan step, at least 1; None takes tiles of nearly equal size <= 16.
+    batch_shards: devices the batch is split over, a divisor of B. The gradient of the head is
+      kept as that many partial sums [batch_shards,D,V] until the scan ends, which under a batch
+      sharding means one [D,V] per device and a single reduction.
+
+  Raises:
+    ValueError: on shapes or dtypes that do not fit.
+  """
+  _check(hidden, head, labels, tile, batch_shards)
+  length = labels.shape[1]
+  num_tiles = max(1, math.ceil(length / (tile or DEFAULT_TILE)))
+  tile = tile or math.ceil(length / num_tiles)
+  padding = num_tiles * tile - length
+  hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
+  labels = jnp.pad(jnp.clip(labels, 0, head.shape[1] - 1), ((0, 0), (0, padding)))
+  terms = _terms(_split(hidden, num_tiles), head, _split(labels, num_tiles), batch_shards)
+  return TokenTerms(*(_join(x)[:, :length] for x in terms))
+
+
+def _check(
+  hidden: jax.Array, head: jax.Array, labels: jax.Array, tile: int | None, batch_shards: int
+) -> None:
+  if hidden.ndim != 3 or head.ndim != 2 or hidden.shape[2] != head.shape[0]:
+    raise ValueError(
+      f"hidden has shape {hidden.shape} and head {head.shape}; expected [B,T,D] and [D,V]."
+    )
+  if labels.shape != hidden.shape[:2]:
+    raise ValueError(f"labels has shape {labels.shape}; expected [B,T] = {hidden.shape[:2]}.")
+  if not jnp.issubdtype(labels.dtype, jnp.integer):
+    raise ValueError(f"labels has dtype {labels.dtype}; expected an integer dtype.")
+  if hidden.dtype not in (jnp.float32, jnp.bfloat16):
+    raise ValueError(f"hidden has dtype {hidden.dtype}; expected float32 or bfloat16.")
+  if not jnp.issubdtype(head.dtype, jnp.floating):
+    raise ValueError(f"head has dtype {head.dtype}; expected a float dtype.")
+  if tile is not None and tile < 1:
+    raise ValueError(f"tile={tile}; expected at least 1 token column, or None to choose.")
+  if batch_shards < 1 or hidden.shape[0] % batch_shards:
+    raise ValueError(
+      f"batch_shards={batch_shards} does not divide the batch of {hidden.shape[0]}; pass the "
+      "number of devices the batch axis is split over, or 1."
+    )
+
+
+def _split(x: jax.Array, num_tiles: int) -> jax.Array:
+  """[B,T,...] -> [tiles,B,T/tiles,...]."""
+  return jnp.moveaxis(x.reshape(x.shape[0], num_tiles, -1, *x.shape[2:]), 1, 0)
+
+
+def _join(x: jax.Array) -> jax.Array:
+  """[tiles,B,t,...] -> [B,tiles*t,...]."""
+  x = jnp.moveaxis(x, 0, 1)
+  return x.reshape(x.shape[0], -1, *x.shape[3:])
+
+
+def _logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
+  return jnp.einsum("btd,dv->btv", hidden, head, preferred_element_type=jnp.float32)
+
+
+def _is_label(labels: jax.Array, vocab: int) -> jax.Array:
+  return labels[..., None] == jnp.arange(vocab, dtype=labels.dtype)
+
+
+def _tile_terms(hidden: jax.Array, head: jax.Array, labels: jax.Array) -> TokenTerms:
+  logits = _logits(hidden, head)
+  is_label = _is_label(labels, head.shape[1])
+  best_other = jnp.max(jnp.where(is_label, -jnp.inf, logits), axis=-1)
+  label_logit = jnp.sum(jnp.where(is_label, logits, 0.0), axis=-1)
+  # Everything is measured from the largest logit, so that no digits cancel in lse - logit.
+  peak = jnp.maximum(best_other, label_logit)
+  shifted = logits - peak[..., None]
+  log_sum = jnp.log(jnp.sum(jnp.exp(shifted), axis=-1))
+  return TokenTerms(
+    nll=log_sum - (label_logit - peak),
+    uniform_nll=log_sum - jnp.mean(shifted, axis=-1),
+    lse=log_sum + peak,
+    correct=(label_logit > best_other).astype(jnp.float32),
+  )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _terms(
+  hidden: jax.Array,  # [tiles,B,t,D]
+  head: jax.Array,  # [D,V]
+  labels: jax.Array,  # [tiles,B,t]
+  batch_shards: int,
+) -> TokenTerms:  # each [tiles,B,t]
+  del batch_shards  # matters to the backward pass only
+  head = head.astype(hidden.dtype)
+
+  def step(_: None, xs: tuple[jax.Array, jax.Array]) -> tuple[None, TokenTerms]:
+    hidden_tile, label_tile = xs
+    return None, _tile_terms(hidden_tile, head, label_tile)
+
+  return jax.lax.scan(step, None, (hidden, labels))[1]
+
+
+def _terms_fwd(hidden, head, labels, batch_shards):
+  terms = _terms(hidden, head, labels, batch_shards)
+  return terms, (hidden, head, labels, terms.lse)
+
+
+def _terms_bwd(batch_shards, residuals, cotangents):
+  """d logits = (g_nll + g_uniform + g_lse) softmax - g_nll [v = label] - g_uniform / V."""
+  hidden, head, labels, lse = residuals
+  dtype, (width, vocab) = hidden.dtype, head.shape
+  weights = head.astype(dtype)
+
+  def step(head_grad, xs):
+    x, label, lse_tile, g = xs
+    probabilities = jnp.exp(_logits(x, weights) - lse_tile[..., None])
+    dlogits = (
+      (g.nll + g.uniform_nll + g.lse)[..., None] * probabilities
+      - jnp.where(_is_label(label, vocab), g.nll[..., None], 0.0)
+      - g.uniform_nll[..., None] / vocab
+    ).astype(dtype)
+    x_grad = jnp.einsum("btv,dv->btd", dlogits, weights, preferred_element_type=jnp.float32)
+    head_grad += jnp.einsum(
+      "gbtd,gbtv->gdv",
+      x.reshape(batch_shards, -1, *x.shape[1:]),
+      dlogits.reshape(batch_shards, -1, *dlogits.shape[1:]),
+      preferred_element_type=jnp.float32,
+    )
+    return head_grad, x_grad.astype(dtype)
+
+  start = jnp.zeros((batch_shards, width, vocab), jnp.float32)
+  head_grad, hidden_grad = jax.lax.scan(step, start, (hidden, labels, lse, cotangents))
+  return hidden_grad, jnp.sum(head_grad, axis=0).astype(head.dtype), None
+
+
+_terms.defvjp(_terms_fwd, _terms_bwd)

@@ -1,0 +1,23 @@
+"""Where arrays live: the device mesh, logical axis rules, host batches, multi-host start-up."""
+
+from ov_sharding.batch import batch_sharding, global_batch, process_rows, replicated, to_host
+from ov_sharding.distributed import initialize
+from ov_sharding.mesh import AXES, MeshConfig, make_mesh
+from ov_sharding.rules import DEFAULT_RULES, describe_shardings, tree_shardings
+from ov_sharding.state import state_shardings
+
+__all__ = [
+  "AXES",
+  "DEFAULT_RULES",
+  "MeshConfig",
+  "batch_sharding",
+  "describe_shardings",
+  "global_batch",
+  "initialize",
+  "make_mesh",
+  "process_rows",
+  "replicated",
+  "state_shardings",
+  "to_host",
+  "tree_shardings",
+]

@@ -1,0 +1,70 @@
+"""The device mesh: three named axes over all devices of all hosts.
+
+  data    replicas; each sees other rows of the batch
+  fsdp    also other rows; params and optimizer state are split over it
+  tensor  also other rows of the input; heads, mlp and vocabulary are split over it
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+AXES = ("data", "fsdp", "tensor")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """Sizes of the mesh axes. At most one is -1: whatever the other two leave of the devices."""
+
+  data: int = -1
+  fsdp: int = 1
+  tensor: int = 1
+
+  def __post_init__(self) -> None:
+    for axis, size in zip(AXES, self.sizes, strict=True):
+      if size != -1 and size < 1:
+        raise ValueError(f"mesh {axis}={size}; expected a positive size, or -1 to infer it.")
+    if self.sizes.count(-1) > 1:
+      raise ValueError(f"mesh {self} has more than one -1; only one size can be inferred.")
+
+  @property
+  def sizes(self) -> tuple[int, int, int]:
+    return (self.data, self.fsdp, self.tensor)
+
+  def __str__(self) -> str:
+    return " x ".join(f"{axis}={size}" for axis, size in zip(AXES, self.sizes, strict=True))
+
+  def resolve(self, num_devices: int) -> "MeshConfig":
+    """The same mesh with every size known.
+
+    Raises:
+      ValueError: when the sizes do not multiply to `num_devices`.
+    """
+    known = math.prod(size for size in self.sizes if size != -1)
+    if -1 in self.sizes and num_devices % known == 0:
+      inferred = num_devices // known
+      return MeshConfig(*(inferred if size == -1 else size for size in self.sizes))
+    if known != num_devices:
+      wanted = f"a multiple of {known}" if -1 in self.sizes else f"exactly {known}"
+      raise ValueError(
+        f"mesh {self} needs {wanted} devices, but there are {num_devices}; set the sizes so that "
+        f"their product is {num_devices}, or one of them to -1."
+      )
+    return self
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """The mesh of `config` over `devices` (default: all of them, on all hosts).
+
+  Device order is the one that `jax.make_mesh` picks for the interconnect. Axis types are Auto: the
+  compiler propagates shardings (`jax.make_mesh` alone would make them Explicit).
+
+  Raises:
+    ValueError: when the sizes do not multiply to the number of devices.
+  """
+  devices = jax.devices() if devices is None else list(devices)
+  sizes = config.resolve(len(devices)).sizes
+  return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
