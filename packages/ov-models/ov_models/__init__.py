@@ -1,0 +1,35 @@
+"""Vision encoders and caption decoders of OpenVision, as arithmetic over plain parameters."""
+
+from ov_models.captioner import Captioner, CaptionerConfig, CaptionerOutput
+from ov_models.decoder import DECODER_VARIANTS, Decoder, DecoderConfig
+from ov_models.functional import (
+  abstract_params,
+  bind,
+  flops_per_example,
+  init,
+  logical_axes,
+  num_params,
+)
+from ov_models.positions import resample_positions, sincos2d
+from ov_models.vit import VIT_VARIANTS, ViT, ViTConfig, ViTOutput
+
+__all__ = [
+  "DECODER_VARIANTS",
+  "VIT_VARIANTS",
+  "Captioner",
+  "CaptionerConfig",
+  "CaptionerOutput",
+  "Decoder",
+  "DecoderConfig",
+  "ViT",
+  "ViTConfig",
+  "ViTOutput",
+  "abstract_params",
+  "bind",
+  "flops_per_example",
+  "init",
+  "logical_axes",
+  "num_params",
+  "resample_positions",
+  "sincos2d",
+]

@@ -1,0 +1,106 @@
+"""What every transformer of this package shares: its sizes, its options, and the checks on both.
+
+Dimensions, everywhere: B batch, T tokens, D width, N heads, H head dim, F mlp, V vocab, L layers,
+P patch, K kept tokens.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import jax.numpy as jnp
+
+Dtype = Literal["float32", "bfloat16"]
+Remat = Literal["none", "full", "dots", "offload"]
+Implementation = Literal["xla", "cudnn", "tpu"]
+
+DTYPES = ("float32", "bfloat16")
+REMATS = ("none", "full", "dots", "offload")
+IMPLEMENTATIONS = ("xla", "cudnn", "tpu")
+
+
+def check_choice(name: str, value: Any, allowed: Iterable[Any]) -> None:
+  """Raises ValueError, with the nearest allowed value, unless `value` is in `allowed`."""
+  allowed = tuple(allowed)
+  if value not in allowed:
+    near = difflib.get_close_matches(str(value), map(str, allowed), n=1, cutoff=0.0)
+    raise ValueError(
+      f"{name}={value!r} is unknown; choose one of {', '.join(map(str, allowed))}"
+      f" (nearest: {near[0]})."
+    )
+
+
+def check_ratio(name: str, value: float, *, zero: bool, one: bool) -> None:
+  """Raises ValueError unless 0 < value < 1, where `zero` and `one` admit the ends."""
+  if not (0 < value < 1 or (zero and value == 0) or (one and value == 1)):
+    interval = f"{'[' if zero else '('}0, 1{']' if one else ')'}"
+    raise ValueError(f"{name}={value!r} is out of range; give a fraction in {interval}.")
+
+
+def variant_sizes(
+  kind: str, name: str, table: Mapping[str, tuple[int, int, int, int]]
+) -> dict[str, int]:
+  """Looks up `name` in a table of (width, depth, mlp_dim, num_heads)."""
+  check_choice(f"{kind} variant", name, table)
+  return dict(zip(("width", "depth", "mlp_dim", "num_heads"), table[name], strict=True))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+  """Sizes and options of a stack of pre-norm blocks.
+
+  Attributes:
+    width: D, of the residual stream.
+    depth: L, number of blocks.
+    mlp_dim: F, hidden width of the MLP.
+    num_heads: N; D must be a multiple of it.
+    dtype: compute dtype of the blocks. Parameters are float32 always.
+    remat: what the backward pass keeps: "none" every activation, "full" only the input of each
+      block, "dots" also the results of weight matmuls, "offload" those in host memory.
+    attention: "xla" anywhere, "cudnn" on NVIDIA GPUs, "tpu" a Pallas kernel on TPUs.
+    scan: run the stacked layers by `jax.lax.scan` (compile time independent of depth) or unrolled.
+  """
+
+  width: int
+  depth: int
+  mlp_dim: int
+  num_heads: int
+  dtype: Dtype = "float32"
+  remat: Remat = "none"
+  attention: Implementation = "xla"
+  scan: bool = True
+
+  def __post_init__(self) -> None:
+    for name in ("width", "depth", "mlp_dim", "num_heads"):
+      self._check_positive(name)
+    if self.width % self.num_heads:
+      raise ValueError(
+        f"width={self.width} is not a multiple of num_heads={self.num_heads}; "
+        f"nearest width: {round_to_multiple(self.width, self.num_heads)}."
+      )
+    check_choice("dtype", self.dtype, DTYPES)
+    check_choice("remat", self.remat, REMATS)
+    check_choice("attention", self.attention, IMPLEMENTATIONS)
+    if self.attention == "cudnn" and self.dtype != "bfloat16":
+      raise ValueError(
+        f"attention='cudnn' computes in 16 bits but dtype={self.dtype!r}; "
+        "set dtype='bfloat16' or attention='xla'."
+      )
+
+  def _check_positive(self, name: str) -> None:
+    value = getattr(self, name)
+    if not isinstance(value, int) or value < 1:
+      raise ValueError(f"{name}={value!r} must be a positive integer.")
+
+  @property
+  def head_dim(self) -> int:
+    return self.width // self.num_heads
+
+  @property
+  def compute_dtype(self) -> jnp.dtype:
+    return jnp.dtype(self.dtype)
+
+
+def round_to_multiple(value: int, of: int) -> int:
+  return max(of, round(value / of) * of)

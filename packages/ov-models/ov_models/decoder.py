@@ -1,0 +1,161 @@
+"""The caption decoder of OpenVision 2: next-token prediction over [image tokens | text].
+
+OpenVision 2: https://arxiv.org/abs/2509.01644.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ov_models.attention import Mask
+from ov_models.blocks import (
+  BlockStyle,
+  axes,
+  layer_norm,
+  linear,
+  normal,
+  run_blocks,
+  stack_blocks,
+)
+from ov_models.config import TransformerConfig, check_choice, variant_sizes
+from ov_models.positions import check_sincos_dim, sincos1d
+
+# name: (width, depth, mlp_dim, num_heads)
+DECODER_VARIANTS = {
+  "Ti": (192, 12, 768, 3),
+  "S": (384, 12, 1536, 6),
+  "M": (512, 12, 2048, 8),
+  "B": (512, 12, 2048, 8),
+  "L": (768, 12, 3072, 12),
+  "So400m": (1152, 27, 4304, 16),
+  "H": (1024, 24, 4096, 16),
+  "g": (1024, 24, 4096, 16),
+  "G": (1664, 48, 8192, 16),
+  "e": (1792, 56, 15360, 16),
+}
+
+# The published models scale the residual projections by (2 * 12)^-0.5 at every depth: the depth
+# never reached their initialiser. Kept, so that a run started here starts where theirs did.
+_INIT_DEPTH = 12
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderConfig(TransformerConfig):
+  """A caption decoder.
+
+  Attributes:
+    vocab_size: V, of the embedding and of the (untied) head.
+    max_len: longest text T; learned positions have as many rows.
+    mask: "prefix" the image tokens see each other and all text sees them; "causal" one triangle
+      over image and text, as published.
+    position: of text tokens: "learned", "sincos" (computed, any length) or "none". Image tokens
+      get none here: they carry the encoder's. The default is "learned": under a prefix mask
+      the order of the text is otherwise visible only through how many tokens each one sees, which
+      a shallow decoder can hardly use, and T * D parameters are few.
+  """
+
+  vocab_size: int
+  max_len: int
+  mask: Literal["prefix", "causal"] = "prefix"
+  position: Literal["none", "learned", "sincos"] = "learned"
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    self._check_positive("vocab_size")
+    self._check_positive("max_len")
+    check_choice("mask", self.mask, ("prefix", "causal"))
+    check_choice("position", self.position, ("none", "learned", "sincos"))
+    if self.position == "sincos":
+      check_sincos_dim(self.width, 2)
+
+  @classmethod
+  def from_name(
+    cls, name: str, vocab_size: int = 32000, max_len: int = 127, **overrides: Any
+  ) -> "DecoderConfig":
+    """A published size, e.g. "L"; `overrides` set any field."""
+    sizes: dict[str, Any] = variant_sizes("decoder", name, DECODER_VARIANTS)
+    sizes |= {"vocab_size": vocab_size, "max_len": max_len}
+    return cls(**(sizes | overrides))
+
+
+def _style(width: int) -> BlockStyle:
+  residual = width**-0.5 * (2 * _INIT_DEPTH) ** -0.5
+  return BlockStyle(
+    gelu_tanh=True,
+    qkv=normal(width**-0.5),
+    out=normal(residual),
+    up=normal((2 * width) ** -0.5),
+    down=normal(residual),
+  )
+
+
+class Decoder(nnx.Module):
+  """Caption decoder over image tokens of width `image_width`."""
+
+  def __init__(self, config: DecoderConfig, image_width: int, *, rngs: nnx.Rngs) -> None:
+    self.config = config
+    d, v, f32 = config.width, config.vocab_size, jnp.dtype("float32")
+    self.embed = nnx.Embed(
+      v, d, embedding_init=normal(0.02), embedding_metadata=axes("vocab", "embed"), rngs=rngs
+    )
+    if config.position == "learned":
+      table = normal(0.01)(rngs.params(), (config.max_len, d))
+      self.position_embedding = nnx.Param(table, **axes(None, "embed"))
+    self.image_proj = linear(
+      image_width, d, normal(image_width**-0.5), (None, None), f32, rngs, bias=False
+    )
+    self.blocks = stack_blocks(config, _style(d), rngs=rngs)
+    self.norm = layer_norm(d, f32, rngs)
+    self.head = linear(d, v, normal(d**-0.5), ("embed", "vocab"), f32, rngs, bias=False)
+
+  def __call__(self, image_tokens: jax.Array, ids: jax.Array) -> jax.Array:
+    """Hidden states that predict the next token.
+
+    Args:
+      image_tokens: [B, K, E] of the vision tower.
+      ids: int32 [B, T], T <= max_len; ids[:, 0] is usually the begin token.
+
+    Returns:
+      float32 [B, T, D]; position i has seen the image and ids[:, :i + 1].
+
+    Raises:
+      ValueError: T > max_len with learned positions, or shapes that do not fit.
+    """
+    num_image = image_tokens.shape[1]
+    x = jnp.concatenate([self.embed_image(image_tokens), self.embed_text(ids)], axis=1)
+    x = run_blocks(self.blocks, x, self.mask(num_image), self.config)
+    return self.norm(x[:, num_image:])
+
+  def mask(self, num_image: int) -> Mask:
+    return Mask(self.config.mask, num_image if self.config.mask == "prefix" else 0)
+
+  def embed_image(self, image_tokens: jax.Array) -> jax.Array:
+    """[B, K, E] -> [B, K, D] in compute dtype."""
+    return self.image_proj(image_tokens.astype(jnp.float32)).astype(self.config.compute_dtype)
+
+  def embed_text(self, ids: jax.Array) -> jax.Array:
+    """int [B, T] -> [B, T, D] in compute dtype, positions from 0."""
+    if ids.ndim != 2:
+      raise ValueError(f"ids have shape {tuple(ids.shape)}; expected [B, T].")
+    x = self.embed(ids)
+    if (table := self.positions(ids.shape[1])) is not None:
+      x = x + table
+    return x.astype(self.config.compute_dtype)
+
+  def positions(self, length: int) -> jax.Array | None:
+    """What is added to the text embeddings: float32 [length, D] or None."""
+    config = self.config
+    if config.position == "none":
+      return None
+    if config.position == "sincos":
+      # At the scale of a fresh embedding (rms 0.02), else the first norm drowns the words.
+      return 0.02 * 2**0.5 * jnp.asarray(sincos1d(length, config.width))
+    if length > config.max_len:
+      raise ValueError(
+        f"text of {length} tokens exceeds max_len={config.max_len} of the learned positions; "
+        "shorten the text, or build the decoder with a larger max_len or position='sincos'."
+      )
+    return self.position_embedding[:length]

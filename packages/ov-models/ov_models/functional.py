@@ -1,0 +1,130 @@
+"""Models as pure functions over plain nested dicts of arrays."""
+
+import functools
+import math
+from typing import Any, overload
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ov_models.captioner import Captioner, CaptionerConfig
+from ov_models.config import TransformerConfig
+from ov_models.vit import ViT, ViTConfig
+
+Params = dict[str, Any]
+Config = ViTConfig | CaptionerConfig
+
+
+def _build(config: Config, rngs: nnx.Rngs) -> nnx.Module:
+  if isinstance(config, CaptionerConfig):
+    return Captioner(config, rngs=rngs)
+  if isinstance(config, ViTConfig):
+    return ViT(config, rngs=rngs)
+  raise TypeError(
+    f"config is a {type(config).__name__}; expected ViTConfig or CaptionerConfig."
+  )
+
+
+@functools.lru_cache(maxsize=64)
+def _abstract(config: Config) -> tuple[Any, nnx.State]:
+  """Structure and abstract parameters. The key is made inside: nothing touches a device."""
+  return nnx.split(nnx.eval_shape(lambda: _build(config, nnx.Rngs(jax.random.key(0)))))
+
+
+def init(config: Config, key: jax.Array) -> Params:
+  """Fresh parameters: nested dict of float32 arrays. Usable under jit with `config` static."""
+  return nnx.to_pure_dict(nnx.state(_build(config, nnx.Rngs(key))))
+
+
+def abstract_params(config: Config) -> Params:
+  """The tree of `init` as jax.ShapeDtypeStruct, without computing anything."""
+  return jax.tree.map(
+    lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype), nnx.to_pure_dict(_abstract(config)[1])
+  )
+
+
+@overload
+def bind(config: ViTConfig, params: Params) -> ViT: ...
+@overload
+def bind(config: CaptionerConfig, params: Params) -> Captioner: ...
+def bind(config: Config, params: Params) -> ViT | Captioner:
+  """The module of `config` over `params`; cheap, usable inside jit, grad and vmap.
+
+  Raises:
+    ValueError: a parameter is missing, left over or of another shape; all are listed.
+  """
+  _check_tree(abstract_params(config), params)
+  return nnx.merge(_abstract(config)[0], params)
+
+
+def _check_tree(expected: Params, got: Params) -> None:
+  def shapes(tree: Params) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(p, simple=True, separator="/"): jnp.shape(x) for p, x in leaves}
+
+  want, have = shapes(expected), shapes(got)
+  if want == have:
+    return
+  lines = [f"missing {name} {want[name]}" for name in want if name not in have]
+  lines += [f"left over {name} {have[name]}" for name in have if name not in want]
+  lines += [
+    f"{name} is {have[name]}, expected {want[name]}"
+    for name in want
+    if name in have and want[name] != have[name]
+  ]
+  raise ValueError("parameters do not fit the config:\n  " + "\n  ".join(lines))
+
+
+def logical_axes(config: Config) -> Params:
+  """Logical axis names of every parameter: the tree of `init` with tuples as leaves.
+
+  Names: "embed", "mlp", "vocab", "norm", None for an axis that stays whole, and "layers" first
+  for stacked layers.
+  """
+
+  def names(path: tuple[Any, ...], variable: Any) -> tuple[str | None, ...]:
+    axes = tuple(variable.get_metadata()["logical_axes"])
+    return ("layers", *axes) if "blocks" in path else axes
+
+  tree: Params = {}
+  for path, variable in nnx.to_flat_state(_abstract(config)[1]):
+    node = tree
+    for part in path[:-1]:
+      node = node.setdefault(part, {})
+    node[path[-1]] = names(path, variable)
+  return tree
+
+
+def num_params(config_or_params: Config | Params) -> int:
+  """Number of parameters of a config or of a tree."""
+  tree = config_or_params
+  if isinstance(tree, ViTConfig | CaptionerConfig):
+    tree = abstract_params(tree)
+  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def flops_per_example(config: CaptionerConfig, text_len: int) -> int:
+  """Floating point operations of one training example, forward and backward.
+
+  Model FLOPs as used for MFU (https://arxiv.org/abs/2204.02311, appendix B): matmuls only, two
+  operations per multiply-add, backward twice the forward, nothing for rematerialisation, full
+  T x T attention whatever the mask. Masked patches and dropped tokens are not counted.
+
+  Args:
+    config: of the captioner.
+    text_len: T, tokens per caption, padding included.
+  """
+  vit, text = config.encoder, config.decoder
+  patch = 2 * vit.num_patches * 3 * vit.patch_size**2 * vit.width
+  encoder = _stack_flops(vit, vit.num_unmasked + 1)
+  project = 2 * config.num_kept * vit.width * text.width
+  decoder = _stack_flops(text, config.num_kept + text_len)
+  head = 2 * text_len * text.width * text.vocab_size
+  return 3 * (patch + encoder + project + decoder + head)
+
+
+def _stack_flops(config: TransformerConfig, tokens: int) -> int:
+  d = config.width
+  weights = 4 * d * d + 2 * d * config.mlp_dim
+  return config.depth * (2 * tokens * weights + 4 * tokens * tokens * d)

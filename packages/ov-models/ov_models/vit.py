@@ -1,0 +1,226 @@
+"""The vision transformer of OpenVision: patches to one pooled vector and to patch features.
+
+OpenVision: https://arxiv.org/abs/2505.04601. ViT: https://arxiv.org/abs/2010.11929.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ov_models import masking
+from ov_models.attention import FULL, attend
+from ov_models.blocks import (
+  Attention,
+  BlockStyle,
+  Mlp,
+  axes,
+  layer_norm,
+  normal,
+  run_blocks,
+  stack_blocks,
+)
+from ov_models.config import TransformerConfig, check_choice, check_ratio, variant_sizes
+from ov_models.positions import check_sincos_dim, resample_positions, sincos2d
+
+# name: (width, depth, mlp_dim, num_heads)
+VIT_VARIANTS = {
+  "mu": (32, 1, 128, 2),
+  "Ti": (192, 12, 768, 3),
+  "S": (384, 12, 1536, 6),
+  "M": (512, 12, 2048, 8),
+  "B": (768, 12, 3072, 12),
+  "L": (1024, 24, 4096, 16),
+  "So400m": (1152, 27, 4304, 16),
+  "H": (1280, 32, 5120, 16),
+  "g": (1408, 40, 6144, 16),
+  "g-opt": (1536, 40, 6144, 16),
+  "G": (1664, 48, 8192, 16),
+  "G-opt": (1536, 48, 8192, 16),
+  "e": (1792, 56, 15360, 16),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ViTConfig(TransformerConfig):
+  """A vision tower.
+
+  Attributes:
+    patch_size: P, pixels; right and bottom pixels that fill no patch are dropped.
+    image_size: pixels, the size learned positions are made for. Forward takes any size.
+    position: "sincos2d" computed and never stored, "learned" a table [1 + T, D].
+    pool: "gap" norm of the mean patch, "tok" the normed cls token, "map" attention pooling over
+      all normed tokens.
+    mask_ratio: share of patches dropped in training, before the blocks; in [0, 1).
+    mask_mode: "random" subset, or "grid": a lattice with random offset.
+  """
+
+  patch_size: int
+  image_size: int
+  position: Literal["sincos2d", "learned"] = "sincos2d"
+  pool: Literal["gap", "tok", "map"] = "gap"
+  mask_ratio: float = 0.0
+  mask_mode: Literal["random", "grid"] = "random"
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    self._check_positive("patch_size")
+    self._check_positive("image_size")
+    check_choice("position", self.position, ("sincos2d", "learned"))
+    check_choice("pool", self.pool, ("gap", "tok", "map"))
+    check_choice("mask_mode", self.mask_mode, ("random", "grid"))
+    check_ratio("mask_ratio", self.mask_ratio, zero=True, one=False)
+    if self.position == "sincos2d":
+      check_sincos_dim(self.width, 4)
+    self.grid_of(self.image_size, self.image_size)
+
+  @classmethod
+  def from_name(cls, name: str, image_size: int = 224, **overrides: Any) -> "ViTConfig":
+    """A published size, e.g. "L/14" (patch 16 when not given); `overrides` set any field.
+
+    Raises:
+      ValueError: unknown variant, patch that is no number, or an impossible combination.
+    """
+    variant, _, patch = name.partition("/")
+    if patch and not patch.isdigit():
+      raise ValueError(f"patch size {patch!r} in {name!r} is no number; write e.g. 'L/14'.")
+    sizes: dict[str, Any] = variant_sizes("ViT", variant, VIT_VARIANTS)
+    sizes |= {"patch_size": int(patch or 16), "image_size": image_size}
+    return cls(**(sizes | overrides))
+
+  def grid_of(self, height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of patches of an image; ValueError if it is smaller than one patch."""
+    if min(height, width) < self.patch_size:
+      raise ValueError(
+        f"image of {height} x {width} pixels is smaller than one patch of {self.patch_size}; "
+        "give a larger image or a smaller patch_size."
+      )
+    return height // self.patch_size, width // self.patch_size
+
+  @property
+  def grid(self) -> tuple[int, int]:
+    return self.grid_of(self.image_size, self.image_size)
+
+  @property
+  def num_patches(self) -> int:
+    return self.grid[0] * self.grid[1]
+
+  @property
+  def num_unmasked(self) -> int:
+    """Patches that enter the blocks in training."""
+    return masking.num_kept(self.num_patches, 1 - self.mask_ratio)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ViTOutput:
+  """pooled [B, D]; tokens [B, T, D], patches after the last block, before any norm, no cls."""
+
+  pooled: jax.Array
+  tokens: jax.Array
+
+
+def _style(width: int) -> BlockStyle:
+  return BlockStyle(
+    gelu_tanh=False,
+    qkv=normal(0.02),
+    out=normal(0.02),
+    up=normal(0.02),
+    # std sqrt(0.3072 / D): 0.02 at D = 768.
+    down=jax.nn.initializers.variance_scaling(0.3072, "fan_out", "truncated_normal"),
+  )
+
+
+class MapPool(nnx.Module):
+  """Attention pooling by one learned query: [B, T, D] -> [B, D]."""
+
+  def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs) -> None:
+    d, style = config.width, _style(config.width)
+    self.dtype = config.compute_dtype
+    probe = jax.nn.initializers.xavier_uniform()(rngs.params(), (1, d))
+    self.probe = nnx.Param(probe[0], **axes(None))
+    self.attn = Attention(config, style, rngs=rngs)
+    self.norm = layer_norm(d, self.dtype, rngs)
+    self.mlp = Mlp(config, style, rngs=rngs)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    probe = jnp.broadcast_to(self.probe[...].astype(self.dtype), (x.shape[0], 1, x.shape[2]))
+    q, k, v = self.attn.project(probe, x)
+    pooled = self.attn.merge(attend(q, k, v, FULL, "xla"))
+    return (pooled + self.mlp(self.norm(pooled)))[:, 0]
+
+
+class ViT(nnx.Module):
+  """Vision tower. Build it by `init` and `bind`, not by hand."""
+
+  def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs) -> None:
+    self.config = config
+    d, p = config.width, config.patch_size
+    self.patch_embed = nnx.Conv(
+      3, d, (p, p), strides=(p, p), padding="VALID", use_bias=False, dtype=jnp.float32,
+      kernel_init=jax.nn.initializers.variance_scaling(2.0, "fan_in", "uniform"),
+      kernel_metadata=axes(None, None, None, None), rngs=rngs,
+    )  # fmt: skip
+    self.cls = nnx.Param(normal(1e-6)(rngs.params(), (d,)), **axes(None))
+    if config.position == "learned":
+      table = normal(0.02)(rngs.params(), (1 + config.num_patches, d))
+      self.position_embedding = nnx.Param(table, **axes(None, "embed"))
+    self.blocks = stack_blocks(config, _style(d), rngs=rngs)
+    self.norm = layer_norm(d, config.compute_dtype, rngs)
+    if config.pool == "map":
+      self.pool = MapPool(config, rngs=rngs)
+
+  def __call__(self, images: jax.Array, key: jax.Array | None = None) -> ViTOutput:
+    """Encodes images.
+
+    Args:
+      images: float32 [B, H, W, 3], already normalised; any H, W of at least one patch.
+      key: randomness of training. Without it no patch is dropped.
+
+    Returns:
+      ViTOutput in compute dtype; T = patches of the image, fewer with a key and mask_ratio > 0.
+
+    Raises:
+      ValueError: images of another rank, channel count or below one patch.
+    """
+    config = self.config
+    x, grid = self._embed(images)
+    if key is not None and config.mask_ratio > 0:
+      x = jnp.concatenate([x[:, :1], self._drop(x[:, 1:], grid, key)], axis=1)
+    x = run_blocks(self.blocks, x, FULL, config)
+    return ViTOutput(pooled=self._pool(x), tokens=x[:, 1:])
+
+  def _embed(self, images: jax.Array) -> tuple[jax.Array, tuple[int, int]]:
+    """cls and patches with positions: [B, 1 + T, D] in compute dtype, and the grid."""
+    config = self.config
+    if images.ndim != 4 or images.shape[3] != 3:
+      raise ValueError(f"images have shape {tuple(images.shape)}; expected [B, H, W, 3].")
+    grid = config.grid_of(images.shape[1], images.shape[2])
+    # float32 up to here whatever the compute dtype: pixels and positions need the bits.
+    x = self.patch_embed(images.astype(jnp.float32))
+    x = x.reshape(x.shape[0], -1, config.width)
+    cls = jnp.broadcast_to(self.cls[...], (x.shape[0], 1, config.width))
+    if config.position == "learned":
+      table = resample_positions(self.position_embedding[...], config.grid, grid)
+      x = jnp.concatenate([cls, x], axis=1) + table
+    else:
+      x = jnp.concatenate([cls, x + sincos2d(*grid, config.width)], axis=1)
+    return x.astype(config.compute_dtype), grid
+
+  def _drop(self, patches: jax.Array, grid: tuple[int, int], key: jax.Array) -> jax.Array:
+    batch, total = patches.shape[:2]
+    keep = masking.num_kept(total, 1 - self.config.mask_ratio)
+    if self.config.mask_mode == "grid":
+      index = masking.grid_index(key, batch, grid, keep)
+    else:
+      index = masking.random_index(key, batch, total, keep, ordered=True)
+    return masking.take_tokens(patches, index)
+
+  def _pool(self, x: jax.Array) -> jax.Array:
+    if self.config.pool == "gap":
+      return self.norm(x[:, 1:].mean(axis=1))
+    if self.config.pool == "tok":
+      return self.norm(x[:, 0])
+    return self.pool(self.norm(x))
