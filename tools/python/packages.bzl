@@ -1,0 +1,7 @@
+"""The Bazel packages with Python code. Lint, type check and wall test see what is listed here."""
+
+PACKAGES = [
+    "packages/ov-eval",
+    "tools/lint",
+    "tools/python",
+]
