@@ -1,7 +1,6 @@
 """Evaluation that knows no model: functions and batches in, exact mergeable figures out."""
 
 from ov_eval.captions import (
-  Attribute,
   AttributeAccuracy,
   CaptionRecord,
   attribute_accuracy,
@@ -21,7 +20,6 @@ from ov_eval.results import Result, write_results
 from ov_eval.states import Confusion, Mean, Share
 
 __all__ = [
-  "Attribute",
   "AttributeAccuracy",
   "CaptionNLL",
   "CaptionRecord",

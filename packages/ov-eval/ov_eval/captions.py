@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
 import statistics
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -29,14 +29,6 @@ class CaptionRecord:
   generated: str
   references: tuple[str, ...]
   extras: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-
-class Attribute(NamedTuple):
-  """One checkable fact about a picture and whether the caption has it right."""
-
-  kind: str  # such as "colour"
-  expected: str  # such as "red"
-  correct: bool
 
 
 def generate_captions(
@@ -85,7 +77,7 @@ class AttributeAccuracy:
 
   Attributes:
     overall: over all attributes.
-    by_kind: the same per kind, in alphabetical order.
+    by_kind: the same per kind, in the order in which kinds are met.
     all_correct: captions with every attribute right.
     exact_match: captions equal to a reference, up to case and spaces.
   """
@@ -111,32 +103,31 @@ class AttributeAccuracy:
 
 def attribute_accuracy(
   records: Sequence[CaptionRecord],
-  score_fn: Callable[[CaptionRecord], Iterable[Attribute]],
+  score_fn: Callable[[CaptionRecord], Mapping[str, tuple[int, int]]],
 ) -> AttributeAccuracy:
   """Checks each caption against the ground truth of its picture.
 
   Args:
     records: from `generate_captions`.
-    score_fn: record -> its attributes, each (kind, expected, correct). A record without
+    score_fn: record -> {kind: (attributes right, attributes in all)}. A record without
       attributes counts for `exact_match` only.
   """
-  scored = [[Attribute(*a) for a in score_fn(record)] for record in records]
-  kinds = sorted({a.kind for attributes in scored for a in attributes})
-
-  def share(kind: str | None) -> Share:
-    rows = [[a.correct for a in attributes if kind in (None, a.kind)] for attributes in scored]
-    return Share.of([sum(row) for row in rows if row], [len(row) for row in rows if row])
-
+  scored = [score for score in map(score_fn, records) if score]
+  kinds = dict.fromkeys(kind for score in scored for kind in score)
+  sums = [tuple(map(sum, zip(*score.values(), strict=True))) for score in scored]
+  of_kind = {kind: [score[kind] for score in scored if kind in score] for kind in kinds}
   return AttributeAccuracy(
-    overall=share(None),
-    by_kind={kind: share(kind) for kind in kinds},
-    all_correct=Share.of(
-      [all(a.correct for a in attributes) for attributes in scored if attributes]
-    ),
+    overall=_share(sums),
+    by_kind={kind: _share(pairs) for kind, pairs in of_kind.items()},
+    all_correct=Share.of([right == total for right, total in sums]),
     exact_match=Share.of(
       [_plain(r.generated) in {_plain(text) for text in r.references} for r in records]
     ),
   )
+
+
+def _share(pairs: Sequence[tuple[int, ...]]) -> Share:
+  return Share.of([right for right, _ in pairs], [total for _, total in pairs])
 
 
 def caption_statistics(records: Sequence[CaptionRecord]) -> dict[str, float]:

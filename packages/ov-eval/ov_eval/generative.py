@@ -104,6 +104,7 @@ def classify_by_likelihood(
   score_fn: Callable[[Any, np.ndarray], tuple[Any, Any]],
   batches: Iterable[Batch],
   prompt_ids: np.ndarray,
+  prompt_class: np.ndarray | None = None,
   *,
   length: Literal["sum", "mean"] = "sum",
   chunk: int = 64,
@@ -114,9 +115,11 @@ def classify_by_likelihood(
   Args:
     encode_fn: batch -> what `score_fn` needs of the pictures (image tokens); once per batch.
     score_fn: (encoded, ids int [K, T]) -> (log-likelihood [B, K], tokens [K] or [B, K]). It always
-      sees K = min(chunk, C) prompts, so it compiles once.
+      sees K = min(chunk, P) prompts, so it compiles once.
     batches: each with `label` int [B] and `valid` bool [B].
-    prompt_ids: int [C, T], the tokenised `class_prompts`, in order of class number.
+    prompt_ids: int [P, T], the tokenised prompts.
+    prompt_class: int [P], the class of each prompt; the score of a class is the log of the sum of
+      its prompts' likelihoods. None: one prompt per class, in order of class number.
     length: `sum` is log p(prompt | picture); `mean` divides it by the prompt's tokens, which
       takes away the advantage of short names.
     chunk: prompts scored at a time.
@@ -127,18 +130,34 @@ def classify_by_likelihood(
   """
   if length not in ("sum", "mean"):
     raise ValueError(f"length={length!r} must be 'sum' or 'mean'.")
-  num_classes = len(prompt_ids)
-  chunk = min(chunk, num_classes)
-  # The last chunk is filled up with repeats of class 0, cut away below.
-  order = np.append(np.arange(num_classes), np.zeros(-num_classes % chunk, int))
+  num_prompts = len(prompt_ids)
+  classes = np.arange(num_prompts) if prompt_class is None else np.asarray(prompt_class)
+  if sorted(set(classes.tolist())) != list(range(classes.max() + 1)) or len(classes) != num_prompts:
+    raise ValueError(
+      f"prompt_class must give each of {num_prompts} prompts a class, with no class left out."
+    )
+  chunk = min(chunk, num_prompts)
+  # The last chunk is filled up with repeats of prompt 0, cut away below.
+  order = np.append(np.arange(num_prompts), np.zeros(-num_prompts % chunk, int))
   chunks = np.asarray(prompt_ids)[order].reshape(-1, chunk, prompt_ids.shape[1])
-  none = np.zeros((0, num_classes)), np.zeros(0, int), np.zeros(0, bool)
-  state = Classification.of(*none)
+  num_classes = int(classes.max()) + 1
+  state = Classification.of(np.zeros((0, num_classes)), np.zeros(0, int), np.zeros(0, bool))
   for batch in batches:
     encoded = encode_fn(batch)
     parts = jax.device_get([score_fn(encoded, ids) for ids in chunks])
     scores = np.concatenate(
       [total / tokens if length == "mean" else total for total, tokens in parts], axis=1
-    )[:, :num_classes]
-    state += Classification.of(scores, batch["label"], batch["valid"])
+    )[:, :num_prompts]
+    state += Classification.of(
+      _by_class(scores, classes, num_classes), batch["label"], batch["valid"]
+    )
   return merge(state)
+
+
+def _by_class(scores: np.ndarray, classes: np.ndarray, num_classes: int) -> np.ndarray:
+  """Log of the sum of exp over the prompts of each class: [B, P] -> float64 [B, C]."""
+  joined = np.full((len(scores), num_classes), -np.inf)
+  with np.errstate(invalid="ignore"):  # a NaN score is refused later, with its row counted
+    for prompt, label in enumerate(classes):
+      joined[:, label] = np.logaddexp(joined[:, label], scores[:, prompt].astype(np.float64))
+  return joined

@@ -98,6 +98,24 @@ def test_normalising_changes_the_answer():
   assert (whole.confusion.counts != mean.confusion.counts).any()
 
 
+def test_likelihoods_of_the_prompts_of_a_class_add_up():
+  scores, labels, tokens = _case(num_classes=12, ties=False)
+  classes = np.array([0, 1, 2, 3] * 3)
+  batch = {"label": labels % 4, "valid": np.ones(len(labels), bool)}
+  state = classify_by_likelihood(
+    lambda batch: scores,
+    lambda scores, ids: (scores[:, ids[:, 0]], tokens[ids[:, 0]]),
+    [batch],
+    np.arange(12)[:, None],
+    classes,
+    chunk=5,
+  )
+  likelihood = np.stack([np.exp(scores[:, classes == c]).sum(1) for c in range(4)], 1)
+  assert state.top1.value == np.mean(likelihood.argmax(1) == labels % 4)
+  with pytest.raises(ValueError, match="no class left out"):
+    classify_by_likelihood(None, None, [], np.zeros((2, 1), int), np.array([0, 2]))
+
+
 def test_a_constant_model_scores_chance_not_everything():
   labels = np.arange(10)
   state = Classification.of(np.zeros((10, 10)), labels, np.ones(10, bool))
