@@ -1,0 +1,219 @@
+"""Where metrics go: metrics.jsonl always, TensorBoard and Weights & Biases when asked.
+
+`metrics.jsonl` holds one JSON object a line: `step` and flat names such as `train/loss`. A run that
+was interrupted and resumed leaves the same file as one that was not, except for the values of
+TIMING_NAMES. Compare two such files with `python -m apps.trainer.sinks A B`.
+"""
+
+from collections.abc import Mapping
+import json
+import math
+import os
+from pathlib import Path
+import sys
+from types import TracebackType
+from typing import Any, Self
+import uuid
+
+from apps.trainer.errors import UserError
+
+# Values of the clock and of the machine; everything else in metrics.jsonl is reproducible.
+TIMING_NAMES = frozenset(
+  {
+    "train/images_per_second",  # all devices together
+    "train/mfu",  # model FLOPs done over FLOPs of the devices' peak, 0 to 1
+    "train/input_wait",  # share of the time spent waiting for the next batch, 0 to 1
+    "train/seconds",  # since the previous line
+    "eval/seconds",  # one evaluation
+  }
+)
+
+
+class MetricWriter:
+  """Writes metrics in the order of steps; a context manager.
+
+  A line is on its way to the disk when `write` returns. To resume exactly, everything up to step s
+  (evaluations at s included) must be written before the checkpoint of step s is begun.
+  """
+
+  def __init__(
+    self,
+    workdir: str | os.PathLike[str],
+    *,
+    resume_step: int | None = None,
+    active: bool = True,
+    tensorboard: bool = False,
+    wandb_project: str | None = None,
+    config: Mapping[str, Any] | None = None,
+  ):
+    """Opens the sinks.
+
+    Args:
+      workdir: existing folder for metrics.jsonl, tensorboard/ and wandb/.
+      resume_step: step of the restored checkpoint: later lines of an earlier attempt are cut
+        away. None starts an empty file.
+      active: False on every process but the first; then nothing is opened or written.
+      tensorboard: also write event files.
+      wandb_project: also report to Weights & Biases; the key is read from WANDB_API_KEY only.
+      config: resolved configuration, shown by Weights & Biases.
+
+    Raises:
+      UserError: if Weights & Biases is asked for but not installed or has no key.
+    """
+    self._file = self._events = self._wandb = None
+    if not active:
+      return
+    workdir = Path(workdir)
+    if wandb_project:
+      self._wandb = _open_wandb(wandb_project, workdir, config)
+    path = workdir / "metrics.jsonl"
+    _cut(path, resume_step)
+    self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+    if tensorboard:
+      from tensorboardX import SummaryWriter
+
+      purge = None if resume_step is None else resume_step + 1
+      self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=purge)
+
+  def write(self, step: int, values: Mapping[str, Any]) -> None:
+    """Writes one line of scalars (Python, NumPy, or device arrays already on the host).
+
+    A value that is NaN or infinite becomes null: JSON has no word for it.
+    """
+    if self._file is None:
+      return
+    scalars = {name: _scalar(name, value) for name, value in values.items()}
+    finite = {name: v if math.isfinite(v) else None for name, v in scalars.items()}
+    self._file.write(json.dumps({"step": int(step), **finite}, allow_nan=False) + "\n")
+    self._file.flush()
+    if self._events is not None:
+      for name, value in scalars.items():
+        self._events.add_scalar(name, value, step)
+    if self._wandb is not None:
+      self._wandb.log(scalars, step=step)
+
+  def flush(self) -> None:
+    """Returns when metrics.jsonl is on the disk."""
+    if self._file is not None:
+      os.fsync(self._file.fileno())
+    if self._events is not None:
+      self._events.flush()
+
+  def close(self) -> None:
+    """Closes every sink; may be called twice."""
+    if self._file is not None:
+      self.flush()
+      self._file.close()
+    if self._events is not None:
+      self._events.close()
+    if self._wandb is not None:
+      self._wandb.finish()
+    self._file = self._events = self._wandb = None
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(
+    self,
+    kind: type[BaseException] | None,
+    error: BaseException | None,
+    traceback: TracebackType | None,
+  ) -> None:
+    self.close()
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+  """The lines of a metrics.jsonl; null becomes NaN, a torn last line is left out."""
+  lines = []
+  for text in Path(path).read_text(encoding="utf-8").splitlines():
+    try:
+      line = json.loads(text)
+    except json.JSONDecodeError:
+      break
+    lines.append({name: math.nan if value is None else value for name, value in line.items()})
+  return lines
+
+
+def compare_metrics(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> list[str]:
+  """Differences of two metrics.jsonl, bit for bit, TIMING_NAMES left out; empty if equal."""
+  first, second = (
+    [{k: v for k, v in line.items() if k not in TIMING_NAMES} for line in read_metrics(path)]
+    for path in (a, b)
+  )
+  differences = []
+  if len(first) != len(second):
+    differences.append(f"{len(first)} lines against {len(second)} lines")
+  for number, (one, two) in enumerate(zip(first, second), start=1):
+    for name in one.keys() | two.keys():
+      values = [json.dumps(line.get(name, "missing")) for line in (one, two)]
+      if values[0] != values[1]:
+        step = one.get("step")
+        differences.append(f"line {number}, step {step}: {name} {values[0]} against {values[1]}")
+  return differences
+
+
+def _cut(path: Path, resume_step: int | None) -> None:
+  """Keeps the whole lines up to resume_step, by writing a new file and renaming it."""
+  kept = []
+  if resume_step is not None and path.exists():
+    for line in path.read_bytes().splitlines(keepends=True):
+      try:
+        step = json.loads(line)["step"]
+      except (ValueError, KeyError, TypeError):
+        break
+      if step <= resume_step and line.endswith(b"\n"):
+        kept.append(line)
+  partial = path.with_name(path.name + ".partial")
+  with open(partial, "wb") as file:
+    file.writelines(kept)
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(partial, path)
+
+
+def _scalar(name: str, value: Any) -> float | int:
+  if isinstance(value, bool | int | float):
+    return value
+  try:
+    return value.item()  # NumPy and JAX scalars of one element
+  except (AttributeError, ValueError) as error:
+    raise TypeError(f"metric {name!r} is {value!r}; expected one number") from error
+
+
+def _open_wandb(project: str, workdir: Path, config: Mapping[str, Any] | None) -> Any:
+  """A run whose id lies in the workdir, so that resuming continues it."""
+  try:
+    import wandb
+  except ImportError as error:
+    raise UserError(
+      "Weights & Biases was asked for but is not installed; pip install wandb, or drop the setting"
+    ) from error
+  offline = os.environ.get("WANDB_MODE") in ("offline", "disabled")
+  if not offline and not os.environ.get("WANDB_API_KEY"):
+    raise UserError(
+      "Weights & Biases was asked for but WANDB_API_KEY is not set; "
+      "export it, or set WANDB_MODE=offline"
+    )
+  id_file = workdir / "wandb_run_id"
+  if not id_file.exists():
+    id_file.write_text(uuid.uuid4().hex, encoding="utf-8")
+  return wandb.init(
+    project=project,
+    id=id_file.read_text(encoding="utf-8"),
+    resume="allow",
+    dir=str(workdir),
+    config=dict(config or {}),
+  )
+
+
+def _main(arguments: list[str]) -> int:
+  if len(arguments) != 2:
+    print("usage: python -m apps.trainer.sinks A/metrics.jsonl B/metrics.jsonl", file=sys.stderr)
+    return 2
+  differences = compare_metrics(*arguments)
+  print("\n".join(differences) or "equal, timing left out")
+  return 1 if differences else 0
+
+
+if __name__ == "__main__":
+  sys.exit(_main(sys.argv[1:]))
