@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
-import statistics
 from typing import Any
 
 import jax
@@ -11,7 +10,7 @@ import numpy as np
 from ov_eval.likelihood import Batch
 from ov_eval.processes import gather as gather_processes
 from ov_eval.results import Result
-from ov_eval.states import Share
+from ov_eval.states import Mean, Share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,10 +94,7 @@ class AttributeAccuracy:
       "all_attributes_correct": self.all_correct,
       "exact_match": self.exact_match,
     }
-    return [
-      Result(name, share.value, share.count, *share.interval(level))
-      for name, share in named.items()
-    ]
+    return [share.result(name, level) for name, share in named.items()]
 
 
 def attribute_accuracy(
@@ -130,7 +126,7 @@ def _share(pairs: Sequence[tuple[int, ...]]) -> Share:
   return Share.of([right for right, _ in pairs], [total for _, total in pairs])
 
 
-def caption_statistics(records: Sequence[CaptionRecord]) -> dict[str, float]:
+def caption_statistics(records: Sequence[CaptionRecord]) -> list[Result]:
   """Length in words, and how many captions differ: a model that says one thing shows here.
 
   Returns:
@@ -138,15 +134,16 @@ def caption_statistics(records: Sequence[CaptionRecord]) -> dict[str, float]:
     (share of different texts among all); empty without records.
   """
   if not records:
-    return {}
+    return []
   generated = [_plain(r.generated) for r in records]
   references = [_plain(text) for r in records for text in r.references]
-  return {
-    "caption_words": statistics.fmean(len(text.split()) for text in generated),
-    "reference_words": statistics.fmean(len(text.split()) for text in references),
-    "distinct_captions": len(set(generated)) / len(generated),
-    "distinct_references": len(set(references)) / len(references),
-  }
+  results = []
+  for name, texts in (("caption", generated), ("reference", references)):
+    words = Mean.of([len(text.split()) for text in texts])
+    results.append(words.result(f"{name}_words", unit="words"))
+    distinct = len(set(texts)) / len(texts)
+    results.append(Result(f"distinct_{name}s", distinct, len(texts), unit="share"))
+  return results
 
 
 def _plain(text: str) -> str:

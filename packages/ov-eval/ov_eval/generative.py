@@ -91,11 +91,11 @@ class Classification:
 
   def results(self, level: float = 0.95) -> list[Result]:
     """`zero_shot_top1`, `zero_shot_top5`, `zero_shot_mean_per_class`."""
-    count = self.top1.count
+    mean = self.confusion.mean_per_class()
     return [
-      Result("zero_shot_top1", self.top1.value, count, *self.top1.interval(level)),
-      Result("zero_shot_top5", self.top5.value, count, *self.top5.interval(level)),
-      Result("zero_shot_mean_per_class", self.confusion.mean_per_class(), count),
+      self.top1.result("zero_shot_top1", level),
+      self.top5.result("zero_shot_top5", level),
+      Result("zero_shot_mean_per_class", mean, self.top1.count, unit="share"),
     ]
 
 

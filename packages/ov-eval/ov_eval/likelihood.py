@@ -46,7 +46,7 @@ class CaptionNLL:
     """`caption_nll` and `caption_perplexity`, intervals over examples."""
     low, high = self.state.interval(level)
     return [
-      Result("caption_nll", self.nll, self.examples, low, high),
+      Result("caption_nll", self.nll, self.examples, low, high, "nats"),
       Result("caption_perplexity", self.perplexity, self.examples, _exp(low), _exp(high)),
     ]
 

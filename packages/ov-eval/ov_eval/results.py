@@ -18,6 +18,7 @@ class Result:
     value: the figure.
     count: examples behind it.
     low, high: confidence interval; None where none is defined.
+    unit: `share` (0 to 1), `nats` (per token), `words`, or empty.
   """
 
   name: str
@@ -25,6 +26,7 @@ class Result:
   count: int
   low: float | None = None
   high: float | None = None
+  unit: str = ""
 
 
 def write_results(
@@ -53,6 +55,7 @@ def write_results(
       "name": r.name,
       "value": _finite(r.value),
       "count": r.count,
+      "unit": r.unit,
       "interval": None if r.low is None else [_finite(r.low), _finite(r.high)],
     }
     for r in results

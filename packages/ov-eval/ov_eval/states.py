@@ -13,6 +13,8 @@ from typing import Self
 import numpy as np
 from numpy.typing import ArrayLike
 
+from ov_eval.results import Result
+
 
 @dataclasses.dataclass(frozen=True)
 class Mean:
@@ -90,6 +92,10 @@ class Mean:
     half = _quantile(level) * self.standard_error
     return self.value - half, self.value + half
 
+  def result(self, name: str, level: float = 0.95, unit: str = "") -> Result:
+    """Value, count and interval under a name."""
+    return Result(name, self.value, self.count, *self.interval(level), unit=unit)
+
 
 @dataclasses.dataclass(frozen=True)
 class Share(Mean):
@@ -110,6 +116,9 @@ class Share(Mean):
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return max(0.0, centre - half), min(1.0, centre + half)
+
+  def result(self, name: str, level: float = 0.95, unit: str = "share") -> Result:
+    return super().result(name, level, unit)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
