@@ -1,0 +1,153 @@
+"""Normalisation, colour jitter and grayscale on the device, as part of the jitted step.
+
+  preprocess = make_preprocess(AugmentConfig(), seed)     # batch -> batch, for make_train_step
+  images = normalise(batch["image"])                      # evaluation: no randomness
+
+The jitter is SimCLR v2's with the predecessors' strengths (Chen et al. 2020,
+https://arxiv.org/abs/2006.10029): with probability 0.8 brightness, contrast, saturation and hue in
+a random order, clipped to [0, 1] after each; then with probability 0.2 grayscale. On x in [0, 1]:
+
+  brightness  x * f                           f ~ U(1 - 0.32, 1 + 0.32)
+  contrast    (x - mean) * f + mean           mean over the pixels of each channel
+  saturation  S * f, clipped, in HSV
+  hue         H + d, in HSV                   d ~ U(-0.08, 0.08) turns
+  grayscale   0.2989 R + 0.5870 G + 0.1140 B in all three channels
+
+Every draw of an example comes from its key fold_in(key(seed), index), so it depends on nothing but
+the seed and the example's position in the run: not on the batch, the devices or the hosts.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+LUMA = (0.2989, 0.5870, 0.1140)
+
+
+@dataclasses.dataclass(frozen=True)
+class AugmentConfig:
+  """What happens to training images on the device.
+
+  Attributes:
+    jitter_probability: share of examples whose colours are jittered; 0 turns it off.
+    brightness, contrast, saturation: half-widths of the factors' ranges around 1.
+    hue: half-width of the hue shift, in turns.
+    gray_probability: share of examples turned gray; 0 turns it off.
+    truncate: cut to whole 1/255 after jitter, as the predecessors' uint8 pipeline did.
+    mean, std: of normalisation, for channels in [0, 1].
+  """
+
+  jitter_probability: float = 0.8
+  brightness: float = 0.32
+  contrast: float = 0.32
+  saturation: float = 0.32
+  hue: float = 0.08
+  gray_probability: float = 0.2
+  truncate: bool = False
+  mean: tuple[float, float, float] = MEAN
+  std: tuple[float, float, float] = STD
+
+  def __post_init__(self) -> None:
+    for name in ("jitter_probability", "gray_probability", "brightness", "contrast", "saturation"):
+      if not 0 <= getattr(self, name) <= 1:
+        raise ValueError(f"augment {name}={getattr(self, name)} must lie in [0, 1].")
+    if not 0 <= self.hue <= 0.5:
+      raise ValueError(f"augment hue={self.hue} must lie in [0, 0.5] turns.")
+
+
+def make_preprocess(
+  config: AugmentConfig, seed: int
+) -> Callable[[dict[str, jax.Array]], dict[str, jax.Array]]:
+  """batch -> batch with `image` uint8 [B, H, W, 3] augmented and normalised to float32.
+
+  Keyed by `index` [B] (any integer dtype), the position of each example in the whole run; it must
+  go on counting from epoch to epoch, or every epoch repeats the same draws.
+  """
+
+  def preprocess(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    x = unit_range(batch["image"])
+    if config.jitter_probability or config.gray_probability:
+      x = jitter(x, batch["index"], config, seed)
+    return {**batch, "image": _standardise(x, config.mean, config.std)}
+
+  return preprocess
+
+
+def normalise(
+  images: jax.Array,
+  mean: tuple[float, float, float] = MEAN,
+  std: tuple[float, float, float] = STD,
+) -> jax.Array:
+  """uint8 [B, H, W, 3] -> float32, (x / 255 - mean) / std."""
+  return _standardise(unit_range(images), mean, std)
+
+
+def unit_range(images: jax.Array) -> jax.Array:
+  """uint8 [..., 3] -> float32 in [0, 1].
+
+  Raises:
+    ValueError: for another dtype, which may already be scaled.
+  """
+  if images.dtype != jnp.uint8 or images.shape[-1] != 3:
+    raise ValueError(
+      f"expected uint8 images [..., 3], got {images.dtype} {images.shape}; the loader delivers "
+      "uint8, and normalisation belongs on the device."
+    )
+  return images.astype(jnp.float32) / 255.0
+
+
+def jitter(x: jax.Array, index: jax.Array, config: AugmentConfig, seed: int) -> jax.Array:
+  """Colour jitter and grayscale of float32 [B, H, W, 3] in [0, 1], keyed by index [B]."""
+  # A stream of its own, so that no draw repeats one of the step keys of the same seed.
+  key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), 0xA06)
+  keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index.astype(jnp.uint32))
+  return jax.vmap(lambda image, key: _jitter_one(image, key, config))(x, keys)
+
+
+def _jitter_one(x: jax.Array, key: jax.Array, config: AugmentConfig) -> jax.Array:
+  """One example, float32 [H, W, 3] in [0, 1]."""
+  factor_key, order_key, apply_key = jax.random.split(key, 3)
+  width = jnp.array([config.brightness, config.contrast, config.saturation, config.hue])
+  brightness, contrast, saturation, hue = jax.random.uniform(factor_key, (4,), minval=-1.0) * width
+  order = jax.random.permutation(order_key, 4)
+  use_jitter, use_gray = jax.random.uniform(apply_key, (2,)) < jnp.array(
+    [config.jitter_probability, config.gray_probability]
+  )
+
+  # Of the four operations one acts in each slot; the others get the factor that changes nothing.
+  y = x
+  for slot in range(4):
+    acts = order[slot] == jnp.arange(4)
+    mean = jnp.where(acts[1], y.mean(axis=(0, 1)), 0.0)  # [3]; brightness scales around 0
+    factor = 1.0 + acts[0] * brightness + acts[1] * contrast
+    y = jnp.clip((y - mean) * factor + mean, 0.0, 1.0)
+    y = jnp.where(acts[2] | acts[3], _adjust_hsv(y, 1.0 + acts[2] * saturation, acts[3] * hue), y)
+  x = jnp.where(use_jitter, y, x)
+  x = jnp.where(use_gray, (x * jnp.array(LUMA)).sum(axis=-1, keepdims=True), x)
+  return jnp.floor(x * 255.0) / 255.0 if config.truncate else x
+
+
+def _adjust_hsv(x: jax.Array, saturation: jax.Array, hue: jax.Array) -> jax.Array:
+  """Scales S and turns H of RGB [..., 3] in [0, 1], without a round trip through angles.
+
+  A channel of HSV back to RGB is V - V * S * ramp(H) with ramp(h) = clip(min(k, 4 - k), 0, 1),
+  k = (n + 6 h) mod 6 and n = 5, 3, 1 for R, G, B.
+  """
+  v = x.max(axis=-1)
+  chroma = v - x.min(axis=-1)
+  r, g, b = x[..., 0], x[..., 1], x[..., 2]
+  safe = jnp.where(chroma > 0, chroma, 1.0)
+  # Compared in pairs, not with v: the compiler may round v and r apart, and `v == r` would then miss.
+  green_or_blue = jnp.where(g >= b, 2 + (b - r) / safe, 4 + (r - g) / safe)
+  h6 = jnp.where((r >= g) & (r >= b), (g - b) / safe, green_or_blue)
+  chroma = jnp.minimum(chroma * saturation, v)  # S = chroma / V is clipped to 1
+  k = (jnp.array([5.0, 3.0, 1.0]) + (h6 + 6.0 * hue)[..., None]) % 6.0
+  return v[..., None] - chroma[..., None] * jnp.clip(jnp.minimum(k, 4.0 - k), 0.0, 1.0)
+
+
+def _standardise(x: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
+  return (x - jnp.array(mean, jnp.float32)) / jnp.array(std, jnp.float32)

@@ -1,0 +1,64 @@
+"""Mistakes of the user, told in one line; everything else keeps its traceback."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+
+from absl import app, flags
+
+
+class UserError(Exception):
+  """Something the user can put right; the message says what was found, expected, and to do."""
+
+
+# What the set-up of a run raises for a wrong value, a missing file or a malformed record.
+_SET_UP_ERRORS = (ValueError, OSError, LookupError)
+
+
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+  """Turns the errors of a set-up phase into UserError; the cause stays attached."""
+  try:
+    yield
+  except _SET_UP_ERRORS as error:
+    raise UserError(str(error) or type(error).__name__) from error
+
+
+def run_app(main: Callable[[], None]) -> None:
+  """Runs an absl app in which a UserError ends the program with one line and exit code 2.
+
+  Relative paths, the config file's included, are read from where the user stands: `bazel run`
+  starts programs elsewhere. OV_TRACEBACK=1 shows the full traceback.
+  """
+  if "BUILD_WORKING_DIRECTORY" in os.environ:
+    os.chdir(os.environ["BUILD_WORKING_DIRECTORY"])
+
+  def guarded(function: Callable[[Sequence[str]], object], argv: Sequence[str]) -> object:
+    try:
+      return function(argv)
+    except UserError as error:
+      if os.environ.get("OV_TRACEBACK") == "1":
+        raise
+      name = os.path.splitext(os.path.basename(sys.argv[0]))[0]
+      print(f"{name}: error: {error}", file=sys.stderr)
+      sys.exit(2)
+
+  def parse(argv: Sequence[str]) -> list[str]:
+    def parse_flags(args: Sequence[str]) -> list[str]:
+      with user_errors():  # a config file runs while flags are parsed
+        try:
+          return flags.FLAGS(args)
+        except flags.Error as error:
+          raise UserError(str(error)) from error
+
+    rest = guarded(parse_flags, argv)
+    if len(rest) > 1:
+      guarded(_refuse, rest[1:])
+    return rest
+
+  app.run(lambda argv: guarded(lambda _: main(), argv), flags_parser=parse)
+
+
+def _refuse(arguments: Sequence[str]) -> None:
+  raise UserError(f"unexpected arguments {' '.join(arguments)!r}; flags start with --")

@@ -1,0 +1,155 @@
+"""Learning-rate schedules as multipliers of the peak rate, and the predecessors' step arithmetic.
+
+A schedule is a function `step -> multiplier`: `step` int or int32 [], result float32 []. It is
+traceable, and the optimizer multiplies it with `OptimizerConfig.learning_rate`. Every kind starts
+with a linear warm-up from 0:
+
+  warmup(s)        = min(1, s / W)                                         (1 where W = 0)
+  warmup_cosine(s) = warmup(s) * (m + (1 - m) * (1 + cos(pi * p)) / 2),  p = clip((s-W)/(T-W), 0, 1)
+  wsd(s)           = warmup(s) * (m + (1 - m) * c(q)),  q = clip((s - (T-C)) / C, 0, 1)
+  rsqrt(s)         = warmup(s) * sqrt(K / (K + max(0, s - W))) * (m + (1 - m) * c(q))
+  constant(s)      = warmup(s)
+
+T total steps, W warmup_steps, m min_multiplier, C cooldown_steps, K timescale, and c the cool-down
+shape: linear 1 - q, cosine, or sqrt 1 - sqrt(q). Steps past T keep the last value.
+
+Papers: cosine, Loshchilov and Hutter 2016, https://arxiv.org/abs/1608.03983; WSD (warm-up, stable,
+decay), Hu et al. 2024, https://arxiv.org/abs/2404.06395; 1 - sqrt cool-down, Haegele et al. 2024,
+https://arxiv.org/abs/2405.18392; rsqrt, Zhai et al. 2021, https://arxiv.org/abs/2106.04560.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+Schedule = Callable[[jax.Array | int], jax.Array]
+
+IMAGENET_EXAMPLES = 1_281_167  # the unit of a virtual epoch, whatever the data set really holds
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleConfig:
+  """Which schedule, and its lengths in optimizer steps.
+
+  Attributes:
+    kind: see the formulas above.
+    warmup_steps: W, linear warm-up from 0; fewer than the total steps.
+    min_multiplier: m in [0, 1), what a decay ends at, as a share of the peak rate.
+    cooldown_steps: C, the last steps over which wsd and rsqrt decay to m; W + C <= T.
+    cooldown_shape: c of the formulas.
+    timescale: K of rsqrt, in steps.
+  """
+
+  kind: Literal["warmup_cosine", "wsd", "rsqrt", "constant"] = "warmup_cosine"
+  warmup_steps: int = 0
+  min_multiplier: float = 0.0
+  cooldown_steps: int = 0
+  cooldown_shape: Literal["linear", "cosine", "sqrt"] = "linear"
+  timescale: int = 10_000
+
+  def __post_init__(self) -> None:
+    kinds = ("warmup_cosine", "wsd", "rsqrt", "constant")
+    if self.kind not in kinds:
+      raise ValueError(f"schedule kind={self.kind!r} is unknown; choose one of {kinds}.")
+    if self.cooldown_shape not in ("linear", "cosine", "sqrt"):
+      raise ValueError(
+        f"schedule cooldown_shape={self.cooldown_shape!r} is unknown; choose linear, cosine or sqrt."
+      )
+    if self.warmup_steps < 0 or self.cooldown_steps < 0:
+      raise ValueError(
+        f"schedule lengths must be >= 0, got warmup_steps={self.warmup_steps}, "
+        f"cooldown_steps={self.cooldown_steps}."
+      )
+    if not 0 <= self.min_multiplier < 1:
+      raise ValueError(
+        f"schedule min_multiplier={self.min_multiplier} must lie in [0, 1): it is a share of the "
+        "peak learning rate, not a rate."
+      )
+    if self.timescale <= 0:
+      raise ValueError(f"schedule timescale={self.timescale} must be a positive number of steps.")
+    if self.kind == "wsd" and self.cooldown_steps == 0:
+      raise ValueError("schedule kind='wsd' needs cooldown_steps > 0; without decay use 'constant'.")
+    if self.kind in ("warmup_cosine", "constant") and self.cooldown_steps:
+      raise ValueError(
+        f"schedule kind={self.kind!r} has no cool-down, got cooldown_steps={self.cooldown_steps}; "
+        "set it to 0 or choose 'wsd' or 'rsqrt'."
+      )
+
+
+def make_schedule(config: ScheduleConfig, total_steps: int) -> Schedule:
+  """The multiplier function of `config` for a run of `total_steps` optimizer steps.
+
+  Raises:
+    ValueError: if the warm-up does not end before the run does, or warm-up and cool-down overlap.
+  """
+  total, warmup, cooldown = total_steps, config.warmup_steps, config.cooldown_steps
+  if total < 1:
+    raise ValueError(f"total_steps={total} must be at least 1.")
+  if warmup >= total:
+    raise ValueError(
+      f"warmup_steps={warmup} must be smaller than total_steps={total}; shorten the warm-up or "
+      "train longer."
+    )
+  if warmup + cooldown > total:
+    raise ValueError(
+      f"warmup_steps={warmup} + cooldown_steps={cooldown} exceed total_steps={total}."
+    )
+  floor = config.min_multiplier
+
+  def fraction(step: jax.Array, start: int, length: int) -> jax.Array:
+    return jnp.clip((step - start) / max(length, 1), 0.0, 1.0)
+
+  def blend(decay: jax.Array) -> jax.Array:
+    return floor + (1.0 - floor) * decay
+
+  def cosine(p: jax.Array) -> jax.Array:
+    return 0.5 * (1.0 + jnp.cos(jnp.pi * p))
+
+  def cool(step: jax.Array) -> jax.Array:
+    if not cooldown:
+      return jnp.ones_like(step)
+    q = fraction(step, total - cooldown, cooldown)
+    shapes = {"linear": 1.0 - q, "cosine": cosine(q), "sqrt": 1.0 - jnp.sqrt(q)}
+    return blend(shapes[config.cooldown_shape])
+
+  def schedule(step: jax.Array | int) -> jax.Array:
+    s = jnp.asarray(step, jnp.float32)
+    warm = jnp.minimum(1.0, s / warmup) if warmup else jnp.ones_like(s)
+    match config.kind:
+      case "warmup_cosine":
+        return warm * blend(cosine(fraction(s, warmup, total - warmup)))
+      case "wsd":
+        return warm * cool(s)
+      case "rsqrt":
+        after = jnp.maximum(0.0, s - warmup)
+        return warm * jnp.sqrt(config.timescale / (config.timescale + after)) * cool(s)
+      case _:
+        return warm
+
+  return schedule
+
+
+def virtual_epoch_steps(epochs: float, batch_size: int) -> int:
+  """Optimizer steps of `epochs` virtual ImageNet epochs: floor(1,281,167 * epochs / batch_size).
+
+  Stages and warm-ups of the published recipes are counted in these, independent of the data set.
+  """
+  if batch_size < 1:
+    raise ValueError(f"batch_size={batch_size} must be at least 1.")
+  if epochs < 0:
+    raise ValueError(f"epochs={epochs} must be >= 0.")
+  return math.floor(IMAGENET_EXAMPLES * epochs / batch_size)
+
+
+def batch_size_from_factor(batch_factor: float) -> int:
+  """Global batch of the predecessors' `batch_factor`: int(16384 * batch_factor) examples."""
+  return int(1024 * 16 * batch_factor)
+
+
+def scaled_learning_rate(base_lr: float, batch_size: int) -> float:
+  """Peak learning rate of a `base_lr` given per 256 examples: base_lr * batch_size / 256."""
+  return base_lr * batch_size / 256

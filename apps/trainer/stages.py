@@ -1,0 +1,48 @@
+"""A run is a list of stages; each is the whole configuration with a few changes.
+
+`config.stages = ({"name": "84px", "total_steps": 1000, "model.image_size": 84}, {...})`: keys are
+dotted paths of leaves. A stage starts from the params of the one before it, with a fresh
+optimizer and schedule. A config without stages is one stage called "main".
+"""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """One stage of a run."""
+
+  index: int
+  name: str
+  config: ConfigDict
+  first_step: int  # steps of all stages before this one
+
+  @property
+  def last_step(self) -> int:
+    return self.first_step + self.config.total_steps
+
+
+def resolve_stages(config: ConfigDict) -> list[Stage]:
+  """Applies each stage's changes to the shared configuration.
+
+  Raises:
+    ValueError: a change names no leaf, has another type, or two stages share a name.
+  """
+  changes = [dict(stage) for stage in config.stages] or [{"name": "main"}]
+  stages: list[Stage] = []
+  first_step = 0
+  for index, change in enumerate(changes):
+    name = str(change.pop("name", f"stage{index}"))
+    if name in [stage.name for stage in stages]:
+      raise ValueError(f"config.stages[{index}].name={name!r} stands twice; names must differ")
+    own = ConfigDict(config.to_dict())
+    own.stages = ()
+    try:
+      own.update_from_flattened_dict(change)
+    except (KeyError, TypeError) as error:
+      raise ValueError(f"config.stages[{index}] ({name}): {error}") from error
+    stages.append(Stage(index, name, own, first_step))
+    first_step += own.total_steps
+  return stages
