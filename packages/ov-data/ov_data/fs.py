@@ -1,0 +1,138 @@
+"""Files by path: local ones, and anything with a scheme (gs://...) through TensorFlow's gfile.
+
+TensorFlow is imported the first time a path with a scheme is touched, and by nothing else. Both
+kinds answer with the same types and the same errors (OSError), so callers never ask which it is.
+"""
+
+from collections.abc import Iterator
+import contextlib
+import glob as local_glob
+import os
+import threading
+from typing import Any, BinaryIO
+import uuid
+
+
+def is_remote(path: str) -> bool:
+  return "://" in path
+
+
+def join(directory: str, name: str) -> str:
+  return directory.rstrip("/") + "/" + name
+
+
+def basename(path: str) -> str:
+  return path.rstrip("/").rsplit("/", 1)[-1]
+
+
+def exists(path: str) -> bool:
+  return _call(path, "exists") if is_remote(path) else os.path.exists(path)
+
+
+def is_dir(path: str) -> bool:
+  return _call(path, "isdir") if is_remote(path) else os.path.isdir(path)
+
+
+def size(path: str) -> int:
+  """Bytes in the file."""
+  return _call(path, "stat").length if is_remote(path) else os.stat(path).st_size
+
+
+def listdir(directory: str) -> list[str]:
+  """Names in the directory, sorted, without trailing slashes."""
+  names = _call(directory, "listdir") if is_remote(directory) else os.listdir(directory)
+  return sorted(name.rstrip("/") for name in names)
+
+
+def glob(pattern: str) -> list[str]:
+  """Paths that match, sorted."""
+  return sorted(_call(pattern, "glob") if is_remote(pattern) else local_glob.glob(pattern))
+
+
+def open_read(path: str) -> contextlib.AbstractContextManager[BinaryIO]:
+  """The file, to be read from front to back."""
+  return _open_remote(path, "rb") if is_remote(path) else open(path, "rb")
+
+
+def read_bytes(path: str) -> bytes:
+  with open_read(path) as file:
+    return file.read()
+
+
+def write_atomic(path: str, data: bytes) -> None:
+  """Writes the whole file or nothing: beside the target first, then renamed over it.
+
+  Raises:
+    OSError: also where a remote store refuses.
+  """
+  part = f"{path}.{uuid.uuid4().hex[:8]}.part"
+  if is_remote(path):
+    with _open_remote(part, "wb") as file:
+      file.write(data)
+    _call(part, "rename", path, overwrite=True)
+    return
+  try:
+    with open(part, "wb") as file:
+      file.write(data)
+    os.replace(part, path)
+  except OSError:
+    with contextlib.suppress(OSError):
+      os.remove(part)
+    raise
+
+
+class Reader:
+  """Reads at any offset, from many threads at once. The file stays open while this object lives."""
+
+  def __init__(self, path: str):
+    self.path = path
+    self._local = threading.local()  # a remote handle keeps a position: one for each thread
+    self._descriptor = -1 if is_remote(path) else os.open(path, os.O_RDONLY)
+
+  def read(self, offset: int, length: int) -> bytes:
+    """Up to `length` bytes; fewer only at the end of the file."""
+    if self._descriptor >= 0:
+      return os.pread(self._descriptor, length, offset)
+    with _as_os_error(self.path):
+      if not hasattr(self._local, "file"):
+        self._local.file = _gfile(self.path).GFile(self.path, "rb")
+      self._local.file.seek(offset)
+      return self._local.file.read(length)
+
+  def __del__(self) -> None:
+    if getattr(self, "_descriptor", -1) >= 0:
+      os.close(self._descriptor)
+
+
+@contextlib.contextmanager
+def _open_remote(path: str, mode: str) -> Iterator[BinaryIO]:
+  with _as_os_error(path), _gfile(path).GFile(path, mode) as file:
+    yield file
+
+
+def _call(path: str, function: str, *args: Any, **kwargs: Any) -> Any:
+  with _as_os_error(path):
+    return getattr(_gfile(path), function)(path, *args, **kwargs)
+
+
+def _gfile(path: str) -> Any:
+  try:
+    from tensorflow.io import gfile
+  except ImportError as error:
+    raise ImportError(
+      f"reading {path} needs TensorFlow, which is not installed ({error}); "
+      "pip install 'ov-data[tensorflow]', or copy the data to a local directory"
+    ) from None
+  return gfile
+
+
+@contextlib.contextmanager
+def _as_os_error(path: str) -> Iterator[None]:
+  try:
+    yield
+  except Exception as error:
+    code = getattr(error, "error_code", None)  # set on every tf.errors.OpError
+    if code is None:
+      raise
+    kinds = {5: FileNotFoundError, 7: PermissionError, 16: PermissionError}
+    raise kinds.get(code, OSError)(f"{path}: {error}") from error
