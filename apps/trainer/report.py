@@ -1,0 +1,389 @@
+"""report.html: what a run did, on one self-contained page.
+
+A workdir holds `report.json` (everything on the page except the curves) beside `metrics.jsonl`
+(the curves). `python -m apps.trainer.report WORKDIR` makes the page again from the two.
+"""
+
+import base64
+from collections.abc import Mapping, Sequence
+import dataclasses
+import difflib
+import functools
+import importlib.metadata
+import io
+import json
+import math
+import os
+from pathlib import Path
+import platform
+import re
+import sys
+from typing import Any, Literal
+
+import jinja2
+import numpy as np
+from ov_eval import Result
+from PIL import Image
+
+from apps.trainer import charts
+from apps.trainer.sinks import read_metrics
+
+Mark = Literal["right", "wrong", "missed", ""]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+  """A picture with its generated and true captions.
+
+  Attributes:
+    image: uint8 [H, W, 3] (or [H, W]), or a data URL made by `data_url`.
+    generated: the model's caption.
+    references: true captions.
+    right, total: attributes right and checked; None where there is no ground truth.
+  """
+
+  image: np.ndarray | str
+  generated: str
+  references: tuple[str, ...]
+  right: int | None = None
+  total: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """A stage of the run and its first step."""
+
+  name: str
+  first_step: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassTable:
+  """Zero-shot classification: confusion counts [C, C], row = true class."""
+
+  class_names: tuple[str, ...]
+  counts: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportData:
+  """What the page shows besides the curves; plain values only.
+
+  Attributes:
+    title: such as the name of the configuration.
+    results: final figures; those named in `headline` stand large on top.
+    summary: facts of the run, in order: parameters, steps, examples, wall time, hardware.
+    stages: for the marks in the curves; one stage needs no mark.
+    samples: pictures in the order of the held-out data, not chosen.
+    samples_note: how they were selected and which step they are from.
+    attribute_words: words that say an attribute; only these are marked. Empty marks every word.
+    classes: zero-shot classification, if there was one.
+    data: {heading: {fact: value}}, such as {"Training": {"records": 50000}}.
+    skipped: records left out, by reason.
+    config: resolved configuration, nested.
+    versions: of Python and libraries (see `versions`).
+  """
+
+  title: str
+  results: tuple[Result, ...] = ()
+  headline: tuple[str, ...] = ("attribute_accuracy", "caption_nll", "caption_perplexity")
+  summary: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  stages: tuple[Stage, ...] = ()
+  samples: tuple[Sample, ...] = ()
+  samples_note: str = ""
+  attribute_words: tuple[str, ...] = ()
+  classes: ClassTable | None = None
+  data: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+  skipped: Mapping[str, int] = dataclasses.field(default_factory=dict)
+  config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+def write_report(workdir: str | os.PathLike[str], data: ReportData) -> Path:
+  """Writes report.json and report.html into the workdir; curves come from its metrics.jsonl.
+
+  Call it on one process only; cheap enough for every evaluation.
+
+  Returns:
+    The path of report.html.
+  """
+  workdir = Path(workdir)
+  _replace(workdir / "report.json", json.dumps(_to_json(data), indent=1) + "\n")
+  return _write_page(workdir, data)
+
+
+def remake_report(workdir: str | os.PathLike[str]) -> Path:
+  """Makes report.html again from report.json and metrics.jsonl of a workdir.
+
+  Raises:
+    FileNotFoundError: if the workdir has no report.json.
+  """
+  workdir = Path(workdir)
+  stored = json.loads((workdir / "report.json").read_text(encoding="utf-8"))
+  return _write_page(workdir, _from_json(stored))
+
+
+def versions(
+  packages: Sequence[str] = (
+    "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "pillow", "tokenizers",
+    "tensorflow-cpu", "tensorflow",
+  ),
+) -> dict[str, str]:  # fmt: skip
+  """Versions of the interpreter, the system and those of the packages that are installed."""
+  found = {"python": platform.python_version(), "system": platform.platform()}
+  for package in packages:
+    try:
+      found[package] = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+      continue
+  return found
+
+
+def data_url(image: np.ndarray, longest: int = 224) -> str:
+  """A picture as a data URL: PNG where small, else JPEG shrunk to `longest` pixels."""
+  picture = Image.fromarray(np.asarray(image)).convert("RGB")
+  buffer = io.BytesIO()
+  if max(picture.size) <= 96:
+    picture.save(buffer, "PNG")
+    kind = "png"
+  else:
+    picture.thumbnail((longest, longest), Image.Resampling.LANCZOS)
+    picture.save(buffer, "JPEG", quality=85)
+    kind = "jpeg"
+  return f"data:image/{kind};base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def mark_words(
+  generated: str, reference: str, attribute_words: Sequence[str] = ()
+) -> tuple[list[tuple[str, Mark]], list[tuple[str, Mark]]]:
+  """Aligns two captions word by word.
+
+  Returns:
+    The words of `generated`, each "right" or "wrong", and those of `reference`, each "" or
+    "missed". Words that say no attribute are "".
+  """
+  ours, truth = generated.split(), reference.split()
+  checked = {word for text in attribute_words for word in text.lower().split()}
+
+  def marks(words: list[str]) -> list[bool]:
+    return [not checked or _bare(word) in checked for word in words]
+
+  matcher = difflib.SequenceMatcher(
+    a=[_bare(w) for w in ours], b=[_bare(w) for w in truth], autojunk=False
+  )
+  same_ours, same_truth = set(), set()
+  for block in matcher.get_matching_blocks():
+    same_ours.update(range(block.a, block.a + block.size))
+    same_truth.update(range(block.b, block.b + block.size))
+  left: list[tuple[str, Mark]] = [
+    (word, ("right" if i in same_ours else "wrong") if is_checked else "")
+    for i, (word, is_checked) in enumerate(zip(ours, marks(ours)))
+  ]
+  right: list[tuple[str, Mark]] = [
+    (word, "missed" if is_checked and i not in same_truth else "")
+    for i, (word, is_checked) in enumerate(zip(truth, marks(truth)))
+  ]
+  return left, right
+
+
+# Curves in this order; those of metrics not named here follow in a folded section.
+_PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
+  ("Training loss", ("train/loss",)),
+  ("Caption NLL, nats per token", ("train/caption_nll", "eval/caption_nll")),
+  ("Attribute accuracy, held out", ("eval/attribute_accuracy",)),
+  ("Zero-shot accuracy", ("eval/zero_shot_top1", "eval/zero_shot_top5")),
+  ("Token accuracy", ("train/token_accuracy", "eval/token_accuracy")),
+  ("Learning rate", ("train/learning_rate",)),
+  ("Gradient norm", ("train/grad_norm",)),
+  ("Images per second", ("train/images_per_second",)),
+  ("Time spent waiting for input", ("train/input_wait",)),
+  ("Model FLOPs utilisation", ("train/mfu",)),
+)
+_SHARE = re.compile(r"accuracy|top\d|_r\d|mfu|input_wait|share|correct|exact_match|distinct|mean_per")
+
+
+def curves(
+  metrics: Sequence[Mapping[str, float]], stages: Sequence[Stage]
+) -> tuple[list[charts.Chart], list[charts.Chart]]:
+  """The main charts and all others, from the lines of metrics.jsonl."""
+  points: dict[str, list[tuple[float, float]]] = {}
+  for line in metrics:
+    for name, value in line.items():
+      if name != "step":
+        points.setdefault(name, []).append((line["step"], value))
+  marks = [(stage.first_step, stage.name) for stage in stages] if len(stages) > 1 else []
+
+  def chart(title: str, names: Sequence[str]) -> charts.Chart | None:
+    series = [charts.Series(name, points.pop(name)) for name in names if name in points]
+    return charts.draw(title, series, percent=bool(_SHARE.search(names[0])), marks=marks)
+
+  main = [chart(title, names) for title, names in _PANELS]
+  rest = [chart(name, [name]) for name in sorted(points)]
+  return [c for c in main if c], [c for c in rest if c]
+
+
+def _write_page(workdir: Path, data: ReportData) -> Path:
+  metrics_file = workdir / "metrics.jsonl"
+  page = workdir / "report.html"
+  _replace(page, render(data, read_metrics(metrics_file) if metrics_file.exists() else []))
+  return page
+
+
+def render(data: ReportData, metrics: Sequence[Mapping[str, float]]) -> str:
+  """The page as text. Everything shown is escaped; nothing is loaded from elsewhere."""
+  main, rest = curves(metrics, data.stages)
+  results = {result.name: result for result in data.results}
+  kinds = [r for r in data.results if r.name.startswith("attribute_accuracy/")]
+  samples = [_sample_view(sample, data.attribute_words) for sample in data.samples]
+  wrong = [s for s in samples if s["total"] and s["right"] < s["total"]]
+  return _template().render(
+    data=data,
+    headline=[results[name] for name in data.headline if name in results],
+    kinds=kinds,
+    charts=main,
+    more_charts=rest,
+    samples=samples,
+    marked=any(s["total"] for s in samples),
+    mistakes=sorted(wrong, key=lambda s: s["right"] / s["total"])[:8],
+    classes=_class_view(data.classes) if data.classes else None,
+    config=_flat(data.config),
+  )
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+  environment = jinja2.Environment(
+    autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+  )
+  environment.filters.update(figure=_figure, plain=_plain, label=_label, interval=_interval)
+  source = Path(__file__).with_name("report_template.html").read_text(encoding="utf-8")
+  return environment.from_string(source)
+
+
+def _sample_view(sample: Sample, attribute_words: Sequence[str]) -> dict[str, Any]:
+  generated: list[tuple[str, Mark]] = [(sample.generated, "")]
+  first: list[tuple[str, Mark]] = [(text, "") for text in sample.references[:1]]
+  if sample.total and sample.references:
+    generated, first = mark_words(sample.generated, sample.references[0], attribute_words)
+    if sample.right == sample.total:  # right in other words is right
+      generated = [(word, "right" if mark else "") for word, mark in generated]
+      first = [(word, "") for word, _ in first]
+  image = sample.image if isinstance(sample.image, str) else data_url(sample.image)
+  return {
+    "image": image,
+    "generated": generated,
+    "reference": first,
+    "others": sample.references[1:],
+    "right": sample.right,
+    "total": sample.total,
+  }
+
+
+def _class_view(table: ClassTable) -> dict[str, Any]:
+  counts = np.asarray(table.counts)
+  totals = counts.sum(1)
+  recall = counts.diagonal() / np.maximum(totals, 1)
+  rows = [
+    {
+      "name": name,
+      "count": int(totals[i]),
+      "recall": float(recall[i]),
+      "cells": [(int(n), float(n / max(totals[i], 1))) for n in counts[i]],
+    }
+    for i, name in enumerate(table.class_names)
+  ]
+  wrong = counts - np.diag(counts.diagonal())
+  order = np.argsort(-wrong, axis=None, kind="stable")[:12]
+  confused = [
+    (table.class_names[i], table.class_names[j], int(wrong[i, j]))
+    for i, j in zip(*np.unravel_index(order, wrong.shape))
+    if wrong[i, j]
+  ]
+  return {
+    "rows": rows,
+    "matrix": len(rows) <= 24,
+    "worst": sorted((r for r in rows if r["count"]), key=lambda r: r["recall"])[:12],
+    "confused": confused,
+  }
+
+
+def _figure(result: Result) -> str:
+  """The value as a person writes it."""
+  if not math.isfinite(result.value):
+    return "–"
+  return f"{result.value:.1%}" if result.unit == "share" else charts.short(result.value)
+
+
+def _interval(result: Result) -> str:
+  if result.low is None or result.high is None or not math.isfinite(result.low + result.high):
+    return ""
+  if result.unit == "share":
+    return f"{100 * result.low:.1f} – {result.high:.1%}"
+  return f"{charts.short(result.low)} – {charts.short(result.high)}"
+
+
+def _plain(value: Any) -> str:
+  """A fact of the summary: numbers with thousands separators."""
+  if isinstance(value, int) and not isinstance(value, bool):
+    return f"{value:,}"
+  return f"{value:,.4g}" if isinstance(value, float) else str(value)
+
+
+def _label(name: str) -> str:
+  """`attribute_accuracy/colour` -> `Attribute accuracy, colour`."""
+  text = name.replace("_", " ").replace("/", ", ")
+  for short, long in (("nll", "NLL"), ("top1", "top-1"), ("top5", "top-5"), ("mfu", "MFU")):
+    text = re.sub(rf"\b{short}\b", long, text)
+  return text[:1].upper() + text[1:]
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+  rows = []
+  for key, value in config.items():
+    if isinstance(value, Mapping) and value:
+      rows += _flat(value, f"{prefix}{key}.")
+    else:
+      rows.append((f"{prefix}{key}", json.dumps(value, default=str)))
+  return rows
+
+
+def _bare(word: str) -> str:
+  return re.sub(r"\W+", "", word.lower())
+
+
+def _replace(path: Path, text: str) -> None:
+  partial = path.with_name(path.name + ".partial")
+  partial.write_text(text, encoding="utf-8")
+  os.replace(partial, path)
+
+
+def _to_json(data: ReportData) -> dict[str, Any]:
+  samples = [
+    dataclasses.replace(s, image=s.image if isinstance(s.image, str) else data_url(s.image))
+    for s in data.samples
+  ]
+  plain = dataclasses.asdict(dataclasses.replace(data, samples=tuple(samples)))
+  if data.classes:
+    plain["classes"]["counts"] = np.asarray(data.classes.counts).tolist()
+  return plain
+
+
+def _from_json(plain: dict[str, Any]) -> ReportData:
+  classes = plain.pop("classes")
+  lists = {"results": Result, "stages": Stage, "samples": Sample}
+  for name, kind in lists.items():
+    plain[name] = tuple(kind(**entry) for entry in plain[name])
+  table = ClassTable(tuple(classes["class_names"]), np.array(classes["counts"])) if classes else None
+  return ReportData(**plain, classes=table)
+
+
+def _main(arguments: list[str]) -> int:
+  if len(arguments) != 1:
+    print("usage: python -m apps.trainer.report WORKDIR", file=sys.stderr)
+    return 2
+  print(remake_report(arguments[0]))
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(_main(sys.argv[1:]))
