@@ -1,8 +1,7 @@
 """Makes the virtual environment of some locks and prints where it is.
 
-Environments are shared: the same locks and the same interpreter give the same directory, so that a second clone is
-ready at once. They lie under $OV_CACHE (default ~/.cache/openvision) and may be deleted at any time Bazel is told so
-(`bazel sync --only=pypi`).
+Environments are shared: the same locks and the same interpreter give the same directory, so that
+a second clone is ready at once. They lie under $OV_CACHE/python (default ~/.cache/openvision).
 
   python3 environment.py requirements.lock [requirements-tpu.lock ...]
 """
@@ -50,8 +49,9 @@ def key(locks: list[str]) -> str:
 def build(venv: pathlib.Path, locks: list[str]) -> None:
   """Installs the locks with uv (on PATH, or fetched with pip), else with pip itself.
 
-  Both check every file against its hash and write byte code: a sandboxed test could not, and would compile jax and
-  tensorflow anew each time. pip reads the machine's pip configuration, which uv does not: it is worth the second try.
+  Both check every file against its hash and write byte code: a sandboxed test could not, and would
+  compile jax and tensorflow anew each time. pip reads the machine's pip configuration, which uv
+  does not: it is worth the second try.
   """
   say(f"installing {', '.join(os.path.basename(lock) for lock in locks)} into {venv}")
   subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)

@@ -1,0 +1,111 @@
+"""Imports, BUILD deps and pyproject dependencies say the same."""
+
+import tomllib
+
+from packaging.requirements import Requirement
+
+from tools.lint.buildfiles import Target
+from tools.lint.imports import Import, module_name
+from tools.lint.tree import Fault, Tree, distributions_of, is_test, target_name
+
+# Modules outside the lock that an app imports, inside functions, for those who have them.
+OPTIONAL = {"wandb"}
+# The name that users install, for what the lock has under another.
+SAME = {"tensorflow": "tensorflow_cpu"}
+# The macro ov_py_test brings it.
+IMPLIED = "@pypi//:pytest"
+
+
+def check_deps(tree: Tree) -> list[Fault]:
+  """The deps of a target are exactly what its srcs import."""
+  return [fault for target in tree.targets for fault in _check_target(tree, target)]
+
+
+def _check_target(tree: Tree, target: Target) -> list[Fault]:
+  libraries = {t.label: t for t in tree.targets}
+  brings = {dep: set(libraries[dep].srcs) for dep in target.deps if dep in libraries}
+  faults, used = [], set()
+  for path in target.srcs:
+    for found in tree.imports.get(path, []):
+      if tree.is_own(found):
+        file = tree.file_of(found)
+        providers = {dep for dep, srcs in brings.items() if file in srcs}
+        used |= providers
+        if not providers and file not in target.srcs:
+          labels = [owner.label for owner in tree.owners[file]] if file else []
+          faults.append(Fault(path, found.line, _missing(target, found, labels)))
+      elif tree.is_foreign(found):
+        labels = [f"@pypi//:{name}" for name in sorted(distributions_of(found) & set(tree.pins))]
+        used.update(labels)
+        optional = found.top in OPTIONAL and found.deferred
+        if not optional and not {*target.deps, IMPLIED} & set(labels):
+          faults.append(Fault(path, found.line, _missing(target, found, labels)))
+  for dep in sorted(set(target.deps) - used - {IMPLIED}):
+    text = f"{target.label} depends on {dep}, which none of its srcs imports"
+    faults.append(Fault(target.build, target.line, text))
+  return faults
+
+
+def _missing(target: Target, found: Import, labels: list[str]) -> str:
+  if labels:
+    return f"imports {found.module}: add {' or '.join(labels)} to the deps of {target.label}"
+  if found.top in OPTIONAL:
+    return f"imports {found.module}, which users may lack: import it inside a function"
+  return f"imports {found.module}, which neither a target nor tools/python/requirements.in brings"
+
+
+def check_pyproject(tree: Tree) -> list[Fault]:
+  """A package's pyproject.toml asks for what its library imports, in versions as the lock has."""
+  paths = [f"packages/{package}/pyproject.toml" for package in tree.packages]
+  return [fault for path in paths if path in tree.files for fault in _check_project(tree, path)]
+
+
+def _check_project(tree: Tree, path: str) -> list[Fault]:
+  project = tomllib.loads(tree.read(path))["project"]
+  required = [Requirement(line) for line in project.get("dependencies", [])]
+  extras = project.get("optional-dependencies", {}).items()
+  optional = [Requirement(line) for group, lines in extras if group != "test" for line in lines]
+  now, later = _imported(tree, path.split("/")[1])
+
+  def fault(text: str) -> Fault:
+    word = text.split()[0]
+    rows = tree.read(path).splitlines()
+    return Fault(path, next((n for n, row in enumerate(rows, 1) if f'"{word}' in row), 1), text)
+
+  faults = []
+  declared, offered = {_pin(need) for need in required}, {_pin(need) for need in optional}
+  for name in sorted(now - declared):
+    faults.append(fault(f"{name} is imported: add it to dependencies"))
+  for name in sorted(later - declared - offered):
+    faults.append(fault(f"{name} is imported inside functions: add it to optional-dependencies"))
+  for need in required + optional:
+    locked = tree.pins.get(_pin(need), [])
+    if _pin(need) not in now | later:
+      faults.append(fault(f"{need.name} is declared, but the library does not import it"))
+    elif need in required and _pin(need) not in now:
+      faults.append(fault(f"{need.name} is imported inside functions only: make it optional"))
+    if not any(bound.operator in (">=", "~=", "==") for bound in need.specifier):
+      faults.append(fault(f"{need.name} has no lower bound: write {need.name}>=..."))
+    if locked and not any(need.specifier.contains(version) for version in locked):
+      faults.append(
+        fault(f"{need.name} {need.specifier} excludes the lock's {' and '.join(locked)}")
+      )
+  return faults
+
+
+def _imported(tree: Tree, package: str) -> tuple[set[str], set[str]]:
+  """What the library of a package imports at once, and what inside functions alone."""
+  now, later = set(), set()
+  for path, imports in tree.imports.items():
+    if path.startswith(f"packages/{package}/") and not is_test(path):
+      for found in imports:
+        if tree.is_foreign(found):
+          (later if found.deferred else now).update(distributions_of(found))
+        elif tree.is_own(found) and found.top != module_name(path).split(".")[0]:
+          (later if found.deferred else now).add(found.top)
+  return now, later - now
+
+
+def _pin(need: Requirement) -> str:
+  name = target_name(need.name)
+  return SAME.get(name, name)

@@ -1,0 +1,17 @@
+"""Formats the tree and mends what ruff can mend.
+
+tools/bazel run //tools/lint:fix
+"""
+
+import os
+import subprocess
+import sys
+
+import ruff
+
+if __name__ == "__main__":
+  os.chdir(os.environ["BUILD_WORKSPACE_DIRECTORY"])
+  tool = ruff.find_ruff_bin()
+  mended = subprocess.run([tool, "check", "--no-cache", "--fix", "."])
+  formatted = subprocess.run([tool, "format", "--no-cache", "."])
+  sys.exit(mended.returncode or formatted.returncode)

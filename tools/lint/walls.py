@@ -1,0 +1,71 @@
+"""The walls: who may import whom. ARCHITECTURE.md tells why they stand where they do."""
+
+from tools.lint.imports import Import, module_name
+from tools.lint.tree import Fault, Tree, distributions_of, is_test
+
+# The distributions that the library of a package may import, as @pypi calls them.
+LIBRARY = {
+  "ov_models": {"jax", "flax", "einops", "numpy"},
+  "ov_losses": {"jax", "flax", "einops", "numpy"},
+  "ov_sharding": {"jax", "flax", "einops", "numpy"},
+  "ov_eval": {"jax", "numpy"},
+  "ov_data": {"numpy", "pillow", "tokenizers", "protobuf", "google_crc32c"},
+}
+# Those that it may import inside functions only, so that it is imported and installed without them.
+DEFERRED = {"ov_data": {"tensorflow_cpu", "tensorflow_datasets", "etils"}}
+# Those that its tests may import beside.
+TEST = {"chex", "pytest"}
+TEST_OF = {"ov_data": {"tensorflow_cpu", "tensorflow_datasets"}, "ov_eval": {"scikit_learn"}}
+# The packages that a package may import. One not named here imports no sibling.
+SIBLINGS = {"ov_convert": {"ov_models"}}
+
+
+def check(tree: Tree) -> list[Fault]:
+  """No import crosses a wall."""
+  faults = []
+  for path, imports in tree.imports.items():
+    for found in imports:
+      if tree.is_own(found):
+        rule = _own_rule(path, found)
+      elif path.startswith("packages/") and tree.is_foreign(found):
+        rule = _foreign_rule(path, found)
+      else:
+        rule = None
+      if rule:
+        faults.append(Fault(path, found.line, f"imports {found.module}, but {rule}"))
+  return faults
+
+
+def _own_rule(path: str, found: Import) -> str | None:
+  """The wall between rooms of this repository that an import breaks."""
+  trainer = f"{found.module}.{found.name}.".startswith("apps.trainer.")
+  if path.startswith("packages/"):
+    room = module_name(path).split(".")[0]
+    siblings = SIBLINGS.get(room, set())
+    if found.top not in {room, *siblings}:
+      return f"of this repository {room} may import only {', '.join([room, *sorted(siblings)])}"
+  elif path.startswith("apps/trainer/"):
+    if found.top in ("tools", "tests") or (found.top == "apps" and not trainer):
+      return "apps/trainer knows no task: it imports packages and itself"
+  elif path.startswith("apps/"):
+    if found.top in ("tools", "tests"):
+      return "apps import packages and apps"
+  elif path.startswith("tools/"):
+    if found.top == "tests" or (found.top == "apps" and not trainer):
+      return "tools import packages, apps.trainer and tools"
+  return None
+
+
+def _foreign_rule(path: str, found: Import) -> str | None:
+  """The wall around a package that an import of a foreign library breaks."""
+  room = module_name(path).split(".")[0]
+  brought_by = distributions_of(found)
+  allowed = LIBRARY.get(room, set())
+  if is_test(path):
+    allowed = allowed | TEST | TEST_OF.get(room, set())
+  later = brought_by & DEFERRED.get(room, set())
+  if brought_by & allowed or (later and found.deferred):
+    return None
+  if later:
+    return f"{room} may do so inside functions only"
+  return f"{room} may import only {', '.join(sorted(allowed))}"
