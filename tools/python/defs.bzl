@@ -17,7 +17,10 @@ def _sources():
         native.filegroup(
             name = "sources",
             srcs = native.glob(["**"], exclude = ["**/__pycache__/**", "**/*.egg-info/**", "build/**"]),
-            visibility = ["//:__pkg__"],
+            visibility = [
+                "//:__pkg__",
+                "//tests/standalone:__pkg__",
+            ],
         )
 
 def ov_py_library(name, srcs, deps = [], **kwargs):
@@ -61,6 +64,7 @@ def ov_py_test(name, srcs, deps = [], devices = 1, size = "small", args = [], en
         env = dict(
             _ENV,
             JAX_PLATFORMS = "cpu",
+            PYTEST_DISABLE_PLUGIN_AUTOLOAD = "1",
             XLA_FLAGS = "--xla_force_host_platform_device_count=%d" % devices,
             **env
         ),

@@ -2,6 +2,8 @@
 
 PACKAGES = [
     "packages/ov-eval",
+    "tests/standalone",
+    "tools/ci",
     "tools/lint",
     "tools/python",
 ]
