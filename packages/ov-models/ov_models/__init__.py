@@ -10,6 +10,8 @@ from ov_models.functional import (
   logical_axes,
   num_params,
 )
+from ov_models.generate import GenerateOutput, generate
+from ov_models.partition import on_mesh
 from ov_models.positions import resample_positions, sincos2d
 from ov_models.vit import VIT_VARIANTS, ViT, ViTConfig, ViTOutput
 
@@ -21,15 +23,18 @@ __all__ = [
   "CaptionerOutput",
   "Decoder",
   "DecoderConfig",
+  "GenerateOutput",
   "ViT",
   "ViTConfig",
   "ViTOutput",
   "abstract_params",
   "bind",
   "flops_per_example",
+  "generate",
   "init",
   "logical_axes",
   "num_params",
+  "on_mesh",
   "resample_positions",
   "sincos2d",
 ]

@@ -5,15 +5,19 @@ were trained. "cudnn" and "tpu" are fused kernels with a float32 softmax.
 """
 
 import dataclasses
+from functools import partial
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ov_models import partition
 from ov_models.config import Implementation
 
 MaskKind = Literal["full", "causal", "prefix"]
+
+_LANES = 128  # of a TPU register: sequence blocks are multiples of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,15 +49,31 @@ FULL = Mask()
 def attend(
   q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, implementation: Implementation
 ) -> jax.Array:
-  """softmax(q k^T / sqrt(H)) v under `mask`: [B, T, N, H] each and out.
+  """softmax(q k^T / sqrt(H)) v under `mask`.
+
+  Args:
+    q: [B, T, N, H], k and v alike.
+    mask: who attends to whom.
+    implementation: "xla", "cudnn" or "tpu".
+
+  Returns:
+    [B, T, N, H] in the dtype of q.
 
   Raises:
-    ValueError: the implementation does not run on this backend.
+    ValueError: the implementation does not run on this platform.
   """
-  if implementation == "xla":
-    allowed = None if mask.kind == "full" else jnp.asarray(mask.array(q.shape[1]))
-    return attend_xla(q, k, v, allowed)
-  raise NotImplementedError(implementation)
+  needs = {"xla": None, "cudnn": "gpu", "tpu": "tpu"}[implementation]
+  if needs not in (None, platform := _platform()):
+    raise ValueError(
+      f"attention={implementation!r} runs on {needs} only, but this computation is for "
+      f"{platform}; set attention='xla'."
+    )
+  if implementation == "cudnn":
+    return _attend_cudnn(q, k, v, mask)
+  if implementation == "tpu":
+    return partition.per_device(partial(_attend_tpu, mask=mask), ndim=4, tensor_axis=2)(q, k, v)
+  allowed = None if mask.kind == "full" else jnp.asarray(mask.array(q.shape[1]))
+  return attend_xla(q, k, v, allowed)
 
 
 def attend_xla(
@@ -66,3 +86,45 @@ def attend_xla(
     # The finite minimum, not -inf: a row with nothing to attend to stays finite.
     scores = jnp.where(allowed, scores, jnp.finfo(scores.dtype).min)
   return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(scores), v)
+
+
+def _attend_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
+  kernel = partial(jax.nn.dot_product_attention, implementation="cudnn")
+  if mask.kind != "prefix":
+    return kernel(q, k, v, is_causal=mask.kind == "causal")
+  # cuDNN takes an explicit mask only at even lengths.
+  (q, k, v), allowed, length = _pad(q, k, v, mask, 2)
+  return kernel(q, k, v, mask=jnp.asarray(allowed)[None, None])[:, :length]
+
+
+def _attend_tpu(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
+  # Imported here: Pallas for TPUs takes a second to import and few runs need it.
+  from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+  (q, k, v), allowed, length = _pad(q, k, v, mask, _LANES)
+  block = next(b for b in (4 * _LANES, 3 * _LANES, 2 * _LANES, _LANES) if q.shape[1] % b == 0)
+  names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+  kernel = splash.make_splash_mha_single_device(
+    splash.MultiHeadMask([splash.NumpyMask(allowed)] * q.shape[2]),
+    block_sizes=splash.BlockSizes(**{f"block_{name}": block for name in names}),
+  )
+  heads_first = [jnp.swapaxes(a, 1, 2) for a in (q * q.shape[-1] ** -0.5, k, v)]
+  return jnp.swapaxes(jax.vmap(kernel)(*heads_first), 1, 2)[:, :length]
+
+
+def _pad(
+  q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, multiple: int
+) -> tuple[list[jax.Array], np.ndarray, int]:
+  """Pads T to a multiple; the mask keeps real tokens from padding, the old T comes back last."""
+  length = q.shape[1]
+  padded = -(-length // multiple) * multiple
+  allowed = np.zeros((padded, padded), bool)
+  allowed[:length, :length] = mask.array(length)
+  allowed[length:, :length] = True  # a row that sees nothing would divide by zero
+  pads = ((0, 0), (0, padded - length), (0, 0), (0, 0))
+  return [jnp.pad(a, pads) for a in (q, k, v)], allowed, length
+
+
+def _platform() -> str:
+  layout = partition.current()
+  return layout.mesh.devices.flat[0].platform if layout else jax.default_backend()

@@ -1,15 +1,16 @@
 """The pre-norm transformer block, and a stack of them run by scan under rematerialisation."""
 
-import dataclasses
 from collections.abc import Callable
+import dataclasses
 from typing import Any
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from ov_models.attention import Mask, attend
 from ov_models.config import TransformerConfig
+from ov_models.partition import constrain
 
 Initializer = Callable[..., jax.Array]
 normal = jax.nn.initializers.normal
@@ -49,7 +50,8 @@ class Attention(nnx.Module):
     """Queries of x [B, T, D], keys and values of `source` (default x): [B, T, N, H] each."""
     source = x if source is None else source
     q, k, v = self.query(x), self.key(source), self.value(source)
-    return tuple(a.reshape(*a.shape[:2], self.num_heads, -1) for a in (q, k, v))
+    heads = (a.reshape(*a.shape[:2], self.num_heads, -1) for a in (q, k, v))
+    return tuple(constrain(a, tensor_axis=2) for a in heads)
 
   def merge(self, heads: jax.Array) -> jax.Array:
     """[B, T, N, H] -> [B, T, D]."""
@@ -66,7 +68,8 @@ class Mlp(nnx.Module):
     self.down = linear(f, d, style.down, ("mlp", "embed"), dtype, rngs)
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    return self.down(jax.nn.gelu(self.up(x), approximate=self.gelu_tanh))
+    hidden = constrain(self.up(x), tensor_axis=2)
+    return self.down(jax.nn.gelu(hidden, approximate=self.gelu_tanh))
 
 
 class Block(nnx.Module):
@@ -102,33 +105,65 @@ def stack_blocks(config: TransformerConfig, style: BlockStyle, *, rngs: nnx.Rngs
   return nnx.vmap(lambda key: Block(config, style, rngs=nnx.Rngs(key)))(keys)
 
 
-def run_blocks(
-  blocks: Block, x: jax.Array, mask: Mask, config: TransformerConfig
-) -> jax.Array:
+def run_blocks(blocks: Block, x: jax.Array, mask: Mask, config: TransformerConfig) -> jax.Array:
   """Runs stacked blocks over x [B, T, D]."""
+
+  def step(block: Block, x: jax.Array, _: None) -> tuple[jax.Array, None]:
+    return constrain(block(constrain(x), mask)), None
+
+  return fold_blocks(step, blocks, x, None, config)[0]
+
+
+def fold_blocks(
+  step: Callable[[Block, jax.Array, Any], tuple[jax.Array, Any]],
+  blocks: Block,
+  x: jax.Array,
+  per_layer: Any,
+  config: TransformerConfig,
+) -> tuple[jax.Array, Any]:
+  """x, y_l = step(block_l, x, per_layer[l]) over the layers, under the config's remat policy.
+
+  Args:
+    step: one layer.
+    blocks: the stacked blocks.
+    x: what is handed from layer to layer.
+    per_layer: pytree of arrays with a leading L axis, or None.
+    config: says how to loop and what to keep for the backward pass.
+
+  Returns:
+    The last x, and the y_l stacked.
+  """
   graphdef, params = nnx.split(blocks)
 
-  def body(x: jax.Array, layer: Any) -> tuple[jax.Array, None]:
+  def body(x: jax.Array, layer: tuple[Any, Any]) -> tuple[jax.Array, Any]:
     with jax.named_scope("block"):
-      return nnx.merge(graphdef, layer)(x, mask), None
+      return step(nnx.merge(graphdef, layer[0]), x, layer[1])
 
   body = _remat(body, config)
   if config.scan:
-    return jax.lax.scan(body, x, params)[0]
-  for i in range(config.depth):
-    x, _ = body(x, jax.tree.map(lambda p: p[i], params))
-  return x
+    return jax.lax.scan(body, x, (params, per_layer))
+  ys = []
+  for layer in range(config.depth):
+    x, y = body(x, take_layer((params, per_layer), layer))
+    ys.append(y)
+  return x, jax.tree.map(lambda *y: jnp.stack(y), *ys)
+
+
+def take_layer(stacked: Any, layer: int) -> Any:
+  """One layer of a tree of stacked arrays."""
+  return jax.tree.map(lambda a: a[layer], stacked)
 
 
 def _remat(body: Callable[..., Any], config: TransformerConfig) -> Callable[..., Any]:
   policies = jax.checkpoint_policies
-  if config.remat == "none":
-    return body
   policy = {
+    "none": None,
     "full": policies.nothing_saveable,
     "dots": policies.dots_with_no_batch_dims_saveable,
     "offload": policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
   }[config.remat]
+  if policy is None:
+    return body
   # Inside scan the loop itself keeps XLA from merging the two forward passes.
   return jax.checkpoint(body, policy=policy, prevent_cse=not config.scan)
 

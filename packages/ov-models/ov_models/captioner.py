@@ -3,13 +3,13 @@
 Paper: https://arxiv.org/abs/2509.01644.
 """
 
-import dataclasses
 from collections.abc import Mapping
+import dataclasses
 from typing import Any, Literal
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from ov_models import masking
 from ov_models.config import check_choice, check_ratio
@@ -133,9 +133,7 @@ class Captioner(nnx.Module):
       hidden = self.decoder(kept, ids)
     return CaptionerOutput(hidden=hidden, image_tokens=out.tokens, pooled=out.pooled)
 
-  def encode(
-    self, images: jax.Array, key: jax.Array | None = None
-  ) -> tuple[ViTOutput, jax.Array]:
+  def encode(self, images: jax.Array, key: jax.Array | None = None) -> tuple[ViTOutput, jax.Array]:
     """Output of the tower, and the tokens [B, K, E] that the decoder gets."""
     mask_key, keep_key = (None, None) if key is None else jax.random.split(key)
     with jax.named_scope("encoder"):
@@ -160,6 +158,4 @@ class Captioner(nnx.Module):
 
   def logits(self, hidden: jax.Array) -> jax.Array:
     """[B, T, D] -> float32 [B, T, V]. Large: a loss should take hidden and head_kernel."""
-    return jnp.einsum(
-      "...d,dv->...v", hidden, self.head_kernel, preferred_element_type=jnp.float32
-    )
+    return jnp.einsum("...d,dv->...v", hidden, self.head_kernel, preferred_element_type=jnp.float32)

@@ -4,9 +4,9 @@ Dimensions, everywhere: B batch, T tokens, D width, N heads, H head dim, F mlp, 
 P patch, K kept tokens.
 """
 
+from collections.abc import Iterable, Mapping
 import dataclasses
 import difflib
-from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import jax.numpy as jnp

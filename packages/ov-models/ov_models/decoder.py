@@ -6,14 +6,16 @@ OpenVision 2: https://arxiv.org/abs/2509.01644.
 import dataclasses
 from typing import Any, Literal
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
-from ov_models.attention import Mask
+from ov_models.attention import Mask, attend, attend_xla
 from ov_models.blocks import (
+  Block,
   BlockStyle,
   axes,
+  fold_blocks,
   layer_norm,
   linear,
   normal,
@@ -81,6 +83,16 @@ class DecoderConfig(TransformerConfig):
     return cls(**(sizes | overrides))
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+  """Keys and values of all tokens so far, [L, B, K + T, N, H] each; the first K are the image."""
+
+  keys: jax.Array
+  values: jax.Array
+  num_image: int = dataclasses.field(metadata={"static": True})
+
+
 def _style(width: int) -> BlockStyle:
   residual = width**-0.5 * (2 * _INIT_DEPTH) ** -0.5
   return BlockStyle(
@@ -128,6 +140,47 @@ class Decoder(nnx.Module):
     x = jnp.concatenate([self.embed_image(image_tokens), self.embed_text(ids)], axis=1)
     x = run_blocks(self.blocks, x, self.mask(num_image), self.config)
     return self.norm(x[:, num_image:])
+
+  def prefill(self, image_tokens: jax.Array, max_len: int) -> Cache:
+    """Runs the image tokens [B, K, E] and makes room for a text of `max_len` tokens."""
+    num_image = image_tokens.shape[1]
+    mask = self.mask(num_image)
+
+    def step(block: Block, x: jax.Array, _: None) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+      q, k, v = block.project(x)
+      return block.finish(x, attend(q, k, v, mask, block.implementation)), (k, v)
+
+    x = self.embed_image(image_tokens)
+    _, (keys, values) = fold_blocks(step, self.blocks, x, None, self.config)
+    room = ((0, 0), (0, 0), (0, max_len), (0, 0), (0, 0))
+    return Cache(jnp.pad(keys, room), jnp.pad(values, room), num_image)
+
+  def step(self, ids: jax.Array, position: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    """One text token: equal to column `position` of `__call__` on the text so far.
+
+    Args:
+      ids: int32 [B], the token at `position`.
+      position: int32 scalar, from 0.
+      cache: has seen the image and every earlier position.
+
+    Returns:
+      hidden float32 [B, D] and the cache with this token.
+    """
+    at = cache.num_image + position
+    allowed = jnp.arange(cache.keys.shape[2]) <= at
+
+    def step(block: Block, x: jax.Array, past: tuple[jax.Array, jax.Array]) -> tuple[Any, Any]:
+      q, k, v = block.project(x)
+      keys = jax.lax.dynamic_update_slice_in_dim(past[0], k, at, axis=1)
+      values = jax.lax.dynamic_update_slice_in_dim(past[1], v, at, axis=1)
+      return block.finish(x, attend_xla(q, keys, values, allowed)), (keys, values)
+
+    x = self.embed(ids[:, None])
+    if (table := self.positions(cache.keys.shape[2] - cache.num_image)) is not None:
+      x = x + table[position]
+    x = x.astype(self.config.compute_dtype)
+    x, past = fold_blocks(step, self.blocks, x, (cache.keys, cache.values), self.config)
+    return self.norm(x[:, 0]), Cache(*past, cache.num_image)
 
   def mask(self, num_image: int) -> Mask:
     return Mask(self.config.mask, num_image if self.config.mask == "prefix" else 0)

@@ -4,9 +4,9 @@ import functools
 import math
 from typing import Any, overload
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from ov_models.captioner import Captioner, CaptionerConfig
 from ov_models.config import TransformerConfig
@@ -21,9 +21,7 @@ def _build(config: Config, rngs: nnx.Rngs) -> nnx.Module:
     return Captioner(config, rngs=rngs)
   if isinstance(config, ViTConfig):
     return ViT(config, rngs=rngs)
-  raise TypeError(
-    f"config is a {type(config).__name__}; expected ViTConfig or CaptionerConfig."
-  )
+  raise TypeError(f"config is a {type(config).__name__}; expected ViTConfig or CaptionerConfig.")
 
 
 @functools.lru_cache(maxsize=64)

@@ -6,9 +6,9 @@ OpenVision: https://arxiv.org/abs/2505.04601. ViT: https://arxiv.org/abs/2010.11
 import dataclasses
 from typing import Any, Literal
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from ov_models import masking
 from ov_models.attention import FULL, attend

@@ -1,0 +1,92 @@
+"""Where activations live on a device mesh, told from outside for the duration of a trace.
+
+Modules know no mesh. A train step that runs on several devices enters `on_mesh` around its call of
+the model, inside the jitted function. It pins activations to the batch axes, so that XLA gathers
+sharded weights instead of splitting activations, and lets the TPU kernel, which XLA cannot
+partition, run per device.
+"""
+
+from collections.abc import Callable, Iterator
+import contextlib
+import contextvars
+import dataclasses
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+  mesh: Mesh
+  batch: tuple[str, ...]
+  tensor: str | None
+
+
+_layout: contextvars.ContextVar[_Layout | None] = contextvars.ContextVar("layout", default=None)
+
+
+@contextlib.contextmanager
+def on_mesh(
+  mesh: Mesh | None, batch: tuple[str, ...] = ("data", "fsdp"), tensor: str | None = "tensor"
+) -> Iterator[None]:
+  """While active, models traced by this thread lay their activations out on `mesh`.
+
+  Args:
+    mesh: None switches the layout off.
+    batch: mesh axes that share the batch; those the mesh lacks are ignored.
+    tensor: mesh axis that shares heads, MLP units and vocabulary, if the mesh has it.
+  """
+  layout = None
+  if mesh is not None:
+    names = mesh.axis_names
+    layout = _Layout(
+      mesh, tuple(a for a in batch if a in names), tensor if tensor in names else None
+    )
+  token = _layout.set(layout)
+  try:
+    yield
+  finally:
+    _layout.reset(token)
+
+
+def current() -> _Layout | None:
+  """The active layout; part of the cache key of whatever jits a model on its own."""
+  return _layout.get()
+
+
+@contextlib.contextmanager
+def using(layout: _Layout | None) -> Iterator[None]:
+  """Re-enters a layout taken by `current`."""
+  token = _layout.set(layout)
+  try:
+    yield
+  finally:
+    _layout.reset(token)
+
+
+def constrain(x: jax.Array, tensor_axis: int | None = None) -> jax.Array:
+  """Pins x [B, ...] to the batch axes, and dimension `tensor_axis` to the tensor axis."""
+  layout = _layout.get()
+  if layout is None:
+    return x
+  spec = _spec(layout, x.ndim, tensor_axis)
+  return jax.lax.with_sharding_constraint(x, NamedSharding(layout.mesh, spec))
+
+
+def per_device(
+  f: Callable[..., jax.Array], ndim: int, tensor_axis: int
+) -> Callable[..., jax.Array]:
+  """f over arrays of rank `ndim` [B, ...], run on each device's part of batch and heads."""
+  layout = _layout.get()
+  if layout is None:
+    return f
+  spec = _spec(layout, ndim, tensor_axis)
+  return jax.shard_map(f, mesh=layout.mesh, in_specs=spec, out_specs=spec, check_vma=False)
+
+
+def _spec(layout: _Layout, ndim: int, tensor_axis: int | None) -> PartitionSpec:
+  names: list[tuple[str, ...] | str | None] = [None] * ndim
+  names[0] = layout.batch
+  if tensor_axis is not None:
+    names[tensor_axis] = layout.tensor
+  return PartitionSpec(*names)
