@@ -113,40 +113,49 @@ def _jitter_one(x: jax.Array, key: jax.Array, config: AugmentConfig) -> jax.Arra
   factor_key, order_key, apply_key = jax.random.split(key, 3)
   width = jnp.array([config.brightness, config.contrast, config.saturation, config.hue])
   brightness, contrast, saturation, hue = jax.random.uniform(factor_key, (4,), minval=-1.0) * width
-  order = jax.random.permutation(order_key, 4)
+  order = jnp.argsort(jax.random.uniform(order_key, (4,)))
   use_jitter, use_gray = jax.random.uniform(apply_key, (2,)) < jnp.array(
     [config.jitter_probability, config.gray_probability]
   )
 
-  # Of the four operations one acts in each slot; the others get the factor that changes nothing.
-  y = x
-  for slot in range(4):
-    acts = order[slot] == jnp.arange(4)
-    mean = jnp.where(acts[1], y.mean(axis=(0, 1)), 0.0)  # [3]; brightness scales around 0
+  def slot(y: jax.Array, operation: jax.Array) -> tuple[jax.Array, None]:
+    # One of the four acts; the others get the factor that changes nothing.
+    acts = operation == jnp.arange(4)
+    mean = jnp.where(acts[1], y.mean(axis=(1, 2), keepdims=True), 0.0)  # brightness: around 0
     factor = 1.0 + acts[0] * brightness + acts[1] * contrast
     y = jnp.clip((y - mean) * factor + mean, 0.0, 1.0)
-    y = jnp.where(acts[2] | acts[3], _adjust_hsv(y, 1.0 + acts[2] * saturation, acts[3] * hue), y)
+    turned = _adjust_hsv(y, 1.0 + acts[2] * saturation, acts[3] * hue)
+    return jnp.where(acts[2] | acts[3], turned, y), None
+
+  x = jnp.moveaxis(x, -1, 0)  # planes [3, H, W], which vectorise better
+  y, _ = jax.lax.scan(slot, x, order)
   x = jnp.where(use_jitter, y, x)
-  x = jnp.where(use_gray, (x * jnp.array(LUMA)).sum(axis=-1, keepdims=True), x)
+  luma = sum(weight * plane for weight, plane in zip(LUMA, x, strict=True))
+  x = jnp.moveaxis(jnp.where(use_gray, luma, x), 0, -1)
   return jnp.floor(x * 255.0) / 255.0 if config.truncate else x
 
 
 def _adjust_hsv(x: jax.Array, saturation: jax.Array, hue: jax.Array) -> jax.Array:
-  """Scales S and turns H of RGB [..., 3] in [0, 1], without a round trip through angles.
+  """Scales S and turns H of RGB planes [3, H, W] in [0, 1], without a round trip through HSV.
 
-  A channel of HSV back to RGB is V - V * S * ramp(H) with ramp(h) = clip(min(k, 4 - k), 0, 1),
-  k = (n + 6 h) mod 6 and n = 5, 3, 1 for R, G, B.
+  From HSV back to RGB a channel is V - V * S * ramp(k), ramp(k) = clip(min(k, 4 - k), 0, 1),
+  k = (n + 6 H) mod 6 with n = 5, 3, 1 for R, G, B; and V * S is the chroma, max - min.
   """
-  v = x.max(axis=-1)
-  chroma = v - x.min(axis=-1)
-  r, g, b = x[..., 0], x[..., 1], x[..., 2]
+  r, g, b = x
+  v = jnp.maximum(jnp.maximum(r, g), b)
+  chroma = v - jnp.minimum(jnp.minimum(r, g), b)
   safe = jnp.where(chroma > 0, chroma, 1.0)
   # Compared in pairs, not with v: the compiler may round v and r apart, and `v == r` would then miss.
   green_or_blue = jnp.where(g >= b, 2 + (b - r) / safe, 4 + (r - g) / safe)
-  h6 = jnp.where((r >= g) & (r >= b), (g - b) / safe, green_or_blue)
-  chroma = jnp.minimum(chroma * saturation, v)  # S = chroma / V is clipped to 1
-  k = (jnp.array([5.0, 3.0, 1.0]) + (h6 + 6.0 * hue)[..., None]) % 6.0
-  return v[..., None] - chroma[..., None] * jnp.clip(jnp.minimum(k, 4.0 - k), 0.0, 1.0)
+  h6 = jnp.where((r >= g) & (r >= b), (g - b) / safe, green_or_blue) + 6.0 * hue
+  chroma = jnp.minimum(chroma * saturation, v)  # S is clipped to 1
+
+  def channel(n: float) -> jax.Array:
+    k = n + h6
+    k = k - 6.0 * jnp.floor(k / 6.0)  # k mod 6, in vector instructions
+    return v - chroma * jnp.clip(jnp.minimum(k, 4.0 - k), 0.0, 1.0)
+
+  return jnp.stack([channel(5.0), channel(3.0), channel(1.0)])
 
 
 def _standardise(x: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:

@@ -1,12 +1,14 @@
 """Geometry of the report's line charts: metrics in, ticks and SVG paths out. No markup here."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
+import itertools
 import math
 
 WIDTH, HEIGHT = 420, 230  # of the drawing, in SVG units
 LEFT, RIGHT, TOP, BOTTOM = 50, 12, 18, 24  # margins around the plot
 _MOST_POINTS = 400  # of a drawn line; more are drawn by their extremes
+_FEW = 40  # up to this many points are shown one by one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +41,11 @@ class Line:
   """One drawn curve."""
 
   label: str
-  path: str  # the smoothed curve, or the curve itself where it is short
-  raw: str  # the unsmoothed curve behind it; empty where it is short
+  path: str  # SVG path of the running mean, or of the values themselves
+  raw: str  # the values behind a running mean, else empty
   dots: list[Dot]
-  few: bool  # few enough points to show each of them
-  last: str
+  few: bool  # each point is a dot of its own
+  last: str  # the last value of `path`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +70,7 @@ def draw(
   series: Sequence[Series],
   *,
   percent: bool = False,
+  smooth: bool = True,
   marks: Sequence[tuple[float, str]] = (),
 ) -> Chart | None:
   """Lays out one chart.
@@ -76,7 +79,9 @@ def draw(
     title: shown above.
     series: curves on common axes.
     percent: values are shares, 0 to 1, shown as percentages on an axis that begins at 0.
-    marks: (step, text) of vertical lines, such as the beginning of a stage.
+    smooth: draw a running mean over a long curve.
+    marks: (step, text) of vertical lines, such as the beginnings of stages; a running mean does
+      not reach across them.
 
   Returns:
     None if no curve has a finite value.
@@ -84,51 +89,59 @@ def draw(
   finite = [p for s in series for p in s.points if math.isfinite(p[1])]
   if not finite:
     return None
-  steps = [step for s in series for step, _ in s.points] + [at for at, _ in marks]
+  steps = [step for step, _ in finite] + [step for step, _ in marks]
   values = [value for _, value in finite]
-  low_x, high_x = min(steps), max(steps)
+  first = 0 if min(steps) < 0.1 * max(steps) else min(steps)
+  x_axis = _Axis(first, max(steps), LEFT, WIDTH - RIGHT)
   y_at = nice_ticks(min([*values, 0.0]) if percent else min(values), max(values))
-  low_y, high_y = y_at[0], y_at[-1]
-  if percent and 0.6 < max(values) <= 1:
-    y_at, high_y = [0.0, 0.25, 0.5, 0.75, 1.0], 1.0
-
-  def x(step: float) -> float:
-    return LEFT + (WIDTH - LEFT - RIGHT) * (step - low_x) / ((high_x - low_x) or 1)
-
-  def y(value: float) -> float:
-    return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (value - low_y) / (high_y - low_y)
-
-  def say(value: float) -> str:
-    return f"{value:.1%}" if percent else short(value)
-
-  lines = []
-  for one in series:
-    points = [p for p in one.points if math.isfinite(p[1])]
-    if not points:
-      continue
-    smooth = smoothed([value for _, value in points], len(points) // 40)
-    few = len(points) <= 60
-    curve = [(p[0], v) for p, v in zip(points, smooth)]
-    shown = [curve[i * (len(curve) - 1) // 39] for i in range(40)] if not few else points
-    lines.append(
-      Line(
-        one.label,
-        _path(one.points if few else curve, x, y),
-        "" if few else _path(_extremes(one.points), x, y),
-        [Dot(x(s), y(v), f"step {s:,.0f}: {say(v)}") for s, v in shown],
-        few,
-        say(points[-1][1]),
-      )
-    )
-  step_ticks = [s for s in nice_ticks(low_x, high_x, 4) if low_x <= s <= high_x]
+  if percent and 0.6 < max(values) <= 1 and min(values) >= 0:
+    y_at = [0.0, 0.25, 0.5, 0.75, 1.0]
+  y_axis = _Axis(y_at[0], y_at[-1], HEIGHT - BOTTOM, TOP)
+  say = _percent if percent else short
   return Chart(
     title,
-    lines,
-    [Tick(x(s), short(s)) for s in step_ticks],
-    [Tick(y(v), f"{v:.3g}" if not percent else f"{100 * v:.3g}%") for v in y_at]
-    if percent
-    else [Tick(y(v), short(v)) for v in y_at],
-    [Tick(x(step), text) for step, text in marks],
+    [_line(one, x_axis, y_axis, say, smooth, [step for step, _ in marks]) for one in series],
+    [Tick(x_axis(s), short(s)) for s in nice_ticks(first, max(steps)) if first <= s <= max(steps)],
+    [Tick(y_axis(v), f"{100 * v:.3g}%" if percent else short(v)) for v in y_at],
+    [Tick(x_axis(step), text) for step, text in marks],
+  )
+
+
+class _Axis:
+  """Maps [low, high] to the drawing."""
+
+  def __init__(self, low: float, high: float, start: float, end: float):
+    self.range = low, high
+    self._start, self._scale = start, (end - start) / ((high - low) or 1)
+
+  def __call__(self, value: float) -> float:
+    return self._start + (value - self.range[0]) * self._scale
+
+
+def _line(
+  series: Series,
+  x_axis: _Axis,
+  y_axis: _Axis,
+  say: Callable[[float], str],
+  smooth: bool,
+  breaks: Sequence[float],
+) -> Line:
+  points = [p for p in series.points if math.isfinite(p[1])]
+  few = len(points) <= _FEW
+  radius = 0 if few or not smooth else len(points) // 40
+  curve: list[tuple[float, float]] = []
+  for start, end in itertools.pairwise([-math.inf, *breaks, math.inf]):
+    part = [p for p in points if start <= p[0] < end]
+    mean = running_mean([value for _, value in part], radius)
+    curve += [(step, value) for (step, _), value in zip(part, mean)]
+  told = curve if few else [curve[i * (len(curve) - 1) // (_FEW - 1)] for i in range(_FEW)]
+  return Line(
+    series.label,
+    _path(_extremes(curve if radius else series.points), x_axis, y_axis),
+    _path(_extremes(series.points), x_axis, y_axis) if radius else "",
+    [Dot(x_axis(step), y_axis(v), f"step {step:,.0f}: {say(v)}") for step, v in told],
+    few,
+    say(curve[-1][1]) if curve else "–",
   )
 
 
@@ -145,27 +158,35 @@ def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 
 def short(value: float) -> str:
-  """A number in few characters: 0.00123, 3.14, 12.5k, 2M."""
+  """A number in few characters: 7.5e-4, 0.0312, 3.142, 4,800, 12.5k, 2M."""
   if not math.isfinite(value):
     return "–"
-  if value and abs(value) < 1e-3:
-    return f"{value:.2g}".replace("e-0", "e-")
-  for limit, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
-    if abs(value) >= limit:
-      return f"{value / (1000 if letter == 'k' else limit):.3g}{letter}"
-  return f"{value:.4g}"
+  if value and abs(value) < 0.01:
+    mantissa, exponent = f"{value:.2e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
+  for unit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+    if abs(value) >= max(unit, 1e4):
+      return f"{value / unit:.3g}{letter}"
+  return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def smoothed(values: Sequence[float], radius: int) -> list[float]:
-  """Mean over `radius` neighbours on either side, fewer at the ends."""
-  sums = [0.0]
-  for value in values:
-    sums.append(sums[-1] + value)
-  result = []
+def running_mean(values: Sequence[float], radius: int) -> list[float]:
+  """Mean over up to `radius` neighbours on either side.
+
+  At the beginning, where a loss falls steeply, it looks ahead no further than back (but for a
+  quarter of the radius); at the end there is nothing ahead.
+  """
+  sums = list(itertools.accumulate(values, initial=0.0))
+  means = []
   for i in range(len(values)):
-    reach = min(radius, i, len(values) - 1 - i)
-    result.append((sums[i + reach + 1] - sums[i - reach]) / (2 * reach + 1))
-  return result
+    start = max(0, i - radius)
+    end = min(len(values), i + min(radius, max(i, radius // 4)) + 1)
+    means.append((sums[end] - sums[start]) / (end - start))
+  return means
+
+
+def _percent(value: float) -> str:
+  return f"{value:.1%}"
 
 
 def _extremes(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -183,12 +204,12 @@ def _extremes(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]
   return kept
 
 
-def _path(points, x, y) -> str:  # type: ignore[no-untyped-def]
+def _path(points: Sequence[tuple[float, float]], x_axis: _Axis, y_axis: _Axis) -> str:
   """SVG path data; a new piece after each gap."""
   commands, pen = [], "M"
   for step, value in points:
     if math.isfinite(value):
-      commands.append(f"{pen}{x(step):.1f} {y(value):.1f}")
+      commands.append(f"{pen}{x_axis(step):.1f} {y_axis(value):.1f}")
       pen = "L"
     else:
       pen = "M"

@@ -110,9 +110,7 @@ class Optimizer(NamedTuple):
   groups: dict[str, str]
 
 
-def make_optimizer(
-  config: OptimizerConfig, abstract_params: PyTree, total_steps: int
-) -> Optimizer:
+def make_optimizer(config: OptimizerConfig, abstract_params: PyTree, total_steps: int) -> Optimizer:
   """Builds the chain for the parameters' paths and shapes; nothing is allocated.
 
   Args:

@@ -11,22 +11,25 @@ import difflib
 import functools
 import importlib.metadata
 import io
+import itertools
 import json
 import math
+import numbers
 import os
 from pathlib import Path
 import platform
 import re
+import statistics
 import sys
 from typing import Any, Literal
 
 import jinja2
 import numpy as np
-from ov_eval import Result
 from PIL import Image
 
 from apps.trainer import charts
 from apps.trainer.sinks import read_metrics
+from ov_eval import Result
 
 Mark = Literal["right", "wrong", "missed", ""]
 
@@ -108,7 +111,8 @@ def write_report(workdir: str | os.PathLike[str], data: ReportData) -> Path:
     The path of report.html.
   """
   workdir = Path(workdir)
-  _replace(workdir / "report.json", json.dumps(_to_json(data), indent=1) + "\n")
+  text = json.dumps(_to_json(data), indent=1, default=_plain_value, allow_nan=False)
+  _replace(workdir / "report.json", text + "\n")
   return _write_page(workdir, data)
 
 
@@ -171,7 +175,8 @@ def mark_words(
   matcher = difflib.SequenceMatcher(
     a=[_bare(w) for w in ours], b=[_bare(w) for w in truth], autojunk=False
   )
-  same_ours, same_truth = set(), set()
+  same_ours: set[int] = set()
+  same_truth: set[int] = set()
   for block in matcher.get_matching_blocks():
     same_ours.update(range(block.a, block.a + block.size))
     same_truth.update(range(block.b, block.b + block.size))
@@ -186,20 +191,23 @@ def mark_words(
   return left, right
 
 
-# Curves in this order; those of metrics not named here follow in a folded section.
-_PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
-  ("Training loss", ("train/loss",)),
-  ("Caption NLL, nats per token", ("train/caption_nll", "eval/caption_nll")),
-  ("Attribute accuracy, held out", ("eval/attribute_accuracy",)),
-  ("Zero-shot accuracy", ("eval/zero_shot_top1", "eval/zero_shot_top5")),
-  ("Token accuracy", ("train/token_accuracy", "eval/token_accuracy")),
-  ("Learning rate", ("train/learning_rate",)),
-  ("Gradient norm", ("train/grad_norm",)),
-  ("Images per second", ("train/images_per_second",)),
-  ("Time spent waiting for input", ("train/input_wait",)),
-  ("Model FLOPs utilisation", ("train/mfu",)),
+# Title and curves of the main charts; metrics not named here follow in a folded section.
+_PANELS: tuple[tuple[str, dict[str, str]], ...] = (
+  ("Training loss", {"train/loss": ""}),
+  ("NLL per token", {"train/caption_nll": "train", "eval/caption_nll": "held out"}),
+  ("Attribute accuracy, held out", {"eval/attribute_accuracy": ""}),
+  ("Zero-shot", {"eval/zero_shot_top5": "top-5", "eval/zero_shot_top1": "top-1"}),
+  ("Token accuracy", {"train/token_accuracy": "train", "eval/token_accuracy": "held out"}),
+  ("Learning rate", {"train/learning_rate": ""}),
+  ("Gradient norm", {"train/grad_norm": ""}),
+  ("Images per second", {"train/images_per_second": ""}),
+  ("Time spent waiting for input", {"train/input_wait": ""}),
+  ("Model FLOPs utilisation", {"train/mfu": ""}),
 )
-_SHARE = re.compile(r"accuracy|top\d|_r\d|mfu|input_wait|share|correct|exact_match|distinct|mean_per")
+_SHARE = re.compile(  # metrics from 0 to 1
+  r"accuracy|top\d|_r\d|mfu|input_wait|share|correct|exact_match|distinct|mean_per_class"
+)
+_EXACT = ("train/learning_rate",)  # not noisy: drawn as it is
 
 
 def curves(
@@ -213,12 +221,16 @@ def curves(
         points.setdefault(name, []).append((line["step"], value))
   marks = [(stage.first_step, stage.name) for stage in stages] if len(stages) > 1 else []
 
-  def chart(title: str, names: Sequence[str]) -> charts.Chart | None:
-    series = [charts.Series(name, points.pop(name)) for name in names if name in points]
-    return charts.draw(title, series, percent=bool(_SHARE.search(names[0])), marks=marks)
+  def chart(title: str, labels: Mapping[str, str]) -> charts.Chart | None:
+    series = [
+      charts.Series(label, points.pop(name)) for name, label in labels.items() if name in points
+    ]
+    names = list(labels)
+    percent, smooth = bool(_SHARE.search(names[0])), names[0] not in _EXACT
+    return charts.draw(title, series, percent=percent, smooth=smooth, marks=marks)
 
-  main = [chart(title, names) for title, names in _PANELS]
-  rest = [chart(name, [name]) for name in sorted(points)]
+  main = [chart(title, labels) for title, labels in _PANELS]
+  rest = [chart(name, {name: ""}) for name in sorted(points)]
   return [c for c in main if c], [c for c in rest if c]
 
 
@@ -244,6 +256,7 @@ def render(data: ReportData, metrics: Sequence[Mapping[str, float]]) -> str:
     more_charts=rest,
     samples=samples,
     marked=any(s["total"] for s in samples),
+    wide=bool(samples) and statistics.median(s["length"] for s in samples) > 240,
     mistakes=sorted(wrong, key=lambda s: s["right"] / s["total"])[:8],
     classes=_class_view(data.classes) if data.classes else None,
     config=_flat(data.config),
@@ -262,28 +275,34 @@ def _template() -> jinja2.Template:
 
 def _sample_view(sample: Sample, attribute_words: Sequence[str]) -> dict[str, Any]:
   generated: list[tuple[str, Mark]] = [(sample.generated, "")]
-  first: list[tuple[str, Mark]] = [(text, "") for text in sample.references[:1]]
+  reference: list[tuple[str, Mark]] = [(text, "") for text in sample.references[:1]]
   if sample.total and sample.references:
-    generated, first = mark_words(sample.generated, sample.references[0], attribute_words)
+    generated, reference = mark_words(sample.generated, sample.references[0], attribute_words)
     if sample.right == sample.total:  # right in other words is right
       generated = [(word, "right" if mark else "") for word, mark in generated]
-      first = [(word, "") for word, _ in first]
-  image = sample.image if isinstance(sample.image, str) else data_url(sample.image)
+      reference = [(word, "") for word, _ in reference]
   return {
-    "image": image,
-    "generated": generated,
-    "reference": first,
+    "image": sample.image if isinstance(sample.image, str) else data_url(sample.image),
+    "generated": _runs(generated),
+    "reference": _runs(reference),
     "others": sample.references[1:],
     "right": sample.right,
     "total": sample.total,
+    "length": len(sample.generated) + sum(map(len, sample.references)),
   }
+
+
+def _runs(words: Sequence[tuple[str, Mark]]) -> list[tuple[str, Mark]]:
+  """Neighbouring words of one mark joined."""
+  grouped = itertools.groupby(words, key=lambda pair: pair[1])
+  return [(" ".join(word for word, _ in group), mark) for mark, group in grouped]
 
 
 def _class_view(table: ClassTable) -> dict[str, Any]:
   counts = np.asarray(table.counts)
   totals = counts.sum(1)
   recall = counts.diagonal() / np.maximum(totals, 1)
-  rows = [
+  rows: list[dict[str, Any]] = [
     {
       "name": name,
       "count": int(totals[i]),
@@ -324,15 +343,20 @@ def _interval(result: Result) -> str:
 
 def _plain(value: Any) -> str:
   """A fact of the summary: numbers with thousands separators."""
-  if isinstance(value, int) and not isinstance(value, bool):
+  if isinstance(value, numbers.Integral) and not isinstance(value, bool):
     return f"{value:,}"
-  return f"{value:,.4g}" if isinstance(value, float) else str(value)
+  if isinstance(value, numbers.Real) and not isinstance(value, bool):
+    return charts.short(float(value)) if abs(value) < 1000 else f"{value:,.0f}"
+  return str(value)
+
+
+_SPELLING = (("nll", "NLL"), ("zero shot", "zero-shot"), ("top1", "top-1"), ("top5", "top-5"))
 
 
 def _label(name: str) -> str:
   """`attribute_accuracy/colour` -> `Attribute accuracy, colour`."""
   text = name.replace("_", " ").replace("/", ", ")
-  for short, long in (("nll", "NLL"), ("top1", "top-1"), ("top5", "top-5"), ("mfu", "MFU")):
+  for short, long in _SPELLING:
     text = re.sub(rf"\b{short}\b", long, text)
   return text[:1].upper() + text[1:]
 
@@ -363,6 +387,10 @@ def _to_json(data: ReportData) -> dict[str, Any]:
     for s in data.samples
   ]
   plain = dataclasses.asdict(dataclasses.replace(data, samples=tuple(samples)))
+  for result in plain["results"]:
+    for name in ("value", "low", "high"):
+      if result[name] is not None and not math.isfinite(result[name]):
+        result[name] = None
   if data.classes:
     plain["classes"]["counts"] = np.asarray(data.classes.counts).tolist()
   return plain
@@ -370,11 +398,19 @@ def _to_json(data: ReportData) -> dict[str, Any]:
 
 def _from_json(plain: dict[str, Any]) -> ReportData:
   classes = plain.pop("classes")
-  lists = {"results": Result, "stages": Stage, "samples": Sample}
-  for name, kind in lists.items():
+  if classes:
+    classes = ClassTable(tuple(classes["class_names"]), np.array(classes["counts"]))
+  for name, kind in {"results": Result, "stages": Stage, "samples": Sample}.items():
     plain[name] = tuple(kind(**entry) for entry in plain[name])
-  table = ClassTable(tuple(classes["class_names"]), np.array(classes["counts"])) if classes else None
-  return ReportData(**plain, classes=table)
+  results = [
+    r if r.value is not None else dataclasses.replace(r, value=math.nan)
+    for r in plain.pop("results")
+  ]
+  return ReportData(**plain, results=tuple(results), classes=classes)
+
+
+def _plain_value(value: Any) -> Any:
+  return value.item() if isinstance(value, np.generic) else str(value)
 
 
 def _main(arguments: list[str]) -> int:

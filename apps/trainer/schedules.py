@@ -72,7 +72,9 @@ class ScheduleConfig:
     if self.timescale <= 0:
       raise ValueError(f"schedule timescale={self.timescale} must be a positive number of steps.")
     if self.kind == "wsd" and self.cooldown_steps == 0:
-      raise ValueError("schedule kind='wsd' needs cooldown_steps > 0; without decay use 'constant'.")
+      raise ValueError(
+        "schedule kind='wsd' needs cooldown_steps > 0; without decay use 'constant'."
+      )
     if self.kind in ("warmup_cosine", "constant") and self.cooldown_steps:
       raise ValueError(
         f"schedule kind={self.kind!r} has no cool-down, got cooldown_steps={self.cooldown_steps}; "

@@ -1,5 +1,7 @@
 """One device, eight devices and accumulation give the same training, on data and fsdp meshes."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,7 +47,7 @@ def make_batch(step):
   }
 
 
-def setup(shape, accumulate=1):
+def setup(shape, accumulate=1, augment=AugmentConfig()):
   devices = np.array(jax.devices()[: shape[0] * shape[1]]).reshape(shape)
   mesh = Mesh(devices, ("data", "fsdp"))
   abstract_params = jax.eval_shape(init_params, jax.random.key(0))
@@ -69,13 +71,14 @@ def setup(shape, accumulate=1):
     seed=5,
     learning_rate=optimizer.learning_rate,
     accumulate=accumulate,
-    preprocess=make_preprocess(AugmentConfig(), seed=5),
+    preprocess=make_preprocess(augment, seed=5),
     ema_decay=CONFIG.ema_decay,
     trainable=optimizer.trainable,
   )
   return state, step, batch_sharding
 
 
+@functools.cache
 def train(shape, accumulate=1, steps=5):
   state, step, sharding = setup(shape, accumulate)
   losses = []
@@ -91,7 +94,7 @@ def assert_same(a, b):
     np.testing.assert_allclose(np.array(x), np.array(y), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(8, 1), (2, 4), (1, 8)])
+@pytest.mark.parametrize("shape", [(8, 1), (2, 4)])
 def test_eight_devices_equal_one(shape):
   reference, expected = train((1, 1))
   state, losses = train(shape)
@@ -107,8 +110,7 @@ def test_accumulated_on_eight_devices_equals_accumulated_on_one():
 
 
 def test_moments_and_average_are_sharded_like_their_parameters():
-  state, step, sharding = setup((2, 4))
-  state, _ = step(state, jax.device_put(make_batch(0), sharding))
+  state, _ = train((2, 4))
   adam = state["opt"][1].inner_state
   for tree in (state["params"], adam.mu, adam.nu, state["ema"]):
     assert tree["hidden"]["kernel"].sharding.spec == P("fsdp", None)
@@ -119,11 +121,14 @@ def test_moments_and_average_are_sharded_like_their_parameters():
 
 def test_accumulation_moves_no_rows_between_devices():
   def hlo(accumulate):
-    state, step, sharding = setup((8, 1), accumulate)
+    plain = AugmentConfig(jitter_probability=0, gray_probability=0)
+    state, step, sharding = setup((8, 1), accumulate, plain)
     return step.lower(state, jax.device_put(make_batch(0), sharding)).compile().as_text()
 
+  whole, parts = hlo(1), hlo(2)
+  assert "all-reduce" in parts  # of the gradients
   for collective in ("all-to-all", "collective-permute", "all-gather"):
-    assert hlo(2).count(collective) <= hlo(1).count(collective), collective
+    assert parts.count(collective) <= whole.count(collective), collective
 
 
 def test_batch_must_divide_by_accumulation_times_devices():

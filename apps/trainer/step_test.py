@@ -204,5 +204,7 @@ def test_errors_name_value_and_remedy():
   with pytest.raises(ValueError, match="accumulate=0"):
     setup(accumulate=0)
   state, step, _ = setup(accumulate=5)
-  with pytest.raises(ValueError, match="24 rows is not a multiple of 5 .* next size that fits is 25"):
+  with pytest.raises(
+    ValueError, match="24 rows is not a multiple of 5 .* next size that fits is 25"
+  ):
     step(state, make_batch())

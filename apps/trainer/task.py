@@ -1,18 +1,15 @@
 """What the trainer asks of a task; an app brings one."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import ov_eval
+
+from apps.trainer.report import ClassTable, Sample
+from apps.trainer.step import LossOutput
 
 Params = Any  # nested dict of arrays
-
-
-class LossOutput(NamedTuple):
-  """Result of a task's loss on one (micro-)batch."""
-
-  loss: jax.Array  # float32 scalar, a mean
-  weight: jax.Array  # float32 scalar, how many things the mean is over
-  metrics: dict[str, jax.Array]  # float32 scalars, means over the same things
 
 
 class Task(Protocol):
@@ -41,3 +38,22 @@ class Task(Protocol):
 
   def loss(self, params: Params, batch: dict[str, jax.Array], key: jax.Array) -> LossOutput:
     """Loss of a batch whose images are normalised float32."""
+
+
+class Evaluation(NamedTuple):
+  """What an evaluation found.
+
+  Attributes:
+    results: figures; each becomes `eval/<name>` in metrics.jsonl.
+    samples: pictures with captions for the report.
+    attribute_words: words of the samples to mark as right or wrong.
+    classes: confusion of a zero-shot classification.
+  """
+
+  results: tuple[ov_eval.Result, ...]
+  samples: tuple[Sample, ...] = ()
+  attribute_words: tuple[str, ...] = ()
+  classes: ClassTable | None = None
+
+
+Evaluate = Callable[[Params], Evaluation]

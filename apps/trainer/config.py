@@ -1,0 +1,92 @@
+"""From the configuration tree to the typed configs of the parts; impossible values end here."""
+
+from collections.abc import Sequence
+import json
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from apps.trainer.augment import AugmentConfig
+from apps.trainer.optimizer import OptimizerConfig
+from apps.trainer.schedules import ScheduleConfig
+
+
+def optimizer_config(config: ConfigDict) -> OptimizerConfig:
+  """`config.optimizer`; raises ValueError for values out of range."""
+  fields = config.optimizer.to_dict()
+  fields["schedule"] = ScheduleConfig(**fields["schedule"])
+  fields["lr_multipliers"] = tuple((str(r), float(f)) for r, f in fields["lr_multipliers"])
+  fields["frozen"] = tuple(fields["frozen"])
+  return OptimizerConfig(**fields)
+
+
+def augment_config(config: ConfigDict) -> AugmentConfig:
+  """Colour jitter on or off; always the predecessor's strengths."""
+  if config.input.color_jitter:
+    return AugmentConfig()
+  return AugmentConfig(jitter_probability=0.0, gray_probability=0.0)
+
+
+def check_values(config: ConfigDict) -> None:
+  """Ranges of the trainer's own settings; those of the parts are checked by the parts.
+
+  Raises:
+    ValueError: naming the setting, its value and what was expected.
+  """
+  for name, least in (
+    ("batch_size", 1),
+    ("total_steps", 1),
+    ("accumulate", 1),
+    ("log_every", 1),
+    ("checkpoint.every", 1),
+    ("checkpoint.keep_last", 1),
+    ("checkpoint.keep_every", 0),
+    ("eval.every", 0),
+    ("eval.batch_size", 0),
+    ("eval.examples", 0),
+    ("eval.caption_examples", 0),
+    ("eval.sample_pictures", 0),
+    ("eval.num_beams", 1),
+    ("input.num_threads", 0),
+    ("model.image_size", 1),
+    ("model.token_len", 3),
+    ("profile.start", 0),
+    ("profile.steps", 0),
+  ):
+    value = _leaf(config, name)
+    if value < least:
+      raise ValueError(f"config.{name}={value}; expected at least {least}")
+  for name, low, high in (
+    ("input.area_min", 0.0, 1.0),
+    ("input.max_bad_fraction", 0.0, 1.0),
+    ("eval.top_p", 0.0, 1.0),
+  ):
+    value = _leaf(config, name)
+    if not low <= value <= high:
+      raise ValueError(f"config.{name}={value}; expected {low} to {high}")
+  for name, allowed in (
+    ("input.shuffle", ("global", "block", "none")),
+    ("eval.method", ("greedy", "sample", "beam")),
+  ):
+    value = _leaf(config, name)
+    if value not in allowed:
+      raise ValueError(f"config.{name}={value!r}; expected one of {', '.join(allowed)}")
+
+
+def to_json(config: ConfigDict) -> str:
+  """The resolved configuration as text; the same for the same settings."""
+  return json.dumps(config.to_dict(), indent=2, sort_keys=True, default=_plain) + "\n"
+
+
+def _plain(value: Any) -> Any:
+  if isinstance(value, ConfigDict):
+    return value.to_dict()
+  if isinstance(value, Sequence):
+    return list(value)
+  raise TypeError(f"config holds a {type(value).__name__}: {value!r}")
+
+
+def _leaf(config: ConfigDict, name: str) -> Any:
+  for part in name.split("."):
+    config = config[part]
+  return config

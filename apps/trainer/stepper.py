@@ -1,0 +1,184 @@
+"""The steps of one stage: batches in, metrics and checkpoints out."""
+
+import time
+from typing import Any
+
+import jax
+import ov_data
+import ov_eval
+import ov_sharding
+
+from apps.trainer.checkpoint import Checkpoints
+from apps.trainer.errors import UserError
+from apps.trainer.meter import Meter
+from apps.trainer.progress import StageProgress
+from apps.trainer.run import Run
+from apps.trainer.stages import Stage
+from apps.trainer.state import TrainState
+from apps.trainer.task import Evaluate, Task
+
+BATCH_KEYS = ("image", "ids", "valid", "index")  # what goes to the devices
+
+
+class Stepper:
+  """Runs steps; logs, evaluates and saves when they are due.
+
+  Metrics are fetched one step late, so that the devices never wait for the host. What belongs to
+  step s is written before the checkpoint of step s: a resumed run repeats no line and skips none.
+  """
+
+  def __init__(
+    self,
+    run: Run,
+    stage: Stage,
+    task: Task,
+    checkpoints: Checkpoints,
+    loader: ov_data.Loader,
+    evaluate: Evaluate | None,
+    progress: StageProgress,
+  ):
+    self._run, self._stage, self._config = run, stage, stage.config
+    self._checkpoints, self._loader, self._evaluate = checkpoints, loader, evaluate
+    self._progress = progress
+    self._meter = Meter(
+      batch_size=stage.config.batch_size, flops_per_example=task.flops_per_example
+    )
+    self._pending: tuple[int, dict[str, jax.Array]] | None = None
+
+  def train(self, state: TrainState, train_step: Any) -> tuple[TrainState, str | None]:
+    """Steps from where `state` is to the end of the stage, or to a request to stop.
+
+    Returns:
+      The last state, and the name of the signal that ended it early.
+    """
+    config, run, stage = self._config, self._run, self._stage
+    step = first = int(state["step"])
+    batches = iter(self._loader)
+    signal = None
+    if step < config.total_steps:
+      run.terminal.phase(f"{stage.name}: compiling the train step")
+    while step < config.total_steps:
+      signal = run.stop.requested(stage.first_step + step)
+      if signal:
+        break
+      self._profile(step)
+      began = time.perf_counter()
+      batch = next(batches)
+      waited = time.perf_counter() - began
+      batch = ov_sharding.global_batch({k: batch[k] for k in BATCH_KEYS}, run.mesh)
+      state, metrics = train_step(state, batch)
+      step += 1
+      self._settle()
+      self._pending = (step, metrics)
+      if step == first + 1:  # this step's time is mostly the compiler's
+        self._settle()
+        run.terminal.phase(f"{stage.name}: first step after {time.perf_counter() - began:.1f} s")
+        self._meter.reset()
+      else:
+        self._meter.step(waited)
+      self._due(step, state)
+    self._settle()
+    if signal and step > first:
+      self._save(step, state)
+    return state, signal
+
+  def evaluate(self, state: TrainState) -> None:
+    """Evaluates, writes the figures, and keeps them for the report."""
+    run, step = self._run, self._stage.first_step + int(state["step"])
+    if self._evaluate is None:
+      return
+    run.terminal.phase(f"{self._stage.name}: evaluating at step {step:,}")
+    began = time.perf_counter()
+    run.evaluation = self._evaluate(state.get("ema", state["params"]))
+    values = {f"eval/{result.name}": result.value for result in run.evaluation.results}
+    run.writer.write(step, {**values, "eval/seconds": time.perf_counter() - began})
+    if jax.process_index() == 0:
+      ov_eval.write_results(
+        run.workdir / "evaluation.json",
+        run.evaluation.results,
+        split="heldout",
+        step=step,
+        examples_seen=self._examples(int(state["step"])),
+      )
+    shown = ("caption_nll", "attribute_accuracy", "zero_shot_top1")
+    figures = [f"{r.name} {r.value:.4f}" for r in run.evaluation.results if r.name in shown]
+    run.terminal.phase(f"{self._stage.name}: " + ", ".join(figures))
+
+  def _due(self, step: int, state: TrainState) -> None:
+    config = self._config
+    ends = step == config.total_steps
+    logs = ends or step % config.log_every == 0
+    evaluates = ends or (config.eval.every and step % config.eval.every == 0)
+    saves = ends or step % config.checkpoint.every == 0
+    if not (logs or evaluates or saves):
+      return
+    self._settle()
+    if evaluates:
+      self.evaluate(state)
+    if saves:
+      self._save(step, state)
+    if evaluates or saves:
+      self._meter.reset()
+
+  def _settle(self) -> None:
+    """Waits for the step before, shows it, and writes it where a line is due."""
+    if self._pending is None:
+      return
+    step, metrics = self._pending
+    self._pending = None
+    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    if values.pop("nonfinite"):
+      self._refuse(step, values)
+    global_step = self._stage.first_step + step
+    speed = self._meter.read()
+    self._progress.update(
+      global_step,
+      loss=values["loss"],
+      images_per_second=speed["train/images_per_second"],
+      mfu=speed.get("train/mfu"),
+      input_wait=speed["train/input_wait"],
+    )
+    if step % self._config.log_every == 0 or step == self._config.total_steps:
+      line = {f"train/{name}": value for name, value in values.items()}
+      line["train/examples"] = self._examples(step)
+      self._run.writer.write(global_step, {**line, **speed})
+      self._meter.reset()
+
+  def _refuse(self, step: int, values: dict[str, float]) -> None:
+    saved = self._checkpoints.latest_step()
+    batch = self._config.batch_size
+    raise UserError(
+      f"step {self._stage.first_step + step} is not finite: loss {values['loss']}, gradient norm "
+      f"{values['grad_norm']}, learning rate {values['learning_rate']:.3g}, examples "
+      f"{(step - 1) * batch} to {step * batch - 1} of stage {self._stage.name!r}. The checkpoint "
+      f"of step {saved if saved is not None else '(none)'} is untouched; lower "
+      "config.optimizer.learning_rate or set config.optimizer.grad_clip_norm=1.0"
+    )
+
+  def _examples(self, step: int) -> int:
+    """Examples seen by all stages so far."""
+    earlier = self._run.stages[: self._stage.index]
+    seen = sum(s.config.total_steps * s.config.batch_size for s in earlier)
+    return seen + step * self._config.batch_size
+
+  def _save(self, step: int, state: TrainState) -> None:
+    self._run.writer.flush()
+    self._checkpoints.save(
+      step,
+      state,
+      {
+        "stage": self._stage.name,
+        "loader": self._loader.state(),
+        "fingerprint": self._loader.fingerprint,
+        "config": self._config.to_dict(),
+      },
+    )
+
+  def _profile(self, step: int) -> None:
+    start, steps = self._config.profile.start, self._config.profile.steps
+    if steps and step == start:
+      jax.profiler.start_trace(str(self._run.workdir / "profile"))
+    if steps and step == start + steps:
+      self._settle()
+      jax.profiler.stop_trace()
+      self._run.terminal.phase(f"profile of {steps} steps is in {self._run.workdir / 'profile'}")
