@@ -7,31 +7,27 @@ A workdir holds `report.json` (everything on the page except the curves) beside 
 import base64
 from collections.abc import Mapping, Sequence
 import dataclasses
-import difflib
 import functools
 import importlib.metadata
 import io
-import itertools
 import json
 import math
-import numbers
 import os
 from pathlib import Path
 import platform
 import re
 import statistics
 import sys
-from typing import Any, Literal
+from typing import Any
 
 import jinja2
 import numpy as np
 from PIL import Image
 
-from apps.trainer import charts
+from apps.trainer import charts, report_text
+from apps.trainer.report_text import Mark
 from apps.trainer.sinks import read_metrics
 from ov_eval import Result
-
-Mark = Literal["right", "wrong", "missed", ""]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,40 +153,6 @@ def data_url(image: np.ndarray, longest: int = 224) -> str:
   return f"data:image/{kind};base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def mark_words(
-  generated: str, reference: str, attribute_words: Sequence[str] = ()
-) -> tuple[list[tuple[str, Mark]], list[tuple[str, Mark]]]:
-  """Aligns two captions word by word.
-
-  Returns:
-    The words of `generated`, each "right" or "wrong", and those of `reference`, each "" or
-    "missed". Words that say no attribute are "".
-  """
-  ours, truth = generated.split(), reference.split()
-  checked = {word for text in attribute_words for word in text.lower().split()}
-
-  def marks(words: list[str]) -> list[bool]:
-    return [not checked or _bare(word) in checked for word in words]
-
-  matcher = difflib.SequenceMatcher(
-    a=[_bare(w) for w in ours], b=[_bare(w) for w in truth], autojunk=False
-  )
-  same_ours: set[int] = set()
-  same_truth: set[int] = set()
-  for block in matcher.get_matching_blocks():
-    same_ours.update(range(block.a, block.a + block.size))
-    same_truth.update(range(block.b, block.b + block.size))
-  left: list[tuple[str, Mark]] = [
-    (word, ("right" if i in same_ours else "wrong") if is_checked else "")
-    for i, (word, is_checked) in enumerate(zip(ours, marks(ours)))
-  ]
-  right: list[tuple[str, Mark]] = [
-    (word, "missed" if is_checked and i not in same_truth else "")
-    for i, (word, is_checked) in enumerate(zip(truth, marks(truth)))
-  ]
-  return left, right
-
-
 # Title and curves of the main charts; metrics not named here follow in a folded section.
 _PANELS: tuple[tuple[str, dict[str, str]], ...] = (
   ("Training loss", {"train/loss": ""}),
@@ -259,7 +221,7 @@ def render(data: ReportData, metrics: Sequence[Mapping[str, float]]) -> str:
     wide=bool(samples) and statistics.median(s["length"] for s in samples) > 240,
     mistakes=sorted(wrong, key=lambda s: s["right"] / s["total"])[:8],
     classes=_class_view(data.classes) if data.classes else None,
-    config=_flat(data.config),
+    config=report_text.flat(data.config),
   )
 
 
@@ -268,7 +230,12 @@ def _template() -> jinja2.Template:
   environment = jinja2.Environment(
     autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
   )
-  environment.filters.update(figure=_figure, plain=_plain, label=_label, interval=_interval)
+  environment.filters.update(
+    figure=report_text.figure,
+    interval=report_text.interval,
+    label=report_text.label,
+    plain=report_text.plain,
+  )
   source = Path(__file__).with_name("report_template.html").read_text(encoding="utf-8")
   return environment.from_string(source)
 
@@ -277,25 +244,21 @@ def _sample_view(sample: Sample, attribute_words: Sequence[str]) -> dict[str, An
   generated: list[tuple[str, Mark]] = [(sample.generated, "")]
   reference: list[tuple[str, Mark]] = [(text, "") for text in sample.references[:1]]
   if sample.total and sample.references:
-    generated, reference = mark_words(sample.generated, sample.references[0], attribute_words)
+    generated, reference = report_text.mark_words(
+      sample.generated, sample.references[0], attribute_words
+    )
     if sample.right == sample.total:  # right in other words is right
       generated = [(word, "right" if mark else "") for word, mark in generated]
       reference = [(word, "") for word, _ in reference]
   return {
     "image": sample.image if isinstance(sample.image, str) else data_url(sample.image),
-    "generated": _runs(generated),
-    "reference": _runs(reference),
+    "generated": report_text.runs(generated),
+    "reference": report_text.runs(reference),
     "others": sample.references[1:],
     "right": sample.right,
     "total": sample.total,
     "length": len(sample.generated) + sum(map(len, sample.references)),
   }
-
-
-def _runs(words: Sequence[tuple[str, Mark]]) -> list[tuple[str, Mark]]:
-  """Neighbouring words of one mark joined."""
-  grouped = itertools.groupby(words, key=lambda pair: pair[1])
-  return [(" ".join(word for word, _ in group), mark) for mark, group in grouped]
 
 
 def _class_view(table: ClassTable) -> dict[str, Any]:
@@ -324,55 +287,6 @@ def _class_view(table: ClassTable) -> dict[str, Any]:
     "worst": sorted((r for r in rows if r["count"]), key=lambda r: r["recall"])[:12],
     "confused": confused,
   }
-
-
-def _figure(result: Result) -> str:
-  """The value as a person writes it."""
-  if not math.isfinite(result.value):
-    return "–"
-  return f"{result.value:.1%}" if result.unit == "share" else charts.short(result.value)
-
-
-def _interval(result: Result) -> str:
-  if result.low is None or result.high is None or not math.isfinite(result.low + result.high):
-    return ""
-  if result.unit == "share":
-    return f"{100 * result.low:.1f} – {result.high:.1%}"
-  return f"{charts.short(result.low)} – {charts.short(result.high)}"
-
-
-def _plain(value: Any) -> str:
-  """A fact of the summary: numbers with thousands separators."""
-  if isinstance(value, numbers.Integral) and not isinstance(value, bool):
-    return f"{value:,}"
-  if isinstance(value, numbers.Real) and not isinstance(value, bool):
-    return charts.short(float(value)) if abs(value) < 1000 else f"{value:,.0f}"
-  return str(value)
-
-
-_SPELLING = (("nll", "NLL"), ("zero shot", "zero-shot"), ("top1", "top-1"), ("top5", "top-5"))
-
-
-def _label(name: str) -> str:
-  """`attribute_accuracy/colour` -> `Attribute accuracy, colour`."""
-  text = name.replace("_", " ").replace("/", ", ")
-  for short, long in _SPELLING:
-    text = re.sub(rf"\b{short}\b", long, text)
-  return text[:1].upper() + text[1:]
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-  rows = []
-  for key, value in config.items():
-    if isinstance(value, Mapping) and value:
-      rows += _flat(value, f"{prefix}{key}.")
-    else:
-      rows.append((f"{prefix}{key}", json.dumps(value, default=str)))
-  return rows
-
-
-def _bare(word: str) -> str:
-  return re.sub(r"\W+", "", word.lower())
 
 
 def _replace(path: Path, text: str) -> None:

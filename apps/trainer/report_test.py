@@ -15,10 +15,10 @@ from apps.trainer.report import (
   Sample,
   Stage,
   data_url,
-  mark_words,
   remake_report,
   write_report,
 )
+from apps.trainer.report_text import mark_words, plain
 from apps.trainer.sinks import MetricWriter
 from ov_eval import Result
 
@@ -169,6 +169,17 @@ def test_marks_follow_the_words():
   assert [word for word, mark in truth if mark] == ["small", "above"]
   everything, _ = mark_words("one two", "one three")
   assert everything == [("one", "right"), ("two", "wrong")]
+
+
+@pytest.mark.parametrize(
+  "value, text",
+  [
+    (1234567, "1,234,567"), (np.int64(1000), "1,000"), (3120.4, "3,120"), (0.5, "0.5"),
+    (True, "True"), ("6 min", "6 min"), (math.nan, "–"),
+  ],
+)  # fmt: skip
+def test_plain(value, text):
+  assert plain(value) == text
 
 
 def test_right_in_other_words_is_marked_right(workdir):
