@@ -17,8 +17,8 @@ Every draw of an example comes from its key fold_in(key(seed), index), so it dep
 the seed and the example's position in the run: not on the batch, the devices or the hosts.
 """
 
-import dataclasses
 from collections.abc import Callable
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -145,7 +145,7 @@ def _adjust_hsv(x: jax.Array, saturation: jax.Array, hue: jax.Array) -> jax.Arra
   v = jnp.maximum(jnp.maximum(r, g), b)
   chroma = v - jnp.minimum(jnp.minimum(r, g), b)
   safe = jnp.where(chroma > 0, chroma, 1.0)
-  # Compared in pairs, not with v: the compiler may round v and r apart, and `v == r` would then miss.
+  # Compared in pairs, not with v: the compiler may round v and r apart, and v == r then misses.
   green_or_blue = jnp.where(g >= b, 2 + (b - r) / safe, 4 + (r - g) / safe)
   h6 = jnp.where((r >= g) & (r >= b), (g - b) / safe, green_or_blue) + 6.0 * hue
   chroma = jnp.minimum(chroma * saturation, v)  # S is clipped to 1

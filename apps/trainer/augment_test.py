@@ -1,4 +1,4 @@
-"""Device augmentation against a pixel-by-pixel version with the standard library's colour spaces."""
+"""Device augmentation against a pixel-by-pixel version with the standard library's HSV."""
 
 import colorsys
 

@@ -1,6 +1,6 @@
 """Checkpoints of a run with orbax: asynchronous, atomic, restorable on any mesh.
 
-  with Checkpointer(workdir / "checkpoints", keep_last=2, keep_every=10_000) as checkpoints:
+  with Checkpoints(workdir / "checkpoints", keep_last=2, keep_every=10_000) as checkpoints:
     if (step := checkpoints.latest_step()) is not None:
       state, metadata = checkpoints.restore(abstract_state)     # abstract leaves carry shardings
     ...
@@ -28,11 +28,11 @@ import json
 import platform
 from typing import Any, NamedTuple
 
-import jax
-import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
+import jax
 from jax.experimental import multihost_utils
+import orbax.checkpoint as ocp
 
 from apps.trainer.optimizer import flatten_paths
 from apps.trainer.state import TrainState
@@ -44,7 +44,7 @@ MANIFEST = "manifest.json"
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(OSError):
   """A checkpoint cannot be written, found or restored; the message says which and what to do."""
 
 
@@ -55,7 +55,7 @@ class Restored(NamedTuple):
   metadata: dict[str, Any]
 
 
-class Checkpointer:
+class Checkpoints:
   """The checkpoints of one run in one directory; a context manager that waits for the last save.
 
   Opening it removes what a killed save left behind and moves damaged checkpoints aside.
@@ -175,7 +175,7 @@ class Checkpointer:
     finally:
       self._manager.close()
 
-  def __enter__(self) -> "Checkpointer":
+  def __enter__(self) -> "Checkpoints":
     return self
 
   def __exit__(self, *exc_info: object) -> None:

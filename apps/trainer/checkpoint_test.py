@@ -8,17 +8,17 @@ import subprocess
 import sys
 import textwrap
 
+from absl import logging
 import jax
 import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
 import numpy as np
 import pytest
-from absl import logging
-from jax.sharding import SingleDeviceSharding
 
 from apps.trainer import state as state_lib
 from apps.trainer.checkpoint import (
-  Checkpointer,
   CheckpointError,
+  Checkpoints,
   find_checkpoint,
   read_metadata,
   restore_arrays,
@@ -36,7 +36,7 @@ def make_state(seed=0, size=(8, 4), ema=True):
   optimizer = make_optimizer(OptimizerConfig(1e-3, frozen=("frozen",)), params, 10)
   state = state_lib.new_state(params, optimizer.tx, ema=ema)
   keys = iter(jax.random.split(jax.random.key(seed), 100))
-  fill = lambda x: (  # noqa: E731
+  fill = lambda x: (
     jax.random.normal(next(keys), x.shape, x.dtype) if x.dtype != jnp.int32 else x + seed
   )
   return jax.tree.map(fill, state)
@@ -58,11 +58,11 @@ def test_restores_every_bit_and_the_metadata(tmp_path):
   state = make_state()
   state["params"]["dense"]["bias"] = jnp.array([jnp.nan, -0.0, jnp.inf, 1e-42], jnp.float32)
   assert state["opt"][1].inner_state.mu["dense"]["kernel"].dtype == jnp.bfloat16
-  with Checkpointer(tmp_path) as checkpoints:
+  with Checkpoints(tmp_path) as checkpoints:
     assert checkpoints.latest_step() is None
     assert checkpoints.save(5, state, METADATA)
     assert not checkpoints.save(5, state, METADATA)
-  with Checkpointer(tmp_path) as checkpoints:
+  with Checkpoints(tmp_path) as checkpoints:
     assert checkpoints.latest_step() == 5
     restored = checkpoints.restore(abstract(state))
   assert_bitwise(restored.state, state)
@@ -73,7 +73,7 @@ def test_restores_every_bit_and_the_metadata(tmp_path):
 def test_a_save_holds_the_state_of_its_moment_although_the_step_donates_it(tmp_path):
   step = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
   state = {"params": {"w": jnp.zeros((512, 1024))}, "step": jnp.int32(0)}
-  with Checkpointer(tmp_path, keep_last=4) as checkpoints:
+  with Checkpoints(tmp_path, keep_last=4) as checkpoints:
     for i in range(1, 5):
       state = step(state)
       checkpoints.save(i, state, {})
@@ -88,7 +88,7 @@ def test_a_save_holds_the_state_of_its_moment_although_the_step_donates_it(tmp_p
 
 def test_keeps_the_last_and_every_kth(tmp_path):
   state = {"w": jnp.zeros(2)}
-  with Checkpointer(tmp_path, keep_last=2, keep_every=4) as checkpoints:
+  with Checkpoints(tmp_path, keep_last=2, keep_every=4) as checkpoints:
     for step in range(1, 8):
       checkpoints.save(step, state, {})
     checkpoints.wait()
@@ -119,7 +119,7 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_checkpoint_is_never_restored(tmp_path, damage, caplog):
   first, second = make_state(1), make_state(2)
-  with Checkpointer(tmp_path) as checkpoints:
+  with Checkpoints(tmp_path) as checkpoints:
     checkpoints.save(1, first, METADATA)
     checkpoints.save(2, second, METADATA)
   DAMAGE[damage](tmp_path / "2")
@@ -127,11 +127,11 @@ def test_a_damaged_checkpoint_is_never_restored(tmp_path, damage, caplog):
   with pytest.raises(CheckpointError, match="no intact checkpoint of step 2"):
     find_checkpoint(tmp_path, step=2)
   logging.use_python_logging(quiet=True)
-  with Checkpointer(tmp_path) as checkpoints:
+  with Checkpoints(tmp_path) as checkpoints:
     assert "2 is damaged" in caplog.text and "damaged-2" in caplog.text
     assert_bitwise(checkpoints.restore(abstract(first)).state, first)
     checkpoints.save(2, second, METADATA)
-  with Checkpointer(tmp_path) as checkpoints:
+  with Checkpoints(tmp_path) as checkpoints:
     assert_bitwise(checkpoints.restore(abstract(second)).state, second)
 
 
@@ -140,8 +140,8 @@ def test_killed_while_saving_leaves_the_checkpoint_before(tmp_path):
   program = """
     import os, signal, sys
     import jax.numpy as jnp
-    from apps.trainer.checkpoint import Checkpointer
-    checkpoints = Checkpointer(sys.argv[1])
+    from apps.trainer.checkpoint import Checkpoints
+    checkpoints = Checkpoints(sys.argv[1])
     checkpoints.save(1, {"w": jnp.full(1000, 1.0)}, {})
     checkpoints.wait()
     checkpoints._manager._checkpointer._post_finalization_callback = (
@@ -158,7 +158,7 @@ def test_killed_while_saving_leaves_the_checkpoint_before(tmp_path):
   left = {p.name for p in tmp_path.iterdir()}
   assert "1" in left and "2" not in left and len(left) == 2  # 1 and a temporary directory
   target = abstract({"w": jnp.zeros(1000)})
-  with Checkpointer(tmp_path) as checkpoints:
+  with Checkpoints(tmp_path) as checkpoints:
     assert checkpoints.latest_step() == 1
     np.testing.assert_array_equal(checkpoints.restore(target).state["w"], 1.0)
     checkpoints.save(2, {"w": jnp.full(1000, 3.0)}, {})
@@ -168,7 +168,7 @@ def test_killed_while_saving_leaves_the_checkpoint_before(tmp_path):
 
 def test_a_failing_background_save_surfaces(tmp_path, monkeypatch):
   state = {"w": jnp.zeros(2)}
-  checkpoints = Checkpointer(tmp_path)
+  checkpoints = Checkpoints(tmp_path)
   checkpoints.save(1, state, {})
   checkpoints.wait()
 
@@ -184,7 +184,7 @@ def test_a_failing_background_save_surfaces(tmp_path, monkeypatch):
 
 
 def test_a_state_of_another_model_is_refused_with_a_list(tmp_path):
-  with Checkpointer(tmp_path) as checkpoints:
+  with Checkpoints(tmp_path) as checkpoints:
     checkpoints.save(1, make_state(), METADATA)
     other = make_state(size=(8, 6), ema=False)
     with pytest.raises(CheckpointError) as error:
@@ -198,7 +198,7 @@ def test_a_state_of_another_model_is_refused_with_a_list(tmp_path):
 
 def test_find_checkpoint_takes_a_workdir_its_checkpoints_or_one_step(tmp_path):
   directory = tmp_path / "checkpoints"
-  with Checkpointer(directory) as checkpoints:
+  with Checkpoints(directory) as checkpoints:
     checkpoints.save(3, {"w": jnp.zeros(2)}, {})
     checkpoints.save(4, {"w": jnp.zeros(2)}, {})
   assert find_checkpoint(tmp_path) == find_checkpoint(directory) == directory / "4"
@@ -211,7 +211,7 @@ def test_find_checkpoint_takes_a_workdir_its_checkpoints_or_one_step(tmp_path):
 
 def test_parts_can_be_read_alone(tmp_path):
   state = make_state()
-  with Checkpointer(tmp_path) as checkpoints:
+  with Checkpoints(tmp_path) as checkpoints:
     checkpoints.save(1, state, METADATA)
   checkpoint = find_checkpoint(tmp_path)
   assert saved_arrays(checkpoint)["params/dense/kernel"].shape == (8, 4)
@@ -222,8 +222,8 @@ def test_parts_can_be_read_alone(tmp_path):
 
 def test_errors_name_value_and_remedy(tmp_path):
   with pytest.raises(ValueError, match="keep_last=0"):
-    Checkpointer(tmp_path, keep_last=0)
-  with Checkpointer(tmp_path) as checkpoints:
+    Checkpoints(tmp_path, keep_last=0)
+  with Checkpoints(tmp_path) as checkpoints:
     with pytest.raises(ValueError, match="JSON"):
       checkpoints.save(1, {"w": jnp.zeros(2)}, {"bad": np.zeros(2)})
     with pytest.raises(CheckpointError, match="no intact checkpoint"):

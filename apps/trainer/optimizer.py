@@ -24,9 +24,9 @@ Paths are the keys of the nested dict joined by "/", e.g. `encoder/blocks/attn/q
 a regex matches when `re.search` finds it in the path, so anchor it with ^ and $ where that matters.
 """
 
+from collections.abc import Sequence
 import dataclasses
 import re
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -54,7 +54,8 @@ class OptimizerConfig:
     lr_multipliers: (regex, factor) pairs; the first that matches a path counts.
     layer_decay: r in (0, 1], or None for none.
     layer_decay_regex: paths to which the layer-wise decay applies, e.g. "^encoder/".
-    input_regex: paths that count as standing before the blocks.
+    input_regex: paths that layer-wise decay counts as standing before the blocks: embeddings,
+      positions and cls.
     frozen: regexes of parameters that keep their value and get no optimizer state.
     ema_decay: decay of an average of the parameters kept in the train state, None for none. The
       average starts at the initial parameters and is not debiased; its decay at step t is

@@ -18,9 +18,9 @@ decay), Hu et al. 2024, https://arxiv.org/abs/2404.06395; 1 - sqrt cool-down, Ha
 https://arxiv.org/abs/2405.18392; rsqrt, Zhai et al. 2021, https://arxiv.org/abs/2106.04560.
 """
 
+from collections.abc import Callable
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -57,7 +57,8 @@ class ScheduleConfig:
       raise ValueError(f"schedule kind={self.kind!r} is unknown; choose one of {kinds}.")
     if self.cooldown_shape not in ("linear", "cosine", "sqrt"):
       raise ValueError(
-        f"schedule cooldown_shape={self.cooldown_shape!r} is unknown; choose linear, cosine or sqrt."
+        f"schedule cooldown_shape={self.cooldown_shape!r} is unknown; choose linear, cosine or "
+        "sqrt."
       )
     if self.warmup_steps < 0 or self.cooldown_steps < 0:
       raise ValueError(

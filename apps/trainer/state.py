@@ -18,10 +18,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from apps.trainer.optimizer import flatten_paths, path_str
+import ov_sharding
 
 PyTree = Any
 TrainState = dict[str, Any]
@@ -46,32 +46,14 @@ def abstract_state(
 
 
 def state_shardings(abstract: TrainState, param_shardings: PyTree, mesh: Mesh) -> TrainState:
-  """Shardings for every leaf of an abstract state.
-
-  A leaf whose path ends with the path of a parameter and which has its shape (moments, averages,
-  the parameters themselves) is sharded like that parameter; all else is replicated.
+  """Shardings for every leaf of an abstract state: what mirrors a parameter is sharded like it.
 
   Args:
     abstract: from `abstract_state`.
     param_shardings: NamedShardings in the tree of the parameters.
     mesh: of those shardings.
   """
-  by_path = flatten_paths(param_shardings)
-  shapes = {path: leaf.shape for path, leaf in flatten_paths(abstract["params"]).items()}
-  if by_path.keys() != shapes.keys():
-    odd = sorted(by_path.keys() ^ shapes.keys())
-    raise ValueError(
-      f"shardings and parameters differ in {len(odd)} paths, e.g. {', '.join(odd[:3])}; make the "
-      "shardings from the same model config."
-    )
-  replicated = NamedSharding(mesh, PartitionSpec())
-
-  def of(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-    suffixes = (path_str(path[i:]) for i in range(1, len(path)))
-    match = (by_path[s] for s in suffixes if s in by_path and shapes[s] == leaf.shape)
-    return next(match, replicated)
-
-  return jax.tree_util.tree_map_with_path(of, abstract)
+  return ov_sharding.state_shardings(abstract, abstract["params"], param_shardings, mesh)
 
 
 def init_state(
@@ -88,8 +70,17 @@ def init_state(
     tx: the optimizer's transformation.
     shardings: from `state_shardings`; an "ema" entry in it asks for an average.
   """
-  build = lambda key: new_state(init_params(key), tx, ema="ema" in shardings)  # noqa: E731
+  build = lambda key: new_state(init_params(key), tx, ema="ema" in shardings)
   return jax.jit(build, out_shardings=shardings)(key)
+
+
+def replace_params(state: TrainState, params: PyTree) -> TrainState:
+  """The state with other parameters of the same shapes; an average starts again at them."""
+  if "ema" not in state:
+    return {**state, "params": params}
+  shardings = jax.tree.map(lambda x: x.sharding, state["ema"])
+  copy = lambda p: jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), p)
+  return {**state, "params": params, "ema": jax.jit(copy, out_shardings=shardings)(params)}
 
 
 def with_shardings(abstract: PyTree, shardings: PyTree) -> PyTree:

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import NamedSharding, PartitionSpec
+import optax
 
 from apps.trainer import optimizer as optimizer_lib
 from apps.trainer.schedules import Schedule
@@ -190,7 +190,7 @@ def _accumulated(
   sums, outs = jax.lax.scan(body, zeros, (jnp.arange(k), batches))  # outs hold [k]
   total = outs.weight.sum()
   scale = jnp.where(total > 0, 1.0 / jnp.maximum(total, 1e-30), 0.0)
-  mean = lambda x: _weighted(x, outs.weight).sum() * scale  # noqa: E731
+  mean = lambda x: _weighted(x, outs.weight).sum() * scale
   metrics = jax.tree.map(mean, outs.metrics)
   return jax.tree.map(lambda s: s * scale, sums), LossOutput(mean(outs.loss), total, metrics)
 

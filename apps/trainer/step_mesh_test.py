@@ -4,9 +4,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from apps.trainer import state as state_lib
 from apps.trainer.augment import AugmentConfig, make_preprocess
@@ -15,6 +16,7 @@ from apps.trainer.schedules import ScheduleConfig
 from apps.trainer.step import LossOutput, make_train_step
 
 B, S, F = 16, 4, 16
+JITTERED = AugmentConfig()
 CONFIG = OptimizerConfig(
   1e-2, ScheduleConfig(warmup_steps=2), grad_clip_norm=1.0, ema_decay=0.9, mu_dtype="float32"
 )
@@ -47,7 +49,7 @@ def make_batch(step):
   }
 
 
-def setup(shape, accumulate=1, augment=AugmentConfig()):
+def setup(shape, accumulate=1, augment=JITTERED):
   devices = np.array(jax.devices()[: shape[0] * shape[1]]).reshape(shape)
   mesh = Mesh(devices, ("data", "fsdp"))
   abstract_params = jax.eval_shape(init_params, jax.random.key(0))

@@ -5,10 +5,10 @@ import warnings
 import chex
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 import optax
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from apps.trainer import state as state_lib
 from apps.trainer.optimizer import OptimizerConfig, make_optimizer

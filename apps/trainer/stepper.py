@@ -4,11 +4,7 @@ import time
 from typing import Any
 
 import jax
-import ov_data
-import ov_eval
-import ov_sharding
 
-from apps.trainer.checkpoint import Checkpoints
 from apps.trainer.errors import UserError
 from apps.trainer.meter import Meter
 from apps.trainer.progress import StageProgress
@@ -16,6 +12,9 @@ from apps.trainer.run import Run
 from apps.trainer.stages import Stage
 from apps.trainer.state import TrainState
 from apps.trainer.task import Evaluate, Task
+import ov_data
+import ov_eval
+import ov_sharding
 
 BATCH_KEYS = ("image", "ids", "valid", "index")  # what goes to the devices
 
@@ -32,13 +31,12 @@ class Stepper:
     run: Run,
     stage: Stage,
     task: Task,
-    checkpoints: Checkpoints,
     loader: ov_data.Loader,
     evaluate: Evaluate | None,
     progress: StageProgress,
   ):
     self._run, self._stage, self._config = run, stage, stage.config
-    self._checkpoints, self._loader, self._evaluate = checkpoints, loader, evaluate
+    self._loader, self._evaluate = loader, evaluate
     self._progress = progress
     self._meter = Meter(
       batch_size=stage.config.batch_size, flops_per_example=task.flops_per_example
@@ -145,7 +143,7 @@ class Stepper:
       self._meter.reset()
 
   def _refuse(self, step: int, values: dict[str, float]) -> None:
-    saved = self._checkpoints.latest_step()
+    saved = self._run.checkpoints.latest_step()
     batch = self._config.batch_size
     raise UserError(
       f"step {self._stage.first_step + step} is not finite: loss {values['loss']}, gradient norm "
@@ -163,8 +161,8 @@ class Stepper:
 
   def _save(self, step: int, state: TrainState) -> None:
     self._run.writer.flush()
-    self._checkpoints.save(
-      step,
+    self._run.checkpoints.save(
+      self._stage.first_step + step,
       state,
       {
         "stage": self._stage.name,
