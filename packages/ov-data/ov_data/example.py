@@ -11,8 +11,8 @@ The messages live in their own descriptor pool, so they never clash with TensorF
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
+import numpy as np
 
 Feature = list[bytes] | np.ndarray  # bytes features as a list, numbers as float32 or int64 [n]
 Writable = bytes | str | int | float | np.ndarray | Sequence[bytes | str | int | float]

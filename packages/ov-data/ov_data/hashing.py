@@ -29,6 +29,14 @@ def keys(*words: ArrayLike) -> Uint64s:
   return key
 
 
+def key(*words: int) -> int:
+  """What `keys` gives for one tuple, in plain integers: faster where there is no array."""
+  value = 0
+  for word in words:
+    value = _mix((value ^ (word & _MASK)) + _GAMMA & _MASK)
+  return value
+
+
 class Uniforms:
   """A stream of uniform numbers in [0, 1) that belongs to a tuple of integers.
 
@@ -36,15 +44,18 @@ class Uniforms:
   """
 
   def __init__(self, *words: int):
-    self._state = int(keys(*words)[0])
+    self._state = key(*words)
 
   def __call__(self) -> float:
     self._state = (self._state + _GAMMA) & _MASK
-    x = self._state
-    x = ((x ^ (x >> 30)) * _FIRST) & _MASK
-    x = ((x ^ (x >> 27)) * _SECOND) & _MASK
-    return ((x ^ (x >> 31)) >> 11) * 2.0**-53
+    return (_mix(self._state) >> 11) * 2.0**-53
 
   def below(self, n: int) -> int:
     """A uniform integer in [0, n)."""
     return int(self() * n)
+
+
+def _mix(x: int) -> int:
+  x = ((x ^ (x >> 30)) * _FIRST) & _MASK
+  x = ((x ^ (x >> 27)) * _SECOND) & _MASK
+  return x ^ (x >> 31)

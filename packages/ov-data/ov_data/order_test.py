@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
+from ov_data.hashing import Uniforms, key, keys
 from ov_data.order import Order, mixing_pattern, permute
-from ov_data.hashing import Uniforms, keys
 
 SIZES = [1, 2, 3, 4, 5, 7, 31, 97, 1000, 1024, 1025, 7919]
 
@@ -129,9 +129,14 @@ def test_mixing_pattern(weights):
   assert shares.min() > 0
 
 
+def test_key_of_integers_and_of_arrays_agree():
+  words = [(0, 0), (1, 2), (-1, 5), (2**62, 3)]
+  np.testing.assert_array_equal(keys(*np.array(words).T), [key(*word) for word in words])
+
+
 def test_uniforms():
   draws = np.array([Uniforms(0, index)() for index in range(20_000)])
-  assert 0 <= draws.min() and draws.max() < 1
+  assert draws.min() >= 0 and draws.max() < 1
   assert abs(draws.mean() - 0.5) < 5 / np.sqrt(12 * len(draws))
   stream = Uniforms(0)
   draws = [stream.below(3) for _ in range(3000)]

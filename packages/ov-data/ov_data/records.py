@@ -7,9 +7,9 @@ themselves contain checksums stay well protected.
 Format: https://www.tensorflow.org/tutorials/load_data/tfrecord#tfrecords_format_details
 """
 
+from collections.abc import Iterator
 import dataclasses
 import struct
-from collections.abc import Iterator
 from typing import BinaryIO
 
 import google_crc32c
@@ -111,7 +111,8 @@ def _data_length(header: bytes, offset: int) -> int:
     raise RecordError(offset, "truncated header")
   length, crc = _HEADER.unpack(header)
   if crc != masked_crc32c(header[:8]):
-    raise RecordError(offset, "length checksum")
+    compressed = offset == 0 and header.startswith(b"\x1f\x8b")
+    raise RecordError(offset, "gzip-compressed shard" if compressed else "length checksum")
   if length > MAX_RECORD_BYTES:
     raise RecordError(offset, "length over 1 GiB")
   return length

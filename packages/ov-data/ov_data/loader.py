@@ -1,0 +1,435 @@
+"""Batches of numpy arrays from record files: deterministic, resumable by one integer.
+
+    position -> order -> record bytes -> parse -> decode, crop, resize -> token ids -> batch
+
+Everything behind `order` runs in a pool of threads whose work is C code without the interpreter
+lock. A few batches are under way at a time; they come out in order. All randomness is keyed by
+(seed, position), so a batch is a function of its number, on any number of hosts and threads.
+"""
+
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from concurrent import futures
+import dataclasses
+import hashlib
+import logging
+import os
+import time
+from typing import Any, Literal, Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ov_data import decode, example, fs
+from ov_data.hashing import Uniforms
+from ov_data.index import Progress
+from ov_data.order import Order, Places
+from ov_data.records import RecordError
+from ov_data.sources import Dataset, Source
+
+_CROP_SALT, _CAPTION_SALT = 1, 2
+_TASK_ROWS = 8  # rows of a batch that one task fills
+_REMOTE_THREADS = 8  # for each core: they mostly wait for the network
+_GRACE_ROWS = 200  # bad records are weighed against at least so many
+
+log = logging.getLogger("ov_data")
+
+
+class Tokenizer(Protocol):
+  """What the loader needs of a tokenizer."""
+
+  pad_id: int
+
+  def encode_batch(
+    self, texts: Sequence[str], length: int
+  ) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+    """Token ids and which of them are real, both [len(texts), length]."""
+
+
+class TooManyBadRecords(RuntimeError):
+  """More of the data are broken than the run was told to accept."""
+
+
+class FeatureError(ValueError):
+  """A record without what is needed; `reason` is a short phrase, fit for counting."""
+
+  def __init__(self, reason: str):
+    super().__init__(reason)
+    self.reason = reason
+
+
+@dataclasses.dataclass(frozen=True)
+class _Problem:
+  reason: str
+  place: str  # shard and offset
+  detail: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pending:
+  batch: dict[str, Any]
+  rows: int  # that hold a record, broken or not
+  tasks: list[futures.Future[list[_Problem]]]
+
+
+class Loader:
+  """An iterator of batches, the rows of this host:
+
+      image   uint8 [b, S, S, 3]     ids   int32 [b, T]     mask  bool [b, T], True on real tokens
+      valid   bool [b]               index int64 [b], the position in the global stream
+      <key>   list of b values, for each of `extra_keys`: bytes, int or float; a list where the
+              feature holds several; None in rows that are not valid
+
+  A broken record keeps its row: `valid` False, `mask` False, black image. So shapes, order and
+  resuming never depend on what is broken.
+
+  Args:
+    sources: one, or several that are mixed by weight.
+    image_size: S, pixels.
+    batch_size: rows of the global batch, over all hosts.
+    rows: the slice of the global batch that this host loads; all of it by default.
+    tokenizer: see `Tokenizer`.
+    text_len: T, tokens.
+    seed: of order, crops and choice of captions.
+    shuffle, block, window, lanes: see `Order`. `lanes` = number of hosts, or a multiple of it.
+    position: where to start; see `restore`.
+    passes: None for an endless stream; a number to stop after so many passes over one source, the
+      last batch filled with rows that are not valid. Each `for` over such a loader starts anew.
+    fit: "crop" for random crops, "center" or "squash" for evaluation, see ov_data.decode.
+    captions: "random" or "first" among the captions of an example.
+    extra_keys: further features to deliver.
+    crop, limits: see ov_data.decode.
+    max_bad_fraction: share of broken records past which `TooManyBadRecords` stops the run.
+    threads: that decode; all cores by default, more where data are remote.
+    prefetch: batches under way beside the one that is handed out.
+    progress: is told of the indexing, (bytes done, bytes in all).
+
+  Raises:
+    ValueError: the data are not there, or not as described; see also `Dataset` and `Order`.
+  """
+
+  def __init__(
+    self,
+    sources: Source | Sequence[Source],
+    *,
+    image_size: int,
+    batch_size: int,
+    tokenizer: Tokenizer,
+    text_len: int,
+    rows: slice | None = None,
+    seed: int = 0,
+    shuffle: Literal["global", "block", "none"] = "global",
+    block: int = 256,
+    window: int = 16,
+    lanes: int = 1,
+    position: int = 0,
+    passes: int | None = None,
+    fit: Literal["crop", "center", "squash"] = "crop",
+    captions: Literal["random", "first"] = "random",
+    extra_keys: Sequence[str] = (),
+    crop: decode.Crop | None = None,
+    limits: decode.Limits = decode.DEFAULT_LIMITS,
+    max_bad_fraction: float = 0.1,
+    threads: int | None = None,
+    prefetch: int = 2,
+    progress: Progress | None = None,
+  ):
+    self.sources = (sources,) if isinstance(sources, Source) else tuple(sources)
+    self.image_size = image_size
+    self.batch_size = batch_size
+    self.rows = _checked_rows(rows, batch_size)
+    self.lanes = lanes
+    self.passes = passes
+    self.position = position  # of the next batch to be handed out
+    self.skipped: Counter[str] = Counter()  # broken records among the rows handed out, by reason
+    self.wait_seconds = 0.0  # that the caller of next() has waited for data
+    self._tokenizer = tokenizer
+    self._text_len = text_len
+    self._seed = seed
+    self._fit = fit
+    self._captions = captions
+    self._extra_keys = tuple(extra_keys)
+    self._crop = crop or decode.Crop()
+    self._limits = limits
+    self._max_bad_fraction = max_bad_fraction
+    self._seen = self._bad = 0  # rows, since the start or the last restore
+    self._prefetch = prefetch
+    self._pending: deque[_Pending] = deque()
+    self._check_arguments()
+
+    lane_rows = batch_size // lanes if lanes > 1 else 1
+    block = -(-block // lane_rows) * lane_rows
+    share = (self.rows.stop - self.rows.start) / batch_size
+    self.datasets = [
+      Dataset(
+        source,
+        progress,
+        run=block if shuffle == "block" else 1,
+        cached_runs=2 * window * (int(lanes * share) + 1),
+      )
+      for source in self.sources
+    ]
+    for dataset in self.datasets:
+      dataset.check_keys(self._extra_keys)
+    self.order = Order(
+      sizes=tuple(map(len, self.datasets)),
+      weights=tuple(source.weight for source in self.sources),
+      seed=seed,
+      shuffle=shuffle,
+      block=block,
+      window=window,
+      lanes=lanes,
+      lane_rows=lane_rows,
+    )
+    self._pool = futures.ThreadPoolExecutor(threads or self._default_threads(), "ov-data")
+
+  @classmethod
+  def evaluation(
+    cls, source: Source, *, fit: Literal["center", "squash"] = "center", **arguments: Any
+  ) -> Self:
+    """One pass over a source as it lies, whole pictures, first captions."""
+    defaults = dict(shuffle="none", passes=1, captions="first")
+    return cls(source, fit=fit, **{**defaults, **arguments})
+
+  def __iter__(self) -> Iterator[dict[str, Any]]:
+    if self.passes is not None:
+      self._start(0)
+      self.skipped.clear()
+    return self
+
+  def __next__(self) -> dict[str, Any]:
+    while len(self._pending) <= self._prefetch and (pending := self._submit()):
+      self._pending.append(pending)
+    if not self._pending:
+      raise StopIteration
+    pending = self._pending.popleft()
+    start = time.perf_counter()
+    problems = [problem for task in pending.tasks for problem in task.result()]
+    self.wait_seconds += time.perf_counter() - start
+    self.position += self.batch_size
+    self._account(problems, pending.rows)
+    return pending.batch
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self.close()
+
+  def close(self) -> None:
+    """Ends the threads. The loader cannot be used afterwards."""
+    self._pool.shutdown(cancel_futures=True)
+    self._pending.clear()
+
+  @property
+  def num_examples(self) -> int:
+    """Usable records over all sources."""
+    return sum(map(len, self.datasets))
+
+  @property
+  def num_batches(self) -> int | None:
+    """Batches until the end; None for an endless loader."""
+    return None if self.passes is None else -(-self._end() // self.batch_size)
+
+  @property
+  def epochs(self) -> tuple[float, ...]:
+    """How often each source has been read so far."""
+    weights = np.asarray(self.order.weights) / sum(self.order.weights)
+    return tuple(
+      float(self.position * share / size) for share, size in zip(weights, self.order.sizes)
+    )
+
+  @property
+  def damaged(self) -> Counter[str]:
+    """Records that the index left out, by reason; they have no position."""
+    return Counter(reason for d in self.datasets for i in d.indexes for _, reason in i.damage)
+
+  @property
+  def fingerprint(self) -> str:
+    """16 hex digits of what is read: shards, sizes and counts of all sources, not their place."""
+    return hashlib.sha256(" ".join(d.fingerprint for d in self.datasets).encode()).hexdigest()[:16]
+
+  def locate(self, position: int) -> tuple[str, int]:
+    """Shard and byte offset of the record at a position of the global stream."""
+    places = self.order(np.array([position]))
+    return self.datasets[places.source[0]].locate(int(places.record[0]))
+
+  def state(self) -> dict[str, Any]:
+    """All that is needed to go on behind the last batch handed out; small, fit for JSON."""
+    order = dataclasses.asdict(self.order)
+    return {
+      "position": self.position,
+      "fingerprint": self.fingerprint,
+      "order": {key: list(v) if isinstance(v, tuple) else v for key, v in order.items()},
+      "skipped": dict(self.skipped),
+    }
+
+  def restore(self, state: dict[str, Any]) -> None:
+    """Goes on from a state, of this or another number of hosts.
+
+    Raises:
+      ValueError: the state belongs to other data or another order; says which.
+    """
+    mine = self.state()
+    for key, value in {"fingerprint": mine["fingerprint"], **mine["order"]}.items():
+      theirs = state[key] if key == "fingerprint" else state["order"].get(key)
+      if theirs != value:
+        raise ValueError(
+          f"the data position was saved with {key}={theirs}, and now {key}={value}: examples would "
+          "be lost or repeated. Use the same data and order, or start at a position of your choice "
+          f"with Loader(position=...); it was at {state['position']}."
+        )
+    self._start(state["position"])
+    self.skipped = Counter(state["skipped"])
+
+  def _start(self, position: int) -> None:
+    for pending in self._pending:
+      for task in pending.tasks:
+        task.cancel()
+    self._pending.clear()
+    self.position = position
+    self._seen = self._bad = 0
+
+  def _end(self) -> int:
+    return (self.passes or 0) * len(self.datasets[0])
+
+  def _submit(self) -> _Pending | None:
+    """Starts the work on the next batch that is not yet under way; None behind the last."""
+    start = self.position + len(self._pending) * self.batch_size
+    if self.passes is not None and start >= self._end():
+      return None
+    index = start + np.arange(self.rows.start, self.rows.stop, dtype=np.int64)
+    if self.passes is not None:
+      index[index >= self._end()] = -1
+    rows = int(np.count_nonzero(index >= 0))
+    size = len(index)
+    batch: dict[str, Any] = {
+      "image": np.zeros((size, self.image_size, self.image_size, 3), np.uint8),
+      "ids": np.full((size, self._text_len), self._tokenizer.pad_id, np.int32),
+      "mask": np.zeros((size, self._text_len), bool),
+      "valid": np.zeros(size, bool),
+      "index": index,
+      **{key: [None] * size for key in self._extra_keys},
+    }
+    places = self.order(index[:rows])
+    tasks = [
+      self._pool.submit(self._fill, batch, first, min(first + _TASK_ROWS, rows), places)
+      for first in range(0, rows, _TASK_ROWS)
+    ]
+    return _Pending(batch, rows, tasks)
+
+  def _fill(self, batch: dict[str, Any], first: int, stop: int, places: Places) -> list[_Problem]:
+    """Loads the rows first to stop of a batch, in place."""
+    problems, captions, good = [], [], []
+    for row in range(first, stop):
+      dataset = self.datasets[places.source[row]]
+      record = int(places.record[row])
+      try:
+        caption = self._fill_row(batch, row, dataset, record)
+      except (RecordError, FeatureError, decode.DecodeError) as error:
+        shard, offset = dataset.locate(record)
+        problems.append(_Problem(error.reason, f"{shard} at byte {offset}", str(error)))
+        continue
+      captions.append(caption)
+      good.append(row)
+    if good:
+      batch["ids"][good], batch["mask"][good] = self._tokenizer.encode_batch(
+        captions, self._text_len
+      )
+      batch["valid"][good] = True
+    return problems
+
+  def _fill_row(self, batch: dict[str, Any], row: int, dataset: Dataset, record: int) -> str:
+    """Writes image and extra features of one row; returns its caption."""
+    position = int(batch["index"][row])
+    source = dataset.source
+    keys = (source.image_key, *source.caption_keys, *self._extra_keys)
+    try:
+      features = example.parse(dataset.read(record), keys)
+    except RecordError:
+      raise
+    except ValueError:
+      raise FeatureError("not a tf.train.Example") from None
+    caption = self._choose_caption(features, source.caption_keys, position)
+    image = features.get(source.image_key)
+    if not isinstance(image, list) or not image:
+      raise FeatureError(f"no image under {source.image_key}")
+    batch["image"][row] = self._decode(image[0], position)
+    for key in self._extra_keys:
+      values = list(features.get(key, ()))
+      items = [value.item() if isinstance(value, np.generic) else value for value in values]
+      batch[key][row] = items[0] if len(items) == 1 else items
+    return caption
+
+  def _decode(self, data: bytes, position: int) -> decode.Pixels:
+    if self._fit == "crop":
+      uniforms = Uniforms(self._seed, _CROP_SALT, position)
+      return decode.random_crop(data, self.image_size, uniforms, self._crop, self._limits)
+    return decode.whole(data, self.image_size, self._fit, self._limits)
+
+  def _choose_caption(
+    self, features: dict[str, example.Feature], keys: Sequence[str], position: int
+  ) -> str:
+    if not keys:
+      return ""
+    choices = [
+      texts
+      for key in keys
+      if (texts := [t for t in features.get(key, ()) if isinstance(t, bytes) and t.strip()])
+    ]
+    if not choices:
+      raise FeatureError(f"no caption under {', '.join(keys)}")
+    if self._captions == "first":
+      return choices[0][0].decode(errors="replace")
+    uniforms = Uniforms(self._seed, _CAPTION_SALT, position)
+    texts = choices[uniforms.below(len(choices))]
+    return texts[uniforms.below(len(texts))].decode(errors="replace")
+
+  def _account(self, problems: Sequence[_Problem], rows: int) -> None:
+    """Counts and logs what was broken in a batch that is handed out."""
+    self._seen += rows
+    self._bad += len(problems)
+    for problem in problems:
+      self.skipped[problem.reason] += 1
+      count = self.skipped[problem.reason]
+      if count <= 4 or not count & (count - 1):  # then at 8, 16, 32 ...
+        log.warning("skipped %s (%d so far): %s", problem.place, count, problem.detail)
+    if self._bad > self._max_bad_fraction * max(self._seen, _GRACE_ROWS):
+      counts = ", ".join(f"{count} x {reason}" for reason, count in self.skipped.most_common())
+      raise TooManyBadRecords(
+        f"{self._bad} of {self._seen} records are broken, more than max_bad_fraction="
+        f"{self._max_bad_fraction} allows ({counts}); the last: {problems[-1].place}: "
+        f"{problems[-1].detail}. Repair the data, or raise max_bad_fraction."
+      )
+
+  def _default_threads(self) -> int:
+    paths = [index.path for dataset in self.datasets for index in dataset.indexes]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return (cores or 1) * (_REMOTE_THREADS if any(map(fs.is_remote, paths)) else 1)
+
+  def _check_arguments(self) -> None:
+    for name in ("image_size", "batch_size", "lanes"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"{name}={getattr(self, name)}: expected 1 or more")
+    if self.batch_size % self.lanes:
+      raise ValueError(f"batch_size={self.batch_size} is not a multiple of lanes={self.lanes}")
+    if self.position < 0:
+      raise ValueError(f"position={self.position}: expected 0 or more")
+    if self._fit not in ("crop", "center", "squash"):
+      raise ValueError(f"fit={self._fit!r}: expected 'crop', 'center' or 'squash'")
+    if self._captions not in ("random", "first"):
+      raise ValueError(f"captions={self._captions!r}: expected 'random' or 'first'")
+    if self.passes is not None and len(self.sources) != 1:
+      raise ValueError(
+        f"passes={self.passes} over {len(self.sources)} sources: only one source "
+        "has an end; evaluate several one after the other"
+      )
+    if taken := set(self._extra_keys) & {"image", "ids", "mask", "valid", "index"}:
+      raise ValueError(f"extra_keys: {', '.join(sorted(taken))} are names of the batch itself")
+
+
+def _checked_rows(rows: slice | None, batch_size: int) -> slice:
+  rows = rows or slice(0, batch_size)
+  if rows.step not in (None, 1) or not 0 <= rows.start < rows.stop <= batch_size:
+    raise ValueError(f"rows={rows}: expected a part of the {batch_size} rows of the global batch")
+  return rows
