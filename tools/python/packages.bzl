@@ -1,6 +1,7 @@
 """The Bazel packages with Python code. Lint, type check and wall test see what is listed here."""
 
 PACKAGES = [
+    "apps/trainer",
     "packages/ov-eval",
     "tests/standalone",
     "tools/ci",
