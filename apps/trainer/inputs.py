@@ -1,31 +1,169 @@
-"""Loaders of a run from its configuration."""
+"""The data side of a run, from its configuration: sources, tokenizer, loaders."""
 
+from collections.abc import Iterator, Sequence
 import os
+from pathlib import Path
+from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
 import numpy as np
 import ov_data
 import ov_sharding
-from ml_collections import ConfigDict
+
+from apps.trainer.progress import Terminal
+from apps.trainer.task import Task
+
+_TOKENIZER_RECORDS = 200_000  # at most so many records teach a new tokenizer
 
 
-def sources(config: ConfigDict, *, held_out: bool = False) -> list[ov_data.Source]:
-  """The training or held-out sources of `config.input`.
-
-  Raises:
-    ValueError: neither data_dir nor sources is set, or both are.
-  """
+def training_sources(config: ConfigDict) -> list[ov_data.Source]:
+  """The sources of `config.input`; raises ValueError unless exactly one way of naming them is used."""
   inputs = config.input
   shared = {"image_key": inputs.image_key, "caption_keys": tuple(inputs.caption_keys)}
-  if held_out:
-    return [ov_data.Source(inputs.eval_data_dir, split=inputs.eval_split or None, **shared)]
   if inputs.data_dir and inputs.sources:
     raise ValueError("config.input.data_dir and config.input.sources are both set; use one")
-  if inputs.data_dir:
-    return [ov_data.Source(inputs.data_dir, split=inputs.split or None, **shared)]
-  if not inputs.sources:
+  if inputs.sources:
+    return [ov_data.Source(**{**shared, **dict(source)}) for source in inputs.sources]
+  if not inputs.data_dir:
     raise ValueError(
       "no training data: set --config.input.data_dir to a folder of record shards, a glob or a "
       "TFDS directory (local or gs://)"
     )
-  return [ov_data.Source(**{**shared, **dict(source)}) for source in inputs.sources]
+  path = os.path.expanduser(inputs.data_dir)
+  return [ov_data.Source(path, split=inputs.split or None, **shared)]
+
+
+def train_loader(
+  config: ConfigDict,
+  task: Task,
+  tokenizer: ov_data.Tokenizer,
+  mesh: jax.sharding.Mesh,
+  stage_index: int,
+) -> ov_data.Loader:
+  """Endless batches for the rows of this process; every stage shuffles differently."""
+  inputs = config.input
+  _check_divides("batch_size", config.batch_size, mesh, config.accumulate)
+  return ov_data.Loader(
+    training_sources(config),
+    image_size=task.image_size,
+    batch_size=config.batch_size,
+    rows=ov_sharding.process_rows(mesh, config.batch_size),
+    tokenizer=tokenizer,
+    text_len=task.text_len,
+    seed=config.seed + stage_index,
+    shuffle=inputs.shuffle,
+    lanes=inputs.lanes,
+    fit=inputs.fit,
+    crop=ov_data.Crop(area=(inputs.area_min, 1.0)),
+    max_bad_fraction=inputs.max_bad_fraction,
+    threads=inputs.num_threads or None,
+  )
+
+
+def eval_loader(
+  config: ConfigDict,
+  task: Task,
+  tokenizer: ov_data.Tokenizer,
+  mesh: jax.sharding.Mesh,
+  path: str,
+  *,
+  batch_size: int,
+  examples: int,
+  extra_keys: Sequence[str] = (),
+) -> ov_data.Loader:
+  """One pass over the first `examples` (0: all) held-out examples, for the rows of this process."""
+  inputs = config.input
+  _check_divides("eval.batch_size", batch_size, mesh, 1)
+  split = inputs.eval_split or ""
+  if examples:
+    split = f"{split}[:{examples}]"
+  source = ov_data.Source(
+    os.path.expanduser(path),
+    split=split or None,
+    image_key=inputs.image_key,
+    caption_keys=tuple(inputs.caption_keys),
+  )
+  return ov_data.Loader.evaluation(
+    source,
+    fit="squash" if inputs.fit == "squash" else "center",
+    image_size=task.image_size,
+    batch_size=batch_size,
+    rows=ov_sharding.process_rows(mesh, batch_size),
+    tokenizer=tokenizer,
+    text_len=task.text_len,
+    extra_keys=tuple(extra_keys),
+    max_bad_fraction=inputs.max_bad_fraction,
+    threads=inputs.num_threads or None,
+  )
+
+
+def open_tokenizer(config: ConfigDict, workdir: Path, terminal: Terminal) -> ov_data.Tokenizer:
+  """The tokenizer of the run: kept in workdir/tokenizer, made there by process 0 when missing.
+
+  Raises:
+    ValueError: the workdir's tokenizer is another one than `config.tokenizer.path` names.
+  """
+  folder, path = workdir / "tokenizer", os.path.expanduser(config.tokenizer.path)
+  given = _read_tokenizer(path) if path else None
+  if not folder.exists() and jax.process_index() == 0:
+    if given is None:
+      terminal.phase(f"training a tokenizer of at most {config.tokenizer.train_vocab_size:,} entries")
+      given = ov_data.Tokenizer.train(
+        _captions(config), config.tokenizer.train_vocab_size, kind=config.tokenizer.train_kind
+      )
+    given.save(folder)
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices("tokenizer saved")
+  tokenizer = ov_data.Tokenizer.load(folder)
+  if given is not None and given.fingerprint != tokenizer.fingerprint:
+    raise ValueError(
+      f"{folder} holds another tokenizer than config.tokenizer.path={path}; params and tokenizer "
+      "belong together: choose another --workdir, or leave config.tokenizer.path empty"
+    )
+  return tokenizer
+
+
+def describe(loader: ov_data.Loader) -> dict[str, Any]:
+  """Facts about the data of a loader for the report."""
+  facts: dict[str, Any] = {
+    "records": loader.num_examples,
+    "shards": sum(len(dataset.indexes) for dataset in loader.datasets),
+    "examples read": loader.position,
+    "epochs": ", ".join(f"{epochs:.2f}" for epochs in loader.epochs),
+    "fingerprint": loader.fingerprint,
+  }
+  for reason, count in loader.damaged.items():
+    facts[f"damaged at indexing: {reason}"] = count
+  return facts
+
+
+def _read_tokenizer(path: str) -> ov_data.Tokenizer:
+  if os.path.isdir(path):
+    return ov_data.Tokenizer.load(path)
+  if path.endswith(".json"):
+    return ov_data.Tokenizer.from_file(path)
+  return ov_data.Tokenizer.from_vocab(path)
+
+
+def _captions(config: ConfigDict) -> Iterator[str]:
+  """Captions of evenly spread training records."""
+  for source in training_sources(config):
+    dataset = ov_data.Dataset(source)
+    count = min(len(dataset), _TOKENIZER_RECORDS)
+    for record in np.linspace(0, len(dataset) - 1, count).astype(int):
+      features = ov_data.parse_example(dataset.read(int(record)), source.caption_keys)
+      for key in source.caption_keys:
+        for text in features.get(key, ()):
+          yield text.decode("utf-8", "replace")
+
+
+def _check_divides(name: str, size: int, mesh: jax.sharding.Mesh, accumulate: int) -> None:
+  unit = mesh.size * accumulate
+  if size % unit:
+    raise ValueError(
+      f"config.{name}={size} is not a multiple of {unit} = {mesh.size} devices"
+      + (f" x accumulate {accumulate}" if accumulate > 1 else "")
+      + f"; the next size that is: {-(-size // unit) * unit}"
+    )

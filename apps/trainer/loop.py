@@ -1,38 +1,34 @@
 """The training loop: mesh, data, task, state, restore, steps, evaluation, report.
 
-`run` goes through the stages of a configuration; `_train_stage` reads top to bottom. It knows no
-task: an app gives it the two functions of `App`.
+`run_training` reads top to bottom. It knows no task: an app gives it the functions of `App`.
 
 A run stopped at any point goes on exactly where its last checkpoint stands: a checkpoint holds
 params, optimizer state, step and data position; the randomness of a step follows from (seed, step);
 and all lines of metrics.jsonl up to a checkpoint are written before the checkpoint.
 """
 
-from collections.abc import Callable, Iterator
-import dataclasses
-import itertools
+from collections.abc import Callable
 from pathlib import Path
-import time
 from typing import Any, NamedTuple
 
 import jax
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
-import numpy as np
 import ov_data
 import ov_models
 import ov_sharding
 
-from apps.trainer import inputs
+from apps.trainer import inputs, summary
 from apps.trainer.augment import make_preprocess
-from apps.trainer.checkpoint import Checkpoints
-from apps.trainer.config import augment_config, optimizer_config, to_json
+from apps.trainer.checkpoint import Checkpointer
+from apps.trainer.config import augment_config, check_values, optimizer_config, to_json
 from apps.trainer.errors import UserError, user_errors
 from apps.trainer.init_from import init_from
-from apps.trainer.meter import Meter
 from apps.trainer.optimizer import Optimizer, make_optimizer
-from apps.trainer.progress import StageProgress, Terminal
+from apps.trainer.progress import Terminal
+from apps.trainer.run import Run
 from apps.trainer.sinks import MetricWriter
-from apps.trainer.stages import Stage
+from apps.trainer.stages import Stage, resolve_stages
 from apps.trainer.state import (
   TrainState,
   abstract_state,
@@ -41,10 +37,9 @@ from apps.trainer.state import (
   with_shardings,
 )
 from apps.trainer.step import make_train_step
+from apps.trainer.stepper import Stepper
 from apps.trainer.stop import StopRequest
-from apps.trainer.task import Evaluate, Evaluation, Task
-
-STEP_KEYS = ("image", "ids", "valid", "index")  # what a step needs of a batch
+from apps.trainer.task import Evaluate, Task
 
 
 class App(NamedTuple):
@@ -56,37 +51,27 @@ class App(NamedTuple):
   """
 
   make_task: Callable[[ConfigDict, ov_data.Tokenizer], Task]
-  make_evaluate: Callable[[ConfigDict, Task, ov_data.Tokenizer, jax.sharding.Mesh], Evaluate | None]
-
-
-@dataclasses.dataclass
-class Run:
-  """What all stages share, and what the report wants to know at the end."""
-
-  config: ConfigDict
-  workdir: Path
-  stages: list[Stage]
-  tokenizer: ov_data.Tokenizer
-  mesh: jax.sharding.Mesh
-  terminal: Terminal
-  writer: MetricWriter
-  stop: StopRequest
-  evaluation: Evaluation | None = None
-  data: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
-  skipped: dict[str, int] = dataclasses.field(default_factory=dict)
+  make_evaluate: Callable[
+    [ConfigDict, Any, ov_data.Tokenizer, jax.sharding.Mesh], Evaluate | None
+  ]
 
 
 class Parts(NamedTuple):
-  """What a stage is made of before anything is allocated."""
+  """A stage before anything is allocated; the leaves of `abstract` carry their shardings."""
 
   task: Task
   optimizer: Optimizer
-  abstract: TrainState  # with shardings
+  abstract: TrainState
   shardings: TrainState
 
 
-def build_parts(config: ConfigDict, make_task: Callable, tokenizer: Any, mesh: Any) -> Parts:
-  """Task, optimizer and abstract sharded state of a stage; raises ValueError for bad settings."""
+def build_parts(
+  config: ConfigDict,
+  make_task: Callable[[ConfigDict, ov_data.Tokenizer], Task],
+  tokenizer: ov_data.Tokenizer,
+  mesh: jax.sharding.Mesh,
+) -> Parts:
+  """Task, optimizer and abstract state of a stage; raises ValueError for impossible settings."""
   task = make_task(config, tokenizer)
   params = task.abstract_params()
   wanted = optimizer_config(config)
@@ -97,27 +82,69 @@ def build_parts(config: ConfigDict, make_task: Callable, tokenizer: Any, mesh: A
   return Parts(task, optimizer, with_shardings(abstract, shardings), shardings)
 
 
-def train_stages(run: Run, app: App) -> str | None:
-  """Trains every stage that is not finished; returns the signal that ended the run, if one did."""
-  begun = [_checkpoints(run, stage).latest_step() is not None for stage in run.stages]
-  first = max((i for i, has in enumerate(begun) if has), default=0)  # those before it are done
-  params = None
-  for stage in run.stages[first:]:
-    state, signal = _train_stage(run, app, stage, params)
-    if signal:
-      return signal
-    params = state["params"]
-  return None
+def run_training(config: ConfigDict, workdir: Path, app: App, terminal: Terminal) -> None:
+  """Trains all stages of `config` in `workdir`, or goes on with them; ends with report.html.
+
+  Raises:
+    UserError: settings, data or a checkpoint that cannot be used, told in one line.
+  """
+  with user_errors():
+    check_values(config)
+    stages = resolve_stages(config)
+    mesh = ov_sharding.make_mesh(ov_sharding.MeshConfig(**config.mesh))
+    terminal.phase(f"{jax.device_count()} x {jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}")
+    tokenizer = inputs.open_tokenizer(config, workdir, terminal)
+    for stage in stages:  # every stage is tried before the first one costs anything
+      build_parts(stage.config, app.make_task, tokenizer, mesh)
+    if jax.process_index() == 0:
+      (workdir / "config.json").write_text(to_json(config))
+    checkpoints = Checkpointer(
+      config.checkpoint.dir or workdir / "checkpoints",
+      keep_last=config.checkpoint.keep_last,
+      keep_every=config.checkpoint.keep_every or None,
+    )
+    saved = checkpoints.latest_step()
+    writer = MetricWriter(
+      workdir,
+      resume_step=saved,
+      active=jax.process_index() == 0,
+      tensorboard=config.tensorboard,
+      wandb_project=config.wandb_project or None,
+      config=config.to_dict(),
+    )
+
+  with checkpoints, writer, StopRequest() as stop:
+    run = Run(config, workdir, stages, tokenizer, mesh, terminal, checkpoints, writer, stop)
+    for stage in stages[_first_unfinished(stages, saved) :]:
+      signal = _train_stage(run, app, stage)
+      if signal:
+        checkpoints.wait()
+        terminal.phase(
+          f"{signal}: stopped after a checkpoint of step {checkpoints.latest_step():,}; "
+          "the same command goes on from there"
+        )
+        return
+    path = summary.write(run)
+    terminal.phase(f"done: {path}")
 
 
-def _train_stage(run: Run, app: App, stage: Stage, previous: Any) -> tuple[TrainState, str | None]:
-  """One stage; `previous` are the params of the stage before it, if that ran in this process."""
+def _first_unfinished(stages: list[Stage], saved: int | None) -> int:
+  """Index of the stage to go on with; the last one where all are done."""
+  unfinished = [stage.index for stage in stages if (saved or 0) < stage.last_step]
+  return unfinished[0] if unfinished else stages[-1].index
+
+
+def _train_stage(run: Run, app: App, stage: Stage) -> str | None:
+  """Trains one stage to its end; returns the signal that stopped it, if one did."""
   config, mesh, say = stage.config, run.mesh, run.terminal.phase
   with user_errors():
-    say(f"{stage.name}: building {config.model.encoder} + {config.model.decoder}")
     parts = build_parts(config, app.make_task, run.tokenizer, mesh)
     task, optimizer = parts.task, parts.optimizer
-    say(f"{stage.name}: {ov_models.num_params(task.abstract_params()):,} parameters")
+    run.num_params = ov_models.num_params(task.abstract_params())
+    say(
+      f"{stage.name}: {config.model.encoder} + {config.model.decoder} at {task.image_size} px, "
+      f"{run.num_params:,} parameters, {config.total_steps:,} steps of {config.batch_size:,}"
+    )
     train_step = make_train_step(
       task.loss,
       optimizer.tx,
@@ -130,13 +157,11 @@ def _train_stage(run: Run, app: App, stage: Stage, previous: Any) -> tuple[Train
       ema_decay=config.optimizer.ema_decay,
       trainable=optimizer.trainable,
     )
-    checkpoints = _checkpoints(run, stage)
-    state, position = _start(run, stage, parts, checkpoints, previous)
     say(f"{stage.name}: opening the data")
-    loader = inputs.train_loader(config, task, run.tokenizer, mesh, position, stage.index)
+    loader = inputs.train_loader(config, task, run.tokenizer, mesh, stage.index)
+    state = _start(run, stage, parts, loader)
     evaluate = app.make_evaluate(config, task, run.tokenizer, mesh)
 
-  trainer = _Stepper(run, stage, parts, checkpoints, loader, evaluate)
   with (
     loader,
     run.terminal.stage(
@@ -145,10 +170,40 @@ def _train_stage(run: Run, app: App, stage: Stage, previous: Any) -> tuple[Train
       first_step=stage.first_step,
       last_step=stage.last_step,
     ) as progress,
+    ov_models.on_mesh(mesh),
   ):
-    state, signal = trainer.train(state, train_step, progress)
-  checkpoints.close()
-  run.data[f"Training ({stage.name})"] = inputs.describe(loader)
+    stepper = Stepper(run, stage, task, loader, evaluate, progress)
+    if config.eval_only or int(state["step"]) == config.total_steps:
+      stepper.evaluate(state)
+      return None
+    state, signal = stepper.train(state, train_step)
+  run.data[f"Training, stage {stage.name}"] = inputs.describe(loader)
   for reason, count in loader.skipped.items():
     run.skipped[reason] = run.skipped.get(reason, 0) + count
-  return state, signal
+  return signal
+
+
+def _start(run: Run, stage: Stage, parts: Parts) -> tuple[TrainState, int]:
+  """The state a stage begins or goes on with, and its position in the data.
+
+  1. the run's own checkpoint, 2. the params of the stage before, 3. `config.init_from`, 4. scratch.
+  """
+  saved = run.checkpoints.latest_step()
+  if saved is not None and saved > stage.first_step:
+    run.terminal.phase(f"{stage.name}: restoring step {saved:,}")
+    state, metadata = run.checkpoints.restore(parts.abstract)
+    return state, metadata["loader"]["position"]
+  if run.config.eval_only and not stage.config.init_from.path:
+    raise UserError(
+      f"eval_only: {run.checkpoints.directory} holds no checkpoint; give the --workdir of a run, "
+      "or --config.init_from.path"
+    )
+  run.terminal.phase(f"{stage.name}: initialising")
+  state = init_state(
+    parts.task.init, jax.random.key(stage.config.seed), parts.optimizer.tx, parts.shardings
+  )
+  source = stage.config.init_from
+  path = str(run.checkpoints.directory) if stage.index else source.path
+  if path:
+    raise NotImplementedError
+  return state, 0

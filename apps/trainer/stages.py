@@ -39,6 +39,7 @@ def resolve_stages(config: ConfigDict) -> list[Stage]:
       raise ValueError(f"config.stages[{index}].name={name!r} stands twice; names must differ")
     own = ConfigDict(config.to_dict())
     own.stages = ()
+    own.lock()  # a misspelt name is an error
     try:
       own.update_from_flattened_dict(change)
     except (KeyError, TypeError) as error:

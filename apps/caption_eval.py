@@ -1,0 +1,229 @@
+"""Evaluation of a caption model on held-out pictures.
+
+Likelihood of the true captions; captions written for pictures, checked attribute by attribute where
+the records hold ground truth; classification by the likelihood of class prompts.
+"""
+
+from collections.abc import Iterable, Mapping
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+import numpy as np
+import ov_data
+import ov_eval
+import ov_losses
+import ov_models
+import ov_sharding
+
+from apps.caption_task import CaptionTask, Params
+from apps.trainer import inputs
+from apps.trainer.augment import normalise
+from apps.trainer.report import ClassTable, Sample
+from apps.trainer.task import Evaluation
+
+DEVICE_KEYS = ("image", "ids", "valid")
+
+
+class CaptionEvaluator:
+  """Compiled once, called with the params of any step."""
+
+  def __init__(
+    self,
+    config: ConfigDict,
+    task: CaptionTask,
+    tokenizer: ov_data.Tokenizer,
+    mesh: jax.sharding.Mesh,
+  ):
+    """Opens the held-out data.
+
+    Raises:
+      ValueError: data that cannot be used, or class prompts that do not fit it.
+    """
+    self._config, self._task, self._tokenizer, self._mesh = config.eval, task, tokenizer, mesh
+    batch_size = config.eval.batch_size or config.batch_size
+    open_loader = functools.partial(
+      inputs.eval_loader, config, task, tokenizer, mesh, batch_size=batch_size
+    )
+    truth = (config.eval.truth_key,) if config.eval.truth_key else ()
+    self._loader = open_loader(
+      config.input.eval_data_dir, examples=config.eval.examples, extra_keys=truth
+    )
+    self._classes: dict[str, list[str]] = {}
+    if config.eval.zero_shot_classes:
+      self._classes = read_classes(config.eval.zero_shot_classes, config.eval.zero_shot_template)
+      self._class_loader = open_loader(
+        config.eval.zero_shot_dir or config.input.eval_data_dir,
+        examples=config.eval.zero_shot_examples,
+        extra_keys=(config.eval.zero_shot_label_key,),
+      )
+
+  def __call__(self, params: Params) -> Evaluation:
+    results = list(ov_eval.caption_nll(self._score(params), self._loader).results())
+    records, pictures = self._captions(params)
+    samples, words = (), ()
+    if records:
+      results += ov_eval.caption_statistics(records)
+      accuracy = ov_eval.attribute_accuracy(records, _attributes)
+      results += accuracy.results()
+      samples = tuple(_sample(record, pictures[record.index]) for record in records
+                      if record.index in pictures)
+      words = ov_data.scenes.ATTRIBUTE_WORDS if self._config.truth_key else ()
+    classes = None
+    if self._classes:
+      found = self._classify(params)
+      results += found.results()
+      classes = ClassTable(tuple(self._classes), found.confusion.counts)
+    return Evaluation(tuple(results), samples, words, classes)
+
+  def _device(self, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
+    return ov_sharding.global_batch({key: batch[key] for key in DEVICE_KEYS}, self._mesh)
+
+  def _score(self, params: Params) -> Any:
+    return lambda batch: _local(_score(self._task, params, self._device(batch)))
+
+  def _captions(
+    self, params: Params
+  ) -> tuple[list[ov_eval.CaptionRecord], dict[int, np.ndarray]]:
+    """Generated captions of the first pictures, and the pictures that the report shows."""
+    config, pictures = self._config, {}
+    if not config.caption_examples:
+      return [], pictures
+    options = {
+      "max_len": self._task.text_len - 1,
+      "bos_id": self._tokenizer.bos_id,
+      "eos_id": self._tokenizer.eos_id,
+      "pad_id": self._tokenizer.pad_id,
+      "method": config.method,
+      "num_beams": config.num_beams,
+      "temperature": config.temperature,
+      "top_p": config.top_p,
+      "key": jax.random.key(0) if config.method == "sample" else None,
+    }
+
+    def generate(batch: Mapping[str, Any]) -> Any:
+      on_device = self._device(batch)
+      model = ov_models.bind(self._task.model, params)
+      return _local(ov_models.generate(model, normalise(on_device["image"]), **options).ids)
+
+    def keep(batch: Mapping[str, Any], row: int) -> dict[str, Any]:
+      if len(pictures) < config.sample_pictures:
+        pictures[int(batch["index"][row])] = batch["image"][row].copy()
+      return {"truth": batch["extra"][config.truth_key][row]} if config.truth_key else {}
+
+    records = ov_eval.generate_captions(
+      generate, self._tokenizer.decode, self._loader, limit=config.caption_examples, extras=keep
+    )
+    return records, pictures
+
+  def _classify(self, params: Params) -> ov_eval.Classification:
+    names = list(self._classes)
+    prompts = [prompt for name in names for prompt in self._classes[name]]
+    of_prompt = [i for i, name in enumerate(names) for _ in self._classes[name]]
+    ids, _ = self._tokenizer.encode_batch(prompts, self._task.text_len)
+    ids = ids[:, : int((ids != self._tokenizer.pad_id).sum(1).max())]  # no columns of padding
+
+    def encode(batch: Mapping[str, Any]) -> jax.Array:
+      return _encode(self._task, params, self._device(batch)["image"])
+
+    def score(tokens: jax.Array, chunk: np.ndarray) -> tuple[Any, np.ndarray]:
+      of_chunk, count = _prompt_scores(self._task, params, tokens, chunk)
+      return _local(of_chunk), np.asarray(count)
+
+    return ov_eval.classify_by_likelihood(
+      encode, score, self._labelled(names), ids, np.array(of_prompt)
+    )
+
+  def _labelled(self, names: list[str]) -> Iterable[dict[str, Any]]:
+    """Held-out batches with `label` as the number of the class."""
+    number = {name: i for i, name in enumerate(names)}
+    key = self._config.zero_shot_label_key
+    for batch in self._class_loader:
+      labels = [_text(value) for value in batch["extra"][key]]
+      rows = zip(labels, batch["valid"], strict=True)
+      unknown = sorted({label for label, valid in rows if valid and label not in number})
+      if unknown:
+        raise ValueError(
+          f"records are labelled {', '.join(map(repr, unknown[:5]))} under {key!r}, which "
+          f"config.eval.zero_shot_classes does not list; it lists {', '.join(names[:5])}, ..."
+        )
+      yield {**batch, "label": np.array([number.get(label, 0) for label in labels])}
+
+
+def read_classes(path: str, template: str) -> dict[str, list[str]]:
+  """Class names with their prompts.
+
+  Args:
+    path: JSON {class: [prompt, ...]}, or text with one class name a line.
+    template: puts a name of a text file into a prompt, "a photo of a {}".
+
+  Raises:
+    ValueError: an empty file, or JSON of another form.
+  """
+  text = Path(path).expanduser().read_text(encoding="utf-8")
+  if path.endswith(".json"):
+    classes = json.loads(text)
+    if not isinstance(classes, dict) or not all(
+      isinstance(prompts, list) and prompts for prompts in classes.values()
+    ):
+      raise ValueError(f"{path}: expected an object of class names with lists of prompts")
+  else:
+    names = [line.strip() for line in text.splitlines() if line.strip()]
+    prompts = ov_eval.class_prompts(names, template)
+    classes = {name: [prompt] for name, prompt in zip(names, prompts, strict=True)}
+  if len(classes) < 2:
+    raise ValueError(f"{path} names {len(classes)} classes; expected at least two")
+  return classes
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _score(
+  task: CaptionTask, params: Params, batch: dict[str, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+  return task.score(params, {**batch, "image": normalise(batch["image"])})
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(task: CaptionTask, params: Params, images: jax.Array) -> jax.Array:
+  """uint8 [B, H, W, 3] -> the image tokens [B, K, D] that the decoder gets."""
+  return ov_models.bind(task.model, params).encode(normalise(images))[1]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _prompt_scores(
+  task: CaptionTask, params: Params, tokens: jax.Array, ids: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Log-likelihood [B, K] of prompts ids [K, T] for image tokens [B, N, D]; tokens [K]."""
+  model = ov_models.bind(task.model, params)
+  targets, mask = ov_losses.shift_left(ids, task.pad_id)
+
+  def one_image(image_tokens: jax.Array) -> jax.Array:
+    context = jax.numpy.broadcast_to(image_tokens, (ids.shape[0], *image_tokens.shape))
+    hidden = model.decoder(context, ids)
+    return ov_losses.sequence_log_likelihood(hidden, model.head_kernel, targets, mask)
+
+  return jax.lax.map(one_image, tokens, batch_size=8), mask.sum(axis=1)
+
+
+def _local(tree: Any) -> Any:
+  """The rows of this process of arrays sharded over the batch."""
+  return jax.tree.map(ov_sharding.local_rows, tree)
+
+
+def _attributes(record: ov_eval.CaptionRecord) -> Mapping[str, tuple[int, int]]:
+  truth = record.extras.get("truth")
+  return ov_data.scenes.score(record.generated, truth).by_kind if truth else {}
+
+
+def _sample(record: ov_eval.CaptionRecord, picture: np.ndarray) -> Sample:
+  pairs = _attributes(record).values()
+  right, total = (sum(part) for part in zip(*pairs, strict=True)) if pairs else (None, None)
+  return Sample(picture, record.generated, record.references, right, total)
+
+
+def _text(value: Any) -> str:
+  value = value[0] if isinstance(value, list | tuple) else value
+  return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)

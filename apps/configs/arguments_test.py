@@ -1,0 +1,46 @@
+import pytest
+
+from apps.configs.arguments import parse_arguments
+
+DEFAULTS = {"res": 112, "lr": 8e-6, "img": "L/16", "jitter": True, "local": False}
+
+
+def test_no_text_gives_the_defaults():
+  assert parse_arguments(None, DEFAULTS).to_dict() == DEFAULTS
+  assert parse_arguments("", DEFAULTS).to_dict() == DEFAULTS
+
+
+def test_values_take_the_type_of_their_default():
+  got = parse_arguments("res=224,lr=1,img=Ti/16,jitter=false,local", DEFAULTS)
+  assert got.to_dict() == {"res": 224, "lr": 1.0, "img": "Ti/16", "jitter": False, "local": True}
+  assert isinstance(got.lr, float)
+
+
+def test_a_lone_value_is_that_of_the_first_key():
+  assert parse_arguments("224", DEFAULTS).res == 224
+
+
+def test_only_the_first_equals_sign_splits():
+  assert parse_arguments("img=a=b", DEFAULTS).img == "a=b"
+
+
+@pytest.mark.parametrize(
+  ("text", "said"),
+  [
+    ("rez=224", "did you mean 'res'"),
+    ("res=big", "expected int, such as 112"),
+    ("jitter=maybe", "expected true or false"),
+    ("res,img=B/16", "'res' needs a value"),
+  ],
+)
+def test_mistakes_are_named(text, said):
+  with pytest.raises(ValueError, match=said):
+    parse_arguments(text, DEFAULTS)
+
+
+def test_older_names_work_with_a_hint(caplog):
+  got = parse_arguments("resolution=84,old=1", DEFAULTS, aliases={"resolution": "res"},
+                        ignored={"old": "it never did"})
+  assert got.res == 84
+  assert "'resolution' is now called 'res'" in caplog.text
+  assert "it never did" in caplog.text

@@ -1,0 +1,143 @@
+"""Every setting of caption training with its default; a recipe starts here and changes what it needs.
+
+Each leaf can be set on the command line: `--config.optimizer.learning_rate=3e-4`.
+Relative paths are read from the directory the command is started in.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def caption_config() -> ConfigDict:
+  """The full configuration of //apps:caption_train."""
+  return ConfigDict(
+    {
+      "seed": 0,
+      "batch_size": 256,  # examples per step over all devices and hosts
+      "total_steps": 1000,  # of the whole run; a stage sets its own
+      "accumulate": 1,  # micro-batches per step; the step stays exact
+      "eval_only": False,
+      "model": model_config(),
+      "input": input_config(),
+      "tokenizer": {
+        "path": "",  # vocabulary file, tokenizer.json or a saved tokenizer; "" trains one
+        "train_vocab_size": 4096,  # entries of a tokenizer trained on the captions of this data
+        "train_kind": "pieces",  # pieces: WordPiece; words: whole words, for small closed languages
+      },
+      "optimizer": optimizer_config(),
+      "mesh": {"data": -1, "fsdp": 1, "tensor": 1},  # -1: the devices that are left
+      "checkpoint": {
+        "every": 1000,  # steps between checkpoints; the last step is always saved
+        "keep_last": 1,
+        "keep_every": 0,  # steps; these checkpoints are never deleted; 0: none
+        "dir": "",  # another place than workdir/checkpoints, such as gs://bucket/run
+      },
+      "init_from": {
+        "path": "",  # workdir or checkpoint of another run; its params start this one
+        "include": "",  # regular expressions on parameter paths; "" means all
+        "exclude": "",
+      },
+      "eval": eval_config(),
+      "log_every": 50,  # steps between lines of metrics.jsonl
+      "tensorboard": True,
+      "wandb_project": "",  # name of a W&B project; its key comes from the environment only
+      "profile": {"start": 0, "steps": 0},  # trace steps start..start+steps into workdir/profile
+      "compile_cache": "~/.cache/openvision/xla",  # "" compiles anew at every start
+      "stages": (),  # dicts of changes: ({"name": "84px", "total_steps": 9, "model.image_size": 84},)
+    }
+  )
+
+
+def model_config() -> dict:
+  """Shapes and behaviour of the captioner; see ov_models for the meaning of each."""
+  return {
+    "encoder": "Ti/16",  # ViT variant / patch size
+    "decoder": "Ti",
+    "encoder_options": {},  # fields of ov_models.ViTConfig, such as {"depth": 3}
+    "decoder_options": {},  # fields of ov_models.DecoderConfig
+    "image_size": 160,  # pixels
+    "token_len": 128,  # caption length in the predecessor's count: decoder positions + 1
+    "vocab_size": 32000,  # rows of embedding and head; at least the tokenizer's size
+    "preset": "default",  # "default" | "openvision2_released"
+    "keep_ratio": 0.35,  # share of image tokens the decoder sees in training
+    "dtype": "float32",  # compute of both towers; params stay float32
+    "remat": "none",  # none | full | dots | offload
+    "attention": "xla",  # xla | cudnn | tpu
+    "label_smoothing": 0.0,
+    "z_loss": 0.0,
+    "caption_weight": 1.0,  # factor on the caption loss; the predecessor uses 2
+  }
+
+
+def input_config() -> dict:
+  """Where examples come from and what happens to them on the host."""
+  return {
+    "data_dir": "",  # folder of record shards, glob, or TFDS directory; local or gs://
+    "split": "",  # TFDS split; "" for plain shards
+    "sources": (),  # several sources: ({"path": ..., "weight": 2.0}, ...), instead of data_dir
+    "image_key": "jpg",
+    "caption_keys": ("txt",),  # one is drawn per example when there are several
+    "shuffle": "global",  # global | block | none
+    "lanes": 1,  # block shuffle: number of hosts, so that each reads its own blocks
+    "fit": "crop",  # crop: random crops in training, central ones later; squash: whole pictures
+    "area_min": 0.4,  # smallest share of the picture a training crop may take
+    "color_jitter": True,  # on the device
+    "num_threads": 0,  # decoding threads; 0: one per core
+    "max_bad_fraction": 0.01,  # the run stops when more records than this are broken
+    "eval_data_dir": "",  # held-out shards; "" evaluates nothing
+    "eval_split": "",
+    "demo": {  # procedurally drawn scenes, made in workdir/data when missing
+      "train_examples": 0,  # 0: no demo data
+      "eval_examples": 512,
+      "zero_shot_examples": 64,
+      "image_size": 64,
+    },
+  }
+
+
+def optimizer_config() -> dict:
+  """Fields of apps.trainer.optimizer.OptimizerConfig, with its ScheduleConfig inside."""
+  return {
+    "learning_rate": 1e-3,  # peak
+    "schedule": {
+      "kind": "warmup_cosine",  # warmup_cosine | wsd | rsqrt | constant
+      "warmup_steps": 0,
+      "min_multiplier": 0.0,
+      "cooldown_steps": 0,  # wsd: length of the final decay
+      "cooldown_shape": "linear",  # linear | cosine | sqrt
+      "timescale": 10_000,  # rsqrt, in steps
+    },
+    "b1": 0.9,
+    "b2": 0.95,
+    "eps": 1e-8,
+    "mu_dtype": "bfloat16",
+    "weight_decay": 0.2,
+    "decay_regex": r"(^|/)kernel$",
+    "grad_clip_norm": placeholder(float),  # None: no clipping
+    "lr_multipliers": (),  # pairs (regular expression, factor)
+    "layer_decay": placeholder(float),  # None: none
+    "layer_decay_regex": "^encoder/",
+    "frozen": (),  # regular expressions
+    "ema_decay": placeholder(float),  # None: no averaged params
+  }
+
+
+def eval_config() -> dict:
+  """What is measured on the held-out data, and how often."""
+  return {
+    "every": 0,  # steps; 0: only at the end of each stage
+    "batch_size": 0,  # 0: the training batch size
+    "examples": 0,  # held-out examples for the likelihood; 0: all
+    "caption_examples": 64,  # generated captions
+    "sample_pictures": 24,  # of these, shown in the report
+    "method": "greedy",  # greedy | sample | beam
+    "num_beams": 4,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "truth_key": "",  # record feature with the ground truth of a demo scene
+    "zero_shot_classes": "",  # one class name a line, or JSON {class: [prompt, ...]}
+    "zero_shot_template": "a photo of a {}",
+    "zero_shot_dir": "",  # labelled records; "": those of eval_data_dir
+    "zero_shot_label_key": "label",
+    "zero_shot_examples": 256,
+  }

@@ -1,0 +1,87 @@
+"""OpenVision 2: caption-only training of a ViT, arXiv 2509.01644.
+
+  --config=apps/configs/openvision2.py:img=L/14,txt_decoder_name=L,res=224,batch_factor=1
+
+The argument names are those of the published code. Schedules are counted in epochs of ImageNet
+(1,281,167 images) whatever the data, and the learning rate is given per 256 examples.
+"""
+
+import os
+
+from ml_collections import ConfigDict
+
+from apps.configs.arguments import parse_arguments
+from apps.configs.base import caption_config
+from apps.trainer.schedules import (
+  batch_size_from_factor,
+  scaled_learning_rate,
+  virtual_epoch_steps,
+)
+
+_DEFAULTS = {
+  "res": 112,  # pixels
+  "img": "L/16",
+  "txt_decoder_name": "L",
+  "batch_factor": 2.0,  # batch = 16,384 * batch_factor
+  "batch_size": 0,  # our own: sets the batch directly; the learning rate follows it
+  "base_lr": 8e-6,  # per 256 examples
+  "imagenet_epoch": 2000.0,
+  "virtual_warmup_epoch": 20.0,
+  "token_len": 128,
+  "txt_key": "llava_llama3_condition_True_dense_weighted_topk",
+  "vocab_size": 32000,
+  "vocab_path": "",
+  "keep_ratio": 0.35,
+  "mask_ratio": 0.0,
+  "preset": "default",  # openvision2_released: mask, order and positions of the published code
+  "dtype": "float32",
+  "remat": "full",
+  "color_jitter": True,
+  "data_parallelism": -1,
+  "fsdp_parallelism": 1,
+  "tensor_parallelism": 1,
+  "init": "",  # workdir or checkpoint whose params start this run
+  "runlocal": False,  # one step on little data
+}
+_ALIASES = {"vitual_warmup_epoch": "virtual_warmup_epoch", "load_pretrain": "init"}
+_IGNORED = {
+  "img_head": "OpenVision 2 has no image head",
+  "txt": "there is no text tower",
+  "use_openclip_tokenizer": "give any tokenizer.json as vocab_path",
+}
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+  """The configuration of one stage; see the scripts' recipes in apps/configs/README.md."""
+  a = parse_arguments(arg, _DEFAULTS, aliases=_ALIASES, ignored=_IGNORED)
+  config = caption_config()
+  config.batch_size = a.batch_size or batch_size_from_factor(a.batch_factor)
+  config.total_steps = virtual_epoch_steps(a.imagenet_epoch, config.batch_size)
+  config.model.update(
+    encoder=a.img,
+    decoder=a.txt_decoder_name,
+    image_size=a.res,
+    token_len=a.token_len,
+    vocab_size=a.vocab_size,
+    preset=a.preset,
+    keep_ratio=a.keep_ratio,
+    dtype=a.dtype,
+    remat=a.remat,
+    caption_weight=2.0,
+  )
+  if a.mask_ratio:
+    config.model.encoder_options = ConfigDict({"mask_ratio": a.mask_ratio})
+  config.optimizer.learning_rate = scaled_learning_rate(a.base_lr, config.batch_size)
+  config.optimizer.schedule.warmup_steps = virtual_epoch_steps(
+    a.virtual_warmup_epoch, config.batch_size
+  )
+  config.input.caption_keys = tuple(a.txt_key.split("+"))
+  config.input.color_jitter = a.color_jitter
+  config.tokenizer.path = os.path.expanduser(a.vocab_path)
+  config.mesh.update(
+    data=a.data_parallelism, fsdp=a.fsdp_parallelism, tensor=a.tensor_parallelism
+  )
+  config.init_from.path = a.init
+  if a.runlocal:
+    config.total_steps, config.optimizer.schedule.warmup_steps = 1, 0
+  return config

@@ -1,0 +1,35 @@
+"""What all stages of a run share."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+import ov_data
+
+from apps.trainer.checkpoint import Checkpointer
+from apps.trainer.progress import Terminal
+from apps.trainer.sinks import MetricWriter
+from apps.trainer.stages import Stage
+from apps.trainer.stop import StopRequest
+from apps.trainer.task import Evaluation
+
+
+@dataclasses.dataclass
+class Run:
+  """Opened once; the last four fields collect what the report shows."""
+
+  config: ConfigDict
+  workdir: Path
+  stages: list[Stage]
+  tokenizer: ov_data.Tokenizer
+  mesh: jax.sharding.Mesh
+  terminal: Terminal
+  checkpoints: Checkpointer
+  writer: MetricWriter
+  stop: StopRequest
+  evaluation: Evaluation | None = None
+  num_params: int = 0
+  data: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+  skipped: dict[str, int] = dataclasses.field(default_factory=dict)

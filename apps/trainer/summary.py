@@ -1,0 +1,40 @@
+"""What the report of a run says, gathered from the run."""
+
+from pathlib import Path
+
+import jax
+
+from apps.trainer.report import ReportData, Stage, versions, write_report
+from apps.trainer.run import Run
+
+
+def write(run: Run) -> Path | None:
+  """Writes workdir/report.html; None on every process but the first."""
+  if jax.process_index():
+    return None
+  last = run.stages[-1]
+  devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+  evaluation = run.evaluation
+  data = ReportData(
+    title=run.workdir.name,
+    results=evaluation.results if evaluation else (),
+    summary={
+      "model": f"{last.config.model.encoder} + {last.config.model.decoder}",
+      "parameters": f"{run.num_params:,}",
+      "image size": f"{last.config.model.image_size} px",
+      "steps": f"{last.last_step:,}",
+      "examples seen": f"{sum(s.config.total_steps * s.config.batch_size for s in run.stages):,}",
+      "devices": f"{devices}, mesh {dict(run.mesh.shape)}",
+      "compute": last.config.model.dtype,
+    },
+    stages=tuple(Stage(s.name, s.first_step) for s in run.stages),
+    samples=evaluation.samples if evaluation else (),
+    samples_note=f"the first held-out pictures, captions after step {last.last_step:,}",
+    attribute_words=evaluation.attribute_words if evaluation else (),
+    classes=evaluation.classes if evaluation else None,
+    data=run.data,
+    skipped=run.skipped,
+    config=run.config.to_dict(),
+    versions=versions(),
+  )
+  return write_report(run.workdir, data)
