@@ -85,7 +85,9 @@ class ReportData:
 
   title: str
   results: tuple[Result, ...] = ()
-  headline: tuple[str, ...] = ("attribute_accuracy", "caption_nll", "caption_perplexity")
+  headline: tuple[str, ...] = (
+    "attribute_accuracy", "zero_shot_top1", "caption_nll", "caption_perplexity",
+  )  # fmt: skip
   summary: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   stages: tuple[Stage, ...] = ()
   samples: tuple[Sample, ...] = ()

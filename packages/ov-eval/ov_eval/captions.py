@@ -87,14 +87,17 @@ class AttributeAccuracy:
   exact_match: Share
 
   def results(self, level: float = 0.95) -> list[Result]:
-    """`attribute_accuracy` overall and `/<kind>`, `all_attributes_correct`, `exact_match`."""
+    """`attribute_accuracy` overall and `/<kind>`, `all_attributes_correct`, `exact_match`.
+
+    Without ground truth there is `exact_match` only.
+    """
     named = {
       "attribute_accuracy": self.overall,
       **{f"attribute_accuracy/{kind}": share for kind, share in self.by_kind.items()},
       "all_attributes_correct": self.all_correct,
       "exact_match": self.exact_match,
     }
-    return [share.result(name, level) for name, share in named.items()]
+    return [share.result(name, level) for name, share in named.items() if share.count]
 
 
 def attribute_accuracy(

@@ -100,6 +100,8 @@ def test_records_without_attributes_count_for_exact_match_only():
   accuracy = attribute_accuracy(records, lambda r: {} if r.index else {"colour": (1, 1)})
   assert accuracy.overall.count == 1 and accuracy.all_correct.value == 1.0
   assert accuracy.exact_match.value == 0.5
+  without_truth = attribute_accuracy(records, lambda r: {})
+  assert [r.name for r in without_truth.results()] == ["exact_match"]
 
 
 def test_statistics_show_a_model_that_repeats_itself():
