@@ -16,9 +16,11 @@ def naive_loss(
   logits = jnp.einsum(
     "btd,dv->btv", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32
   )
-  log_probs = jax.nn.log_softmax(logits)
-  target = jax.nn.one_hot(labels, head.shape[1])
-  target = (1.0 - label_smoothing) * target + label_smoothing / head.shape[1]
-  loss = -jnp.sum(target * log_probs, axis=-1)
-  loss += z_loss * jnp.square(jax.nn.logsumexp(logits, axis=-1))
+  lse = jax.nn.logsumexp(logits, axis=-1)
+  label_logit = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+  loss = (1.0 - label_smoothing) * (lse - label_logit)
+  if label_smoothing:
+    loss += label_smoothing * (lse - jnp.mean(logits, axis=-1))
+  if z_loss:
+    loss += z_loss * jnp.square(lse)
   return jnp.sum(loss * mask) / (jnp.sum(mask) + 1e-8)

@@ -141,18 +141,27 @@ def _terms(
   return jax.lax.scan(step, None, (hidden, labels))[1]
 
 
-def _terms_fwd(hidden, head, labels, batch_shards):
+Residuals = tuple[jax.Array, jax.Array, jax.Array, jax.Array]  # hidden, head, labels, lse
+
+
+def _terms_fwd(
+  hidden: jax.Array, head: jax.Array, labels: jax.Array, batch_shards: int
+) -> tuple[TokenTerms, Residuals]:
   terms = _terms(hidden, head, labels, batch_shards)
   return terms, (hidden, head, labels, terms.lse)
 
 
-def _terms_bwd(batch_shards, residuals, cotangents):
+def _terms_bwd(
+  batch_shards: int, residuals: Residuals, cotangents: TokenTerms
+) -> tuple[jax.Array, jax.Array, None]:
   """d logits = (g_nll + g_uniform + g_lse) softmax - g_nll [v = label] - g_uniform / V."""
   hidden, head, labels, lse = residuals
   dtype, (width, vocab) = hidden.dtype, head.shape
   weights = head.astype(dtype)
 
-  def step(head_grad, xs):
+  def step(
+    head_grad: jax.Array, xs: tuple[jax.Array, jax.Array, jax.Array, TokenTerms]
+  ) -> tuple[jax.Array, jax.Array]:
     x, label, lse_tile, g = xs
     probabilities = jnp.exp(_logits(x, weights) - lse_tile[..., None])
     dlogits = (

@@ -3,17 +3,24 @@
 from ov_sharding.batch import batch_sharding, global_batch, process_rows, replicated, to_host
 from ov_sharding.distributed import initialize
 from ov_sharding.mesh import AXES, MeshConfig, make_mesh
-from ov_sharding.rules import DEFAULT_RULES, describe_shardings, tree_shardings
-from ov_sharding.state import state_shardings
+from ov_sharding.rules import (
+  DEFAULT_RULES,
+  describe_shardings,
+  logical_sharding,
+  tree_shardings,
+)
+from ov_sharding.state import bytes_per_device, state_shardings
 
 __all__ = [
   "AXES",
   "DEFAULT_RULES",
   "MeshConfig",
   "batch_sharding",
+  "bytes_per_device",
   "describe_shardings",
   "global_batch",
   "initialize",
+  "logical_sharding",
   "make_mesh",
   "process_rows",
   "replicated",

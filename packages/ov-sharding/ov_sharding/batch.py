@@ -7,9 +7,9 @@ rows. A host therefore reads one contiguous slice of each global batch, `process
 from typing import TypeVar
 
 import jax
-import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import numpy as np
 
 Tree = TypeVar("Tree")
 
@@ -35,11 +35,11 @@ def process_rows(mesh: Mesh, global_batch_size: int) -> slice:
     ValueError: when the batch does not divide by the number of devices, or this process has none.
   """
   owners = [device.process_index for device in mesh.devices.flat]
-  if global_batch_size % len(owners):
-    below = global_batch_size - global_batch_size % len(owners)
+  if global_batch_size < 1 or global_batch_size % len(owners):
+    below = max(global_batch_size // len(owners), 1) * len(owners)
     raise ValueError(
       f"global batch size {global_batch_size} is not divisible by the {len(owners)} devices of "
-      f"the mesh; nearest sizes: {below or len(owners)}, {below + len(owners)}."
+      f"the mesh; nearest sizes: {below}, {below + len(owners)}."
     )
   process = jax.process_index()
   if process not in owners:

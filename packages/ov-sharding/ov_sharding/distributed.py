@@ -1,28 +1,40 @@
-"""Multi-host start-up: one call that is right on a laptop, a Slurm job and a TPU pod.
+"""Multi-host start-up: one call that is right on a laptop, in a Slurm job and on a TPU pod.
 
 Who the other processes are is taken from the first of these that says anything:
   1. the arguments of `initialize`;
   2. OV_COORDINATOR (host:port), OV_NUM_PROCESSES, OV_PROCESS_ID;
-  3. Slurm, Open MPI or a TPU pod, recognised here and read by `jax.distributed`.
-Otherwise this is a run of one process, and nothing is started.
+  3. Slurm, Open MPI or a TPU host, recognised by `detect_cluster` and read by `jax.distributed`.
+Otherwise this is a run of one process, and nothing is started: no look-up, no socket, no wait.
 """
 
+from collections.abc import Iterator, Mapping
+import contextlib
 import importlib.util
 import logging
 import os
 import pathlib
 import socket
+import threading
 import time
 
 import jax
 
 logger = logging.getLogger(__name__)
 
-_ENVIRONMENT = {
+_VARIABLES = {
   "coordinator": "OV_COORDINATOR",
   "num_processes": "OV_NUM_PROCESSES",
   "process_id": "OV_PROCESS_ID",
 }
+# What jax needs to see to read a Slurm step or an Open MPI job by itself.
+_SLURM = (
+  "SLURM_JOB_ID",
+  "SLURM_STEP_NODELIST",
+  "SLURM_NTASKS",
+  "SLURM_PROCID",
+  "SLURM_LOCALID",
+)
+_OPEN_MPI = ("OMPI_MCA_orte_hnp_uri", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")
 
 
 def initialize(
@@ -42,94 +54,108 @@ def initialize(
 
   Raises:
     ValueError: when only some of the three values are known, or they make no sense.
-    RuntimeError: when the devices are in use already, or a process is missing.
+    RuntimeError: when devices are in use already, this was called before, or the coordinator
+      cannot be reached. If another process never comes, process 0 logs an error that names the
+      coordinator, and the runtime of jax then ends it.
   """
   given = _given(coordinator, num_processes, process_id)
   if given is None:
     cluster = detect_cluster()
-    if cluster is None:
-      return
-    _start(f"the {cluster} environment", timeout_seconds)
+    if cluster is not None:
+      with _waiting_aloud(f"the {cluster} environment", timeout_seconds):
+        _prepare()
+        jax.distributed.initialize(initialization_timeout=timeout_seconds)
     return
-  coordinator, num_processes, process_id = given
-  if num_processes == 1:
+
+  address, count, index = given
+  if count == 1:
     return
-  if process_id > 0:
-    _wait_for_coordinator(coordinator, num_processes, process_id, timeout_seconds)
-  _start(
-    f"coordinator {coordinator}, process {process_id} of {num_processes}",
-    timeout_seconds,
-    coordinator_address=coordinator,
-    num_processes=num_processes,
-    process_id=process_id,
-    cluster_detection_method="deactivate",
-  )
+  if index > 0:
+    _wait_for_coordinator(address, count, index, timeout_seconds)
+  with _waiting_aloud(f"coordinator {address}, process {index} of {count}", timeout_seconds):
+    _prepare()
+    jax.distributed.initialize(
+      coordinator_address=address,
+      num_processes=count,
+      process_id=index,
+      cluster_detection_method="deactivate",
+      initialization_timeout=timeout_seconds,
+    )
 
 
-def detect_cluster() -> str | None:
-  """Name of the multi-process environment this process was started in, or None."""
-  env = os.environ
-  if "SLURM_STEP_NODELIST" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
+def detect_cluster(
+  env: Mapping[str, str] | None = None, root: pathlib.Path = pathlib.Path("/")
+) -> str | None:
+  """The multi-process environment this process was started in, or None.
+
+  Only what is really there counts, for asking a cluster that is not costs minutes of time-outs.
+
+  Args:
+    env: environment variables; default: those of this process.
+    root: where /dev and /sys are.
+  """
+  env = os.environ if env is None else env
+  if all(name in env for name in _SLURM) and int(env["SLURM_NTASKS"]) > 1:
     return "Slurm"
-  if "OMPI_MCA_orte_hnp_uri" in env and int(env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
+  if all(name in env for name in _OPEN_MPI) and int(env["OMPI_COMM_WORLD_SIZE"]) > 1:
     return "Open MPI"
-  if _is_tpu_worker():
-    return "TPU"
+  platforms = env.get("JAX_PLATFORMS") or "tpu"
+  if "tpu" in platforms.split(",") and importlib.util.find_spec("libtpu") is not None:
+    if "TPU_WORKER_HOSTNAMES" in env or _is_google_tpu_host(root):
+      return "TPU"
   return None
 
 
-def _is_tpu_worker() -> bool:
-  platforms = os.environ.get("JAX_PLATFORMS", "")
-  if platforms and "tpu" not in platforms.split(","):
+def _is_google_tpu_host(root: pathlib.Path) -> bool:
+  product = root / "sys/class/dmi/id/product_name"
+  if not product.is_file() or "Google" not in product.read_text():
     return False
-  if importlib.util.find_spec("libtpu") is None:
-    return False
-  devices = ("/dev/accel0", "/dev/vfio/0")
-  return "TPU_WORKER_HOSTNAMES" in os.environ or any(pathlib.Path(d).exists() for d in devices)
+  return (root / "dev/accel0").exists() or (root / "dev/vfio/0").exists()
 
 
 def _given(
   coordinator: str | None, num_processes: int | None, process_id: int | None
 ) -> tuple[str, int, int] | None:
-  values: dict[str, str | int | None] = {
+  """The three values from arguments and environment, checked; None if there are none."""
+  values: dict[str, object] = {
     "coordinator": coordinator,
     "num_processes": num_processes,
     "process_id": process_id,
   }
-  for name, variable in _ENVIRONMENT.items():
+  for name, variable in _VARIABLES.items():
     if values[name] is None:
       values[name] = os.environ.get(variable)
-  missing = [name for name, value in values.items() if value is None]
-  if len(missing) == len(values):
+  known = {name: value for name, value in values.items() if value is not None}
+  if not known:
     return None
-  if missing:
-    known = {name: value for name, value in values.items() if value is not None}
-    remedy = ", ".join(f"{name} ({_ENVIRONMENT[name]})" for name in missing)
-    raise ValueError(f"multi-process start-up got {known} only; also needed: {remedy}.")
-  address = str(values["coordinator"])
+  if len(known) < len(values):
+    missing = ", ".join(f"{n} (or {v})" for n, v in _VARIABLES.items() if n not in known)
+    raise ValueError(f"multi-process start-up got only {known}; also needed: {missing}.")
+  address = str(known["coordinator"])
   host, _, port = address.rpartition(":")
   if not host or not port.isdecimal():
     raise ValueError(f"coordinator={address!r}; expected host:port, for example 10.0.0.1:8476.")
-  count, index = _integer("num_processes", values), _integer("process_id", values)
+  try:
+    count, index = int(str(known["num_processes"])), int(str(known["process_id"]))
+  except ValueError:
+    raise ValueError(f"{known}; expected integers for num_processes and process_id.") from None
   if not 0 <= index < count:
-    raise ValueError(f"process_id={index} with num_processes={count}; expected 0 <= id < number.")
+    raise ValueError(
+      f"process_id={index} with num_processes={count}; expected 0 <= process_id < num_processes."
+    )
   return address, count, index
 
 
-def _integer(name: str, values: dict[str, str | int | None]) -> int:
-  try:
-    return int(str(values[name]))
-  except ValueError:
-    raise ValueError(
-      f"{name} ({_ENVIRONMENT[name]}) is {values[name]!r}; expected an integer."
-    ) from None
+def _prepare() -> None:
+  if jax.distributed.is_initialized():
+    raise RuntimeError("initialize() was called before in this process; call it once.")
+  # Collectives between CPU processes need a library; other backends ignore this.
+  jax.config.update("jax_cpu_collectives_implementation", "gloo")
 
 
-def _wait_for_coordinator(
-  coordinator: str, num_processes: int, process_id: int, timeout_seconds: int
-) -> None:
-  """Returns as soon as something listens; jax alone would retry without a word."""
-  host, _, port = coordinator.rpartition(":")
+def _wait_for_coordinator(address: str, count: int, index: int, timeout_seconds: int) -> None:
+  """Returns once something listens at `address`; the client of jax would abort instead of raise."""
+  host, _, port = address.rpartition(":")
   deadline = time.monotonic() + timeout_seconds
   while True:
     try:
@@ -138,18 +164,39 @@ def _wait_for_coordinator(
     except OSError as error:
       if time.monotonic() > deadline:
         raise RuntimeError(
-          f"process {process_id} of {num_processes}: nothing listens at coordinator {coordinator} "
-          f"after {timeout_seconds} s ({error}). Is process 0 running, and can this host reach it?"
+          f"process {index} of {count}: nothing listens at coordinator {address} after "
+          f"{timeout_seconds} s ({error}). Is process 0 running, and can this host reach it?"
         ) from None
     time.sleep(0.2)
 
 
-def _start(what: str, timeout_seconds: int, **kwargs: str | int) -> None:
+@contextlib.contextmanager
+def _waiting_aloud(what: str, timeout_seconds: int) -> Iterator[None]:
+  """Logs while start-up waits for others, for the runtime of jax says nothing until it aborts."""
+  done = threading.Event()
+
+  def watch() -> None:
+    started = time.monotonic()
+    pause = min(30.0, timeout_seconds / 2)
+    while not done.wait(pause):
+      waited = time.monotonic() - started
+      if waited >= timeout_seconds:
+        logger.error(
+          "Start-up failed: not all processes connected within %d s (%s). Start every process "
+          "with the same coordinator and number of processes, and open its port.",
+          timeout_seconds,
+          what,
+        )
+        return
+      logger.warning("Waiting for the other processes since %.0f s (%s)", waited, what)
+      pause = min(pause, max(timeout_seconds - waited, 0.1))
+
   logger.info("Connecting: %s", what)
-  # Between processes the CPU backend needs a collectives library; other backends ignore this.
-  jax.config.update("jax_cpu_collectives_implementation", "gloo")
+  threading.Thread(target=watch, daemon=True).start()
   try:
-    jax.distributed.initialize(initialization_timeout=timeout_seconds, **kwargs)
+    yield
   except RuntimeError as error:
     raise RuntimeError(f"multi-process start-up failed ({what}): {error}") from error
-  logger.info("Connected: process %d of %d", jax.process_index(), jax.process_count())
+  finally:
+    done.set()
+  logger.info("Connected: %s", what)

@@ -1,13 +1,13 @@
 """The device mesh: three named axes over all devices of all hosts.
 
-  data    replicas; each sees other rows of the batch
-  fsdp    also other rows; params and optimizer state are split over it
-  tensor  also other rows of the input; heads, mlp and vocabulary are split over it
+data    replicas; each sees other rows of the batch
+fsdp    also other rows; params and optimizer state are split over it
+tensor  also other rows of the input; heads, mlp and vocabulary are split over it
 """
 
+from collections.abc import Sequence
 import dataclasses
 import math
-from collections.abc import Sequence
 
 import jax
 from jax.sharding import AxisType, Mesh

@@ -4,16 +4,16 @@ A model names the dimensions of each parameter (`("embed", "mlp")`); rules map e
 axes; the result is one `NamedSharding` per array. Models so stay free of any mesh.
 """
 
+from collections.abc import Mapping
 import dataclasses
 import logging
 import math
-from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import numpy as np
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +86,21 @@ def tree_shardings(
   return jax.tree.unflatten(jax.tree.structure(shapes), shardings)
 
 
+def logical_sharding(
+  names: tuple[str | None, ...], mesh: Mesh, rules: Rules = DEFAULT_RULES
+) -> NamedSharding:
+  """Sharding of one array by its axis names, for `jax.lax.with_sharding_constraint`.
+
+  `logical_sharding(("activation_batch", None, None), mesh)` splits a [B,T,D] activation by rows.
+
+  Raises:
+    ValueError: on a name without a rule, or a rule with an unknown mesh axis.
+  """
+  _check_rules(mesh, rules)
+  entries = [_entry(_mesh_axes(name, f"axes {names}", mesh, rules)) for name in names]
+  return NamedSharding(mesh, PartitionSpec(*entries))
+
+
 def describe_shardings(
   axes: Any,
   shapes: Any,
@@ -105,8 +120,8 @@ def describe_shardings(
     rows.append((placement.path, array, _spec_text(placement.spec), f"{size:,}", placement.notes))
   width = [max((len(row[i]) for row in rows), default=0) for i in range(4)]
   lines = []
-  for path, array, spec, size, notes in rows:
-    line = f"{path:<{width[0]}}  {array:<{width[1]}}  {spec:<{width[2]}}  {size:>{width[3]}}"
+  for path, array, spec, bytes_text, notes in rows:
+    line = f"{path:<{width[0]}}  {array:<{width[1]}}  {spec:<{width[2]}}  {bytes_text:>{width[3]}}"
     lines.append("  ".join([line, *(f"! {note}" for note in notes)]))
   return "\n".join([*lines, f"{total:,} bytes per device"])
 
@@ -114,10 +129,7 @@ def describe_shardings(
 def _place(
   axes: Any, shapes: Any, mesh: Mesh, rules: Rules, fsdp_fallback: int | None
 ) -> list[Placement]:
-  for name, mesh_axes in rules.items():
-    for axis in mesh_axes:
-      if axis not in mesh.shape:
-        raise ValueError(f"rule {name!r} uses mesh axis {axis!r}; the mesh has {mesh.axis_names}.")
+  _check_rules(mesh, rules)
   named = _flatten(axes, is_leaf=lambda x: isinstance(x, tuple))
   arrays = _flatten(shapes)
   if named.keys() != arrays.keys():
@@ -128,6 +140,13 @@ def _place(
   return [
     _place_one(path, named[path], arrays[path], mesh, rules, fsdp_fallback) for path in arrays
   ]
+
+
+def _check_rules(mesh: Mesh, rules: Rules) -> None:
+  for name, mesh_axes in rules.items():
+    for axis in mesh_axes:
+      if axis not in mesh.shape:
+        raise ValueError(f"rule {name!r} uses mesh axis {axis!r}; the mesh has {mesh.axis_names}.")
 
 
 def _flatten(tree: Any, is_leaf: Any = None) -> dict[str, Any]:
@@ -147,31 +166,35 @@ def _place_one(
   notes: list[str] = []
   used: set[str] = set()
   for dim, (name, size) in enumerate(zip(names, shape, strict=True)):
-    if name is not None and name not in rules:
-      raise ValueError(
-        f"{path} {names} names axis {name!r}, which has no rule; known: {sorted(rules)}."
-      )
-    mesh_axes = rules[name] if name is not None else ()
-    ways = math.prod(mesh.shape[axis] for axis in mesh_axes)
+    mesh_axes = _mesh_axes(name, f"{path} {names}", mesh, rules)
     split = "x".join(f"{axis}={mesh.shape[axis]}" for axis in mesh_axes)
-    if ways > 1 and size % ways:
+    if size % math.prod(mesh.shape[axis] for axis in mesh_axes):
       notes.append(f"dim {dim} ({name}={size}) is not divisible by {split}: kept whole")
       mesh_axes = ()
-    elif ways > 1 and used.intersection(mesh_axes):
+    elif used.intersection(mesh_axes):
       notes.append(f"dim {dim} ({name}={size}) would use {split} a second time: kept whole")
       mesh_axes = ()
     used.update(mesh_axes)
-    entries.append(mesh_axes[0] if len(mesh_axes) == 1 else mesh_axes or None)
-  large = fsdp_fallback is not None and math.prod(shape) >= fsdp_fallback
-  if large and all(entry is None for entry in entries):
-    candidates = [
-      dim
-      for dim, size in enumerate(shape)
-      if size % mesh.shape["fsdp"] == 0 and names[dim] != LAYERS
-    ]
-    if candidates:
+    entries.append(_entry(mesh_axes))
+  if fsdp_fallback is not None and math.prod(shape) >= fsdp_fallback and not used:
+    ways = mesh.shape["fsdp"]
+    candidates = [d for d in range(len(shape)) if shape[d] % ways == 0 and names[d] != LAYERS]
+    if ways > 1 and candidates:
       entries[max(candidates, key=lambda dim: shape[dim])] = "fsdp"
   return Placement(path, shape, np.dtype(array.dtype), PartitionSpec(*entries), tuple(notes))
+
+
+def _mesh_axes(name: str | None, where: str, mesh: Mesh, rules: Rules) -> tuple[str, ...]:
+  """Mesh axes that split a dimension of this name; those of size 1 split nothing."""
+  if name is None:
+    return ()
+  if name not in rules:
+    raise ValueError(f"{where} names axis {name!r}, which has no rule; known: {sorted(rules)}.")
+  return tuple(axis for axis in rules[name] if mesh.shape[axis] > 1)
+
+
+def _entry(mesh_axes: tuple[str, ...]) -> str | tuple[str, ...] | None:
+  return mesh_axes[0] if len(mesh_axes) == 1 else mesh_axes or None
 
 
 def _spec_text(spec: PartitionSpec) -> str:

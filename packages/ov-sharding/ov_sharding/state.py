@@ -5,7 +5,7 @@ import math
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, Sharding
 
 from ov_sharding.batch import replicated
 
@@ -29,25 +29,28 @@ def state_shardings(state: Any, params: Any, param_shardings: Any, mesh: Mesh) -
     The tree of `state` with a sharding for each leaf.
 
   Raises:
-    ValueError: when `params` and `param_shardings` are different trees.
+    ValueError: when `params` and `param_shardings` have different numbers of leaves.
   """
-  if jax.tree.structure(params) != jax.tree.structure(param_shardings):
+  by_path = jax.tree_util.tree_flatten_with_path(params)[0]
+  flat_shardings = jax.tree.leaves(param_shardings)
+  if len(by_path) != len(flat_shardings):
     raise ValueError(
-      f"params {jax.tree.structure(params)} and param_shardings "
-      f"{jax.tree.structure(param_shardings)} are different trees."
+      f"params has {len(by_path)} leaves and param_shardings {len(flat_shardings)}; expected the "
+      "tree that tree_shardings returns for these params."
     )
-  flat = jax.tree_util.tree_flatten_with_path(params)[0]
   known = {
     _keys(path): (tuple(leaf.shape), sharding)
-    for (path, leaf), sharding in zip(flat, jax.tree.leaves(param_shardings), strict=True)
+    for (path, leaf), sharding in zip(by_path, flat_shardings, strict=True)
   }
 
-  def follow(path: tuple, leaf: Any) -> jax.sharding.Sharding:
+  def follow(path: tuple[Any, ...], leaf: Any) -> Sharding:
     keys, shape = _keys(path), tuple(leaf.shape)
-    suffixes = (keys[start:] for start in range(len(keys) + 1))
-    shape_of_param, sharding = next((known[s] for s in suffixes if s in known), (None, None))
-    if shape == shape_of_param:
-      return sharding
+    for start in range(len(keys)):
+      if keys[start:] in known:
+        shape_of_param, sharding = known[keys[start:]]
+        if shape == shape_of_param:
+          return sharding
+        break
     if math.prod(shape) > 1:
       logger.warning("%s %s follows no param: replicated", "/".join(keys), shape)
     return replicated(mesh)
@@ -55,5 +58,21 @@ def state_shardings(state: Any, params: Any, param_shardings: Any, mesh: Mesh) -
   return jax.tree_util.tree_map_with_path(follow, state)
 
 
-def _keys(path: tuple) -> tuple[str, ...]:
+def bytes_per_device(shapes: Any, shardings: Any) -> int:
+  """Bytes that one device holds of a tree of arrays.
+
+  Args:
+    shapes: tree of arrays or `jax.ShapeDtypeStruct`s; key arrays count by their raw words.
+    shardings: the same tree of shardings.
+  """
+
+  def size(array: Any, sharding: Sharding) -> int:
+    if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
+      array = jax.eval_shape(jax.random.key_data, array)
+    return math.prod(sharding.shard_shape(array.shape)) * array.dtype.itemsize
+
+  return sum(jax.tree.leaves(jax.tree.map(size, shapes, shardings)))
+
+
+def _keys(path: tuple[Any, ...]) -> tuple[str, ...]:
   return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
