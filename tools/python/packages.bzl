@@ -3,6 +3,9 @@
 PACKAGES = [
     "apps/trainer",
     "packages/ov-eval",
+    "packages/ov-losses",
+    "packages/ov-sharding",
+    "tests/multiprocess",
     "tests/standalone",
     "tools/ci",
     "tools/lint",

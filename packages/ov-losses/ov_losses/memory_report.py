@@ -36,7 +36,7 @@ def temporary_bytes(
   compiled = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(*arguments).compile()
   analysis = compiled.memory_analysis()
   if analysis is None:
-    raise RuntimeError(f"the {jax.default_backend()} compiler reports no memory; use cpu or tpu.")
+    raise RuntimeError(f"the {jax.default_backend()} compiler has no memory analysis; use cpu.")
   return analysis.temp_size_in_bytes
 
 
