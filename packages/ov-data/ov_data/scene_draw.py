@@ -82,7 +82,8 @@ def _draw_sprite(canvas: Image.Image, sprite: Sprite, image_size: int) -> None:
   mask = mask.reduce(zoom)
   if sprite.shadow:
     offset = max(1, round(image_size / 48))
-    canvas.paste((0, 0, 0), (left + offset, top + offset), mask.point(_shade(sprite.shadow)))
+    shade = ImageChops.add(mask, mask, scale=2 / sprite.shadow)  # mask * shadow, in C
+    canvas.paste((0, 0, 0), (left + offset, top + offset), shade)
   body = Image.new("RGB", mask.size, sprite.ink)
   if sprite.texture != "solid":
     pattern = Image.new("L", (patch * zoom, patch * zoom))
@@ -96,16 +97,6 @@ def _draw_sprite(canvas: Image.Image, sprite: Sprite, image_size: int) -> None:
 def _period(radius: float) -> float:
   """Texture period in pixels: at least 4.6, so that 64 px images show it on small objects."""
   return max(4.6, 0.46 * radius)
-
-
-_SHADES: dict[float, list[int]] = {}
-
-
-def _shade(strength: float) -> list[int]:
-  level = round(strength, 2)
-  if level not in _SHADES:
-    _SHADES[level] = [round(i * level) for i in range(256)]
-  return _SHADES[level]
 
 
 def _place(points: list[complex], centre: complex, radius: float, angle: float) -> list[_Point]:

@@ -4,9 +4,9 @@ A scene is a pure function of (seed, index, split). Its short caption names ever
 order that the picture alone decides (the larger object first; of equal sizes the left or upper
 one), so that a captioner can be scored attribute by attribute: `score`.
 
-Held-out scenes each show at least one (colour, shape) pair of `HELD_OUT_PAIRS`; training scenes
-never do, though every colour and every shape occurs in training. What is right on held-out scenes
-was composed, not remembered.
+Scenes of the split "heldout" each show at least one (colour, shape) pair of `HELD_OUT_PAIRS`;
+those of "train" never do, though every colour and every shape occurs in it. What is right on
+held-out scenes was composed, not remembered. "val" are other scenes of the kind of "train".
 """
 
 from collections.abc import Iterable, Mapping
@@ -31,8 +31,8 @@ TEXTURES = ("solid", "striped", "dotted", "checkered")
 SHAPES = ("circle", "square", "triangle", "star", "cross", "heart")
 RELATIONS = ("left of", "right of", "above", "below")
 KINDS = ("size", "colour", "texture", "shape", "relation")
-SPLITS = ("train", "heldout")
-Split = Literal["train", "heldout"]
+SPLITS = ("train", "heldout", "val")
+Split = Literal["train", "heldout", "val"]
 
 _INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 # Hue (degrees), saturation, value. Neighbours are at least 24 degrees or a clear value apart.
@@ -66,6 +66,7 @@ _PAIRS: dict[str, list[tuple[str, str]]] = {
   "train": [p for p in itertools.product(COLOURS, SHAPES) if p not in HELD_OUT_PAIRS],
   "heldout": sorted(HELD_OUT_PAIRS),
 }
+_PAIRS["val"] = _PAIRS["train"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +173,7 @@ def sample_scene(
   Args:
     seed: 0 to 2**63 - 1; another seed gives unrelated scenes.
     index: number of the scene, in the same range.
-    split: "train" or "heldout" (see the module).
+    split: "train", "val" or "heldout" (see the module).
     num_objects: 1 or 2; None draws two objects in six scenes of seven.
 
   Raises:

@@ -19,7 +19,7 @@ def _sample(count: int, split: scenes.Split = "train", seed: int = 0) -> list[sc
 def test_scene_is_a_function_of_seed_index_and_split():
   first = scenes.scene_example(scenes.sample_scene(3, 17))
   assert scenes.scene_example(scenes.sample_scene(3, 17)) == first
-  for other in ((4, 17, "train"), (3, 18, "train"), (3, 17, "heldout")):
+  for other in ((4, 17, "train"), (3, 18, "train"), (3, 17, "val")):
     assert scenes.scene_example(scenes.sample_scene(*other))["jpg"] != first["jpg"]
 
 
@@ -34,7 +34,7 @@ def test_held_out_pairs_occur_in_every_held_out_scene_and_in_no_training_scene()
     return {(o.colour, o.shape) for o in scene.objects}
 
   assert len(scenes.HELD_OUT_PAIRS) == len(scenes.SHAPES)
-  assert all(not pairs(s) & scenes.HELD_OUT_PAIRS for s in _sample(1000))
+  assert all(not pairs(s) & scenes.HELD_OUT_PAIRS for s in _sample(1000) + _sample(500, "val"))
   held_out = _sample(1000, "heldout")
   assert all(pairs(s) & scenes.HELD_OUT_PAIRS for s in held_out)
   assert set().union(*map(pairs, held_out)) >= scenes.HELD_OUT_PAIRS
@@ -112,7 +112,7 @@ def test_pictures_vary():
 
 
 def test_bad_arguments_are_named():
-  with pytest.raises(ValueError, match="split='test'.*train, heldout"):
+  with pytest.raises(ValueError, match="split='test'.*train, heldout, val"):
     scenes.sample_scene(0, 0, "test")
   with pytest.raises(ValueError, match="num_objects=3"):
     scenes.sample_scene(0, 0, num_objects=3)

@@ -1,0 +1,147 @@
+"""Runs a function in fresh worker processes that import nothing of the calling program.
+
+`multiprocessing` either forks, which is unsafe once JAX or any other library runs threads, or
+imports the caller's main module again in every worker, which costs seconds where that is a
+training app. These workers are `python -c` with the same sys.path and import only what the
+function needs. They ignore Ctrl-C and end when the caller ends, however it ends.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
+import contextlib
+import os
+import pickle
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+from typing import Any, TypeVar
+
+Report = Callable[[int], None]  # called by the function as often as it likes
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+def map_in_processes(
+  function: Callable[[_Item, Report], _Result],
+  items: Sequence[_Item],
+  workers: int,
+  report: Report = lambda n: None,
+) -> Iterator[tuple[_Item, _Result]]:
+  """Calls `function(item, report)` for every item; yields (item, result) as they finish.
+
+  Args:
+    function: picklable by reference: a function of a module, or an object of a class of one.
+    items: picklable arguments.
+    workers: processes; 0 calls the function here, one item after the other.
+    report: gets, in some thread of this process, what the function reports from its own.
+
+  Raises:
+    RuntimeError: a worker died; otherwise whatever the function raised, with its traceback.
+  """
+  if workers <= 0 or not items:
+    for item in items:
+      yield item, function(item, report)
+    return
+  workers = min(workers, len(items))
+  idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+  with contextlib.ExitStack() as stack:
+    for _ in range(workers):
+      idle.put(stack.enter_context(_Worker(function, report)))
+
+    def call(item: _Item) -> _Result:
+      worker = idle.get()
+      try:
+        return worker.call(item)
+      finally:
+        idle.put(worker)
+
+    pool = futures.ThreadPoolExecutor(workers, "ov-process")
+    try:
+      tasks = {pool.submit(call, item): item for item in items}
+      for task in futures.as_completed(tasks):
+        yield tasks[task], task.result()
+    except BaseException:
+      stack.close()  # ends the workers, and with them the calls that wait for them
+      raise
+    finally:
+      pool.shutdown(cancel_futures=True)
+
+
+class _Worker:
+  """One process, used by one thread at a time."""
+
+  def __init__(self, function: Callable[..., Any], report: Report):
+    self._report = report
+    self._process = subprocess.Popen(
+      [sys.executable, "-c", "from ov_data import processes; processes.serve()"],
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      env={**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)},
+    )
+    self._send(function)
+
+  def __enter__(self) -> "_Worker":
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self._process.kill()
+    self._process.wait()
+    for pipe in (self._process.stdin, self._process.stdout):
+      with contextlib.suppress(OSError):  # what the dead process did not read
+        if pipe:
+          pipe.close()
+
+  def call(self, item: Any) -> Any:
+    try:
+      self._send(item)
+      while True:
+        kind, value = pickle.load(self._process.stdout)  # type: ignore[arg-type]
+        if kind == "report":
+          self._report(value)
+        elif kind == "error":
+          raise value
+        else:
+          return value
+    except (EOFError, BrokenPipeError, pickle.UnpicklingError):
+      code = self._process.wait()
+      hint = " (killed; too little memory for so many workers?)" if code == -9 else ""
+      raise RuntimeError(f"a worker process ended with code {code}{hint} at {item!r}.") from None
+
+  def _send(self, value: Any) -> None:
+    assert self._process.stdin
+    pickle.dump(value, self._process.stdin)
+    self._process.stdin.flush()
+
+
+def serve() -> None:
+  """The loop of a worker: reads the function, then items, from stdin until the caller ends."""
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  inbox, outbox = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+  os.dup2(2, 1)  # whatever prints goes to the terminal, not into the answers
+  threading.current_thread().name = "ov-worker"
+
+  def send(kind: str, value: Any) -> None:
+    outbox.write(pickle.dumps((kind, value)))
+    outbox.flush()
+
+  with contextlib.suppress(EOFError, BrokenPipeError):
+    function = pickle.load(inbox)
+    while True:
+      item = pickle.load(inbox)
+      try:
+        answer = ("result", function(item, lambda n: send("report", n)))
+      except Exception as error:
+        error.add_note("".join(traceback.format_exception(error)))
+        answer = ("error", _picklable(error))
+      send(*answer)
+
+
+def _picklable(error: Exception) -> Exception:
+  try:
+    pickle.loads(pickle.dumps(error))
+    return error
+  except Exception:  # exceptions with arguments of their own often cannot be rebuilt
+    return RuntimeError(f"{type(error).__name__}: {error}")
