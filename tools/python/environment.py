@@ -53,12 +53,16 @@ def build(venv: pathlib.Path, locks: list[str]) -> None:
   compile jax and tensorflow anew each time. pip reads the machine's pip configuration, which uv
   does not: it is worth the second try.
   """
-  say(f"installing {', '.join(os.path.basename(lock) for lock in locks)} into {venv}")
+  say(
+    f"installing {', '.join(os.path.basename(lock) for lock in locks)} into {venv}; once, 1-2 min"
+  )
   subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
   python = venv / "bin" / "python3"
   wanted = ["--no-deps", "--require-hashes", *(arg for lock in locks for arg in ("-r", lock))]
   uv = shutil.which("uv") or fetch_uv(python)
-  if uv and run([uv, "pip", "install", "--python", python, "--compile-bytecode", *wanted]):
+  if uv and run(
+    [uv, "pip", "install", "--python", python, "--quiet", "--compile-bytecode", *wanted]
+  ):
     return
   say("uv did not manage; trying pip")
   if not (add_pip(python) and run([python, "-m", "pip", "install", "--quiet", *wanted])):

@@ -48,11 +48,11 @@ def main(output: pathlib.Path, locks: list[pathlib.Path]) -> None:
   pinned = "\n".join(lock.read_text() for lock in locks)
   pins = {target(name) for name in re.findall(r"^([\w.-]+)==", pinned, re.M)}
   installed = {target(dist.metadata["Name"]): dist for dist in importlib.metadata.distributions()}
-  locked = {name: installed[name] for name in pins & set(installed)}  # not those of other systems
+  locked = {name: installed[name] for name in pins & set(installed)}
 
   (output / "locked").mkdir(exist_ok=True)
   build = HEADER.format(python=output / "venv/bin/python3")
-  for name in sorted(locked):
+  for name in sorted(pins):
     versions = [f"{need}=={locked[need].version}\n" for need in sorted(closure(name, locked))]
     (output / "locked" / f"{name}.txt").write_text("".join(versions))
     build += f'\npy_library(name = "{name}", data = ["locked/{name}.txt"])\n'

@@ -1,16 +1,16 @@
 """@pypi: the Python environment pinned by requirements.lock, one target for each distribution in it."""
 
-_VERSIONS = "3.11 to 3.13"
-_CHECK = "import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))"
+_VERSIONS = "3.11 to 3.14"
+_CHECK = "import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))"
 
 def _interpreter(rctx):
     wish = rctx.os.environ.get("OV_PYTHON")
-    for name in [wish] if wish else ["python3", "python3.13", "python3.12", "python3.11"]:
+    for name in [wish] if wish else ["python3", "python3.13", "python3.12", "python3.11", "python3.14"]:
         found = rctx.path(name) if name.startswith("/") else rctx.which(name)
         if found and rctx.execute([found, "-c", _CHECK]).return_code == 0:
             return found
-    fail("%s is not Python %s. Install one (Debian, Ubuntu: apt-get install python3-venv) or set OV_PYTHON=/path/to/python3." %
-         ("OV_PYTHON=" + wish if wish else "None of python3, python3.13, python3.12, python3.11 on PATH", _VERSIONS))
+    fail("%s is Python %s. Install one (Debian, Ubuntu: apt-get install python3-venv) or set OV_PYTHON=/path/to/python3." %
+         ("OV_PYTHON=%s" % wish if wish else "No python3 on PATH", _VERSIONS))
 
 def _run(rctx, arguments):
     done = rctx.execute(arguments, timeout = 3600, quiet = False, environment = {"PYTHONPATH": ""})
