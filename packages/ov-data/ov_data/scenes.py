@@ -31,6 +31,8 @@ TEXTURES = ("solid", "striped", "dotted", "checkered")
 SHAPES = ("circle", "square", "triangle", "star", "cross", "heart")
 RELATIONS = ("left of", "right of", "above", "below")
 KINDS = ("size", "colour", "texture", "shape", "relation")
+ATTRIBUTE_WORDS = (*SIZES, *COLOURS, *TEXTURES, *SHAPES, "left", "right", "above", "below")
+ClassKind = Literal["shape", "colour", "colour_shape"]
 SPLITS = ("train", "heldout", "val")
 Split = Literal["train", "heldout", "val"]
 
@@ -217,15 +219,23 @@ def sample_scene(
   return Scene(tuple(objects), relation, light, backdrop, seed, index, split)
 
 
-def scene_example(scene: Scene, image_size: int = 64) -> dict[str, bytes | str]:
-  """Features of one record: jpg, txt (caption), description, truth (JSON), key."""
-  return {
+def scene_example(
+  scene: Scene, image_size: int = 64, label: ClassKind = "shape"
+) -> dict[str, bytes | str]:
+  """Features of one record: jpg, txt (caption), description, truth (JSON), key.
+
+  Scenes of one object also have `label`: their class among `class_prompts(label)`.
+  """
+  example: dict[str, bytes | str] = {
     "jpg": scene_draw.encode_jpeg(scene.draw(image_size)),
     "txt": scene.caption,
     "description": scene.description,
     "truth": json.dumps(scene.truth, separators=(",", ":")),
     "key": f"{scene.split}-{scene.seed}-{scene.index}",
   }
+  if scene.relation is None:
+    example["label"] = _class_name(scene.objects[0].colour, scene.objects[0].shape, label)
+  return example
 
 
 def _words(dice: _Dice, pairs: str) -> tuple[str, str, str, str]:
@@ -403,24 +413,24 @@ def _count(
   return AttributeScore(correct, total, counts)
 
 
-def class_prompts(kind: Literal["shape", "colour", "colour_shape"]) -> dict[str, list[str]]:
+def class_prompts(kind: ClassKind) -> dict[str, list[str]]:
   """Captions of one object for each class, for classification by the likelihood of captions.
 
   Every caption of a single object stands under exactly one class (384 in all), so that the class
   likelihood is the sum over the attributes that the class leaves open. Use scenes of one object.
   """
-  name_of = {
-    "shape": lambda colour, shape: shape,
-    "colour": lambda colour, shape: colour,
-    "colour_shape": lambda colour, shape: f"{colour} {shape}",
-  }
-  if kind not in name_of:
-    raise ValueError(f"kind={kind!r}: expected one of {', '.join(name_of)}.")
   prompts: dict[str, list[str]] = {}
   for colour, shape, size, texture in itertools.product(COLOURS, SHAPES, SIZES, TEXTURES):
-    name = name_of[kind](colour, shape)
+    name = _class_name(colour, shape, kind)
     prompts.setdefault(name, []).append(f"a {size} {colour} {texture} {shape}")
   return prompts
+
+
+def _class_name(colour: str, shape: str, kind: ClassKind) -> str:
+  names = {"shape": shape, "colour": colour, "colour_shape": f"{colour} {shape}"}
+  if kind not in names:
+    raise ValueError(f"kind of class {kind!r}: expected one of {', '.join(names)}.")
+  return names[kind]
 
 
 def contact_sheet(

@@ -303,12 +303,14 @@ class _Scenes:
   sizes: dict[str, int]  # scenes of each split
   seed: int
   image_size: int
+  num_objects: int | None
+  label: scenes.ClassKind
 
   def __call__(self, split: str, number: int) -> Iterator[Features]:
     start = number * _SCENES_IN_SHARD
     for i in range(start, min(start + _SCENES_IN_SHARD, self.sizes[split])):
-      scene = scenes.sample_scene(self.seed, i, cast(scenes.Split, split))
-      yield scenes.scene_example(scene, self.image_size)
+      scene = scenes.sample_scene(self.seed, i, cast(scenes.Split, split), self.num_objects)
+      yield scenes.scene_example(scene, self.image_size, self.label)
 
 
 def make_scenes_dataset(
@@ -317,6 +319,8 @@ def make_scenes_dataset(
   *,
   seed: int = 0,
   image_size: int = 64,
+  num_objects: int | None = None,
+  label: scenes.ClassKind = "shape",
   workers: int | None = None,
   progress: Callable[[int], None] = lambda n: None,
   overwrite: bool = False,
@@ -328,19 +332,24 @@ def make_scenes_dataset(
     sizes: number of scenes of each split, for instance {"train": 60_000, "heldout": 1_000}.
     seed: of all scenes.
     image_size: 32 to 256 px.
+    num_objects: 1 or 2 for all scenes; None mixes them. Scenes of one object have a `label`.
+    label: the kind of class that it names; see `scenes.class_prompts`.
 
   Raises:
-    ValueError: an unknown split, no scenes, or a directory with other data.
+    ValueError: an unknown split, class or size, no scenes, or a directory with other data.
   """
   if not sizes or min(sizes.values()) < 1 or not set(sizes) <= set(scenes.SPLITS):
     raise ValueError(f"sizes={dict(sizes)}: expected 1 or more of {', '.join(scenes.SPLITS)}.")
   for split in sizes:  # fails here, with one clear line, rather than in a worker
-    scenes.sample_scene(seed, 0, cast(scenes.Split, split)).draw(image_size)
+    scene = scenes.sample_scene(seed, 0, cast(scenes.Split, split), num_objects)
+    scenes.scene_example(scene, image_size)
+  scenes.class_prompts(label)
+  job = _Scenes(dict(sizes), seed, image_size, num_objects, label)
   return write_dataset(
     directory,
     {split: -(-size // _SCENES_IN_SHARD) for split, size in sizes.items()},
-    _Scenes(dict(sizes), seed, image_size),
-    {"kind": "scenes", "version": 1, "sizes": dict(sizes), "seed": seed, "image_size": image_size},
+    job,
+    {"kind": "scenes", "version": 1, **dataclasses.asdict(job)},
     workers=workers,
     progress=progress,
     overwrite=overwrite,

@@ -176,6 +176,16 @@ def test_scenes_data_set(tmp_path: pathlib.Path):
   assert row["jpg"] == [scenes.scene_example(scene, 32)["jpg"]]
 
 
+def test_scenes_of_one_object_are_labelled(tmp_path: pathlib.Path):
+  writer.make_scenes_dataset(
+    tmp_path, {"heldout": 20}, image_size=32, num_objects=1, label="colour_shape", workers=0
+  )
+  prompts = scenes.class_prompts("colour_shape")
+  for row in _read(tmp_path, "heldout"):
+    [label], [caption] = row["label"], row["txt"]
+    assert caption.decode() in prompts[label.decode()]
+
+
 @pytest.mark.parametrize("sizes", [{}, {"train": 0}, {"test": 3}])
 def test_scenes_sizes_are_checked(tmp_path: pathlib.Path, sizes: dict[str, int]):
   with pytest.raises(ValueError, match="expected 1 or more of train, heldout, val"):
