@@ -10,6 +10,7 @@ LIBRARY = {
   "ov_sharding": {"jax", "flax", "einops", "numpy"},
   "ov_eval": {"jax", "numpy"},
   "ov_data": {"numpy", "pillow", "tokenizers", "protobuf", "google_crc32c"},
+  "ov_convert": {"jax", "numpy"},
 }
 # Those that it may import inside functions only, so that it is imported and installed without them.
 DEFERRED = {"ov_data": {"tensorflow_cpu", "tensorflow_datasets", "etils"}}
