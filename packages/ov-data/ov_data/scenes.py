@@ -2,21 +2,20 @@
 
 A scene is a pure function of (seed, index, split). Its short caption names every attribute, in an
 order that the picture alone decides (the larger object first; of equal sizes the left or upper
-one), so that a captioner can be scored attribute by attribute: `score`.
+one), so that a captioner can be scored attribute by attribute: `score` (in scene_words).
 
 Scenes of the split "heldout" each show at least one (colour, shape) pair of `HELD_OUT_PAIRS`;
 those of "train" never do, though every colour and every shape occurs in it. What is right on
 held-out scenes was composed, not remembered. "val" are other scenes of the kind of "train".
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 import colorsys
 import dataclasses
 import hashlib
 import itertools
 import json
 import math
-import re
 import textwrap
 from typing import Any, Literal
 
@@ -24,19 +23,47 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from ov_data import scene_draw
+from ov_data.scene_words import (
+  ATTRIBUTE_WORDS,
+  COLOURS,
+  INVERSE_RELATION,
+  RELATIONS,
+  SHAPES,
+  SIZES,
+  TEXTURES,
+  AttributeScore,
+  ClassKind,
+  class_name,
+  class_prompts,
+  parse_caption,
+  score,
+)
 
-SIZES = ("large", "small")
-COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")
-TEXTURES = ("solid", "striped", "dotted", "checkered")
-SHAPES = ("circle", "square", "triangle", "star", "cross", "heart")
-RELATIONS = ("left of", "right of", "above", "below")
-KINDS = ("size", "colour", "texture", "shape", "relation")
-ATTRIBUTE_WORDS = (*SIZES, *COLOURS, *TEXTURES, *SHAPES, "left", "right", "above", "below")
-ClassKind = Literal["shape", "colour", "colour_shape"]
+__all__ = [
+  "ATTRIBUTE_WORDS",
+  "COLOURS",
+  "HELD_OUT_PAIRS",
+  "RELATIONS",
+  "SHAPES",
+  "SIZES",
+  "SPLITS",
+  "TEXTURES",
+  "AttributeScore",
+  "ClassKind",
+  "Scene",
+  "SceneObject",
+  "Split",
+  "class_prompts",
+  "contact_sheet",
+  "parse_caption",
+  "sample_scene",
+  "scene_example",
+  "score",
+]
+
 SPLITS = ("train", "heldout", "val")
 Split = Literal["train", "heldout", "val"]
 
-_INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 # Hue (degrees), saturation, value. Neighbours are at least 24 degrees or a clear value apart.
 _HSV = {
   "red": (358, 0.92, 0.86),
@@ -215,7 +242,7 @@ def sample_scene(
     relation = "left of" if horizontal else "above"
     if objects[0].size == "small" and objects[1].size == "large":
       objects.reverse()
-      relation = _INVERSE[relation]
+      relation = INVERSE_RELATION[relation]
   return Scene(tuple(objects), relation, light, backdrop, seed, index, split)
 
 
@@ -234,7 +261,7 @@ def scene_example(
     "key": f"{scene.split}-{scene.seed}-{scene.index}",
   }
   if scene.relation is None:
-    example["label"] = _class_name(scene.objects[0].colour, scene.objects[0].shape, label)
+    example["label"] = class_name(scene.objects[0].colour, scene.objects[0].shape, label)
   return example
 
 
@@ -315,122 +342,6 @@ def _backdrop(dice: _Dice) -> tuple[bool, scene_draw.Backdrop]:
     grid += bytes(_rgb(hue + 300 * step, saturation, min(1.0, max(0.06, value + step))))
   noise = (0, 8, 16)[dice.below(3)]
   return light, scene_draw.Backdrop(bytes(grid), side, noise, dice.word)
-
-
-# Scoring of captions.
-
-_SYNONYMS = {
-  "big": "large", "huge": "large", "little": "small", "tiny": "small", "plus": "cross",
-  "disc": "circle", "disk": "circle", "plain": "solid", "spotted": "dotted", "checked": "checkered",
-  "chequered": "checkered", "over": "above", "under": "below", "beneath": "below",
-  "left": "left of", "right": "right of",
-}  # fmt: skip
-_KIND_OF = {
-  word: kind
-  for kind, words in zip(KINDS, (SIZES, COLOURS, TEXTURES, SHAPES, RELATIONS), strict=True)
-  for word in words
-}
-_WORD = re.compile(r"[a-z]+")
-
-
-@dataclasses.dataclass(frozen=True)
-class AttributeScore:
-  """Counts of right and of all attributes; scores add up: `sum(scores, AttributeScore())`."""
-
-  correct: int = 0
-  total: int = 0
-  by_kind: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
-
-  @property
-  def accuracy(self) -> float:
-    return self.correct / self.total if self.total else math.nan
-
-  @property
-  def perfect(self) -> bool:
-    return self.correct == self.total
-
-  def __add__(self, other: "AttributeScore") -> "AttributeScore":
-    by_kind = dict(self.by_kind)
-    for kind, (correct, total) in other.by_kind.items():
-      mine = by_kind.get(kind, (0, 0))
-      by_kind[kind] = (mine[0] + correct, mine[1] + total)
-    return AttributeScore(self.correct + other.correct, self.total + other.total, by_kind)
-
-
-def parse_caption(caption: str) -> tuple[list[dict[str, str]], str | None]:
-  """The objects that a caption names, in order, and the relation (None unless it names one).
-
-  A shape word closes an object; the size, colour and texture words before it belong to it. An
-  attribute given twice with different words, and a second relation, count as not given at all.
-  """
-  objects: list[dict[str, str]] = []
-  current: dict[str, str] = {}
-  relations: set[str] = set()
-  for word in _WORD.findall(caption.lower()):
-    word = _SYNONYMS.get(word, word)
-    kind = _KIND_OF.get(word)
-    if kind == "relation":
-      relations.add(word)
-    elif kind is not None:
-      current[kind] = word if current.get(kind, word) == word else "contradiction"
-      if kind == "shape":
-        objects.append(current)
-        current = {}
-  return objects, relations.pop() if len(relations) == 1 else None
-
-
-def score(caption: str, truth: Mapping[str, Any] | str | bytes) -> AttributeScore:
-  """Counts the attributes of a caption that are true of a scene.
-
-  Four attributes for each object, and the relation where there are two: 4 or 9 in all. A missing
-  object counts as four wrong; each object too many adds four wrong (and the relation it implies
-  one more). "B below A" counts as right where the truth is "A above B".
-
-  Args:
-    caption: generated text; unknown words are passed over.
-    truth: `Scene.truth`, or its JSON as stored in the records.
-  """
-  facts = json.loads(truth) if isinstance(truth, str | bytes) else truth
-  said, relation = parse_caption(caption)
-  plain = _count(said, relation, facts)
-  if len(said) != 2:
-    return plain
-  swapped = _count(said[::-1], _INVERSE.get(relation or ""), facts)
-  return max(plain, swapped, key=lambda s: s.correct)
-
-
-def _count(
-  said: list[dict[str, str]], relation: str | None, truth: Mapping[str, Any]
-) -> AttributeScore:
-  true = truth["objects"]
-  counts: dict[str, tuple[int, int]] = {}
-  for kind in KINDS[:-1]:
-    right = sum(s.get(kind) == t[kind] for s, t in zip(said, true, strict=False))
-    counts[kind] = (right, max(len(said), len(true)))
-  if len(true) > 1 or len(said) > 1:
-    counts["relation"] = (int(len(true) > 1 and relation == truth["relation"]), 1)
-  correct, total = (sum(c[i] for c in counts.values()) for i in (0, 1))
-  return AttributeScore(correct, total, counts)
-
-
-def class_prompts(kind: ClassKind) -> dict[str, list[str]]:
-  """Captions of one object for each class, for classification by the likelihood of captions.
-
-  Every caption of a single object stands under exactly one class (384 in all), so that the class
-  likelihood is the sum over the attributes that the class leaves open. Use scenes of one object.
-  """
-  prompts: dict[str, list[str]] = {}
-  for colour, shape, size, texture in itertools.product(COLOURS, SHAPES, SIZES, TEXTURES):
-    name = _class_name(colour, shape, kind)
-    prompts.setdefault(name, []).append(f"a {size} {colour} {texture} {shape}")
-  return prompts
-
-
-def _class_name(colour: str, shape: str, kind: ClassKind) -> str:
-  names = {"shape": shape, "colour": colour, "colour_shape": f"{colour} {shape}"}
-  if kind not in names:
-    raise ValueError(f"kind of class {kind!r}: expected one of {', '.join(names)}.")
-  return names[kind]
 
 
 def contact_sheet(
