@@ -1,0 +1,27 @@
+"""Record files to numpy batches: read, order, decode, tokenise and write. Knows no JAX."""
+
+from ov_data.decode import Crop, DecodeError, Limits
+from ov_data.loader import Loader, TooManyBadRecords
+from ov_data.order import Order
+from ov_data.records import RecordError
+from ov_data.sources import Dataset, Source, find_shards
+from ov_data.tokenizer import Tokenizer
+from ov_data.writer import ShardWriter, Skip, Summary, write_dataset
+
+__all__ = [
+  "Crop",
+  "Dataset",
+  "DecodeError",
+  "Limits",
+  "Loader",
+  "Order",
+  "RecordError",
+  "ShardWriter",
+  "Skip",
+  "Source",
+  "Summary",
+  "Tokenizer",
+  "TooManyBadRecords",
+  "find_shards",
+  "write_dataset",
+]

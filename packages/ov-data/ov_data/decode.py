@@ -142,7 +142,7 @@ def _open(data: bytes, limits: Limits) -> tuple[Image.Image, int, int]:
   except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
     raise DecodeError("too many pixels", error) from None
   except Exception as error:  # Pillow's parsers raise many kinds on broken headers
-    raise DecodeError("broken header", error) from None
+    raise DecodeError(_reason(error, "broken header"), error) from None
   if image.width * image.height > limits.max_pixels:
     raise DecodeError("too many pixels", f"{image.width} x {image.height}")
   sideways = _orientation(image) in _SIDEWAYS
@@ -158,11 +158,14 @@ def _pixels(image: Image.Image, keep: float = 1.0) -> Image.Image:
       image.draft(None, (image.width // scale, image.height // scale))
     image.load()
   except Exception as error:  # OSError, SyntaxError, struct.error ... of the many formats
-    truncated = "truncated" in str(error)
-    raise DecodeError("truncated image" if truncated else "broken image", error) from None
+    raise DecodeError(_reason(error, "broken image"), error) from None
   if orientation != 1:
     image = ImageOps.exif_transpose(image)
   return _rgb(image)
+
+
+def _reason(error: Exception, otherwise: str) -> str:
+  return "truncated image" if "truncated" in str(error).lower() else otherwise
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -137,7 +137,6 @@ class Loader:
     self.sources = (sources,) if isinstance(sources, Source) else tuple(sources)
     self.image_size = image_size
     self.batch_size = batch_size
-    self.rows = _checked_rows(rows, batch_size)
     self.lanes = lanes
     self.passes = passes
     self.position = position  # of the next batch to be handed out
@@ -156,6 +155,7 @@ class Loader:
     self._prefetch = prefetch
     self._pending: deque[_Pending] = deque()
     self._check_arguments()
+    self.rows = _checked_rows(rows, batch_size)
 
     lane_rows = batch_size // lanes if lanes > 1 else 1
     block = -(-block // lane_rows) * lane_rows
