@@ -26,11 +26,6 @@ INVERSE_RELATION = {
   "above": "below",
   "below": "above",
 }
-  "left of": "right of",
-  "right of": "left of",
-  "above": "below",
-  "below": "above",
-}
 
 _SYNONYMS = {
   "big": "large", "huge": "large", "little": "small", "tiny": "small", "plus": "cross",
