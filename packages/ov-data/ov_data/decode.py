@@ -131,6 +131,15 @@ def whole(
   return np.stack(channels, axis=-1).astype(np.uint8)
 
 
+def full(data: bytes, limits: Limits = DEFAULT_LIMITS) -> Image.Image:
+  """The encoded image at its own size, upright, as RGB: to check it or to store it anew.
+
+  Raises:
+    DecodeError: the bytes are no usable image.
+  """
+  return _pixels(_open(data, limits)[0])
+
+
 def _open(data: bytes, limits: Limits) -> tuple[Image.Image, int, int]:
   """The image before decoding, and its width and height as a viewer sees them."""
   if len(data) > limits.max_bytes:
