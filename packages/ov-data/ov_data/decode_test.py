@@ -1,6 +1,8 @@
 import io
 import os
 import pathlib
+import struct
+import zlib
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -230,6 +232,15 @@ def test_reasons(reason):
     with pytest.raises(decode.DecodeError, match=reason) as error:
       read(BROKEN[reason])
     assert error.value.reason == reason
+
+
+def test_a_bomb_is_not_even_opened():
+  # The header alone claims 50,000 x 50,000 pixels.
+  header = b"IHDR" + struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
+  bomb = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header
+  bomb += struct.pack(">I", zlib.crc32(header)) + _encode(_photo())[33:]
+  with pytest.raises(decode.DecodeError, match="too many pixels"):
+    decode.whole(bomb, 8)
 
 
 def test_limits():

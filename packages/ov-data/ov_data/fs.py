@@ -135,4 +135,5 @@ def _as_os_error(path: str) -> Iterator[None]:
     if code is None:
       raise
     kinds = {5: FileNotFoundError, 7: PermissionError, 16: PermissionError}
-    raise kinds.get(code, OSError)(f"{path}: {error}") from error
+    text = " ".join(str(error).split())  # in one line
+    raise kinds.get(code, OSError)(f"{path}: {text}") from error

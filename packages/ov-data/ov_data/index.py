@@ -30,7 +30,7 @@ from ov_data import fs, records
 SUFFIX = ".ovidx"
 FORMAT = "ov_data index 1"
 _EDGE_BYTES = 64 << 10
-_WORKERS = 16  # reading waits on disk or network more than on the checksums
+_WORKERS, _REMOTE_WORKERS = 16, 64  # threads: they wait on disk or network most of the time
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
@@ -81,7 +81,8 @@ def load_indexes(paths: Sequence[str], progress: Progress | None = None) -> list
 
   `progress(done, total)` is called in bytes of shards as they finish, from this thread.
   """
-  with futures.ThreadPoolExecutor(_WORKERS, "ov-index") as pool:
+  workers = _REMOTE_WORKERS if any(map(fs.is_remote, paths)) else _WORKERS
+  with futures.ThreadPoolExecutor(workers, "ov-index") as pool:
     sizes = list(pool.map(fs.size, paths)) if progress else [0] * len(paths)
     tasks = {pool.submit(load_index, path): size for path, size in zip(paths, sizes)}
     try:
@@ -167,7 +168,7 @@ def main(arguments: list[str]) -> None:
     sys.exit("usage: python -m ov_data.index DIR_OR_GLOB...")
   for argument in arguments:
     try:
-      paths = sources.find_shards(argument)
+      paths = sources.find_shards(fs.join(argument, "*") if fs.is_dir(argument) else argument)
     except ValueError as error:
       sys.exit(str(error))
 

@@ -142,8 +142,9 @@ def test_missing_shard(tmp_path):
 
 
 def test_command_line(tmp_path, capsys):
-  _write(tmp_path / "a.tfrecord")
-  index.main([str(tmp_path)])
-  assert "5 records in 1 shards, 0 damaged" in capsys.readouterr().out
+  _write(tmp_path / "train-0.tfrecord")
+  _write(tmp_path / "val-0.tfrecord")
+  index.main([str(tmp_path)])  # all splits
+  assert "10 records in 2 shards, 0 damaged" in capsys.readouterr().out
   with pytest.raises(SystemExit, match="no shards at"):
     index.main([str(tmp_path / "nowhere")])

@@ -282,7 +282,7 @@ def test_no_captions_wanted(data):
 
 def test_misspelt_keys_fail_at_once(data):
   with pytest.raises(
-    ValueError, match="'png' is in none of the first 8 records .* jpg, label, txt"
+    ValueError, match="'png' is in none of the first 16 records .* jpg, label, txt"
   ):
     _loader(Source(data.path, image_key="png"))
   with pytest.raises(ValueError, match="'attributes' is in none"):

@@ -20,11 +20,10 @@ from ov_data import example, fs, records
 from ov_data.index import Progress, ShardIndex, load_indexes
 
 _NUMBERED = re.compile(r"(?P<stem>.*?)[-.](?P<number>\d{5,})-of-(?P<count>\d{5,})(?P<rest>.*)")
-_SLICED = re.compile(r"(?P<name>[^\[\]]*)\[(?P<start>\d*%?):(?P<stop>\d*%?)\]")
 _IS_SHARD = re.compile(r".*\.tfrec(ord)?s?([-.].*)?")
-_NOT_SHARD = (".ovidx", ".part", ".json", ".txt", ".gz.tmp")
+_NOT_SHARD = (".ovidx", ".part", ".json", ".txt", ".tmp")
 _OPEN_FILES = 256
-_PROBES = 8  # records looked at for missing keys
+_PROBES = 16  # records looked at for missing keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Source:
   """A data set and which of its features are used.
 
   path: see the module; a tuple names several places that are read as one.
-  split: "train", or a part as in "train[:90%]", "[1000:]"; None is everything there is.
+  split: "train", or a part as in "train[:90%]", "train[-1000:]", "[1000:]"; None is everything.
   weight: share of this source in a mixture, relative to the others.
   image_key: the feature with the encoded image, for instance "jpg" or "image/encoded".
   caption_keys: the features with captions, each holding one or several; one is drawn for each
@@ -69,13 +68,13 @@ class Dataset:
     self.source = source
     self.indexes = _open(source, progress)
     self._firsts = list(itertools.accumulate(map(len, self.indexes), initial=0))
+    if not self.indexes:
+      raise ValueError(f"split={source.split!r} takes none of the records of {source.path}")
     if not len(self):
-      damage = [
-        f"{i.path} at byte {i.damage[0][0]}: {i.damage[0][1]}" for i in self.indexes if i.damage
-      ]
+      damage = [f"{i.path} at byte {at}: {why}" for i in self.indexes for at, why in i.damage]
       raise ValueError(
-        f"no usable record in the {len(self.indexes)} shard(s) of {source.path}"
-        + (f"; first damage: {damage[0]}" if damage else "; they are empty")
+        f"no usable record in the {len(self.indexes)} shard(s) of {source.path}; "
+        + (f"first damage: {damage[0]}" if damage else "they are empty")
       )
     self._reader = functools.lru_cache(_OPEN_FILES)(fs.Reader)
     self._run = run
@@ -192,12 +191,15 @@ def find_shards(path: str, split: str | None = None) -> list[str]:
 
 
 def _open(source: Source, progress: Progress | None) -> list[ShardIndex]:
-  paths = (source.path,) if isinstance(source.path, str) else source.path
+  paths = (source.path,) if isinstance(source.path, str) else tuple(source.path)
+  name, slices = _parse_split(source.split)
   if len(paths) == 1 and fs.exists(fs.join(paths[0], "dataset_info.json")):
-    return _open_tfds(paths[0], source.split, progress)
-  name, cut = _parse_split(source.split)
-  shards = [shard for path in paths for shard in find_shards(path, name)]
-  return cut(load_indexes(shards, progress))
+    indexes = _open_tfds(paths[0], name, progress)
+  else:
+    indexes = load_indexes([s for path in paths for s in find_shards(path, name)], progress)
+  for start, stop in slices:
+    indexes = _slice(indexes, start, stop)
+  return indexes
 
 
 def _open_tfds(path: str, split: str | None, progress: Progress | None) -> list[ShardIndex]:
@@ -209,46 +211,38 @@ def _open_tfds(path: str, split: str | None, progress: Progress | None) -> list[
       f"{path} is a TensorFlow Datasets directory, and that library is missing ({error}); "
       "pip install 'ov-data[tensorflow]', or name its shards with a glob"
     ) from None
-  info = tfds.builder_from_directory(path).info
-  names = list(info.splits)
-  if split is None and len(names) == 1:
-    split = names[0]
-  if split is None or split.partition("[")[0] not in names:
-    raise ValueError(f"{path} has the splits {', '.join(names)}; split={split!r} is none of them")
-  instructions = info.splits[split].file_instructions
-  indexes = load_indexes([str(part.filename) for part in instructions], progress)
-  return [
-    _cut(index, part.skip, len(index) if part.take < 0 else part.skip + part.take)
-    for index, part in zip(indexes, instructions)
-  ]
+  splits = tfds.builder_from_directory(path).info.splits
+  if split is None and len(splits) == 1:
+    split = next(iter(splits))
+  if split not in splits:
+    raise ValueError(f"{path} has the splits {', '.join(splits)}; split={split!r} is none of them")
+  return load_indexes([str(part.filename) for part in splits[split].file_instructions], progress)
 
 
-def _parse_split(
-  split: str | None,
-) -> tuple[str | None, Callable[[list[ShardIndex]], list[ShardIndex]]]:
-  """The name in `split`, and what cuts the records down to the part in its brackets."""
-  if not split or "[" not in split:
-    return split, lambda indexes: indexes
-  match = _SLICED.fullmatch(split)
-  if not match:
+def _parse_split(split: str | None) -> tuple[str | None, list[tuple[str, str]]]:
+  """The name in `split`, and its slices as (start, stop)."""
+  match = re.fullmatch(r"([^\[\]]*)((?:\[[^\[\]]*\])*)", split or "")
+  slices = re.findall(r"\[(-?\d+%?)?:(-?\d+%?)?\]", match[2]) if match else []
+  if not match or len(slices) != match[2].count("["):
     raise ValueError(
-      f"split={split!r}: expected a name, or a part such as 'train[:90%]', "
-      "'train[1000:2000]', '[90%:]'"
+      f"split={split!r}: expected a name, or a part such as 'train[:90%]', 'train[1000:2000]', "
+      "'train[-500:]', '[90%:]'"
     )
+  return match[1] or None, slices
 
-  def border(text: str, total: int) -> int:
-    if text.endswith("%"):
-      return min(total, round(int(text[:-1]) * total / 100))
-    return min(total, int(text))
 
-  def cut(indexes: list[ShardIndex]) -> list[ShardIndex]:
-    total = sum(map(len, indexes))
-    start, stop = border(match["start"] or "0", total), border(match["stop"] or "100%", total)
-    firsts = itertools.accumulate(map(len, indexes), initial=0)
-    parts = [_cut(i, start - first, stop - first) for i, first in zip(indexes, firsts)]
-    return [part for part in parts if len(part)]
+def _slice(indexes: list[ShardIndex], start: str, stop: str) -> list[ShardIndex]:
+  """The records from start to stop, counted over all shards: numbers or percentages."""
+  total = sum(map(len, indexes))
 
-  return match["name"] or None, cut
+  def border(text: str) -> int:
+    number = round(int(text[:-1]) * total / 100) if text.endswith("%") else int(text)
+    return number + total if number < 0 else number
+
+  first, last = border(start or "0"), border(stop or "100%")
+  before = itertools.accumulate(map(len, indexes), initial=0)
+  parts = [_cut(index, first - skip, last - skip) for index, skip in zip(indexes, before)]
+  return [part for part in parts if len(part)]
 
 
 def _cut(index: ShardIndex, start: int, stop: int) -> ShardIndex:

@@ -1,4 +1,5 @@
 import pathlib
+import sys
 
 import numpy as np
 import pytest
@@ -59,6 +60,9 @@ def test_split_as_a_subdirectory(tmp_path):
     ("train[25%:]", range(3, 12)),
     ("train[5:9]", range(5, 9)),
     ("train[10:100]", range(10, 12)),
+    ("train[-2:]", range(10, 12)),
+    ("train[50%:][:2]", range(6, 8)),
+    ("train[6:7]", [6]),
     ("val[1:]", ["v1"]),
   ],
 )
@@ -127,6 +131,8 @@ def test_errors_name_what_is_there(shards, tmp_path):
   _fails(r"holds several splits \(train, val\)", path=here)
   _fails(r"no \*\.tfrecord\* file of split 'test'", path=here, split="test")
   _fails(r"split='train\[1\]'", path=here, split="train[1]")
+  _fails(r"split='train\[1:2'", path=here, split="train[1:2")
+  _fails(r"split='train\[5:5\]' takes none of the records", path=here, split="train[5:5]")
   (tmp_path / "empty").mkdir()
   _fails(r"no \*\.tfrecord\* file in it", path=str(tmp_path / "empty"))
   (shards / "train-00001-of-00003.tfrecord").unlink()
@@ -170,6 +176,16 @@ def test_remote_paths_read_the_same(shards, monkeypatch, tmp_path):
   assert len(Dataset(Source("ram://bucket/d/val-*"))) == 2
   _fails("no such file or directory", path="ram://bucket/absent")
   _fails("split 'test'", path="ram://bucket/d", split="test")
+
+
+def test_what_needs_tensorflow_says_so(tmp_path, monkeypatch):
+  for name in ("tensorflow", "tensorflow.io", "tensorflow_datasets"):
+    monkeypatch.setitem(sys.modules, name, None)
+  with pytest.raises(ImportError, match=r"reading gs://b/d.* pip install 'ov-data\[tensorflow\]'"):
+    Dataset(Source("gs://b/d"))
+  (tmp_path / "dataset_info.json").write_text("{}")
+  with pytest.raises(ImportError, match="is a TensorFlow Datasets directory, and that library"):
+    Dataset(Source(str(tmp_path)))
 
 
 def test_tensorflow_datasets_directory(tmp_path):
