@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 import numpy as np
 import ov_data
+from ov_data import scenes
 import ov_eval
 import ov_losses
 import ov_models
@@ -44,19 +47,21 @@ class CaptionEvaluator:
       ValueError: data that cannot be used, or class prompts that do not fit it.
     """
     self._config, self._task, self._tokenizer, self._mesh = config.eval, task, tokenizer, mesh
+    self._rows = ov_sharding.batch_sharding(mesh)
     batch_size = config.eval.batch_size or config.batch_size
     open_loader = functools.partial(
       inputs.eval_loader, config, task, tokenizer, mesh, batch_size=batch_size
     )
     truth = (config.eval.truth_key,) if config.eval.truth_key else ()
     self._loader = open_loader(
-      config.input.eval_data_dir, examples=config.eval.examples, extra_keys=truth
+      config.input.eval_data_dir, config.input.eval_split, examples=config.eval.examples, extra_keys=truth
     )
     self._classes: dict[str, list[str]] = {}
     if config.eval.zero_shot_classes:
       self._classes = read_classes(config.eval.zero_shot_classes, config.eval.zero_shot_template)
       self._class_loader = open_loader(
         config.eval.zero_shot_dir or config.input.eval_data_dir,
+        "" if config.eval.zero_shot_dir else config.input.eval_split,
         examples=config.eval.zero_shot_examples,
         extra_keys=(config.eval.zero_shot_label_key,),
       )
@@ -71,7 +76,7 @@ class CaptionEvaluator:
       results += accuracy.results()
       samples = tuple(_sample(record, pictures[record.index]) for record in records
                       if record.index in pictures)
-      words = ov_data.scenes.ATTRIBUTE_WORDS if self._config.truth_key else ()
+      words = scenes.ATTRIBUTE_WORDS if self._config.truth_key else ()
     classes = None
     if self._classes:
       found = self._classify(params)
@@ -80,10 +85,13 @@ class CaptionEvaluator:
     return Evaluation(tuple(results), samples, words, classes)
 
   def _device(self, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """What the devices need of a host batch."""
     return ov_sharding.global_batch({key: batch[key] for key in DEVICE_KEYS}, self._mesh)
 
   def _score(self, params: Params) -> Any:
-    return lambda batch: _local(_score(self._task, params, self._device(batch)))
+    return lambda batch: ov_sharding.local_rows(
+      _score(self._task, self._rows, params, self._device(batch))
+    )
 
   def _captions(
     self, params: Params
@@ -107,12 +115,13 @@ class CaptionEvaluator:
     def generate(batch: Mapping[str, Any]) -> Any:
       on_device = self._device(batch)
       model = ov_models.bind(self._task.model, params)
-      return _local(ov_models.generate(model, normalise(on_device["image"]), **options).ids)
+      ids = ov_models.generate(model, normalise(on_device["image"]), **options).ids
+      return ov_sharding.local_rows(jax.device_put(ids, self._rows))
 
     def keep(batch: Mapping[str, Any], row: int) -> dict[str, Any]:
       if len(pictures) < config.sample_pictures:
         pictures[int(batch["index"][row])] = batch["image"][row].copy()
-      return {"truth": batch["extra"][config.truth_key][row]} if config.truth_key else {}
+      return {"truth": batch[config.truth_key][row]} if config.truth_key else {}
 
     records = ov_eval.generate_captions(
       generate, self._tokenizer.decode, self._loader, limit=config.caption_examples, extras=keep
@@ -127,11 +136,11 @@ class CaptionEvaluator:
     ids = ids[:, : int((ids != self._tokenizer.pad_id).sum(1).max())]  # no columns of padding
 
     def encode(batch: Mapping[str, Any]) -> jax.Array:
-      return _encode(self._task, params, self._device(batch)["image"])
+      return _encode(self._task, self._rows, params, self._device(batch)["image"])
 
     def score(tokens: jax.Array, chunk: np.ndarray) -> tuple[Any, np.ndarray]:
-      of_chunk, count = _prompt_scores(self._task, params, tokens, chunk)
-      return _local(of_chunk), np.asarray(count)
+      of_chunk, count = _score_prompts(self._task, self._rows, params, tokens, chunk)
+      return ov_sharding.local_rows(of_chunk), np.asarray(count)
 
     return ov_eval.classify_by_likelihood(
       encode, score, self._labelled(names), ids, np.array(of_prompt)
@@ -142,7 +151,7 @@ class CaptionEvaluator:
     number = {name: i for i, name in enumerate(names)}
     key = self._config.zero_shot_label_key
     for batch in self._class_loader:
-      labels = [_text(value) for value in batch["extra"][key]]
+      labels = [_text(value) for value in batch[key]]
       rows = zip(labels, batch["valid"], strict=True)
       unknown = sorted({label for label, valid in rows if valid and label not in number})
       if unknown:
@@ -179,43 +188,44 @@ def read_classes(path: str, template: str) -> dict[str, list[str]]:
   return classes
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _score(
-  task: CaptionTask, params: Params, batch: dict[str, jax.Array]
+  task: CaptionTask, rows: NamedSharding, params: Params, batch: dict[str, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
-  return task.score(params, {**batch, "image": normalise(batch["image"])})
+  """NLL [B] and target tokens [B] of the captions of a batch."""
+  scores = task.score(params, {**batch, "image": normalise(batch["image"])})
+  return jax.lax.with_sharding_constraint(scores, rows)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _encode(task: CaptionTask, params: Params, images: jax.Array) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _encode(
+  task: CaptionTask, rows: NamedSharding, params: Params, images: jax.Array
+) -> jax.Array:
   """uint8 [B, H, W, 3] -> the image tokens [B, K, D] that the decoder gets."""
-  return ov_models.bind(task.model, params).encode(normalise(images))[1]
+  tokens = ov_models.bind(task.model, params).encode(normalise(images))[1]
+  return jax.lax.with_sharding_constraint(tokens, rows)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _prompt_scores(
-  task: CaptionTask, params: Params, tokens: jax.Array, ids: jax.Array
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _score_prompts(
+  task: CaptionTask, rows: NamedSharding, params: Params, tokens: jax.Array, ids: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """Log-likelihood [B, K] of prompts ids [K, T] for image tokens [B, N, D]; tokens [K]."""
+  """Log-likelihood [B, K] of prompts ids [K, T] for image tokens [B, N, D]; target tokens [K]."""
   model = ov_models.bind(task.model, params)
   targets, mask = ov_losses.shift_left(ids, task.pad_id)
 
-  def one_image(image_tokens: jax.Array) -> jax.Array:
-    context = jax.numpy.broadcast_to(image_tokens, (ids.shape[0], *image_tokens.shape))
-    hidden = model.decoder(context, ids)
+  def one_prompt(prompt: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+    ids, targets, mask = (jnp.broadcast_to(x, (tokens.shape[0], x.shape[0])) for x in prompt)
+    hidden = model.decoder(tokens, ids)
     return ov_losses.sequence_log_likelihood(hidden, model.head_kernel, targets, mask)
 
-  return jax.lax.map(one_image, tokens, batch_size=8), mask.sum(axis=1)
-
-
-def _local(tree: Any) -> Any:
-  """The rows of this process of arrays sharded over the batch."""
-  return jax.tree.map(ov_sharding.local_rows, tree)
+  scores = jax.lax.map(one_prompt, (ids, targets, mask)).T
+  return jax.lax.with_sharding_constraint(scores, rows), mask.sum(axis=1)
 
 
 def _attributes(record: ov_eval.CaptionRecord) -> Mapping[str, tuple[int, int]]:
   truth = record.extras.get("truth")
-  return ov_data.scenes.score(record.generated, truth).by_kind if truth else {}
+  return scenes.score(record.generated, truth).by_kind if truth else {}
 
 
 def _sample(record: ov_eval.CaptionRecord, picture: np.ndarray) -> Sample:

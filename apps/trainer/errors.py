@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
-from absl import app, flags
+from absl import app, flags, logging
 
 
 class UserError(Exception):
@@ -31,6 +31,7 @@ def run_app(main: Callable[[], None]) -> None:
   Relative paths, the config file's included, are read from where the user stands: `bazel run`
   starts programs elsewhere. OV_TRACEBACK=1 shows the full traceback.
   """
+  logging.set_verbosity(logging.WARNING)  # libraries' chatter; --verbosity=0 shows it
   if "BUILD_WORKING_DIRECTORY" in os.environ:
     os.chdir(os.environ["BUILD_WORKING_DIRECTORY"])
 

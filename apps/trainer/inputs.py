@@ -10,6 +10,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 import numpy as np
 import ov_data
+from ov_data import example
 import ov_sharding
 
 from apps.trainer.progress import Terminal
@@ -68,6 +69,7 @@ def eval_loader(
   tokenizer: ov_data.Tokenizer,
   mesh: jax.sharding.Mesh,
   path: str,
+  split: str,
   *,
   batch_size: int,
   examples: int,
@@ -76,7 +78,6 @@ def eval_loader(
   """One pass over the first `examples` (0: all) held-out examples, for the rows of this process."""
   inputs = config.input
   _check_divides("eval.batch_size", batch_size, mesh, 1)
-  split = inputs.eval_split or ""
   if examples:
     split = f"{split}[:{examples}]"
   source = ov_data.Source(
@@ -153,7 +154,7 @@ def _captions(config: ConfigDict) -> Iterator[str]:
     dataset = ov_data.Dataset(source)
     count = min(len(dataset), _TOKENIZER_RECORDS)
     for record in np.linspace(0, len(dataset) - 1, count).astype(int):
-      features = ov_data.parse_example(dataset.read(int(record)), source.caption_keys)
+      features = example.parse(dataset.read(int(record)), source.caption_keys)
       for key in source.caption_keys:
         for text in features.get(key, ()):
           yield text.decode("utf-8", "replace")

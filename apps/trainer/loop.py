@@ -20,10 +20,9 @@ import ov_sharding
 
 from apps.trainer import inputs, summary
 from apps.trainer.augment import make_preprocess
-from apps.trainer.checkpoint import Checkpointer
+from apps.trainer.checkpoint import Checkpoints
 from apps.trainer.config import augment_config, check_values, optimizer_config, to_json
 from apps.trainer.errors import UserError, user_errors
-from apps.trainer.init_from import init_from
 from apps.trainer.optimizer import Optimizer, make_optimizer
 from apps.trainer.progress import Terminal
 from apps.trainer.run import Run
@@ -98,7 +97,7 @@ def run_training(config: ConfigDict, workdir: Path, app: App, terminal: Terminal
       build_parts(stage.config, app.make_task, tokenizer, mesh)
     if jax.process_index() == 0:
       (workdir / "config.json").write_text(to_json(config))
-    checkpoints = Checkpointer(
+    checkpoints = Checkpoints(
       config.checkpoint.dir or workdir / "checkpoints",
       keep_last=config.checkpoint.keep_last,
       keep_every=config.checkpoint.keep_every or None,
@@ -174,7 +173,7 @@ def _train_stage(run: Run, app: App, stage: Stage) -> str | None:
   ):
     stepper = Stepper(run, stage, task, loader, evaluate, progress)
     if config.eval_only or int(state["step"]) == config.total_steps:
-      stepper.evaluate(state)
+      stepper.evaluate(state, record=False)
       return None
     state, signal = stepper.train(state, train_step)
   run.data[f"Training, stage {stage.name}"] = inputs.describe(loader)
@@ -183,18 +182,24 @@ def _train_stage(run: Run, app: App, stage: Stage) -> str | None:
   return signal
 
 
-def _start(run: Run, stage: Stage, parts: Parts) -> tuple[TrainState, int]:
-  """The state a stage begins or goes on with, and its position in the data.
+def _start(run: Run, stage: Stage, parts: Parts, loader: ov_data.Loader) -> TrainState:
+  """The state a stage begins or goes on with; sets the loader to where it belongs.
 
-  1. the run's own checkpoint, 2. the params of the stage before, 3. `config.init_from`, 4. scratch.
+  1. the run's own checkpoint, 2. params of the stage before, 3. `config.init_from`, 4. scratch.
   """
   saved = run.checkpoints.latest_step()
   if saved is not None and saved > stage.first_step:
     run.terminal.phase(f"{stage.name}: restoring step {saved:,}")
     state, metadata = run.checkpoints.restore(parts.abstract)
-    return state, metadata["loader"]["position"]
+    if metadata["stage"] != stage.name:
+      raise ValueError(
+        f"checkpoint {saved} belongs to stage {metadata['stage']!r}, the config puts that step into "
+        f"{stage.name!r}; keep the stages of a run as they were, or choose another --workdir"
+      )
+    loader.restore(metadata["loader"])
+    return state
   if run.config.eval_only and not stage.config.init_from.path:
-    raise UserError(
+    raise ValueError(
       f"eval_only: {run.checkpoints.directory} holds no checkpoint; give the --workdir of a run, "
       "or --config.init_from.path"
     )
@@ -202,8 +207,7 @@ def _start(run: Run, stage: Stage, parts: Parts) -> tuple[TrainState, int]:
   state = init_state(
     parts.task.init, jax.random.key(stage.config.seed), parts.optimizer.tx, parts.shardings
   )
-  source = stage.config.init_from
-  path = str(run.checkpoints.directory) if stage.index else source.path
+  path = str(run.checkpoints.directory) if stage.index else stage.config.init_from.path
   if path:
-    raise NotImplementedError
-  return state, 0
+    from apps.trainer.init_from import init_from
+  return state

@@ -1,5 +1,7 @@
 """What a run says on the terminal: a line per phase, a bar per stage; plain lines into a file."""
 
+from collections.abc import Callable, Iterator
+import contextlib
 import math
 import sys
 import time
@@ -7,7 +9,13 @@ from types import TracebackType
 from typing import IO, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import (
+  BarColumn,
+  MofNCompleteColumn,
+  Progress,
+  TextColumn,
+  TimeRemainingColumn,
+)
 
 
 class Terminal:
@@ -33,6 +41,16 @@ class Terminal:
   def stage(self, name: str, *, step: int, first_step: int, last_step: int) -> "StageProgress":
     """Progress of one stage as a context manager; steps are numbered over the whole run."""
     return StageProgress(self._console, name, step, first_step, last_step, self._every)
+
+
+  @contextlib.contextmanager
+  def count(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar for work that is counted; yields a function that takes how many more are done."""
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
+    shown = self._console.is_terminal and not self._console.quiet
+    with Progress(*columns, TimeRemainingColumn(), console=self._console, disable=not shown) as bar:
+      task = bar.add_task(name, total=total)
+      yield lambda more: bar.advance(task, more)
 
 
 class StageProgress:

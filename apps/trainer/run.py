@@ -8,7 +8,7 @@ import jax
 from ml_collections import ConfigDict
 import ov_data
 
-from apps.trainer.checkpoint import Checkpointer
+from apps.trainer.checkpoint import Checkpoints
 from apps.trainer.progress import Terminal
 from apps.trainer.sinks import MetricWriter
 from apps.trainer.stages import Stage
@@ -26,7 +26,7 @@ class Run:
   tokenizer: ov_data.Tokenizer
   mesh: jax.sharding.Mesh
   terminal: Terminal
-  checkpoints: Checkpointer
+  checkpoints: Checkpoints
   writer: MetricWriter
   stop: StopRequest
   evaluation: Evaluation | None = None

@@ -80,8 +80,13 @@ class Stepper:
       self._save(step, state)
     return state, signal
 
-  def evaluate(self, state: TrainState) -> None:
-    """Evaluates, writes the figures, and keeps them for the report."""
+  def evaluate(self, state: TrainState, *, record: bool = True) -> None:
+    """Evaluates, writes evaluation.json, and keeps the figures for the report.
+
+    Args:
+      state: whose averaged params are used, where there are some.
+      record: adds a line to metrics.jsonl; not wanted for a step that has its line already.
+    """
     run, step = self._run, self._stage.first_step + int(state["step"])
     if self._evaluate is None:
       return
@@ -89,7 +94,8 @@ class Stepper:
     began = time.perf_counter()
     run.evaluation = self._evaluate(state.get("ema", state["params"]))
     values = {f"eval/{result.name}": result.value for result in run.evaluation.results}
-    run.writer.write(step, {**values, "eval/seconds": time.perf_counter() - began})
+    if record:
+      run.writer.write(step, {**values, "eval/seconds": time.perf_counter() - began})
     if jax.process_index() == 0:
       ov_eval.write_results(
         run.workdir / "evaluation.json",

@@ -1,6 +1,13 @@
 """Where arrays live: the device mesh, logical axis rules, host batches, multi-host start-up."""
 
-from ov_sharding.batch import batch_sharding, global_batch, process_rows, replicated, to_host
+from ov_sharding.batch import (
+  batch_sharding,
+  global_batch,
+  local_rows,
+  process_rows,
+  replicated,
+  to_host,
+)
 from ov_sharding.distributed import initialize
 from ov_sharding.mesh import AXES, MeshConfig, make_mesh
 from ov_sharding.rules import (
@@ -20,6 +27,7 @@ __all__ = [
   "describe_shardings",
   "global_batch",
   "initialize",
+  "local_rows",
   "logical_sharding",
   "make_mesh",
   "process_rows",

@@ -82,6 +82,23 @@ def global_batch(host_batch: Tree, mesh: Mesh) -> Tree:
   return jax.tree_util.tree_map_with_path(put, host_batch)
 
 
+def local_rows(tree: Tree) -> Tree:
+  """The rows of this process, in the order in which `global_batch` took them.
+
+  Args:
+    tree: of `jax.Array` [B, ...] with `batch_sharding(mesh)`.
+
+  Returns:
+    The same tree of numpy arrays [b, ...].
+  """
+
+  def fetch(x: jax.Array) -> np.ndarray:
+    shards = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+    return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
+
+  return jax.tree.map(fetch, tree)
+
+
 def to_host(tree: Tree) -> Tree:
   """Numpy copies of global arrays, whole on every process.
 

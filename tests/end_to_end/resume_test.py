@@ -1,0 +1,87 @@
+"""A run that is killed or asked to stop goes on as if nothing had happened."""
+
+import os
+from pathlib import Path
+import random
+import signal
+import time
+
+import pytest
+
+from apps.trainer.sinks import compare_metrics, read_metrics
+from tests.end_to_end import runner
+
+KILLS = int(os.environ.get("OV_KILLS", "2"))
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+  return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, cache):
+  workdir = tmp_path_factory.mktemp("undisturbed")
+  code, printed = runner.run(*runner.TINY, f"--workdir={workdir}", cache=cache)
+  assert code == 0, printed
+  return workdir
+
+
+def wait_for_step(workdir: Path, step: int, process) -> None:
+  """Returns when metrics.jsonl has reached `step`, or the process has ended."""
+  path = workdir / "metrics.jsonl"
+  while process.poll() is None:
+    if path.exists() and (lines := read_metrics(path)) and lines[-1]["step"] >= step:
+      return
+    time.sleep(0.02)
+
+
+def test_a_run_leaves_what_the_readme_promises(undisturbed):
+  metrics = read_metrics(undisturbed / "metrics.jsonl")
+  names = {name for line in metrics for name in line}
+  assert {"train/loss", "train/images_per_second", "train/input_wait"} <= names
+  assert {"eval/caption_nll", "eval/attribute_accuracy", "eval/zero_shot_top1"} <= names
+  assert [line["step"] for line in metrics if "train/loss" in line] == list(range(1, 31))
+  assert metrics[0]["train/loss"] > 1.3 * metrics[-2]["train/loss"]
+  page = (undisturbed / "report.html").read_text()
+  assert "attribute_accuracy" in page or "attribute accuracy" in page.lower()
+  assert "http://" not in page.replace("http://www.w3.org", "")
+
+
+def test_kill_9_at_random_points_changes_no_figure(undisturbed, tmp_path, cache):
+  dice = random.Random(os.environ.get("OV_KILL_SEED", "kill"))
+  flags = (*runner.TINY, f"--workdir={tmp_path}")
+  killed = []
+  for step in sorted(dice.sample(range(1, 30), KILLS)):
+    process = runner.start(*flags, cache=cache)
+    wait_for_step(tmp_path, step, process)
+    time.sleep(dice.uniform(0, 0.3))
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    killed.append(lines[-1]["step"] if lines else 0)
+  code, printed = runner.run(*flags, cache=cache)
+  assert code == 0, printed
+  print(f"killed after steps {killed}")
+  assert any(0 < step < 30 for step in killed)
+  assert not compare_metrics(undisturbed / "metrics.jsonl", tmp_path / "metrics.jsonl")
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(undisturbed, tmp_path, cache):
+  flags = (*runner.TINY, f"--workdir={tmp_path}")
+  process = runner.start(*flags, cache=cache)
+  wait_for_step(tmp_path, 9, process)
+  process.send_signal(signal.SIGTERM)
+  out, err = process.communicate(timeout=120)
+  assert process.returncode == 0, err
+  assert "SIGTERM: stopped after a checkpoint of step" in err
+  code, printed = runner.run(*flags, cache=cache)
+  assert code == 0, printed
+  assert not compare_metrics(undisturbed / "metrics.jsonl", tmp_path / "metrics.jsonl")
+
+
+def test_starting_a_finished_run_again_adds_nothing(undisturbed, cache):
+  before = (undisturbed / "metrics.jsonl").read_bytes()
+  code, printed = runner.run(*runner.TINY, f"--workdir={undisturbed}", cache=cache)
+  assert code == 0, printed
+  assert (undisturbed / "metrics.jsonl").read_bytes() == before
