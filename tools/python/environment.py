@@ -85,7 +85,7 @@ def add_pip(python: pathlib.Path) -> bool:
       f"{sys.executable} comes without ensurepip, so pip cannot be had."
       " On Debian and Ubuntu: apt-get install python3-venv. Or put uv on PATH."
     )
-  return run([python, "-m", "ensurepip"])
+  return subprocess.run([python, "-m", "ensurepip"], stdout=subprocess.DEVNULL).returncode == 0
 
 
 def run(command: list) -> bool:
