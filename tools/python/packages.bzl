@@ -8,6 +8,7 @@ PACKAGES = [
     "tests/multiprocess",
     "tests/standalone",
     "tools/ci",
+    "tools/data",
     "tools/lint",
     "tools/python",
 ]

@@ -1,0 +1,55 @@
+"""Makes the demo data: drawn scenes with exact captions, as record shards.
+
+bazel run //tools/data:scenes -- --output=/tmp/scenes --train=60000 --heldout=1000
+bazel run //tools/data:scenes -- --sheet=/tmp/scenes.png      (a picture of 24 of them)
+"""
+
+from pathlib import Path
+from typing import cast
+
+from absl import flags
+
+from apps.trainer.errors import UserError, run_app, user_errors
+from ov_data import scenes, writer
+from tools.data import common_flags, progress
+
+_TRAIN = flags.DEFINE_integer("train", 20_000, "Number of training scenes.")
+_HELDOUT = flags.DEFINE_integer("heldout", 1_000, "Number of scenes with unseen compositions.")
+_VAL = flags.DEFINE_integer("val", 0, "Number of further scenes of the kind of the training ones.")
+_SIZE = flags.DEFINE_integer("image_size", 64, "Pixels, 32 to 256.")
+_OBJECTS = flags.DEFINE_integer("num_objects", None, "1 or 2 in every scene; default: mixed.")
+_SHEET = flags.DEFINE_string("sheet", None, "Writes a picture of 24 scenes to this PNG file.")
+_SHEET_SPLIT = flags.DEFINE_enum("sheet_split", "train", scenes.SPLITS, "Which scenes it shows.")
+
+
+def main() -> None:
+  if not common_flags.OUTPUT.value and not _SHEET.value:
+    raise UserError("give --output=FOLDER, or --sheet=FILE.png for a look at the scenes")
+  with user_errors():
+    if _SHEET.value:
+      split = cast(scenes.Split, _SHEET_SPLIT.value)
+      sample = [
+        scenes.sample_scene(common_flags.SEED.value, i, split, _OBJECTS.value) for i in range(24)
+      ]
+      scenes.contact_sheet(sample, columns=6, image_size=_SIZE.value).save(
+        Path(_SHEET.value).expanduser()
+      )
+    if common_flags.OUTPUT.value:
+      sizes = {"train": _TRAIN.value, "heldout": _HELDOUT.value, "val": _VAL.value}
+      sizes = {split: size for split, size in sizes.items() if size}
+      with progress.Counter("drawing", sum(sizes.values())) as counter:
+        summary = writer.make_scenes_dataset(
+          Path(common_flags.OUTPUT.value).expanduser(),
+          sizes,
+          seed=common_flags.SEED.value,
+          image_size=_SIZE.value,
+          num_objects=_OBJECTS.value,
+          workers=common_flags.WORKERS.value,
+          progress=counter,
+          overwrite=common_flags.OVERWRITE.value,
+        )
+      print(summary)
+
+
+if __name__ == "__main__":
+  run_app(main)
