@@ -17,9 +17,7 @@ from apps.trainer.step import LossOutput, make_train_step
 
 B, S, F = 16, 4, 16
 JITTERED = AugmentConfig()
-CONFIG = OptimizerConfig(
-  1e-2, ScheduleConfig(warmup_steps=2), grad_clip_norm=1.0, ema_decay=0.9, mu_dtype="float32"
-)
+CONFIG = OptimizerConfig(1e-2, ScheduleConfig(warmup_steps=2), grad_clip_norm=1.0, ema_decay=0.9)
 
 
 def init_params(key):
