@@ -6,6 +6,7 @@ PACKAGES = [
     "packages/ov-losses",
     "packages/ov-sharding",
     "tests/multiprocess",
+    "tests/sharding",
     "tests/standalone",
     "tools/ci",
     "tools/data",

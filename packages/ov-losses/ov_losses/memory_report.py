@@ -2,13 +2,16 @@
 
   python -m ov_losses.memory_report --batch=64 --tokens=127 --width=768 --vocab=32000
 
-Prints one row per form and dtype. `temporaries` is what the compiled value-and-gradient allocates
-beside its arguments and results; at 1 MiB = 2^20 bytes.
+Prints one row per dtype: MiB (2^20 bytes) of temporaries in the compiled value-and-gradient, that
+is, what it allocates beside its arguments and results. With `pip install libtpu` it compiles for a
+TPU that need not be there: `TPU_SKIP_MDS_QUERY=1 JAX_PLATFORMS=cpu ... --topology=v5e:2x2`.
 """
 
 import argparse
+from typing import Any
 
 import jax
+from jax.experimental import topologies
 import jax.numpy as jnp
 
 from ov_losses.caption import caption_cross_entropy
@@ -18,25 +21,44 @@ MIB = 2**20
 
 
 def temporary_bytes(
-  form: str, batch: int, tokens: int, width: int, vocab: int, dtype: str, tile: int | None = None
+  form: str,
+  batch: int,
+  tokens: int,
+  width: int,
+  vocab: int,
+  dtype: str,
+  tile: int | None = None,
+  device: jax.Device | None = None,
 ) -> int:
-  """Bytes of temporaries in the compiled value-and-gradient of `form`, "naive" or "tiled"."""
+  """Bytes of temporaries in the compiled value-and-gradient of `form`, "naive" or "tiled".
+
+  Args:
+    form: which loss.
+    batch: B.
+    tokens: T.
+    width: D.
+    vocab: V.
+    dtype: of the hidden states; the head is float32.
+    tile: token columns at a time, for "tiled".
+    device: one to compile for, also of a topology; default: the first of this process.
+  """
 
   def loss(hidden: jax.Array, head: jax.Array, labels: jax.Array, mask: jax.Array) -> jax.Array:
     if form == "naive":
       return naive_loss(hidden, head, labels, mask)
     return caption_cross_entropy(hidden, head, labels, mask, tile=tile).loss
 
+  sharding = jax.sharding.SingleDeviceSharding(device or jax.devices()[0])
   arguments = (
-    jax.ShapeDtypeStruct((batch, tokens, width), dtype),
-    jax.ShapeDtypeStruct((width, vocab), jnp.float32),
-    jax.ShapeDtypeStruct((batch, tokens), jnp.int32),
-    jax.ShapeDtypeStruct((batch, tokens), jnp.bool_),
+    jax.ShapeDtypeStruct((batch, tokens, width), dtype, sharding=sharding),
+    jax.ShapeDtypeStruct((width, vocab), jnp.float32, sharding=sharding),
+    jax.ShapeDtypeStruct((batch, tokens), jnp.int32, sharding=sharding),
+    jax.ShapeDtypeStruct((batch, tokens), jnp.bool_, sharding=sharding),
   )
   compiled = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(*arguments).compile()
   analysis = compiled.memory_analysis()
   if analysis is None:
-    raise RuntimeError(f"the {jax.default_backend()} compiler has no memory analysis; use cpu.")
+    raise RuntimeError(f"the compiler for {device} has no memory analysis; use cpu or a topology.")
   return analysis.temp_size_in_bytes
 
 
@@ -46,16 +68,22 @@ def main() -> None:
   parser.add_argument("--tokens", type=int, default=127)
   parser.add_argument("--width", type=int, default=768)
   parser.add_argument("--vocab", type=int, default=32000)
-  parser.add_argument("--tile", type=int, default=None)
+  parser.add_argument("--tile", type=int, default=None, help="token columns; default about 16")
+  parser.add_argument("--topology", default=None, help="TPU to compile for, such as v5e:2x2")
   args = parser.parse_args()
+  if args.topology:
+    devices = topologies.get_topology_desc(args.topology, platform="tpu").devices
+  else:
+    devices = jax.devices()
+  device: Any = devices[0]
   sizes = (args.batch, args.tokens, args.width, args.vocab)
-  print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}; B, T, D, V = {sizes}")
+  print(f"jax {jax.__version__}, {device.device_kind}; B, T, D, V = {sizes}")
   logits = args.batch * args.tokens * args.vocab * 4
   print(f"one float32 [B,T,V] array: {logits / MIB:,.0f} MiB")
   print(f"{'dtype':<10}{'naive MiB':>12}{'tiled MiB':>12}{'ratio':>8}")
   for dtype in ("float32", "bfloat16"):
-    naive = temporary_bytes("naive", *sizes, dtype)
-    tiled = temporary_bytes("tiled", *sizes, dtype, args.tile)
+    naive = temporary_bytes("naive", *sizes, dtype, device=device)
+    tiled = temporary_bytes("tiled", *sizes, dtype, args.tile, device)
     print(f"{dtype:<10}{naive / MIB:>12,.0f}{tiled / MIB:>12,.0f}{naive / tiled:>8.1f}")
 
 
