@@ -224,7 +224,7 @@ def sample_scene(
     if dice.below(2):
       words.reverse()
   radii = [
-    dice.uniform(0.195, 0.235) if size == "large" else dice.uniform(0.100, 0.122)
+    dice.uniform(0.195, 0.230) if size == "large" else dice.uniform(0.112, 0.130)
     for size, *_ in words
   ]
   if two:

@@ -76,7 +76,7 @@ def test_objects_lie_inside_and_sizes_are_apart():
     for o in scene.objects:
       x, y, r = o.sprite.x, o.sprite.y, o.sprite.radius
       assert r <= x <= 1 - r and r <= y <= 1 - r
-      assert r > 0.19 if o.size == "large" else r < 0.125
+      assert r > 0.19 if o.size == "large" else r < 0.131
 
 
 def test_colour_of_a_solid_object_is_what_the_caption_says():
