@@ -5,6 +5,7 @@ PACKAGES = [
     "packages/ov-eval",
     "packages/ov-losses",
     "packages/ov-sharding",
+    "tests/golden",
     "tests/multiprocess",
     "tests/sharding",
     "tests/standalone",
