@@ -1,7 +1,10 @@
 """The Bazel packages with Python code. Lint, type check and wall test see what is listed here."""
 
 PACKAGES = [
+    "apps",
+    "apps/configs",
     "apps/trainer",
+    "packages/ov-data",
     "packages/ov-eval",
     "packages/ov-losses",
     "packages/ov-sharding",
