@@ -24,6 +24,7 @@ def check_deps(tree: Tree) -> list[Fault]:
 def _check_target(tree: Tree, target: Target) -> list[Fault]:
   libraries = {t.label: t for t in tree.targets}
   brings = {dep: set(libraries[dep].srcs) for dep in target.deps if dep in libraries}
+  deps = {*target.deps, IMPLIED} if target.kind == "test" else set(target.deps)
   faults, used = [], set()
   for path in target.srcs:
     for found in tree.imports.get(path, []):
@@ -38,12 +39,12 @@ def _check_target(tree: Tree, target: Target) -> list[Fault]:
         labels = [f"@pypi//:{name}" for name in sorted(distributions_of(found) & set(tree.pins))]
         used.update(labels)
         optional = found.top in OPTIONAL and found.deferred
-        if not optional and not {*target.deps, IMPLIED} & set(labels):
+        if not optional and not deps & set(labels):
           faults.append(Fault(path, found.line, _missing(target, found, labels)))
   for dep in sorted(set(target.deps) - used - {IMPLIED}):
     text = f"{target.label} depends on {dep}, which none of its srcs imports"
     faults.append(Fault(target.build, target.line, text))
-  return faults
+  return list(dict.fromkeys(faults))  # `from a import b, c` is two imports of a
 
 
 def _missing(target: Target, found: Import, labels: list[str]) -> str:

@@ -178,7 +178,7 @@ def test_files(tmp_path):
     """
   tree = make(
     tmp_path,
-    **{"packages/ov-models/BUILD.bazel": build, "packages/ov-data/ov_data/loader.py": ""},
+    **{"packages/ov-models/BUILD.bazel": build, "packages/ov-data/ov_data/loader.py": "import os"},
   )
   assert list(map(str, housekeeping.check_files(tree))) == [
     "packages/ov-data/BUILD.bazel:1: is missing",
