@@ -16,6 +16,11 @@ GOLDEN = pathlib.Path(__file__).parent / "testdata" / "openvision2_caption_loss.
 # 6e-8 grow to about sqrt(terms) of them.
 RTOL = 1e-5
 
+# Compiled once for all tests of the same shape.
+caption_loss = jax.jit(caption_cross_entropy, static_argnames=("label_smoothing", "z_loss", "tile"))
+log_likelihood = jax.jit(sequence_log_likelihood, static_argnames=("tile",))
+naive_loss = jax.jit(naive.naive_loss, static_argnums=(4, 5))
+
 
 def example(b=3, t=13, d=24, v=101, dtype=jnp.float32, scale=1.0, seed=0):
   """hidden, head, labels, mask; logits are of the order of `scale`."""
@@ -129,10 +134,10 @@ def test_counts_and_unsmoothed_nll():
   hidden, head, labels, mask = example()
   logits = hidden @ head
   labels[:, ::2] = np.argmax(logits, axis=-1)[:, ::2]
-  result = caption_cross_entropy(hidden, head, labels, mask, label_smoothing=0.1, z_loss=1e-2)
+  result = caption_loss(hidden, head, labels, mask, label_smoothing=0.1, z_loss=1e-2)
   assert result.num_tokens == mask.sum()
   assert result.num_correct == np.sum((np.argmax(logits, -1) == labels) & mask)
-  np.testing.assert_allclose(result.nll, naive.naive_loss(hidden, head, labels, mask), rtol=RTOL)
+  np.testing.assert_allclose(result.nll, naive_loss(hidden, head, labels, mask), rtol=RTOL)
   assert result.loss > result.nll
   chex.assert_type(list(result), jnp.float32)
   chex.assert_shape(list(result), ())
@@ -140,14 +145,14 @@ def test_counts_and_unsmoothed_nll():
 
 def test_a_tie_is_not_correct():
   hidden, head, labels, mask = example()
-  assert caption_cross_entropy(hidden * 0, head, labels, mask).num_correct == 0
+  assert caption_loss(hidden * 0, head, labels, mask).num_correct == 0
 
 
 def test_mask_weights_count():
   hidden, head, labels, _ = example()
   weights = np.random.default_rng(7).random(labels.shape, dtype=np.float32)
-  result = caption_cross_entropy(hidden, head, labels, weights)
-  expected = naive.naive_loss(hidden, head, labels, weights)
+  result = caption_loss(hidden, head, labels, weights)
+  expected = naive_loss(hidden, head, labels, weights)
   np.testing.assert_allclose(result.loss, expected, rtol=RTOL)
   np.testing.assert_allclose(result.num_tokens, weights.sum(), rtol=RTOL)
 
@@ -161,7 +166,7 @@ def test_masked_row_is_as_if_absent():
 
   value, (hidden_grad, head_grad) = value_and_grads(loss, hidden, head)
   keep = np.array([0, 1, 3])
-  without = caption_cross_entropy(hidden[keep], head, labels[keep], mask[keep], tile=5)
+  without = caption_loss(hidden[keep], head, labels[keep], mask[keep], tile=5)
   np.testing.assert_allclose(value, without.loss, rtol=RTOL)
   assert not np.any(hidden_grad[2])
   assert np.all(np.isfinite(head_grad))
@@ -185,11 +190,11 @@ def test_batch_without_tokens_gives_zero_and_zero_gradients(dtype):
 def test_label_outside_the_vocabulary(bad):
   hidden, head, labels, mask = example()
   labels[1, 3] = bad
-  masked = caption_cross_entropy(hidden, head, labels, at(mask, (1, 3), False))
+  masked = caption_loss(hidden, head, labels, at(mask, (1, 3), False))
   assert np.isfinite(masked.loss)
-  counted = caption_cross_entropy(hidden, head, labels, at(mask, (1, 3), True))
+  counted = caption_loss(hidden, head, labels, at(mask, (1, 3), True))
   assert np.isnan(counted.loss) and np.isnan(counted.nll)
-  scores = sequence_log_likelihood(hidden, head, labels, at(mask, (1, 3), True))
+  scores = log_likelihood(hidden, head, labels, at(mask, (1, 3), True))
   assert np.isnan(scores[1]) and np.all(np.isfinite(scores[np.array([0, 2])]))
 
 
@@ -218,7 +223,7 @@ def test_sequence_log_likelihood():
   log_probs = jax.nn.log_softmax(hidden @ head)
   picked = jnp.take_along_axis(log_probs, labels[..., None], axis=-1)[..., 0]
   expected = jnp.sum(picked * mask, axis=1)
-  got = sequence_log_likelihood(hidden, head, labels, mask, tile=5)
+  got = log_likelihood(hidden, head, labels, mask, tile=5)
   np.testing.assert_allclose(got, expected, rtol=RTOL)
   assert got[1] == 0
 
@@ -237,7 +242,7 @@ def test_openvision2_golden_loss():
   golden = np.load(GOLDEN)
   targets = jnp.asarray(golden["labels"][:, 1:])
   logits = jnp.asarray(golden["logits"])
-  result = caption_cross_entropy(logits, jnp.eye(logits.shape[-1]), targets, targets != 0)
+  result = caption_loss(logits, jnp.eye(logits.shape[-1]), targets, targets != 0)
   np.testing.assert_allclose(result.loss, golden["caption_loss"], rtol=1e-6)
 
 
