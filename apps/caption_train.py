@@ -12,7 +12,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from apps.trainer.errors import UserError, run_app
+from apps.trainer.errors import UserError, run_app, user_errors
 
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, report.")
@@ -20,8 +20,11 @@ _CHECK = flags.DEFINE_bool("check", False, "Resolve everything, read one batch, 
 
 
 def main() -> None:
-  if _CONFIG.value is None or not _WORKDIR.value:
+  config = _CONFIG.value
+  if config is None or not _WORKDIR.value:
     raise UserError("give --config=apps/configs/NAME.py and --workdir=DIRECTORY")
+  with user_errors():
+    config.lock()  # where the file could not be loaded, this says so
   if "://" in _WORKDIR.value:
     raise UserError(
       f"--workdir={_WORKDIR.value}: the workdir is local; checkpoints alone can go to a bucket: "
@@ -38,7 +41,7 @@ def main() -> None:
   from apps.trainer.loop import App, run_training
   from apps.trainer.progress import Terminal
 
-  config, workdir = _CONFIG.value, Path(_WORKDIR.value).expanduser()
+  workdir = Path(_WORKDIR.value).expanduser()
   ov_sharding.initialize()
   if config.compile_cache:
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compile_cache))

@@ -33,9 +33,11 @@ def caption_config() -> ConfigDict:
         "dir": "",  # another place than workdir/checkpoints, such as gs://bucket/run
       },
       "init_from": {
-        "path": "",  # workdir or checkpoint of another run; its params start this one
-        "include": "",  # regular expressions on parameter paths; "" means all
-        "exclude": "",
+        "path": "",  # workdir or checkpoint of another run, whose params start this one
+        "step": placeholder(int),  # None: its newest checkpoint
+        "part": "params",  # or "ema"
+        "include": (),  # regular expressions on parameter paths; () takes all
+        "exclude": (),
       },
       "eval": eval_config(),
       "log_every": 50,  # steps between lines of metrics.jsonl

@@ -25,6 +25,13 @@ def user_errors() -> Iterator[None]:
     raise UserError(str(error) or type(error).__name__) from error
 
 
+def _message(error: BaseException) -> str:
+  """What went wrong; where config_flags put a traceback into the text, its first cause."""
+  while "Traceback" in str(error) and (inner := error.__cause__ or error.__context__):
+    error = inner
+  return str(error)
+
+
 def run_app(main: Callable[[], None]) -> None:
   """Runs an absl app in which a UserError ends the program with one line and exit code 2.
 
@@ -42,16 +49,15 @@ def run_app(main: Callable[[], None]) -> None:
       if os.environ.get("OV_TRACEBACK") == "1":
         raise
       name = os.path.splitext(os.path.basename(sys.argv[0]))[0]
-      print(f"{name}: error: {error}", file=sys.stderr)
+      print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
       sys.exit(2)
 
   def parse(argv: Sequence[str]) -> list[str]:
     def parse_flags(args: Sequence[str]) -> list[str]:
-      with user_errors():  # a config file runs while flags are parsed
-        try:
-          return flags.FLAGS(args)
-        except flags.Error as error:
-          raise UserError(str(error)) from error
+      try:  # config files run here
+        return flags.FLAGS(args)
+      except (flags.Error, AttributeError, *_SET_UP_ERRORS, SyntaxError, TypeError) as error:
+        raise UserError(_message(error)) from error
 
     rest = guarded(parse_flags, argv)
     if len(rest) > 1:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 import ov_data
 import ov_models
@@ -23,6 +22,7 @@ from apps.trainer.augment import make_preprocess
 from apps.trainer.checkpoint import Checkpoints
 from apps.trainer.config import augment_config, check_values, optimizer_config, to_json
 from apps.trainer.errors import UserError, user_errors
+from apps.trainer.init_from import init_from
 from apps.trainer.optimizer import Optimizer, make_optimizer
 from apps.trainer.progress import Terminal
 from apps.trainer.run import Run
@@ -32,6 +32,7 @@ from apps.trainer.state import (
   TrainState,
   abstract_state,
   init_state,
+  replace_params,
   state_shardings,
   with_shardings,
 )
@@ -102,6 +103,8 @@ def run_training(config: ConfigDict, workdir: Path, app: App, terminal: Terminal
       keep_last=config.checkpoint.keep_last,
       keep_every=config.checkpoint.keep_every or None,
     )
+
+  with checkpoints, StopRequest() as stop:
     saved = checkpoints.latest_step()
     writer = MetricWriter(
       workdir,
@@ -111,20 +114,22 @@ def run_training(config: ConfigDict, workdir: Path, app: App, terminal: Terminal
       wandb_project=config.wandb_project or None,
       config=config.to_dict(),
     )
-
-  with checkpoints, writer, StopRequest() as stop:
-    run = Run(config, workdir, stages, tokenizer, mesh, terminal, checkpoints, writer, stop)
-    for stage in stages[_first_unfinished(stages, saved) :]:
-      signal = _train_stage(run, app, stage)
-      if signal:
-        checkpoints.wait()
-        terminal.phase(
-          f"{signal}: stopped after a checkpoint of step {checkpoints.latest_step():,}; "
-          "the same command goes on from there"
-        )
-        return
-    path = summary.write(run)
-    terminal.phase(f"done: {path}")
+    with writer:
+      run = Run(config, workdir, stages, tokenizer, mesh, terminal, checkpoints, writer, stop)
+      for stage in stages[_first_unfinished(stages, saved) :]:
+        try:
+          signal = _train_stage(run, app, stage)
+        except ov_data.TooManyBadRecords as error:
+          raise UserError(str(error)) from error
+        if signal:
+          checkpoints.wait()
+          terminal.phase(
+            f"{signal}: stopped after a checkpoint of step {checkpoints.latest_step():,}; "
+            "the same command goes on from there"
+          )
+          return
+      path = summary.write(run)
+      terminal.phase(f"done: {path}")
 
 
 def _first_unfinished(stages: list[Stage], saved: int | None) -> int:
@@ -207,7 +212,22 @@ def _start(run: Run, stage: Stage, parts: Parts, loader: ov_data.Loader) -> Trai
   state = init_state(
     parts.task.init, jax.random.key(stage.config.seed), parts.optimizer.tx, parts.shardings
   )
-  path = str(run.checkpoints.directory) if stage.index else stage.config.init_from.path
-  if path:
-    from apps.trainer.init_from import init_from
-  return state
+  source = stage.config.init_from
+  if stage.index:  # the params the stage before ended with
+    run.checkpoints.wait()
+    params, report = init_from(run.checkpoints.directory, state["params"], step=saved)
+  elif source.path:
+    params, report = init_from(
+      source.path,
+      state["params"],
+      step=source.step,
+      part=source.part,
+      include=source.include,
+      exclude=source.exclude,
+    )
+  else:
+    return state
+  run.terminal.phase(report.text())
+  if jax.process_index() == 0:
+    report.save(run.workdir / f"init_from_{stage.name}.json")
+  return replace_params(state, params)

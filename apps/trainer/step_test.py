@@ -1,5 +1,6 @@
 """The train step on one device: arithmetic, accumulation, donation, one trace, bad steps."""
 
+import functools
 import warnings
 
 import chex
@@ -43,16 +44,17 @@ def make_batch(rows=24, seed=0):
   return {"x": x, "y": np.sin(x.sum(axis=1)), "mask": mask}
 
 
-def setup(config=CONFIG, loss=loss_fn, **kwargs):
+@functools.cache
+def build(config, loss, **kwargs):
   mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
   replicated = NamedSharding(mesh, PartitionSpec())
   abstract_params = jax.eval_shape(init_params, jax.random.key(0))
   optimizer = make_optimizer(config, abstract_params, total_steps=100)
-  ema = config.ema_decay is not None
-  abstract = state_lib.abstract_state(abstract_params, optimizer.tx, ema=ema)
+  abstract = state_lib.abstract_state(
+    abstract_params, optimizer.tx, ema=config.ema_decay is not None
+  )
   param_shardings = jax.tree.map(lambda _: replicated, abstract_params)
   shardings = state_lib.state_shardings(abstract, param_shardings, mesh)
-  state = state_lib.init_state(init_params, jax.random.key(0), optimizer.tx, shardings)
   step = make_train_step(
     loss,
     optimizer.tx,
@@ -64,7 +66,13 @@ def setup(config=CONFIG, loss=loss_fn, **kwargs):
     trainable=optimizer.trainable,
     **kwargs,
   )
-  return state, step, optimizer
+  state = state_lib.init_state(init_params, jax.random.key(0), optimizer.tx, shardings)
+  return jax.device_get(state), shardings, step, optimizer
+
+
+def setup(config=CONFIG, loss=loss_fn, **kwargs):
+  state, shardings, step, optimizer = build(config, loss, **kwargs)
+  return jax.device_put(state, shardings), step, optimizer
 
 
 def test_a_step_is_gradient_then_optax():
@@ -87,7 +95,7 @@ def test_a_step_is_gradient_then_optax():
   assert metrics["weight"] == batch["mask"].sum() and metrics["nonfinite"] == 0
 
 
-@pytest.mark.parametrize("k", [2, 3, 8])
+@pytest.mark.parametrize("k", [4, 6])
 def test_accumulated_equals_whole_batch_although_weights_differ(k):
   batch = make_batch()
   batch["mask"][1::k] = 0.0  # microbatch 1 holds nothing
@@ -138,7 +146,6 @@ def test_a_non_finite_gradient_under_a_finite_loss_is_seen():
 
 
 def test_one_trace_over_several_steps_and_no_donation_warning():
-  chex.clear_trace_counter()
   state, step, _ = setup(loss=chex.assert_max_traces(loss_fn, n=1), accumulate=2)
   with warnings.catch_warnings():
     warnings.simplefilter("error")

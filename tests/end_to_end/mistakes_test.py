@@ -1,0 +1,181 @@
+"""A user's mistakes end with one clear line and exit code 2, before anything expensive."""
+
+from pathlib import Path
+import re
+
+import numpy as np
+from ov_data import writer
+import pytest
+
+from tests.end_to_end import runner
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+  return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+  """A small data set to spoil: 60 training scenes in one shard."""
+  folder = tmp_path_factory.mktemp("shards")
+  writer.make_scenes_dataset(folder, {"train": 60}, image_size=32, workers=0)
+  return folder
+
+
+def own_data(folder, *flags):
+  return (*runner.TINY, "--config.input.demo.train_examples=0", f"--config.input.data_dir={folder}",
+          "--config.total_steps=4", *flags)  # fmt: skip
+
+
+def spoil(shards, tmp_path, change):
+  """A copy of the data set with `change` applied to the bytes of its shard, index left out."""
+  (shard,) = shards.glob("*.tfrecord")
+  (tmp_path / shard.name).write_bytes(change(bytearray(shard.read_bytes())))
+  return tmp_path
+
+
+def truncate(data):
+  return data[: len(data) // 3]
+
+
+def corrupt_pictures(data):
+  """Destroys every JPEG header; framing checksums are redone, as a faulty writer would."""
+  from ov_data import records
+
+  out, position = bytearray(), 0
+  while position < len(data):
+    length = int.from_bytes(data[position : position + 8], "little")
+    body = bytes(data[position + 12 : position + 12 + length])
+    out += records.frame(body.replace(b"\xff\xd8\xff", b"\x00\x00\x00"))
+    position += 16 + length
+  return out
+
+
+def expect_one_line(printed, code, said):
+  errors = [line for line in printed.splitlines() if "error:" in line]
+  assert code == 2, printed
+  assert "Traceback" not in printed, printed
+  assert len(errors) == 1, printed
+  assert re.search(said, errors[0]), errors[0]
+  print(errors[0])
+
+
+CASES = {
+  "no flags": ((), "give --config"),
+  "unknown flag": ((*runner.TINY, "--wrokdir=x"), "wrokdir"),
+  "missing config": (("--config=nowhere.py",), "nowhere.py"),
+  "unknown config argument": ((f"--config={runner.DEMO}:runlokal=1",), "did you mean 'runlocal'"),
+  "unknown setting": ((*runner.TINY, "--config.batchsize=2"), "batchsize"),
+  "value of another type": ((*runner.TINY, "--config.batch_size=many"), "many"),
+  "value out of range": ((*runner.TINY, "--config.log_every=0"), "config.log_every=0"),
+  "unknown variant": ((*runner.TINY, "--config.model.encoder=Tiny/16"), "Tiny"),
+  "width and heads": (
+    (*runner.TINY, "--config.model.encoder_options={'num_heads': 5}"),
+    "num_heads|heads",
+  ),
+  "picture smaller than a patch": ((*runner.TINY, "--config.model.image_size=8"), "image of 8 x 8 pixels is smaller than one patch"),
+  "keep ratio": ((*runner.TINY, "--config.model.keep_ratio=0"), "keep_ratio=0"),
+  "warm-up": (
+    (*runner.TINY, "--config.optimizer.schedule.warmup_steps=99"),
+    "warmup_steps=99 must be smaller than total_steps=30",
+  ),
+  "frozen nothing": ((*runner.TINY, "--config.optimizer.frozen=('nothing',)"), "nothing"),
+  "mesh": ((*runner.TINY, "--config.mesh.data=3"), "3"),
+  "batch not divisible": (
+    (*runner.TINY, "--config.batch_size=30", "--config.accumulate=4"),
+    "batch_size=30 is not a multiple of 4",
+  ),
+  "bucket as workdir": ((*runner.TINY, "--workdir=gs://b/x"), "config.checkpoint.dir=gs://"),
+  "nothing to evaluate": ((*runner.TINY, "--config.eval_only=True"), "holds no checkpoint"),
+  "wandb without a key": (
+    (*runner.TINY, "--config.wandb_project=x"),
+    "not installed|WANDB_API_KEY",
+  ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_wrong_settings(name, tmp_path, cache):
+  flags, said = CASES[name]
+  if flags and not any(f.startswith("--workdir") for f in flags):
+    flags = (*flags, f"--workdir={tmp_path / 'run'}")
+  code, printed = runner.run(*flags, cache=cache, WANDB_API_KEY="")
+  expect_one_line(printed, code, said)
+
+
+DATA_CASES = {
+  "missing directory": (lambda folder, tmp: tmp / "nowhere", "no such file or directory"),
+  "no matching shards": (lambda folder, tmp: f"{folder}/valid-*.tfrecord", "no file matches"),
+  "empty directory": (lambda folder, tmp: tmp, "no \\*.tfrecord"),
+  "shard of garbage": (lambda folder, tmp: spoil(folder, tmp, lambda data: b"x" * 999), "usable"),
+  "corrupt JPEGs": (
+    lambda folder, tmp: spoil(folder, tmp, corrupt_pictures),
+    "records are broken, more than max_bad_fraction=",
+  ),
+}
+
+
+@pytest.mark.parametrize("name", DATA_CASES)
+def test_wrong_data(name, shards, tmp_path, cache):
+  make, said = DATA_CASES[name]
+  (tmp_path / "data").mkdir()
+  flags = own_data(make(shards, tmp_path / "data"), f"--workdir={tmp_path / 'run'}")
+  expect_one_line(*reversed(runner.run(*flags, cache=cache)), said)
+
+
+@pytest.mark.parametrize(
+  ("flags", "said"),
+  [
+    (("--config.input.image_key=jpeg",), "'jpeg' is in none of the first"),
+    (("--config.input.caption_keys=('caption',)",), "'caption' is in none of the first"),
+    (("--config.input.data_dir=",), "no training data"),
+  ],
+)
+def test_wrong_description_of_the_data(flags, said, shards, tmp_path, cache):
+  flags = own_data(shards, *flags, f"--workdir={tmp_path / 'run'}")
+  expect_one_line(*reversed(runner.run(*flags, cache=cache)), said)
+
+
+@pytest.mark.parametrize(
+  ("content", "said"),
+  [
+    ("[PAD]\n[bos]\nword\n", "eos"),
+    ("[PAD]\n[bos]\n[eos]\n[UNK]\nword\nword\n", "word"),
+    ("", "token"),
+  ],
+)
+def test_wrong_vocabulary(content, said, shards, tmp_path, cache):
+  vocabulary = tmp_path / "vocab.txt"
+  vocabulary.write_text(content)
+  flags = own_data(
+    shards, f"--config.tokenizer.path={vocabulary}", f"--workdir={tmp_path / 'run'}"
+  )
+  expect_one_line(*reversed(runner.run(*flags, cache=cache)), said)
+
+
+def test_a_truncated_shard_is_used_as_far_as_it_goes(shards, tmp_path, cache):
+  """What is lost is said, with shard and offset, and stands in the report."""
+  (tmp_path / "data").mkdir()
+  folder = spoil(shards, tmp_path / "data", truncate)
+  code, printed = runner.run(*own_data(folder, f"--workdir={tmp_path / 'run'}"), cache=cache)
+  assert code == 0, printed
+  assert re.search(r"train-00000-of-00001.tfrecord.* byte \d+.*", printed), printed
+  assert "truncated" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_check_says_what_a_run_would_be(tmp_path, cache):
+  workdir = tmp_path / "run"
+  code, printed = runner.run(*runner.TINY, "--check", f"--workdir={workdir}", cache=cache)
+  assert code == 0, printed
+  for fact in ("parameters", "params per device", "text tokens", "16 of 16 rows good", "passed"):
+    assert fact in printed
+  assert not (workdir / "checkpoints").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, cache):
+  flags = (*runner.TINY, f"--workdir={tmp_path / 'run'}", "--config.optimizer.learning_rate=1e30",
+           "--config.optimizer.grad_clip_norm=None", "--config.optimizer.schedule.warmup_steps=0")  # fmt: skip
+  code, printed = runner.run(*flags, cache=cache)
+  expect_one_line(printed, code, r"step \d+ is not finite: loss .*, gradient norm")
+  assert np.isfinite(len(printed))
