@@ -30,8 +30,12 @@ def _abstract(config: Config) -> tuple[Any, nnx.State]:
   return nnx.split(nnx.eval_shape(lambda: _build(config, nnx.Rngs(jax.random.key(0)))))
 
 
+@functools.partial(jax.jit, static_argnames="config")
 def init(config: Config, key: jax.Array) -> Params:
-  """Fresh parameters: nested dict of float32 arrays. Usable under jit with `config` static."""
+  """Fresh parameters: nested dict of float32 arrays.
+
+  To create them sharded, wrap it: `jax.jit(partial(init, config), out_shardings=...)(key)`.
+  """
   return nnx.to_pure_dict(nnx.state(_build(config, nnx.Rngs(key))))
 
 

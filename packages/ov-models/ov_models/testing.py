@@ -1,0 +1,22 @@
+"""Parameters for tests: made on the host, without compiling initialisers."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from ov_models.functional import Config, Params, abstract_params
+
+
+def random_params(config: Config, seed: int = 0) -> Params:
+  """Parameters of `config` with nothing at 0 or 1, so that a forgotten bias or scale shows.
+
+  Kernels and tables have std 0.1, biases 0.1 around 0, norm scales 0.1 around 1.
+  """
+  rng = np.random.default_rng(seed)
+
+  def draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    centre = 1.0 if path[-1].key == "scale" else 0.0
+    return jax.numpy.asarray(rng.normal(centre, 0.1, leaf.shape).astype(leaf.dtype))
+
+  return jax.tree_util.tree_map_with_path(draw, abstract_params(config))
