@@ -51,7 +51,8 @@ def caption_cross_entropy(
     mask: weight of each target; 0 leaves it out. Not differentiated.
     label_smoothing: share in [0, 1) of the target mass that is spread evenly over V.
     z_loss: weight >= 0 of lse^2, which keeps the partition function near 1.
-    tile: token columns per step of the scan; default about 16. Memory is B * tile * V * 4 bytes.
+    tile: most token columns per step of the scan, 16 by default. Memory is about
+      B * tile * V * 4 bytes.
     batch_shards: number of devices the batch axis is split over. It changes no value, only the
       traffic: the gradient of the head is then summed across devices once, not once per tile.
 

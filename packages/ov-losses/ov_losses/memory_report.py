@@ -68,7 +68,7 @@ def main() -> None:
   parser.add_argument("--tokens", type=int, default=127)
   parser.add_argument("--width", type=int, default=768)
   parser.add_argument("--vocab", type=int, default=32000)
-  parser.add_argument("--tile", type=int, default=None, help="token columns; default about 16")
+  parser.add_argument("--tile", type=int, default=None, help="most token columns; default 16")
   parser.add_argument("--topology", default=None, help="TPU to compile for, such as v5e:2x2")
   args = parser.parse_args()
   if args.topology:

@@ -45,7 +45,8 @@ def token_terms(
     hidden: states to score; their dtype is the dtype of the products.
     head: output matrix, cast to the dtype of `hidden`.
     labels: target ids.
-    tile: token columns per scan step, at least 1; None takes tiles of nearly equal size <= 16.
+    tile: most token columns per scan step; None is 16. Tiles are made equal, so that little is
+      padded: 20 tokens are 2 tiles of 10.
     batch_shards: devices the batch is split over, a divisor of B. The gradient of the head is
       kept as that many partial sums [batch_shards,D,V] until the scan ends, which under a batch
       sharding means one [D,V] per device and a single reduction.
@@ -56,8 +57,7 @@ def token_terms(
   _check(hidden, head, labels, tile, batch_shards)
   length = labels.shape[1]
   num_tiles = max(1, math.ceil(length / (tile or DEFAULT_TILE)))
-  tile = tile or math.ceil(length / num_tiles)
-  padding = num_tiles * tile - length
+  padding = num_tiles * math.ceil(length / num_tiles) - length
   hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
   labels = jnp.pad(jnp.clip(labels, 0, head.shape[1] - 1), ((0, 0), (0, padding)))
   terms = _terms(_split(hidden, num_tiles), head, _split(labels, num_tiles), batch_shards)
