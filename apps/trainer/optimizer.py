@@ -48,6 +48,8 @@ class OptimizerConfig:
     schedule: its multiplier over the steps.
     b1, b2, eps: of Adam.
     mu_dtype: dtype in which the first moment is kept; "float32" costs 2 more bytes a parameter.
+      With "bfloat16" the product b1 * mu may or may not be rounded to it, as the compiler likes
+      (xla_allow_excess_precision); that moves single updates by up to 0.4%.
     weight_decay: decoupled, times the scheduled learning rate.
     decay_regex: which parameters decay.
     grad_clip_norm: global L2 norm to which gradients are scaled down; None for no clipping.
@@ -211,14 +213,14 @@ def _multipliers(config: OptimizerConfig, shapes: dict[str, Any]) -> dict[str, n
     rate, decays = config.layer_decay, re.search(config.layer_decay_regex, path)
     tower = max((t for t in depths if path.startswith(t)), key=len, default=None)
     if rate is None or not decays or tower is None:
-      return np.float32(factor)
+      return np.asarray(factor, np.float32)
     depth = depths[tower]
     if "blocks/" in path:
       by_layer = rate ** (depth - np.arange(depth, dtype=np.float32))
-      return np.float32(factor * by_layer).reshape(depth, *[1] * (leaf.ndim - 1))
+      return np.asarray(factor * by_layer, np.float32).reshape(depth, *[1] * (leaf.ndim - 1))
     if re.search(config.input_regex, path[len(tower) :]):
-      return np.float32(factor * rate ** (depth + 1))
-    return np.float32(factor)
+      return np.asarray(factor * rate ** (depth + 1), np.float32)
+    return np.asarray(factor, np.float32)
 
   return {path: of(path, leaf) for path, leaf in shapes.items()}
 

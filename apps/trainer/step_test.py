@@ -12,6 +12,7 @@ import optax
 import pytest
 
 from apps.trainer import state as state_lib
+from apps.trainer.checkpoint import Checkpoints
 from apps.trainer.optimizer import OptimizerConfig, make_optimizer
 from apps.trainer.schedules import ScheduleConfig
 from apps.trainer.step import LossOutput, make_train_step
@@ -189,6 +190,33 @@ def test_frozen_parameters_stay_and_get_no_gradient():
   )(state["params"]["head"])
   _, metrics = step(state, make_batch())
   np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(head_only), rtol=1e-5)
+
+
+def test_resumed_training_equals_uninterrupted_bit_for_bit(tmp_path):
+  config = OptimizerConfig(0.01, ScheduleConfig(warmup_steps=2), ema_decay=0.9)
+
+  def run(state, step, first, last):
+    lines = []
+    for t in range(first, last):
+      state, metrics = step(state, make_batch(seed=t))
+      lines.append({name: float(m) for name, m in metrics.items()})
+    return state, lines
+
+  state, step, _ = setup(config, accumulate=4)
+  expected, lines = run(state, step, 0, 6)
+  state, step, _ = setup(config, accumulate=4)
+  state, begun = run(state, step, 0, 3)
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(3, state, {})
+  target = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+  )
+  with Checkpoints(tmp_path) as checkpoints:
+    state = checkpoints.restore(target).state
+  state, rest = run(state, step, int(state["step"]), 6)
+  assert begun + rest == lines
+  for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
+    assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
 
 
 def test_preprocess_runs_on_each_microbatch():
