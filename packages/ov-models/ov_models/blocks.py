@@ -73,7 +73,12 @@ class Mlp(nnx.Module):
 
 
 class Block(nnx.Module):
-  """x + attention(norm(x)), then x + mlp(norm(x)); [B, T, D] in compute dtype, in and out."""
+  """x + attention(norm(x)), then x + mlp(norm(x)); [B, T, D] in compute dtype, in and out.
+
+  On a mesh the residual stream and the norms are pinned to the batch axes. Left free, XLA spreads
+  the sharding of the norm scales over them, and on three-axis meshes its partitioner (as of jax
+  0.10.2) then returned wrong sums for `x + mlp(x)`.
+  """
 
   def __init__(self, config: TransformerConfig, style: BlockStyle, *, rngs: nnx.Rngs) -> None:
     self.implementation = config.attention
@@ -89,14 +94,14 @@ class Block(nnx.Module):
   def project(self, x: jax.Array) -> tuple[jax.Array, ...]:
     """First half up to attention: q, k, v [B, T, N, H]."""
     with jax.named_scope("attn"):
-      return self.attn.project(self.norm1(x))
+      return self.attn.project(constrain(self.norm1(constrain(x))))
 
   def finish(self, x: jax.Array, heads: jax.Array) -> jax.Array:
     """From the attended heads [B, T, N, H] to the output of the block."""
     with jax.named_scope("attn"):
-      x = x + self.attn.merge(heads)
+      x = constrain(x + self.attn.merge(heads))
     with jax.named_scope("mlp"):
-      return x + self.mlp(self.norm2(x))
+      return constrain(x + self.mlp(constrain(self.norm2(x))))
 
 
 def stack_blocks(config: TransformerConfig, style: BlockStyle, *, rngs: nnx.Rngs) -> Block:
@@ -109,7 +114,7 @@ def run_blocks(blocks: Block, x: jax.Array, mask: Mask, config: TransformerConfi
   """Runs stacked blocks over x [B, T, D]."""
 
   def step(block: Block, x: jax.Array, _: None) -> tuple[jax.Array, None]:
-    return constrain(block(constrain(x), mask)), None
+    return block(x, mask), None
 
   return fold_blocks(step, blocks, x, None, config)[0]
 

@@ -200,10 +200,15 @@ def _beam(captioner: Captioner, image_tokens: jax.Array, options: _Options) -> G
     chosen = jax.lax.top_k(scores, width)[1]
     parent, token = chosen // vocab, (chosen % vocab).astype(jnp.int32)
 
-    def inherit(a: jax.Array) -> jax.Array:
-      return jax.vmap(lambda rows, index: rows[index])(a, parent)
+    def inherit(a: jax.Array, axis: int = 1) -> jax.Array:
+      index = parent.reshape((1,) * (axis - 1) + parent.shape + (1,) * (a.ndim - axis - 1))
+      return jnp.take_along_axis(a, index, axis)
 
-    row = (parent + width * jnp.arange(batch)[:, None]).reshape(-1)
+    def inherit_cache(a: jax.Array) -> jax.Array:
+      # Within each image's beam: an index over B * W rows would cross devices.
+      beams = a.reshape(a.shape[0], batch, width, *a.shape[2:])
+      return inherit(beams, axis=2).reshape(a.shape)
+
     return {
       "t": t + 1,
       "token": token,
@@ -211,7 +216,7 @@ def _beam(captioner: Captioner, image_tokens: jax.Array, options: _Options) -> G
       "length": inherit(length),
       "log_prob": jnp.take_along_axis(log_prob.reshape(batch, -1), chosen, axis=1),
       "done": inherit(done) | (token == options.eos_id),
-      "cache": jax.tree.map(lambda a: a[:, row], cache),
+      "cache": jax.tree.map(inherit_cache, cache),
     }
 
   cache = captioner.decoder.prefill(image_tokens, max_len)

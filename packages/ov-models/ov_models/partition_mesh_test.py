@@ -1,0 +1,146 @@
+"""On eight devices: the same numbers, laid out as asked."""
+
+from functools import partial
+
+import jax
+from jax.experimental.pallas.ops.tpu import splash_attention
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import pytest
+
+from ov_models import (
+  CaptionerConfig,
+  DecoderConfig,
+  ViTConfig,
+  attention,
+  bind,
+  generate,
+  logical_axes,
+  on_mesh,
+  partition,
+)
+from ov_models.testing import random_params
+
+CONFIG = CaptionerConfig(
+  encoder=ViTConfig(
+    width=32, depth=2, mlp_dim=64, num_heads=4, patch_size=8, image_size=32, mask_ratio=0.3
+  ),
+  decoder=DecoderConfig(
+    width=32, depth=2, mlp_dim=64, num_heads=4, vocab_size=24, max_len=6
+  ),
+  keep_ratio=0.5,
+)  # fmt: skip
+RULES = {"embed": "fsdp", "mlp": "tensor", "vocab": "tensor", "norm": "tensor"}
+
+
+@pytest.fixture(autouse=True)
+def _exact_matmuls():
+  with jax.default_matmul_precision("highest"):
+    yield
+
+
+def make_mesh(*shape):
+  return jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+
+
+def inputs():
+  images = jax.random.normal(jax.random.key(0), (8, 32, 32, 3))
+  return images, jax.random.randint(jax.random.key(1), (8, 6), 0, 24)
+
+
+def put(mesh):
+  """Parameters and inputs on the mesh, by the rules a trainer would use."""
+  params = random_params(CONFIG)
+  specs = jax.tree.map(
+    lambda names: NamedSharding(mesh, P(*(RULES.get(n) for n in names))),
+    logical_axes(CONFIG),
+    is_leaf=lambda x: isinstance(x, tuple),
+  )
+  batch = NamedSharding(mesh, P(("data", "fsdp")))
+  return jax.device_put(params, specs), *jax.device_put(inputs(), batch)
+
+
+def loss_and_grads(params, images, ids, mesh):
+  def loss(params):
+    with on_mesh(mesh):
+      return (bind(CONFIG, params)(images, ids, jax.random.key(3)).hidden ** 3).mean()
+
+  return jax.value_and_grad(loss)(params)
+
+
+@pytest.fixture(scope="module")
+def expected():
+  with jax.default_matmul_precision("highest"):
+    return jax.jit(partial(loss_and_grads, mesh=None))(random_params(CONFIG), *inputs())
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 4, 1), (2, 2, 2)])
+def test_sharded_equals_single_device(expected, shape):
+  mesh = make_mesh(*shape)
+  loss, grads = jax.jit(partial(loss_and_grads, mesh=mesh))(*put(mesh))
+  np.testing.assert_allclose(loss, expected[0], rtol=1e-5)
+  for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(expected[1]), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5 * np.abs(b).max() + 1e-8)
+
+
+def test_activations_are_pinned():
+  mesh = make_mesh(2, 2, 2)
+  x = jnp.zeros((8, 6, 4, 2))
+
+  def pinned(tensor_axis):
+    with on_mesh(mesh):
+      return jax.jit(lambda x: partition.constrain(x, tensor_axis))(x).sharding.spec
+
+  assert pinned(None) == P(("data", "fsdp"))
+  assert pinned(2) == P(("data", "fsdp"), None, "tensor")
+  assert partition.constrain(x) is x  # nothing outside
+
+
+def test_axes_the_mesh_lacks_are_ignored():
+  mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+  with on_mesh(mesh):
+    out = jax.jit(lambda x: partition.constrain(x, 1))(jnp.zeros((8, 4)))
+  assert out.sharding.spec == P("data")
+
+
+def test_weights_are_gathered_not_activations():
+  """Under fsdp no activation is split by width: no collective moves one."""
+  mesh = make_mesh(1, 8, 1)
+  text = jax.jit(partial(loss_and_grads, mesh=mesh)).lower(*put(mesh)).compile().as_text()
+  assert "all-gather" in text  # the weights
+  # Activations have the batch first: 1 example a device, 8 in all.
+  moved = [line for line in text.splitlines() if "all-gather(" in line and "f32[8," in line]
+  assert not moved
+
+
+def test_tpu_kernel_runs_per_device(monkeypatch):
+  interpreted = partial(splash_attention.make_splash_mha_single_device, interpret=True)
+  monkeypatch.setattr(splash_attention, "make_splash_mha_single_device", interpreted)
+  monkeypatch.setattr(attention, "_platform", lambda: "tpu")
+  q, k, v = jax.random.normal(jax.random.key(0), (3, 8, 20, 2, 8))
+  mask = attention.Mask("prefix", 5)
+  mesh = make_mesh(2, 2, 2)
+
+  @jax.jit
+  def run(q, k, v):
+    with on_mesh(mesh):
+      return attention.attend(q, k, v, mask, "tpu")
+
+  out = run(*jax.device_put((q, k, v), NamedSharding(mesh, P(("data", "fsdp")))))
+  assert out.sharding.spec == P(("data", "fsdp"), None, "tensor")
+  np.testing.assert_allclose(out, attention.attend(q, k, v, mask, "xla"), atol=2e-6)
+
+
+@pytest.mark.parametrize("method", ["greedy", "beam", "sample"])
+def test_generation_on_a_mesh(method):
+  mesh = make_mesh(2, 2, 2)
+  options = {"max_len": 6, "bos_id": 1, "eos_id": 2, "pad_id": 0, "method": method}
+  if method == "sample":
+    options["key"] = jax.random.key(0)
+  params, images, _ = put(mesh)
+  with on_mesh(mesh):
+    out = generate(bind(CONFIG, params), images, **options)
+  single = generate(bind(CONFIG, random_params(CONFIG)), inputs()[0], **options)
+  np.testing.assert_array_equal(out.ids, single.ids)
