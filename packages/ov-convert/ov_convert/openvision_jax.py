@@ -205,7 +205,7 @@ def _our_shapes(config: Config) -> dict[str, tuple[int, ...]]:
 
 
 def _flatten(tree: Params, prefix: str = "") -> dict[str, Any]:
-  flat = {}
+  flat: dict[str, Any] = {}
   for name, value in tree.items():
     if isinstance(value, dict):
       flat |= _flatten(value, f"{prefix}{name}/")

@@ -103,11 +103,14 @@ def _attend_tpu(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Arr
 
   (q, k, v), allowed, length = _pad(q, k, v, mask, _LANES)
   block = next(b for b in (4 * _LANES, 3 * _LANES, 2 * _LANES, _LANES) if q.shape[1] % b == 0)
-  names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
   kernel = splash.make_splash_mha_single_device(
     splash.MultiHeadMask([splash.NumpyMask(allowed)] * q.shape[2]),
-    block_sizes=splash.BlockSizes(**{f"block_{name}": block for name in names}),
-  )
+    block_sizes=splash.BlockSizes(
+      block_q=block, block_kv=block, block_kv_compute=block,
+      block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block,
+      block_q_dq=block, block_kv_dq=block,
+    ),
+  )  # fmt: skip
   heads_first = [jnp.swapaxes(a, 1, 2) for a in (q * q.shape[-1] ** -0.5, k, v)]
   return jnp.swapaxes(jax.vmap(kernel)(*heads_first), 1, 2)[:, :length]
 

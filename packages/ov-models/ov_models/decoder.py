@@ -179,8 +179,9 @@ class Decoder(nnx.Module):
     if (table := self.positions(cache.keys.shape[2] - cache.num_image)) is not None:
       x = x + table[position]
     x = x.astype(self.config.compute_dtype)
-    x, past = fold_blocks(step, self.blocks, x, (cache.keys, cache.values), self.config)
-    return self.norm(x[:, 0]), Cache(*past, cache.num_image)
+    past = (cache.keys, cache.values)
+    x, (keys, values) = fold_blocks(step, self.blocks, x, past, self.config)
+    return self.norm(x[:, 0]), dataclasses.replace(cache, keys=keys, values=values)
 
   def mask(self, num_image: int) -> Mask:
     return Mask(self.config.mask, num_image if self.config.mask == "prefix" else 0)

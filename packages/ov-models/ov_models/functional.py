@@ -85,16 +85,14 @@ def logical_axes(config: Config) -> Params:
   for stacked layers.
   """
 
-  def names(path: tuple[Any, ...], variable: Any) -> tuple[str | None, ...]:
-    axes = tuple(variable.get_metadata()["logical_axes"])
-    return ("layers", *axes) if "blocks" in path else axes
-
   tree: Params = {}
   for path, variable in nnx.to_flat_state(_abstract(config)[1]):
+    *parents, leaf = map(str, path)
     node = tree
-    for part in path[:-1]:
+    for part in parents:
       node = node.setdefault(part, {})
-    node[path[-1]] = names(path, variable)
+    axes = tuple(variable.get_metadata()["logical_axes"])
+    node[leaf] = ("layers", *axes) if "blocks" in parents else axes
   return tree
 
 

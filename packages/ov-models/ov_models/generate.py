@@ -86,6 +86,7 @@ def generate(
   )
   _check(config, options, key)
   params = nnx.to_pure_dict(nnx.state(captioner))
+  key = key if method == "sample" else None
   return _generate(params, images, key, config, options, partition.current())
 
 
@@ -128,7 +129,7 @@ def _generate(
 def _single(
   captioner: Captioner, image_tokens: jax.Array, options: _Options, key: jax.Array | None
 ) -> GenerateOutput:
-  """One hypothesis per image: greedy or sampled."""
+  """One hypothesis per image: sampled with a key, greedy without."""
   batch, max_len = image_tokens.shape[0], options.max_len
 
   def unfinished(state: dict[str, Any]) -> jax.Array:
@@ -138,7 +139,7 @@ def _single(
     t, done = state["t"], state["done"]
     hidden, cache = captioner.decoder.step(state["token"], t, state["cache"])
     logits = captioner.logits(hidden)
-    if options.method == "sample":
+    if key is not None:
       filtered = _nucleus(logits / options.temperature, options.top_p)
       token = jax.random.categorical(jax.random.fold_in(key, t), filtered)
     else:
