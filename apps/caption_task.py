@@ -59,9 +59,12 @@ class CaptionTask:
   label_smoothing: float = 0.0
   z_loss: float = 0.0
   caption_weight: float = 1.0
+  batch_shards: int = 1  # parts of the batch on different devices, a hint for the loss
 
   @classmethod
-  def from_config(cls, config: ConfigDict, tokenizer: Tokenizer) -> "CaptionTask":
+  def from_config(
+    cls, config: ConfigDict, tokenizer: Tokenizer, mesh: jax.sharding.Mesh
+  ) -> "CaptionTask":
     """The task of a stage; raises ValueError where config.model is impossible."""
     model = config.model
     return cls(
@@ -70,6 +73,7 @@ class CaptionTask:
       model.label_smoothing,
       model.z_loss,
       model.caption_weight,
+      mesh.shape["data"] * mesh.shape["fsdp"],
     )
 
   @property
@@ -107,6 +111,7 @@ class CaptionTask:
       mask,
       label_smoothing=self.label_smoothing,
       z_loss=self.z_loss,
+      batch_shards=self.batch_shards,
     )
     metrics = {
       "caption_nll": result.nll,

@@ -28,7 +28,7 @@ def caption_config() -> ConfigDict:
       "mesh": {"data": -1, "fsdp": 1, "tensor": 1},  # -1: the devices that are left
       "checkpoint": {
         "every": 1000,  # steps between checkpoints; the last step is always saved
-        "keep_last": 1,
+        "keep_last": 2,  # one to fall back to
         "keep_every": 0,  # steps; these checkpoints are never deleted; 0: none
         "dir": "",  # another place than workdir/checkpoints, such as gs://bucket/run
       },

@@ -154,7 +154,10 @@ def _captions(config: ConfigDict) -> Iterator[str]:
     dataset = ov_data.Dataset(source)
     count = min(len(dataset), _TOKENIZER_RECORDS)
     for record in np.linspace(0, len(dataset) - 1, count).astype(int):
-      features = example.parse(dataset.read(int(record)), source.caption_keys)
+      try:
+        features = example.parse(dataset.read(int(record)), source.caption_keys)
+      except ValueError:  # a broken record; the loader counts it when its turn comes
+        continue
       for key in source.caption_keys:
         for text in features.get(key, ()):
           yield text.decode("utf-8", "replace")

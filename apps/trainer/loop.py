@@ -42,15 +42,18 @@ from apps.trainer.stop import StopRequest
 from apps.trainer.task import Evaluate, Task
 
 
+MakeTask = Callable[[ConfigDict, ov_data.Tokenizer, jax.sharding.Mesh], Task]
+
+
 class App(NamedTuple):
   """What an app brings.
 
   Attributes:
-    make_task: (stage config, tokenizer) -> Task.
+    make_task: (stage config, tokenizer, mesh) -> Task.
     make_evaluate: (stage config, task, tokenizer, mesh) -> Evaluate; None without held-out data.
   """
 
-  make_task: Callable[[ConfigDict, ov_data.Tokenizer], Task]
+  make_task: MakeTask
   make_evaluate: Callable[
     [ConfigDict, Any, ov_data.Tokenizer, jax.sharding.Mesh], Evaluate | None
   ]
@@ -67,12 +70,12 @@ class Parts(NamedTuple):
 
 def build_parts(
   config: ConfigDict,
-  make_task: Callable[[ConfigDict, ov_data.Tokenizer], Task],
+  make_task: MakeTask,
   tokenizer: ov_data.Tokenizer,
   mesh: jax.sharding.Mesh,
 ) -> Parts:
   """Task, optimizer and abstract state of a stage; raises ValueError for impossible settings."""
-  task = make_task(config, tokenizer)
+  task = make_task(config, tokenizer, mesh)
   params = task.abstract_params()
   wanted = optimizer_config(config)
   optimizer = make_optimizer(wanted, params, config.total_steps)

@@ -10,6 +10,7 @@ PACKAGES = [
     "packages/ov-losses",
     "packages/ov-models",
     "packages/ov-sharding",
+    "tests/end_to_end",
     "tests/golden",
     "tests/multiprocess",
     "tests/sharding",
