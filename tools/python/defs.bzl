@@ -55,6 +55,7 @@ def ov_py_test(name, srcs, deps = [], devices = 1, size = "small", args = [], en
       **kwargs: of py_test: data, shard_count, tags, timeout, ...
     """
     _sources()
+    simulated = {"XLA_FLAGS": "--xla_force_host_platform_device_count=%d" % devices} if devices > 1 else {}
     native.py_test(
         name = name,
         srcs = srcs + ["//tools/python:pytest_main.py"],
@@ -65,8 +66,7 @@ def ov_py_test(name, srcs, deps = [], devices = 1, size = "small", args = [], en
             _ENV,
             JAX_PLATFORMS = "cpu",
             PYTEST_DISABLE_PLUGIN_AUTOLOAD = "1",
-            XLA_FLAGS = "--xla_force_host_platform_device_count=%d" % devices,
-            **env
+            **dict(simulated, **env)
         ),
         python_version = "PY3",
         size = size,
