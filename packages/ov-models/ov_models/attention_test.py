@@ -73,7 +73,7 @@ def test_tpu_kernel_lowers_for_tpu(length, monkeypatch):
   loss = lambda q, k, v: attend(q, k, v, Mask("prefix", 5), "tpu").astype(jnp.float32).sum()
   traced = jax.jit(jax.grad(loss)).trace(*qkv(length, jnp.bfloat16))
   text = traced.lower(lowering_platforms=("tpu",)).as_text()
-  assert text.count("tpu_custom_call") >= 3  # forward, dq, dkv
+  assert text.count("tpu_custom_call") >= 2  # forward and backward
 
 
 @pytest.mark.parametrize("mask", MASKS, ids=lambda m: m.kind)
