@@ -8,10 +8,10 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
-from ov_data import scenes, writer
 
 from apps.trainer.errors import user_errors
 from apps.trainer.progress import Terminal
+from ov_data import scenes, writer
 
 _LABEL = "shape"  # what pictures of one object are classified by
 

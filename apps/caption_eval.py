@@ -15,18 +15,18 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 import numpy as np
-import ov_data
-from ov_data import scenes
-import ov_eval
-import ov_losses
-import ov_models
-import ov_sharding
 
 from apps.caption_task import CaptionTask, Params
 from apps.trainer import inputs
 from apps.trainer.augment import normalise
 from apps.trainer.report import ClassTable, Sample
 from apps.trainer.task import Evaluation
+import ov_data
+from ov_data import scenes
+import ov_eval
+import ov_losses
+import ov_models
+import ov_sharding
 
 DEVICE_KEYS = ("image", "ids", "valid")
 
@@ -54,7 +54,10 @@ class CaptionEvaluator:
     )
     truth = (config.eval.truth_key,) if config.eval.truth_key else ()
     self._loader = open_loader(
-      config.input.eval_data_dir, config.input.eval_split, examples=config.eval.examples, extra_keys=truth
+      config.input.eval_data_dir,
+      config.input.eval_split,
+      examples=config.eval.examples,
+      extra_keys=truth,
     )
     self._classes: dict[str, list[str]] = {}
     if config.eval.zero_shot_classes:
@@ -74,8 +77,9 @@ class CaptionEvaluator:
       results += ov_eval.caption_statistics(records)
       accuracy = ov_eval.attribute_accuracy(records, _attributes)
       results += accuracy.results()
-      samples = tuple(_sample(record, pictures[record.index]) for record in records
-                      if record.index in pictures)
+      samples = tuple(
+        _sample(record, pictures[record.index]) for record in records if record.index in pictures
+      )
       words = scenes.ATTRIBUTE_WORDS if self._config.truth_key else ()
     classes = None
     if self._classes:
@@ -93,9 +97,7 @@ class CaptionEvaluator:
       _score(self._task, self._rows, params, self._device(batch))
     )
 
-  def _captions(
-    self, params: Params
-  ) -> tuple[list[ov_eval.CaptionRecord], dict[int, np.ndarray]]:
+  def _captions(self, params: Params) -> tuple[list[ov_eval.CaptionRecord], dict[int, np.ndarray]]:
     """Generated captions of the first pictures, and the pictures that the report shows."""
     config, pictures = self._config, {}
     if not config.caption_examples:
@@ -198,9 +200,7 @@ def _score(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _encode(
-  task: CaptionTask, rows: NamedSharding, params: Params, images: jax.Array
-) -> jax.Array:
+def _encode(task: CaptionTask, rows: NamedSharding, params: Params, images: jax.Array) -> jax.Array:
   """uint8 [B, H, W, 3] -> the image tokens [B, K, D] that the decoder gets."""
   tokens = ov_models.bind(task.model, params).encode(normalise(images))[1]
   return jax.lax.with_sharding_constraint(tokens, rows)

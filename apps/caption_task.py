@@ -6,12 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ov_losses
-import ov_models
 from ml_collections import ConfigDict
-from ov_data import Tokenizer
 
 from apps.trainer.step import LossOutput
+from ov_data import Tokenizer
+import ov_losses
+import ov_models
 
 Params = Any
 

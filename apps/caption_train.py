@@ -32,7 +32,6 @@ def main() -> None:
     )
   # Heavy imports wait until the flags are known to be right.
   import jax
-  import ov_sharding
 
   from apps import caption_data
   from apps.caption_eval import CaptionEvaluator
@@ -40,6 +39,7 @@ def main() -> None:
   from apps.trainer.check import check_run
   from apps.trainer.loop import App, run_training
   from apps.trainer.progress import Terminal
+  import ov_sharding
 
   workdir = Path(_WORKDIR.value).expanduser()
   ov_sharding.initialize()
@@ -48,9 +48,9 @@ def main() -> None:
   terminal = Terminal(active=jax.process_index() == 0)
   app = App(
     CaptionTask.from_config,
-    lambda config, task, tokenizer, mesh: CaptionEvaluator(config, task, tokenizer, mesh)
-    if config.input.eval_data_dir
-    else None,
+    lambda config, task, tokenizer, mesh: (
+      CaptionEvaluator(config, task, tokenizer, mesh) if config.input.eval_data_dir else None
+    ),
   )
   caption_data.prepare(config, workdir, terminal)
   (check_run if _CHECK.value else run_training)(config, workdir, app, terminal)

@@ -5,9 +5,9 @@ and a single token that is no key is the value of the first declared key. Values
 the default. A key may have older spellings; these still work and say what the current name is.
 """
 
+from collections.abc import Mapping
 import difflib
 import logging
-from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict

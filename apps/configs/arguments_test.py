@@ -39,8 +39,9 @@ def test_mistakes_are_named(text, said):
 
 
 def test_older_names_work_with_a_hint(caplog):
-  got = parse_arguments("resolution=84,old=1", DEFAULTS, aliases={"resolution": "res"},
-                        ignored={"old": "it never did"})
+  got = parse_arguments(
+    "resolution=84,old=1", DEFAULTS, aliases={"resolution": "res"}, ignored={"old": "it never did"}
+  )
   assert got.res == 84
   assert "'resolution' is now called 'res'" in caplog.text
   assert "it never did" in caplog.text

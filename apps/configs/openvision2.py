@@ -78,9 +78,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.input.caption_keys = tuple(a.txt_key.split("+"))
   config.input.color_jitter = a.color_jitter
   config.tokenizer.path = os.path.expanduser(a.vocab_path)
-  config.mesh.update(
-    data=a.data_parallelism, fsdp=a.fsdp_parallelism, tensor=a.tensor_parallelism
-  )
+  config.mesh.update(data=a.data_parallelism, fsdp=a.fsdp_parallelism, tensor=a.tensor_parallelism)
   config.init_from.path = a.init
   if a.runlocal:
     config.total_steps, config.optimizer.schedule.warmup_steps = 1, 0

@@ -1,6 +1,5 @@
 """`--check`: what a run would be, without training: sizes, memory, steps, the first batch."""
 
-from collections.abc import Callable
 import math
 from pathlib import Path
 import tempfile
@@ -9,8 +8,6 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 import numpy as np
-import ov_models
-import ov_sharding
 from rich.console import Console
 from rich.table import Table
 
@@ -20,6 +17,8 @@ from apps.trainer.errors import user_errors
 from apps.trainer.loop import App, Parts, build_parts
 from apps.trainer.progress import Terminal
 from apps.trainer.stages import resolve_stages
+import ov_models
+import ov_sharding
 
 
 def check_run(config: ConfigDict, workdir: Path, app: App, terminal: Terminal) -> None:
@@ -34,9 +33,7 @@ def check_run(config: ConfigDict, workdir: Path, app: App, terminal: Terminal) -
     stages = resolve_stages(config)
     mesh = ov_sharding.make_mesh(ov_sharding.MeshConfig(**config.mesh))
     kept = workdir / "tokenizer"
-    tokenizer = inputs.open_tokenizer(
-      config, workdir if kept.exists() else Path(scratch), terminal
-    )
+    tokenizer = inputs.open_tokenizer(config, workdir if kept.exists() else Path(scratch), terminal)
     table = Table(title=f"{workdir}: {jax.device_count()} x {jax.devices()[0].device_kind}")
     table.add_column("")
     columns = []

@@ -1,9 +1,9 @@
 """Mistakes of the user, told in one line; everything else keeps its traceback."""
 
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
 
 from absl import app, flags, logging
 

@@ -9,12 +9,12 @@ import jax
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 import numpy as np
-import ov_data
-from ov_data import example
-import ov_sharding
 
 from apps.trainer.progress import Terminal
 from apps.trainer.task import Task
+import ov_data
+from ov_data import example
+import ov_sharding
 
 _TOKENIZER_RECORDS = 200_000  # at most so many records teach a new tokenizer
 
@@ -110,7 +110,9 @@ def open_tokenizer(config: ConfigDict, workdir: Path, terminal: Terminal) -> ov_
   given = _read_tokenizer(path) if path else None
   if not folder.exists() and jax.process_index() == 0:
     if given is None:
-      terminal.phase(f"training a tokenizer of at most {config.tokenizer.train_vocab_size:,} entries")
+      terminal.phase(
+        f"training a tokenizer of at most {config.tokenizer.train_vocab_size:,} entries"
+      )
       given = ov_data.Tokenizer.train(
         _captions(config), config.tokenizer.train_vocab_size, kind=config.tokenizer.train_kind
       )

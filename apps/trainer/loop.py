@@ -13,9 +13,6 @@ from typing import Any, NamedTuple
 
 import jax
 from ml_collections import ConfigDict
-import ov_data
-import ov_models
-import ov_sharding
 
 from apps.trainer import inputs, summary
 from apps.trainer.augment import make_preprocess
@@ -40,7 +37,9 @@ from apps.trainer.step import make_train_step
 from apps.trainer.stepper import Stepper
 from apps.trainer.stop import StopRequest
 from apps.trainer.task import Evaluate, Task
-
+import ov_data
+import ov_models
+import ov_sharding
 
 MakeTask = Callable[[ConfigDict, ov_data.Tokenizer, jax.sharding.Mesh], Task]
 
@@ -54,9 +53,7 @@ class App(NamedTuple):
   """
 
   make_task: MakeTask
-  make_evaluate: Callable[
-    [ConfigDict, Any, ov_data.Tokenizer, jax.sharding.Mesh], Evaluate | None
-  ]
+  make_evaluate: Callable[[ConfigDict, Any, ov_data.Tokenizer, jax.sharding.Mesh], Evaluate | None]
 
 
 class Parts(NamedTuple):
@@ -95,7 +92,9 @@ def run_training(config: ConfigDict, workdir: Path, app: App, terminal: Terminal
     check_values(config)
     stages = resolve_stages(config)
     mesh = ov_sharding.make_mesh(ov_sharding.MeshConfig(**config.mesh))
-    terminal.phase(f"{jax.device_count()} x {jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}")
+    terminal.phase(
+      f"{jax.device_count()} x {jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}"
+    )
     tokenizer = inputs.open_tokenizer(config, workdir, terminal)
     for stage in stages:  # every stage is tried before the first one costs anything
       build_parts(stage.config, app.make_task, tokenizer, mesh)

@@ -42,7 +42,6 @@ class Terminal:
     """Progress of one stage as a context manager; steps are numbered over the whole run."""
     return StageProgress(self._console, name, step, first_step, last_step, self._every)
 
-
   @contextlib.contextmanager
   def count(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
     """A bar for work that is counted; yields a function that takes how many more are done."""

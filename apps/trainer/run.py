@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 from ml_collections import ConfigDict
-import ov_data
 
 from apps.trainer.checkpoint import Checkpoints
 from apps.trainer.progress import Terminal
@@ -14,6 +13,7 @@ from apps.trainer.sinks import MetricWriter
 from apps.trainer.stages import Stage
 from apps.trainer.stop import StopRequest
 from apps.trainer.task import Evaluation
+import ov_data
 
 
 @dataclasses.dataclass

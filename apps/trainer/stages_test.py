@@ -24,7 +24,11 @@ def test_changes_hold_for_their_stage_only_and_steps_go_on():
     )
   )
   assert [s.config.model.image_size for s in (first, second, third)] == [84, 224, 84]
-  assert [(s.first_step, s.last_step) for s in (first, second, third)] == [(0, 5), (5, 15), (15, 18)]
+  assert [(s.first_step, s.last_step) for s in (first, second, third)] == [
+    (0, 5),
+    (5, 15),
+    (15, 18),
+  ]
   assert third.name == "stage2"
 
 

@@ -4,10 +4,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
-import ov_eval
 
 from apps.trainer.report import ClassTable, Sample
 from apps.trainer.step import LossOutput
+import ov_eval
 
 Params = Any  # nested dict of arrays
 

@@ -1,12 +1,11 @@
 """A user's mistakes end with one clear line and exit code 2, before anything expensive."""
 
-from pathlib import Path
 import re
 
 import numpy as np
-from ov_data import writer
 import pytest
 
+from ov_data import writer
 from tests.end_to_end import runner
 
 
@@ -74,7 +73,10 @@ CASES = {
     (*runner.TINY, "--config.model.encoder_options={'num_heads': 5}"),
     "num_heads|heads",
   ),
-  "picture smaller than a patch": ((*runner.TINY, "--config.model.image_size=8"), "image of 8 x 8 pixels is smaller than one patch"),
+  "picture smaller than a patch": (
+    (*runner.TINY, "--config.model.image_size=8"),
+    "image of 8 x 8 pixels is smaller than one patch",
+  ),
   "keep ratio": ((*runner.TINY, "--config.model.keep_ratio=0"), "keep_ratio=0"),
   "warm-up": (
     (*runner.TINY, "--config.optimizer.schedule.warmup_steps=99"),
@@ -148,9 +150,7 @@ def test_wrong_description_of_the_data(flags, said, shards, tmp_path, cache):
 def test_wrong_vocabulary(content, said, shards, tmp_path, cache):
   vocabulary = tmp_path / "vocab.txt"
   vocabulary.write_text(content)
-  flags = own_data(
-    shards, f"--config.tokenizer.path={vocabulary}", f"--workdir={tmp_path / 'run'}"
-  )
+  flags = own_data(shards, f"--config.tokenizer.path={vocabulary}", f"--workdir={tmp_path / 'run'}")
   expect_one_line(*reversed(runner.run(*flags, cache=cache)), said)
 
 
