@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import jax
 from jax.experimental import multihost_utils
@@ -13,7 +13,7 @@ from apps.trainer.errors import user_errors
 from apps.trainer.progress import Terminal
 from ov_data import scenes, writer
 
-_LABEL = "shape"  # what pictures of one object are classified by
+_LABEL: Final = "shape"  # what pictures of one object are classified by
 
 
 def prepare(config: ConfigDict, workdir: Path, terminal: Terminal) -> None:

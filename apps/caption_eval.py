@@ -72,7 +72,8 @@ class CaptionEvaluator:
   def __call__(self, params: Params) -> Evaluation:
     results = list(ov_eval.caption_nll(self._score(params), self._loader).results())
     records, pictures = self._captions(params)
-    samples, words = (), ()
+    samples: tuple[Sample, ...] = ()
+    words: tuple[str, ...] = ()
     if records:
       results += ov_eval.caption_statistics(records)
       accuracy = ov_eval.attribute_accuracy(records, _attributes)
@@ -99,7 +100,8 @@ class CaptionEvaluator:
 
   def _captions(self, params: Params) -> tuple[list[ov_eval.CaptionRecord], dict[int, np.ndarray]]:
     """Generated captions of the first pictures, and the pictures that the report shows."""
-    config, pictures = self._config, {}
+    config = self._config
+    pictures: dict[int, np.ndarray] = {}
     if not config.caption_examples:
       return [], pictures
     options = {

@@ -1,4 +1,4 @@
-"""Every setting of caption training with its default; a recipe starts here and changes what it needs.
+"""Every setting of caption training with its default; a recipe changes what it needs.
 
 Each leaf can be set on the command line: `--config.optimizer.learning_rate=3e-4`.
 Relative paths are read from the directory the command is started in.
@@ -45,7 +45,8 @@ def caption_config() -> ConfigDict:
       "wandb_project": "",  # name of a W&B project; its key comes from the environment only
       "profile": {"start": 0, "steps": 0},  # trace steps start..start+steps into workdir/profile
       "compile_cache": "~/.cache/openvision/xla",  # "" compiles anew at every start
-      "stages": (),  # dicts of changes: ({"name": "84px", "total_steps": 9, "model.image_size": 84},)
+      # Dicts of changes, e.g. {"name": "84px", "total_steps": 9, "model.image_size": 84}.
+      "stages": (),
     }
   )
 

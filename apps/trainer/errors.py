@@ -4,8 +4,11 @@ from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import os
 import sys
+from typing import TypeVar
 
 from absl import app, flags, logging
+
+_T = TypeVar("_T")
 
 
 class UserError(Exception):
@@ -42,7 +45,7 @@ def run_app(main: Callable[[], None]) -> None:
   if "BUILD_WORKING_DIRECTORY" in os.environ:
     os.chdir(os.environ["BUILD_WORKING_DIRECTORY"])
 
-  def guarded(function: Callable[[Sequence[str]], object], argv: Sequence[str]) -> object:
+  def guarded(function: Callable[[Sequence[str]], _T], argv: Sequence[str]) -> _T:
     try:
       return function(argv)
     except UserError as error:

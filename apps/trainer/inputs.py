@@ -20,7 +20,7 @@ _TOKENIZER_RECORDS = 200_000  # at most so many records teach a new tokenizer
 
 
 def training_sources(config: ConfigDict) -> list[ov_data.Source]:
-  """The sources of `config.input`; raises ValueError unless exactly one way of naming them is used."""
+  """The sources of `config.input`; ValueError unless exactly one way of naming them is used."""
   inputs = config.input
   shared = {"image_key": inputs.image_key, "caption_keys": tuple(inputs.caption_keys)}
   if inputs.data_dir and inputs.sources:

@@ -200,8 +200,8 @@ def _start(run: Run, stage: Stage, parts: Parts, loader: ov_data.Loader) -> Trai
     state, metadata = run.checkpoints.restore(parts.abstract)
     if metadata["stage"] != stage.name:
       raise ValueError(
-        f"checkpoint {saved} belongs to stage {metadata['stage']!r}, the config puts that step into "
-        f"{stage.name!r}; keep the stages of a run as they were, or choose another --workdir"
+        f"checkpoint {saved} belongs to stage {metadata['stage']!r}, the config puts that step"
+        f" into {stage.name!r}; keep the stages of a run as they were, or choose another --workdir"
       )
     loader.restore(metadata["loader"])
     return state

@@ -174,8 +174,13 @@ def test_check_says_what_a_run_would_be(tmp_path, cache):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, cache):
-  flags = (*runner.TINY, f"--workdir={tmp_path / 'run'}", "--config.optimizer.learning_rate=1e30",
-           "--config.optimizer.grad_clip_norm=None", "--config.optimizer.schedule.warmup_steps=0")  # fmt: skip
+  flags = (
+    *runner.TINY,
+    f"--workdir={tmp_path / 'run'}",
+    "--config.optimizer.learning_rate=1e30",
+    "--config.optimizer.grad_clip_norm=None",
+    "--config.optimizer.schedule.warmup_steps=0",
+  )
   code, printed = runner.run(*flags, cache=cache)
   expect_one_line(printed, code, r"step \d+ is not finite: loss .*, gradient norm")
   assert np.isfinite(len(printed))
