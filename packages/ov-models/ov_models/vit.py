@@ -54,7 +54,8 @@ class ViTConfig(TransformerConfig):
     pool: "gap" norm of the mean patch, "tok" the normed cls token, "map" attention pooling over
       all normed tokens.
     mask_ratio: share of patches dropped in training, before the blocks; in [0, 1).
-    mask_mode: "random" subset, or "grid": a lattice with random offset.
+    mask_mode: "random" subset, or "grid": a lattice with random offset. Kept patches stay in image
+      order; the published code shuffles them, which the blocks cannot tell.
   """
 
   patch_size: int
