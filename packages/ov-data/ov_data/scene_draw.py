@@ -107,9 +107,6 @@ def _place(points: list[complex], centre: complex, radius: float, angle: float) 
 # Outlines of unit radius: x to the right, y down.
 _SQUARE = [complex(x, y) * 0.8 for x, y in ((-1, -1), (1, -1), (1, 1), (-1, 1))]
 _TRIANGLE = [cmath.rect(1.08, math.radians(a)) + 0.16j for a in (-90, 30, 150)]
-_STAR = [
-  cmath.rect(1.06 if i % 2 == 0 else 0.45, math.radians(-90 + 36 * i)) + 0.04j for i in range(10)
-]
 _ARM = 0.34  # half the width of a bar of the cross
 _CROSS = [
   complex(x, y)
@@ -118,15 +115,6 @@ _CROSS = [
     *((_ARM, 1), (-_ARM, 1), (-_ARM, _ARM), (-1, _ARM), (-1, -_ARM), (-_ARM, -_ARM)),
   )
 ]
-_HEART = [
-  complex(
-    16 * math.sin(t) ** 3,
-    -13 * math.cos(t) + 5 * math.cos(2 * t) + 2 * math.cos(3 * t) + math.cos(4 * t) - 2.5,
-  )
-  / 16.5
-  for t in (2 * math.pi * i / 28 for i in range(28))
-]
-
 _Outline = Callable[[ImageDraw.ImageDraw, complex, float, float], None]
 
 
@@ -151,9 +139,7 @@ _OUTLINES: dict[str, _Outline] = {
   "circle": _circle,
   "square": _polygon(_SQUARE),
   "triangle": _polygon(_TRIANGLE),
-  "star": _polygon(_STAR),
   "cross": _polygon(_CROSS),
-  "heart": _polygon(_HEART),
 }
 
 
@@ -184,21 +170,7 @@ def _dots(
         _disc(pen, centre + at * turn, 0.29 * period)
 
 
-def _checks(
-  pen: ImageDraw.ImageDraw, centre: complex, radius: float, period: float, turn: complex
-) -> None:
-  cell = 0.72 * period
-  count = math.ceil(1.1 * radius / cell)
-  side = turn * cell
-  for row in range(-count, count + 1):
-    for column in range(-count + (row + count) % 2, count + 1, 2):
-      corner = centre + complex(column, row) * side
-      quad = (corner, corner + side, corner + side * (1 + 1j), corner + side * 1j)
-      pen.polygon([(z.real, z.imag) for z in quad], fill=255)
-
-
 _TEXTURES: dict[str, Callable[[ImageDraw.ImageDraw, complex, float, float, complex], None]] = {
   "striped": _stripes,
   "dotted": _dots,
-  "checkered": _checks,
 }

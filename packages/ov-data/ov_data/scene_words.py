@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 SIZES = ("large", "small")
 COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")
-TEXTURES = ("solid", "striped", "dotted", "checkered")
-SHAPES = ("circle", "square", "triangle", "star", "cross", "heart")
-RELATIONS = ("left of", "right of", "above", "below")
+TEXTURES = ("solid", "striped", "dotted")
+SHAPES = ("circle", "square", "triangle", "cross")
+RELATIONS = ("left of", "right of", "above", "below")  # true captions use the first of each pair
 KINDS = ("size", "colour", "texture", "shape", "relation")
 ATTRIBUTE_WORDS = (*SIZES, *COLOURS, *TEXTURES, *SHAPES, "left", "right", "above", "below")
 ClassKind = Literal["shape", "colour", "colour_shape"]
@@ -29,8 +29,8 @@ INVERSE_RELATION = {
 
 _SYNONYMS = {
   "big": "large", "huge": "large", "little": "small", "tiny": "small", "plus": "cross",
-  "disc": "circle", "disk": "circle", "plain": "solid", "spotted": "dotted", "checked": "checkered",
-  "chequered": "checkered", "over": "above", "under": "below", "beneath": "below",
+  "disc": "circle", "disk": "circle", "plain": "solid", "spotted": "dotted",
+  "over": "above", "under": "below", "beneath": "below",
   "left": "left of", "right": "right of",
 }  # fmt: skip
 _KIND_OF = {
@@ -124,7 +124,7 @@ def _count(
 def class_prompts(kind: ClassKind) -> dict[str, list[str]]:
   """Captions of one object for each class, for classification by the likelihood of captions.
 
-  Every caption of a single object stands under exactly one class (384 in all), so that the class
+  Every caption of a single object stands under exactly one class (192 in all), so that the class
   likelihood is the sum over the attributes that the class leaves open. Use scenes of one object.
   """
   prompts: dict[str, list[str]] = {}

@@ -1,8 +1,8 @@
 """Procedural demo data: pictures of one or two objects with captions that are exactly right.
 
 A scene is a pure function of (seed, index, split). Its short caption names every attribute, in an
-order that the picture alone decides (the larger object first; of equal sizes the left or upper
-one), so that a captioner can be scored attribute by attribute: `score` (in scene_words).
+order that the picture alone decides (the left or upper object first), so that a captioner can be
+scored attribute by attribute: `score` (in scene_words).
 
 The split "heldout" is about composition: each of its scenes shows two objects whose (colour, shape)
 stand together in one of `HELD_OUT`, an eighth of all such combinations, and no scene of "train" does,
@@ -28,7 +28,6 @@ from ov_data import scene_draw
 from ov_data.scene_words import (
   ATTRIBUTE_WORDS,
   COLOURS,
-  INVERSE_RELATION,
   RELATIONS,
   SHAPES,
   SIZES,
@@ -220,7 +219,7 @@ def sample_scene(
   kinds = dice.choice(_COMBINATIONS[split]) if two else (dice.choice(_KINDS),)
   words = [_words(dice, kind) for kind in kinds]
   radii = [
-    dice.uniform(0.195, 0.230) if size == "large" else dice.uniform(0.120, 0.140)
+    dice.uniform(0.195, 0.230) if size == "large" else dice.uniform(0.130, 0.150)
     for size, *_ in words
   ]
   if two:
@@ -232,13 +231,8 @@ def sample_scene(
     SceneObject(*word, _sprite(dice, word, centre, radius, light))
     for word, centre, radius in zip(words, centres, radii, strict=True)
   ]
-  # _two_centres puts the left or upper object first; the larger one goes before it.
-  relation = None
-  if two:
-    relation = "left of" if horizontal else "above"
-    if objects[0].size == "small" and objects[1].size == "large":
-      objects.reverse()
-      relation = INVERSE_RELATION[relation]
+  # _two_centres puts the left or upper object first.
+  relation = None if not two else "left of" if horizontal else "above"
   return Scene(tuple(objects), relation, light, backdrop, seed, index, split)
 
 

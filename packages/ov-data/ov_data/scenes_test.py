@@ -26,7 +26,7 @@ def test_scene_is_a_function_of_seed_index_and_split():
 def test_sampling_never_changes():
   """Recorded once: a change here changes every demo data set and needs a changelog entry."""
   captions = "\n".join(s.caption for s in _sample(50) + _sample(50, "heldout"))
-  assert hashlib.sha256(captions.encode()).hexdigest()[:16] == "17f7308dff53002c"
+  assert hashlib.sha256(captions.encode()).hexdigest()[:16] == "19e28da73a0359da"
 
 
 def _combination(scene: scenes.Scene) -> tuple:
@@ -45,7 +45,7 @@ def test_every_kind_of_object_occurs_in_training():
   sample = _sample(2000)
   objects = [o for s in sample for o in s.objects]
   assert {o.size for o in objects} == set(scenes.SIZES)
-  assert {s.relation for s in sample} == {*scenes.RELATIONS, None}
+  assert {s.relation for s in sample} == {"left of", "above", None}
   assert {s.light for s in sample} == {True, False}
   kinds = {(o.colour, o.texture, o.shape) for o in objects}
   assert len(kinds) == len(scenes.COLOURS) * len(scenes.TEXTURES) * len(scenes.SHAPES)
@@ -61,14 +61,10 @@ def test_caption_is_decided_by_the_picture(split: scenes.Split):
       continue
     a, b = (o.sprite for o in scene.objects)
     dx, dy = b.x - a.x, b.y - a.y
-    along = {"left of": dx, "right of": -dx, "above": dy, "below": -dy}[scene.relation]
+    along = {"left of": dx, "above": dy}[scene.relation]
     across = dy if scene.relation.endswith("of") else dx
     assert along > a.radius + b.radius  # apart along the axis: they never overlap
     assert abs(across) <= 0.5 * along + 1e-9
-    sizes = [o.size for o in scene.objects]
-    assert sizes != ["small", "large"]
-    if sizes[0] == sizes[1]:
-      assert scene.relation in ("left of", "above")
 
 
 def test_objects_lie_inside_and_sizes_are_apart():
@@ -76,7 +72,7 @@ def test_objects_lie_inside_and_sizes_are_apart():
     for o in scene.objects:
       x, y, r = o.sprite.x, o.sprite.y, o.sprite.radius
       assert r <= x <= 1 - r and r <= y <= 1 - r
-      assert r > 0.19 if o.size == "large" else r < 0.141
+      assert r > 0.19 if o.size == "large" else r < 0.151
 
 
 def test_colour_of_a_solid_object_is_what_the_caption_says():
@@ -86,7 +82,7 @@ def test_colour_of_a_solid_object_is_what_the_caption_says():
   for scene in _sample(400):
     pixels = np.asarray(scene.draw(64), float)
     for o in scene.objects:
-      if o.texture == "solid" and o.shape != "star":
+      if o.texture == "solid":
         x, y = round(o.sprite.x * 64), round(o.sprite.y * 64)
         mean = pixels[y - 2 : y + 2, x - 2 : x + 2].mean((0, 1))
         nearest = min(prototypes, key=lambda c: float(np.abs(prototypes[c] - mean).sum()))
@@ -158,7 +154,7 @@ _FIRST, _SECOND = "a large red striped circle", "a small blue solid square"
     (_SECOND, 0, 9),
     ("", 0, 9),
     ("[UNK] lorem ipsum", 0, 9),
-    (f"{_FIRST} above {_SECOND} and a small pink dotted star", 9, 13),  # extra object
+    (f"{_FIRST} above {_SECOND} and a small pink dotted cross", 9, 13),  # extra object
   ],
 )
 def test_score(caption: str, correct: int, total: int):
@@ -174,7 +170,7 @@ def test_two_objects_said_of_one_cost_five():
 
 
 def test_scores_add_up_by_kind():
-  one = scenes.score(f"{_FIRST} above a small blue solid star", _TRUTH)
+  one = scenes.score(f"{_FIRST} above a small blue solid cross", _TRUTH)
   both = sum([one, one], scenes.AttributeScore())
   assert (both.correct, both.total) == (16, 18)
   assert both.by_kind["shape"] == (2, 4) and both.by_kind["colour"] == (4, 4)
@@ -182,12 +178,12 @@ def test_scores_add_up_by_kind():
   assert np.isnan(scenes.AttributeScore().accuracy)
 
 
-@pytest.mark.parametrize(("kind", "classes"), [("shape", 6), ("colour", 8), ("colour_shape", 48)])
+@pytest.mark.parametrize(("kind", "classes"), [("shape", 4), ("colour", 8), ("colour_shape", 32)])
 def test_class_prompts_divide_all_single_captions(kind: str, classes: int):
   prompts = scenes.class_prompts(kind)
   assert len(prompts) == classes
   counts = Counter(p for group in prompts.values() for p in group)
-  assert len(counts) == 384 and set(counts.values()) == {1}
+  assert len(counts) == 192 and set(counts.values()) == {1}
   assert len({len(group) for group in prompts.values()}) == 1
   scene = scenes.sample_scene(0, 0, num_objects=1)
   assert scene.caption in counts
