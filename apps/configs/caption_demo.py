@@ -22,15 +22,15 @@ def get_config(arg: str | None = None) -> ConfigDict:
     encoder="Ti/12",
     decoder="Ti",
     image_size=48,
-    token_len=16,  # 15 positions: [bos], 13 words of the longest caption, [eos]
+    token_len=14,  # 13 positions: [bos], 11 words of the longest caption, [eos]
     vocab_size=0,  # that of the tokenizer
     keep_ratio=1.0,  # 16 image tokens are few enough
   )
   config.model.encoder_options = ConfigDict(
-    {"width": 128, "depth": 2, "mlp_dim": 512, "num_heads": 4}
+    {"width": 128, "depth": 2, "mlp_dim": 512, "num_heads": 4, "scan": False}
   )
   config.model.decoder_options = ConfigDict(
-    {"width": 128, "depth": 2, "mlp_dim": 512, "num_heads": 4}
+    {"width": 128, "depth": 2, "mlp_dim": 512, "num_heads": 4, "scan": False}
   )
   config.tokenizer.train_kind = "words"
   config.input.update(fit="squash", color_jitter=False)  # colours and places are what is asked for

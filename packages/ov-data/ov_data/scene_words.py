@@ -16,22 +16,16 @@ SIZES = ("large", "small")
 COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")
 TEXTURES = ("solid", "striped", "dotted")
 SHAPES = ("circle", "square", "triangle", "cross")
-RELATIONS = ("left of", "right of", "above", "below")  # true captions use the first of each pair
+RELATIONS = ("above", "below")
 KINDS = ("size", "colour", "texture", "shape", "relation")
-ATTRIBUTE_WORDS = (*SIZES, *COLOURS, *TEXTURES, *SHAPES, "left", "right", "above", "below")
+ATTRIBUTE_WORDS = (*SIZES, *COLOURS, *TEXTURES, *SHAPES, *RELATIONS)
 ClassKind = Literal["shape", "colour", "colour_shape"]
-INVERSE_RELATION = {
-  "left of": "right of",
-  "right of": "left of",
-  "above": "below",
-  "below": "above",
-}
+INVERSE_RELATION = {"above": "below", "below": "above"}
 
 _SYNONYMS = {
   "big": "large", "huge": "large", "little": "small", "tiny": "small", "plus": "cross",
   "disc": "circle", "disk": "circle", "plain": "solid", "spotted": "dotted",
   "over": "above", "under": "below", "beneath": "below",
-  "left": "left of", "right": "right of",
 }  # fmt: skip
 _KIND_OF = {
   word: kind

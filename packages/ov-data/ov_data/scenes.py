@@ -1,7 +1,7 @@
 """Procedural demo data: pictures of one or two objects with captions that are exactly right.
 
 A scene is a pure function of (seed, index, split). Its short caption names every attribute, in an
-order that the picture alone decides (the left or upper object first), so that a captioner can be
+order that the picture alone decides (the left object first), so that a captioner can be
 scored attribute by attribute: `score` (in scene_words).
 
 The split "heldout" is about composition: each of its scenes shows two objects whose (colour, shape)
@@ -138,10 +138,9 @@ class Scene:
       return (
         f"There is one object on a {ground} background. The object is {self.objects[0].phrase}."
       )
-    where = f"to the {self.relation}" if self.relation.endswith(" of") else self.relation
     return (
       f"There are two objects on a {ground} background. The first is {self.objects[0].phrase}. "
-      f"The second is {self.objects[1].phrase}. The first is {where} the second."
+      f"The second is {self.objects[1].phrase}. The first is {self.relation} the second."
     )
 
   @property
@@ -223,16 +222,16 @@ def sample_scene(
     for size, *_ in words
   ]
   if two:
-    horizontal = dice.below(2) == 0
-    centres = _two_centres(dice, radii, horizontal)
+    centres = _two_centres(dice, radii)
   else:
     centres = [(_inside(dice, radii[0]), _inside(dice, radii[0]))]
   objects = [
     SceneObject(*word, _sprite(dice, word, centre, radius, light))
     for word, centre, radius in zip(words, centres, radii, strict=True)
   ]
-  # _two_centres puts the left or upper object first.
-  relation = None if not two else "left of" if horizontal else "above"
+  relation = None
+  if two:  # the left object comes first
+    relation = "above" if centres[0][1] < centres[1][1] else "below"
   return Scene(tuple(objects), relation, light, backdrop, seed, index, split)
 
 
@@ -261,24 +260,25 @@ def _words(dice: _Dice, kind: Kind) -> tuple[str, str, str, str]:
 
 
 _MARGIN, _GAP = 0.02, 0.035  # free space at the border and between two objects
+_STEP = 0.2  # least difference in height of two objects
 
 
 def _inside(dice: _Dice, radius: float) -> float:
   return dice.uniform(_MARGIN + radius, 1 - _MARGIN - radius)
 
 
-def _two_centres(dice: _Dice, radii: list[float], horizontal: bool) -> list[tuple[float, float]]:
-  """Centres apart along one axis, and at most 27 degrees off that axis; lower one first."""
+def _two_centres(dice: _Dice, radii: list[float]) -> list[tuple[float, float]]:
+  """Centres apart from left to right, the second clearly higher or lower than the first."""
   first, second = radii
   slack = 1 - 2 * _MARGIN - 2 * first - 2 * second - _GAP
   cuts = sorted((dice.uniform(0, slack), dice.uniform(0, slack)))
+  x = _MARGIN + first + cuts[0]
   distance = first + second + _GAP + cuts[1] - cuts[0]
-  along = _MARGIN + first + cuts[0]
-  across = _inside(dice, first)
-  low = max(_MARGIN + second, across - 0.5 * distance)
-  high = min(1 - _MARGIN - second, across + 0.5 * distance)
-  points = [(along, across), (along + distance, dice.uniform(low, high))]
-  return points if horizontal else [(y, x) for x, y in points]
+  low, high = _MARGIN + max(radii), 1 - _MARGIN - max(radii)
+  upper = dice.uniform(low, high - _STEP)
+  lower = dice.uniform(upper + _STEP, high)
+  heights = (upper, lower) if dice.below(2) else (lower, upper)
+  return [(x, heights[0]), (x + distance, heights[1])]
 
 
 def _rgb(hue: float, saturation: float, value: float) -> scene_draw.Rgb:

@@ -349,7 +349,7 @@ def make_scenes_dataset(
     directory,
     {split: -(-size // _SCENES_IN_SHARD) for split, size in sizes.items()},
     job,
-    {"kind": "scenes", "version": 3, **dataclasses.asdict(job)},
+    {"kind": "scenes", "version": 4, **dataclasses.asdict(job)},
     workers=workers,
     progress=progress,
     overwrite=overwrite,
