@@ -103,7 +103,7 @@ def unit_range(images: jax.Array) -> jax.Array:
 def jitter(x: jax.Array, index: jax.Array, config: AugmentConfig, seed: int) -> jax.Array:
   """Colour jitter and grayscale of float32 [B, H, W, 3] in [0, 1], keyed by index [B]."""
   # A stream of its own, so that no draw repeats one of the step keys of the same seed.
-  key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), 0xA06)
+  key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), 0xFFFF_FFFF)
   keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index.astype(jnp.uint32))
   return jax.vmap(lambda image, key: _jitter_one(image, key, config))(x, keys)
 

@@ -39,7 +39,7 @@ def naive_hsv(x, f, d):
 
 def draws(index, config, seed):
   """The draws of one example, from the documented keys."""
-  key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 0xA06), index)
+  key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 0xFFFF_FFFF), index)
   factors, order, apply = jax.random.split(key, 3)
   width = np.array([config.brightness, config.contrast, config.saturation, config.hue])
   factors = np.array(jax.random.uniform(factors, (4,), minval=-1.0)) * width

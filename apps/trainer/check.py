@@ -22,7 +22,7 @@ import ov_sharding
 
 
 def check_run(config: ConfigDict, workdir: Path, app: App, terminal: Terminal) -> None:
-  """Resolves every stage, builds its abstract state, reads one batch each; writes nothing there.
+  """Resolves every stage, builds its abstract state, reads one batch each; trains nothing.
 
   Raises:
     UserError: what would stop the run, in one line.

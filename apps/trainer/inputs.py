@@ -26,7 +26,10 @@ def training_sources(config: ConfigDict) -> list[ov_data.Source]:
   if inputs.data_dir and inputs.sources:
     raise ValueError("config.input.data_dir and config.input.sources are both set; use one")
   if inputs.sources:
-    return [ov_data.Source(**{**shared, **dict(source)}) for source in inputs.sources]
+    return [
+      ov_data.Source(**{**shared, **source, "path": os.path.expanduser(source["path"])})
+      for source in map(dict, inputs.sources)
+    ]
   if not inputs.data_dir:
     raise ValueError(
       "no training data: set --config.input.data_dir to a folder of record shards, a glob or a "
@@ -154,6 +157,7 @@ def _captions(config: ConfigDict) -> Iterator[str]:
   """Captions of evenly spread training records."""
   for source in training_sources(config):
     dataset = ov_data.Dataset(source)
+    dataset.check_keys()
     count = min(len(dataset), _TOKENIZER_RECORDS)
     for record in np.linspace(0, len(dataset) - 1, count).astype(int):
       try:

@@ -130,6 +130,8 @@ def run_training(config: ConfigDict, workdir: Path, app: App, terminal: Terminal
             "the same command goes on from there"
           )
           return
+        if config.eval_only:  # of the newest checkpoint, in whatever stage that is
+          break
       path = summary.write(run)
       terminal.phase(f"done: {path}")
 
@@ -156,10 +158,10 @@ def _train_stage(run: Run, app: App, stage: Stage) -> str | None:
       optimizer.tx,
       state_shardings=parts.shardings,
       batch_sharding=ov_sharding.batch_sharding(mesh),
-      seed=config.seed,
+      seed=config.seed + stage.index,
       learning_rate=optimizer.learning_rate,
       accumulate=config.accumulate,
-      preprocess=make_preprocess(augment_config(config), config.seed),
+      preprocess=make_preprocess(augment_config(config), config.seed + stage.index),
       ema_decay=config.optimizer.ema_decay,
       trainable=optimizer.trainable,
     )

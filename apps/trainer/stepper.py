@@ -1,11 +1,12 @@
 """The steps of one stage: batches in, metrics and checkpoints out."""
 
+import contextlib
 import time
 from typing import Any
 
 import jax
 
-from apps.trainer.errors import UserError
+from apps.trainer.errors import UserError, user_errors
 from apps.trainer.meter import Meter
 from apps.trainer.progress import StageProgress
 from apps.trainer.run import Run
@@ -42,6 +43,7 @@ class Stepper:
       batch_size=stage.config.batch_size, flops_per_example=task.flops_per_example
     )
     self._pending: tuple[int, dict[str, jax.Array]] | None = None
+    self._tracing = False
 
   def train(self, state: TrainState, train_step: Any) -> tuple[TrainState, str | None]:
     """Steps from where `state` is to the end of the stage, or to a request to stop.
@@ -64,7 +66,9 @@ class Stepper:
       batch = next(batches)
       waited = time.perf_counter() - began
       batch = ov_sharding.global_batch({k: batch[k] for k in BATCH_KEYS}, run.mesh)
-      state, metrics = train_step(state, batch)
+      # Tracing the first step can still find a setting that this machine cannot do.
+      with user_errors() if step == first else contextlib.nullcontext():
+        state, metrics = train_step(state, batch)
       step += 1
       self._settle()
       self._pending = (step, metrics)
@@ -76,6 +80,7 @@ class Stepper:
         self._meter.step(waited)
       self._due(step, state)
     self._settle()
+    self._profile(step)
     if signal and step > first:
       self._save(step, state)
     return state, signal
@@ -179,10 +184,14 @@ class Stepper:
     )
 
   def _profile(self, step: int) -> None:
+    """Starts and stops the trace of the steps that `config.profile` names, before `step` runs."""
     start, steps = self._config.profile.start, self._config.profile.steps
+    folder = self._run.workdir / "profile"
     if steps and step == start:
-      jax.profiler.start_trace(str(self._run.workdir / "profile"))
-    if steps and step == start + steps:
+      jax.profiler.start_trace(str(folder))
+      self._tracing = True
+    elif self._tracing and step >= start + steps:
       self._settle()
       jax.profiler.stop_trace()
-      self._run.terminal.phase(f"profile of {steps} steps is in {self._run.workdir / 'profile'}")
+      self._tracing = False
+      self._run.terminal.phase(f"profile of {steps} steps is in {folder}")
