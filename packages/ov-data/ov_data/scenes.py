@@ -4,11 +4,12 @@ A scene is a pure function of (seed, index, split). Its short caption names ever
 order that the picture alone decides (the left object first), so that a captioner can be
 scored attribute by attribute: `score` (in scene_words).
 
-The split "heldout" is about composition: each of its scenes shows two objects whose (colour, shape)
-stand together in one of `HELD_OUT`, an eighth of all such combinations, and no scene of "train" does,
-though every single object occurs in it. What is right on held-out scenes was composed, not
-remembered. Kinds of objects are not held out: a model learns from the absence of red circles that
-red excludes circle, which is no matter of composition. "val" are other scenes like those of "train".
+The split "heldout" is about composition: each of its scenes shows two objects whose (colour,
+shape) stand together in one of `HELD_OUT`, an eighth of all such combinations, and no scene of
+"train" does, though every single object occurs in it. What is right on held-out scenes was
+composed, not remembered. Kinds of objects are not held out: a model learns from the absence of red
+circles that red excludes circle, which is no matter of composition. "val" are other scenes like
+those of "train".
 """
 
 from collections.abc import Iterable
