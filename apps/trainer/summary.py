@@ -4,8 +4,10 @@ from pathlib import Path
 
 import jax
 
+from apps.trainer.progress import duration
 from apps.trainer.report import ReportData, Stage, versions, write_report
 from apps.trainer.run import Run
+from apps.trainer.sinks import read_metrics
 
 
 def write(run: Run) -> Path | None:
@@ -14,6 +16,9 @@ def write(run: Run) -> Path | None:
     return None
   last = run.stages[-1]
   devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+  mesh = " x ".join(f"{name} {size}" for name, size in run.mesh.shape.items())
+  lines = read_metrics(run.workdir / "metrics.jsonl")
+  seconds = sum(line.get("train/seconds", 0) + line.get("eval/seconds", 0) for line in lines)
   evaluation = run.evaluation
   data = ReportData(
     title=run.workdir.name,
@@ -24,7 +29,8 @@ def write(run: Run) -> Path | None:
       "image size": f"{last.config.model.image_size} px",
       "steps": f"{last.last_step:,}",
       "examples seen": f"{sum(s.config.total_steps * s.config.batch_size for s in run.stages):,}",
-      "devices": f"{devices}, mesh {dict(run.mesh.shape)}",
+      "steps and evaluations took": duration(seconds),
+      "devices": f"{devices}, mesh {mesh}",
       "compute": last.config.model.dtype,
     },
     stages=tuple(Stage(s.name, s.first_step) for s in run.stages),
