@@ -78,6 +78,7 @@ class Checkpoints:
     self._saving: int | None = None
     if jax.process_index() == 0:
       self.directory.mkdir(parents=True, exist_ok=True)
+      _remove_unfinished(self.directory)
       _set_damaged_aside(self.directory)
     _barrier("checkpoints opened")
     policies = ocp.checkpoint_managers
@@ -89,7 +90,6 @@ class Checkpoints:
       item_names=("state", "metadata"),
       options=ocp.CheckpointManagerOptions(
         preservation_policy=policies.AnyPreservationPolicy(keep),
-        cleanup_tmp_directories=True,
         async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
       ),
     )
@@ -348,6 +348,13 @@ def _file_sizes(checkpoint: epath.Path) -> dict[str, int]:
   with concurrent.futures.ThreadPoolExecutor(16) as pool:  # stat is a request each on gs://
     sizes = pool.map(lambda p: p.stat().length, files)
     return {str(p.relative_to(checkpoint)): s for p, s in zip(files, sizes, strict=True)}
+
+
+def _remove_unfinished(directory: epath.Path) -> None:
+  """Removes what killed saves left. Orbax would do it in a thread that can outlive the program."""
+  for path in directory.iterdir():
+    if path.is_dir() and ocp.path.step.TMP_DIR_SUFFIX in path.name:
+      path.rmtree()
 
 
 def _set_damaged_aside(directory: epath.Path) -> None:
