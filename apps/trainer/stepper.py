@@ -158,8 +158,8 @@ class Stepper:
     batch = self._config.batch_size
     raise UserError(
       f"step {self._stage.first_step + step} is not finite: loss {values['loss']}, gradient norm "
-      f"{values['grad_norm']}, update norm {values['update_norm']}, learning rate {values['learning_rate']:.3g}, examples "
-      f"{(step - 1) * batch} to {step * batch - 1} of stage {self._stage.name!r}. The checkpoint "
+      f"{values['grad_norm']}, update norm {values['update_norm']}, learning rate "
+      f"{values['learning_rate']:.3g}, examples {(step - 1) * batch} to {step * batch - 1} of stage {self._stage.name!r}. The checkpoint "
       f"of step {saved if saved is not None else '(none)'} is untouched; lower "
       "config.optimizer.learning_rate or set config.optimizer.grad_clip_norm=1.0"
     )
