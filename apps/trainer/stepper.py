@@ -156,11 +156,12 @@ class Stepper:
   def _refuse(self, step: int, values: dict[str, float]) -> None:
     saved = self._run.checkpoints.latest_step()
     batch = self._config.batch_size
+    names = ("loss", "grad_norm", "update_norm", "learning_rate")
     raise UserError(
-      f"step {self._stage.first_step + step} is not finite: loss {values['loss']}, gradient norm "
-      f"{values['grad_norm']}, update norm {values['update_norm']}, learning rate "
-      f"{values['learning_rate']:.3g}, examples {(step - 1) * batch} to {step * batch - 1} of stage {self._stage.name!r}. The checkpoint "
-      f"of step {saved if saved is not None else '(none)'} is untouched; lower "
+      f"step {self._stage.first_step + step} is not finite: "
+      + ", ".join(f"{name} {values[name]:.4g}" for name in names)
+      + f", examples {(step - 1) * batch} to {step * batch - 1} of stage {self._stage.name!r}. "
+      f"The checkpoint of step {saved if saved is not None else '(none)'} is untouched; lower "
       "config.optimizer.learning_rate or set config.optimizer.grad_clip_norm=1.0"
     )
 

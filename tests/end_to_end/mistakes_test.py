@@ -190,4 +190,4 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, cache):
     "--config.optimizer.schedule.warmup_steps=0",
   )
   code, printed = runner.run(*flags, cache=cache)
-  expect_one_line(printed, code, r"step \d+ is not finite: loss .*, gradient norm")
+  expect_one_line(printed, code, r"step \d+ is not finite: loss .*, grad_norm .*, update_norm")
