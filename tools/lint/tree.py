@@ -15,6 +15,8 @@ from tools.lint import buildfiles
 from tools.lint.imports import Import, imports, module_name
 
 PYTHON_TOPS = ("apps", "packages", "tests", "tools")
+# Modules of pins that the lock leaves out for some versions of Python, where nobody can be asked.
+LEFT_OUT = {"tensorflow": "tensorflow_cpu"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,5 +140,5 @@ def _distributions() -> dict[str, set[str]]:
 def distributions_of(found: Import) -> set[str]:
   """The installed distributions that bring a module, or its child where they share it (google)."""
   parts = [*found.module.split("."), *filter(None, [found.name])]
-  whole = _distributions().get(parts[0], set())
+  whole = _distributions().get(parts[0]) or {*filter(None, [LEFT_OUT.get(parts[0])])}
   return whole if len(whole) < 2 else _distributions().get(".".join(parts[:2]), whole)

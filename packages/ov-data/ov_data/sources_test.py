@@ -189,6 +189,7 @@ def test_what_needs_tensorflow_says_so(tmp_path, monkeypatch):
 
 
 def test_tensorflow_datasets_directory(tmp_path):
+  pytest.importorskip("tensorflow")  # TFDS imports without, but neither writes nor decodes
   tfds = pytest.importorskip("tensorflow_datasets")
   features = tfds.features.FeaturesDict(
     {
