@@ -14,6 +14,7 @@ from ov_sharding import (
   MeshConfig,
   batch_sharding,
   global_batch,
+  local_rows,
   make_mesh,
   process_rows,
   replicated,
@@ -40,6 +41,7 @@ def test_content_and_placement(sizes):
       shard = next(s for s in array.addressable_shards if s.device == device)
       np.testing.assert_array_equal(shard.data, BATCH[name][2 * i : 2 * i + 2])
   chex.assert_trees_all_equal(to_host(placed), BATCH)
+  chex.assert_trees_all_equal(local_rows(placed), BATCH)
   chex.assert_trees_all_equal_dtypes(to_host(placed), BATCH)
 
 
