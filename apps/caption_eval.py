@@ -19,6 +19,7 @@ import numpy as np
 from apps.caption_task import CaptionTask, Params
 from apps.trainer import inputs
 from apps.trainer.augment import normalise
+from apps.trainer.errors import UserError
 from apps.trainer.report import ClassTable, Sample
 from apps.trainer.task import Evaluation
 import ov_data
@@ -159,7 +160,7 @@ class CaptionEvaluator:
       rows = zip(labels, batch["valid"], strict=True)
       unknown = sorted({label for label, valid in rows if valid and label not in number})
       if unknown:
-        raise ValueError(
+        raise UserError(
           f"records are labelled {', '.join(map(repr, unknown[:5]))} under {key!r}, which "
           f"config.eval.zero_shot_classes does not list; it lists {', '.join(names[:5])}, ..."
         )

@@ -40,6 +40,7 @@ def check_run(config: ConfigDict, workdir: Path, app: App, terminal: Terminal) -
     for stage in stages:
       table.add_column(stage.name, justify="right")
       parts = build_parts(stage.config, app.make_task, tokenizer, mesh)
+      app.make_evaluate(stage.config, parts.task, tokenizer, mesh)  # opens the held-out data
       columns.append(_facts(stage.config, parts, tokenizer, mesh, stage.index))
     for name in columns[0]:
       table.add_row(name, *(column[name] for column in columns))
