@@ -1,6 +1,5 @@
 """`--check`: what a run would be, without training: sizes, memory, steps, the first batch."""
 
-import math
 from pathlib import Path
 import tempfile
 from typing import Any
@@ -55,8 +54,8 @@ def _facts(
   with inputs.train_loader(config, task, tokenizer, mesh, index) as loader:
     batch = next(loader)
     records = loader.num_examples
-  state = per_device_bytes(parts.abstract)
-  params = per_device_bytes(parts.abstract["params"])
+  state = ov_sharding.bytes_per_device(parts.abstract, parts.shardings)
+  params = ov_sharding.bytes_per_device(parts.abstract["params"], parts.shardings["params"])
   arrays = {k: v for k, v in batch.items() if isinstance(v, np.ndarray)}
   in_batch = sum(v.nbytes for v in arrays.values()) / mesh.local_mesh.size
   examples = config.total_steps * config.batch_size
@@ -77,14 +76,6 @@ def _facts(
     "model FLOPs per example": f"{task.flops_per_example:.3g}",
     "first batch": f"{int(batch['valid'].sum())} of {len(batch['valid'])} rows good",
   }
-
-
-def per_device_bytes(abstract: Any) -> float:
-  """Bytes of a tree of ShapeDtypeStructs with shardings on the device that holds the most."""
-  return sum(
-    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-    for leaf in jax.tree.leaves(abstract)
-  )
 
 
 def _mebibytes(size: float) -> str:

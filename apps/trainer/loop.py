@@ -20,7 +20,7 @@ from apps.trainer.checkpoint import Checkpoints
 from apps.trainer.config import augment_config, check_values, optimizer_config, to_json
 from apps.trainer.errors import UserError, user_errors
 from apps.trainer.init_from import init_from
-from apps.trainer.optimizer import Optimizer, make_optimizer
+from apps.trainer.optimizer import Optimizer, make_optimizer, summarize_groups
 from apps.trainer.progress import Terminal
 from apps.trainer.run import Run
 from apps.trainer.sinks import MetricWriter
@@ -153,6 +153,9 @@ def _train_stage(run: Run, app: App, stage: Stage) -> str | None:
       f"{stage.name}: {config.model.encoder} + {config.model.decoder} at {task.image_size} px, "
       f"{run.num_params:,} parameters, {config.total_steps:,} steps of {config.batch_size:,}"
     )
+    wanted = config.optimizer
+    if wanted.frozen or wanted.lr_multipliers or wanted.layer_decay:  # what the regexes matched
+      say(f"{stage.name}: parameter groups\n{summarize_groups(optimizer.groups)}")
     train_step = make_train_step(
       task.loss,
       optimizer.tx,
