@@ -1,4 +1,4 @@
-"""Every setting of caption training with its default; a recipe changes what it needs.
+"""Every setting of both trainers with its default; a recipe changes what it needs.
 
 Each leaf can be set on the command line: `--config.optimizer.learning_rate=3e-4`.
 Relative paths are read from the directory the command is started in.
@@ -10,45 +10,59 @@ from ml_collections.config_dict import placeholder
 
 def caption_config() -> ConfigDict:
   """The full configuration of //apps:caption_train."""
+  return ConfigDict(_shared() | {"model": model_config(), "eval": eval_config()})
+
+
+def clip_config() -> ConfigDict:
+  """The full configuration of //apps:clip_train."""
+  shared = _shared()
+  shared["input"] |= {
+    "alt_keys": ("txt",),  # the short text of a picture: the first positive
+    "caption_keys": ("llava_caption",),  # the long one: what the decoder writes
+    "sentence_positive": True,  # one sentence of the long text is a second positive
+  }
   return ConfigDict(
-    {
-      "seed": 0,
-      "batch_size": 256,  # examples per step over all devices and hosts
-      "total_steps": 1000,  # of the whole run; a stage sets its own
-      "accumulate": 1,  # micro-batches per step; the step stays exact
-      "eval_only": False,
-      "model": model_config(),
-      "input": input_config(),
-      "tokenizer": {
-        "path": "",  # vocabulary file, tokenizer.json or a saved tokenizer; "" trains one
-        "train_vocab_size": 4096,  # entries of a tokenizer trained on the captions of this data
-        "train_kind": "pieces",  # pieces: WordPiece; words: whole words, for small closed languages
-      },
-      "optimizer": optimizer_config(),
-      "mesh": {"data": -1, "fsdp": 1, "tensor": 1},  # -1: the devices that are left
-      "checkpoint": {
-        "every": 1000,  # steps between checkpoints; the last step is always saved
-        "keep_last": 2,  # one to fall back to
-        "keep_every": 0,  # steps; these checkpoints are never deleted; 0: none
-        "dir": "",  # another place than workdir/checkpoints, such as gs://bucket/run
-      },
-      "init_from": {
-        "path": "",  # workdir or checkpoint of another run, whose params start this one
-        "step": placeholder(int),  # None: its newest checkpoint
-        "part": "params",  # or "ema"
-        "include": (),  # regular expressions on parameter paths; () takes all
-        "exclude": (),
-      },
-      "eval": eval_config(),
-      "log_every": 50,  # steps between lines of metrics.jsonl
-      "tensorboard": True,
-      "wandb_project": "",  # name of a W&B project; its key comes from the environment only
-      "profile": {"start": 0, "steps": 0},  # trace steps start..start+steps into workdir/profile
-      "compile_cache": "~/.cache/openvision/xla",  # "" compiles anew at every start
-      # Dicts of changes, e.g. {"name": "84px", "total_steps": 9, "model.image_size": 84}.
-      "stages": (),
-    }
+    shared | {"model": two_towers_config(), "loss": loss_config(), "eval": clip_eval_config()}
   )
+
+
+def _shared() -> dict:
+  """What every trainer has."""
+  return {
+    "seed": 0,
+    "batch_size": 256,  # examples per step over all devices and hosts
+    "total_steps": 1000,  # of the whole run; a stage sets its own
+    "accumulate": 1,  # micro-batches per step; the step stays exact
+    "eval_only": False,
+    "input": input_config(),
+    "tokenizer": {
+      "path": "",  # vocabulary file, tokenizer.json or a saved tokenizer; "" trains one
+      "train_vocab_size": 4096,  # entries of a tokenizer trained on the captions of this data
+      "train_kind": "pieces",  # pieces: WordPiece; words: whole words, for small closed languages
+    },
+    "optimizer": optimizer_config(),
+    "mesh": {"data": -1, "fsdp": 1, "tensor": 1},  # -1: the devices that are left
+    "checkpoint": {
+      "every": 1000,  # steps between checkpoints; the last step is always saved
+      "keep_last": 2,  # one to fall back to
+      "keep_every": 0,  # steps; these checkpoints are never deleted; 0: none
+      "dir": "",  # another place than workdir/checkpoints, such as gs://bucket/run
+    },
+    "init_from": {
+      "path": "",  # workdir or checkpoint of another run, whose params start this one
+      "step": placeholder(int),  # None: its newest checkpoint
+      "part": "params",  # or "ema"
+      "include": (),  # regular expressions on parameter paths; () takes all
+      "exclude": (),
+    },
+    "log_every": 50,  # steps between lines of metrics.jsonl
+    "tensorboard": True,
+    "wandb_project": "",  # name of a W&B project; its key comes from the environment only
+    "profile": {"start": 0, "steps": 0},  # trace steps start..start+steps into workdir/profile
+    "compile_cache": "~/.cache/openvision/xla",  # "" compiles anew at every start
+    # Dicts of changes, e.g. {"name": "84px", "total_steps": 9, "model.image_size": 84}.
+    "stages": (),
+  }
 
 
 def model_config() -> dict:
@@ -69,6 +83,46 @@ def model_config() -> dict:
     "label_smoothing": 0.0,
     "z_loss": 0.0,
     "caption_weight": 1.0,  # factor on the caption loss; the predecessor uses 2
+  }
+
+
+def two_towers_config() -> dict:
+  """Shapes and behaviour of the two towers and their decoder; see ov_models for each."""
+  return {
+    "encoder": "Ti/16",  # ViT variant / patch size
+    "text": "Ti",  # text tower; "": none
+    "decoder": "Ti",  # caption decoder; "": none
+    "decoder_kind": "queries",  # queries: as released | teacher_forced
+    "encoder_options": {},  # fields of ov_models.ViTConfig, such as {"depth": 3}
+    "text_options": {},  # fields of ov_models.TextConfig
+    "decoder_options": {},  # fields of QueryDecoderConfig or DecoderConfig
+    "image_size": 160,  # pixels
+    "token_len": 80,  # tokens of a text of the text tower
+    "caption_len": 128,  # tokens of a caption of the decoder
+    "vocab_size": 32000,  # rows of embedding and head; 0: the tokenizer's size
+    "preset": "default",  # "default" | "openvision_released"
+    "embed_dim": 0,  # of the shared space; 0: by variant
+    "scale_init": 1 / 0.07,  # inverse temperature at the start
+    "bias_init": placeholder(float),  # of the logits, for SigLIP; None: no bias
+    "parallel_ratio": 0.0,  # share of examples captioned in parallel, as in CapPa
+    "dtype": "float32",  # compute of the towers; params stay float32
+    "remat": "none",  # none | full | dots | offload
+    "attention": "xla",  # xla | cudnn | tpu
+  }
+
+
+def loss_config() -> dict:
+  """Weights of the losses, and how the contrastive ones are computed."""
+  return {
+    "clip": 1.0,  # softmax over the batch
+    "siglip": 0.0,  # sigmoid of each pair
+    "caption": 2.0,  # next token or learned queries
+    "form": "gathered",  # gathered | ring | naive, all equal: see ov_losses
+    "chunk": 0,  # rows of a block of similarities; 0: chosen
+    "mask_duplicates": False,  # pictures with equal texts are no negatives of each other
+    "max_scale": placeholder(float),  # limit of the inverse temperature; None: none, as released
+    "label_smoothing": 0.0,  # of the caption loss
+    "z_loss": 0.0,
   }
 
 
@@ -143,4 +197,47 @@ def eval_config() -> dict:
     "zero_shot_dir": "",  # labelled records; "": those of eval_data_dir
     "zero_shot_label_key": "label",
     "zero_shot_examples": 256,
+  }
+
+
+def clip_eval_config() -> dict:
+  """What is measured on held-out data, and how often. An evaluator without data is off."""
+  return {
+    "every": 0,  # steps; 0: only at the end of each stage
+    "batch_size": 0,  # 0: the training batch size
+    "zero_shot": {
+      "dir": "",  # labelled pictures: shards, TFDS directory, folder of class folders
+      "split": "",
+      "classes": "",  # names: file, or a set of ov_eval; JSON {class: [prompt, ...]} has prompts
+      "templates": "photo",  # file, or a set of ov_eval
+      "image_key": "",  # "": that of the training data
+      "label_key": "label",
+      "examples": 0,  # 0: all
+    },
+    "retrieval": {
+      "dir": "",  # pictures with captions; "": input.eval_data_dir
+      "split": "",
+      "image_key": "",
+      "caption_keys": (),  # (): input.alt_keys
+      "examples": 0,
+    },
+    "features": feature_eval_config(),
+    "caption_examples": 0,  # pairs of input.eval_data_dir for the likelihood of captions; 0: all
+    "gallery": 12,  # pictures of each kind in the report
+    "per_example": False,  # writes workdir/predictions/*.jsonl
+  }
+
+
+def feature_eval_config() -> dict:
+  """Probes on the frozen encoder."""
+  return {
+    "train_dir": "",  # labelled pictures to learn from
+    "train_split": "",
+    "dir": "",  # labelled pictures to be tested on; "": train_dir
+    "split": "",
+    "image_key": "",
+    "label_key": "label",
+    "examples": 0,  # of each; 0: all
+    "k": 20,  # nearest neighbours
+    "shots": (),  # examples per class of few-shot probes, such as (1, 5, 10)
   }

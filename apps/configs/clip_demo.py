@@ -1,0 +1,56 @@
+"""The demo of OpenVision: two small towers and a decoder on drawn scenes, in minutes on a laptop.
+
+  bazel run //apps:clip_train -- --config=apps/configs/clip_demo.py --workdir=/tmp/ov-clip
+
+`loss=` tries another objective: openvision, clip, siglip, coca, cappa.
+"""
+
+from ml_collections import ConfigDict
+
+from apps.configs.arguments import parse_arguments
+from apps.configs.base import clip_config
+from apps.configs.objectives import use_objective
+
+_TOWER = {"width": 128, "depth": 2, "mlp_dim": 512, "num_heads": 4, "scan": False}
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+  """The demo; `runlocal` makes it a minute's trial of the whole path."""
+  a = parse_arguments(arg, {"loss": "openvision", "runlocal": False})
+  config = clip_config()
+  config.batch_size = 128
+  config.total_steps = 2000
+  config.model.update(
+    encoder="Ti/12",
+    text="Ti",
+    decoder="Ti",
+    image_size=48,
+    token_len=15,  # [bos], 11 words of the longest caption, [eos], padding, [CLS]
+    caption_len=32,  # the description in sentences
+    vocab_size=0,  # that of the tokenizer
+    embed_dim=128,
+  )
+  config.model.encoder_options = ConfigDict(_TOWER)
+  config.model.text_options = ConfigDict(_TOWER)
+  config.model.decoder_options = ConfigDict(_TOWER | {"depth": 1})
+  use_objective(config, a.loss)
+  config.tokenizer.train_kind = "words"
+  config.input.update(
+    alt_keys=("txt",),
+    caption_keys=("description",),
+    fit="squash",
+    color_jitter=False,  # colours and places are what is asked for
+  )
+  config.input.demo.update(train_examples=60_000, image_size=48)
+  config.optimizer.update(learning_rate=2e-3, weight_decay=0.05, grad_clip_norm=1.0)
+  config.optimizer.schedule.warmup_steps = 200
+  config.checkpoint.every = 500
+  config.eval.update(every=500, batch_size=128)
+  config.log_every = 25
+  if a.runlocal:
+    config.total_steps, config.optimizer.schedule.warmup_steps = 40, 4
+    config.input.demo.update(train_examples=2_000, eval_examples=128, zero_shot_examples=64)
+    config.eval.update(every=20)
+    config.checkpoint.every = 10
+    config.log_every = 5
+  return config
