@@ -13,6 +13,7 @@ from ov_models.functional import (
 from ov_models.generate import GenerateOutput, generate
 from ov_models.partition import on_mesh
 from ov_models.positions import resample_positions, sincos2d
+from ov_models.query_decoder import QueryDecoder, QueryDecoderConfig
 from ov_models.vit import VIT_VARIANTS, ViT, ViTConfig, ViTOutput
 
 __all__ = [
@@ -24,6 +25,8 @@ __all__ = [
   "Decoder",
   "DecoderConfig",
   "GenerateOutput",
+  "QueryDecoder",
+  "QueryDecoderConfig",
   "ViT",
   "ViTConfig",
   "ViTOutput",

@@ -93,7 +93,8 @@ class Cache:
   num_image: int = dataclasses.field(metadata={"static": True})
 
 
-def _style(width: int) -> BlockStyle:
+def text_style(width: int) -> BlockStyle:
+  """Blocks of all published text models: the decoders and the text tower."""
   residual = width**-0.5 * (2 * _INIT_DEPTH) ** -0.5
   return BlockStyle(
     gelu_tanh=True,
@@ -119,7 +120,7 @@ class Decoder(nnx.Module):
     self.image_proj = linear(
       image_width, d, normal(image_width**-0.5), (None, None), f32, rngs, bias=False
     )
-    self.blocks = stack_blocks(config, _style(d), rngs=rngs)
+    self.blocks = stack_blocks(config, text_style(d), rngs=rngs)
     self.norm = layer_norm(d, f32, rngs)
     self.head = linear(d, v, normal(d**-0.5), ("embed", "vocab"), f32, rngs, bias=False)
 
