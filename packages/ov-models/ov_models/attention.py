@@ -47,21 +47,25 @@ FULL = Mask()
 
 
 def attend(
-  q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, implementation: Implementation
+  q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask | jax.Array, implementation: Implementation
 ) -> jax.Array:
   """softmax(q k^T / sqrt(H)) v under `mask`.
 
   Args:
     q: [B, T, N, H], k and v alike.
-    mask: who attends to whom.
+    mask: who attends to whom: the same for the whole batch, or bool broadcastable to
+      [B, N, T, T] (query, key), True = attend, which needs "xla".
     implementation: "xla", "cudnn" or "tpu".
 
   Returns:
     [B, T, N, H] in the dtype of q.
 
   Raises:
-    ValueError: the implementation does not run on this platform.
+    ValueError: the implementation does not run on this platform, or cannot apply the mask.
   """
+  if not isinstance(mask, Mask):
+    check_implementation(implementation, "a mask that differs between examples")
+    return attend_xla(q, k, v, mask)
   needs = {"xla": None, "cudnn": "gpu", "tpu": "tpu"}[implementation]
   if needs not in (None, platform := _platform()):
     raise ValueError(
@@ -74,6 +78,12 @@ def attend(
     return partition.per_device(partial(_attend_tpu, mask=mask), ndim=4, tensor_axis=2)(q, k, v)
   allowed = None if mask.kind == "full" else jnp.asarray(mask.array(q.shape[1]))
   return attend_xla(q, k, v, allowed)
+
+
+def check_implementation(implementation: Implementation, what: str) -> None:
+  """Raises ValueError unless `implementation` can apply `what`, a mask given as an array."""
+  if implementation != "xla":
+    raise ValueError(f"attention={implementation!r} has no kernel for {what}; set attention='xla'.")
 
 
 def attend_xla(

@@ -87,7 +87,7 @@ class Block(nnx.Module):
     self.norm2 = layer_norm(config.width, config.compute_dtype, rngs)
     self.mlp = Mlp(config, style, rngs=rngs)
 
-  def __call__(self, x: jax.Array, mask: Mask) -> jax.Array:
+  def __call__(self, x: jax.Array, mask: Mask | jax.Array) -> jax.Array:
     q, k, v = self.project(x)
     return self.finish(x, attend(q, k, v, mask, self.implementation))
 
@@ -110,8 +110,10 @@ def stack_blocks(config: TransformerConfig, style: BlockStyle, *, rngs: nnx.Rngs
   return nnx.vmap(lambda key: Block(config, style, rngs=nnx.Rngs(key)))(keys)
 
 
-def run_blocks(blocks: Block, x: jax.Array, mask: Mask, config: TransformerConfig) -> jax.Array:
-  """Runs stacked blocks over x [B, T, D]."""
+def run_blocks(
+  blocks: Block, x: jax.Array, mask: Mask | jax.Array, config: TransformerConfig
+) -> jax.Array:
+  """Runs stacked blocks over x [B, T, D]; `mask` as for `attend`."""
 
   def step(block: Block, x: jax.Array, _: None) -> tuple[jax.Array, None]:
     return block(x, mask), None

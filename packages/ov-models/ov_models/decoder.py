@@ -10,7 +10,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from ov_models.attention import Mask, attend, attend_xla
+from ov_models.attention import Mask, attend, attend_xla, check_implementation
 from ov_models.blocks import (
   Block,
   BlockStyle,
@@ -23,6 +23,7 @@ from ov_models.blocks import (
   stack_blocks,
 )
 from ov_models.config import TransformerConfig, check_choice, variant_sizes
+from ov_models.partition import constrain
 from ov_models.positions import check_sincos_dim, sincos1d
 
 # name: (width, depth, mlp_dim, num_heads)
@@ -57,12 +58,15 @@ class DecoderConfig(TransformerConfig):
       get none here: they carry the encoder's. The default is "learned": under a prefix mask
       the order of the text is otherwise visible only through how many tokens each one sees, which
       a shallow decoder can hardly use, and T * D parameters are few.
+    parallel: the decoder can also predict a whole caption at once (CapPa,
+      https://arxiv.org/abs/2306.07915); adds one parameter, mask_embedding [D].
   """
 
   vocab_size: int
   max_len: int
   mask: Literal["prefix", "causal"] = "prefix"
   position: Literal["none", "learned", "sincos"] = "learned"
+  parallel: bool = False
 
   def __post_init__(self) -> None:
     super().__post_init__()
@@ -72,6 +76,13 @@ class DecoderConfig(TransformerConfig):
     check_choice("position", self.position, ("none", "learned", "sincos"))
     if self.position == "sincos":
       check_sincos_dim(self.width, 2)
+    if self.parallel:
+      check_implementation(self.attention, "parallel prediction (parallel=True)")
+      if self.position == "none":
+        raise ValueError(
+          "position='none' with parallel=True: all tokens are hidden, and without positions all "
+          "predictions would be the same; set position='learned' or 'sincos'."
+        )
 
   @classmethod
   def from_name(
@@ -117,6 +128,8 @@ class Decoder(nnx.Module):
     if config.position == "learned":
       table = normal(0.01)(rngs.params(), (config.max_len, d))
       self.position_embedding = nnx.Param(table, **axes(None, "embed"))
+    if config.parallel:
+      self.mask_embedding = nnx.Param(normal(0.02)(rngs.params(), (d,)), **axes("embed"))
     self.image_proj = linear(
       image_width, d, normal(image_width**-0.5), (None, None), f32, rngs, bias=False
     )
@@ -124,22 +137,34 @@ class Decoder(nnx.Module):
     self.norm = layer_norm(d, f32, rngs)
     self.head = linear(d, v, normal(d**-0.5), ("embed", "vocab"), f32, rngs, bias=False)
 
-  def __call__(self, image_tokens: jax.Array, ids: jax.Array) -> jax.Array:
+  def __call__(
+    self, image_tokens: jax.Array, ids: jax.Array, parallel: jax.Array | None = None
+  ) -> jax.Array:
     """Hidden states that predict the next token.
+
+    In rows with `parallel` every token is replaced by one learned embedding and sees all
+    positions: the whole caption is predicted at once, from the image alone.
 
     Args:
       image_tokens: [B, K, E] of the vision tower.
       ids: int32 [B, T], T <= max_len; ids[:, 0] is usually the begin token.
+      parallel: bool [B], or None for no row; needs `config.parallel`.
 
     Returns:
-      float32 [B, T, D]; position i has seen the image and ids[:, :i + 1].
+      float32 [B, T, D]; position i has seen the image and ids[:, :i + 1], or only the image.
 
     Raises:
-      ValueError: T > max_len with learned positions, or shapes that do not fit.
+      ValueError: T > max_len with learned positions, shapes that do not fit, or `parallel` for a
+        decoder built without it.
     """
     num_image = image_tokens.shape[1]
-    x = jnp.concatenate([self.embed_image(image_tokens), self.embed_text(ids)], axis=1)
-    x = run_blocks(self.blocks, x, self.mask(num_image), self.config)
+    text = self.embed_text(ids, parallel)
+    x = jnp.concatenate([self.embed_image(image_tokens), text], axis=1)
+    mask: Mask | jax.Array = self.mask(num_image)
+    if parallel is not None:
+      allowed = jnp.asarray(self.mask(num_image).array(x.shape[1]))
+      mask = constrain(allowed | parallel[:, None, None, None])
+    x = run_blocks(self.blocks, x, mask, self.config)
     return self.norm(x[:, num_image:])
 
   def prefill(self, image_tokens: jax.Array, max_len: int) -> Cache:
@@ -191,11 +216,20 @@ class Decoder(nnx.Module):
     """[B, K, E] -> [B, K, D] in compute dtype."""
     return self.image_proj(image_tokens.astype(jnp.float32)).astype(self.config.compute_dtype)
 
-  def embed_text(self, ids: jax.Array) -> jax.Array:
-    """int [B, T] -> [B, T, D] in compute dtype, positions from 0."""
+  def embed_text(self, ids: jax.Array, parallel: jax.Array | None = None) -> jax.Array:
+    """int [B, T] -> [B, T, D] in compute dtype, positions from 0; rows of `parallel` masked."""
     if ids.ndim != 2:
       raise ValueError(f"ids have shape {tuple(ids.shape)}; expected [B, T].")
     x = self.embed(ids)
+    if parallel is not None:
+      if not self.config.parallel:
+        raise ValueError("this decoder has no mask embedding; build it with parallel=True.")
+      if parallel.shape != ids.shape[:1]:
+        raise ValueError(
+          f"parallel has shape {tuple(parallel.shape)}; expected {tuple(ids.shape[:1])}, one bool "
+          "per row of ids."
+        )
+      x = jnp.where(parallel[:, None, None], self.mask_embedding[...], x)
     if (table := self.positions(ids.shape[1])) is not None:
       x = x + table
     return x.astype(self.config.compute_dtype)
