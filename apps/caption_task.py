@@ -56,6 +56,7 @@ class CaptionTask:
 
   model: ov_models.CaptionerConfig
   pad_id: int
+  name: str = "captioner"
   label_smoothing: float = 0.0
   z_loss: float = 0.0
   caption_weight: float = 1.0
@@ -70,11 +71,15 @@ class CaptionTask:
     return cls(
       captioner_config(model, vocab_size=tokenizer.vocab_size),
       tokenizer.pad_id,
+      f"{model.encoder} + {model.decoder}",
       model.label_smoothing,
       model.z_loss,
       model.caption_weight,
       mesh.shape["data"] * mesh.shape["fsdp"],
     )
+
+  text_specs = None  # one caption, as the loader delivers it without being told
+  batch_keys = ("image", "ids", "valid", "index")
 
   @property
   def image_size(self) -> int:

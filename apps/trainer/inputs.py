@@ -1,9 +1,9 @@
 """The data side of a run, from its configuration: sources, tokenizer, loaders."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from jax.experimental import multihost_utils
@@ -63,6 +63,7 @@ def train_loader(
     crop=ov_data.Crop(area=(inputs.area_min, 1.0)),
     max_bad_fraction=inputs.max_bad_fraction,
     threads=inputs.num_threads or None,
+    **_texts(task.text_specs),
   )
 
 
@@ -77,8 +78,33 @@ def eval_loader(
   batch_size: int,
   examples: int,
   extra_keys: Sequence[str] = (),
+  image_key: str = "",
+  image_root: str = "",
+  caption_keys: Sequence[str] | None = None,
+  texts: "Mapping[str, ov_data.TextSpec] | None" = None,
+  captions: Literal["first", "all"] = "first",
 ) -> ov_data.Loader:
-  """One pass over the first `examples` (0: all) held-out examples, for the rows of this process."""
+  """One pass over held-out examples, whole pictures, for the rows of this process.
+
+  Args:
+    config: of the stage; says how pictures are fitted and how many may be broken.
+    task: whose sizes and texts are taken.
+    tokenizer: of the run.
+    mesh: its size must divide `batch_size`.
+    path: as `config.input.data_dir`.
+    split: TFDS split, "" for plain shards.
+    batch_size: rows of a global batch.
+    examples: only the first so many; 0 takes all.
+    extra_keys: further features to deliver.
+    image_key: "" takes that of the training data.
+    image_root: folder of the pictures that a Karpathy JSON names.
+    caption_keys: None takes those of the training data.
+    texts: None takes `task.text_specs`; {} makes none, for pictures without texts.
+    captions: "all" also delivers every text under `caption_keys`, see `Loader`.
+
+  Raises:
+    ValueError: the data are not there or not as described, or the batch size does not divide.
+  """
   inputs = config.input
   _check_divides("eval.batch_size", batch_size, mesh, 1)
   if examples:
@@ -86,8 +112,9 @@ def eval_loader(
   source = ov_data.Source(
     os.path.expanduser(path),
     split=split or None,
-    image_key=inputs.image_key,
-    caption_keys=tuple(inputs.caption_keys),
+    image_key=image_key or inputs.image_key,
+    caption_keys=tuple(inputs.caption_keys if caption_keys is None else caption_keys),
+    **({"image_root": os.path.expanduser(image_root)} if image_root else {}),
   )
   return ov_data.Loader.evaluation(
     source,
@@ -100,6 +127,8 @@ def eval_loader(
     extra_keys=tuple(extra_keys),
     max_bad_fraction=inputs.max_bad_fraction,
     threads=inputs.num_threads or None,
+    captions=captions,
+    **_texts(task.text_specs if texts is None else texts),
   )
 
 
@@ -143,6 +172,10 @@ def describe(loader: ov_data.Loader) -> dict[str, Any]:
   for reason, count in loader.damaged.items():
     facts[f"damaged at indexing: {reason}"] = count
   return facts
+
+
+def _texts(specs: "Mapping[str, ov_data.TextSpec] | None") -> dict[str, Any]:
+  return {} if specs is None else {"texts": specs}
 
 
 def _read_tokenizer(path: str) -> ov_data.Tokenizer:

@@ -148,9 +148,10 @@ def _train_stage(run: Run, app: App, stage: Stage) -> str | None:
   with user_errors():
     parts = build_parts(config, app.make_task, run.tokenizer, mesh)
     task, optimizer = parts.task, parts.optimizer
+    run.model_name = task.name
     run.num_params = ov_models.num_params(task.abstract_params())
     say(
-      f"{stage.name}: {config.model.encoder} + {config.model.decoder} at {task.image_size} px, "
+      f"{stage.name}: {task.name} at {task.image_size} px, "
       f"{run.num_params:,} parameters, {config.total_steps:,} steps of {config.batch_size:,}"
     )
     wanted = config.optimizer

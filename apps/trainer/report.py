@@ -4,12 +4,10 @@ A workdir holds `report.json` (everything on the page except the curves) beside 
 (the curves). `python -m apps.trainer.report WORKDIR` makes the page again from the two.
 """
 
-import base64
 from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
 import importlib.metadata
-import io
 import json
 import math
 import os
@@ -22,12 +20,18 @@ from typing import Any
 
 import jinja2
 import numpy as np
-from PIL import Image
 
-from apps.trainer import charts, report_text
-from apps.trainer.report_text import Mark
+from apps.trainer import charts, gallery, report_text
+from apps.trainer.gallery import Gallery
+from apps.trainer.report_text import Mark, data_url
 from apps.trainer.sinks import read_metrics
 from ov_eval import Result
+
+# What matters most, whatever the task; a run has some of them.
+HEADLINE = (
+  "attribute_accuracy", "zero_shot_top1", "img2txt_r1", "txt2img_r1", "knn_top1", "probe_top1",
+  "caption_nll", "caption_perplexity",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +81,7 @@ class ReportData:
     samples_note: how they were selected and which step they are from.
     attribute_words: words that say an attribute; only these are marked. Empty marks every word.
     classes: zero-shot classification, if there was one.
+    galleries: of retrieval or of mistakes; at most `gallery.MOST_ROWS` rows of each are shown.
     data: {heading: {fact: value}}, such as {"Training": {"records": 50000}}.
     skipped: records left out, by reason.
     config: resolved configuration, nested.
@@ -85,19 +90,24 @@ class ReportData:
 
   title: str
   results: tuple[Result, ...] = ()
-  headline: tuple[str, ...] = (
-    "attribute_accuracy", "zero_shot_top1", "caption_nll", "caption_perplexity",
-  )  # fmt: skip
+  headline: tuple[str, ...] = HEADLINE
   summary: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   stages: tuple[Stage, ...] = ()
   samples: tuple[Sample, ...] = ()
   samples_note: str = ""
   attribute_words: tuple[str, ...] = ()
   classes: ClassTable | None = None
+  galleries: tuple[Gallery, ...] = ()
   data: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
   skipped: Mapping[str, int] = dataclasses.field(default_factory=dict)
   config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+def key_figures(results: Sequence[Result], names: Sequence[str] = HEADLINE) -> list[Result]:
+  """The results of these names, in their order."""
+  by_name = {result.name: result for result in results}
+  return [by_name[name] for name in names if name in by_name]
 
 
 def write_report(workdir: str | os.PathLike[str], data: ReportData) -> Path:
@@ -139,20 +149,6 @@ def versions(
     except importlib.metadata.PackageNotFoundError:
       continue
   return found
-
-
-def data_url(image: np.ndarray, longest: int = 224) -> str:
-  """A picture as a data URL: PNG where small, else JPEG shrunk to `longest` pixels."""
-  picture = Image.fromarray(np.asarray(image)).convert("RGB")
-  buffer = io.BytesIO()
-  if max(picture.size) <= 96:
-    picture.save(buffer, "PNG")
-    kind = "png"
-  else:
-    picture.thumbnail((longest, longest), Image.Resampling.LANCZOS)
-    picture.save(buffer, "JPEG", quality=85)
-    kind = "jpeg"
-  return f"data:image/{kind};base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 # Title and curves of the main charts; metrics not named here follow in a folded section.
@@ -208,13 +204,12 @@ def _write_page(workdir: Path, data: ReportData) -> Path:
 def render(data: ReportData, metrics: Sequence[Mapping[str, float]]) -> str:
   """The page as text. Everything shown is escaped; nothing is loaded from elsewhere."""
   main, rest = curves(metrics, data.stages)
-  results = {result.name: result for result in data.results}
   kinds = [r for r in data.results if r.name.startswith("attribute_accuracy/")]
   samples = [_sample_view(sample, data.attribute_words) for sample in data.samples]
   wrong = [s for s in samples if s["total"] and s["right"] < s["total"]]
   return _template().render(
     data=data,
-    headline=[results[name] for name in data.headline if name in results],
+    headline=key_figures(data.results, data.headline),
     kinds=kinds,
     charts=main,
     more_charts=rest,
@@ -302,7 +297,8 @@ def _to_json(data: ReportData) -> dict[str, Any]:
     dataclasses.replace(s, image=s.image if isinstance(s.image, str) else data_url(s.image))
     for s in data.samples
   ]
-  plain = dataclasses.asdict(dataclasses.replace(data, samples=tuple(samples)))
+  galleries = tuple(gallery.shrunk(one) for one in data.galleries)
+  plain = dataclasses.asdict(dataclasses.replace(data, samples=tuple(samples), galleries=galleries))
   for result in plain["results"]:
     for name in ("value", "low", "high"):
       if result[name] is not None and not math.isfinite(result[name]):
@@ -318,6 +314,7 @@ def _from_json(plain: dict[str, Any]) -> ReportData:
     classes = ClassTable(tuple(classes["class_names"]), np.array(classes["counts"]))
   for name, kind in {"results": Result, "stages": Stage, "samples": Sample}.items():
     plain[name] = tuple(kind(**entry) for entry in plain[name])
+  plain["galleries"] = tuple(map(gallery.from_json, plain["galleries"]))
   results = [
     r if r.value is not None else dataclasses.replace(r, value=math.nan)
     for r in plain.pop("results")

@@ -1,3 +1,4 @@
+import base64
 from html.parser import HTMLParser
 import io
 import json
@@ -194,8 +195,8 @@ def test_pictures_small_exact_and_large_shrunk():
   small, large = _image(), _image(2, 600)
   kind, payload = data_url(small).split(",")
   assert kind == "data:image/png;base64"
-  decoded = Image.open(io.BytesIO(report.base64.b64decode(payload)))
+  decoded = Image.open(io.BytesIO(base64.b64decode(payload)))
   np.testing.assert_array_equal(np.asarray(decoded), small)
   kind, payload = data_url(large).split(",")
-  decoded = Image.open(io.BytesIO(report.base64.b64decode(payload)))
+  decoded = Image.open(io.BytesIO(base64.b64decode(payload)))
   assert kind == "data:image/jpeg;base64" and decoded.size == (224, 224)

@@ -1,7 +1,9 @@
-"""How the report writes things: words of captions marked, numbers and names as people say them."""
+"""How the report writes things: words marked, numbers and names as people say them, pictures."""
 
+import base64
 from collections.abc import Mapping, Sequence
 import difflib
+import io
 import itertools
 import json
 import math
@@ -9,6 +11,7 @@ import re
 from typing import Any, Literal
 
 import numpy as np
+from PIL import Image
 
 from apps.trainer import charts
 from ov_eval import Result
@@ -104,6 +107,20 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     else:
       rows.append((f"{prefix}{key}", json.dumps(value, default=str)))
   return rows
+
+
+def data_url(image: np.ndarray, longest: int = 224) -> str:
+  """A picture as a data URL: PNG where small, else JPEG shrunk to `longest` pixels."""
+  picture = Image.fromarray(np.asarray(image)).convert("RGB")
+  buffer = io.BytesIO()
+  if max(picture.size) <= 96:
+    picture.save(buffer, "PNG")
+    kind = "png"
+  else:
+    picture.thumbnail((longest, longest), Image.Resampling.LANCZOS)
+    picture.save(buffer, "JPEG", quality=85)
+    kind = "jpeg"
+  return f"data:image/{kind};base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _bare(word: str) -> str:

@@ -18,7 +18,7 @@ import ov_data
 
 @dataclasses.dataclass
 class Run:
-  """Opened once; the last four fields collect what the report shows."""
+  """Opened once; the fields with defaults collect what the report shows."""
 
   config: ConfigDict
   workdir: Path
@@ -30,6 +30,8 @@ class Run:
   writer: MetricWriter
   stop: StopRequest
   evaluation: Evaluation | None = None
+  evaluated_step: int = 0  # what `evaluation` is of
+  model_name: str = ""
   num_params: int = 0
   data: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
   skipped: dict[str, int] = dataclasses.field(default_factory=dict)

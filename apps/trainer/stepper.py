@@ -9,6 +9,7 @@ import jax
 from apps.trainer.errors import UserError, user_errors
 from apps.trainer.meter import Meter
 from apps.trainer.progress import StageProgress
+from apps.trainer.report import key_figures
 from apps.trainer.run import Run
 from apps.trainer.stages import Stage
 from apps.trainer.state import TrainState
@@ -16,8 +17,6 @@ from apps.trainer.task import Evaluate, Task
 import ov_data
 import ov_eval
 import ov_sharding
-
-BATCH_KEYS = ("image", "ids", "valid", "index")  # what goes to the devices
 
 
 class Stepper:
@@ -37,7 +36,7 @@ class Stepper:
     progress: StageProgress,
   ):
     self._run, self._stage, self._config = run, stage, stage.config
-    self._loader, self._evaluate = loader, evaluate
+    self._loader, self._evaluate, self._batch_keys = loader, evaluate, task.batch_keys
     self._progress = progress
     self._meter = Meter(
       batch_size=stage.config.batch_size, flops_per_example=task.flops_per_example
@@ -65,7 +64,7 @@ class Stepper:
       began = time.perf_counter()
       batch = next(batches)
       waited = time.perf_counter() - began
-      batch = ov_sharding.global_batch({k: batch[k] for k in BATCH_KEYS}, run.mesh)
+      batch = ov_sharding.global_batch({k: batch[k] for k in self._batch_keys}, run.mesh)
       # Tracing the first step can still find a setting that this machine cannot do.
       with user_errors() if step == first else contextlib.nullcontext():
         state, metrics = train_step(state, batch)
@@ -97,7 +96,10 @@ class Stepper:
       return
     run.terminal.phase(f"{self._stage.name}: evaluating at step {step:,}")
     began = time.perf_counter()
-    run.evaluation = self._evaluate(state.get("ema", state["params"]))
+    run.evaluated_step = step
+    # The first evaluation can still find a setting that does not fit the data.
+    with user_errors() if run.evaluation is None else contextlib.nullcontext():
+      run.evaluation = self._evaluate(state.get("ema", state["params"]))
     values = {f"eval/{result.name}": result.value for result in run.evaluation.results}
     if record:
       run.writer.write(step, {**values, "eval/seconds": time.perf_counter() - began})
@@ -105,12 +107,11 @@ class Stepper:
       ov_eval.write_results(
         run.workdir / "evaluation.json",
         run.evaluation.results,
-        split="heldout",
         step=step,
         examples_seen=self._examples(int(state["step"])),
+        **{"split": "heldout", **run.evaluation.context},
       )
-    shown = ("caption_nll", "attribute_accuracy", "zero_shot_top1")
-    figures = [f"{r.name} {r.value:.4f}" for r in run.evaluation.results if r.name in shown]
+    figures = [f"{r.name} {r.value:.4f}" for r in key_figures(run.evaluation.results)]
     run.terminal.phase(f"{self._stage.name}: " + ", ".join(figures))
 
   def _due(self, step: int, state: TrainState) -> None:

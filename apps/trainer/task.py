@@ -1,19 +1,27 @@
 """What the trainer asks of a task; an app brings one."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Mapping
+import dataclasses
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 
+from apps.trainer.gallery import Gallery
 from apps.trainer.report import ClassTable, Sample
 from apps.trainer.step import LossOutput
+import ov_data
 import ov_eval
 
 Params = Any  # nested dict of arrays
+Batch = dict[str, jax.Array]
 
 
 class Task(Protocol):
   """A model with its loss. Knows no optimizer, mesh, file or loop."""
+
+  @property
+  def name(self) -> str:
+    """The model in a few characters, such as "Ti/16 + Ti"."""
 
   @property
   def image_size(self) -> int:
@@ -22,6 +30,14 @@ class Task(Protocol):
   @property
   def text_len(self) -> int:
     """Tokens of each text."""
+
+  @property
+  def text_specs(self) -> "Mapping[str, ov_data.TextSpec] | None":
+    """Names and making of the texts of a batch; None: one caption as `ids`, see `Loader`."""
+
+  @property
+  def batch_keys(self) -> tuple[str, ...]:
+    """The arrays of a batch that go to the devices."""
 
   @property
   def flops_per_example(self) -> float:
@@ -36,11 +52,31 @@ class Task(Protocol):
   def logical_axes(self) -> Params:
     """The tree of params with a tuple of logical axis names for each."""
 
-  def loss(self, params: Params, batch: dict[str, jax.Array], key: jax.Array) -> LossOutput:
+  def loss(self, params: Params, batch: Batch, key: jax.Array) -> LossOutput:
     """Loss of a batch whose images are normalised float32."""
 
 
-class Evaluation(NamedTuple):
+@runtime_checkable
+class TwoPhaseTask(Protocol):
+  """A task whose loss compares rows with each other, so that it is no mean over micro-batches.
+
+  With `accumulate` > 1 it is trained through `ov_losses.gradient_cache`, and exactly: all
+  micro-batches are embedded, their rows compared at once, and every micro-batch gets its share of
+  the gradient. `loss` must be `combine(embed(whole batch)).loss` + the loss of `embed`.
+  """
+
+  def embed(self, params: Params, batch: Batch, key: jax.Array) -> tuple[Any, LossOutput]:
+    """What `combine` needs of each row, [b, ...] arrays, and the loss that rows have on their own.
+
+    That loss is a mean over its weight, as in `LossOutput`; weight 0 where there is none.
+    """
+
+  def combine(self, params: Params, rows: Any) -> LossOutput:
+    """The loss between all rows [B, ...] of a batch; its weight is the weight of the step."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
   """What an evaluation found.
 
   Attributes:
@@ -48,12 +84,17 @@ class Evaluation(NamedTuple):
     samples: pictures with captions for the report.
     attribute_words: words of the samples to mark as right or wrong.
     classes: confusion of a zero-shot classification.
+    galleries: what was found for a text or a picture, for the report.
+    context: what identifies the evaluation (hash of prompts, splits, preprocessing); JSON values
+      that go into evaluation.json beside the figures.
   """
 
   results: tuple[ov_eval.Result, ...]
   samples: tuple[Sample, ...] = ()
   attribute_words: tuple[str, ...] = ()
   classes: ClassTable | None = None
+  galleries: tuple[Gallery, ...] = ()
+  context: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 Evaluate = Callable[[Params], Evaluation]
