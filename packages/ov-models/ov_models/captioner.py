@@ -154,8 +154,8 @@ class Captioner(nnx.Module):
   @property
   def head_kernel(self) -> jax.Array:
     """float32 [D, V]."""
-    return self.decoder.head.kernel[...]
+    return self.decoder.head_kernel
 
   def logits(self, hidden: jax.Array) -> jax.Array:
     """[B, T, D] -> float32 [B, T, V]. Large: a loss should take hidden and head_kernel."""
-    return jnp.einsum("...d,dv->...v", hidden, self.head_kernel, preferred_element_type=jnp.float32)
+    return self.decoder.logits(hidden)

@@ -209,6 +209,15 @@ class Decoder(nnx.Module):
     x, (keys, values) = fold_blocks(step, self.blocks, x, past, self.config)
     return self.norm(x[:, 0]), dataclasses.replace(cache, keys=keys, values=values)
 
+  @property
+  def head_kernel(self) -> jax.Array:
+    """float32 [D, V]."""
+    return self.head.kernel[...]
+
+  def logits(self, hidden: jax.Array) -> jax.Array:
+    """[..., D] -> float32 [..., V]. Large: a loss should take hidden and head_kernel."""
+    return jnp.einsum("...d,dv->...v", hidden, self.head_kernel, preferred_element_type=jnp.float32)
+
   def mask(self, num_image: int) -> Mask:
     return Mask(self.config.mask, num_image if self.config.mask == "prefix" else 0)
 

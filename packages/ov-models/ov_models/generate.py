@@ -2,18 +2,28 @@
 
 import dataclasses
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
 
 from ov_models import partition
-from ov_models.captioner import Captioner, CaptionerConfig
 from ov_models.config import check_choice, check_ratio
-from ov_models.functional import bind
+from ov_models.decoder import Decoder, DecoderConfig
 
 Method = Literal["greedy", "sample", "beam"]
+
+
+class CaptionModel(Protocol):
+  """What `generate` needs: Captioner, TwoTowers, or an nnx.Module of your own."""
+
+  @property
+  def decoder(self) -> Any:
+    """A Decoder."""
+
+  def encode(self, images: jax.Array, key: jax.Array | None = None) -> tuple[Any, jax.Array]:
+    """Anything, and the image tokens [B, K, E] for the decoder."""
 
 
 @jax.tree_util.register_dataclass
@@ -46,7 +56,7 @@ class _Options:
 
 
 def generate(
-  captioner: Captioner,
+  model: CaptionModel,
   images: jax.Array,
   *,
   max_len: int,
@@ -60,10 +70,11 @@ def generate(
   length_penalty: float = 1.0,
   key: jax.Array | None = None,
 ) -> GenerateOutput:
-  """Writes one caption per image; compiled once per config, shape and set of options.
+  """Writes one caption per image; compiled once per model structure, shape and set of options.
 
   Args:
-    captioner: the bound model. Its `eval_keep` says which image tokens are used.
+    model: the bound model, with a `Decoder`. A captioner's `eval_keep` says which image tokens are
+      used.
     images: float32 [B, H, W, 3], normalised.
     max_len: T, most tokens to write.
     bos_id: the token that starts each caption.
@@ -78,22 +89,26 @@ def generate(
     key: random key of "sample".
 
   Raises:
+    TypeError: the model has no decoder that is fed its own words.
     ValueError: an option out of range, or "sample" without a key.
   """
-  config = captioner.config
+  if not isinstance(model.decoder, Decoder):
+    raise TypeError(
+      f"the decoder of {type(model).__name__} is a {type(model.decoder).__name__}; generation "
+      "feeds each written token back and needs a Decoder (built from a DecoderConfig)."
+    )
   options = _Options(
     max_len, bos_id, eos_id, pad_id, method, temperature, top_p, num_beams, length_penalty
   )
-  _check(config, options, key)
-  params = nnx.to_pure_dict(nnx.state(captioner))
+  _check(model.decoder.config, options, key)
+  graphdef, params = nnx.split(model)
   key = key if method == "sample" else None
-  return _generate(params, images, key, config, options, partition.current())
+  return _generate(params, images, key, graphdef, options, partition.current())
 
 
-def _check(config: CaptionerConfig, options: _Options, key: jax.Array | None) -> None:
+def _check(text: DecoderConfig, options: _Options, key: jax.Array | None) -> None:
   check_choice("method", options.method, ("greedy", "sample", "beam"))
   check_ratio("top_p", options.top_p, zero=False, one=True)
-  text = config.decoder
   for name in ("bos_id", "eos_id", "pad_id"):
     if not 0 <= (value := getattr(options, name)) < text.vocab_size:
       raise ValueError(f"{name}={value} is outside the vocabulary of {text.vocab_size} tokens.")
@@ -113,21 +128,21 @@ def _check(config: CaptionerConfig, options: _Options, key: jax.Array | None) ->
     raise ValueError("method='sample' draws at random: pass key=jax.random.key(seed).")
 
 
-@partial(jax.jit, static_argnames=("config", "options", "layout"))
+@partial(jax.jit, static_argnames=("graphdef", "options", "layout"))
 def _generate(
   params: Any, images: jax.Array, key: jax.Array | None,
-  config: CaptionerConfig, options: _Options, layout: Any,
+  graphdef: Any, options: _Options, layout: Any,
 ) -> GenerateOutput:  # fmt: skip
   with partition.using(layout):
-    captioner = bind(config, params)
-    _, image_tokens = captioner.encode(images)
+    model = nnx.merge(graphdef, params)
+    _, image_tokens = model.encode(images)
     if options.method == "beam":
-      return _beam(captioner, image_tokens, options)
-    return _single(captioner, image_tokens, options, key)
+      return _beam(model.decoder, image_tokens, options)
+    return _single(model.decoder, image_tokens, options, key)
 
 
 def _single(
-  captioner: Captioner, image_tokens: jax.Array, options: _Options, key: jax.Array | None
+  decoder: Decoder, image_tokens: jax.Array, options: _Options, key: jax.Array | None
 ) -> GenerateOutput:
   """One hypothesis per image: sampled with a key, greedy without."""
   batch, max_len = image_tokens.shape[0], options.max_len
@@ -137,8 +152,8 @@ def _single(
 
   def step(state: dict[str, Any]) -> dict[str, Any]:
     t, done = state["t"], state["done"]
-    hidden, cache = captioner.decoder.step(state["token"], t, state["cache"])
-    logits = captioner.logits(hidden)
+    hidden, cache = decoder.step(state["token"], t, state["cache"])
+    logits = decoder.logits(hidden)
     if key is not None:
       filtered = _nucleus(logits / options.temperature, options.top_p)
       token = jax.random.categorical(jax.random.fold_in(key, t), filtered)
@@ -163,7 +178,7 @@ def _single(
     "length": jnp.zeros(batch, jnp.int32),
     "log_prob": jnp.zeros(batch),
     "done": jnp.zeros(batch, bool),
-    "cache": captioner.decoder.prefill(image_tokens, max_len),
+    "cache": decoder.prefill(image_tokens, max_len),
   }
   state = jax.lax.while_loop(unfinished, step, state)
   return GenerateOutput(state["ids"], state["length"], state["log_prob"])
@@ -178,10 +193,10 @@ def _nucleus(logits: jax.Array, top_p: float) -> jax.Array:
   return jnp.where(logits >= cutoff, logits, -jnp.inf)
 
 
-def _beam(captioner: Captioner, image_tokens: jax.Array, options: _Options) -> GenerateOutput:
+def _beam(decoder: Decoder, image_tokens: jax.Array, options: _Options) -> GenerateOutput:
   """Beam search over W hypotheses per image, flattened to B * W rows for the decoder."""
   batch, width, max_len = image_tokens.shape[0], options.num_beams, options.max_len
-  vocab = captioner.config.decoder.vocab_size
+  vocab = decoder.config.vocab_size
   # An ended hypothesis goes on with padding, free of charge.
   only_pad = jnp.where(jnp.arange(vocab) == options.pad_id, 0.0, -jnp.inf)
 
@@ -193,8 +208,8 @@ def _beam(captioner: Captioner, image_tokens: jax.Array, options: _Options) -> G
 
   def step(state: dict[str, Any]) -> dict[str, Any]:
     t, done = state["t"], state["done"]
-    hidden, cache = captioner.decoder.step(state["token"].reshape(-1), t, state["cache"])
-    log_prob = jax.nn.log_softmax(captioner.logits(hidden)).reshape(batch, width, vocab)
+    hidden, cache = decoder.step(state["token"].reshape(-1), t, state["cache"])
+    log_prob = jax.nn.log_softmax(decoder.logits(hidden)).reshape(batch, width, vocab)
     log_prob = jnp.where(done[..., None], only_pad, log_prob) + state["log_prob"][..., None]
     length = state["length"] + ~done
     scores = rank(log_prob, length[..., None]).reshape(batch, -1)
@@ -220,7 +235,7 @@ def _beam(captioner: Captioner, image_tokens: jax.Array, options: _Options) -> G
       "cache": jax.tree.map(inherit_cache, cache),
     }
 
-  cache = captioner.decoder.prefill(image_tokens, max_len)
+  cache = decoder.prefill(image_tokens, max_len)
   state = {
     "t": jnp.int32(0),
     "token": jnp.full((batch, width), options.bos_id, jnp.int32),
