@@ -18,6 +18,14 @@ Feature = list[bytes] | np.ndarray  # bytes features as a list, numbers as float
 Writable = bytes | str | int | float | np.ndarray | Sequence[bytes | str | int | float]
 
 
+class FeatureError(ValueError):
+  """An example without what is needed; `reason` is a short phrase, fit for counting."""
+
+  def __init__(self, reason: str):
+    super().__init__(reason)
+    self.reason = reason
+
+
 def _example_class() -> Any:
   field = descriptor_pb2.FieldDescriptorProto
   file = descriptor_pb2.FileDescriptorProto(

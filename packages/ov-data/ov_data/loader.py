@@ -8,26 +8,27 @@ lock. A few batches are under way at a time; they come out in order. All randomn
 """
 
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent import futures
 import dataclasses
 import hashlib
 import logging
 import os
 import time
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Self
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ov_data import decode, example, fs
+from ov_data.example import FeatureError
 from ov_data.hashing import Uniforms
 from ov_data.index import Progress
 from ov_data.order import Order, Places
 from ov_data.records import RecordError
 from ov_data.sources import Dataset, Source
+from ov_data.texts import Choice, Chosen, TextReader, TextSpec, Tokenizer
 
-_CROP_SALT, _CAPTION_SALT = 1, 2
+_CROP_SALT = 1
 _TASK_ROWS = 8  # rows of a batch that one task fills
 _REMOTE_THREADS = 8  # for each core: they mostly wait for the network
 _GRACE_ROWS = 200  # bad records are weighed against at least so many
@@ -35,27 +36,8 @@ _GRACE_ROWS = 200  # bad records are weighed against at least so many
 log = logging.getLogger("ov_data")
 
 
-class Tokenizer(Protocol):
-  """What the loader needs of a tokenizer."""
-
-  pad_id: int
-
-  def encode_batch(
-    self, texts: Sequence[str], length: int
-  ) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-    """Token ids and which of them are real, both [len(texts), length]."""
-
-
 class TooManyBadRecords(RuntimeError):
   """More of the data are broken than the run was told to accept."""
-
-
-class FeatureError(ValueError):
-  """A record without what is needed; `reason` is a short phrase, fit for counting."""
-
-  def __init__(self, reason: str):
-    super().__init__(reason)
-    self.reason = reason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,10 +59,11 @@ class Loader:
 
       image   uint8 [b, S, S, 3]     ids   int32 [b, T]     mask  bool [b, T], True on real tokens
       valid   bool [b]               index int64 [b], the position in the global stream
+      <text>  int32 [b, T of it], for each of `texts`, which take the place of ids and mask
       <key>   list of b values, for each of `extra_keys`: bytes, int or float; a list where the
               feature holds several; None in rows that are not valid
 
-  A broken record keeps its row: `valid` False, `mask` False, black image. So shapes, order and
+  A broken record keeps its row: `valid` False, padding for texts, black image. So shapes, order and
   resuming never depend on what is broken.
 
   Args:
@@ -88,15 +71,18 @@ class Loader:
     image_size: S, pixels.
     batch_size: rows of the global batch, over all hosts.
     rows: the slice of the global batch that this host loads; all of it by default.
-    tokenizer: see `Tokenizer`.
-    text_len: T, tokens.
+    tokenizer: see `ov_data.texts.Tokenizer`.
+    text_len: T, tokens of ids; needed without `texts`, unused with them.
+    texts: several texts of each example instead of one, see `TextSpec`; {} for none at all. Then
+      the caption keys of the sources are read for captions="all" only.
     seed: of order, crops and choice of captions.
     shuffle, block, window, lanes: see `Order`. `lanes` = number of hosts, or a multiple of it.
     position: where to start; see `restore`.
     passes: None for an endless stream; a number to stop after so many passes over one source, the
       last batch filled with rows that are not valid. Each `for` over such a loader starts anew.
     fit: "crop" for random crops, "center" or "squash" for evaluation, see ov_data.decode.
-    captions: "random" or "first" among the captions of an example.
+    captions: "random" or "first" among the texts of an example. "all" encodes the first and
+      delivers all under the source's caption keys: "captions", a list of b lists of str.
     extra_keys: further features to deliver.
     crop, limits: see ov_data.decode.
     max_bad_fraction: share of broken records past which `TooManyBadRecords` stops the run.
@@ -115,7 +101,8 @@ class Loader:
     image_size: int,
     batch_size: int,
     tokenizer: Tokenizer,
-    text_len: int,
+    text_len: int | None = None,
+    texts: Mapping[str, TextSpec] | None = None,
     rows: slice | None = None,
     seed: int = 0,
     shuffle: Literal["global", "block", "none"] = "global",
@@ -125,7 +112,7 @@ class Loader:
     position: int = 0,
     passes: int | None = None,
     fit: Literal["crop", "center", "squash"] = "crop",
-    captions: Literal["random", "first"] = "random",
+    captions: Choice = "random",
     extra_keys: Sequence[str] = (),
     crop: decode.Crop | None = None,
     limits: decode.Limits = decode.DEFAULT_LIMITS,
@@ -142,11 +129,9 @@ class Loader:
     self.position = position  # of the next batch to be handed out
     self.skipped: Counter[str] = Counter()  # broken records among the rows handed out, by reason
     self.wait_seconds = 0.0  # that the caller of next() has waited for data
-    self._tokenizer = tokenizer
-    self._text_len = text_len
+    self._texts = TextReader(tokenizer, texts, text_len, captions, seed)
     self._seed = seed
     self._fit = fit
-    self._captions = captions
     self._extra_keys = tuple(extra_keys)
     self._crop = crop or decode.Crop()
     self._limits = limits
@@ -170,7 +155,8 @@ class Loader:
       for source in self.sources
     ]
     for dataset in self.datasets:
-      dataset.check_keys(self._extra_keys)
+      dataset.check_keys(self._extra_keys, captions=self._texts.uses_caption_keys)
+    self._texts.check_keys(self.datasets)
     self.order = Order(
       sizes=tuple(map(len, self.datasets)),
       weights=tuple(source.weight for source in self.sources),
@@ -305,8 +291,7 @@ class Loader:
     size = len(index)
     batch: dict[str, Any] = {
       "image": np.zeros((size, self.image_size, self.image_size, 3), np.uint8),
-      "ids": np.full((size, self._text_len), self._tokenizer.pad_id, np.int32),
-      "mask": np.zeros((size, self._text_len), bool),
+      **self._texts.blank(size),
       "valid": np.zeros(size, bool),
       "index": index,
       **{key: [None] * size for key in self._extra_keys},
@@ -320,37 +305,35 @@ class Loader:
 
   def _fill(self, batch: dict[str, Any], first: int, stop: int, places: Places) -> list[_Problem]:
     """Loads the rows first to stop of a batch, in place."""
-    problems, captions, good = [], [], []
+    problems, chosen, good = [], [], []
     for row in range(first, stop):
       dataset = self.datasets[places.source[row]]
       record = int(places.record[row])
       try:
-        caption = self._fill_row(batch, row, dataset, record)
+        texts = self._fill_row(batch, row, dataset, record)
       except (RecordError, FeatureError, decode.DecodeError) as error:
         shard, offset = dataset.locate(record)
         problems.append(_Problem(error.reason, f"{shard} at byte {offset}", str(error)))
         continue
-      captions.append(caption)
+      chosen.append(texts)
       good.append(row)
     if good:
-      batch["ids"][good], batch["mask"][good] = self._tokenizer.encode_batch(
-        captions, self._text_len
-      )
+      self._texts.write(batch, good, chosen)
       batch["valid"][good] = True
     return problems
 
-  def _fill_row(self, batch: dict[str, Any], row: int, dataset: Dataset, record: int) -> str:
-    """Writes image and extra features of one row; returns its caption."""
+  def _fill_row(self, batch: dict[str, Any], row: int, dataset: Dataset, record: int) -> Chosen:
+    """Writes image and extra features of one row; returns its texts."""
     position = int(batch["index"][row])
     source = dataset.source
-    keys = (source.image_key, *source.caption_keys, *self._extra_keys)
+    keys = (source.image_key, *self._texts.keys(source.caption_keys), *self._extra_keys)
     try:
       features = example.parse(dataset.read(record), keys)
     except RecordError:
       raise
     except ValueError:
       raise FeatureError("not a tf.train.Example") from None
-    caption = self._choose_caption(features, source.caption_keys, position)
+    texts = self._texts.choose(features, source.caption_keys, position)
     image = features.get(source.image_key)
     if not isinstance(image, list) or not image:
       raise FeatureError(f"no image under {source.image_key}")
@@ -359,31 +342,13 @@ class Loader:
       values = list(features.get(key, ()))
       items = [value.item() if isinstance(value, np.generic) else value for value in values]
       batch[key][row] = items[0] if len(items) == 1 else items
-    return caption
+    return texts
 
   def _decode(self, data: bytes, position: int) -> decode.Pixels:
     if self._fit == "crop":
       uniforms = Uniforms(self._seed, _CROP_SALT, position)
       return decode.random_crop(data, self.image_size, uniforms, self._crop, self._limits)
     return decode.whole(data, self.image_size, self._fit, self._limits)
-
-  def _choose_caption(
-    self, features: dict[str, example.Feature], keys: Sequence[str], position: int
-  ) -> str:
-    if not keys:
-      return ""
-    choices = [
-      texts
-      for key in keys
-      if (texts := [t for t in features.get(key, ()) if isinstance(t, bytes) and t.strip()])
-    ]
-    if not choices:
-      raise FeatureError(f"no caption under {', '.join(keys)}")
-    if self._captions == "first":
-      return choices[0][0].decode(errors="replace")
-    uniforms = Uniforms(self._seed, _CAPTION_SALT, position)
-    texts = choices[uniforms.below(len(choices))]
-    return texts[uniforms.below(len(texts))].decode(errors="replace")
 
   def _account(self, problems: Sequence[_Problem], rows: int) -> None:
     """Counts and logs what was broken in a batch that is handed out."""
@@ -417,14 +382,12 @@ class Loader:
       raise ValueError(f"position={self.position}: expected 0 or more")
     if self._fit not in ("crop", "center", "squash"):
       raise ValueError(f"fit={self._fit!r}: expected 'crop', 'center' or 'squash'")
-    if self._captions not in ("random", "first"):
-      raise ValueError(f"captions={self._captions!r}: expected 'random' or 'first'")
     if self.passes is not None and len(self.sources) != 1:
       raise ValueError(
         f"passes={self.passes} over {len(self.sources)} sources: only one source "
         "has an end; evaluate several one after the other"
       )
-    if taken := set(self._extra_keys) & {"image", "ids", "mask", "valid", "index"}:
+    if taken := set(self._extra_keys) & {"image", "valid", "index", *self._texts.names}:
       raise ValueError(f"extra_keys: {', '.join(sorted(taken))} are names of the batch itself")
 
 

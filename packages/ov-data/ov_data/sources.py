@@ -8,6 +8,7 @@ import bisect
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent import futures
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -108,25 +109,32 @@ class Dataset:
       framed = self._read_framed(*self._place(record))
     return records.unframe(framed, offset - records.HEADER_BYTES)
 
-  def check_keys(self, extra_keys: Sequence[str] = ()) -> None:
+  @functools.cached_property
+  def present_keys(self) -> frozenset[str]:
+    """Features of the first records; empty if none of these can be read."""
+    keys: set[str] = set()
+    for record in range(min(_PROBES, len(self))):
+      with contextlib.suppress(ValueError):  # broken; counted when its turn comes
+        keys.update(example.parse(self.read(record)))
+    return frozenset(keys)
+
+  def check_keys(self, extra_keys: Sequence[str] = (), *, captions: bool = True) -> None:
     """Looks at the first records, so that a misspelt key fails before training.
+
+    Args:
+      extra_keys: to look for, besides the image key of the source.
+      captions: whether to look for its caption keys too.
 
     Raises:
       ValueError: a key that none of them has; names the keys that are there.
     """
-    probes = []
-    for record in range(min(_PROBES, len(self))):
-      try:
-        probes.append(example.parse(self.read(record)))
-      except ValueError:  # counted when its turn comes
-        continue
-    wanted = (self.source.image_key, *self.source.caption_keys, *extra_keys)
-    for key in wanted:
-      if probes and not any(key in features for features in probes):
-        present = sorted(set().union(*probes))
+    caption_keys = self.source.caption_keys if captions else ()
+    for key in (self.source.image_key, *caption_keys, *extra_keys):
+      if self.present_keys and key not in self.present_keys:
         raise ValueError(
-          f"feature {key!r} is in none of the first {len(probes)} records of {self.source.path}; "
-          f"they have {', '.join(present)}. Set image_key and caption_keys to what is there."
+          f"feature {key!r} is in none of the first {min(_PROBES, len(self))} records of "
+          f"{self.source.path}; they have {', '.join(sorted(self.present_keys))}. Set image_key "
+          "and caption_keys to what is there."
         )
 
   def _place(self, record: int) -> tuple[ShardIndex, int]:

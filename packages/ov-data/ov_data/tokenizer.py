@@ -180,23 +180,28 @@ class Tokenizer:
     return self._backend.encode(_clean(text), add_special_tokens=False).ids
 
   def encode_batch(
-    self, texts: Sequence[str | bytes], length: int
+    self, texts: Sequence[str | bytes], length: int, append_cls: bool | None = None
   ) -> tuple[np.ndarray, np.ndarray]:
     """Encodes and packs texts.
 
     Args:
       texts: B captions; bytes are read as UTF-8, damaged parts of it as U+FFFD.
       length: T, columns of the result, [bos], [eos] and [CLS] included.
+      append_cls: overrides the tokenizer's own setting.
 
     Returns:
       ids int32 [B, T], and mask bool [B, T]: True where the id is not padding.
 
     Raises:
-      ValueError: length leaves no room for the special tokens.
+      ValueError: length leaves no room for the special tokens, or the vocabulary has no [CLS].
     """
-    content = length - 1 if self.append_cls else length
+    append_cls = self.append_cls if append_cls is None else append_cls
+    cls_id = self.cls_id if append_cls else None
+    if append_cls and cls_id is None:
+      raise ValueError(f"append_cls: {_missing_special('cls', self._backend.get_vocab())}")
+    content = length - 1 if append_cls else length
     if content < 2:
-      specials = "[bos], [eos] and [CLS]" if self.append_cls else "[bos] and [eos]"
+      specials = "[bos], [eos] and [CLS]" if append_cls else "[bos] and [eos]"
       raise ValueError(f"length={length} has no room for {specials}; raise it.")
     encodings = self._backend.encode_batch_fast(
       [_clean(t) for t in texts], add_special_tokens=False
@@ -207,8 +212,8 @@ class Tokenizer:
       row[0] = self.bos_id
       row[1 : 1 + len(words)] = words
       row[1 + len(words)] = self.eos_id
-    if self.append_cls and self.cls_id is not None:
-      ids[:, -1] = self.cls_id
+    if cls_id is not None:
+      ids[:, -1] = cls_id
     return ids, ids != self.pad_id
 
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:

@@ -116,6 +116,22 @@ def test_packing_with_cls():
   assert mask[0].tolist() == [True, True, True, True, False, True]
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_append_cls_of_a_call_goes_before_the_own_one(own: bool):
+  tokenizers = {c: Tokenizer.train(_CAPTIONS, 100, append_cls=c) for c in (False, True)}
+  for append_cls in (False, True):
+    ids, mask = tokenizers[own].encode_batch(_CAPTIONS, 9, append_cls)
+    expected, expected_mask = tokenizers[append_cls].encode_batch(_CAPTIONS, 9)
+    np.testing.assert_array_equal(ids, expected)
+    np.testing.assert_array_equal(mask, expected_mask)
+
+
+def test_append_cls_needs_the_token(tmp_path: pathlib.Path):
+  path = _write_vocabulary(tmp_path / "vocab.txt", [*_SPECIALS, "a"])
+  with pytest.raises(ValueError, match=r"append_cls: no \[CLS\]"):
+    Tokenizer.from_vocab(path).encode_batch(["a"], 8, append_cls=True)
+
+
 def test_exact_fit_is_not_truncated(words: Tokenizer):
   ids, _ = words.encode_batch(["a large red circle"], 6)
   assert words.decode(ids[0]) == "a large red circle" and ids[0, -1] == 2
