@@ -4,10 +4,8 @@ Likelihood of the true captions; captions written for pictures, checked attribut
 the records hold ground truth; classification by the likelihood of class prompts.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 import functools
-import json
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,9 +15,10 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from apps.caption_task import CaptionTask, Params
+from apps.feature_eval import FeatureEvaluator
+from apps.label_data import ClassPrompts, read_class_prompts, with_labels
 from apps.trainer import inputs
 from apps.trainer.augment import normalise
-from apps.trainer.errors import UserError
 from apps.trainer.report import ClassTable, Sample
 from apps.trainer.task import Evaluation
 import ov_data
@@ -60,15 +59,22 @@ class CaptionEvaluator:
       examples=config.eval.examples,
       extra_keys=truth,
     )
-    self._classes: dict[str, list[str]] = {}
-    if config.eval.zero_shot_classes:
-      self._classes = read_classes(config.eval.zero_shot_classes, config.eval.zero_shot_template)
+    self._classes: ClassPrompts | None = None
+    zero_shot = config.eval.zero_shot
+    if zero_shot.classes:
+      self._classes = read_class_prompts(zero_shot)
       self._class_loader = open_loader(
-        config.eval.zero_shot_dir or config.input.eval_data_dir,
-        "" if config.eval.zero_shot_dir else config.input.eval_split,
-        examples=config.eval.zero_shot_examples,
-        extra_keys=(config.eval.zero_shot_label_key,),
+        zero_shot.dir or config.input.eval_data_dir,
+        zero_shot.split if zero_shot.dir else config.input.eval_split,
+        examples=zero_shot.examples,
+        extra_keys=(zero_shot.label_key,),
+        image_key=zero_shot.image_key,
+        caption_keys=(),
+        texts={},
       )
+    self._features = None
+    if config.eval.features.train_dir:
+      self._features = FeatureEvaluator(config, task, tokenizer, mesh)
 
   def __call__(self, params: Params) -> Evaluation:
     results = list(ov_eval.caption_nll(self._score(params), self._loader).results())
@@ -85,14 +91,23 @@ class CaptionEvaluator:
       words = scenes.ATTRIBUTE_WORDS if self._config.truth_key else ()
     classes = None
     if self._classes:
-      found = self._classify(params)
-      results += found.results()
-      classes = ClassTable(tuple(self._classes), found.confusion.counts)
+      found = self._classify(params, self._classes.prompts)
+      results += ov_eval.with_context(
+        found.results(),
+        evaluator="zero_shot_by_likelihood",
+        split=self._config.zero_shot.split or self._config.zero_shot.dir,
+        **self._classes.description,
+      )
+      classes = ClassTable(tuple(self._classes.names), found.confusion.counts)
+    if self._features:
+      results += self._features(params).results
     return Evaluation(tuple(results), samples, words, classes)
 
   def _device(self, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
     """What the devices need of a host batch."""
-    return ov_sharding.global_batch({key: batch[key] for key in DEVICE_KEYS}, self._mesh)
+    return ov_sharding.global_batch(
+      {key: batch[key] for key in DEVICE_KEYS if key in batch}, self._mesh
+    )
 
   def _score(self, params: Params) -> Any:
     return lambda batch: ov_sharding.local_rows(
@@ -133,10 +148,12 @@ class CaptionEvaluator:
     )
     return records, pictures
 
-  def _classify(self, params: Params) -> ov_eval.Classification:
-    names = list(self._classes)
-    prompts = [prompt for name in names for prompt in self._classes[name]]
-    of_prompt = [i for i, name in enumerate(names) for _ in self._classes[name]]
+  def _classify(
+    self, params: Params, classes: Mapping[str, tuple[str, ...]]
+  ) -> ov_eval.Classification:
+    names = list(classes)
+    prompts = [prompt for name in names for prompt in classes[name]]
+    of_prompt = [i for i, name in enumerate(names) for _ in classes[name]]
     ids, _ = self._tokenizer.encode_batch(prompts, self._task.text_len)
     ids = ids[:, : int((ids != self._tokenizer.pad_id).sum(1).max())]  # no columns of padding
 
@@ -148,49 +165,12 @@ class CaptionEvaluator:
       return ov_sharding.local_rows(of_chunk), np.asarray(count)
 
     return ov_eval.classify_by_likelihood(
-      encode, score, self._labelled(names), ids, np.array(of_prompt)
+      encode,
+      score,
+      with_labels(self._class_loader, self._config.zero_shot.label_key, names),
+      ids,
+      np.array(of_prompt),
     )
-
-  def _labelled(self, names: list[str]) -> Iterable[dict[str, Any]]:
-    """Held-out batches with `label` as the number of the class."""
-    number = {name: i for i, name in enumerate(names)}
-    key = self._config.zero_shot_label_key
-    for batch in self._class_loader:
-      labels = [_text(value) for value in batch[key]]
-      rows = zip(labels, batch["valid"], strict=True)
-      unknown = sorted({label for label, valid in rows if valid and label not in number})
-      if unknown:
-        raise UserError(
-          f"records are labelled {', '.join(map(repr, unknown[:5]))} under {key!r}, which "
-          f"config.eval.zero_shot_classes does not list; it lists {', '.join(names[:5])}, ..."
-        )
-      yield {**batch, "label": np.array([number.get(label, 0) for label in labels])}
-
-
-def read_classes(path: str, template: str) -> dict[str, list[str]]:
-  """Class names with their prompts.
-
-  Args:
-    path: JSON {class: [prompt, ...]}, or text with one class name a line.
-    template: puts a name of a text file into a prompt, "a photo of a {}".
-
-  Raises:
-    ValueError: an empty file, or JSON of another form.
-  """
-  text = Path(path).expanduser().read_text(encoding="utf-8")
-  if path.endswith(".json"):
-    classes = json.loads(text)
-    if not isinstance(classes, dict) or not all(
-      isinstance(prompts, list) and prompts for prompts in classes.values()
-    ):
-      raise ValueError(f"{path}: expected an object of class names with lists of prompts")
-  else:
-    names = [line.strip() for line in text.splitlines() if line.strip()]
-    prompts = ov_eval.class_prompts(names, template)
-    classes = {name: [prompt] for name, prompt in zip(names, prompts, strict=True)}
-  if len(classes) < 2:
-    raise ValueError(f"{path} names {len(classes)} classes; expected at least two")
-  return classes
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -235,8 +215,3 @@ def _sample(record: ov_eval.CaptionRecord, picture: np.ndarray) -> Sample:
   pairs = _attributes(record).values()
   right, total = (sum(part) for part in zip(*pairs, strict=True)) if pairs else (None, None)
   return Sample(picture, record.generated, record.references, right, total)
-
-
-def _text(value: Any) -> str:
-  value = value[0] if isinstance(value, list | tuple) else value
-  return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)

@@ -6,54 +6,30 @@
 The same command goes on where a stopped run ended. `--check` says what a run would be.
 """
 
-import os
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from absl import flags
-from ml_collections import config_flags
+from apps.launch import launch
+from apps.trainer.errors import run_app
 
-from apps.trainer.errors import UserError, run_app, user_errors
-
-_CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, report.")
-_CHECK = flags.DEFINE_bool("check", False, "Resolve everything, read one batch, and stop.")
+if TYPE_CHECKING:
+  from apps.trainer.loop import App
 
 
 def main() -> None:
-  config = _CONFIG.value
-  if config is None or not _WORKDIR.value:
-    raise UserError("give --config=apps/configs/NAME.py and --workdir=DIRECTORY")
-  with user_errors():
-    config.lock()  # where the file could not be loaded, this says so
-  if "://" in _WORKDIR.value:
-    raise UserError(
-      f"--workdir={_WORKDIR.value}: the workdir is local; checkpoints alone can go to a bucket: "
-      "--config.checkpoint.dir=gs://..."
-    )
-  # Heavy imports wait until the flags are known to be right.
-  import jax
+  launch(_app, "caption_config", "apps/configs/caption_demo.py or openvision2.py")
 
-  from apps import caption_data
+
+def _app() -> "App":
   from apps.caption_eval import CaptionEvaluator
   from apps.caption_task import CaptionTask
-  from apps.trainer.check import check_run
-  from apps.trainer.loop import App, run_training
-  from apps.trainer.progress import Terminal
-  import ov_sharding
+  from apps.trainer.loop import App
 
-  workdir = Path(_WORKDIR.value).expanduser()
-  ov_sharding.initialize()
-  if config.compile_cache:
-    jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compile_cache))
-  terminal = Terminal(active=jax.process_index() == 0)
-  app = App(
+  return App(
     CaptionTask.from_config,
     lambda config, task, tokenizer, mesh: (
       CaptionEvaluator(config, task, tokenizer, mesh) if config.input.eval_data_dir else None
     ),
   )
-  caption_data.prepare(config, workdir, terminal)
-  (check_run if _CHECK.value else run_training)(config, workdir, app, terminal)
 
 
 if __name__ == "__main__":

@@ -54,6 +54,7 @@ def _shared() -> dict:
       "part": "params",  # or "ema"
       "include": (),  # regular expressions on parameter paths; () takes all
       "exclude": (),
+      "more": (),  # then from other runs, e.g. {"path": ..., "include": ("^text/",)}
     },
     "log_every": 50,  # steps between lines of metrics.jsonl
     "tensorboard": True,
@@ -146,7 +147,9 @@ def input_config() -> dict:
     "demo": {  # procedurally drawn scenes, made in workdir/data when missing
       "train_examples": 0,  # 0: no demo data
       "eval_examples": 512,
-      "zero_shot_examples": 64,
+      "zero_shot_examples": 64,  # labelled pictures of one object
+      "probe_examples": 0,  # the same, for probes to learn from
+      "classes": "shape",  # what they are labelled by: shape | colour | colour_shape
       "image_size": 64,
     },
   }
@@ -183,6 +186,7 @@ def eval_config() -> dict:
   """What is measured on the held-out data, and how often."""
   return {
     "every": 0,  # steps; 0: only at the end of each stage
+    "checkpoint_step": placeholder(int),  # of the checkpoint for eval_only; None: the newest
     "batch_size": 0,  # 0: the training batch size
     "examples": 0,  # held-out examples for the likelihood; 0: all
     "caption_examples": 64,  # generated captions
@@ -192,11 +196,8 @@ def eval_config() -> dict:
     "temperature": 1.0,
     "top_p": 1.0,
     "truth_key": "",  # record feature with the ground truth of a demo scene
-    "zero_shot_classes": "",  # one class name a line, or JSON {class: [prompt, ...]}
-    "zero_shot_template": "a photo of a {}",
-    "zero_shot_dir": "",  # labelled records; "": those of eval_data_dir
-    "zero_shot_label_key": "label",
-    "zero_shot_examples": 256,
+    "zero_shot": zero_shot_config(),
+    "features": feature_eval_config(),
   }
 
 
@@ -204,27 +205,34 @@ def clip_eval_config() -> dict:
   """What is measured on held-out data, and how often. An evaluator without data is off."""
   return {
     "every": 0,  # steps; 0: only at the end of each stage
+    "checkpoint_step": placeholder(int),  # of the checkpoint for eval_only; None: the newest
     "batch_size": 0,  # 0: the training batch size
-    "zero_shot": {
-      "dir": "",  # labelled pictures: shards, TFDS directory, folder of class folders
-      "split": "",
-      "classes": "",  # names: file, or a set of ov_eval; JSON {class: [prompt, ...]} has prompts
-      "templates": "photo",  # file, or a set of ov_eval
-      "image_key": "",  # "": that of the training data
-      "label_key": "label",
-      "examples": 0,  # 0: all
-    },
+    "zero_shot": zero_shot_config(),
     "retrieval": {
       "dir": "",  # pictures with captions; "": input.eval_data_dir
       "split": "",
       "image_key": "",
+      "image_root": "",  # folder of the pictures, where `dir` is a Karpathy split file
       "caption_keys": (),  # (): input.alt_keys
       "examples": 0,
     },
     "features": feature_eval_config(),
     "caption_examples": 0,  # pairs of input.eval_data_dir for the likelihood of captions; 0: all
     "gallery": 12,  # pictures of each kind in the report
-    "per_example": False,  # writes workdir/predictions/*.jsonl
+    "per_example": "",  # folder that gets the prediction for every example as JSON lines
+  }
+
+
+def zero_shot_config() -> dict:
+  """Classification of labelled pictures by texts; off without `classes`."""
+  return {
+    "dir": "",  # shards, TFDS directory, folder of class folders; "": input.eval_data_dir
+    "split": "",
+    "classes": "",  # names: file, or a set of ov_eval; JSON {class: [prompt, ...]} has prompts
+    "templates": "photo",  # what names are put into: file, or a set of ov_eval
+    "image_key": "",  # "": that of the training data
+    "label_key": "label",
+    "examples": 0,  # 0: all
   }
 
 

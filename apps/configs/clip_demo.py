@@ -33,7 +33,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.model.encoder_options = ConfigDict(_TOWER)
   config.model.text_options = ConfigDict(_TOWER)
   config.model.decoder_options = ConfigDict(_TOWER | {"depth": 1})
-  use_objective(config, a.loss)
   config.tokenizer.train_kind = "words"
   config.input.update(
     alt_keys=("txt",),
@@ -41,7 +40,14 @@ def get_config(arg: str | None = None) -> ConfigDict:
     fit="squash",
     color_jitter=False,  # colours and places are what is asked for
   )
-  config.input.demo.update(train_examples=60_000, image_size=48)
+  use_objective(config, a.loss)
+  config.input.demo.update(
+    train_examples=60_000,
+    zero_shot_examples=640,
+    probe_examples=960,
+    classes="colour_shape",
+    image_size=48,
+  )
   config.optimizer.update(learning_rate=2e-3, weight_decay=0.05, grad_clip_norm=1.0)
   config.optimizer.schedule.warmup_steps = 200
   config.checkpoint.every = 500
@@ -49,7 +55,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.log_every = 25
   if a.runlocal:
     config.total_steps, config.optimizer.schedule.warmup_steps = 40, 4
-    config.input.demo.update(train_examples=2_000, eval_examples=128, zero_shot_examples=64)
+    config.input.demo.update(
+      train_examples=2_000, eval_examples=128, zero_shot_examples=64, probe_examples=96
+    )
     config.eval.update(every=20)
     config.checkpoint.every = 10
     config.log_every = 5

@@ -25,7 +25,7 @@ def use_objective(config: ConfigDict, name: str) -> None:
   loss.update(clip=1.0, siglip=0.0, caption=0.0)
   config.input.sentence_positive = name == "openvision"
   if name in ("clip", "siglip"):
-    model.decoder = ""
+    model.decoder, config.input.caption_keys = "", ()
   if name == "openvision":
     loss.caption = 2.0
   elif name == "siglip":

@@ -79,7 +79,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
     dtype=a.dtype,
     remat=a.remat,
   )
-  use_objective(config, a.loss)
   if a.mask_ratio:
     config.model.encoder_options = ConfigDict({"mask_ratio": a.mask_ratio})
   config.optimizer.learning_rate = scaled_learning_rate(a.base_lr, config.batch_size)
@@ -91,6 +90,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     caption_keys=tuple(a.txt_key2.split("+")),
     color_jitter=a.color_jitter,
   )
+  use_objective(config, a.loss)
   config.tokenizer.path = os.path.expanduser(a.vocab_path)
   config.mesh.update(data=a.data_parallelism, fsdp=a.fsdp_parallelism, tensor=a.tensor_parallelism)
   config.init_from.path = a.init

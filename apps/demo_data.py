@@ -1,9 +1,12 @@
-"""The demo's data: drawn scenes, written as record shards into the workdir."""
+"""The demo's data: drawn scenes, written as record shards into the workdir.
 
-from collections.abc import Iterator
+data            scenes of one or two objects; splits train and heldout
+data/objects    labelled pictures of one object; splits train and heldout
+data/classes.json   {class: [prompt, ...]} of those labels
+"""
+
 import json
 from pathlib import Path
-from typing import Any, Final
 
 import jax
 from jax.experimental import multihost_utils
@@ -12,8 +15,6 @@ from ml_collections import ConfigDict
 from apps.trainer.errors import user_errors
 from apps.trainer.progress import Terminal
 from ov_data import scenes, writer
-
-_LABEL: Final = "shape"  # what pictures of one object are classified by
 
 
 def prepare(config: ConfigDict, workdir: Path, terminal: Terminal) -> None:
@@ -34,16 +35,20 @@ def prepare(config: ConfigDict, workdir: Path, terminal: Terminal) -> None:
   config.input.update(
     data_dir=str(folder), split="train", eval_data_dir=str(folder), eval_split="heldout"
   )
-  config.eval.update(
-    truth_key="truth",
-    zero_shot_dir=str(folder / "zero_shot"),
-    zero_shot_classes=str(folder / "classes.json"),
-    zero_shot_label_key=_LABEL,
+  if "truth_key" in config.eval:
+    config.eval.truth_key = "truth"
+  objects = str(folder / "objects")
+  config.eval.zero_shot.update(
+    dir=objects, split="heldout", classes=str(folder / "classes.json"), label_key="label"
   )
+  if config.input.demo.probe_examples:
+    config.eval.features.update(
+      train_dir=objects, train_split="train", dir=objects, split="heldout", label_key="label"
+    )
 
 
 def _make(config: ConfigDict, folder: Path, terminal: Terminal) -> None:
-  """Scenes of both splits, pictures of one object to classify, and the classes' prompts."""
+  """Scenes of both splits, labelled pictures of one object, and the prompts of their classes."""
   demo = config.input.demo
   sizes = {"train": demo.train_examples, "heldout": demo.eval_examples}
   with terminal.count("drawing scenes", sum(sizes.values())) as advance:
@@ -51,17 +56,16 @@ def _make(config: ConfigDict, folder: Path, terminal: Terminal) -> None:
       folder, sizes, seed=config.seed, image_size=demo.image_size, progress=advance
     )
   terminal.phase(str(summary))
-  writer.write_dataset(
-    folder / "zero_shot",
-    {"heldout": 1},
-    lambda split, number: _single_objects(config.seed, demo.zero_shot_examples, demo.image_size),
-    {"kind": "single objects", "seed": config.seed, **demo.to_dict()},
+  objects = {"heldout": demo.zero_shot_examples}
+  if demo.probe_examples:
+    objects["train"] = demo.probe_examples
+  writer.make_scenes_dataset(
+    folder / "objects",
+    objects,
+    seed=config.seed,
+    image_size=demo.image_size,
+    num_objects=1,
+    label=demo.classes,
     workers=0,
   )
-  (folder / "classes.json").write_text(json.dumps(scenes.class_prompts(_LABEL), indent=1))
-
-
-def _single_objects(seed: int, count: int, image_size: int) -> Iterator[dict[str, Any]]:
-  for i in range(count):
-    scene = scenes.sample_scene(seed, i, "heldout", num_objects=1)
-    yield {**scenes.scene_example(scene, image_size), _LABEL: scene.objects[0].shape}
+  (folder / "classes.json").write_text(json.dumps(scenes.class_prompts(demo.classes), indent=1))

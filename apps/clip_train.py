@@ -1,0 +1,33 @@
+"""Trains OpenVision: two towers and a caption decoder; evaluates them, writes report.html.
+
+  bazel run //apps:clip_train -- --config=apps/configs/clip_demo.py --workdir=/tmp/ov-clip
+  ... --config=apps/configs/openvision.py:img=Ti/16,txt_name=Ti,txt_decoder_name=Ti,res=160
+      --config.input.data_dir=/data/shards
+
+The same command goes on where a stopped run ended. `--check` says what a run would be;
+`--config.eval_only=True` evaluates its newest checkpoint.
+"""
+
+from typing import TYPE_CHECKING
+
+from apps.launch import launch
+from apps.trainer.errors import run_app
+
+if TYPE_CHECKING:
+  from apps.trainer.loop import App
+
+
+def main() -> None:
+  launch(_app, "clip_config", "apps/configs/clip_demo.py or openvision.py")
+
+
+def _app() -> "App":
+  from apps.clip_eval import ClipEvaluator
+  from apps.clip_task import ClipTask
+  from apps.trainer.loop import App
+
+  return App(ClipTask.from_config, ClipEvaluator)
+
+
+if __name__ == "__main__":
+  run_app(main)
