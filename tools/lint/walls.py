@@ -8,7 +8,7 @@ LIBRARY = {
   "ov_models": {"jax", "flax", "einops", "numpy"},
   "ov_losses": {"jax", "flax", "einops", "numpy"},
   "ov_sharding": {"jax", "flax", "einops", "numpy"},
-  "ov_eval": {"jax", "numpy"},
+  "ov_eval": {"jax", "numpy", "scipy"},
   "ov_data": {"numpy", "pillow", "tokenizers", "protobuf", "google_crc32c"},
   "ov_convert": {"jax", "numpy"},
 }

@@ -14,12 +14,20 @@ from ov_eval.generative import (
   classify_by_likelihood,
   prompts_hash,
 )
+from ov_eval.knn import knn, majority
 from ov_eval.likelihood import CaptionNLL, caption_nll
+from ov_eval.probe import FewShot, Probe, few_shot, linear_probe
 from ov_eval.processes import across_processes, gather
 from ov_eval.results import Result, write_results
 from ov_eval.states import Confusion, Mean, Share
 
 __all__ = [
+  "majority",
+  "knn",
+  "linear_probe",
+  "few_shot",
+  "Probe",
+  "FewShot",
   "AttributeAccuracy",
   "CaptionNLL",
   "CaptionRecord",

@@ -78,25 +78,37 @@ class Classification:
     valid = np.asarray(valid, bool)
     scores, labels = np.asarray(scores)[valid], np.asarray(labels)[valid]
     num_classes = scores.shape[-1]
-    outside = labels[(labels < 0) | (labels >= num_classes)]
-    if outside.size:
-      raise ValueError(f"label {outside[0]} is not in [0, {num_classes}); check the class names.")
-    if np.isnan(scores).any():
-      raise ValueError(f"{int(np.isnan(scores).any(-1).sum())} examples have NaN class scores.")
-    own = np.take_along_axis(scores, labels[:, None], 1)
-    earlier = np.arange(num_classes) < labels[:, None]
-    rank = ((scores > own) | ((scores == own) & earlier)).sum(1)
+    rank = class_ranks(scores, labels)
     predicted = scores.argmax(1) if len(scores) else labels
     return cls(Share.of(rank < 1), Share.of(rank < 5), Confusion.of(labels, predicted, num_classes))
 
-  def results(self, level: float = 0.95) -> list[Result]:
-    """`zero_shot_top1`, `zero_shot_top5`, `zero_shot_mean_per_class`."""
+  def results(self, level: float = 0.95, prefix: str = "zero_shot") -> list[Result]:
+    """`<prefix>_top1`, `<prefix>_top5`, `<prefix>_mean_per_class`."""
     mean = self.confusion.mean_per_class()
     return [
-      self.top1.result("zero_shot_top1", level),
-      self.top5.result("zero_shot_top5", level),
-      Result("zero_shot_mean_per_class", mean, self.top1.count, unit="share"),
+      self.top1.result(f"{prefix}_top1", level),
+      self.top5.result(f"{prefix}_top5", level),
+      Result(f"{prefix}_mean_per_class", mean, self.top1.count, unit="share"),
     ]
+
+
+def class_ranks(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+  """How many classes stand before the true one: int [B] from scores float [B, C], labels int [B].
+
+  Equal scores rank in order of class number.
+
+  Raises:
+    ValueError: for a label outside [0, C) or a NaN score.
+  """
+  num_classes = scores.shape[-1]
+  outside = labels[(labels < 0) | (labels >= num_classes)]
+  if outside.size:
+    raise ValueError(f"label {outside[0]} is not in [0, {num_classes}); check the class names.")
+  if np.isnan(scores).any():
+    raise ValueError(f"{int(np.isnan(scores).any(-1).sum())} examples have NaN class scores.")
+  own = np.take_along_axis(scores, labels[:, None], 1)
+  earlier = np.arange(num_classes) < labels[:, None]
+  return ((scores > own) | ((scores == own) & earlier)).sum(1)
 
 
 def classify_by_likelihood(

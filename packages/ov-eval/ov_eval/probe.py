@@ -1,0 +1,297 @@
+"""Linear probes of frozen features: multinomial logistic regression, with all or a few examples."""
+
+from collections.abc import Sequence
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy import optimize, stats
+
+from ov_eval.generative import Classification
+from ov_eval.knn import check_features
+from ov_eval.results import Result
+from ov_eval.states import Mean, Share
+
+L2 = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+  """Outcome of a linear probe.
+
+  Attributes:
+    test: on the test rows.
+    l2: the regularisation that did best on the validation rows.
+    validation: (l2, accuracy on the validation rows) of each tried, strongest first.
+    iterations: of the last fit.
+    converged: False where the last fit stopped at `max_iterations`.
+  """
+
+  test: Classification
+  l2: float
+  validation: tuple[tuple[float, Share], ...]
+  iterations: int
+  converged: bool
+
+  def results(self, level: float = 0.95, prefix: str = "probe") -> list[Result]:
+    """`probe_top1`, `probe_top5`, `probe_mean_per_class` and, without interval, `probe_l2`."""
+    found = self.test.results(level, prefix)
+    return [*found, Result(f"{prefix}_l2", self.l2, self.test.top1.count)]
+
+
+@dataclasses.dataclass(frozen=True)
+class FewShot:
+  """Outcome of probes trained on few examples.
+
+  Attributes:
+    shots: examples per class, length S.
+    right: [S][D] for each draw, which test rows were right: bool [M].
+  """
+
+  shots: tuple[int, ...]
+  right: tuple[tuple[np.ndarray, ...], ...]
+
+  def accuracy(self) -> np.ndarray:
+    """Of each draw, float64 [S, D]."""
+    return np.array([[draw.mean() for draw in draws] for draws in self.right])
+
+  def results(self, level: float = 0.95) -> list[Result]:
+    """`few_shot_<n>_top1`: mean over draws.
+
+    The interval adds two variances: of the mean over draws (Student's t over D draws; nothing
+    with one draw) and over test rows.
+    """
+    found = []
+    for shots, draws in zip(self.shots, self.right, strict=True):
+      state = Mean.of(np.mean(draws, axis=0))
+      half = state.interval(level)[1] - state.value
+      if len(draws) > 1:
+        error = float(np.std([draw.mean() for draw in draws], ddof=1)) / math.sqrt(len(draws))
+        half = math.hypot(half, error * float(stats.t.ppf((1 + level) / 2, len(draws) - 1)))
+      low, high = max(0.0, state.value - half), min(1.0, state.value + half)
+      name = f"few_shot_{shots}_top1"
+      found.append(Result(name, state.value, state.count, low, high, "share"))
+    return found
+
+
+def linear_probe(
+  train: np.ndarray,
+  train_labels: np.ndarray,
+  test: np.ndarray,
+  test_labels: np.ndarray,
+  *,
+  validation: tuple[np.ndarray, np.ndarray] | float = 0.2,
+  l2: Sequence[float] = L2,
+  num_classes: int | None = None,
+  seed: int = 0,
+  max_iterations: int = 500,
+  chunk: int = 8192,
+) -> Probe:
+  """Fits logistic regression by L-BFGS for each `l2`, keeps the best, fits it on everything.
+
+  The loss is mean cross-entropy + l2 / 2 |W|^2; the bias is free. Features are centred and divided
+  by one number, so that their mean squared length is 1: centring changes nothing in the optimum,
+  and one `l2` means the same for every model. It is scikit-learn's LogisticRegression with
+  C = 1 / (l2 N) on features scaled so. Test rows are used once, at the end.
+
+  Args:
+    train, test: float [N, E] and [M, E], valid rows only; every process passes all of them.
+    train_labels, test_labels: int [N] and [M].
+    validation: (features, labels) to choose `l2` by, or a share of every class of `train` (a class
+      keeps at least one row for training). With equal accuracy the stronger one wins.
+    l2: regularisations to try; one alone is taken without validation.
+    num_classes: largest label + 1 when omitted.
+    seed: of the rows held out of `train`.
+    max_iterations: of each fit.
+    chunk: rows whose class scores are held at once; the device holds all features.
+
+  Raises:
+    ValueError: as `knn`, or if no row is left to validate on.
+  """
+  train, train_labels, num_classes = check_features(
+    train, train_labels, test, test_labels, num_classes
+  )
+  strengths = sorted(set(l2), reverse=True)
+  if not strengths or strengths[-1] <= 0:
+    raise ValueError(f"l2={tuple(l2)} must be numbers > 0.")
+  tried: list[tuple[float, Share]] = []
+  if len(strengths) > 1:
+    if isinstance(validation, tuple):
+      held, held_labels = validation
+      fitted, fitted_labels, _ = check_features(train, train_labels, held, held_labels, num_classes)
+    else:
+      out = _hold_out(train_labels, validation, seed)
+      fitted, fitted_labels = train[~out], train_labels[~out]
+      held, held_labels = train[out], train_labels[out]
+    problem = _Problem(fitted, fitted_labels, num_classes, chunk)
+    weights = problem.zeros()
+    for strength in strengths:  # each starts where the stronger one ended
+      weights, _ = problem.fit(weights, strength, max_iterations)
+      right = problem.scores(weights, held).argmax(1) == held_labels
+      tried.append((strength, Share.of(right)))
+    best = max(tried, key=lambda pair: pair[1].value)[0]
+    if isinstance(validation, tuple):
+      train = np.concatenate([train, np.asarray(held, np.float32)])
+      train_labels = np.concatenate([train_labels, np.asarray(held_labels, np.int64)])
+  else:
+    best = strengths[0]
+  problem = _Problem(train, train_labels, num_classes, chunk)
+  weights, found = problem.fit(problem.zeros(), best, max_iterations)
+  return Probe(
+    test=_classify(problem, weights, test, test_labels),
+    l2=best,
+    validation=tuple(tried),
+    iterations=int(found.nit),
+    converged=found.status != 1,  # 1: a limit was hit; 2: float32 rounding ended the line search
+  )
+
+
+def few_shot(
+  train: np.ndarray,
+  train_labels: np.ndarray,
+  test: np.ndarray,
+  test_labels: np.ndarray,
+  *,
+  shots: Sequence[int] = (1, 2, 4, 8, 16),
+  draws: int = 5,
+  l2: float = 1e-4,
+  num_classes: int | None = None,
+  seed: int = 0,
+  max_iterations: int = 500,
+) -> FewShot:
+  """Linear probes trained on `shots` examples of each class, drawn anew `draws` times.
+
+  Draw d of n shots is part of draw d of more shots. `l2` is fixed: so few examples leave none to
+  choose it by.
+
+  Args:
+    train, train_labels, test, test_labels, num_classes, max_iterations: as in `linear_probe`.
+    shots: examples per class.
+    draws: repetitions with other examples.
+    l2: regularisation, in the units of `linear_probe`.
+    seed: of the draws.
+
+  Raises:
+    ValueError: as `linear_probe`, or if a class that occurs has too few training rows.
+  """
+  train, train_labels, num_classes = check_features(
+    train, train_labels, test, test_labels, num_classes
+  )
+  counts = np.bincount(train_labels, minlength=num_classes)
+  present = np.flatnonzero(counts)
+  rarest = int(present[counts[present].argmin()])
+  if not shots or draws < 1 or min(shots) < 1 or max(shots) > counts[rarest]:
+    raise ValueError(
+      f"shots={tuple(shots)} and draws={draws} must be >= 1, shots at most {counts[rarest]}: "
+      f"class {rarest} has no more training rows."
+    )
+  labels = np.asarray(test_labels)
+  right: list[tuple[np.ndarray, ...]] = []
+  for n in shots:
+    outcomes = []
+    for draw in range(draws):
+      # A random order of all rows, then stably by class: the first n of each class.
+      order = np.random.default_rng([seed, draw]).permutation(len(train))
+      order = order[np.argsort(train_labels[order], kind="stable")]
+      starts = np.cumsum(counts[present]) - counts[present]
+      rows = order[(starts[:, None] + np.arange(n)).ravel()]
+      problem = _Problem(train[rows], train_labels[rows], num_classes, len(rows))
+      weights, _ = problem.fit(problem.zeros(), l2, max_iterations)
+      outcomes.append(problem.scores(weights, test).argmax(1) == labels)
+    right.append(tuple(outcomes))
+  return FewShot(tuple(shots), tuple(right))
+
+
+class _Problem:
+  """Logistic regression on given rows: features on the device, L-BFGS on the host."""
+
+  def __init__(self, features: np.ndarray, labels: np.ndarray, num_classes: int, chunk: int):
+    self._mean = features.mean(0, dtype=np.float64).astype(np.float32)
+    centred = features - self._mean
+    square = float(np.square(centred, dtype=np.float64).sum(1).mean())
+    self._scale = np.float32(math.sqrt(square) or 1.0)
+    self._shape = features.shape[1] + 1, num_classes
+    self._chunk = min(chunk, len(features))
+    count = -(-len(features) // self._chunk)
+    padded = np.zeros((count * self._chunk, features.shape[1]), np.float32)
+    padded[: len(features)] = centred / self._scale
+    classes = np.full(len(padded), -1, np.int32)  # no class: counts nothing
+    classes[: len(labels)] = labels
+    self._features = jnp.asarray(padded.reshape(count, self._chunk, -1))
+    self._labels = jnp.asarray(classes.reshape(count, self._chunk))
+    self._size = np.float32(len(features))
+
+  def zeros(self) -> np.ndarray:
+    return np.zeros(self._shape[0] * self._shape[1])
+
+  def fit(
+    self, start: np.ndarray, l2: float, max_iterations: int
+  ) -> tuple[np.ndarray, optimize.OptimizeResult]:
+    """The weights, flat float64 [(E+1) C], from a start."""
+
+    def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
+      weights = flat.reshape(self._shape).astype(np.float32)
+      loss, grad = jax.device_get(_cross_entropy(weights, self._features, self._labels, self._size))
+      kernel = flat.reshape(self._shape).copy()
+      kernel[-1] = 0.0  # the bias is free
+      total = float(loss) + 0.5 * l2 * float(np.square(kernel).sum())
+      return total, (grad.astype(np.float64) + l2 * kernel).ravel()
+
+    # float32 sums end the search for more: their rounding is about 1e-7 of the loss.
+    options = {"maxiter": max_iterations, "maxfun": 2 * max_iterations, "ftol": 1e-9, "gtol": 1e-6}
+    found = optimize.minimize(objective, start, jac=True, method="L-BFGS-B", options=options)
+    return found.x, found
+
+  def scores(self, weights: np.ndarray, features: np.ndarray) -> np.ndarray:
+    """Class scores float32 [M, C]."""
+    kernel = weights.reshape(self._shape).astype(np.float32)
+    rows = (np.asarray(features, np.float32) - self._mean) / self._scale
+    return rows @ kernel[:-1] + kernel[-1]
+
+
+@jax.jit
+def _cross_entropy(
+  weights: jax.Array, features: jax.Array, labels: jax.Array, size: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Mean cross-entropy over [count, chunk] rows and its gradient [E+1, C], chunk by chunk."""
+
+  def part(kernel: jax.Array, rows: jax.Array, classes: jax.Array) -> jax.Array:
+    scores = jnp.matmul(rows, kernel[:-1], precision=jax.lax.Precision.HIGHEST) + kernel[-1]
+    own = jnp.take_along_axis(scores, jnp.maximum(classes, 0)[:, None], axis=1)[:, 0]
+    losses = jax.nn.logsumexp(scores, axis=1) - own
+    return jnp.sum(jnp.where(classes >= 0, losses, 0.0)) / size
+
+  def add(
+    sums: tuple[jax.Array, jax.Array], chunk: tuple[jax.Array, jax.Array]
+  ) -> tuple[tuple[jax.Array, jax.Array], None]:
+    loss, grad = jax.value_and_grad(part)(weights, *chunk)
+    return (sums[0] + loss, sums[1] + grad), None
+
+  zero = jnp.zeros((), jnp.float32), jnp.zeros_like(weights)
+  return jax.lax.scan(add, zero, (features, labels))[0]
+
+
+def _classify(
+  problem: _Problem, weights: np.ndarray, test: np.ndarray, labels: np.ndarray
+) -> Classification:
+  return Classification.of(
+    problem.scores(weights, test), np.asarray(labels), np.ones(len(labels), bool)
+  )
+
+
+def _hold_out(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
+  """bool [N]: `share` of each class, rounded, never a whole class."""
+  if not 0 < share < 1:
+    raise ValueError(f"validation={share} must be a share between 0 and 1.")
+  out = np.zeros(len(labels), bool)
+  random = np.random.default_rng(seed)
+  for label in np.unique(labels):
+    rows = random.permutation(np.flatnonzero(labels == label))
+    out[rows[: min(round(share * len(rows)), len(rows) - 1)]] = True
+  if not out.any():
+    raise ValueError(
+      f"no class is large enough to hold out {share:.0%} of it; give validation rows or one l2."
+    )
+  return out
