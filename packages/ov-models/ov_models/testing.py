@@ -13,10 +13,15 @@ def random_params(config: Config, seed: int = 0) -> Params:
 
   Kernels and tables have std 0.1, biases 0.1 around 0, norm scales 0.1 around 1.
   """
+  return random_like(abstract_params(config), seed)
+
+
+def random_like(shapes: Params, seed: int = 0) -> Params:
+  """The same for a tree of jax.ShapeDtypeStruct."""
   rng = np.random.default_rng(seed)
 
   def draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
     centre = 1.0 if path[-1].key == "scale" else 0.0
     return jax.numpy.asarray(rng.normal(centre, 0.1, leaf.shape).astype(leaf.dtype))
 
-  return jax.tree_util.tree_map_with_path(draw, abstract_params(config))
+  return jax.tree_util.tree_map_with_path(draw, shapes)
