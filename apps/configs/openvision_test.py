@@ -1,0 +1,55 @@
+"""The recipes of the published scripts, resolved: batch, steps, warm-up and rate of each stage."""
+
+import pytest
+
+from apps.configs import clip_demo, openvision
+from apps.configs.base import clip_config
+from apps.configs.objectives import OBJECTIVES, use_objective
+
+STAGES = [
+  # factor, base_lr, epochs, warm-up epochs, resolution -> batch, rate, steps, warm-up steps
+  ("batch_factor=2,base_lr=8e-6,imagenet_epoch=10000,vitual_warmup_epoch=40,res=160",
+   32_768, 1.024e-3, 390_981, 1_563),
+  ("batch_factor=1,base_lr=4e-7,imagenet_epoch=800,virtual_warmup_epoch=20,res=224",
+   16_384, 2.56e-5, 62_556, 1_563),
+  ("batch_factor=0.5,base_lr=1e-7,imagenet_epoch=200,virtual_warmup_epoch=0,res=384",
+   8_192, 3.2e-6, 31_278, 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "batch", "rate", "steps", "warmup"), STAGES)
+def test_published_stages(text, batch, rate, steps, warmup):
+  config = openvision.get_config(text + ",img=S/16,txt_name=S/16,txt_decoder_name=S")
+  assert config.batch_size == batch
+  assert config.optimizer.learning_rate == pytest.approx(rate, rel=1e-12)
+  assert (config.total_steps, config.optimizer.schedule.warmup_steps) == (steps, warmup)
+  assert (config.model.encoder, config.model.text, config.model.decoder) == ("S/16", "S", "S")
+  assert (config.loss.clip, config.loss.caption) == (1.0, 2.0)
+  assert (config.model.token_len, config.model.caption_len) == (80, 128)
+  assert config.input.sentence_positive
+
+
+def test_text_keys_of_the_published_data():
+  config = openvision.get_config("txt_key1=txt,txt_key2=llava_caption+recaption")
+  assert config.input.alt_keys == ("txt",)
+  assert config.input.caption_keys == ("llava_caption", "recaption")
+
+
+def test_arguments_without_effect_are_accepted_with_a_reason(caplog):
+  openvision.get_config("use_sovit=true,concat=false,prob=1.0")
+  assert "So400m has its own width" in caplog.text
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_objectives_ask_for_what_they_weigh(name):
+  config = clip_demo.get_config(f"loss={name}")
+  contrastive = config.loss.clip + config.loss.siglip
+  assert bool(config.model.text) == bool(contrastive)
+  assert bool(config.model.decoder) == bool(config.loss.caption)
+  assert config.input.sentence_positive == (name == "openvision")
+  assert (config.model.bias_init is None) == (name != "siglip")
+
+
+def test_unknown_objective_is_named():
+  with pytest.raises(ValueError, match="loss='clap': expected one of openvision, clip"):
+    use_objective(clip_config(), "clap")
