@@ -7,6 +7,8 @@ from ov_eval.captions import (
   caption_statistics,
   generate_captions,
 )
+from ov_eval.classes import ClassSet, TemplateSet, class_set, class_texts, template_set
+from ov_eval.embeddings import Collected, collect_embeddings, embed_texts, flatten_captions
 from ov_eval.generative import (
   Classification,
   canonicalise,
@@ -19,32 +21,57 @@ from ov_eval.likelihood import CaptionNLL, caption_nll
 from ov_eval.probe import FewShot, Probe, few_shot, linear_probe
 from ov_eval.processes import across_processes, gather
 from ov_eval.results import Result, write_results
+from ov_eval.retrieval import QueryRanks, RetrievalResult, Retrieved, retrieval, top_retrieved
 from ov_eval.states import Confusion, Mean, Share
+from ov_eval.zero_shot import (
+  Predictions,
+  class_embeddings,
+  classify_by_embedding,
+  worst_mistakes,
+)
 
 __all__ = [
-  "majority",
-  "knn",
-  "linear_probe",
-  "few_shot",
-  "Probe",
-  "FewShot",
   "AttributeAccuracy",
   "CaptionNLL",
   "CaptionRecord",
+  "ClassSet",
   "Classification",
+  "Collected",
   "Confusion",
+  "FewShot",
   "Mean",
+  "Predictions",
+  "Probe",
+  "QueryRanks",
   "Result",
+  "RetrievalResult",
+  "Retrieved",
   "Share",
+  "TemplateSet",
   "across_processes",
   "attribute_accuracy",
   "canonicalise",
   "caption_nll",
   "caption_statistics",
+  "class_embeddings",
   "class_prompts",
+  "class_set",
+  "class_texts",
+  "classify_by_embedding",
   "classify_by_likelihood",
+  "collect_embeddings",
+  "embed_texts",
+  "few_shot",
+  "flatten_captions",
   "gather",
   "generate_captions",
+  "knn",
+  "linear_probe",
+  "majority",
   "prompts_hash",
+  "retrieval",
+  "template_set",
+  "top_retrieved",
+  "worst_mistakes",
   "write_results",
 ]

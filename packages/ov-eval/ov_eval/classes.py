@@ -1,0 +1,176 @@
+"""Class names and prompt templates of zero-shot classification, as data with names.
+
+Two sets that people compare against, the 1000 names of ImageNet and the 80 templates of CLIP, come
+from an installed open_clip or from a file; nothing is downloaded.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+from ov_eval.generative import canonicalise, prompts_hash
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassSet:
+  """Names of classes in order of class number. Names may repeat; the lower number then wins.
+
+  Raises:
+    ValueError: for fewer than two classes, or an empty name.
+  """
+
+  name: str
+  classes: tuple[str, ...]
+
+  def __post_init__(self) -> None:
+    if len(self.classes) < 2:
+      raise ValueError(f"{self.name!r} names {len(self.classes)} classes; expected at least two.")
+    if empty := [number for number, text in enumerate(self.classes) if not text.strip()]:
+      raise ValueError(f"{self.name!r} has no name for class {empty[0]}; give every class one.")
+
+  @property
+  def hash(self) -> str:
+    """Twelve hex digits that identify the names, for result files."""
+    return prompts_hash(self.classes)
+
+
+@dataclasses.dataclass(frozen=True)
+class TemplateSet:
+  """Prompts with `{}` in the place of the class name.
+
+  Raises:
+    ValueError: without a template, or for one without `{}`.
+  """
+
+  name: str
+  templates: tuple[str, ...]
+
+  def __post_init__(self) -> None:
+    if not self.templates:
+      raise ValueError(f"{self.name!r} holds no template; expected one at least.")
+    for template in self.templates:
+      if "{}" not in template:
+        raise ValueError(f"template {template!r} of {self.name!r} has no {{}} for the class name.")
+
+  @property
+  def hash(self) -> str:
+    """Twelve hex digits that identify the templates, for result files."""
+    return prompts_hash(self.templates)
+
+
+_TEMPLATES: dict[str, tuple[str, ...]] = {
+  "plain": ("{}",),
+  "photo": ("a photo of a {}",),
+  # The seven that a search over all 80 kept (openai/CLIP, prompt engineering for ImageNet), and the
+  # bare name. big_vision and OpenVision call them "clip_best".
+  "openai_best": (
+    "itap of a {}.",
+    "a bad photo of the {}.",
+    "a origami {}.",
+    "a photo of the large {}.",
+    "a {} in a video game.",
+    "art of the {}.",
+    "a photo of the small {}.",
+    "{}",
+  ),
+}
+# Known sets that are not kept here: name -> how many the library must give.
+_CLIP_TEMPLATES = {"openai_80": 80, "openvision_81": 81}
+
+
+def template_set(name_or_path: str) -> TemplateSet:
+  """Templates by name or from a file.
+
+  Args:
+    name_or_path: `plain`, `photo`, `openai_best`, `openai_80` (the 80 of CLIP), `openvision_81`
+      (those and the bare name), or a file: .json with a list, else one template a line.
+
+  Raises:
+    ValueError: for an unknown name, a file of another form, or a set that needs open_clip where
+      that is not installed.
+  """
+  if name_or_path in _TEMPLATES:
+    return TemplateSet(name_or_path, _TEMPLATES[name_or_path])
+  if name_or_path in _CLIP_TEMPLATES:
+    # Each is a function of the name there; its value at "{}" is the template.
+    functions = _open_clip("OPENAI_IMAGENET_TEMPLATES", name_or_path)
+    templates = tuple(function("{}") for function in functions)
+    if name_or_path == "openvision_81":
+      templates += ("{}",)
+    if len(templates) != _CLIP_TEMPLATES[name_or_path]:
+      raise ValueError(
+        f"open_clip gave {len(templates)} templates for {name_or_path!r}; its list has changed, "
+        f"give the templates as a file."
+      )
+    return TemplateSet(name_or_path, templates)
+  known = ", ".join([*_TEMPLATES, *_CLIP_TEMPLATES])
+  return TemplateSet(name_or_path, _read(name_or_path, f"a set of templates ({known})"))
+
+
+def class_set(name_or_path: str) -> ClassSet:
+  """Class names by name or from a file.
+
+  Args:
+    name_or_path: `imagenet` (the 1000 names that go with CLIP's templates), or a file: .json with
+      a list, else one name a line.
+
+  Raises:
+    ValueError: as `template_set`.
+  """
+  if name_or_path == "imagenet":
+    return ClassSet("imagenet", tuple(_open_clip("IMAGENET_CLASSNAMES", "imagenet")))
+  return ClassSet(name_or_path, _read(name_or_path, "a set of classes (imagenet)"))
+
+
+def class_texts(
+  classes: ClassSet | Sequence[str],
+  templates: TemplateSet | Sequence[str],
+  *,
+  canonical: bool = True,
+) -> list[str]:
+  """Every class in every template: C * P texts, all P of class 0 first.
+
+  Args:
+    classes: C names.
+    templates: P templates.
+    canonical: lower case and without punctuation, as the predecessor; see `canonicalise`.
+  """
+  names = classes.classes if isinstance(classes, ClassSet) else tuple(classes)
+  patterns = templates.templates if isinstance(templates, TemplateSet) else tuple(templates)
+  # The sets hold the checks of names and templates.
+  names = ClassSet("classes", names).classes
+  patterns = TemplateSet("templates", patterns).templates
+  if canonical:
+    names = tuple(canonicalise(name, keep=",") for name in names)
+    patterns = tuple(canonicalise(pattern, keep="{}") for pattern in patterns)
+  return [pattern.replace("{}", name) for name in names for pattern in patterns]
+
+
+def _open_clip(attribute: str, wanted: str) -> Any:
+  """A list out of open_clip, an optional library that this package does not depend on."""
+  try:
+    return getattr(importlib.import_module("open_clip.zero_shot_metadata"), attribute)
+  except (ImportError, AttributeError) as error:
+    raise ValueError(
+      f"{wanted!r} is read from open_clip, which could not be used ({error}). Install it "
+      f"(pip install open_clip_torch), or give a file instead: one a line, or a JSON list."
+    ) from error
+
+
+def _read(path: str, kind: str) -> tuple[str, ...]:
+  file = Path(path).expanduser()
+  if not file.is_file():
+    raise ValueError(f"{path!r} is neither {kind} nor a file; give one of them.")
+  text = file.read_text(encoding="utf-8")
+  if file.suffix != ".json":
+    return tuple(line.strip() for line in text.splitlines() if line.strip())
+  try:
+    value = json.loads(text)
+  except json.JSONDecodeError as error:
+    raise ValueError(f"{path} is not JSON: {error}.") from error
+  if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
+    raise ValueError(f"{path}: expected a JSON list of texts, got {type(value).__name__}.")
+  return tuple(value)
