@@ -1,4 +1,4 @@
-"""Losses as pure functions: no model, no mesh, no state."""
+"""Losses as pure functions: no model, no state."""
 
 from ov_losses.caption import (
   CaptionLoss,
@@ -6,10 +6,22 @@ from ov_losses.caption import (
   sequence_log_likelihood,
   shift_left,
 )
+from ov_losses.contrastive import (
+  ContrastiveLoss,
+  clamp_scale,
+  contrastive_sigmoid,
+  contrastive_softmax,
+  text_groups,
+)
 
 __all__ = [
   "CaptionLoss",
+  "ContrastiveLoss",
   "caption_cross_entropy",
+  "clamp_scale",
+  "contrastive_sigmoid",
+  "contrastive_softmax",
   "sequence_log_likelihood",
   "shift_left",
+  "text_groups",
 ]
