@@ -5,6 +5,7 @@ from ov_data.loader import Loader, TooManyBadRecords
 from ov_data.order import Order
 from ov_data.records import RecordError
 from ov_data.sources import Dataset, Source, find_shards
+from ov_data.text_processor import TextProcessor
 from ov_data.texts import TextSpec
 from ov_data.tokenizer import Tokenizer
 from ov_data.writer import ShardWriter, Skip, Summary, write_dataset
@@ -21,6 +22,7 @@ __all__ = [
   "Skip",
   "Source",
   "Summary",
+  "TextProcessor",
   "TextSpec",
   "Tokenizer",
   "TooManyBadRecords",

@@ -26,7 +26,7 @@ from ov_data import word_pieces
 MAX_CHARS = 16_384  # of a text; what follows is cut off before tokenising
 _MAX_WORD_CHARS = 100  # a longer word is [UNK]
 
-_TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_FILE = "tokenizer.json"
 _PACKING_FILE = "packing.json"  # written last: a folder without it is incomplete
 
 _TRAINED_SPECIALS = ("[PAD]", "[bos]", "[eos]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -262,7 +262,7 @@ class Tokenizer:
         for text, row in zip(_GOLDEN_TEXTS, self._golden_ids(_GOLDEN_TEXTS, _GOLDEN_LENGTH))
       ],
     }
-    _write(path / _TOKENIZER_FILE, self._backend.to_str(pretty=True))
+    _write(path / TOKENIZER_FILE, self._backend.to_str(pretty=True))
     _write(path / _PACKING_FILE, json.dumps(packing, ensure_ascii=False, indent=1) + "\n")
 
   @classmethod
@@ -274,7 +274,7 @@ class Tokenizer:
       ValueError: a file cannot be read, or texts no longer encode to the stored ids.
     """
     path = pathlib.Path(folder)
-    for name in (_PACKING_FILE, _TOKENIZER_FILE):
+    for name in (_PACKING_FILE, TOKENIZER_FILE):
       if not (path / name).is_file():
         raise FileNotFoundError(f"no tokenizer in {path}: {name} is missing.")
     try:
@@ -284,7 +284,7 @@ class Tokenizer:
       append_cls = bool(packing["append_cls"])
     except (ValueError, KeyError, TypeError) as error:
       raise ValueError(f"{path / _PACKING_FILE} is damaged: {error!r}.") from None
-    tokenizer = cls.from_file(path / _TOKENIZER_FILE, append_cls=append_cls)
+    tokenizer = cls.from_file(path / TOKENIZER_FILE, append_cls=append_cls)
     for (text, ids), now in zip(
       expected.items(), tokenizer._golden_ids(list(expected), length), strict=True
     ):
