@@ -14,19 +14,30 @@ from ov_models.generate import GenerateOutput, generate
 from ov_models.partition import on_mesh
 from ov_models.positions import resample_positions, sincos2d
 from ov_models.query_decoder import QueryDecoder, QueryDecoderConfig
+from ov_models.text import TEXT_PRESETS, TEXT_VARIANTS, TextConfig, TextEncoder, TextOutput
+from ov_models.two_towers import EMBED_DIMS, Embedded, TwoTowers, TwoTowersConfig
 from ov_models.vit import VIT_VARIANTS, ViT, ViTConfig, ViTOutput
 
 __all__ = [
   "DECODER_VARIANTS",
+  "EMBED_DIMS",
+  "TEXT_PRESETS",
+  "TEXT_VARIANTS",
   "VIT_VARIANTS",
   "Captioner",
   "CaptionerConfig",
   "CaptionerOutput",
   "Decoder",
   "DecoderConfig",
+  "Embedded",
   "GenerateOutput",
   "QueryDecoder",
   "QueryDecoderConfig",
+  "TextConfig",
+  "TextEncoder",
+  "TextOutput",
+  "TwoTowers",
+  "TwoTowersConfig",
   "ViT",
   "ViTConfig",
   "ViTOutput",

@@ -28,13 +28,15 @@ class Mask:
     kind: "full" all to all; "causal" each token to itself and earlier ones; "prefix" as causal,
       but the first `prefix` tokens are seen by all.
     prefix: number of leading tokens of "prefix".
+    keys: bool [B, T], the tokens that may be seen at all (not padding); None for all.
   """
 
   kind: MaskKind = "full"
   prefix: int = 0
+  keys: jax.Array | None = None
 
   def array(self, length: int) -> np.ndarray:
-    """bool [T, T] (query, key), True = attend."""
+    """bool [T, T] (query, key), True = attend; without regard to `keys`."""
     if self.kind == "full":
       return np.ones((length, length), bool)
     allowed = np.tril(np.ones((length, length), bool))
@@ -75,8 +77,11 @@ def attend(
   if implementation == "cudnn":
     return _attend_cudnn(q, k, v, mask)
   if implementation == "tpu":
-    return partition.per_device(partial(_attend_tpu, mask=mask), ndim=4, tensor_axis=2)(q, k, v)
+    return _attend_tpu(q, k, v, mask)
   allowed = None if mask.kind == "full" else jnp.asarray(mask.array(q.shape[1]))
+  if mask.keys is not None:
+    seen = mask.keys[:, None, None, :]
+    allowed = seen if allowed is None else seen & allowed
   return attend_xla(q, k, v, allowed)
 
 
@@ -100,11 +105,14 @@ def attend_xla(
 
 def _attend_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
   kernel = partial(jax.nn.dot_product_attention, implementation="cudnn")
-  if mask.kind != "prefix":
+  if mask.kind != "prefix" and mask.keys is None:
     return kernel(q, k, v, is_causal=mask.kind == "causal")
   # cuDNN takes an explicit mask only at even lengths.
-  (q, k, v), allowed, length = _pad(q, k, v, mask, 2)
-  return kernel(q, k, v, mask=jnp.asarray(allowed)[None, None])[:, :length]
+  (q, k, v), static, length = _pad(q, k, v, mask, 2)
+  allowed = jnp.asarray(static)[None, None]
+  if mask.keys is not None:
+    allowed = allowed & _pad_keys(mask.keys, q.shape[1])[:, None, None, :]
+  return kernel(q, k, v, mask=allowed)[:, :length]
 
 
 def _attend_tpu(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
@@ -113,16 +121,28 @@ def _attend_tpu(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Arr
 
   (q, k, v), allowed, length = _pad(q, k, v, mask, _LANES)
   block = next(b for b in (4 * _LANES, 3 * _LANES, 2 * _LANES, _LANES) if q.shape[1] % b == 0)
-  kernel = splash.make_splash_mha_single_device(
-    splash.MultiHeadMask([splash.NumpyMask(allowed)] * q.shape[2]),
-    block_sizes=splash.BlockSizes(
-      block_q=block, block_kv=block, block_kv_compute=block,
-      block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block,
-      block_q_dq=block, block_kv_dq=block,
-    ),
-  )  # fmt: skip
-  heads_first = [jnp.swapaxes(a, 1, 2) for a in (q * q.shape[-1] ** -0.5, k, v)]
-  return jnp.swapaxes(jax.vmap(kernel)(*heads_first), 1, 2)[:, :length]
+
+  def run(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array | None = None) -> jax.Array:
+    kernel = splash.make_splash_mha_single_device(
+      splash.MultiHeadMask([splash.NumpyMask(allowed)] * q.shape[2]),
+      block_sizes=splash.BlockSizes(
+        block_q=block, block_kv=block, block_kv_compute=block,
+        block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block,
+        block_q_dq=block, block_kv_dq=block,
+      ),
+    )  # fmt: skip
+    heads_first = [jnp.swapaxes(a, 1, 2) for a in (q * q.shape[-1] ** -0.5, k, v)]
+    if keys is None:
+      return jnp.swapaxes(jax.vmap(kernel)(*heads_first), 1, 2)
+    # A query sees the keys of its own segment: all queries are of segment 1, as are real keys.
+    keys = keys.astype(jnp.int32)
+    segments = splash.SegmentIds(q=jnp.ones_like(keys), kv=keys)
+    return jnp.swapaxes(jax.vmap(kernel)(*heads_first, segments), 1, 2)
+
+  args: list[jax.Array] = [q, k, v]
+  if mask.keys is not None:
+    args.append(_pad_keys(mask.keys, q.shape[1]))
+  return partition.per_device(run, [2, 2, 2, None][: len(args)])(*args)[:, :length]
 
 
 def _pad(
@@ -136,6 +156,11 @@ def _pad(
   allowed[length:, :length] = True  # a row that sees nothing would divide by zero
   pads = ((0, 0), (0, padded - length), (0, 0), (0, 0))
   return [jnp.pad(a, pads) for a in (q, k, v)], allowed, length
+
+
+def _pad_keys(keys: jax.Array, length: int) -> jax.Array:
+  """bool [B, T] -> [B, length]."""
+  return jnp.pad(keys, ((0, 0), (0, length - keys.shape[1])))
 
 
 def _platform() -> str:

@@ -10,18 +10,29 @@ import jax.numpy as jnp
 
 from ov_models.captioner import Captioner, CaptionerConfig
 from ov_models.config import TransformerConfig
+from ov_models.decoder import DecoderConfig
+from ov_models.query_decoder import QueryDecoderConfig
+from ov_models.text import TextConfig, TextEncoder
+from ov_models.two_towers import TwoTowers, TwoTowersConfig
 from ov_models.vit import ViT, ViTConfig
 
 Params = dict[str, Any]
-Config = ViTConfig | CaptionerConfig
+Config = ViTConfig | TextConfig | CaptionerConfig | TwoTowersConfig
 
 
 def _build(config: Config, rngs: nnx.Rngs) -> nnx.Module:
+  if isinstance(config, TwoTowersConfig):
+    return TwoTowers(config, rngs=rngs)
   if isinstance(config, CaptionerConfig):
     return Captioner(config, rngs=rngs)
   if isinstance(config, ViTConfig):
     return ViT(config, rngs=rngs)
-  raise TypeError(f"config is a {type(config).__name__}; expected ViTConfig or CaptionerConfig.")
+  if isinstance(config, TextConfig):
+    return TextEncoder(config, rngs=rngs)
+  raise TypeError(
+    f"config is a {type(config).__name__}; expected ViTConfig, TextConfig, CaptionerConfig or "
+    "TwoTowersConfig."
+  )
 
 
 @functools.lru_cache(maxsize=64)
@@ -49,8 +60,12 @@ def abstract_params(config: Config) -> Params:
 @overload
 def bind(config: ViTConfig, params: Params) -> ViT: ...
 @overload
+def bind(config: TextConfig, params: Params) -> TextEncoder: ...
+@overload
 def bind(config: CaptionerConfig, params: Params) -> Captioner: ...
-def bind(config: Config, params: Params) -> ViT | Captioner:
+@overload
+def bind(config: TwoTowersConfig, params: Params) -> TwoTowers: ...
+def bind(config: Config, params: Params) -> ViT | TextEncoder | Captioner | TwoTowers:
   """The module of `config` over `params`; cheap, usable inside jit, grad and vmap.
 
   Raises:
@@ -99,29 +114,51 @@ def logical_axes(config: Config) -> Params:
 def num_params(config_or_params: Config | Params) -> int:
   """Number of parameters of a config or of a tree."""
   tree = config_or_params
-  if isinstance(tree, ViTConfig | CaptionerConfig):
+  if isinstance(tree, Config):
     tree = abstract_params(tree)
   return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
-def flops_per_example(config: CaptionerConfig, text_len: int) -> int:
+def flops_per_example(
+  config: CaptionerConfig | TwoTowersConfig, text_len: int, *, num_texts: int = 2
+) -> int:
   """Floating point operations of one training example, forward and backward.
 
   Model FLOPs as used for MFU (https://arxiv.org/abs/2204.02311, appendix B): matmuls only, two
   operations per multiply-add, backward twice the forward, nothing for rematerialisation, full
-  T x T attention whatever the mask. Masked patches and dropped tokens are not counted.
+  T x T attention whatever the mask. Masked patches and dropped tokens are not counted; nor is
+  the similarity matrix of a contrastive loss, which belongs to the batch.
 
   Args:
-    config: of the captioner.
-    text_len: T, tokens per caption, padding included.
+    config: of the model.
+    text_len: T, tokens per text, padding included. Captions of two towers are as long as their
+      decoder is made for.
+    num_texts: texts per image through the text tower of two towers; published: 2.
   """
-  vit, text = config.encoder, config.decoder
+  vit = config.encoder
   patch = 2 * vit.num_patches * 3 * vit.patch_size**2 * vit.width
-  encoder = _stack_flops(vit, vit.num_unmasked + 1)
-  project = 2 * config.num_kept * vit.width * text.width
-  decoder = _stack_flops(text, config.num_kept + text_len)
-  head = 2 * text_len * text.width * text.vocab_size
-  return 3 * (patch + encoder + project + decoder + head)
+  total = patch + _stack_flops(vit, vit.num_unmasked + 1)
+  if isinstance(config, CaptionerConfig):
+    return 3 * (total + _decoder_flops(config.decoder, vit.width, config.num_kept, text_len))
+  beside = 0
+  if (text := config.text) is not None:
+    heads = vit.width + num_texts * text.width
+    total += num_texts * _stack_flops(text, text_len) + 2 * heads * config.embed_dim
+    beside = text_len - 1 if text.pool == "last" else text_len
+  if isinstance(decoder := config.decoder, QueryDecoderConfig):
+    tokens = vit.num_unmasked + beside + decoder.num_queries
+    projected = vit.num_unmasked * vit.width + beside * (text.width if text else 0)
+    total += 2 * projected * decoder.width + _stack_flops(decoder, tokens)
+    total += 2 * decoder.num_queries * decoder.width * decoder.vocab_size
+  elif decoder is not None:
+    total += _decoder_flops(decoder, vit.width, vit.num_unmasked, decoder.max_len)
+  return 3 * total
+
+
+def _decoder_flops(config: DecoderConfig, image_width: int, num_image: int, text_len: int) -> int:
+  project = 2 * num_image * image_width * config.width
+  head = 2 * text_len * config.width * config.vocab_size
+  return project + _stack_flops(config, num_image + text_len) + head
 
 
 def _stack_flops(config: TransformerConfig, tokens: int) -> int:

@@ -131,5 +131,5 @@ def test_bind_lists_every_misfit():
 
 
 def test_config_of_another_kind():
-  with pytest.raises(TypeError, match="DecoderConfig; expected ViTConfig or CaptionerConfig"):
+  with pytest.raises(TypeError, match="DecoderConfig; expected ViTConfig, TextConfig"):
     ov_models.abstract_params(PAIR.decoder)

@@ -6,7 +6,7 @@ sharded weights instead of splitting activations, and lets the TPU kernel, which
 partition, run per device.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import contextvars
 import dataclasses
@@ -74,14 +74,24 @@ def constrain(x: jax.Array, tensor_axis: int | None = None) -> jax.Array:
 
 
 def per_device(
-  f: Callable[..., jax.Array], ndim: int, tensor_axis: int
+  f: Callable[..., jax.Array], tensor_axes: Sequence[int | None]
 ) -> Callable[..., jax.Array]:
-  """f over arrays of rank `ndim` [B, ...], run on each device's part of batch and heads."""
+  """f over arrays [B, ...], run on each device's part of batch and heads.
+
+  Args:
+    f: its result is laid out as its first argument.
+    tensor_axes: which dimension of each argument the tensor axis shares, or None.
+  """
   layout = _layout.get()
   if layout is None:
     return f
-  spec = _spec(layout, ndim, tensor_axis)
-  return jax.shard_map(f, mesh=layout.mesh, in_specs=spec, out_specs=spec, check_vma=False)
+
+  def run(*args: jax.Array) -> jax.Array:
+    specs = tuple(_spec(layout, a.ndim, axis) for a, axis in zip(args, tensor_axes, strict=True))
+    mapped = jax.shard_map(f, mesh=layout.mesh, in_specs=specs, out_specs=specs[0], check_vma=False)
+    return mapped(*args)
+
+  return run
 
 
 def _spec(layout: _Layout, ndim: int, tensor_axis: int | None) -> PartitionSpec:

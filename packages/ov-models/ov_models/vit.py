@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from ov_models import masking
-from ov_models.attention import FULL, attend
+from ov_models.attention import FULL, Mask, attend
 from ov_models.blocks import (
   Attention,
   BlockStyle,
@@ -137,8 +137,8 @@ def _style(width: int) -> BlockStyle:
 class MapPool(nnx.Module):
   """Attention pooling by one learned query: [B, T, D] -> [B, D]."""
 
-  def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs) -> None:
-    d, style = config.width, _style(config.width)
+  def __init__(self, config: TransformerConfig, style: BlockStyle, *, rngs: nnx.Rngs) -> None:
+    d = config.width
     self.dtype = config.compute_dtype
     probe = jax.nn.initializers.xavier_uniform()(rngs.params(), (1, d))
     self.probe = nnx.Param(probe[0], **axes(None))
@@ -146,10 +146,11 @@ class MapPool(nnx.Module):
     self.norm = layer_norm(d, self.dtype, rngs)
     self.mlp = Mlp(config, style, rngs=rngs)
 
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array, keys: jax.Array | None = None) -> jax.Array:
+    """Pools x, of the tokens in `keys` bool [B, T] only (None: of all)."""
     probe = jnp.broadcast_to(self.probe[...].astype(self.dtype), (x.shape[0], 1, x.shape[2]))
     q, k, v = self.attn.project(probe, x)
-    pooled = self.attn.merge(attend(q, k, v, FULL, "xla"))
+    pooled = self.attn.merge(attend(q, k, v, Mask(keys=keys), "xla"))
     return (pooled + self.mlp(self.norm(pooled)))[:, 0]
 
 
@@ -171,7 +172,7 @@ class ViT(nnx.Module):
     self.blocks = stack_blocks(config, _style(d), rngs=rngs)
     self.norm = layer_norm(d, config.compute_dtype, rngs)
     if config.pool == "map":
-      self.pool = MapPool(config, rngs=rngs)
+      self.pool = MapPool(config, _style(d), rngs=rngs)
 
   def __call__(self, images: jax.Array, key: jax.Array | None = None) -> ViTOutput:
     """Encodes images.
