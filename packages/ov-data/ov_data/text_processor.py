@@ -26,6 +26,7 @@ Padding = Literal["attend", "mask"]
 
 _FILE = "text_processor.json"  # written last: a folder without it is incomplete
 _FORMAT = 1
+_SETTINGS = ("length", "append_cls", "pool", "padding", "canonical")
 _GOLDEN_TEXTS = (
   "a large red striped circle above a small blue solid square",
   "A Café—naïve résumé, über coöperation! It's 3.5 €, ½ price™…",
@@ -146,7 +147,7 @@ class TextProcessor:
       version = int(content["format"])
       if version != _FORMAT:
         raise _OtherFormat(version)
-      settings = {f.name: content[f.name] for f in dataclasses.fields(cls) if f.name != "tokenizer"}
+      settings = {name: content[name] for name in _SETTINGS}
       golden = [
         (entry["text"], entry["ids"], encode)
         for key, encode in (("golden", cls.encode), ("golden_prompts", cls.encode_prompts))
@@ -176,9 +177,7 @@ class TextProcessor:
     return processor
 
   def _settings(self) -> dict[str, Any]:
-    return {
-      f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "tokenizer"
-    }
+    return {name: getattr(self, name) for name in _SETTINGS}
 
 
 class _OtherFormat(Exception):
