@@ -27,8 +27,31 @@ def augment_config(config: ConfigDict) -> AugmentConfig:
   return AugmentConfig(jitter_probability=0.0, gray_probability=0.0)
 
 
+def init_sources(config: ConfigDict) -> list[dict[str, Any]]:
+  """Arguments of `init_from.init_from` for each source of `config.init_from`, in order.
+
+  Raises:
+    ValueError: an entry of `config.init_from.more` is not as described there.
+  """
+  wanted = config.init_from.to_dict()
+  more = [dict(source) for source in wanted.pop("more")]
+  for index, source in enumerate(more):
+    name = f"config.init_from.more[{index}]"
+    if unknown := sorted(set(source) - set(wanted)):
+      raise ValueError(f"{name} has {', '.join(unknown)}; it may have {', '.join(wanted)}")
+    if not source.get("path"):
+      raise ValueError(f"{name} has no path; give the workdir or a checkpoint of a run")
+    for regexes in ("include", "exclude"):
+      if isinstance(source.get(regexes, ()), str):
+        raise ValueError(f"{name}.{regexes}={source[regexes]!r}; expected a tuple of them")
+  sources = ([wanted] if wanted["path"] else []) + more
+  return [{"source": source.pop("path"), **source} for source in sources]
+
+
 def check_values(config: ConfigDict) -> None:
   """Ranges of the trainer's own settings; those of the parts are checked by the parts.
+
+  A setting that this kind of configuration does not have is passed over.
 
   Raises:
     ValueError: naming the setting, its value and what was expected.
@@ -47,14 +70,20 @@ def check_values(config: ConfigDict) -> None:
     ("eval.caption_examples", 0),
     ("eval.sample_pictures", 0),
     ("eval.num_beams", 1),
+    ("eval.gallery", 0),
+    ("eval.zero_shot.examples", 0),
+    ("eval.retrieval.examples", 0),
+    ("eval.features.examples", 0),
+    ("eval.features.k", 1),
     ("input.num_threads", 0),
     ("model.image_size", 1),
     ("model.token_len", 3),
+    ("model.caption_len", 3),
     ("profile.start", 0),
     ("profile.steps", 0),
   ):
     value = _leaf(config, name)
-    if value < least:
+    if value is not None and value < least:
       raise ValueError(f"config.{name}={value}; expected at least {least}")
   for name, low, high in (
     ("input.area_min", 0.0, 1.0),
@@ -62,15 +91,21 @@ def check_values(config: ConfigDict) -> None:
     ("eval.top_p", 0.0, 1.0),
   ):
     value = _leaf(config, name)
-    if not low <= value <= high:
+    if value is not None and not low <= value <= high:
       raise ValueError(f"config.{name}={value}; expected {low} to {high}")
   for name, allowed in (
     ("input.shuffle", ("global", "block", "none")),
     ("eval.method", ("greedy", "sample", "beam")),
   ):
     value = _leaf(config, name)
-    if value not in allowed:
+    if value is not None and value not in allowed:
       raise ValueError(f"config.{name}={value!r}; expected one of {', '.join(allowed)}")
+  if config.eval.checkpoint_step is not None and not config.eval_only:
+    raise ValueError(
+      f"config.eval.checkpoint_step={config.eval.checkpoint_step} needs config.eval_only=True; "
+      "training goes on from the newest checkpoint"
+    )
+  init_sources(config)
 
 
 def to_json(config: ConfigDict) -> str:
@@ -87,6 +122,9 @@ def _plain(value: Any) -> Any:
 
 
 def _leaf(config: ConfigDict, name: str) -> Any:
+  """The value of a dotted name; None where this configuration has no such setting."""
   for part in name.split("."):
+    if part not in config:
+      return None
     config = config[part]
   return config

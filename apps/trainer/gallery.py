@@ -5,9 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from apps.trainer.report_text import data_url
+from apps.trainer.report_text import thumbnail_url
 
 MOST_ROWS = 24  # shown of a gallery
+_DATA_URL = "data:image/"  # how a query that is a picture begins
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Gallery:
 
 
 def shrunk(gallery: Gallery) -> Gallery:
-  """The rows that are shown, their pictures as data URLs."""
+  """The rows that are shown, with their pictures as data URLs."""
   rows = [
     dataclasses.replace(
       row,
@@ -78,5 +79,23 @@ def from_json(plain: dict[str, Any]) -> Gallery:
   return Gallery(**{**plain, "rows": tuple(rows)})
 
 
+def view(gallery: Gallery) -> dict[str, Any]:
+  """What the template needs; a row shows pictures if anything that was found has one."""
+  rows = []
+  for row in shrunk(gallery).rows:
+    query = _url(row.query)
+    is_picture = query.startswith(_DATA_URL)
+    rows.append(
+      {
+        "picture": query if is_picture else "",
+        "text": row.text if is_picture else query,
+        "rank": row.rank,
+        "found": row.found,
+        "pictures": any(item.image is not None for item in row.found),
+      }
+    )
+  return {"title": gallery.title, "note": gallery.note, "rows": rows}
+
+
 def _url(picture: np.ndarray | str) -> str:
-  return picture if isinstance(picture, str) else data_url(picture, longest=128)
+  return picture if isinstance(picture, str) else thumbnail_url(picture)

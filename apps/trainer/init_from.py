@@ -15,7 +15,8 @@ Parameters go by their path. Of a path that both have:
     vocabulary)
 
 What only the new model has stays fresh, what only the old one has is not used; the report names
-all of it. Optimizer state, step and data position are not touched.
+all of it. Towers can come from several runs: one call for each, with `include`. Optimizer state,
+step and data position are not touched.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,6 +37,8 @@ import ov_models
 PyTree = Any
 Resample = Callable[[jax.Array], jax.Array]
 
+_CHOSEN = ("not included", "excluded")  # why a parameter stays as it is: it was asked for
+
 
 @dataclasses.dataclass(frozen=True)
 class InitReport:
@@ -45,7 +48,7 @@ class InitReport:
     source: the checkpoint directory.
     taken: paths copied as they were.
     resampled: path -> what was done.
-    fresh: path -> why it keeps its initial value.
+    fresh: path -> why it keeps the value it had.
     unused: paths of the old model that the new one does not have.
   """
 
@@ -56,10 +59,13 @@ class InitReport:
   unused: tuple[str, ...]
 
   def text(self) -> str:
-    """A few lines for the terminal; taken parameters are only counted."""
+    """A few lines for the terminal; what is as expected is only counted."""
     lines = [f"initialised from {self.source}: {len(self.taken)} arrays taken"]
     lines += [f"  resampled {path}: {how}" for path, how in self.resampled.items()]
-    lines += [f"  fresh {path}: {why}" for path, why in self.fresh.items()]
+    for why in _CHOSEN:
+      if count := list(self.fresh.values()).count(why):
+        lines.append(f"  left as they are: {count} arrays {why}")
+    lines += [f"  fresh {path}: {why}" for path, why in self.fresh.items() if why not in _CHOSEN]
     lines += [f"  unused {path}" for path in self.unused]
     return "\n".join(lines)
 
@@ -82,7 +88,7 @@ def init_from(
 
   Args:
     source: workdir, checkpoints directory or one checkpoint, see `checkpoint.find_checkpoint`.
-    params: fresh arrays of the new model, with their final shardings.
+    params: arrays of the new model, fresh or from another source, with their final shardings.
     step: which checkpoint, by default the newest.
     part: the trained parameters or their average.
     include: regexes of paths to take; none means all.
@@ -115,9 +121,9 @@ def init_from(
   fresh: dict[str, str] = {}
   for path, leaf in new.items():
     if include and not any(re.search(regex, path) for regex in include):
-      fresh[path] = "not included"
+      fresh[path] = _CHOSEN[0]
     elif any(re.search(regex, path) for regex in exclude):
-      fresh[path] = "excluded"
+      fresh[path] = _CHOSEN[1]
     elif path not in old:
       fresh[path] = "not in the source"
     elif old[path].shape == leaf.shape:

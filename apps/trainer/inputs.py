@@ -81,7 +81,7 @@ def eval_loader(
   image_key: str = "",
   image_root: str = "",
   caption_keys: Sequence[str] | None = None,
-  texts: "Mapping[str, ov_data.TextSpec] | None" = None,
+  texts: Mapping[str, ov_data.TextSpec] | None = None,
   captions: Literal["first", "all"] = "first",
 ) -> ov_data.Loader:
   """One pass over held-out examples, whole pictures, for the rows of this process.
@@ -109,12 +109,13 @@ def eval_loader(
   _check_divides("eval.batch_size", batch_size, mesh, 1)
   if examples:
     split = f"{split}[:{examples}]"
+  folder: dict[str, Any] = {"image_root": os.path.expanduser(image_root)} if image_root else {}
   source = ov_data.Source(
     os.path.expanduser(path),
     split=split or None,
     image_key=image_key or inputs.image_key,
     caption_keys=tuple(inputs.caption_keys if caption_keys is None else caption_keys),
-    **({"image_root": os.path.expanduser(image_root)} if image_root else {}),
+    **folder,
   )
   return ov_data.Loader.evaluation(
     source,
@@ -135,10 +136,15 @@ def eval_loader(
 def open_tokenizer(config: ConfigDict, workdir: Path, terminal: Terminal) -> ov_data.Tokenizer:
   """The tokenizer of the run: kept in workdir/tokenizer, made there by process 0 when missing.
 
+  To evaluate another run's params (eval_only and init_from.path), it is that run's.
+
   Raises:
     ValueError: the workdir's tokenizer is another one than `config.tokenizer.path` names.
   """
   folder, path = workdir / "tokenizer", os.path.expanduser(config.tokenizer.path)
+  others = Path(config.init_from.path).expanduser() / "tokenizer"
+  if not path and config.eval_only and config.init_from.path and others.is_dir():
+    path = str(others)
   given = _read_tokenizer(path) if path else None
   if not folder.exists() and jax.process_index() == 0:
     if given is None:
@@ -174,7 +180,7 @@ def describe(loader: ov_data.Loader) -> dict[str, Any]:
   return facts
 
 
-def _texts(specs: "Mapping[str, ov_data.TextSpec] | None") -> dict[str, Any]:
+def _texts(specs: Mapping[str, ov_data.TextSpec] | None) -> dict[str, Any]:
   return {} if specs is None else {"texts": specs}
 
 

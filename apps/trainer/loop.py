@@ -8,6 +8,7 @@ and all lines of metrics.jsonl up to a checkpoint are written before the checkpo
 """
 
 from collections.abc import Callable
+import contextlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,13 @@ from ml_collections import ConfigDict
 from apps.trainer import inputs, summary
 from apps.trainer.augment import make_preprocess
 from apps.trainer.checkpoint import Checkpoints
-from apps.trainer.config import augment_config, check_values, optimizer_config, to_json
+from apps.trainer.config import (
+  augment_config,
+  check_values,
+  init_sources,
+  optimizer_config,
+  to_json,
+)
 from apps.trainer.errors import UserError, user_errors
 from apps.trainer.init_from import init_from
 from apps.trainer.optimizer import Optimizer, make_optimizer, summarize_groups
@@ -33,7 +40,7 @@ from apps.trainer.state import (
   state_shardings,
   with_shardings,
 )
-from apps.trainer.step import make_train_step
+from apps.trainer.step import TwoPhase, make_train_step
 from apps.trainer.stepper import Stepper
 from apps.trainer.stop import StopRequest
 from apps.trainer.task import Evaluate, Task
@@ -98,7 +105,7 @@ def run_training(config: ConfigDict, workdir: Path, app: App, terminal: Terminal
     tokenizer = inputs.open_tokenizer(config, workdir, terminal)
     for stage in stages:  # every stage is tried before the first one costs anything
       build_parts(stage.config, app.make_task, tokenizer, mesh)
-    if jax.process_index() == 0:
+    if jax.process_index() == 0 and not config.eval_only:
       (workdir / "config.json").write_text(to_json(config))
     checkpoints = Checkpoints(
       config.checkpoint.dir or workdir / "checkpoints",
@@ -107,18 +114,19 @@ def run_training(config: ConfigDict, workdir: Path, app: App, terminal: Terminal
     )
 
   with checkpoints, StopRequest() as stop:
-    saved = checkpoints.latest_step()
+    with user_errors():
+      saved = _saved_step(config, checkpoints)
     writer = MetricWriter(
       workdir,
       resume_step=saved,
-      active=jax.process_index() == 0,
+      active=jax.process_index() == 0 and not config.eval_only,
       tensorboard=config.tensorboard,
       wandb_project=config.wandb_project or None,
       config=config.to_dict(),
     )
     with writer:
       run = Run(config, workdir, stages, tokenizer, mesh, terminal, checkpoints, writer, stop)
-      for stage in stages[_first_unfinished(stages, saved) :]:
+      for stage in stages[_first_stage(stages, saved, config.eval_only) :]:
         try:
           signal = _train_stage(run, app, stage)
         except ov_data.TooManyBadRecords as error:
@@ -130,16 +138,29 @@ def run_training(config: ConfigDict, workdir: Path, app: App, terminal: Terminal
             "the same command goes on from there"
           )
           return
-        if config.eval_only:  # of the newest checkpoint, in whatever stage that is
+        if config.eval_only:
           break
       path = summary.write(run)
       terminal.phase(f"done: {path}")
 
 
-def _first_unfinished(stages: list[Stage], saved: int | None) -> int:
-  """Index of the stage to go on with; the last one where all are done."""
-  unfinished = [stage.index for stage in stages if (saved or 0) < stage.last_step]
-  return unfinished[0] if unfinished else stages[-1].index
+def _saved_step(config: ConfigDict, checkpoints: Checkpoints) -> int | None:
+  """The checkpoint to go on from, or to evaluate; None without any."""
+  wanted = config.eval.checkpoint_step
+  if wanted is not None and wanted not in checkpoints.all_steps():
+    raise ValueError(
+      f"config.eval.checkpoint_step={wanted}: {checkpoints.directory} holds the steps "
+      f"{', '.join(map(str, checkpoints.all_steps())) or '(none)'}; config.checkpoint.keep_last "
+      "and keep_every say which a run keeps"
+    )
+  return checkpoints.latest_step() if wanted is None else wanted
+
+
+def _first_stage(stages: list[Stage], saved: int | None, eval_only: bool) -> int:
+  """Index of the stage to go on with (the last where all are done), or that saved the step."""
+  step = saved or 0
+  here = [s.index for s in stages if step < s.last_step or (eval_only and step == s.last_step)]
+  return here[0] if here else stages[-1].index
 
 
 def _train_stage(run: Run, app: App, stage: Stage) -> str | None:
@@ -168,14 +189,21 @@ def _train_stage(run: Run, app: App, stage: Stage) -> str | None:
       preprocess=make_preprocess(augment_config(config), config.seed + stage.index),
       ema_decay=config.optimizer.ema_decay,
       trainable=optimizer.trainable,
+      two_phase=task if isinstance(task, TwoPhase) else None,
     )
     say(f"{stage.name}: opening the data")
-    loader = inputs.train_loader(config, task, run.tokenizer, mesh, stage.index)
+    loader = None
+    if not config.eval_only:
+      loader = inputs.train_loader(config, task, run.tokenizer, mesh, stage.index)
     state = _start(run, stage, parts, loader)
     evaluate = app.make_evaluate(config, task, run.tokenizer, mesh)
+    if config.eval_only and evaluate is None:
+      raise ValueError(
+        "eval_only: nothing to evaluate; set config.input.eval_data_dir or data of config.eval"
+      )
 
   with (
-    loader,
+    loader or contextlib.nullcontext(),
     run.terminal.stage(
       stage.name,
       step=stage.first_step + int(state["step"]),
@@ -184,34 +212,36 @@ def _train_stage(run: Run, app: App, stage: Stage) -> str | None:
     ) as progress,
     ov_models.on_mesh(mesh),
   ):
-    stepper = Stepper(run, stage, task, loader, evaluate, progress)
-    if config.eval_only or int(state["step"]) == config.total_steps:
+    stepper = Stepper(run, stage, task, evaluate, progress)
+    if loader is None or int(state["step"]) == config.total_steps:
       stepper.evaluate(state, record=False)
       return None
-    state, signal = stepper.train(state, train_step)
+    state, signal = stepper.train(state, train_step, loader)
   run.data[f"Training, stage {stage.name}"] = inputs.describe(loader)
   for reason, count in loader.skipped.items():
     run.skipped[reason] = run.skipped.get(reason, 0) + count
   return signal
 
 
-def _start(run: Run, stage: Stage, parts: Parts, loader: ov_data.Loader) -> TrainState:
-  """The state a stage begins or goes on with; sets the loader to where it belongs.
+def _start(run: Run, stage: Stage, parts: Parts, loader: ov_data.Loader | None) -> TrainState:
+  """The state a stage begins or goes on with; sets the loader, if any, to where it belongs.
 
-  1. the run's own checkpoint, 2. params of the stage before, 3. `config.init_from`, 4. scratch.
+  1. the run's own checkpoint, 2. params of the stage before, 3. `config.init_from`, one source
+  after the other, 4. scratch.
   """
-  saved = run.checkpoints.latest_step()
+  saved = _saved_step(run.config, run.checkpoints)
   if saved is not None and saved > stage.first_step:
     run.terminal.phase(f"{stage.name}: restoring step {saved:,}")
-    state, metadata = run.checkpoints.restore(parts.abstract)
+    state, metadata = run.checkpoints.restore(parts.abstract, saved)
     if metadata["stage"] != stage.name:
       raise ValueError(
         f"checkpoint {saved} belongs to stage {metadata['stage']!r}, the config puts that step"
         f" into {stage.name!r}; keep the stages of a run as they were, or choose another --workdir"
       )
-    loader.restore(metadata["loader"])
+    if loader is not None:
+      loader.restore(metadata["loader"])
     return state
-  if run.config.eval_only and not stage.config.init_from.path:
+  if run.config.eval_only and not init_sources(stage.config):
     raise ValueError(
       f"eval_only: {run.checkpoints.directory} holds no checkpoint; give the --workdir of a run, "
       "or --config.init_from.path"
@@ -220,22 +250,16 @@ def _start(run: Run, stage: Stage, parts: Parts, loader: ov_data.Loader) -> Trai
   state = init_state(
     parts.task.init, jax.random.key(stage.config.seed), parts.optimizer.tx, parts.shardings
   )
-  source = stage.config.init_from
   if stage.index:  # the params the stage before ended with
     run.checkpoints.wait()
-    params, report = init_from(run.checkpoints.directory, state["params"], step=saved)
-  elif source.path:
-    params, report = init_from(
-      source.path,
-      state["params"],
-      step=source.step,
-      part=source.part,
-      include=source.include,
-      exclude=source.exclude,
-    )
+    sources = [{"source": run.checkpoints.directory, "step": saved}]
   else:
-    return state
-  run.terminal.phase(report.text())
-  if jax.process_index() == 0:
-    report.save(run.workdir / f"init_from_{stage.name}.json")
-  return replace_params(state, params)
+    sources = init_sources(stage.config)
+  for number, source in enumerate(sources):
+    params, report = init_from(params=state["params"], **source)
+    state = replace_params(state, params)
+    run.terminal.phase(report.text())
+    run.init_from.append(report.source)
+    if jax.process_index() == 0:
+      report.save(run.workdir / f"init_from_{stage.name}{f'_{number}' if number else ''}.json")
+  return state

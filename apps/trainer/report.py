@@ -157,6 +157,18 @@ _PANELS: tuple[tuple[str, dict[str, str]], ...] = (
   ("NLL per token", {"train/caption_nll": "train", "eval/caption_nll": "held out"}),
   ("Attribute accuracy, held out", {"eval/attribute_accuracy": ""}),
   ("Zero-shot", {"eval/zero_shot_top5": "top-5", "eval/zero_shot_top1": "top-1"}),
+  (
+    "Retrieval, right one first",
+    {"eval/txt2img_r1": "picture for a text", "eval/img2txt_r1": "text for a picture"},
+  ),
+  ("Frozen features, top-1", {"eval/probe_top1": "linear probe", "eval/knn_top1": "kNN"}),
+  ("Contrastive loss", {"train/clip_loss": "softmax", "train/siglip_loss": "sigmoid"}),
+  (
+    "Retrieval within the batch",
+    {"train/text_top1": "picture for a text", "train/image_top1": "text for a picture"},
+  ),
+  ("Similarity", {"train/mean_positive": "pairs", "train/mean_negative": "others"}),
+  ("Inverse temperature", {"train/scale": ""}),
   ("Token accuracy", {"train/token_accuracy": "train", "eval/token_accuracy": "held out"}),
   ("Learning rate", {"train/learning_rate": ""}),
   ("Gradient norm", {"train/grad_norm": ""}),
@@ -167,7 +179,7 @@ _PANELS: tuple[tuple[str, dict[str, str]], ...] = (
 _SHARE = re.compile(  # metrics from 0 to 1
   r"accuracy|top\d|_r\d|mfu|input_wait|share|correct|exact_match|distinct|mean_per_class"
 )
-_EXACT = ("train/learning_rate",)  # not noisy: drawn as it is
+_EXACT = ("train/learning_rate", "train/scale")  # not noisy: drawn as it is
 
 
 def curves(
@@ -218,6 +230,7 @@ def render(data: ReportData, metrics: Sequence[Mapping[str, float]]) -> str:
     wide=bool(samples) and statistics.median(s["length"] for s in samples) > 240,
     mistakes=sorted(wrong, key=lambda s: s["right"] / s["total"])[:8],
     classes=_class_view(data.classes) if data.classes else None,
+    galleries=[gallery.view(one) for one in data.galleries if one.rows],
     config=report_text.flat(data.config),
   )
 

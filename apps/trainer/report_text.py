@@ -87,7 +87,11 @@ def plain(value: Any) -> str:
   return str(value)
 
 
-_SPELLING = (("nll", "NLL"), ("zero shot", "zero-shot"), ("top1", "top-1"), ("top5", "top-5"))
+_SPELLING = (
+  ("nll", "NLL"), ("zero shot", "zero-shot"), ("top1", "top-1"), ("top5", "top-5"), ("knn", "kNN"),
+  ("img2txt", "picture to text"), ("txt2img", "text to picture"), ("r1", "R@1"), ("r5", "R@5"),
+  ("r10", "R@10"), ("bleu4", "BLEU-4"), ("cider", "CIDEr"),
+)  # fmt: skip
 
 
 def label(name: str) -> str:
@@ -95,7 +99,7 @@ def label(name: str) -> str:
   text = name.replace("_", " ").replace("/", ", ")
   for short, long in _SPELLING:
     text = re.sub(rf"\b{short}\b", long, text)
-  return text[:1].upper() + text[1:]
+  return text[:1].upper() + text[1:] if text[:2].islower() else text  # kNN and NLL as they are
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -112,15 +116,23 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 def data_url(image: np.ndarray, longest: int = 224) -> str:
   """A picture as a data URL: PNG where small, else JPEG shrunk to `longest` pixels."""
   picture = Image.fromarray(np.asarray(image)).convert("RGB")
-  buffer = io.BytesIO()
   if max(picture.size) <= 96:
-    picture.save(buffer, "PNG")
-    kind = "png"
-  else:
-    picture.thumbnail((longest, longest), Image.Resampling.LANCZOS)
-    picture.save(buffer, "JPEG", quality=85)
-    kind = "jpeg"
-  return f"data:image/{kind};base64," + base64.b64encode(buffer.getvalue()).decode()
+    return _encoded(picture, "PNG")
+  picture.thumbnail((longest, longest), Image.Resampling.LANCZOS)
+  return _encoded(picture, "JPEG")
+
+
+def thumbnail_url(image: np.ndarray, longest: int = 96) -> str:
+  """A small picture as a data URL, PNG or JPEG, whichever is shorter."""
+  picture = Image.fromarray(np.asarray(image)).convert("RGB")
+  picture.thumbnail((longest, longest), Image.Resampling.LANCZOS)
+  return min(_encoded(picture, "PNG"), _encoded(picture, "JPEG"), key=len)
+
+
+def _encoded(picture: Image.Image, kind: str) -> str:
+  buffer = io.BytesIO()
+  picture.save(buffer, kind, **({"quality": 85} if kind == "JPEG" else {}))
+  return f"data:image/{kind.lower()};base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _bare(word: str) -> str:

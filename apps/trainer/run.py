@@ -33,5 +33,6 @@ class Run:
   evaluated_step: int = 0  # what `evaluation` is of
   model_name: str = ""
   num_params: int = 0
+  init_from: list[str] = dataclasses.field(default_factory=list)
   data: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
   skipped: dict[str, int] = dataclasses.field(default_factory=dict)

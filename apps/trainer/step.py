@@ -12,7 +12,7 @@ If reading the code: `update` is the core, the rest is arguments.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ import optax
 from apps.trainer import optimizer as optimizer_lib
 from apps.trainer.schedules import Schedule
 from apps.trainer.state import TrainState, step_key
+import ov_losses
 
 PyTree = Any
 Batch = dict[str, jax.Array]
@@ -41,6 +42,25 @@ class LossOutput(NamedTuple):
   metrics: dict[str, jax.Array]
 
 
+@runtime_checkable
+class TwoPhase(Protocol):
+  """A loss that compares rows with each other, so that it is no mean over microbatches.
+
+  The loss of a batch is that of `embed` plus that of `combine`, where `embed` treats every row by
+  itself. Accumulated through `ov_losses.gradient_cache` it is exact: all microbatches are embedded,
+  their rows compared at once, and each microbatch gets its share of the gradient.
+  """
+
+  def embed(self, params: PyTree, batch: Batch, key: jax.Array) -> tuple[PyTree, LossOutput]:
+    """Arrays [b, ...] that `combine` needs of the rows, and the loss the rows have on their own.
+
+    Its weight is 0 where there is no such loss.
+    """
+
+  def combine(self, params: PyTree, rows: PyTree) -> LossOutput:
+    """The loss between all rows [B, ...] of a batch, in order; its weight is the step's."""
+
+
 LossFn = Callable[[PyTree, Batch, jax.Array], LossOutput]
 Preprocess = Callable[[Batch], Batch]
 
@@ -57,6 +77,7 @@ def make_train_step(
   preprocess: Preprocess | None = None,
   ema_decay: float | None = None,
   trainable: PyTree | None = None,
+  two_phase: TwoPhase | None = None,
 ) -> jax.stages.Wrapped:
   """Builds the jitted step.
 
@@ -64,7 +85,8 @@ def make_train_step(
   them; microbatch j holds the rows j, j + k, j + 2k, ..., so every device works on its own rows and
   the split is the same on any number of devices. Its gradient is that of the whole batch,
   sum(w * g) / sum(w), up to float32 rounding. Only draws that `loss_fn` makes for a whole batch
-  from its key (token masks) depend on the number of microbatches.
+  from its key (token masks) depend on the number of microbatches. Where the loss compares rows,
+  `two_phase` keeps that true.
 
   A step whose loss, gradient norm or update norm is not finite changes nothing: the old state comes
   back with the metric nonfinite = 1, and the caller decides.
@@ -82,6 +104,7 @@ def make_train_step(
       microbatch at a time.
     ema_decay: see `OptimizerConfig.ema_decay`.
     trainable: params tree of bools; no gradient is computed where it is False.
+    two_phase: the parts of a `loss_fn` that compares rows; used where `accumulate` > 1.
 
   Returns:
     The jitted function; its `lower(abstract_state, abstract_batch)` compiles without data.
@@ -99,11 +122,15 @@ def make_train_step(
   mesh = batch_sharding.mesh
   replicated = NamedSharding(mesh, PartitionSpec())
 
+  def freeze(params: PyTree) -> PyTree:
+    if trainable is None:
+      return params
+    return jax.tree.map(lambda p, t: p if t else jax.lax.stop_gradient(p), params, trainable)
+
+  prepare = preprocess or (lambda batch: batch)
+
   def objective(params: PyTree, batch: Batch, key: jax.Array) -> tuple[jax.Array, LossOutput]:
-    if trainable is not None:
-      freeze = jax.lax.stop_gradient
-      params = jax.tree.map(lambda p, t: p if t else freeze(p), params, trainable)
-    out = loss_fn(params, preprocess(batch) if preprocess else batch, key)
+    out = loss_fn(freeze(params), prepare(batch), key)
     return out.loss, out
 
   gradient = jax.grad(objective, has_aux=True)
@@ -115,7 +142,18 @@ def make_train_step(
       grads, out = gradient(params, batch, key)
     else:
       batches = _split(batch, accumulate, batch_sharding)
-      grads, out = _accumulated(gradient, params, batches, key, state_shardings["params"])
+      shardings = state_shardings["params"]
+      if two_phase is None:
+        grads, out = _accumulated(gradient, params, batches, key, shardings)
+      else:
+        grads, out = ov_losses.gradient_cache(
+          lambda params, batch, key: two_phase.embed(freeze(params), prepare(batch), key),
+          lambda params, rows: two_phase.combine(freeze(params), rows),
+          params,
+          batches,
+          key,
+          shardings=shardings,
+        )
 
     updates, opt = tx.update(grads, state["opt"], params)
     new = {"params": optax.apply_updates(params, updates), "opt": opt, "step": step + 1}

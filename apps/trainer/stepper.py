@@ -13,7 +13,7 @@ from apps.trainer.report import key_figures
 from apps.trainer.run import Run
 from apps.trainer.stages import Stage
 from apps.trainer.state import TrainState
-from apps.trainer.task import Evaluate, Task
+from apps.trainer.task import Evaluate, Evaluation, Task
 import ov_data
 import ov_eval
 import ov_sharding
@@ -31,12 +31,11 @@ class Stepper:
     run: Run,
     stage: Stage,
     task: Task,
-    loader: ov_data.Loader,
     evaluate: Evaluate | None,
     progress: StageProgress,
   ):
     self._run, self._stage, self._config = run, stage, stage.config
-    self._loader, self._evaluate, self._batch_keys = loader, evaluate, task.batch_keys
+    self._evaluate, self._batch_keys = evaluate, task.batch_keys
     self._progress = progress
     self._meter = Meter(
       batch_size=stage.config.batch_size, flops_per_example=task.flops_per_example
@@ -44,15 +43,17 @@ class Stepper:
     self._pending: tuple[int, dict[str, jax.Array]] | None = None
     self._tracing = False
 
-  def train(self, state: TrainState, train_step: Any) -> tuple[TrainState, str | None]:
-    """Steps from where `state` is to the end of the stage, or to a request to stop.
+  def train(
+    self, state: TrainState, train_step: Any, loader: ov_data.Loader
+  ) -> tuple[TrainState, str | None]:
+    """Steps from where `state` and `loader` are to the end of the stage, or to a request to stop.
 
     Returns:
       The last state, and the name of the signal that ended it early.
     """
     config, run, stage = self._config, self._run, self._stage
     step = first = int(state["step"])
-    batches = iter(self._loader)
+    batches = iter(loader)
     signal = None
     if step < config.total_steps:
       run.terminal.phase(f"{stage.name}: compiling the train step")
@@ -77,15 +78,15 @@ class Stepper:
         self._meter.reset()
       else:
         self._meter.step(waited)
-      self._due(step, state)
+      self._due(step, state, loader)
     self._settle()
     self._profile(step)
     if signal and step > first:
-      self._save(step, state)
+      self._save(step, state, loader)
     return state, signal
 
   def evaluate(self, state: TrainState, *, record: bool = True) -> None:
-    """Evaluates, writes evaluation.json, and keeps the figures for the report.
+    """Evaluates, writes the figures, and keeps what was found for the report.
 
     Args:
       state: whose averaged params are used, where there are some.
@@ -104,17 +105,27 @@ class Stepper:
     if record:
       run.writer.write(step, {**values, "eval/seconds": time.perf_counter() - began})
     if jax.process_index() == 0:
-      ov_eval.write_results(
-        run.workdir / "evaluation.json",
-        run.evaluation.results,
-        step=step,
-        examples_seen=self._examples(int(state["step"])),
-        **{"split": "heldout", **run.evaluation.context},
-      )
-    figures = [f"{r.name} {r.value:.4f}" for r in key_figures(run.evaluation.results)]
+      self._write(step, self._examples(int(state["step"])), run.evaluation)
+    shown = key_figures(run.evaluation.results) or run.evaluation.results[:4]
+    figures = [f"{result.name} {result.value:.4f}" for result in shown]
     run.terminal.phase(f"{self._stage.name}: " + ", ".join(figures))
 
-  def _due(self, step: int, state: TrainState) -> None:
+  def _write(self, step: int, examples_seen: int, evaluation: Evaluation) -> None:
+    """The figures as evaluation.json, the last, and evaluations/<step>.json, one of each step."""
+    head: dict[str, Any] = {"split": "heldout"}
+    if step == 0:  # the params are not of this run
+      head["init_from"] = self._run.init_from
+    (self._run.workdir / "evaluations").mkdir(exist_ok=True)
+    for name in ("evaluation", f"evaluations/{step}"):
+      ov_eval.write_results(
+        self._run.workdir / f"{name}.json",
+        evaluation.results,
+        step=step,
+        examples_seen=examples_seen,
+        **{**head, **evaluation.context},
+      )
+
+  def _due(self, step: int, state: TrainState, loader: ov_data.Loader) -> None:
     config = self._config
     ends = step == config.total_steps
     logs = ends or step % config.log_every == 0
@@ -126,7 +137,7 @@ class Stepper:
     if evaluates:
       self.evaluate(state)
     if saves:
-      self._save(step, state)
+      self._save(step, state, loader)
     if evaluates or saves:
       self._meter.reset()
 
@@ -172,15 +183,15 @@ class Stepper:
     seen = sum(s.config.total_steps * s.config.batch_size for s in earlier)
     return seen + step * self._config.batch_size
 
-  def _save(self, step: int, state: TrainState) -> None:
+  def _save(self, step: int, state: TrainState, loader: ov_data.Loader) -> None:
     self._run.writer.flush()
     self._run.checkpoints.save(
       self._stage.first_step + step,
       state,
       {
         "stage": self._stage.name,
-        "loader": self._loader.state(),
-        "fingerprint": self._loader.fingerprint,
+        "loader": loader.state(),
+        "fingerprint": loader.fingerprint,
         "config": self._config.to_dict(),
       },
     )

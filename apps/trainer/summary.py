@@ -17,7 +17,8 @@ def write(run: Run) -> Path | None:
   last = run.stages[-1]
   devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
   mesh = " x ".join(f"{name} {size}" for name, size in run.mesh.shape.items())
-  lines = read_metrics(run.workdir / "metrics.jsonl")
+  metrics = run.workdir / "metrics.jsonl"
+  lines = read_metrics(metrics) if metrics.exists() else []  # eval_only may have none
   seconds = sum(line.get("train/seconds", 0) + line.get("eval/seconds", 0) for line in lines)
   evaluation = run.evaluation
   data = ReportData(
@@ -28,6 +29,7 @@ def write(run: Run) -> Path | None:
       "parameters": f"{run.num_params:,}",
       "image size": f"{last.config.model.image_size} px",
       "steps": f"{last.last_step:,}",
+      "figures of step": f"{run.evaluated_step:,}",
       "examples seen": f"{sum(s.config.total_steps * s.config.batch_size for s in run.stages):,}",
       "steps and evaluations took": duration(seconds),
       "devices": f"{devices}, mesh {mesh}",

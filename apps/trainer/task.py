@@ -2,22 +2,24 @@
 
 from collections.abc import Callable, Mapping
 import dataclasses
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import jax
 
 from apps.trainer.gallery import Gallery
 from apps.trainer.report import ClassTable, Sample
-from apps.trainer.step import LossOutput
+from apps.trainer.step import Batch, LossOutput
 import ov_data
 import ov_eval
 
 Params = Any  # nested dict of arrays
-Batch = dict[str, jax.Array]
 
 
 class Task(Protocol):
-  """A model with its loss. Knows no optimizer, mesh, file or loop."""
+  """A model with its loss. Knows no optimizer, mesh, file or loop.
+
+  One whose loss compares examples with each other also has the methods of `step.TwoPhase`.
+  """
 
   @property
   def name(self) -> str:
@@ -32,7 +34,7 @@ class Task(Protocol):
     """Tokens of each text."""
 
   @property
-  def text_specs(self) -> "Mapping[str, ov_data.TextSpec] | None":
+  def text_specs(self) -> Mapping[str, ov_data.TextSpec] | None:
     """Names and making of the texts of a batch; None: one caption as `ids`, see `Loader`."""
 
   @property
@@ -54,25 +56,6 @@ class Task(Protocol):
 
   def loss(self, params: Params, batch: Batch, key: jax.Array) -> LossOutput:
     """Loss of a batch whose images are normalised float32."""
-
-
-@runtime_checkable
-class TwoPhaseTask(Protocol):
-  """A task whose loss compares rows with each other, so that it is no mean over micro-batches.
-
-  With `accumulate` > 1 it is trained through `ov_losses.gradient_cache`, and exactly: all
-  micro-batches are embedded, their rows compared at once, and every micro-batch gets its share of
-  the gradient. `loss` must be `combine(embed(whole batch)).loss` + the loss of `embed`.
-  """
-
-  def embed(self, params: Params, batch: Batch, key: jax.Array) -> tuple[Any, LossOutput]:
-    """What `combine` needs of each row, [b, ...] arrays, and the loss that rows have on their own.
-
-    That loss is a mean over its weight, as in `LossOutput`; weight 0 where there is none.
-    """
-
-  def combine(self, params: Params, rows: Any) -> LossOutput:
-    """The loss between all rows [B, ...] of a batch; its weight is the weight of the step."""
 
 
 @dataclasses.dataclass(frozen=True)
