@@ -1,5 +1,13 @@
 """Evaluation that knows no model: functions and batches in, exact mergeable figures out."""
 
+from ov_eval.caption_metrics import (
+  Bleu,
+  bleu4,
+  caption_metrics,
+  caption_words,
+  cider,
+  cider_scores,
+)
 from ov_eval.captions import (
   AttributeAccuracy,
   CaptionRecord,
@@ -20,7 +28,7 @@ from ov_eval.knn import knn, majority
 from ov_eval.likelihood import CaptionNLL, caption_nll
 from ov_eval.probe import FewShot, Probe, few_shot, linear_probe
 from ov_eval.processes import across_processes, gather
-from ov_eval.results import Result, write_results
+from ov_eval.results import Result, ResultFile, read_results, with_context, write_results
 from ov_eval.retrieval import QueryRanks, RetrievalResult, Retrieved, retrieval, top_retrieved
 from ov_eval.states import Confusion, Mean, Share
 from ov_eval.zero_shot import (
@@ -32,6 +40,7 @@ from ov_eval.zero_shot import (
 
 __all__ = [
   "AttributeAccuracy",
+  "Bleu",
   "CaptionNLL",
   "CaptionRecord",
   "ClassSet",
@@ -44,15 +53,21 @@ __all__ = [
   "Probe",
   "QueryRanks",
   "Result",
+  "ResultFile",
   "RetrievalResult",
   "Retrieved",
   "Share",
   "TemplateSet",
   "across_processes",
   "attribute_accuracy",
+  "bleu4",
   "canonicalise",
+  "caption_metrics",
   "caption_nll",
   "caption_statistics",
+  "caption_words",
+  "cider",
+  "cider_scores",
   "class_embeddings",
   "class_prompts",
   "class_set",
@@ -69,9 +84,11 @@ __all__ = [
   "linear_probe",
   "majority",
   "prompts_hash",
+  "read_results",
   "retrieval",
   "template_set",
   "top_retrieved",
+  "with_context",
   "worst_mistakes",
   "write_results",
 ]

@@ -1,7 +1,9 @@
 import json
 import math
 
-from ov_eval.results import Result, write_results
+import pytest
+
+from ov_eval.results import Result, read_results, with_context, write_results
 
 
 def test_written_file_is_complete_valid_json(tmp_path):
@@ -15,3 +17,49 @@ def test_written_file_is_complete_valid_json(tmp_path):
     {"name": "perplexity", "value": None, "count": 10, "unit": "", "interval": None},
   ]
   assert list(tmp_path.iterdir()) == [path]
+
+
+def test_several_evaluations_in_one_file_keep_their_context(tmp_path):
+  path = tmp_path / "eval.json"
+  zero_shot = with_context(
+    [Result("zero_shot_top1", 0.5, 50, 0.3, 0.7, "share")],
+    evaluator="zero_shot",
+    split="pets/test",
+    templates_hash="ab12",
+  )
+  plain = [Result("caption_nll", 1.5, 10, 1.0, 2.0, "nats"), Result("perplexity", math.inf, 10)]
+  write_results(
+    path, [*zero_shot, *plain], split="heldout", step=7, examples_seen=448, preprocessing="squash"
+  )
+  read = read_results(path)
+  assert (read.split, read.step, read.examples_seen, read.level) == ("heldout", 7, 448, 0.95)
+  assert read.context == {"preprocessing": "squash"}
+  first, second, third = read.results
+  assert first.context == {
+    "evaluator": "zero_shot",
+    "split": "pets/test",
+    "templates_hash": "ab12",
+    "preprocessing": "squash",
+  }
+  assert second.context == {"split": "heldout", "preprocessing": "squash"}
+  assert (first.value, first.low, first.high, first.unit) == (0.5, 0.3, 0.7, "share")
+  assert math.isnan(third.value) and third.low is None and third.count == 10
+
+
+def test_the_context_of_a_result_stays():
+  result = Result("top1", 0.5, 10, context={"split": "test"})
+  (changed,) = with_context([result], split="train", evaluator="knn")
+  assert changed.context == {"split": "test", "evaluator": "knn"}
+  assert result.context == {"split": "test"} and hash(changed) == hash(result)
+
+
+@pytest.mark.parametrize(
+  "text", ["", "[]", "{}", '{"results": [], "split": "a", "step": 1}', '{"results": 3}']
+)
+def test_another_file_is_refused_by_name(tmp_path, text):
+  path = tmp_path / "other.json"
+  path.write_text(text)
+  with pytest.raises(ValueError, match="other.json is no file of results"):
+    read_results(path)
+  with pytest.raises(OSError):
+    read_results(tmp_path / "missing.json")

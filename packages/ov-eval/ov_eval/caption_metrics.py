@@ -1,0 +1,247 @@
+"""Generated captions against true ones: corpus BLEU-4 and CIDEr-D, as COCO's captions are scored.
+
+Scores equal those of COCO's caption evaluation on equal tokens (BLEU up to the 1e-9 that it adds to
+a count). The tokens are `caption_words`, close to its Penn Treebank tokenizer but not that program.
+"""
+
+import collections
+from collections.abc import Callable, Iterable, Sequence
+import dataclasses
+import math
+import re
+import statistics
+from typing import Self
+import unicodedata
+
+import numpy as np
+
+from ov_eval.captions import CaptionRecord
+from ov_eval.results import Result
+from ov_eval.states import Mean
+
+Tokenise = Callable[[str], Sequence[str]]
+_ORDER = 4  # longest n-gram
+_SIGMA = 6.0  # of CIDEr-D's penalty on the difference in length
+_WORD = re.compile(r"[^\W_]+(?:['.,\-][^\W_]+)*")  # don't, well-lit, 3.5, 1,000
+_CLITIC = re.compile(r"(?<=\w)(n't|'(?:s|re|ve|ll|d|m))$")
+
+
+def caption_words(text: str) -> list[str]:
+  """Lower-case words without punctuation; hyphens stay, clitics are words of their own.
+
+  >>> caption_words("The dog's well-lit; it doesn't cost $3.50!")
+  ['the', 'dog', "'s", 'well-lit', 'it', 'does', "n't", 'cost', '3.50']
+  """
+  plain = unicodedata.normalize("NFKC", text).replace("\u2019", "'").lower()
+  pieces = (_CLITIC.sub(r" \1", word).split() for word in _WORD.findall(plain))
+  return [piece for word in pieces for piece in word]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Bleu:
+  """Corpus BLEU-4 (Papineni et al. 2002); mergeable with `+`, exactly.
+
+  Attributes:
+    count: candidates.
+    sums: int64 [10]: clipped matches of 1- to 4-grams, n-grams of the candidates, words of the
+      candidates, words of their closest references.
+    products: int64 [10, 10]: sum over candidates of the outer product of their ten numbers, from
+      which the interval follows.
+  """
+
+  count: int
+  sums: np.ndarray
+  products: np.ndarray
+
+  def __add__(self, other: Self) -> Self:
+    return type(self)(
+      self.count + other.count, self.sums + other.sums, self.products + other.products
+    )
+
+  @property
+  def brevity_penalty(self) -> float:
+    """exp(1 - r / c) where the candidates are shorter than the references, else 1."""
+    length, reference = self.sums[8:].tolist()
+    if length >= reference:
+      return 1.0
+    return math.exp(1 - reference / length) if length else 0.0
+
+  @property
+  def value(self) -> float:
+    """Geometric mean of the four precisions x brevity penalty; no smoothing.
+
+    0 where no 4-gram matches; NaN without candidates.
+    """
+    if not self.count:
+      return math.nan
+    matches, totals = self.sums[:4], self.sums[4:8]
+    if not matches.all():
+      return 0.0
+    return self.brevity_penalty * statistics.geometric_mean((matches / totals).tolist())
+
+  def interval(self, level: float = 0.95) -> tuple[float, float] | None:
+    """By linearisation over candidates, as `Mean`'s; None where the value is 0 or NaN."""
+    value = self.value
+    if not value > 0:
+      return None
+    sums = self.sums.astype(np.float64)
+    slope = np.zeros(10)  # of log BLEU in each of the ten sums
+    slope[:4], slope[4:8] = 0.25 / sums[:4], -0.25 / sums[4:8]
+    if sums[8] < sums[9]:
+      slope[8], slope[9] = sums[9] / sums[8] ** 2, -1 / sums[8]
+    error = value * math.sqrt(max(slope @ self.products @ slope, 0.0))
+    half = statistics.NormalDist().inv_cdf((1 + level) / 2) * error
+    return max(0.0, value - half), min(1.0, value + half)
+
+  def result(self, name: str = "bleu4", level: float = 0.95) -> Result:
+    """Value in [0, 1], candidates and interval under a name."""
+    low, high = self.interval(level) or (None, None)
+    return Result(name, self.value, self.count, low, high)
+
+
+def bleu4(
+  candidates: Sequence[str],
+  references: Sequence[Sequence[str]],
+  *,
+  tokenise: Tokenise = caption_words,
+) -> Bleu:
+  """Corpus BLEU-4: counts are summed over all candidates before precisions are taken.
+
+  A candidate's n-gram matches as often as it is in the one reference that has it most often; its
+  reference length is the closest one, of two equally close the shorter. An empty candidate matches
+  nothing and brings its reference length.
+
+  Args:
+    candidates: N captions.
+    references: for each at least one true caption.
+    tokenise: text -> tokens.
+
+  Raises:
+    ValueError: if the lengths differ or a candidate has no reference.
+  """
+  rows = np.zeros((len(candidates), 10), np.int64)
+  for row, (words, truths) in zip(rows, _tokens(candidates, references, tokenise), strict=True):
+    counts = _ngrams(words)
+    most: collections.Counter[tuple[str, ...]] = collections.Counter()
+    for truth in truths:
+      most |= _ngrams(truth)
+    for ngram, times in counts.items():
+      row[len(ngram) - 1] += min(times, most[ngram])
+      row[len(ngram) + 3] += times
+    row[8] = len(words)
+    row[9] = min((abs(len(truth) - len(words)), len(truth)) for truth in truths)[1]
+  return Bleu(len(rows), rows.sum(0), rows.T @ rows)
+
+
+def cider_scores(
+  candidates: Sequence[str],
+  references: Sequence[Sequence[str]],
+  *,
+  tokenise: Tokenise = caption_words,
+) -> np.ndarray:
+  """CIDEr-D of each candidate, float64 [N] from 0 to 10 (Vedantam et al., arXiv 1411.5726).
+
+  Per length n = 1..4: the n-grams weighted by tf-idf, the candidate's clipped to the reference's,
+  their cosine x exp(-(difference in words)^2 / (2 sigma^2)) with sigma 6; mean over references and
+  n, x 10. Papers print 100 times this. idf counts in how many of these N pictures' references an
+  n-gram is: a figure belongs to its set of pictures, and with a single one everything is 0.
+
+  Args:
+    candidates, references, tokenise: as in `bleu4`. All N pictures of all processes.
+
+  Raises:
+    ValueError: as `bleu4`.
+  """
+  pairs = [
+    (_ngrams(words), [_ngrams(truth) for truth in truths])
+    for words, truths in _tokens(candidates, references, tokenise)
+  ]
+  pictures = collections.Counter(ngram for _, truths in pairs for ngram in set().union(*truths))
+  rarest = math.log(len(pairs)) if pairs else 0.0
+
+  def weigh(counts: collections.Counter[tuple[str, ...]]) -> "_Vector":
+    weights = {
+      ngram: times * (rarest - math.log(max(1, pictures[ngram]))) for ngram, times in counts.items()
+    }
+    squares = [0.0] * _ORDER
+    for ngram, weight in weights.items():
+      squares[len(ngram) - 1] += weight * weight
+    # COCO's code measures length in 2-grams, which differ as words do.
+    length = sum(times for ngram, times in counts.items() if len(ngram) == 2)
+    return _Vector(weights, [math.sqrt(square) for square in squares], length)
+
+  scores = np.zeros(len(pairs))
+  for i, (counts, truths) in enumerate(pairs):
+    vector = weigh(counts)
+    scores[i] = statistics.fmean(_similarity(vector, weigh(truth)) for truth in truths)
+  return 10 * scores
+
+
+def cider(
+  candidates: Sequence[str],
+  references: Sequence[Sequence[str]],
+  *,
+  tokenise: Tokenise = caption_words,
+) -> Mean:
+  """The mean of `cider_scores`; its interval takes idf as given."""
+  return Mean.of(cider_scores(candidates, references, tokenise=tokenise))
+
+
+def caption_metrics(records: Iterable[CaptionRecord], level: float = 0.95) -> list[Result]:
+  """`bleu4` and `cider` of the records of all processes; empty without records.
+
+  Records with one `index` are the same example and count once.
+  """
+  once = list({record.index: record for record in records}.values())
+  if not once:
+    return []
+  texts, references = [r.generated for r in once], [r.references for r in once]
+  return [
+    bleu4(texts, references).result("bleu4", level),
+    cider(texts, references).result("cider", level),
+  ]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Vector:
+  """tf-idf weights of a caption's n-grams, their norm per n, and its length."""
+
+  weights: dict[tuple[str, ...], float]
+  norms: list[float]
+  length: int
+
+
+def _similarity(candidate: _Vector, reference: _Vector) -> float:
+  """CIDEr-D's, from 0 to 1."""
+  products = [0.0] * _ORDER
+  for ngram, weight in candidate.weights.items():
+    other = reference.weights.get(ngram, 0.0)
+    products[len(ngram) - 1] += min(weight, other) * other
+  cosines = [
+    product / (a * b) if a and b else 0.0
+    for product, a, b in zip(products, candidate.norms, reference.norms, strict=True)
+  ]
+  distance = candidate.length - reference.length
+  return statistics.fmean(cosines) * math.exp(-(distance**2) / (2 * _SIGMA**2))
+
+
+def _tokens(
+  candidates: Sequence[str], references: Sequence[Sequence[str]], tokenise: Tokenise
+) -> list[tuple[Sequence[str], list[Sequence[str]]]]:
+  if isinstance(candidates, str) or len(candidates) != len(references):
+    raise ValueError(
+      f"{len(candidates)} candidates and {len(references)} lists of references; give each its own."
+    )
+  pairs = []
+  for i, (text, truths) in enumerate(zip(candidates, references, strict=True)):
+    if isinstance(truths, str) or not truths:
+      raise ValueError(f"references[{i}] is {truths!r}; expected a list of at least one caption.")
+    pairs.append((tokenise(text), [tokenise(truth) for truth in truths]))
+  return pairs
+
+
+def _ngrams(words: Sequence[str]) -> collections.Counter[tuple[str, ...]]:
+  """How often each n-gram of 1 to 4 words is there."""
+  return collections.Counter(
+    tuple(words[i : i + n]) for n in range(1, _ORDER + 1) for i in range(len(words) - n + 1)
+  )
