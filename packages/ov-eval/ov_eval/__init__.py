@@ -1,6 +1,6 @@
 """Evaluation that knows no model: functions and batches in, exact mergeable figures out."""
 
-from ov_eval.caption_metrics import (
+from ov_eval.caption_scores import (
   Bleu,
   bleu4,
   caption_metrics,

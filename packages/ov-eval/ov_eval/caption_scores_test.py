@@ -4,8 +4,8 @@ import math
 import numpy as np
 import pytest
 
-from ov_eval import caption_metrics as metrics
-from ov_eval.caption_metrics import bleu4, caption_words, cider, cider_scores
+from ov_eval import caption_scores as metrics
+from ov_eval.caption_scores import bleu4, caption_words, cider, cider_scores
 from ov_eval.captions import CaptionRecord
 
 CAT = "the cat is on the mat"
