@@ -13,14 +13,17 @@ from ov_losses.contrastive import (
   contrastive_softmax,
   text_groups,
 )
+from ov_losses.gradient_cache import LossTerms, gradient_cache
 
 __all__ = [
   "CaptionLoss",
   "ContrastiveLoss",
+  "LossTerms",
   "caption_cross_entropy",
   "clamp_scale",
   "contrastive_sigmoid",
   "contrastive_softmax",
+  "gradient_cache",
   "sequence_log_likelihood",
   "shift_left",
   "text_groups",
