@@ -92,15 +92,16 @@ def generate(
     TypeError: the model has no decoder that is fed its own words.
     ValueError: an option out of range, or "sample" without a key.
   """
-  if not isinstance(model.decoder, Decoder):
+  decoder = getattr(model, "decoder", None)
+  if not isinstance(decoder, Decoder):
     raise TypeError(
-      f"the decoder of {type(model).__name__} is a {type(model.decoder).__name__}; generation "
-      "feeds each written token back and needs a Decoder (built from a DecoderConfig)."
+      f"the decoder of {type(model).__name__} is a {type(decoder).__name__}; generation feeds "
+      "each written token back and needs a Decoder: build the model with a DecoderConfig."
     )
   options = _Options(
     max_len, bos_id, eos_id, pad_id, method, temperature, top_p, num_beams, length_penalty
   )
-  _check(model.decoder.config, options, key)
+  _check(decoder.config, options, key)
   graphdef, params = nnx.split(model)
   key = key if method == "sample" else None
   return _generate(params, images, key, graphdef, options, partition.current())

@@ -4,12 +4,22 @@ import dataclasses
 import itertools
 
 import chex
+from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ov_models import CaptionerConfig, DecoderConfig, ViTConfig, bind, generate
+from ov_models import (
+  CaptionerConfig,
+  DecoderConfig,
+  QueryDecoder,
+  QueryDecoderConfig,
+  ViTConfig,
+  bind,
+  generate,
+)
+from ov_models.generate import _generate
 from ov_models.testing import random_params
 
 BOS, EOS, PAD, V, T = 1, 2, 0, 12, 8
@@ -51,7 +61,7 @@ class Reference:
   def __init__(self, captioner, pictures):
     self.tokens = captioner.encode(pictures)[1]
     self.log_probs = jax.jit(
-      lambda ids: jax.nn.log_softmax(captioner.logits(captioner.decoder(self.tokens, ids)))
+      lambda ids: jax.nn.log_softmax(captioner.decoder.logits(captioner.decoder(self.tokens, ids)))
     )
 
   def next(self, written):
@@ -199,6 +209,47 @@ def test_runs_inside_jit_and_compiles_once():
     inside = captions(params, images() + i)
   outside = generate(bind(config, params), images() + 2, max_len=T, **IDS).ids
   np.testing.assert_array_equal(inside, outside)
+
+
+class Pixels(nnx.Module):
+  """A model of someone's own: a decoder that reads patches of pixels."""
+
+  def __init__(self, decoder):
+    self.decoder = decoder
+
+  def encode(self, pictures, key=None):
+    return None, pictures.reshape(pictures.shape[0], 32, 24)
+
+
+def test_any_model_with_encode_and_decoder_writes():
+  own = Pixels(model().decoder)
+  out = generate(own, images(), max_len=T, method="beam", **IDS)
+  assert len({tuple(row) for row in np.asarray(out.ids)}) > 1
+  reference = Reference(own, images())
+  ids = np.asarray(out.ids)
+  total = np.zeros(6)
+  for t in range(T):
+    wrote = t < np.asarray(out.length)
+    total += np.where(wrote, reference.next(ids[:, :t])[np.arange(6), ids[:, t]], 0.0)
+  np.testing.assert_allclose(out.log_prob, total, atol=1e-4)
+
+
+def test_other_parameters_of_the_same_config_do_not_compile_again():
+  config = model().config
+  generate(model(), images(), max_len=T, **IDS)
+  before = _generate._cache_size()
+  for seed in range(2):
+    generate(bind(config, random_params(config, seed)), images(), max_len=T, **IDS)
+  assert _generate._cache_size() == before
+
+
+def test_models_that_cannot_be_fed_their_words_are_refused():
+  config = QueryDecoderConfig(width=8, depth=1, mlp_dim=8, num_heads=2, vocab_size=V, num_queries=4)
+  own = Pixels(QueryDecoder(config, 24, rngs=nnx.Rngs(0)))
+  with pytest.raises(TypeError, match=r"decoder of Pixels is a QueryDecoder.*with a DecoderConfig"):
+    generate(own, images(), max_len=T, **IDS)
+  with pytest.raises(TypeError, match=r"decoder of ViT is a NoneType"):
+    generate(model().encoder, images(), max_len=T, **IDS)
 
 
 def test_bfloat16_runs():
