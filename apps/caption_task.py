@@ -89,6 +89,9 @@ class CaptionTask:
   def text_len(self) -> int:
     return self.model.decoder.max_len
 
+  def text_processor(self, tokenizer: Tokenizer) -> None:
+    """There is no text tower."""
+
   def init(self, key: jax.Array) -> Params:
     return ov_models.init(self.model, key)
 

@@ -66,7 +66,10 @@ class _Texts:
   """Texts of any kind to unit vectors, prepared as in training."""
 
   def __init__(self, task: ClipTask, tokenizer: ov_data.Tokenizer, mesh: jax.sharding.Mesh):
-    self.processor = task.text_processor(tokenizer)
+    processor = task.text_processor(tokenizer)
+    if processor is None:
+      raise ValueError("texts cannot be embedded: config.model.text is empty")
+    self.processor = processor
     self._model, self._mesh = task.model, mesh
     self.chunk = -(-TEXT_CHUNK // mesh.size) * mesh.size
 

@@ -160,11 +160,11 @@ class ClipTask:
       specs["caption_ids"] = TextSpec(self.caption_keys, self.caption_len, fallback=instead)
     return specs
 
-  def text_processor(self, tokenizer: Tokenizer) -> TextProcessor:
+  def text_processor(self, tokenizer: Tokenizer) -> TextProcessor | None:
     """How texts reach the text tower, for evaluation and for the artefact beside the params."""
     text = self.model.text
     if text is None:
-      raise ValueError("this model has no text tower")
+      return None
     return TextProcessor(
       tokenizer,
       self.token_len,

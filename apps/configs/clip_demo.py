@@ -56,7 +56,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   if a.runlocal:
     config.total_steps, config.optimizer.schedule.warmup_steps = 40, 4
     config.input.demo.update(
-      train_examples=2_000, eval_examples=128, zero_shot_examples=64, probe_examples=96
+      train_examples=2_000, eval_examples=128, zero_shot_examples=64, probe_examples=480
     )
     config.eval.update(every=20)
     config.checkpoint.every = 10

@@ -22,7 +22,8 @@ _TOKENIZER_RECORDS = 200_000  # at most so many records teach a new tokenizer
 def training_sources(config: ConfigDict) -> list[ov_data.Source]:
   """The sources of `config.input`; ValueError unless exactly one way of naming them is used."""
   inputs = config.input
-  shared = {"image_key": inputs.image_key, "caption_keys": tuple(inputs.caption_keys)}
+  texts = (*inputs.get("alt_keys", ()), *inputs.caption_keys)  # what a new tokenizer learns from
+  shared = {"image_key": inputs.image_key, "caption_keys": tuple(dict.fromkeys(texts))}
   if inputs.data_dir and inputs.sources:
     raise ValueError("config.input.data_dir and config.input.sources are both set; use one")
   if inputs.sources:
@@ -166,6 +167,31 @@ def open_tokenizer(config: ConfigDict, workdir: Path, terminal: Terminal) -> ov_
   return tokenizer
 
 
+def keep_text_processor(workdir: Path, processor: ov_data.TextProcessor | None) -> None:
+  """Keeps how texts reach the model beside its tokenizer, where evaluation and export read it.
+
+  Raises:
+    ValueError: the workdir's params were trained with texts prepared in another way.
+  """
+  if processor is None:
+    return
+  folder = workdir / "tokenizer"
+  if jax.process_index() == 0:
+    try:
+      kept = ov_data.TextProcessor.load(folder)
+    except FileNotFoundError:
+      processor.save(folder)
+    else:
+      if kept.fingerprint != processor.fingerprint:
+        raise ValueError(
+          f"{folder} belongs to texts of {_way(kept)}, the configuration asks for "
+          f"{_way(processor)}; params and texts belong together: keep config.model.token_len and "
+          "the text tower's options, or choose another --workdir"
+        )
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices("text processor kept")
+
+
 def describe(loader: ov_data.Loader) -> dict[str, Any]:
   """Facts about the data of a loader for the report."""
   facts: dict[str, Any] = {
@@ -182,6 +208,13 @@ def describe(loader: ov_data.Loader) -> dict[str, Any]:
 
 def _texts(specs: Mapping[str, ov_data.TextSpec] | None) -> dict[str, Any]:
   return {} if specs is None else {"texts": specs}
+
+
+def _way(processor: ov_data.TextProcessor) -> str:
+  return (
+    f"{processor.length} tokens, pool {processor.pool}, padding {processor.padding}, "
+    f"vocabulary {processor.tokenizer.fingerprint}"
+  )
 
 
 def _read_tokenizer(path: str) -> ov_data.Tokenizer:

@@ -104,7 +104,8 @@ def run_training(config: ConfigDict, workdir: Path, app: App, terminal: Terminal
     )
     tokenizer = inputs.open_tokenizer(config, workdir, terminal)
     for stage in stages:  # every stage is tried before the first one costs anything
-      build_parts(stage.config, app.make_task, tokenizer, mesh)
+      parts = build_parts(stage.config, app.make_task, tokenizer, mesh)
+      inputs.keep_text_processor(workdir, parts.task.text_processor(tokenizer))
     if jax.process_index() == 0 and not config.eval_only:
       (workdir / "config.json").write_text(to_json(config))
     checkpoints = Checkpoints(

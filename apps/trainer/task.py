@@ -45,6 +45,9 @@ class Task(Protocol):
   def flops_per_example(self) -> float:
     """Model FLOPs of forward and backward for one example."""
 
+  def text_processor(self, tokenizer: "ov_data.Tokenizer") -> "ov_data.TextProcessor | None":
+    """How texts reach a text tower; None for a model without one."""
+
   def init(self, key: jax.Array) -> Params:
     """Fresh params; works under jit."""
 
