@@ -16,7 +16,16 @@ import numpy as np
 import ov_models
 
 Params = dict[str, Any]
-Config = ov_models.ViTConfig | ov_models.CaptionerConfig
+Config = (
+  ov_models.ViTConfig | ov_models.TextConfig | ov_models.CaptionerConfig | ov_models.TwoTowersConfig
+)
+
+_Tower = (
+  ov_models.ViTConfig
+  | ov_models.TextConfig
+  | ov_models.DecoderConfig
+  | ov_models.QueryDecoderConfig
+)
 
 # theirs (below the tower), ours (below the tower), transform: one of `_THEIR_SHAPE`.
 _NORM = (("scale", "scale"), ("bias", "bias"))
@@ -43,12 +52,25 @@ _VIT_MAP = (
   ("encoder_norm/bias", "norm/bias", "same"),
 )
 _VIT_POSITION = ("pos_embedding", "position_embedding", "lead_1")
-_DECODER_MAP = (
+_TEXT_MAP = (
   ("Embed_0/embedding", "embed/embedding", "same"),
+  ("pos_embedding", "position_embedding", "lead_1"),
+  ("encoder_norm/scale", "norm/scale", "same"),
+  ("encoder_norm/bias", "norm/bias", "same"),
+)
+_WRITER_MAP = (  # what both decoders have
   ("image_projection_layer/kernel", "image_proj/kernel", "same"),
   ("decoder_norm/scale", "norm/scale", "same"),
   ("decoder_norm/bias", "norm/bias", "same"),
   ("head/kernel", "head/kernel", "same"),
+)
+_DECODER_MAP = (("Embed_0/embedding", "embed/embedding", "same"), *_WRITER_MAP)
+_QUERY_DECODER_MAP = (("learnable_tokens", "queries", "same"), *_WRITER_MAP)
+_QUERY_DECODER_TEXT = ("text_projection_layer/kernel", "text_proj/kernel", "same")
+_JOINT_MAP = (
+  ("img/head/kernel", "image_head/kernel", "same"),
+  ("txt/head/kernel", "text_head/kernel", "same"),
+  ("t", "log_scale", "lead_1"),
 )
 
 # Shape of their tensor, from the shape of ours and the number of heads.
@@ -88,24 +110,31 @@ class Entry:
 def name_map(config: Config) -> list[Entry]:
   """Every tensor of `config` in both trees.
 
-  A ViTConfig maps the tower "img" of OpenVision (its head belongs to the contrastive model), a
-  CaptionerConfig the towers "img_encoder" and "txt_decoder" of OpenVision 2.
+  A ViTConfig maps the tower "img" of OpenVision and a TextConfig its tower "txt" (their heads
+  belong to the contrastive model), a TwoTowersConfig all of OpenVision: "img", "txt",
+  "txt_decoder" and "t". A CaptionerConfig maps the towers "img_encoder" and "txt_decoder" of
+  OpenVision 2.
 
   Raises:
     ValueError: the config has parameters that the published models lack; all are listed.
   """
-  if isinstance(config, ov_models.CaptionerConfig):
+  if isinstance(config, ov_models.TwoTowersConfig):
+    entries = list(_two_towers(config))
+  elif isinstance(config, ov_models.CaptionerConfig):
     entries = [
       *_vit(config.encoder, "img_encoder/", "encoder/"),
       *_tower(_DECODER_MAP, config.decoder, "txt_decoder/", "decoder/"),
     ]
+  elif isinstance(config, ov_models.TextConfig):
+    entries = list(_tower(_TEXT_MAP, config, "txt/", ""))
   else:
     entries = list(_vit(config, "img/", ""))
   extra = sorted(set(_flatten(ov_models.abstract_params(config))) - {e.ours for e in entries})
   if extra:
     raise ValueError(
       f"the published models have no counterpart of {', '.join(extra)}; use pool='gap' or 'tok' "
-      "in the tower, and position='none' or 'sincos' in the decoder."
+      "in the image tower and no pool='map' in that of text, position='none' or 'sincos' in the "
+      "decoder of OpenVision 2, and in OpenVision a decoder with queries and no bias."
     )
   return entries
 
@@ -155,7 +184,7 @@ def to_theirs(params: Params, config: Config, *, split_heads: bool = False) -> d
   Args:
     params: of `config`.
     config: which model they are.
-    split_heads: write the vision tower's attention kernels 3-D, [D, N, H] and [N, H, D]. The
+    split_heads: write the attention kernels of both towers 3-D, [D, N, H] and [N, H, D]. The
       decoder's are 2-D in every published checkpoint.
 
   Raises:
@@ -179,9 +208,20 @@ def _vit(config: ov_models.ViTConfig, theirs: str, ours: str) -> Iterator[Entry]
   return _tower((*_VIT_MAP, *position), config, theirs, ours)
 
 
+def _two_towers(config: ov_models.TwoTowersConfig) -> Iterator[Entry]:
+  yield from _vit(config.encoder, "img/", "encoder/")
+  if config.text is not None:
+    yield from _tower(_TEXT_MAP, config.text, "txt/", "text/")
+    for theirs, ours, transform in _JOINT_MAP:
+      yield Entry(theirs, ours, None, transform, 1)
+  if isinstance(decoder := config.decoder, ov_models.QueryDecoderConfig):
+    text = (_QUERY_DECODER_TEXT,) if config.text is not None else ()
+    yield from _tower((*_QUERY_DECODER_MAP, *text), decoder, "txt_decoder/", "decoder/")
+
+
 def _tower(
   names: Iterable[tuple[str, str, str]],
-  config: ov_models.ViTConfig | ov_models.DecoderConfig,
+  config: _Tower,
   theirs: str,
   ours: str,
 ) -> Iterator[Entry]:

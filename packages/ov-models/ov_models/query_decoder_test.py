@@ -1,6 +1,6 @@
 """The decoder with learned queries: published sizes, who sees whom, what it starts from.
 
-Its numbers are held against the predecessor's in //tests/golden:openvision1_decoder_test.
+Its numbers are held against the predecessor's in //tests/golden:openvision1_model_test.
 """
 
 from flax import nnx
