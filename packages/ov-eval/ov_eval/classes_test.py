@@ -1,0 +1,144 @@
+"""Class names and templates: canonical texts, named sets, files, and what is refused."""
+
+import json
+import string
+import sys
+import types
+
+import pytest
+
+from ov_eval.classes import ClassSet, TemplateSet, class_set, class_texts, template_set
+
+
+@pytest.mark.parametrize(
+  "name, template, expected",
+  [
+    # The full stop of a template goes, `{}` stays.
+    ("dog", "a bad photo of a {}.", "a bad photo of a dog"),
+    # A hyphen vanishes without a space.
+    ("T-Shirt", "a close-up photo of the {}.", "a closeup photo of the tshirt"),
+    # An underscore becomes a space, spaces run together, the comma of a name stays.
+    ("hen,  of_the Woods ", "itap of a  {}!", "itap of a hen, of the woods"),
+    # The comma of a template does not stay.
+    ("jack-o'-lantern", "a {}, in_a video game.", "a jackolantern in a video game"),
+    # Braces of a name are punctuation, not another place for it.
+    ("cat {}", "{}", "cat"),
+    # Punctuation beyond ASCII is left alone.
+    ("Crème Brûlée", "“{}”", "“crème brûlée”"),
+    ("dog", "{} and {}", "dog and dog"),
+  ],
+)
+def test_canonical_texts_are_those_of_the_predecessor(name, template, expected):
+  assert class_texts([name, "other"], [template])[0] == expected
+
+
+def _slowly(text, kept):
+  """The rule of the predecessor, one character after another; `kept` marks what stays."""
+  out = ""
+  for character, keep in zip(text, kept, strict=True):
+    if character == "_":
+      out += " "
+    elif keep or character not in string.punctuation:
+      out += character.lower()
+  return " ".join(out.split())
+
+
+def test_every_ascii_character_is_treated_alike():
+  everything = "".join(map(chr, range(32, 127)))
+  name = _slowly(everything, [c == "," for c in everything])
+  assert class_texts([everything, "b"], ["{}"])[0] == name
+  template = everything.replace("{", "").replace("}", "") + "{}" + everything[::-1]
+  marks = [False] * (len(everything) - 2) + [True] * 2 + [False] * len(everything)
+  expected = _slowly(template, marks).replace("{}", "b")
+  assert class_texts(["b", "c"], [template])[0] == expected
+
+
+def test_texts_are_ordered_by_class_then_template():
+  texts = class_texts(ClassSet("pets", ("Cat", "Dog")), TemplateSet("two", ("{}", "a {}.")))
+  assert texts == ["cat", "a cat", "dog", "a dog"]
+  assert class_texts(["Cat", "Dog"], ["a {}."], canonical=False) == ["a Cat.", "a Dog."]
+
+
+@pytest.mark.parametrize(
+  "name, count, first, hash",
+  [
+    ("plain", 1, "{}", "06d303a9b27b"),
+    ("photo", 1, "a photo of a {}", "e9de978cb2b2"),
+    ("openai_best", 8, "itap of a {}.", "100d7841c7d7"),
+  ],
+)
+def test_named_sets_never_change(name, count, first, hash):
+  # Result files name a set by its hash: another text under the same name would go unnoticed.
+  found = template_set(name)
+  assert (len(found.templates), found.templates[0], found.hash) == (count, first, hash)
+
+
+def _install(monkeypatch, **content):
+  """An open_clip of which only the module of names exists."""
+  module = types.ModuleType("open_clip.zero_shot_metadata")
+  vars(module).update(content)
+  monkeypatch.setitem(sys.modules, "open_clip", types.ModuleType("open_clip"))
+  monkeypatch.setitem(sys.modules, "open_clip.zero_shot_metadata", module)
+
+
+def test_sets_of_an_installed_open_clip(monkeypatch):
+  functions = tuple(lambda c, i=i: f"photo {i} of a {c}." for i in range(80))
+  names = [f"name {i}" for i in range(1000)]
+  _install(monkeypatch, OPENAI_IMAGENET_TEMPLATES=functions, IMAGENET_CLASSNAMES=names)
+  eighty, more = template_set("openai_80"), template_set("openvision_81")
+  assert eighty.templates == tuple(f"photo {i} of a {{}}." for i in range(80))
+  assert more.templates == (*eighty.templates, "{}") and more.hash != eighty.hash
+  classes = class_set("imagenet")
+  assert classes.classes == tuple(names) and classes.name == "imagenet"
+  texts = class_texts(classes, more)
+  assert len(texts) == 81_000
+  assert texts[81 * 999 + 79] == "photo 79 of a name 999" and texts[-1] == "name 999"
+
+
+def test_an_open_clip_with_another_list_is_refused(monkeypatch):
+  _install(monkeypatch, OPENAI_IMAGENET_TEMPLATES=(lambda c: f"a {c}",) * 79)
+  with pytest.raises(ValueError, match="gave 79 templates for 'openai_80'"):
+    template_set("openai_80")
+  with pytest.raises(ValueError, match="'imagenet' is read from open_clip.*or give a file"):
+    class_set("imagenet")  # the attribute is missing
+
+
+@pytest.mark.parametrize("read", [lambda: template_set("openai_80"), lambda: class_set("imagenet")])
+def test_without_open_clip_the_message_says_what_to_do(monkeypatch, read):
+  monkeypatch.setitem(sys.modules, "open_clip", None)  # as if it were not installed
+  with pytest.raises(ValueError, match="pip install open_clip_torch"):
+    read()
+
+
+def test_files_of_lines_and_json(tmp_path):
+  lines = tmp_path / "names.txt"
+  lines.write_text("tench\n\n  goldfish \ncrème\n", encoding="utf-8")
+  assert class_set(str(lines)).classes == ("tench", "goldfish", "crème")
+  listed = tmp_path / "templates.json"
+  listed.write_text(json.dumps(["a {}", " the {}"]))
+  found = template_set(str(listed))
+  assert found.templates == ("a {}", " the {}") and found.name == str(listed)
+  assert found.hash == TemplateSet("another name", found.templates).hash
+
+
+@pytest.mark.parametrize(
+  "read, content, message",
+  [
+    (template_set, None, "neither a set of templates .plain, photo, .*, openvision_81. nor a file"),
+    (class_set, None, "neither a set of classes .imagenet. nor a file"),
+    (class_set, "[1, 2]", "expected a JSON list of texts, got list"),
+    (class_set, '{"a": 1}', "expected a JSON list of texts, got dict"),
+    (class_set, "[", "is not JSON"),
+    (class_set, '["one"]', "names 1 classes; expected at least two"),
+    (class_set, '["one", " "]', "no name for class 1"),
+    (template_set, "[]", "holds no template"),
+    (template_set, '["a {}", "a photo"]', "'a photo' .*has no {}"),
+  ],
+)
+def test_wrong_files_are_refused(tmp_path, read, content, message):
+  path = tmp_path / "list.json"
+  if content is not None:
+    path.write_text(content)
+  with pytest.raises(ValueError, match=message) as error:
+    read(str(path))
+  assert str(path) in str(error.value)
