@@ -4,7 +4,8 @@ from ov_data.decode import Crop, DecodeError, Limits
 from ov_data.loader import Loader, TooManyBadRecords
 from ov_data.order import Order
 from ov_data.records import RecordError
-from ov_data.sources import Dataset, Source, find_shards
+from ov_data.shards import find_shards
+from ov_data.sources import Dataset, Source
 from ov_data.text_processor import TextProcessor
 from ov_data.texts import TextSpec
 from ov_data.tokenizer import Tokenizer

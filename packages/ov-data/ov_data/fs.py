@@ -6,11 +6,15 @@ kinds answer with the same types and the same errors (OSError), so callers never
 
 from collections.abc import Iterator
 import contextlib
+import errno
 import glob as local_glob
 import os
+import stat
 import threading
 from typing import Any, BinaryIO
 import uuid
+
+_NO_FILE = (errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR, errno.ENXIO)
 
 
 def is_remote(path: str) -> bool:
@@ -31,6 +35,10 @@ def exists(path: str) -> bool:
 
 def is_dir(path: str) -> bool:
   return _call(path, "isdir") if is_remote(path) else os.path.isdir(path)
+
+
+def is_link(path: str) -> bool:
+  return not is_remote(path) and os.path.islink(path)
 
 
 def size(path: str) -> int:
@@ -57,6 +65,29 @@ def open_read(path: str) -> contextlib.AbstractContextManager[BinaryIO]:
 def read_bytes(path: str) -> bytes:
   with open_read(path) as file:
     return file.read()
+
+
+def read_regular(path: str, most: int) -> bytes:
+  """The bytes of a file whose name comes from elsewhere: no pipe blocks, no device has no end.
+
+  Raises:
+    FileNotFoundError: there is no regular file of that name.
+    OSError: it cannot be read; with errno EFBIG where it has more than `most` bytes.
+  """
+  if is_remote(path):
+    _check_size(path, size(path), most)
+    return read_bytes(path)
+  try:
+    with open(path, "rb", opener=_open_without_waiting) as file:
+      status = os.fstat(file.fileno())
+      if not stat.S_ISREG(status.st_mode):
+        raise FileNotFoundError(f"{path}: no regular file")
+      _check_size(path, status.st_size, most)
+      return file.read(most)
+  except OSError as error:
+    if error.errno in _NO_FILE:
+      raise FileNotFoundError(f"{path}: {error.strerror}") from None
+    raise
 
 
 def write_atomic(path: str, data: bytes) -> None:
@@ -102,6 +133,15 @@ class Reader:
   def __del__(self) -> None:
     if getattr(self, "_descriptor", -1) >= 0:
       os.close(self._descriptor)
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+  return os.open(path, flags | os.O_NONBLOCK)
+
+
+def _check_size(path: str, size: int, most: int) -> None:
+  if size > most:
+    raise OSError(errno.EFBIG, f"{size} bytes, more than {most}", path)
 
 
 @contextlib.contextmanager

@@ -162,13 +162,13 @@ def _cache_path(path: str) -> str:
 
 
 def main(arguments: list[str]) -> None:
-  from ov_data import sources  # which imports this module
+  from ov_data import shards  # which imports this module
 
   if not arguments:
     sys.exit("usage: python -m ov_data.index DIR_OR_GLOB...")
   for argument in arguments:
     try:
-      paths = sources.find_shards(fs.join(argument, "*") if fs.is_dir(argument) else argument)
+      paths = shards.find_shards(fs.join(argument, "*") if fs.is_dir(argument) else argument)
     except ValueError as error:
       sys.exit(str(error))
 

@@ -1,4 +1,4 @@
-"""Batches of numpy arrays from record files: deterministic, resumable by one integer.
+"""Batches of numpy arrays from records: deterministic, resumable by one integer.
 
     position -> order -> record bytes -> parse -> decode, crop, resize -> token ids -> batch
 
@@ -43,7 +43,7 @@ class TooManyBadRecords(RuntimeError):
 @dataclasses.dataclass(frozen=True)
 class _Problem:
   reason: str
-  place: str  # shard and offset
+  place: str  # file and offset
   detail: str
 
 
@@ -82,7 +82,8 @@ class Loader:
       last batch filled with rows that are not valid. Each `for` over such a loader starts anew.
     fit: "crop" for random crops, "center" or "squash" for evaluation, see ov_data.decode.
     captions: "random" or "first" among the texts of an example. "all" encodes the first and
-      delivers all under the source's caption keys: "captions", a list of b lists of str.
+      delivers all under the source's caption keys: "captions", a list of b lists of str; of keys
+      that hold the same texts only those of the first.
     extra_keys: further features to deliver.
     crop, limits: see ov_data.decode.
     max_bad_fraction: share of broken records past which `TooManyBadRecords` stops the run.
@@ -232,11 +233,11 @@ class Loader:
 
   @property
   def fingerprint(self) -> str:
-    """16 hex digits of what is read: shards, sizes and counts of all sources, not their place."""
+    """16 hex digits of what is read, over all sources, see `Dataset.fingerprint`."""
     return hashlib.sha256(" ".join(d.fingerprint for d in self.datasets).encode()).hexdigest()[:16]
 
   def locate(self, position: int) -> tuple[str, int]:
-    """Shard and byte offset of the record at a position of the global stream."""
+    """File and byte offset of the record at a position of the global stream."""
     places = self.order(np.array([position]))
     return self.datasets[places.source[0]].locate(int(places.record[0]))
 
@@ -329,7 +330,7 @@ class Loader:
     keys = (source.image_key, *self._texts.keys(source.caption_keys), *self._extra_keys)
     try:
       features = example.parse(dataset.read(record), keys)
-    except RecordError:
+    except (RecordError, FeatureError):
       raise
     except ValueError:
       raise FeatureError("not a tf.train.Example") from None
@@ -368,9 +369,9 @@ class Loader:
       )
 
   def _default_threads(self) -> int:
-    paths = [index.path for dataset in self.datasets for index in dataset.indexes]
+    remote = any(fs.is_remote(path) for source in self.sources for path in source.places)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return (cores or 1) * (_REMOTE_THREADS if any(map(fs.is_remote, paths)) else 1)
+    return (cores or 1) * (_REMOTE_THREADS if remote else 1)
 
   def _check_arguments(self) -> None:
     for name in ("image_size", "batch_size", "lanes"):

@@ -1,29 +1,22 @@
-"""From the name of a data set to its records: shards found, indexed, sliced, and read at random.
+"""A data set by name: which records, under which features.
 
 A path is a directory of TFRecord shards, a glob, a sharded name (`data/train@8`, `data/train@`),
-one file, a tuple of any of these, or a directory written by TensorFlow Datasets. Local and gs://.
+one file, a tuple of any of these, or a directory written by TensorFlow Datasets; or pictures that
+lie as files: a folder of class folders, or one of Karpathy's split files (dataset_coco.json and
+the like). Local and gs://.
 """
 
-import bisect
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from concurrent import futures
+from collections.abc import Sequence
 import contextlib
 import dataclasses
 import functools
-import hashlib
-import itertools
-import json
-import re
-import threading
 
-from ov_data import example, fs, records
-from ov_data.index import Progress, ShardIndex, load_indexes
+from ov_data import example, folders, fs, karpathy
+from ov_data.index import Progress, ShardIndex
+from ov_data.pictures import Pictures
+from ov_data.shards import TFDS_INFO, Shards
+from ov_data.splits import Split
 
-_NUMBERED = re.compile(r"(?P<stem>.*?)[-.](?P<number>\d{5,})-of-(?P<count>\d{5,})(?P<rest>.*)")
-_IS_SHARD = re.compile(r".*\.tfrec(ord)?s?([-.].*)?")
-_NOT_SHARD = (".ovidx", ".part", ".json", ".txt", ".tmp")
-_OPEN_FILES = 256
 _PROBES = 16  # records looked at for missing keys
 
 
@@ -31,12 +24,18 @@ _PROBES = 16  # records looked at for missing keys
 class Source:
   """A data set and which of its features are used.
 
-  path: see the module; a tuple names several places that are read as one.
+  path: see the module; a tuple names several places of shards that are read as one.
   split: "train", or a part as in "train[:90%]", "train[-1000:]", "[1000:]"; None is everything.
+    A split file takes several, as in "train+restval".
   weight: share of this source in a mixture, relative to the others.
   image_key: the feature with the encoded image, for instance "jpg" or "image/encoded".
   caption_keys: the features with captions, each holding one or several; one is drawn for each
     example and epoch, first among the keys, then among the captions of that key.
+  image_root: the folder of the pictures of a split file; that of the file itself by default.
+
+  Pictures that lie as files are given the features of records: the file's bytes as `image_key`,
+  its name as "key"; in class folders "class" (the folder) and "label" (its number, from 0, in the
+  sorted names of the folders); with a split file all its sentences under each of `caption_keys`.
   """
 
   path: str | tuple[str, ...]
@@ -44,19 +43,30 @@ class Source:
   weight: float = 1.0
   image_key: str = "jpg"
   caption_keys: tuple[str, ...] = ("txt",)
+  image_root: str | None = None
+
+  @property
+  def paths(self) -> tuple[str, ...]:
+    """`path` as a tuple."""
+    return (self.path,) if isinstance(self.path, str) else tuple(self.path)
+
+  @property
+  def places(self) -> tuple[str, ...]:
+    """All that is read from."""
+    return self.paths if self.image_root is None else (*self.paths, self.image_root)
 
 
 class Dataset:
-  """The records of a source, numbered 0 to len - 1 in the order of shards and of bytes in them.
+  """The records of a source, numbered 0 to len - 1.
 
   Args:
     source: what to open.
     progress: is told of the indexing, (bytes done, bytes in all).
-    run: with more than 1, records are fetched as runs of that many neighbours, in one read each,
-      and the last `cached_runs` runs are kept.
+    run, cached_runs: for shards, see `ov_data.shards.Shards`.
 
   Raises:
-    ValueError: no shards, missing shards, an unknown split, or not one usable record.
+    ValueError: nothing there, missing shards, an unknown split, a split file that cannot be read,
+      or not one usable record.
   """
 
   def __init__(
@@ -67,47 +77,46 @@ class Dataset:
     cached_runs: int = 64,
   ):
     self.source = source
-    self.indexes = _open(source, progress)
-    self._firsts = list(itertools.accumulate(map(len, self.indexes), initial=0))
-    if not self.indexes:
+    split = Split.parse(source.split)
+    pictures = _open_pictures(source, split)
+    self._records: Pictures | Shards = (
+      Shards(source.paths, split, progress, run, cached_runs) if pictures is None else pictures
+    )
+    if not len(self._records):
       raise ValueError(f"split={source.split!r} takes none of the records of {source.path}")
-    if not len(self):
-      damage = [f"{i.path} at byte {at}: {why}" for i in self.indexes for at, why in i.damage]
-      raise ValueError(
-        f"no usable record in the {len(self.indexes)} shard(s) of {source.path}; "
-        + (f"first damage: {damage[0]}" if damage else "they are empty")
-      )
-    self._reader = functools.lru_cache(_OPEN_FILES)(fs.Reader)
-    self._run = run
-    self._runs: _Cache = _Cache(self._read_run, cached_runs)
 
   def __len__(self) -> int:
-    return self._firsts[-1]
+    return len(self._records)
 
-  @functools.cached_property
+  @property
+  def indexes(self) -> list[ShardIndex]:
+    """Of the shards; none where pictures lie as files."""
+    return self._records.indexes if isinstance(self._records, Shards) else []
+
+  @property
+  def class_names(self) -> tuple[str, ...] | None:
+    """What the numbers under "label" mean, where the source is a folder of class folders."""
+    return None if isinstance(self._records, Shards) else self._records.class_names
+
+  @property
   def fingerprint(self) -> str:
-    """16 hex digits of shard names, sizes, edge checksums and record counts; not of the place."""
-    shards = [(fs.basename(i.path), i.size, i.fingerprint, len(i)) for i in self.indexes]
-    return hashlib.sha256(json.dumps(shards).encode()).hexdigest()[:16]
+    """16 hex digits of what is read, not of its place: of shards their names, sizes, edge checksums
+    and record counts; of pictures their names, and the captions of a split file."""
+    return self._records.fingerprint
 
   def locate(self, record: int) -> tuple[str, int]:
-    """The shard that holds a record, and the offset of the record's data in it."""
-    index, number = self._place(record)
-    return index.path, int(index.offsets[number])
+    """The file that holds a record, and the offset of the record's data in it."""
+    return self._records.locate(record)
 
   def read(self, record: int) -> bytes:
-    """The data of a record, its checksums verified. Safe to call from many threads.
+    """A record, a serialised `tf.train.Example`. Safe to call from many threads.
 
     Raises:
-      records.RecordError: the bytes have changed since they were indexed.
-      OSError: the shard cannot be read.
+      records.RecordError: the checksums are not those of the bytes.
+      example.FeatureError: a picture's file is missing or too large.
+      OSError: the file cannot be read.
     """
-    path, offset = self.locate(record)
-    if self._run > 1:
-      framed = self._runs.get(record // self._run)[record % self._run]
-    else:
-      framed = self._read_framed(*self._place(record))
-    return records.unframe(framed, offset - records.HEADER_BYTES)
+    return self._records.read(record)
 
   @functools.cached_property
   def present_keys(self) -> frozenset[str]:
@@ -137,183 +146,27 @@ class Dataset:
           "and caption_keys to what is there."
         )
 
-  def _place(self, record: int) -> tuple[ShardIndex, int]:
-    shard = bisect.bisect_right(self._firsts, record) - 1
-    return self.indexes[shard], record - self._firsts[shard]
 
-  def _read_framed(self, index: ShardIndex, number: int) -> bytes:
-    start = int(index.offsets[number]) - records.HEADER_BYTES
-    size = records.HEADER_BYTES + int(index.lengths[number]) + records.FOOTER_BYTES
-    return self._reader(index.path).read(start, size)
-
-  def _read_run(self, run: int) -> list[bytes]:
-    """The framed records of a run: one read for each shard that it touches."""
-    framed: list[bytes] = []
-    record, stop = run * self._run, min((run + 1) * self._run, len(self))
-    while record < stop:
-      index, number = self._place(record)
-      last = min(len(index), number + stop - record)
-      offsets = index.offsets[number:last].astype(int) - records.HEADER_BYTES
-      ends = offsets + index.lengths[number:last] + records.HEADER_BYTES + records.FOOTER_BYTES
-      data = self._reader(index.path).read(int(offsets[0]), int(ends[-1] - offsets[0]))
-      framed += [data[a:b] for a, b in zip(offsets - offsets[0], ends - offsets[0])]
-      record += last - number
-    return framed
-
-
-def find_shards(path: str, split: str | None = None) -> list[str]:
-  """The shards that a path (and the name of a split) means, sorted.
-
-  Raises:
-    ValueError: nothing there, some of the shards missing, or several splits and none chosen.
-  """
-  whole = True
-  if "*" in path or "?" in path:
-    whole = False
-    shards = [p for p in fs.glob(path) if _is_shard(p)]
-    hint = "no file matches"
-  elif match := re.fullmatch(r"(.+)@(\d*)", path):
-    shards = _sharded_name(match[1], match[2])
-    hint = f"no file is named {match[1]}-?????-of-{match[2].zfill(5) if match[2] else '?????'}"
-  elif fs.is_dir(path):
-    inside = fs.listdir(path)
-    if split in inside:
-      return find_shards(fs.join(path, split))
-    names = [name for name in inside if _is_shard(name)]
-    shards = [fs.join(path, name) for name in names if _in_split(name, split)]
-    if not split and len(splits := sorted({_stem(name) for name in names})) > 1:
-      raise ValueError(
-        f"{path} holds several splits ({', '.join(splits)}); choose one with split=..., "
-        "or name the shards with a glob"
-      )
-    hint = f"no *.tfrecord* file of split {split!r} in it" if split else "no *.tfrecord* file in it"
-  else:
-    whole = False
-    shards = [path] if fs.exists(path) else []
-    hint = "no such file or directory"
-  if not shards:
-    raise ValueError(f"no shards at {path}: {hint}")
-  if whole:
-    _check_complete(shards)
-  return shards
-
-
-def _open(source: Source, progress: Progress | None) -> list[ShardIndex]:
-  paths = (source.path,) if isinstance(source.path, str) else tuple(source.path)
-  name, slices = _parse_split(source.split)
-  if len(paths) == 1 and fs.exists(fs.join(paths[0], "dataset_info.json")):
-    indexes = _open_tfds(paths[0], name, progress)
-  else:
-    indexes = load_indexes([s for path in paths for s in find_shards(path, name)], progress)
-  for start, stop in slices:
-    indexes = _slice(indexes, start, stop)
-  return indexes
-
-
-def _open_tfds(path: str, split: str | None, progress: Progress | None) -> list[ShardIndex]:
-  """A directory of TensorFlow Datasets: its own table says which records make a split."""
-  try:
-    import tensorflow_datasets as tfds
-  except ImportError as error:
-    raise ImportError(
-      f"{path} is a TensorFlow Datasets directory, and that library is missing ({error}); "
-      "pip install 'ov-data[tensorflow]', or name its shards with a glob"
-    ) from None
-  splits = tfds.builder_from_directory(path).info.splits
-  if split is None and len(splits) == 1:
-    split = next(iter(splits))
-  if split not in splits:
-    raise ValueError(f"{path} has the splits {', '.join(splits)}; split={split!r} is none of them")
-  return load_indexes([str(part.filename) for part in splits[split].file_instructions], progress)
-
-
-def _parse_split(split: str | None) -> tuple[str | None, list[tuple[str, str]]]:
-  """The name in `split`, and its slices as (start, stop)."""
-  match = re.fullmatch(r"([^\[\]]*)((?:\[[^\[\]]*\])*)", split or "")
-  slices = re.findall(r"\[(-?\d+%?)?:(-?\d+%?)?\]", match[2]) if match else []
-  if not match or len(slices) != match[2].count("["):
+def _open_pictures(source: Source, split: Split) -> Pictures | None:
+  """The source as pictures in files; None where it must be shards."""
+  split_files = [path for path in source.paths if path.endswith(".json")]
+  if source.image_root is not None and not split_files:
     raise ValueError(
-      f"split={split!r}: expected a name, or a part such as 'train[:90%]', 'train[1000:2000]', "
-      "'train[-500:]', '[90%:]'"
+      f"image_root={source.image_root!r} goes with a split file such as dataset_coco.json, and "
+      f"path={source.path!r} is none; leave it out"
     )
-  return match[1] or None, slices
-
-
-def _slice(indexes: list[ShardIndex], start: str, stop: str) -> list[ShardIndex]:
-  """The records from start to stop, counted over all shards: numbers or percentages."""
-  total = sum(map(len, indexes))
-
-  def border(text: str) -> int:
-    number = round(int(text[:-1]) * total / 100) if text.endswith("%") else int(text)
-    return number + total if number < 0 else number
-
-  first, last = border(start or "0"), border(stop or "100%")
-  before = itertools.accumulate(map(len, indexes), initial=0)
-  parts = [_cut(index, first - skip, last - skip) for index, skip in zip(indexes, before)]
-  return [part for part in parts if len(part)]
-
-
-def _cut(index: ShardIndex, start: int, stop: int) -> ShardIndex:
-  part = slice(max(0, start), max(0, stop))
-  return dataclasses.replace(index, offsets=index.offsets[part], lengths=index.lengths[part])
-
-
-def _is_shard(name: str) -> bool:
-  return bool(_IS_SHARD.fullmatch(fs.basename(name))) and not name.endswith(_NOT_SHARD)
-
-
-def _stem(name: str) -> str:
-  match = _NUMBERED.fullmatch(name)
-  return match["stem"] if match else name.partition(".tfrec")[0].rstrip("-0123456789")
-
-
-def _in_split(name: str, split: str | None) -> bool:
-  return not split or name.startswith((split + "-", split + "."))
-
-
-def _sharded_name(stem: str, count: str) -> list[str]:
-  count = count.zfill(5) if count else "?????"
-  return [p for p in fs.glob(f"{stem}-?????-of-{count}*") if not p.endswith(_NOT_SHARD)]
-
-
-def _check_complete(shards: Sequence[str]) -> None:
-  """Every family a-00000-of-00004, a-00001-of-00004 ... must be whole."""
-  families: dict[tuple[str, int, str], set[int]] = {}
-  for shard in shards:
-    if match := _NUMBERED.fullmatch(shard):
-      family = (match["stem"], int(match["count"]), match["rest"])
-      families.setdefault(family, set()).add(int(match["number"]))
-  for (stem, count, _), numbers in families.items():
-    if missing := sorted(set(range(count)) - numbers):
-      raise ValueError(
-        f"{stem}: {len(missing)} of {count} shards are missing (number {missing[0]} is the first); "
-        "complete the copy, or name the shards to use with a glob"
-      )
-
-
-class _Cache:
-  """The last few values of a slow function; threads that want the same one wait for one call."""
-
-  def __init__(self, load: Callable[[int], list[bytes]], capacity: int):
-    self._load = load
-    self._capacity = capacity
-    self._values: OrderedDict[int, futures.Future[list[bytes]]] = OrderedDict()
-    self._lock = threading.Lock()
-
-  def get(self, key: int) -> list[bytes]:
-    with self._lock:
-      value = self._values.get(key)
-      mine = value is None
-      if value is None:
-        value = self._values[key] = futures.Future()
-        while len(self._values) > self._capacity:
-          self._values.popitem(last=False)
-      self._values.move_to_end(key)
-    if mine:
-      try:
-        value.set_result(self._load(key))
-      except BaseException as error:
-        with self._lock:
-          self._values.pop(key, None)
-        value.set_exception(error)
-    return value.result()
+  if split_files and len(source.paths) > 1:
+    raise ValueError(
+      f"path={source.path!r}: only shards are read as one; give each split file its own Source"
+    )
+  if len(source.paths) != 1:
+    return None
+  path = source.paths[0]
+  if split_files:
+    root = path.rpartition("/")[0] or ("/" if path.startswith("/") else ".")
+    return karpathy.open_split_file(
+      path, source.image_root or root, split, source.image_key, source.caption_keys
+    )
+  if not fs.is_dir(path) or fs.exists(fs.join(path, TFDS_INFO)):
+    return None
+  return folders.open_folders(path, split, source.image_key)

@@ -1,11 +1,17 @@
+import io
+import json
 import pathlib
 import sys
 
 import numpy as np
+from PIL import Image
 import pytest
 
-from ov_data import example, records, sources
+from ov_data import example, records
+from ov_data import shards as shards_lib
+from ov_data.loader import Loader
 from ov_data.sources import Dataset, Source
+from ov_data.tokenizer import Tokenizer
 
 
 def _write(path, texts, **more):
@@ -32,15 +38,15 @@ def test_ways_to_name_shards(shards):
   (shards / "notes.txt").write_text("x")
   (shards / "info.json").write_text("{}")
   train = [str(shards / f"train-{number:05d}-of-00003.tfrecord") for number in range(3)]
-  assert sources.find_shards(str(shards), "train") == train
-  assert sources.find_shards(str(shards) + "/", "train") == train
-  assert sources.find_shards(f"{shards}/train-*") == train
-  assert sources.find_shards(f"{shards}/train@3") == train
-  assert sources.find_shards(f"{shards}/train@") == train
-  assert sources.find_shards(train[1]) == train[1:2]
+  assert shards_lib.find_shards(str(shards), "train") == train
+  assert shards_lib.find_shards(str(shards) + "/", "train") == train
+  assert shards_lib.find_shards(f"{shards}/train-*") == train
+  assert shards_lib.find_shards(f"{shards}/train@3") == train
+  assert shards_lib.find_shards(f"{shards}/train@") == train
+  assert shards_lib.find_shards(train[1]) == train[1:2]
   Dataset(Source(str(shards), split="train"))  # leaves sidecars, which are no shards
-  assert sources.find_shards(f"{shards}/train-*") == train
-  assert sources.find_shards(str(shards), "train") == train
+  assert shards_lib.find_shards(f"{shards}/train-*") == train
+  assert shards_lib.find_shards(str(shards), "train") == train
   assert _texts(Dataset(Source((train[2], train[0])))) == [
     str(n) for n in (8, 9, 10, 11, *range(4))
   ]
@@ -91,8 +97,10 @@ def test_runs_read_the_same(shards, run):
 def test_runs_are_fetched_once(shards, monkeypatch):
   dataset = Dataset(Source(str(shards), split="train"), run=4, cached_runs=3)
   fetched = []
-  load = dataset._runs._load
-  monkeypatch.setattr(dataset._runs, "_load", lambda run: (fetched.append(run), load(run))[1])
+  load = dataset._records._runs._load
+  monkeypatch.setattr(
+    dataset._records._runs, "_load", lambda run: (fetched.append(run), load(run))[1]
+  )
   for record in np.random.default_rng(0).permutation(12):
     dataset.read(record)
   assert sorted(fetched) == [0, 1, 2]
@@ -176,6 +184,36 @@ def test_remote_paths_read_the_same(shards, monkeypatch, tmp_path):
   assert len(Dataset(Source("ram://bucket/d/val-*"))) == 2
   _fails("no such file or directory", path="ram://bucket/absent")
   _fails("split 'test'", path="ram://bucket/d", split="test")
+
+
+def test_remote_pictures_read_the_same(tmp_path):
+  gfile = pytest.importorskip("tensorflow").io.gfile
+  buffer = io.BytesIO()
+  Image.new("RGB", (6, 4), (200, 0, 0)).save(buffer, "PNG")
+  files = dict.fromkeys(("val/cat/1.png", "val/cat/more/2.png", "val/dog/3.png"), buffer.getvalue())
+  images = [
+    {"filepath": "val/cat", "filename": f"{number}.png", "sentences": [{"raw": "a cat"}]}
+    for number in (1, 9)  # the second is missing
+  ]
+  files["dataset.json"] = json.dumps({"images": images}).encode()
+  for name, data in files.items():
+    for root in (str(tmp_path), "ram://pictures"):
+      gfile.makedirs(f"{root}/{name}".rpartition("/")[0])
+      with gfile.GFile(f"{root}/{name}", "wb") as file:
+        file.write(data)
+  local, remote = (Dataset(Source(root, "val")) for root in (str(tmp_path), "ram://pictures"))
+  assert len(local) == 3 and remote.fingerprint == local.fingerprint
+  assert [remote.read(n) for n in range(3)] == [local.read(n) for n in range(3)]
+  shared = dict(image_size=4, batch_size=4, tokenizer=Tokenizer.train(["a cat"], 30), text_len=4)
+  for source, valid in (
+    (Source("ram://pictures", "val", caption_keys=("class",)), 3),
+    (Source("ram://pictures/dataset.json"), 1),
+    (Source(f"{tmp_path}/dataset.json", image_root="ram://pictures"), 1),
+  ):
+    with Loader.evaluation(source, **shared) as batches:
+      (batch,) = batches
+      assert batch["valid"].sum() == valid and batch["image"][0, 0, 0].tolist() == [200, 0, 0]
+      assert batches.skipped["image file is missing"] == (valid == 1)
 
 
 def test_what_needs_tensorflow_says_so(tmp_path, monkeypatch):

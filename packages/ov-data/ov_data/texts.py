@@ -98,7 +98,8 @@ class TextReader:
       as "ids" with its "mask", of `length` tokens.
     length: of these; unused with specs.
     captions: "random" or "first" among the texts of a record; "all" is "first", and all captions
-      of the source's `caption_keys` besides, as strings under "captions".
+      of the source's `caption_keys` besides, as strings under "captions"; of keys that hold the
+      same ones only the first.
     seed: of the choice.
 
   Raises:
@@ -187,7 +188,8 @@ class TextReader:
     """
     captions = None
     if self._captions == "all":
-      lists = [_texts(features, key) for key in caption_keys]
+      # The keys of a split file all hold the same list, which must not count twice in retrieval.
+      lists = dict.fromkeys(tuple(_texts(features, key)) for key in caption_keys)
       captions = [text.decode(errors="replace") for texts in lists for text in texts]
       if caption_keys and not captions:
         raise FeatureError(f"no caption under {', '.join(caption_keys)}")

@@ -1,0 +1,97 @@
+"""Pictures that lie as files, read as if they were records: see folders.py and karpathy.py.
+
+Nothing but names is read until a picture's turn comes. A picture that is missing then costs its
+row, as a broken record does.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+import errno
+import functools
+import hashlib
+import json
+from typing import Any
+
+from ov_data import example, fs
+from ov_data.records import MAX_RECORD_BYTES
+
+
+class Pictures:
+  """Files of pictures under one folder, numbered 0 to len - 1.
+
+  root: the folder.
+  names: of the files, relative to it, in their order.
+  facts: what else is known of each picture, fit for JSON.
+  features: those that follow from the facts.
+  image_key: the feature for the bytes of the file.
+  class_names: what labels mean, if there are any.
+  """
+
+  def __init__(
+    self,
+    root: str,
+    names: Sequence[str],
+    facts: Sequence[Any],
+    features: Callable[[Any], Mapping[str, Any]],
+    image_key: str,
+    class_names: tuple[str, ...] | None = None,
+  ):
+    self.class_names = class_names
+    self._root = root
+    self._names = names
+    self._facts = facts
+    self._features = features
+    self._image_key = image_key
+
+  def __len__(self) -> int:
+    return len(self._names)
+
+  @functools.cached_property
+  def fingerprint(self) -> str:
+    """16 hex digits of the names in their order and of the facts, not of the pictures' bytes."""
+    digest = hashlib.sha256()
+    for name, fact in zip(self._names, self._facts):
+      digest.update(json.dumps([name, fact]).encode())
+    return digest.hexdigest()[:16]
+
+  def locate(self, record: int) -> tuple[str, int]:
+    """The file of a picture, and 0."""
+    return fs.join(self._root, self._names[record]), 0
+
+  def read(self, record: int) -> bytes:
+    """The picture as a serialised `tf.train.Example`.
+
+    Raises:
+      example.FeatureError: the file is missing, or too large to be a picture.
+      OSError: it cannot be read.
+    """
+    path, _ = self.locate(record)
+    try:
+      data = fs.read_regular(path, MAX_RECORD_BYTES)
+    except FileNotFoundError:
+      raise example.FeatureError("image file is missing") from None
+    except OSError as error:
+      if error.errno != errno.EFBIG:
+        raise
+      raise example.FeatureError("image file over 1 GiB") from None
+    features = {
+      self._image_key: data,
+      "key": self._names[record],
+      **self._features(self._facts[record]),
+    }
+    return example.serialise({key: encoded(value) for key, value in features.items()})
+
+
+def encoded(value: Any) -> Any:
+  """Strings as bytes: names of files may hold what is no UTF-8, captions lone surrogates."""
+  if isinstance(value, str):
+    return value.encode("utf-8", "surrogateescape" if is_encodable(value) else "replace")
+  return [encoded(item) for item in value] if isinstance(value, list) else value
+
+
+def is_encodable(text: str) -> bool:
+  """Whether the text can be bytes again: all but lone surrogates that stand for no byte."""
+  try:
+    text.encode("utf-8", "surrogateescape")
+  except UnicodeEncodeError:
+    return False
+  return True
