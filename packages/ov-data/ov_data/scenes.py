@@ -145,6 +145,18 @@ class Scene:
     )
 
   @property
+  def alt_text(self) -> str:
+    """Incomplete, as texts beside pictures are: "a striped circle and an object".
+
+    Each word of the caption may be missing, by chance of its own that belongs to the scene.
+    """
+    dice = _Dice(self.seed, self.index, len(SPLITS) + SPLITS.index(self.split))
+    first, *second = [_loosely(o, dice) for o in self.objects]
+    if not second:
+      return first
+    return f"{first} {self.relation if dice.below(2) else 'and'} {second[0]}"
+
+  @property
   def truth(self) -> dict[str, Any]:
     """Ground truth as plain JSON values; x, y, radius in fractions of the image side."""
     return {
@@ -239,7 +251,7 @@ def sample_scene(
 def scene_example(
   scene: Scene, image_size: int = 64, label: ClassKind = "shape"
 ) -> dict[str, bytes | str]:
-  """Features of one record: jpg, txt (caption), description, truth (JSON), key.
+  """Features of one record: jpg, txt (caption), description, alt (text), truth (JSON), key.
 
   Scenes of one object also have `label`: their class among `class_prompts(label)`.
   """
@@ -247,12 +259,19 @@ def scene_example(
     "jpg": scene_draw.encode_jpeg(scene.draw(image_size)),
     "txt": scene.caption,
     "description": scene.description,
+    "alt": scene.alt_text,
     "truth": json.dumps(scene.truth, separators=(",", ":")),
     "key": f"{scene.split}-{scene.seed}-{scene.index}",
   }
   if scene.relation is None:
     example["label"] = class_name(scene.objects[0].colour, scene.objects[0].shape, label)
   return example
+
+
+def _loosely(thing: SceneObject, dice: _Dice) -> str:
+  words = [word for word in (thing.size, thing.colour, thing.texture) if dice.below(2)]
+  words.append(thing.shape if dice.below(4) else "object")
+  return " ".join(["an" if words[0][0] in "aeiou" else "a", *words])
 
 
 def _words(dice: _Dice, kind: Kind) -> tuple[str, str, str, str]:

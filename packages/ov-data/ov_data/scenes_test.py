@@ -99,6 +99,21 @@ def test_example_holds_a_jpeg_and_the_truth(image_size: int):
   assert json.loads(example["truth"]) == scene.truth
 
 
+@pytest.mark.parametrize("split", scenes.SPLITS)
+def test_alt_text_leaves_out_words_and_says_nothing_wrong(split: scenes.Split):
+  kept = []
+  for scene in _sample(300, split):
+    words = scene.alt_text.split()
+    said = [word for word in words if word not in ("a", "an", "and", "object")]
+    rest = iter(scene.caption.split())
+    assert all(word in rest for word in said), (scene.alt_text, scene.caption)  # in its order
+    assert len(scene.alt_text.split()) <= len(scene.caption.split()) + 1
+    kept.append(len(said) / len([w for w in scene.caption.split() if w != "a"]))
+    assert scene.alt_text == scenes.sample_scene(scene.seed, scene.index, split).alt_text
+  assert 0.5 < np.mean(kept) < 0.6  # four of each object's words at 1/2, 1/2, 1/2, 3/4
+  assert min(kept) < 0.3 and max(kept) > 0.8
+
+
 def test_pictures_vary():
   means = [np.asarray(s.draw(32)).mean() for s in _sample(64)]
   assert np.std(means) > 30

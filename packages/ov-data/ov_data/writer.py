@@ -325,7 +325,8 @@ def make_scenes_dataset(
   progress: Callable[[int], None] = lambda n: None,
   overwrite: bool = False,
 ) -> Summary:
-  """The demo data set: scenes of `ov_data.scenes` as records with jpg, txt, description, truth.
+  """The demo data set: scenes of `ov_data.scenes` as records with jpg, txt,
+  description, alt and truth.
 
   Args:
     directory: see `write_dataset`, also for workers, progress, overwrite.
@@ -349,7 +350,7 @@ def make_scenes_dataset(
     directory,
     {split: -(-size // _SCENES_IN_SHARD) for split, size in sizes.items()},
     job,
-    {"kind": "scenes", "version": 4, **dataclasses.asdict(job)},
+    {"kind": "scenes", "version": 5, **dataclasses.asdict(job)},
     workers=workers,
     progress=progress,
     overwrite=overwrite,
