@@ -20,16 +20,11 @@ def main() -> None:
 
 
 def _app() -> "App":
-  from apps.caption_eval import CaptionEvaluator
   from apps.caption_task import CaptionTask
+  from apps.evaluators import make_evaluators
   from apps.trainer.loop import App
 
-  return App(
-    CaptionTask.from_config,
-    lambda config, task, tokenizer, mesh: (
-      CaptionEvaluator(config, task, tokenizer, mesh) if config.input.eval_data_dir else None
-    ),
-  )
+  return App(CaptionTask.from_config, make_evaluators)
 
 
 if __name__ == "__main__":

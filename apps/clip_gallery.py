@@ -64,7 +64,7 @@ def retrieved(
     pictures: by index of the example; rows of others are left out.
     count: rows of each gallery.
   """
-  show = lambda row: pictures.get(int(images.index[row]))
+  name = lambda row: int(images.index[row])
 
   def by_text(queries: list[int]) -> tuple[GalleryRow, ...]:
     hits = ov_eval.top_retrieved(
@@ -74,7 +74,7 @@ def retrieved(
       GalleryRow(
         query=captions[query],
         found=tuple(
-          GalleryItem(show(row), "", score, right)
+          GalleryItem(pictures.get(name(row)), "", score, right)
           for row, score, right in zip(hit.found, hit.scores, hit.right, strict=True)
         ),
         rank=hit.rank,
@@ -83,7 +83,7 @@ def retrieved(
     )
 
   def by_picture(queries: list[int]) -> tuple[GalleryRow, ...]:
-    queries = [row for row in queries if show(row) is not None]
+    queries = [row for row in queries if name(row) in pictures]
     hits = ov_eval.top_retrieved(
       images.vectors[queries],
       texts,
@@ -92,7 +92,7 @@ def retrieved(
     )
     return tuple(
       GalleryRow(
-        query=show(row),
+        query=pictures[name(row)],
         text=captions[int(np.flatnonzero(owner == row)[0])],
         found=tuple(
           GalleryItem(None, captions[text], score, right)

@@ -262,7 +262,7 @@ class ClipTask:
       return LossOutput(jnp.zeros(()), count, {})
     scale = ov_losses.clamp_scale(params["log_scale"], self.max_scale)
     image, texts = rows["image"], rows["texts"].swapaxes(0, 1)  # [K, B, E]
-    options = {
+    options: dict[str, Any] = {
       "valid": valid,
       "text_groups": rows["groups"].T if self.mask_duplicates else None,
       "form": self.form,

@@ -22,11 +22,11 @@ def main() -> None:
 
 
 def _app() -> "App":
-  from apps.clip_eval import ClipEvaluator
   from apps.clip_task import ClipTask
+  from apps.evaluators import make_evaluators
   from apps.trainer.loop import App
 
-  return App(ClipTask.from_config, ClipEvaluator)
+  return App(ClipTask.from_config, make_evaluators)
 
 
 if __name__ == "__main__":

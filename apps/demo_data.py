@@ -35,8 +35,7 @@ def prepare(config: ConfigDict, workdir: Path, terminal: Terminal) -> None:
   config.input.update(
     data_dir=str(folder), split="train", eval_data_dir=str(folder), eval_split="heldout"
   )
-  if "truth_key" in config.eval:
-    config.eval.truth_key = "truth"
+  config.eval.truth_key = "truth"
   objects = str(folder / "objects")
   config.eval.zero_shot.update(
     dir=objects, split="heldout", classes=str(folder / "classes.json"), label_key="label"

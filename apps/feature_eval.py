@@ -2,60 +2,44 @@
 
 from typing import Any
 
-import jax
-from ml_collections import ConfigDict
 import numpy as np
 
 from apps import features
 from apps.label_data import label_text
-from apps.trainer import inputs
 from apps.trainer.errors import UserError
+from apps.trainer.held_out import Examples, HeldOut
 from apps.trainer.task import Evaluation
-import ov_data
 import ov_eval
-import ov_models
 
 
 class FeatureEvaluator:
   """Learns from labelled pictures' features, tests on others; nothing of the model changes."""
 
-  def __init__(
-    self, config: ConfigDict, task: Any, tokenizer: ov_data.Tokenizer, mesh: jax.sharding.Mesh
-  ):
+  def __init__(self, held_out: HeldOut):
     """Opens both sets of pictures; `task.model.encoder` is the tower.
 
     Raises:
       ValueError: data that cannot be used.
     """
-    self._config = wanted = config.eval.features
-    self._encoder: ov_models.ViTConfig = task.model.encoder
-    self._mesh = mesh
-
-    def open_loader(path: str, split: str) -> ov_data.Loader:
-      return inputs.eval_loader(
-        config,
-        task,
-        tokenizer,
-        mesh,
-        path,
-        split,
-        batch_size=config.eval.batch_size or config.batch_size,
-        examples=wanted.examples,
-        extra_keys=(wanted.label_key,),
-        image_key=wanted.image_key,
-        caption_keys=(),
-        texts={},
-      )
-
-    self._train = open_loader(wanted.train_dir, wanted.train_split)
-    self._test = open_loader(wanted.dir or wanted.train_dir, wanted.split)
+    self._held_out = held_out
+    self._config = wanted = held_out.config.eval.features
+    options = {
+      "extra_keys": (wanted.label_key,),
+      "image_key": wanted.image_key,
+      "examples": wanted.examples,
+      "caption_keys": (),
+      "texts": {},
+    }
+    self._train = held_out.open_path(wanted.train_dir, wanted.train_split, **options)
+    self._test = held_out.open_path(wanted.dir or wanted.train_dir, wanted.split, **options)
 
   def __call__(self, params: Any) -> Evaluation:
     """kNN, linear probe, few-shot probes, and what guessing the commonest class would give."""
     config = self._config
-    embed = features.feature_extractor(self._encoder, params["encoder"], self._mesh)
-    train, train_names = self._features(embed, self._train)
-    test, test_names = self._features(embed, self._test)
+    encoder, mesh = self._held_out.task.model.encoder, self._held_out.mesh
+    embed = features.feature_extractor(encoder, params["encoder"], mesh)
+    train, train_names = self._features("features to learn from", embed, self._train)
+    test, test_names = self._features("features to test", embed, self._test)
     classes = sorted(set(train_names))
     unseen = sorted(set(test_names) - set(classes))
     if unseen:
@@ -77,18 +61,20 @@ class FeatureEvaluator:
     ]
     if config.shots:
       results += ov_eval.few_shot(*data, shots=tuple(config.shots)).results()
-    results = ov_eval.with_context(
+    results = self._held_out.told(
       results,
-      evaluator="features",
-      split=config.split or config.dir or config.train_dir,
+      "features",
+      self._test,
+      train_split=self._train.split,
       train_examples=len(train),
       classes=len(classes),
     )
     return Evaluation(tuple(results))
 
   def _features(
-    self, embed: features.EmbedImages, loader: ov_data.Loader
+    self, what: str, embed: features.EmbedImages, examples: Examples
   ) -> tuple[np.ndarray, list[str]]:
     key = self._config.label_key
-    found = ov_eval.collect_embeddings(embed, loader, columns=(key,))
+    batches = self._held_out.batches(what, examples)
+    found = ov_eval.collect_embeddings(embed, batches, columns=(key,))
     return found.vectors, [label_text(value) for value in found.columns[key]]

@@ -3,7 +3,7 @@
 Functions made here take host batches (rows of this process) and return numpy rows of this process.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 import functools
 from typing import Any
 
@@ -12,11 +12,11 @@ from jax.sharding import NamedSharding
 import numpy as np
 
 from apps.trainer.augment import normalise
+from apps.trainer.held_out import HostBatch
+from apps.trainer.task import Params
 import ov_models
 import ov_sharding
 
-Params = Any
-HostBatch = Mapping[str, Any]
 EmbedImages = Callable[[HostBatch], np.ndarray]
 
 
@@ -51,7 +51,7 @@ def text_embedder(
   return embed
 
 
-def _on_rows(compute: Callable[..., jax.Array], params: Params, mesh: Any) -> EmbedImages:
+def _on_rows(compute: Callable[..., Any], params: Params, mesh: Any) -> EmbedImages:
   rows = ov_sharding.batch_sharding(mesh)
 
   def embed(batch: HostBatch) -> np.ndarray:

@@ -183,14 +183,13 @@ def optimizer_config() -> dict:
 
 
 def eval_config() -> dict:
-  """What is measured on the held-out data, and how often."""
+  """What is measured on held-out data, and how often. An evaluator without data is off."""
   return {
     "every": 0,  # steps; 0: only at the end of each stage
     "checkpoint_step": placeholder(int),  # of the checkpoint for eval_only; None: the newest
     "batch_size": 0,  # 0: the training batch size
-    "examples": 0,  # held-out examples for the likelihood; 0: all
-    "caption_examples": 64,  # generated captions
-    "sample_pictures": 24,  # of these, shown in the report
+    "examples": 0,  # pairs of input.eval_data_dir for the likelihood of captions; 0: all
+    "caption_examples": 64,  # captions written, by a decoder that writes token by token
     "method": "greedy",  # greedy | sample | beam
     "num_beams": 4,
     "temperature": 1.0,
@@ -198,28 +197,23 @@ def eval_config() -> dict:
     "truth_key": "",  # record feature with the ground truth of a demo scene
     "zero_shot": zero_shot_config(),
     "features": feature_eval_config(),
+    "gallery": 24,  # pictures of each kind in the report
+    "per_example": "",  # folder that gets what was found for every example, as JSON lines
   }
 
 
 def clip_eval_config() -> dict:
-  """What is measured on held-out data, and how often. An evaluator without data is off."""
-  return {
-    "every": 0,  # steps; 0: only at the end of each stage
-    "checkpoint_step": placeholder(int),  # of the checkpoint for eval_only; None: the newest
-    "batch_size": 0,  # 0: the training batch size
-    "zero_shot": zero_shot_config(),
+  """The same, and retrieval."""
+  return eval_config() | {
     "retrieval": {
       "dir": "",  # pictures with captions; "": input.eval_data_dir
       "split": "",
-      "image_key": "",
+      "image_key": "",  # "": that of the training data
       "image_root": "",  # folder of the pictures, where `dir` is a Karpathy split file
       "caption_keys": (),  # (): input.alt_keys
-      "examples": 0,
+      "examples": 0,  # 0: all
     },
-    "features": feature_eval_config(),
-    "caption_examples": 0,  # pairs of input.eval_data_dir for the likelihood of captions; 0: all
-    "gallery": 12,  # pictures of each kind in the report
-    "per_example": "",  # folder that gets the prediction for every example as JSON lines
+    "gallery": 12,
   }
 
 

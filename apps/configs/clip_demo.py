@@ -11,7 +11,9 @@ from apps.configs.arguments import parse_arguments
 from apps.configs.base import clip_config
 from apps.configs.objectives import use_objective
 
-_TOWER = {"width": 128, "depth": 2, "mlp_dim": 512, "num_heads": 4, "scan": False}
+_IMAGE = {"width": 128, "depth": 2, "mlp_dim": 512, "num_heads": 4, "scan": False}
+_TEXT = _IMAGE | {"depth": 1}
+_DECODER = {"width": 64, "depth": 1, "mlp_dim": 256, "num_heads": 2, "scan": False}
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -21,7 +23,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.batch_size = 128
   config.total_steps = 2000
   config.model.update(
-    encoder="Ti/12",
+    encoder="Ti/8",
     text="Ti",
     decoder="Ti",
     image_size=48,
@@ -30,17 +32,18 @@ def get_config(arg: str | None = None) -> ConfigDict:
     vocab_size=0,  # that of the tokenizer
     embed_dim=128,
   )
-  config.model.encoder_options = ConfigDict(_TOWER)
-  config.model.text_options = ConfigDict(_TOWER)
-  config.model.decoder_options = ConfigDict(_TOWER | {"depth": 1})
+  config.model.encoder_options = ConfigDict(_IMAGE)
+  config.model.text_options = ConfigDict(_TEXT)
+  config.model.decoder_options = ConfigDict(_DECODER)
   config.tokenizer.train_kind = "words"
   config.input.update(
-    alt_keys=("txt",),
+    alt_keys=("alt", "txt"),  # what is left out of an alt text, the decoder must see
     caption_keys=("description",),
     fit="squash",
     color_jitter=False,  # colours and places are what is asked for
   )
   use_objective(config, a.loss)
+  config.eval.retrieval.caption_keys = ("txt",)
   config.input.demo.update(
     train_examples=60_000,
     zero_shot_examples=640,

@@ -72,6 +72,7 @@ def draw(
   percent: bool = False,
   smooth: bool = True,
   marks: Sequence[tuple[float, str]] = (),
+  x_name: str = "step",
 ) -> Chart | None:
   """Lays out one chart.
 
@@ -82,6 +83,7 @@ def draw(
     smooth: draw a running mean over a long curve.
     marks: (step, text) of vertical lines, such as the beginnings of stages; a running mean does
       not reach across them.
+    x_name: what the points are over, told with each of them.
 
   Returns:
     None if no curve has a finite value.
@@ -100,7 +102,7 @@ def draw(
   say = _percent if percent else short
   return Chart(
     title,
-    [_line(one, x_axis, y_axis, say, smooth, [step for step, _ in marks]) for one in series],
+    [_line(one, x_axis, y_axis, say, smooth, [s for s, _ in marks], x_name) for one in series],
     [Tick(x_axis(s), short(s)) for s in nice_ticks(first, max(steps)) if first <= s <= max(steps)],
     [Tick(y_axis(v), f"{100 * v:.3g}%" if percent else short(v)) for v in y_at],
     [Tick(x_axis(step), text) for step, text in marks],
@@ -125,6 +127,7 @@ def _line(
   say: Callable[[float], str],
   smooth: bool,
   breaks: Sequence[float],
+  x_name: str,
 ) -> Line:
   points = [p for p in series.points if math.isfinite(p[1])]
   few = len(points) <= _FEW
@@ -139,7 +142,7 @@ def _line(
     series.label,
     _path(_extremes(curve if radius else series.points), x_axis, y_axis),
     _path(_extremes(series.points), x_axis, y_axis) if radius else "",
-    [Dot(x_axis(step), y_axis(v), f"step {step:,.0f}: {say(v)}") for step, v in told],
+    [Dot(x_axis(step), y_axis(v), f"{x_name} {step:,.0f}: {say(v)}") for step, v in told],
     few,
     say(curve[-1][1]) if curve else "–",
   )

@@ -13,6 +13,7 @@ from rich.table import Table
 from apps.trainer import inputs
 from apps.trainer.config import check_values, to_json
 from apps.trainer.errors import user_errors
+from apps.trainer.held_out import HeldOut
 from apps.trainer.loop import App, Parts, build_parts
 from apps.trainer.progress import Terminal
 from apps.trainer.stages import resolve_stages
@@ -39,7 +40,8 @@ def check_run(config: ConfigDict, workdir: Path, app: App, terminal: Terminal) -
     for stage in stages:
       table.add_column(stage.name, justify="right")
       parts = build_parts(stage.config, app.make_task, tokenizer, mesh)
-      app.make_evaluate(stage.config, parts.task, tokenizer, mesh)  # opens the held-out data
+      # Opens the held-out data.
+      app.make_evaluate(HeldOut(stage.config, parts.task, tokenizer, mesh, terminal))
       columns.append(_facts(stage.config, parts, tokenizer, mesh, stage.index))
     for name in columns[0]:
       table.add_row(name, *(column[name] for column in columns))

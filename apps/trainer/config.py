@@ -68,7 +68,6 @@ def check_values(config: ConfigDict) -> None:
     ("eval.batch_size", 0),
     ("eval.examples", 0),
     ("eval.caption_examples", 0),
-    ("eval.sample_pictures", 0),
     ("eval.num_beams", 1),
     ("eval.gallery", 0),
     ("eval.zero_shot.examples", 0),

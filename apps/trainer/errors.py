@@ -35,11 +35,16 @@ def _message(error: BaseException) -> str:
   return str(error)
 
 
-def run_app(main: Callable[[], None]) -> None:
+def run_app(main: Callable[..., None], *, arguments: bool = False) -> None:
   """Runs an absl app in which a UserError ends the program with one line and exit code 2.
 
   Relative paths, the config file's included, are read from where the user stands: `bazel run`
   starts programs elsewhere. OV_TRACEBACK=1 shows the full traceback.
+
+  Args:
+    main: called without arguments; or, where `arguments` is set, with the list of those that are
+      no flags.
+    arguments: whether there may be such; otherwise they are refused.
   """
   logging.set_verbosity(logging.WARNING)  # libraries' chatter; --verbosity=0 shows it
   if "BUILD_WORKING_DIRECTORY" in os.environ:
@@ -63,11 +68,12 @@ def run_app(main: Callable[[], None]) -> None:
         raise UserError(_message(error)) from error
 
     rest = guarded(parse_flags, argv)
-    if len(rest) > 1:
+    if len(rest) > 1 and not arguments:
       guarded(_refuse, rest[1:])
     return rest
 
-  app.run(lambda argv: guarded(lambda _: main(), argv), flags_parser=parse)
+  call = (lambda argv: main(argv[1:])) if arguments else (lambda _: main())
+  app.run(lambda argv: guarded(call, argv), flags_parser=parse)
 
 
 def _refuse(arguments: Sequence[str]) -> None:

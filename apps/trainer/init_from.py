@@ -30,13 +30,19 @@ from etils import epath
 import jax
 import jax.numpy as jnp
 
-from apps.trainer.checkpoint import find_checkpoint, restore_arrays, saved_arrays
+from apps.trainer.checkpoint import (
+  find_checkpoint,
+  read_metadata,
+  restore_arrays,
+  saved_arrays,
+)
 from apps.trainer.optimizer import flatten_paths, path_str
 import ov_models
 
 PyTree = Any
 Resample = Callable[[jax.Array], jax.Array]
 
+_OF_TOKENS = re.compile("embed/embedding$|decoder/head/kernel$")  # a row or column for each
 _CHOSEN = ("not included", "excluded")  # why a parameter stays as it is: it was asked for
 
 
@@ -153,6 +159,27 @@ def init_from(
     unused=tuple(path for path in old if path not in new),
   )
   return result, report
+
+
+def check_tokenizer(report: InitReport, fingerprint: str) -> None:
+  """Whether the rows of tokens that were taken mean the same tokens here.
+
+  Args:
+    report: of `init_from`.
+    fingerprint: of the tokenizer of this run.
+
+  Raises:
+    ValueError: they come from a run with another tokenizer; says what to do.
+  """
+  rows = [path for path in (*report.taken, *report.resampled) if _OF_TOKENS.search(path)]
+  theirs = read_metadata(epath.Path(report.source)).get("tokenizer", fingerprint)
+  if rows and theirs != fingerprint:
+    raise ValueError(
+      f"{', '.join(rows)} of {report.source} belong to another tokenizer ({theirs}) than this "
+      f"run's ({fingerprint}), so that token numbers would mean other words; start in a new workdir "
+      "with config.tokenizer.path set to the tokenizer folder of that run, or leave them fresh "
+      f"with config.init_from.exclude=({_OF_TOKENS.pattern!r},)"
+    )
 
 
 def resize_patches(

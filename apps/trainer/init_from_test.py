@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from apps.trainer.checkpoint import CheckpointError, Checkpoints
-from apps.trainer.init_from import init_from, resize_patches
+from apps.trainer.init_from import check_tokenizer, init_from, resize_patches
 import ov_models
 from ov_models import CaptionerConfig, DecoderConfig, ViTConfig
 
@@ -184,3 +184,16 @@ def test_nothing_that_fits_is_an_error(source, tmp_path):
     init_from(source, {"image": {"kernel": jnp.ones(3)}})
   with pytest.raises(CheckpointError, match="no intact checkpoint"):
     init_from(tmp_path, fresh())
+
+
+def test_rows_of_tokens_come_only_from_a_run_with_the_same_tokenizer(tmp_path):
+  with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+    checkpoints.save(1, {"params": OLD, "step": jnp.int32(1)}, {"tokenizer": "a1b2"})
+  _, everything = init_from(tmp_path, fresh())
+  check_tokenizer(everything, "a1b2")
+  with pytest.raises(ValueError, match="decoder/embed/embedding.*another tokenizer .a1b2.*c3d4"):
+    check_tokenizer(everything, "c3d4")
+  _, tower = init_from(tmp_path, fresh(), include=("^encoder/",))
+  check_tokenizer(tower, "c3d4")
+  _, rest = init_from(tmp_path, fresh(), exclude=("embed/embedding$|decoder/head/kernel$",))
+  check_tokenizer(rest, "c3d4")

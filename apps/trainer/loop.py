@@ -10,7 +10,7 @@ and all lines of metrics.jsonl up to a checkpoint are written before the checkpo
 from collections.abc import Callable
 import contextlib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 from ml_collections import ConfigDict
@@ -26,7 +26,8 @@ from apps.trainer.config import (
   to_json,
 )
 from apps.trainer.errors import UserError, user_errors
-from apps.trainer.init_from import init_from
+from apps.trainer.held_out import HeldOut
+from apps.trainer.init_from import check_tokenizer, init_from
 from apps.trainer.optimizer import Optimizer, make_optimizer, summarize_groups
 from apps.trainer.progress import Terminal
 from apps.trainer.run import Run
@@ -56,11 +57,11 @@ class App(NamedTuple):
 
   Attributes:
     make_task: (stage config, tokenizer, mesh) -> Task.
-    make_evaluate: (stage config, task, tokenizer, mesh) -> Evaluate; None without held-out data.
+    make_evaluate: HeldOut of a stage -> Evaluate; None without held-out data.
   """
 
   make_task: MakeTask
-  make_evaluate: Callable[[ConfigDict, Any, ov_data.Tokenizer, jax.sharding.Mesh], Evaluate | None]
+  make_evaluate: Callable[[HeldOut], Evaluate | None]
 
 
 class Parts(NamedTuple):
@@ -197,7 +198,7 @@ def _train_stage(run: Run, app: App, stage: Stage) -> str | None:
     if not config.eval_only:
       loader = inputs.train_loader(config, task, run.tokenizer, mesh, stage.index)
     state = _start(run, stage, parts, loader)
-    evaluate = app.make_evaluate(config, task, run.tokenizer, mesh)
+    evaluate = app.make_evaluate(HeldOut(config, task, run.tokenizer, mesh, run.terminal))
     if config.eval_only and evaluate is None:
       raise ValueError(
         "eval_only: nothing to evaluate; set config.input.eval_data_dir or data of config.eval"
@@ -258,6 +259,7 @@ def _start(run: Run, stage: Stage, parts: Parts, loader: ov_data.Loader | None) 
     sources = init_sources(stage.config)
   for number, source in enumerate(sources):
     params, report = init_from(params=state["params"], **source)
+    check_tokenizer(report, run.tokenizer.fingerprint)
     state = replace_params(state, params)
     run.terminal.phase(report.text())
     run.init_from.append(report.source)

@@ -43,13 +43,18 @@ class Terminal:
     return StageProgress(self._console, name, step, first_step, last_step, self._every)
 
   @contextlib.contextmanager
-  def count(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar for work that is counted; yields a function that takes how many more are done."""
+  def count(self, name: str, total: int) -> Iterator[Callable[..., None]]:
+    """A bar for work that is counted.
+
+    Yields:
+      A function of how many more are done and, where `total` was not yet known, of how many there
+      are in all.
+    """
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
     shown = self._console.is_terminal and not self._console.quiet
     with Progress(*columns, TimeRemainingColumn(), console=self._console, disable=not shown) as bar:
-      task = bar.add_task(name, total=total)
-      yield lambda more: bar.advance(task, more)
+      task = bar.add_task(name, total=total or None)
+      yield lambda more, total=None: bar.update(task, advance=more, total=total)
 
 
 class StageProgress:

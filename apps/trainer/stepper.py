@@ -112,7 +112,8 @@ class Stepper:
 
   def _write(self, step: int, examples_seen: int, evaluation: Evaluation) -> None:
     """The figures as evaluation.json, the last, and evaluations/<step>.json, one of each step."""
-    head: dict[str, Any] = {"split": "heldout"}
+    data = self._config.input
+    head: dict[str, Any] = {"split": data.eval_split or data.eval_data_dir}
     if step == 0:  # the params are not of this run
       head["init_from"] = self._run.init_from
     (self._run.workdir / "evaluations").mkdir(exist_ok=True)
@@ -192,6 +193,7 @@ class Stepper:
         "stage": self._stage.name,
         "loader": loader.state(),
         "fingerprint": loader.fingerprint,
+        "tokenizer": self._run.tokenizer.fingerprint,
         "config": self._config.to_dict(),
       },
     )

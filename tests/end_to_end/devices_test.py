@@ -24,7 +24,7 @@ def losses(workdir):
 def train(workdir, processes, devices, *flags):
   home = workdir.parent / f"home{processes}x{devices}"
   launcher.launch(
-    [str(runner.APP), *FLAGS, f"--workdir={workdir}", *flags],
+    [str(runner.CAPTION_TRAIN), *FLAGS, f"--workdir={workdir}", *flags],
     processes=processes,
     devices=devices,
     timeout=280,

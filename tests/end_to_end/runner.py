@@ -1,4 +1,4 @@
-"""Starts //apps:caption_train as a user does, on a configuration that trains in seconds."""
+"""Starts the training apps as a user does, on configurations that train in seconds."""
 
 import os
 from pathlib import Path
@@ -6,21 +6,20 @@ import subprocess
 import sys
 
 import apps.caption_train
+import apps.clip_train
 
-APP = Path(apps.caption_train.__file__)
-DEMO = APP.parent / "configs" / "caption_demo.py"
+CAPTION_TRAIN = Path(apps.caption_train.__file__)
+CLIP_TRAIN = Path(apps.clip_train.__file__)
+DEMO = CAPTION_TRAIN.parent / "configs" / "caption_demo.py"
+CLIP_DEMO = CLIP_TRAIN.parent / "configs" / "clip_demo.py"
 
-# One tiny block each, 4 image tokens, a few dozen scenes.
-TINY = (
-  f"--config={DEMO}:runlocal",
+_SMALL = (
   "--config.model.encoder=mu/16",
   "--config.model.encoder_options={}",
-  "--config.model.decoder_options={'width': 32, 'depth': 1, 'mlp_dim': 64, 'num_heads': 2}",
   "--config.model.image_size=32",
   "--config.input.demo.image_size=32",
   "--config.input.demo.train_examples=200",
   "--config.input.demo.eval_examples=16",
-  "--config.input.demo.zero_shot_examples=8",
   "--config.batch_size=16",
   "--config.total_steps=30",
   "--config.log_every=1",
@@ -30,6 +29,28 @@ TINY = (
   "--config.eval.caption_examples=16",
   "--config.tensorboard=False",
 )
+_BLOCK = "{'width': 32, 'depth': 1, 'mlp_dim': 64, 'num_heads': 2}"
+
+# One tiny block each, 4 image tokens, a few dozen scenes.
+TINY = (
+  f"--config={DEMO}:runlocal",
+  *_SMALL,
+  f"--config.model.decoder_options={_BLOCK}",
+  "--config.input.demo.zero_shot_examples=8",
+)
+
+
+def tiny_clip(loss: str = "openvision") -> tuple[str, ...]:
+  """The same for clip_train, with one of its losses."""
+  return (
+    f"--config={CLIP_DEMO}:runlocal,loss={loss}",
+    *_SMALL,
+    "--config.input.demo.zero_shot_examples=32",
+    "--config.input.demo.probe_examples=64",
+    f"--config.model.text_options={_BLOCK}",
+    f"--config.model.decoder_options={_BLOCK}",
+    "--config.model.embed_dim=32",
+  )
 
 
 def environment(cache: Path, **more: str) -> dict[str, str]:
@@ -38,10 +59,10 @@ def environment(cache: Path, **more: str) -> dict[str, str]:
   return {**os.environ, "PYTHONPATH": path, "HOME": str(cache), "JAX_PLATFORMS": "cpu", **more}
 
 
-def start(*args: str, cache: Path, **more: str) -> subprocess.Popen[str]:
-  """Starts caption_train with these flags."""
+def start(*args: str, cache: Path, app: Path = CAPTION_TRAIN, **more: str) -> subprocess.Popen[str]:
+  """Starts an app with these flags."""
   return subprocess.Popen(
-    [sys.executable, str(APP), *args],
+    [sys.executable, str(app), *args],
     env=environment(cache, **more),
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
@@ -49,9 +70,11 @@ def start(*args: str, cache: Path, **more: str) -> subprocess.Popen[str]:
   )
 
 
-def run(*args: str, cache: Path, timeout: float = 240, **more: str) -> tuple[int, str]:
-  """Runs caption_train to its end; returns exit code and everything it printed."""
-  process = start(*args, cache=cache, **more)
+def run(
+  *args: str, cache: Path, app: Path = CAPTION_TRAIN, timeout: float = 240, **more: str
+) -> tuple[int, str]:
+  """Runs an app to its end; returns exit code and everything it printed."""
+  process = start(*args, cache=cache, app=app, **more)
   try:
     out, err = process.communicate(timeout=timeout)
   except subprocess.TimeoutExpired:
