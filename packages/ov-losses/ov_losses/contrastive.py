@@ -10,17 +10,20 @@ contrasted with each other. CE is softplus(logsumexp of the negatives - positive
 digits where the loss is small. How the sums are made, and by which devices: `similarity_forms`.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-import numpy as np
 
 from ov_losses.similarity_blocks import Kind
 from ov_losses.similarity_forms import Form, Inputs, Pairs, Plan, pairs
 
 AXES = ("data", "fsdp", "tensor")
+# Float32 sums in another order give the cosine of the same two rows up to this apart. Nearer than
+# that is a tie: without it a model whose rows are all alike may find every pair.
+TIE = 2.0**-18
 
 
 class ContrastiveLoss(NamedTuple):
@@ -29,7 +32,8 @@ class ContrastiveLoss(NamedTuple):
   Attributes:
     loss: mean over the valid rows and over K; 0 where no row is valid.
     num_valid: number of valid rows.
-    image_top1: share of the images whose own text scores strictly above all its negatives.
+    image_top1: share of the images whose own text scores above all its negatives; cosines nearer
+      than `TIE` are equal.
     text_top1: share of the texts whose own image does.
     mean_positive: mean cosine of the pairs.
     mean_negative: mean cosine of the negatives, 0 where there are none.
@@ -120,7 +124,7 @@ def clamp_scale(log_scale: jax.Array, max_scale: float | None) -> jax.Array:
     return jnp.exp(log_scale)
   if max_scale <= 0:
     raise ValueError(f"max_scale={max_scale}; expected a number above 0, as 100, or None.")
-  return jnp.exp(jnp.minimum(log_scale, np.log(max_scale)))
+  return jnp.exp(jnp.minimum(log_scale, math.log(max_scale)))
 
 
 def text_groups(ids: jax.Array) -> jax.Array:
@@ -212,10 +216,10 @@ def _inputs(
 def _result(
   inputs: Inputs, sums: Pairs, positive: jax.Array, per_row: jax.Array
 ) -> ContrastiveLoss:
-  """Means of the [K,B] arrays over the valid rows."""
+  """Means of the [K,B] arrays over the valid rows; `positive` are the logits of the pairs."""
   num_valid = jnp.sum(inputs.valid, dtype=jnp.float32)
   mean = lambda x: jnp.sum(jnp.where(inputs.valid, x, 0)) / jnp.maximum(num_valid * len(x), 1)
-  sums, positive = jax.lax.stop_gradient((sums, positive))
+  sums, positive = jax.lax.stop_gradient((sums, positive - inputs.scale * TIE))
   return ContrastiveLoss(
     loss=mean(per_row),
     num_valid=num_valid,

@@ -8,16 +8,14 @@ TPU that need not be there: `TPU_SKIP_MDS_QUERY=1 JAX_PLATFORMS=cpu ... --topolo
 """
 
 import argparse
-from typing import Any
 
 import jax
-from jax.experimental import topologies
 import jax.numpy as jnp
 
+from ov_losses import compiled
 from ov_losses.caption import caption_cross_entropy
+from ov_losses.compiled import MIB
 from ov_losses.naive import naive_loss
-
-MIB = 2**20
 
 
 def temporary_bytes(
@@ -55,11 +53,7 @@ def temporary_bytes(
     jax.ShapeDtypeStruct((batch, tokens), jnp.int32, sharding=sharding),
     jax.ShapeDtypeStruct((batch, tokens), jnp.bool_, sharding=sharding),
   )
-  compiled = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(*arguments).compile()
-  analysis = compiled.memory_analysis()
-  if analysis is None:
-    raise RuntimeError(f"the compiler for {device} has no memory analysis; use cpu or a topology.")
-  return analysis.temp_size_in_bytes
+  return compiled.temporary_bytes(jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*arguments))
 
 
 def main() -> None:
@@ -71,11 +65,7 @@ def main() -> None:
   parser.add_argument("--tile", type=int, default=None, help="most token columns; default 16")
   parser.add_argument("--topology", default=None, help="TPU to compile for, such as v5e:2x2")
   args = parser.parse_args()
-  if args.topology:
-    devices = topologies.get_topology_desc(args.topology, platform="tpu").devices
-  else:
-    devices = jax.devices()
-  device: Any = devices[0]
+  device = compiled.topology_devices(args.topology)[0]
   sizes = (args.batch, args.tokens, args.width, args.vocab)
   print(f"jax {jax.__version__}, {device.device_kind}; B, T, D, V = {sizes}")
   logits = args.batch * args.tokens * args.vocab * 4
