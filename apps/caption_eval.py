@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 import numpy as np
 
-from apps.label_data import read_class_prompts, with_labels
+from apps.label_data import class_numbers, read_class_prompts, with_labels
 from apps.trainer.augment import normalise
 from apps.trainer.held_out import HeldOut, HostBatch
 from apps.trainer.report import ClassTable, Sample
@@ -122,8 +122,10 @@ class LikelihoodClassifier:
   def __init__(self, held_out: HeldOut):
     self._held_out = held_out
     self._config = wanted = held_out.config.eval.zero_shot
-    self._classes = read_class_prompts(wanted)
     self._data = held_out.open(wanted, extra_keys=(wanted.label_key,), caption_keys=(), texts={})
+    folders = self._data.folders(wanted.label_key)
+    self._classes = read_class_prompts(wanted, folders)
+    self._numbers = class_numbers(self._classes.names, folders)
 
   def __call__(self, params: Params) -> Evaluation:
     task, tokenizer = self._held_out.task, self._held_out.tokenizer
@@ -145,7 +147,7 @@ class LikelihoodClassifier:
     found = ov_eval.classify_by_likelihood(
       encode,
       score,
-      with_labels(batches, self._config.label_key, names),
+      with_labels(batches, self._config.label_key, self._numbers),
       ids,
       np.array(of_prompt),
     )

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from apps import clip_gallery, features
-from apps.label_data import read_class_prompts, with_labels
+from apps.label_data import class_numbers, read_class_prompts, with_labels
 from apps.trainer.held_out import HeldOut
 from apps.trainer.report import ClassTable
 from apps.trainer.task import Evaluation, Params
@@ -56,9 +56,11 @@ class ZeroShotEvaluator:
   def __init__(self, held_out: HeldOut):
     self._held_out = held_out
     self._config = wanted = held_out.config.eval.zero_shot
-    self._classes = read_class_prompts(wanted)
     self._embedder = _Embedder(held_out)
     self._data = held_out.open(wanted, extra_keys=(wanted.label_key,), caption_keys=(), texts={})
+    folders = self._data.folders(wanted.label_key)
+    self._classes = read_class_prompts(wanted, folders)
+    self._numbers = class_numbers(self._classes.names, folders)
 
   def __call__(self, params: Params) -> Evaluation:
     names = self._classes.names
@@ -68,7 +70,7 @@ class ZeroShotEvaluator:
     found, predictions = ov_eval.classify_by_embedding(
       self._embedder.images(params, pictures),
       matrix,
-      with_labels(batches, self._config.label_key, names),
+      with_labels(batches, self._config.label_key, self._numbers),
     )
     self._held_out.write_predictions("zero_shot", predictions.records(names))
     worst = ov_eval.worst_mistakes(predictions, self._held_out.config.eval.gallery)

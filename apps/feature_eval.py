@@ -77,4 +77,5 @@ class FeatureEvaluator:
     key = self._config.label_key
     batches = self._held_out.batches(what, examples)
     found = ov_eval.collect_embeddings(embed, batches, columns=(key,))
-    return found.vectors, [label_text(value) for value in found.columns[key]]
+    folders = examples.folders(key)
+    return found.vectors, [label_text(value, folders) for value in found.columns[key]]

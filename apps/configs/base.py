@@ -222,7 +222,7 @@ def zero_shot_config() -> dict:
   return {
     "dir": "",  # shards, TFDS directory, folder of class folders; "": input.eval_data_dir
     "split": "",
-    "classes": "",  # names: file, or a set of ov_eval; JSON {class: [prompt, ...]} has prompts
+    "classes": "",  # file of names or of JSON {class: [prompt, ...]}; imagenet; folders (of `dir`)
     "templates": "photo",  # what names are put into: file, or a set of ov_eval
     "image_key": "",  # "": that of the training data
     "label_key": "label",

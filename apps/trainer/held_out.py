@@ -25,6 +25,10 @@ class Examples(NamedTuple):
   loader: ov_data.Loader
   split: str
 
+  def folders(self, label_key: str) -> tuple[str, ...] | None:
+    """What numbers under `label_key` mean, where pictures lie in folders of classes."""
+    return self.loader.datasets[0].class_names if label_key == "label" else None
+
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:

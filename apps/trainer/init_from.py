@@ -176,7 +176,7 @@ def check_tokenizer(report: InitReport, fingerprint: str) -> None:
   if rows and theirs != fingerprint:
     raise ValueError(
       f"{', '.join(rows)} of {report.source} belong to another tokenizer ({theirs}) than this "
-      f"run's ({fingerprint}), so that token numbers would mean other words; start in a new workdir "
+      f"run's ({fingerprint}), so token numbers would mean other words; start in a new workdir "
       "with config.tokenizer.path set to the tokenizer folder of that run, or leave them fresh "
       f"with config.init_from.exclude=({_OF_TOKENS.pattern!r},)"
     )
