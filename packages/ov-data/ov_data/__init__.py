@@ -1,4 +1,4 @@
-"""Record files to numpy batches: read, order, decode, tokenise and write. Knows no JAX."""
+"""Records and pictures to numpy batches: read, order, decode, tokenise, write. Knows no JAX."""
 
 from ov_data.decode import Crop, DecodeError, Limits
 from ov_data.loader import Loader, TooManyBadRecords

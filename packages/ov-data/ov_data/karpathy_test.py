@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from ov_data import example
+from ov_data import example, karpathy
 from ov_data.loader import Loader
 from ov_data.sources import Dataset, Source
 
@@ -133,6 +133,22 @@ def test_image_root(coco, tmp_path, monkeypatch):
   assert len(Dataset(Source("dataset_coco.json", image_root=".."))) == 5
   _fails("none of 5 pictures", "dataset_coco.json")  # ./ by default
   _fails(r"image_root='\.\.' goes with a split file", tmp_path, image_root="..")
+
+
+@pytest.mark.parametrize(
+  "path, root", [("/d.json", "/"), ("d.json", "."), ("a/d.json", "a"), ("gs://b/d.json", "gs://b")]
+)
+def test_pictures_lie_beside_their_file_by_default(path, root, monkeypatch):
+  class Opened(Exception):
+    pass
+
+  def open_split_file(path, root, *_):
+    raise Opened(path, root)
+
+  monkeypatch.setattr(karpathy, "open_split_file", open_split_file)
+  with pytest.raises(Opened) as opened:
+    Dataset(Source(path))
+  assert opened.value.args == (path, root)
 
 
 def test_only_shards_are_read_as_one(coco, tmp_path):

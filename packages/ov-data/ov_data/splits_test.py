@@ -19,6 +19,8 @@ from ov_data.splits import Split
     ("val[-20%:]", "val", range(8, 10)),
     ("val[-100:]", "val", range(10)),
     ("val[:-100]", "val", range(0)),
+    ("val[-15:]", "val", range(10)),
+    ("val[:-15]", "val", range(0)),
     ("val[5:100]", "val", range(5, 10)),
     ("val[7:3]", "val", range(0)),
     ("val[10:]", "val", range(0)),
