@@ -26,5 +26,5 @@ def temporary_bytes(lowered: jax.stages.Lowered) -> int:
 
 def largest_array(compiled: jax.stages.Compiled) -> int:
   """Entries of the largest array that one device has to do with."""
-  shapes = re.findall(r"\b[a-z]+\d+\w*\[([\d,]+)\]", compiled.as_text())
+  shapes = re.findall(r"\b[a-z]+\d+\w*\[([\d,]+)\]", compiled.as_text() or "")
   return max(math.prod(map(int, shape.split(","))) for shape in shapes)

@@ -68,8 +68,8 @@ def example(
   return Example(
     image=image.astype(dtype),
     texts=texts.astype(dtype),
-    scale=np.float32(scale),
-    bias=np.float32(bias),
+    scale=np.asarray(scale, np.float32),
+    bias=np.asarray(bias, np.float32),
     valid=valid,
     groups=groups.astype(np.int32),
   )
