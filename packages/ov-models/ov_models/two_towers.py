@@ -235,8 +235,7 @@ class TwoTowers(nnx.Module):
     Raises:
       ValueError: there is no decoder, or what it reads is missing.
     """
-    if (config := self.config.decoder) is None:
-      raise ValueError("this model has no decoder; build it with a `decoder`.")
+    config = self._decoder_config()
     with jax.named_scope("decoder"):
       if isinstance(self.decoder, QueryDecoder):
         return self.decoder(image_tokens, text_tokens if self.config.text else None)
@@ -254,8 +253,14 @@ class TwoTowers(nnx.Module):
 
   @property
   def head_kernel(self) -> jax.Array:
-    """float32 [D, V], of the decoder."""
+    """float32 [D, V], of the decoder; ValueError if there is none."""
+    self._decoder_config()
     return self.decoder.head.kernel[...]
+
+  def _decoder_config(self) -> QueryDecoderConfig | DecoderConfig:
+    if self.config.decoder is None:
+      raise ValueError("this model has no decoder; build it with a config as `decoder`.")
+    return self.config.decoder
 
 
 def _unit(z: jax.Array) -> jax.Array:
