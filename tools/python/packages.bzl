@@ -16,6 +16,7 @@ PACKAGES = [
     "tests/sharding",
     "tests/standalone",
     "tools/ci",
+    "tools/compare",
     "tools/data",
     "tools/lint",
     "tools/python",

@@ -1,0 +1,63 @@
+"""The app, as the user runs it."""
+
+import os
+from pathlib import Path
+import subprocess
+import sys
+
+import pytest
+
+import ov_eval
+from tools.compare import compare
+
+
+def _app(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+  path = os.pathsep.join(os.path.abspath(p or ".") for p in sys.path)
+  return subprocess.run(
+    [sys.executable, "-m", compare.__name__, *arguments],
+    env={**os.environ, "PYTHONPATH": path, "BUILD_WORKING_DIRECTORY": str(cwd)},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+
+
+def _write(path: Path, value: float, step: int) -> None:
+  path.parent.mkdir(parents=True, exist_ok=True)
+  figures = [
+    ov_eval.Result("zero_shot_top1", value, 50, value - 0.1, value + 0.1, "share"),
+    ov_eval.Result("caption_nll", 4 - value, 50, unit="nats"),
+  ]
+  ov_eval.write_results(path, figures, split="heldout", step=step, examples_seen=64 * step)
+
+
+def test_table_and_page(tmp_path: Path):
+  for step in (10, 20):
+    _write(tmp_path / f"run/evaluations/{step}.json", 0.01 * step, step)
+  _write(tmp_path / "run/evaluation.json", 0.2, 20)
+  _write(tmp_path / "other.json", 0.3, 5)
+  # Flags may stand behind the arguments; paths are those of the user's folder.
+  done = _app("run", "other.json", "--html=out.html", "--metrics=top1", cwd=tmp_path)
+  assert done.returncode == 0, done.stderr
+  head, run, other, *_, page = done.stdout.splitlines()
+  assert "zero_shot_top1" in head and "caption_nll" not in done.stdout
+  assert run.split()[:4] == ["run", "20", "1,280", "20.0%"]
+  assert other.split()[:4] == ["other.json", "5", "320", "30.0%*"]
+  assert page == "out.html" and "samples seen 640: 10.0%" in (tmp_path / page).read_text()
+
+
+@pytest.mark.parametrize(
+  "arguments, message",
+  [
+    ((), "give workdirs or files of figures"),
+    (("broken.json",), "broken.json is no file of results"),
+    (("good.json", "--html=no/folder/out.html"), "no/folder/out.html"),
+    (("good.json", "--htm=x"), "Unknown command line flag 'htm'"),
+  ],
+)
+def test_mistakes_end_in_one_line(tmp_path: Path, arguments: tuple[str, ...], message: str):
+  _write(tmp_path / "good.json", 0.5, 10)
+  (tmp_path / "broken.json").write_text("{")
+  done = _app(*arguments, cwd=tmp_path)
+  assert done.returncode == 2
+  assert message in done.stderr and done.stderr.count("\n") == 1 and not done.stdout

@@ -1,0 +1,271 @@
+"""Reads files of figures and puts equal figures of several models side by side."""
+
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import json
+import math
+from pathlib import Path
+import re
+from typing import Any
+
+import ov_eval
+from ov_eval import Result
+
+# What makes two figures of one name comparable, beside the number of examples.
+CONTEXT = ("evaluator", "split", "templates_hash", "preprocessing")
+# The smallest of these sets that tells the figures of one name in one file apart.
+_KEYS = ((), ("evaluator",), ("split",), ("templates_hash",), ("evaluator", "split"), CONTEXT)
+
+_LOWER_IS_BETTER = re.compile(r"nll|perplexity|loss|rank|error")
+_NEITHER_IS_BETTER = re.compile(r"^majority_|^distinct_|_words$|_l2$")
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+  """The figures of one model at one step.
+
+  Attributes:
+    run: name of the run, different for each.
+    step, examples_seen, level: as `ov_eval.write_results` took them.
+    results: the figures.
+  """
+
+  run: str
+  step: int
+  examples_seen: int
+  level: float
+  results: tuple[Result, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Runs:
+  """What was found.
+
+  Attributes:
+    rows: what the table shows: the last evaluation of each run, every evaluation where there is
+      one run only, and each file that was named.
+    all: these and the earlier evaluations of the runs, in order of run and step.
+  """
+
+  rows: tuple[Evaluation, ...]
+  all: tuple[Evaluation, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+  """Why the figures of a column are not comparable: `what` is not the same in all rows."""
+
+  what: str
+  values: Mapping[str, tuple[int, ...]]  # value -> rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+  """One figure of several evaluations.
+
+  Attributes:
+    name: of the figure.
+    detail: what else tells it from others of that name, such as the split; often empty.
+    results: one for each row, None where it has none.
+    differences: none where the rows compare.
+    best: rows with the best value; empty where rows do not compare, or no value is better.
+  """
+
+  name: str
+  detail: str
+  results: tuple[Result | None, ...]
+  differences: tuple[Difference, ...]
+  best: frozenset[int]
+
+
+def read(paths: Sequence[str]) -> Runs:
+  """Reads files of figures and workdirs of runs.
+
+  Args:
+    paths: files that `ov_eval.write_results` made, or workdirs with `evaluation.json` and, of
+      several steps, `evaluations/<step>.json`.
+
+  Raises:
+    ValueError, OSError: for what is missing or no such file, with its path.
+  """
+  files: dict[Path, Path] = {}  # file -> what names its run
+  last: dict[Path, Path] = {}  # workdir -> last evaluation
+  named: list[Path] = []
+  for text in paths:
+    path = Path(text).expanduser()
+    if not path.exists():
+      raise ValueError(f"{text}: no such file or folder.")
+    path = path.resolve()
+    found = _evaluations(path) if path.is_dir() else [path]
+    for file in found:
+      files.setdefault(file, _run_of(file))
+    if path.is_dir():
+      last[path] = found[-1]
+    named.append(found[-1])
+  names = _short_names(list(dict.fromkeys(files.values())))
+  read_files = {file: _read(file, names[run]) for file, run in files.items()}
+  in_order = {run: number for number, run in enumerate(names.values())}
+  everything = sorted(read_files.values(), key=lambda e: (in_order[e.run], e.step))
+  if len(names) == 1 and last:
+    return Runs(tuple(everything), tuple(everything))
+  return Runs(tuple(read_files[file] for file in dict.fromkeys(named)), tuple(everything))
+
+
+def columns(
+  evaluations: Sequence[Evaluation], pattern: str = "", first: Sequence[str] = ()
+) -> list[Column]:
+  """Equal figures side by side.
+
+  Args:
+    evaluations: the rows.
+    pattern: regular expression that is searched for in the names of figures.
+    first: names that come before others; those come in the order in which they are found.
+
+  Raises:
+    ValueError: if the pattern is none or fits no name, or a file holds one figure twice.
+  """
+  try:
+    wanted = re.compile(pattern)
+  except re.error as error:
+    raise ValueError(f"--metrics={pattern} is no regular expression: {error}.") from error
+  names = list(dict.fromkeys(r.name for e in evaluations for r in e.results))
+  shown = [name for name in names if wanted.search(name)]
+  if not shown:
+    raise ValueError(f"--metrics={pattern} fits none of {', '.join(names)}.")
+  shown.sort(key=lambda name: [*first, name].index(name))
+  found = []
+  for name in shown:
+    key = _key(name, evaluations)
+    cells: dict[tuple[Any, ...], list[Result | None]] = {}
+    for row, evaluation in enumerate(evaluations):
+      for result in evaluation.results:
+        if result.name == name:
+          place = tuple(result.context.get(field) for field in key)
+          cells.setdefault(place, [None] * len(evaluations))[row] = result
+    for place, results in cells.items():
+      detail = ", ".join(str(value) for value in place if value is not None)
+      found.append(_column(name, detail, results))
+  return found
+
+
+def direction(result: Result) -> int:
+  """1 where higher is better, -1 where lower is, 0 where neither."""
+  if _NEITHER_IS_BETTER.search(result.name):
+    return 0
+  return -1 if _LOWER_IS_BETTER.search(result.name) else 1
+
+
+def warnings(
+  found: Sequence[Column], rows: Sequence[str], say: Callable[[str], str] = str
+) -> list[str]:
+  """One line for each thing that differs between rows, with the figures it concerns.
+
+  Args:
+    found: the figures.
+    rows: names of the rows; rows of one name are told once.
+    say: how to write the name of a figure.
+  """
+  names: dict[tuple[str, str], list[str]] = {}
+  for column in found:
+    for difference in column.differences:
+      values = " against ".join(
+        f"{value} ({', '.join(dict.fromkeys(rows[row] for row in places))})"
+        for value, places in difference.values.items()
+      )
+      names.setdefault((difference.what, values), []).append(say(column.name))
+  return [
+    f"{what} of {', '.join(dict.fromkeys(concerned))}: {values}"
+    for (what, values), concerned in names.items()
+  ]
+
+
+def labels(evaluations: Sequence[Evaluation]) -> list[str]:
+  """A name for each row: the run, and its step where the run has several rows."""
+  runs = [evaluation.run for evaluation in evaluations]
+  return [e.run if runs.count(e.run) == 1 else f"{e.run} @ {e.step:,}" for e in evaluations]
+
+
+def _evaluations(workdir: Path) -> list[Path]:
+  """The files of a workdir in order of step, the last one last."""
+  steps = [path for path in workdir.glob("evaluations/*.json") if path.stem.isdigit()]
+  found = sorted(steps, key=lambda path: int(path.stem))
+  newest = workdir / "evaluation.json"
+  if newest.is_file():
+    # The same figures lie under their step too.
+    same = newest.read_bytes()
+    found = [path for path in found if path.read_bytes() != same] + [newest]
+  if not found:
+    raise ValueError(
+      f"{workdir} has no evaluation.json; give the workdir of a run that was evaluated, or a file."
+    )
+  return found
+
+
+def _run_of(file: Path) -> Path:
+  """The workdir of a file, or the file itself where it lies in none."""
+  if file.name == "evaluation.json":
+    return file.parent
+  return file.parent.parent if file.parent.name == "evaluations" else file
+
+
+def _short_names(runs: Sequence[Path]) -> dict[Path, str]:
+  """As few of the last parts of each path as tell it from the others."""
+  names = {}
+  for run in runs:
+    others = [other.parts for other in runs if other != run]
+    size = 1
+    while size < len(run.parts) and any(o[-size:] == run.parts[-size:] for o in others):
+      size += 1
+    names[run] = "/".join(run.parts[-size:]) or str(run)
+  return names
+
+
+def _read(file: Path, run: str) -> Evaluation:
+  found = ov_eval.read_results(file)
+  if not found.results:
+    raise ValueError(f"{file} holds no figure; evaluate the model first.")
+  for name in ("step", "examples_seen"):
+    if not isinstance(getattr(found, name), int):
+      raise ValueError(f"{file}: {name} is {getattr(found, name)!r}; expected a whole number.")
+  return Evaluation(run, found.step, found.examples_seen, found.level, found.results)
+
+
+def _key(name: str, evaluations: Sequence[Evaluation]) -> tuple[str, ...]:
+  for key in _KEYS:
+    if all(_distinct(name, key, evaluation) for evaluation in evaluations):
+      return key
+  twice = next(e for e in evaluations if not _distinct(name, CONTEXT, e))
+  raise ValueError(
+    f"{twice.run} holds {name} twice with the same {', '.join(CONTEXT)}; "
+    "tell them apart with ov_eval.with_context."
+  )
+
+
+def _distinct(name: str, key: Sequence[str], evaluation: Evaluation) -> bool:
+  places = [
+    json.dumps([r.context.get(field) for field in key])
+    for r in evaluation.results
+    if r.name == name
+  ]
+  return len(set(places)) == len(places)
+
+
+def _column(name: str, detail: str, results: Sequence[Result | None]) -> Column:
+  present = {row: result for row, result in enumerate(results) if result is not None}
+  differences = []
+  for what in (*CONTEXT, "count"):
+    values: dict[str, tuple[int, ...]] = {}
+    for row, result in present.items():
+      value = f"{result.count:,}" if what == "count" else result.context.get(what, "not given")
+      values[str(value)] = (*values.get(str(value), ()), row)
+    if len(values) > 1:
+      differences.append(Difference("number of examples" if what == "count" else what, values))
+  scores = {
+    row: direction(result) * result.value
+    for row, result in present.items()
+    if math.isfinite(result.value)
+  }
+  best = {row for row, score in scores.items() if score == max(scores.values())}
+  if differences or len(best) == len(scores):
+    best = set()
+  return Column(name, detail, tuple(results), tuple(differences), frozenset(best))
