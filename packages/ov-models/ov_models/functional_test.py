@@ -10,17 +10,27 @@ import numpy as np
 import pytest
 
 import ov_models
-from ov_models import CaptionerConfig, ViTConfig
+from ov_models import CaptionerConfig, TextConfig, TwoTowersConfig, ViTConfig
 from ov_models.testing import random_params
 
 VIT = ViTConfig(width=32, depth=2, mlp_dim=64, num_heads=2, patch_size=4, image_size=16)
 PAIR = CaptionerConfig.openvision2(
   "mu/8", "Ti", image_size=16, vocab_size=11, max_len=5, decoder_options={"depth": 2}
 )
+TEXT = TextConfig(width=32, depth=2, mlp_dim=64, num_heads=2, vocab_size=11, max_len=6)
+TOWERS = TwoTowersConfig.openvision(
+  "mu/8", "Ti", "Ti", image_size=16, vocab_size=11, bias_init=-10.0, text_options={"depth": 2},
+  decoder_options={"depth": 2},
+)  # fmt: skip
 CONFIGS = [
   VIT,
   PAIR,
   dataclasses.replace(VIT, position="learned", pool="map"),
+  TEXT,
+  dataclasses.replace(TEXT, pool="map"),
+  TOWERS,
+  dataclasses.replace(TOWERS, decoder=dataclasses.replace(PAIR.decoder, parallel=True)),
+  dataclasses.replace(TOWERS, text=None, embed_dim=32, bias_init=None),
 ]
 
 
@@ -41,7 +51,7 @@ def test_trees_agree(config):
   for name in shapes:
     assert len(axes[name]) == len(shapes[name].shape), name
     assert set(axes[name]) <= {"layers", "embed", "mlp", "vocab", "norm", None}
-    assert (axes[name][0] == "layers") == ("blocks" in name.split("/"))
+    assert (axes[name][:1] == ("layers",)) == ("blocks" in name.split("/"))
   assert ov_models.num_params(config) == ov_models.num_params(params)
 
 
@@ -88,6 +98,18 @@ def test_kernels_are_what_weight_decay_should_find():
   kernels = {n for n in shapes if n.endswith("/kernel")}
   assert matrices - kernels == {"decoder/embed/embedding", "decoder/position_embedding"}
   assert kernels <= matrices
+
+
+def test_decay_finds_the_heads_of_two_towers_and_no_scalar():
+  shapes = flatten(ov_models.abstract_params(TOWERS))
+  matrices = {n for n, s in shapes.items() if len(s.shape) - ("blocks" in n) >= 2}
+  kernels = {n for n in shapes if n.endswith("/kernel")}
+  assert {"image_head/kernel", "text_head/kernel"} <= kernels <= matrices
+  assert matrices - kernels == {
+    "text/embed/embedding",
+    "text/position_embedding",
+    "decoder/queries",
+  }
 
 
 def test_logical_axes_do_not_shard_by_themselves():
