@@ -1,4 +1,4 @@
-"""The example at the top of each package's README runs, with that package alone on the path."""
+"""The examples in each package's README run, one after another, with that package alone on the path."""
 
 import os
 import pathlib
@@ -11,10 +11,10 @@ import pytest
 
 @pytest.mark.parametrize("readme", sorted(pathlib.Path("packages").glob("*/README.md")), ids=str)
 def test_example(readme, tmp_path):
-  example = re.search(r"```python\n(.*?)```", readme.read_text(), re.S)
-  assert example, f"{readme} has no Python block"
+  examples = re.findall(r"```python\n(.*?)```", readme.read_text(), re.S)
+  assert examples, f"{readme} has no Python block"
   done = subprocess.run(
-    [sys.executable, "-c", example[1]],
+    [sys.executable, "-c", "\n".join(examples)],
     cwd=tmp_path,
     env={**os.environ, "PYTHONPATH": str(readme.parent.absolute())},
     capture_output=True,

@@ -112,9 +112,9 @@ def retrieval(
   """Ranks all texts for every picture and all pictures for every text, by the dot product.
 
   Picture to text counts the best of a picture's texts. A picture without text is a candidate, but
-  no query. Never more than 64 x 8 chunk scores exist, of which counts per picture and text remain:
-  100,000 pictures and 500,000 texts need little more memory than their embeddings. Pictures are
-  shared among the processes.
+  no query. Never more than 64 x 8 chunk scores exist, of which counts per picture and text remain.
+  The texts lie on the device, so that on a CPU they take their memory twice. Pictures are shared
+  among the processes.
 
   Args:
     images: float32 [I, E], the same in every process.
