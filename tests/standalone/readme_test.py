@@ -1,4 +1,4 @@
-"""The examples in a package's README run, one after another, with that package alone on the path."""
+"""The examples in a package's README run one after another, with that package alone on the path."""
 
 import os
 import pathlib
