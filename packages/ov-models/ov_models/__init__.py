@@ -1,4 +1,4 @@
-"""Vision encoders and caption decoders of OpenVision, as arithmetic over plain parameters."""
+"""Vision and text encoders and caption decoders of OpenVision: arithmetic over plain parameters."""
 
 from ov_models.captioner import Captioner, CaptionerConfig, CaptionerOutput
 from ov_models.decoder import DECODER_VARIANTS, Decoder, DecoderConfig

@@ -95,12 +95,15 @@ class TransformerConfig:
 
   @property
   def head_dim(self) -> int:
+    """H."""
     return self.width // self.num_heads
 
   @property
   def compute_dtype(self) -> jnp.dtype:
+    """`dtype` as an object."""
     return jnp.dtype(self.dtype)
 
 
 def round_to_multiple(value: int, of: int) -> int:
+  """The multiple of `of` nearest to `value`, at least `of`."""
   return max(of, round(value / of) * of)

@@ -219,6 +219,7 @@ class Decoder(nnx.Module):
     return jnp.einsum("...d,dv->...v", hidden, self.head_kernel, preferred_element_type=jnp.float32)
 
   def mask(self, num_image: int) -> Mask:
+    """Who sees whom in a sequence of `num_image` image tokens [B, K, E] and any text after them."""
     return Mask(self.config.mask, num_image if self.config.mask == "prefix" else 0)
 
   def embed_image(self, image_tokens: jax.Array) -> jax.Array:

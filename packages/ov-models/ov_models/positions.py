@@ -31,6 +31,7 @@ def sincos1d(length: int, dim: int) -> np.ndarray:
 
 
 def check_sincos_dim(dim: int, parts: int) -> None:
+  """Raises ValueError unless `dim` splits into `parts` with two frequencies or more in each."""
   if dim % parts or dim < 2 * parts:
     raise ValueError(
       f"width={dim} cannot hold sine-cosine positions; it must be a multiple of {parts} and at "

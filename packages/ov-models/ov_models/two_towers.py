@@ -128,15 +128,18 @@ class TwoTowersConfig:
       options = {"parallel": parallel_ratio > 0} | options
       writer = DecoderConfig.from_name(decoder, vocab_size, caption_len, **options)
     reader = None
-    if text is not None:
+    if text is None:
+      embed_dim = tower.width
+    else:
       fields = both | dict(text_options or {})
       reader = TextConfig.from_name(text, vocab_size, text_len, preset, **fields)
-      embed_dim = embed_dim or EMBED_DIMS.get(image.partition("/")[0], tower.width)
+      if embed_dim is None:
+        embed_dim = EMBED_DIMS.get(image.partition("/")[0], tower.width)
     return cls(
       encoder=tower,
       text=reader,
       decoder=writer,
-      embed_dim=tower.width if reader is None or embed_dim is None else embed_dim,
+      embed_dim=embed_dim,
       log_scale_init=log_scale_init,
       bias_init=bias_init,
       parallel_ratio=parallel_ratio,

@@ -288,7 +288,9 @@ def test_impossible_configs(fields, message):
     dataclasses.replace(MODEL, **fields)
 
 
-def test_unknown_kinds():
+def test_impossible_names():
+  with pytest.raises(ValueError, match="embed_dim=0 must be a positive integer"):
+    TwoTowersConfig.openvision("Ti/16", "Ti", "Ti", embed_dim=0)
   with pytest.raises(ValueError, match="decoder_kind='query' is unknown.*nearest: queries"):
     TwoTowersConfig.openvision("Ti/16", "Ti", "Ti", decoder_kind="query")
   with pytest.raises(ValueError, match="decoder variant='XL' is unknown"):

@@ -102,10 +102,12 @@ class ViTConfig(TransformerConfig):
 
   @property
   def grid(self) -> tuple[int, int]:
+    """Rows and columns of patches at `image_size`."""
     return self.grid_of(self.image_size, self.image_size)
 
   @property
   def num_patches(self) -> int:
+    """Patches at `image_size`."""
     return self.grid[0] * self.grid[1]
 
   @property
