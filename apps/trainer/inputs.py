@@ -27,14 +27,11 @@ def training_sources(config: ConfigDict) -> list[ov_data.Source]:
   if inputs.data_dir and inputs.sources:
     raise ValueError("config.input.data_dir and config.input.sources are both set; use one")
   if inputs.sources:
-    return [
-      ov_data.Source(**{**shared, **source, "path": os.path.expanduser(source["path"])})
-      for source in map(dict, inputs.sources)
-    ]
+    return [ov_data.Source(**{**shared, **_at_home(source)}) for source in inputs.sources]
   if not inputs.data_dir:
     raise ValueError(
-      "no training data: set --config.input.data_dir to a folder of record shards, a glob or a "
-      "TFDS directory (local or gs://)"
+      "no training data: set --config.input.data_dir to a folder of record shards, a glob, a TFDS "
+      "directory, or a split file such as dataset_coco.json (local or gs://)"
     )
   path = os.path.expanduser(inputs.data_dir)
   return [ov_data.Source(path, split=inputs.split or None, **shared)]
@@ -196,14 +193,21 @@ def describe(loader: ov_data.Loader) -> dict[str, Any]:
   """Facts about the data of a loader for the report."""
   facts: dict[str, Any] = {
     "records": loader.num_examples,
-    "shards": sum(len(dataset.indexes) for dataset in loader.datasets),
     "examples read": loader.position,
     "epochs": ", ".join(f"{epochs:.2f}" for epochs in loader.epochs),
     "fingerprint": loader.fingerprint,
   }
+  if shards := sum(len(dataset.indexes) for dataset in loader.datasets):
+    facts["shards"] = shards
   for reason, count in loader.damaged.items():
     facts[f"damaged at indexing: {reason}"] = count
   return facts
+
+
+def _at_home(source: Mapping[str, Any]) -> dict[str, Any]:
+  """The fields of a source, ~ in its places resolved."""
+  places = {key: os.path.expanduser(source[key]) for key in ("path", "image_root") if key in source}
+  return {**source, **places}
 
 
 def _texts(specs: Mapping[str, ov_data.TextSpec] | None) -> dict[str, Any]:
@@ -233,7 +237,7 @@ def _captions(config: ConfigDict) -> Iterator[str]:
     count = min(len(dataset), _TOKENIZER_RECORDS)
     for record in np.linspace(0, len(dataset) - 1, count).astype(int):
       try:
-        features = example.parse(dataset.read(int(record)), source.caption_keys)
+        features = example.parse(dataset.read(int(record), image=False), source.caption_keys)
       except ValueError:  # a broken record; the loader counts it when its turn comes
         continue
       for key in source.caption_keys:

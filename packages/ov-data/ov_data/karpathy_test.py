@@ -84,6 +84,16 @@ def test_all_sentences_are_captions(coco):
   assert batch["image"][:, 0, 0, 0].tolist() == [11, 13, 0, 0]
 
 
+def test_captions_need_no_pictures(coco):
+  dataset = Dataset(Source(coco))
+  whole = _features(dataset)
+  for picture in pathlib.Path(coco).parent.rglob("*.jpg"):
+    picture.unlink()
+  bare = [example.parse(dataset.read(n, image=False)) for n in range(len(dataset))]
+  assert all("jpg" in features for features in whole)
+  assert bare == [{k: v for k, v in features.items() if k != "jpg"} for features in whole]
+
+
 @pytest.mark.parametrize(
   "split, expected",
   [

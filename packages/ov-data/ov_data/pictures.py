@@ -57,28 +57,32 @@ class Pictures:
     """The file of a picture, and 0."""
     return fs.join(self._root, self._names[record]), 0
 
-  def read(self, record: int) -> bytes:
+  def read(self, record: int, *, image: bool = True) -> bytes:
     """The picture as a serialised `tf.train.Example`.
+
+    Args:
+      record: its number.
+      image: False leaves out the bytes of the file, which is then not opened.
 
     Raises:
       example.FeatureError: the file is missing, or too large to be a picture.
       OSError: it cannot be read.
     """
+    features = {"key": self._names[record], **self._features(self._facts[record])}
+    if image:
+      features[self._image_key] = self._bytes(record)
+    return example.serialise({key: encoded(value) for key, value in features.items()})
+
+  def _bytes(self, record: int) -> bytes:
     path, _ = self.locate(record)
     try:
-      data = fs.read_regular(path, MAX_RECORD_BYTES)
+      return fs.read_regular(path, MAX_RECORD_BYTES)
     except FileNotFoundError:
       raise example.FeatureError("image file is missing") from None
     except OSError as error:
       if error.errno != errno.EFBIG:
         raise
       raise example.FeatureError("image file over 1 GiB") from None
-    features = {
-      self._image_key: data,
-      "key": self._names[record],
-      **self._features(self._facts[record]),
-    }
-    return example.serialise({key: encoded(value) for key, value in features.items()})
 
 
 def encoded(value: Any) -> Any:

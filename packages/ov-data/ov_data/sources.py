@@ -108,15 +108,21 @@ class Dataset:
     """The file that holds a record, and the offset of the record's data in it."""
     return self._records.locate(record)
 
-  def read(self, record: int) -> bytes:
+  def read(self, record: int, *, image: bool = True) -> bytes:
     """A record, a serialised `tf.train.Example`. Safe to call from many threads.
+
+    Args:
+      record: its number.
+      image: False spares reading a picture that lies as a file; records of shards are whole.
 
     Raises:
       records.RecordError: the checksums are not those of the bytes.
       example.FeatureError: a picture's file is missing or too large.
       OSError: the file cannot be read.
     """
-    return self._records.read(record)
+    if isinstance(self._records, Shards):
+      return self._records.read(record)
+    return self._records.read(record, image=image)
 
   @functools.cached_property
   def present_keys(self) -> frozenset[str]:
