@@ -1,4 +1,4 @@
-"""The same loss with all logits held at once: the yardstick of the tests and the memory report."""
+"""The caption loss with all logits held at once: the yardstick of tests and memory report."""
 
 import jax
 import jax.numpy as jnp
