@@ -11,7 +11,7 @@ from apps.configs.arguments import parse_arguments
 from apps.configs.base import clip_config
 from apps.configs.objectives import use_objective
 
-_IMAGE = {"width": 128, "depth": 2, "mlp_dim": 512, "num_heads": 4, "scan": False}
+_IMAGE = {"width": 96, "depth": 2, "mlp_dim": 384, "num_heads": 3, "scan": False}
 _TEXT = _IMAGE | {"depth": 1}
 _DECODER = {"width": 64, "depth": 1, "mlp_dim": 256, "num_heads": 2, "scan": False}
 

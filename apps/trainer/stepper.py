@@ -136,7 +136,12 @@ class Stepper:
       return
     self._settle()
     if evaluates:
-      self.evaluate(state)
+      try:
+        self.evaluate(state)
+      except Exception:
+        if jax.process_count() == 1:  # what was learned outlives data that cannot be evaluated
+          self._save(step, state, loader)
+        raise
     if saves:
       self._save(step, state, loader)
     if evaluates or saves:

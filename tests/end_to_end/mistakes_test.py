@@ -56,15 +56,6 @@ def corrupt_pictures(data):
   return out
 
 
-def expect_one_line(printed, code, said):
-  errors = [line for line in printed.splitlines() if "error:" in line]
-  assert code == 2, printed
-  assert "Traceback" not in printed, printed
-  assert len(errors) == 1, printed
-  assert re.search(said, errors[0]), errors[0]
-  print(errors[0])
-
-
 CASES = {
   "no flags": ((), "give --config"),
   "unknown flag": ((*runner.TINY, "--wrokdir=x"), "wrokdir"),
@@ -112,7 +103,7 @@ def test_wrong_settings(name, tmp_path, cache):
   if flags and not any(f.startswith("--workdir") for f in flags):
     flags = (*flags, f"--workdir={tmp_path / 'run'}")
   code, printed = runner.run(*flags, cache=cache, WANDB_API_KEY="")
-  expect_one_line(printed, code, said)
+  runner.expect_one_line(printed, code, said)
 
 
 DATA_CASES = {
@@ -132,7 +123,7 @@ def test_wrong_data(name, shards, tmp_path, cache):
   make, said = DATA_CASES[name]
   (tmp_path / "data").mkdir()
   flags = own_data(make(shards, tmp_path / "data"), f"--workdir={tmp_path / 'run'}")
-  expect_one_line(*reversed(runner.run(*flags, cache=cache)), said)
+  runner.expect_one_line(*reversed(runner.run(*flags, cache=cache)), said)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +136,7 @@ def test_wrong_data(name, shards, tmp_path, cache):
 )
 def test_wrong_description_of_the_data(flags, said, shards, tmp_path, cache):
   flags = own_data(shards, *flags, f"--workdir={tmp_path / 'run'}")
-  expect_one_line(*reversed(runner.run(*flags, cache=cache)), said)
+  runner.expect_one_line(*reversed(runner.run(*flags, cache=cache)), said)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +151,7 @@ def test_wrong_vocabulary(content, said, shards, tmp_path, cache):
   vocabulary = tmp_path / "vocab.txt"
   vocabulary.write_text(content)
   flags = own_data(shards, f"--config.tokenizer.path={vocabulary}", f"--workdir={tmp_path / 'run'}")
-  expect_one_line(*reversed(runner.run(*flags, cache=cache)), said)
+  runner.expect_one_line(*reversed(runner.run(*flags, cache=cache)), said)
 
 
 def test_a_truncated_shard_is_used_as_far_as_it_goes(shards, tmp_path, cache):
@@ -190,4 +181,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, cache):
     "--config.optimizer.schedule.warmup_steps=0",
   )
   code, printed = runner.run(*flags, cache=cache)
-  expect_one_line(printed, code, r"step \d+ is not finite: loss .*, grad_norm .*, update_norm")
+  runner.expect_one_line(
+    printed, code, r"step \d+ is not finite: loss .*, grad_norm .*, update_norm"
+  )

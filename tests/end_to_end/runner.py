@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+import re
 import subprocess
 import sys
 
@@ -46,7 +47,7 @@ def tiny_clip(loss: str = "openvision") -> tuple[str, ...]:
     f"--config={CLIP_DEMO}:runlocal,loss={loss}",
     *_SMALL,
     "--config.input.demo.zero_shot_examples=32",
-    "--config.input.demo.probe_examples=64",
+    "--config.input.demo.probe_examples=200",
     f"--config.model.text_options={_BLOCK}",
     f"--config.model.decoder_options={_BLOCK}",
     "--config.model.embed_dim=32",
@@ -81,3 +82,13 @@ def run(
     process.kill()
     raise
   return process.returncode, out + err
+
+
+def expect_one_line(printed: str, code: int, said: str) -> None:
+  """A user's mistake: exit code 2, no traceback, and one line that matches `said`."""
+  errors = [line for line in printed.splitlines() if "error:" in line]
+  assert code == 2, printed
+  assert "Traceback" not in printed, printed
+  assert len(errors) == 1, printed
+  assert re.search(said, errors[0]), errors[0]
+  print(errors[0])
