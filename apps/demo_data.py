@@ -1,7 +1,7 @@
 """The demo's data: drawn scenes, written as record shards into the workdir.
 
 data            scenes of one or two objects; splits train and heldout
-data/objects    labelled pictures of one object; splits train and heldout
+data/labelled   pictures with a class, of one object or two; splits train and heldout
 data/classes.json   {class: [prompt, ...]} of those labels
 """
 
@@ -36,18 +36,18 @@ def prepare(config: ConfigDict, workdir: Path, terminal: Terminal) -> None:
     data_dir=str(folder), split="train", eval_data_dir=str(folder), eval_split="heldout"
   )
   config.eval.truth_key = "truth"
-  objects = str(folder / "objects")
+  labelled = str(folder / "labelled")
   config.eval.zero_shot.update(
-    dir=objects, split="heldout", classes=str(folder / "classes.json"), label_key="label"
+    dir=labelled, split="heldout", classes=str(folder / "classes.json"), label_key="label"
   )
   if config.input.demo.probe_examples:
     config.eval.features.update(
-      train_dir=objects, train_split="train", dir=objects, split="heldout", label_key="label"
+      train_dir=labelled, train_split="train", dir=labelled, split="heldout", label_key="label"
     )
 
 
 def _make(config: ConfigDict, folder: Path, terminal: Terminal) -> None:
-  """Scenes of both splits, labelled pictures of one object, and the prompts of their classes."""
+  """Scenes of both splits, labelled pictures, and the prompts of their classes."""
   demo = config.input.demo
   sizes = {"train": demo.train_examples, "heldout": demo.eval_examples}
   with terminal.count("drawing scenes", sum(sizes.values())) as advance:
@@ -55,15 +55,15 @@ def _make(config: ConfigDict, folder: Path, terminal: Terminal) -> None:
       folder, sizes, seed=config.seed, image_size=demo.image_size, progress=advance
     )
   terminal.phase(str(summary))
-  objects = {"heldout": demo.zero_shot_examples}
+  sizes = {"heldout": demo.zero_shot_examples}
   if demo.probe_examples:
-    objects["train"] = demo.probe_examples
+    sizes["train"] = demo.probe_examples
   writer.make_scenes_dataset(
-    folder / "objects",
-    objects,
+    folder / "labelled",
+    sizes,
     seed=config.seed,
     image_size=demo.image_size,
-    num_objects=1,
+    num_objects=2 if demo.classes == "colours" else 1,
     label=demo.classes,
     workers=0,
   )

@@ -147,9 +147,9 @@ def input_config() -> dict:
     "demo": {  # procedurally drawn scenes, made in workdir/data when missing
       "train_examples": 0,  # 0: no demo data
       "eval_examples": 512,
-      "zero_shot_examples": 64,  # labelled pictures of one object
+      "zero_shot_examples": 64,  # labelled pictures
       "probe_examples": 0,  # the same, for probes to learn from
-      "classes": "shape",  # what they are labelled by: shape | colour | colour_shape
+      "classes": "shape",  # of one object: shape | colour | colour_shape; of two: colours
       "image_size": 64,
     },
   }

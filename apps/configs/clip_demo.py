@@ -11,7 +11,7 @@ from apps.configs.arguments import parse_arguments
 from apps.configs.base import clip_config
 from apps.configs.objectives import use_objective
 
-_IMAGE = {"width": 96, "depth": 2, "mlp_dim": 384, "num_heads": 3, "scan": False}
+_IMAGE = {"width": 128, "depth": 2, "mlp_dim": 512, "num_heads": 4, "scan": False}
 _TEXT = _IMAGE | {"depth": 1}
 _DECODER = {"width": 64, "depth": 1, "mlp_dim": 256, "num_heads": 2, "scan": False}
 
@@ -20,15 +20,15 @@ def get_config(arg: str | None = None) -> ConfigDict:
   """The demo; `runlocal` makes it a minute's trial of the whole path."""
   a = parse_arguments(arg, {"loss": "openvision", "runlocal": False})
   config = clip_config()
-  config.batch_size = 128
-  config.total_steps = 2000
+  config.batch_size = 64
+  config.total_steps = 2300
   config.model.update(
     encoder="Ti/8",
     text="Ti",
     decoder="Ti",
     image_size=48,
     token_len=15,  # [bos], 11 words of the longest caption, [eos], padding, [CLS]
-    caption_len=32,  # the description in sentences
+    caption_len=13,
     vocab_size=0,  # that of the tokenizer
     embed_dim=128,
   )
@@ -37,8 +37,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.model.decoder_options = ConfigDict(_DECODER)
   config.tokenizer.train_kind = "words"
   config.input.update(
-    alt_keys=("alt", "txt"),  # what is left out of an alt text, the decoder must see
-    caption_keys=("description",),
+    # The decoder reads the alt text, and must see what that leaves out. Other losses have one text.
+    alt_keys=("alt",) if a.loss == "openvision" else ("txt",),
+    caption_keys=("txt",),
     fit="squash",
     color_jitter=False,  # colours and places are what is asked for
   )
@@ -47,14 +48,14 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.input.demo.update(
     train_examples=60_000,
     zero_shot_examples=640,
-    probe_examples=960,
-    classes="colour_shape",
+    probe_examples=1_440,
+    classes="colours",
     image_size=48,
   )
   config.optimizer.update(learning_rate=2e-3, weight_decay=0.05, grad_clip_norm=1.0)
   config.optimizer.schedule.warmup_steps = 200
   config.checkpoint.every = 500
-  config.eval.update(every=500, batch_size=128)
+  config.eval.update(every=1150, batch_size=128)
   config.log_every = 25
   if a.runlocal:
     config.total_steps, config.optimizer.schedule.warmup_steps = 40, 4

@@ -4,7 +4,7 @@ Captions name every attribute of a scene, so that what a model wrote can be chec
 attribute against the ground truth: `score`. `ov_data.scenes` makes the scenes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import dataclasses
 import itertools
 import json
@@ -19,7 +19,8 @@ SHAPES = ("circle", "square", "triangle", "cross")
 RELATIONS = ("above", "below")
 KINDS = ("size", "colour", "texture", "shape", "relation")
 ATTRIBUTE_WORDS = (*SIZES, *COLOURS, *TEXTURES, *SHAPES, *RELATIONS)
-ClassKind = Literal["shape", "colour", "colour_shape"]
+ClassKind = Literal["shape", "colour", "colour_shape", "colours"]
+OF_TWO_OBJECTS = "colours"  # the kind of class that scenes of two objects have; others: of one
 INVERSE_RELATION = {"above": "below", "below": "above"}
 
 _SYNONYMS = {
@@ -116,25 +117,47 @@ def _count(
 
 
 def class_prompts(kind: ClassKind) -> dict[str, list[str]]:
-  """Captions of one object for each class, for classification by the likelihood of captions.
+  """Captions for each class, for zero-shot classification.
 
-  Every caption of a single object stands under exactly one class (192 in all), so that the class
-  likelihood is the sum over the attributes that the class leaves open. Use scenes of one object.
+  "shape", "colour", "colour_shape": every caption of a single object stands under exactly one class
+  (192 in all), so that the class likelihood is the sum over the attributes that the class leaves
+  open. "colours": of two objects, as "red and blue" (36 classes); twelve captions each, in which
+  every other attribute, the relation and the order take all their values.
   """
   prompts: dict[str, list[str]] = {}
+  if kind == OF_TWO_OBJECTS:
+    for pair in itertools.combinations_with_replacement(COLOURS, 2):
+      prompts[class_name([(colour, "") for colour in pair], kind)] = [
+        f"{_filled(left, i)} {RELATIONS[i // 6]} {_filled(right, 5 * i + 1)}"
+        for i in range(12)
+        for left, right in [pair if i // 3 % 2 else pair[::-1]]
+      ]
+    return prompts
   for colour, shape, size, texture in itertools.product(COLOURS, SHAPES, SIZES, TEXTURES):
-    name = class_name(colour, shape, kind)
+    name = class_name([(colour, shape)], kind)
     prompts.setdefault(name, []).append(f"a {size} {colour} {texture} {shape}")
   return prompts
 
 
-def class_name(colour: str, shape: str, kind: ClassKind) -> str:
-  """The class of an object.
+def _filled(colour: str, i: int) -> str:
+  size, texture, shape = (words[i % len(words)] for words in (SIZES, TEXTURES, SHAPES))
+  return f"a {size} {colour} {texture} {shape}"
+
+
+def class_name(objects: Sequence[tuple[str, str]], kind: ClassKind) -> str:
+  """The class of a scene.
+
+  Args:
+    objects: colour and shape of each.
+    kind: "colours" for two objects, another for one.
 
   Raises:
     ValueError: an unknown kind.
   """
+  colour, shape = objects[0]
   names = {"shape": shape, "colour": colour, "colour_shape": f"{colour} {shape}"}
+  if len(objects) == 2:
+    names[OF_TWO_OBJECTS] = " and ".join(sorted((colour, objects[1][0]), key=COLOURS.index))
   if kind not in names:
     raise ValueError(f"kind of class {kind!r}: expected one of {', '.join(names)}.")
   return names[kind]

@@ -107,11 +107,12 @@ def test_alt_text_leaves_out_words_and_says_nothing_wrong(split: scenes.Split):
     said = [word for word in words if word not in ("a", "an", "and", "object")]
     rest = iter(scene.caption.split())
     assert all(word in rest for word in said), (scene.alt_text, scene.caption)  # in its order
-    assert len(scene.alt_text.split()) <= len(scene.caption.split()) + 1
-    kept.append(len(said) / len([w for w in scene.caption.split() if w != "a"]))
+    assert not set(said) & set(scenes.COLOURS)
+    could = [w for w in scene.caption.split() if w != "a" and w not in scenes.COLOURS]
+    kept.append(len(said) / len(could))
     assert scene.alt_text == scenes.sample_scene(scene.seed, scene.index, split).alt_text
-  assert 0.5 < np.mean(kept) < 0.6  # four of each object's words at 1/2, 1/2, 1/2, 3/4
-  assert min(kept) < 0.3 and max(kept) > 0.8
+  assert 0.71 < np.mean(kept) < 0.79  # each word at three quarters
+  assert min(kept) < 0.5 and max(kept) == 1
 
 
 def test_pictures_vary():
@@ -189,6 +190,28 @@ def test_scores_add_up_by_kind():
   assert both.by_kind["shape"] == (2, 4) and both.by_kind["colour"] == (4, 4)
   assert both.accuracy == 16 / 18 and not both.perfect
   assert np.isnan(scenes.AttributeScore().accuracy)
+
+
+def test_scenes_of_two_objects_are_labelled_by_their_colours():
+  prompts = scenes.class_prompts("colours")
+  assert len(prompts) == 36 and "green and green" in prompts
+  for scene in (scenes.sample_scene(1, i, "heldout", 2) for i in range(50)):
+    label = scenes.scene_example(scene, 32, "colours")["label"]
+    assert sorted(label.split(" and ")) == sorted(o.colour for o in scene.objects)
+    for text in prompts[label]:
+      objects, _ = scenes.parse_caption(text)
+      assert sorted(o["colour"] for o in objects) == sorted(label.split(" and "))
+  # The other attributes say nothing about the class.
+  said = [scenes.parse_caption(text) for text in prompts["red and blue"]]
+  for colour in ("red", "blue"):
+    like = [o for objects, _ in said for o in objects if o["colour"] == colour]
+    assert {o["size"] for o in like} == set(scenes.SIZES)
+    assert {o["texture"] for o in like} == set(scenes.TEXTURES)
+    assert {o["shape"] for o in like} == set(scenes.SHAPES)
+  assert {(objects[0]["colour"], relation) for objects, relation in said} == {
+    (colour, relation) for colour in ("red", "blue") for relation in scenes.RELATIONS
+  }
+  assert "label" not in scenes.scene_example(scenes.sample_scene(1, 0, "heldout", 1), 32, "colours")
 
 
 @pytest.mark.parametrize(("kind", "classes"), [("shape", 4), ("colour", 8), ("colour_shape", 32)])

@@ -333,8 +333,8 @@ def make_scenes_dataset(
     sizes: number of scenes of each split, for instance {"train": 60_000, "heldout": 1_000}.
     seed: of all scenes.
     image_size: 32 to 256 px.
-    num_objects: 1 or 2 for all scenes; None mixes them. Scenes of one object have a `label`.
-    label: the kind of class that it names; see `scenes.class_prompts`.
+    num_objects: 1 or 2 for all scenes; None mixes them.
+    label: the kind of class under `label`, in scenes that have it; see `scenes.class_prompts`.
 
   Raises:
     ValueError: an unknown split, class or size, no scenes, or a directory with other data.
