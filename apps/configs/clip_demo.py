@@ -11,8 +11,8 @@ from apps.configs.arguments import parse_arguments
 from apps.configs.base import clip_config
 from apps.configs.objectives import use_objective
 
-_IMAGE = {"width": 128, "depth": 2, "mlp_dim": 512, "num_heads": 4, "scan": False}
-_TEXT = _IMAGE | {"depth": 1}
+_IMAGE = {"width": 128, "depth": 2, "mlp_dim": 384, "num_heads": 4, "scan": False}
+_TEXT = {"width": 96, "depth": 1, "mlp_dim": 384, "num_heads": 3, "scan": False}
 _DECODER = {"width": 64, "depth": 1, "mlp_dim": 256, "num_heads": 2, "scan": False}
 
 
@@ -27,7 +27,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     text="Ti",
     decoder="Ti",
     image_size=48,
-    token_len=15,  # [bos], 11 words of the longest caption, [eos], padding, [CLS]
+    token_len=14,  # [bos], 11 words of the longest caption, [eos], [CLS]
     caption_len=13,
     vocab_size=0,  # that of the tokenizer
     embed_dim=128,
