@@ -52,8 +52,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     classes="colours",
     image_size=48,
   )
-  config.optimizer.update(learning_rate=2e-3, weight_decay=0.05, grad_clip_norm=1.0)
-  config.optimizer.schedule.warmup_steps = 200
+  config.optimizer.update(learning_rate=1.2e-3, weight_decay=0.05, grad_clip_norm=1.0)
+  config.optimizer.schedule.warmup_steps = 100
   config.checkpoint.every = 500
   config.eval.update(every=1150, batch_size=128)
   config.log_every = 25
