@@ -11,8 +11,8 @@ from apps.configs.arguments import parse_arguments
 from apps.configs.base import clip_config
 from apps.configs.objectives import use_objective
 
-_IMAGE = {"width": 128, "depth": 2, "mlp_dim": 512, "num_heads": 4, "scan": False}
-_TEXT = _IMAGE | {"depth": 1}
+_IMAGE = {"width": 128, "depth": 2, "mlp_dim": 384, "num_heads": 4, "scan": False}
+_TEXT = {"width": 96, "depth": 1, "mlp_dim": 384, "num_heads": 3, "scan": False}
 _DECODER = {"width": 64, "depth": 1, "mlp_dim": 256, "num_heads": 2, "scan": False}
 
 
@@ -48,14 +48,14 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.input.demo.update(
     train_examples=60_000,
     zero_shot_examples=640,
-    probe_examples=1_080,
+    probe_examples=1_440,
     classes="colours",
     image_size=48,
   )
   config.optimizer.update(learning_rate=2e-3, weight_decay=0.05, grad_clip_norm=1.0)
   config.optimizer.schedule.warmup_steps = 200
   config.checkpoint.every = 500
-  config.eval.batch_size = 128
+  config.eval.update(every=1150, batch_size=128)
   config.log_every = 25
   if a.runlocal:
     config.total_steps, config.optimizer.schedule.warmup_steps = 40, 4
