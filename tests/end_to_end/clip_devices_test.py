@@ -1,7 +1,10 @@
 """clip_train on one device, on eight, and on two processes: the same losses and the same figures.
 
-Tolerances as in devices_test; 20 steps at ten times the loss of a captioner. Ranks and classes are
-counts, so that a figure that differs at all means an example lost, repeated or misread.
+The order of float32 sums differs, 2^-24 relative each: the first losses agree within 5e-6 (2e-7, 0
+and 1.4e-6 were seen). AdamW then amplifies that, most where a gradient is near zero and its update
+the sign of rounding: 7e-5 was seen after 20 steps, and 5e-4 leaves room. A wrong batch order, mask
+or gradient mean shows at 1e-2. Ranks and classes are counts, so that a figure that differs at all
+means an example lost, repeated or misread.
 """
 
 import json
@@ -48,10 +51,13 @@ def single(tmp_path_factory):
 def test_losses_agree(single, tmp_path, processes, devices, flags):
   run(tmp_path / "run", processes, devices, *flags)
   losses, several = losses_of(single), losses_of(tmp_path / "run")
-  difference = np.abs(several / losses - 1).max()
-  print(f"{processes} x {devices}: largest relative difference {difference:.1e} over 20 steps")
+  difference = np.abs(several / losses - 1)
+  print(
+    f"{processes} x {devices}: largest relative difference {difference.max():.1e} over 20 steps"
+  )
   assert len(losses) == 20
-  assert difference < 5e-5
+  assert difference[:3].max() < 5e-6
+  assert difference.max() < 5e-4
   assert losses[0] > 1.1 * losses[-1], "nothing was learnt, so nothing was compared"
 
 
