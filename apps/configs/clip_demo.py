@@ -21,7 +21,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   a = parse_arguments(arg, {"loss": "openvision", "runlocal": False})
   config = clip_config()
   config.batch_size = 64
-  config.total_steps = 2300
+  config.total_steps = 2700
   config.model.update(
     encoder="Ti/8",
     text="Ti",
@@ -55,7 +55,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.optimizer.update(learning_rate=2e-3, weight_decay=0.05, grad_clip_norm=1.0)
   config.optimizer.schedule.warmup_steps = 200
   config.checkpoint.every = 500
-  config.eval.update(every=1150, batch_size=128)
+  config.eval.update(every=1350, batch_size=128)
   config.log_every = 25
   if a.runlocal:
     config.total_steps, config.optimizer.schedule.warmup_steps = 40, 4
