@@ -11,8 +11,8 @@ from apps.configs.arguments import parse_arguments
 from apps.configs.base import clip_config
 from apps.configs.objectives import use_objective
 
-_IMAGE = {"width": 128, "depth": 2, "mlp_dim": 384, "num_heads": 4, "scan": False}
-_TEXT = {"width": 96, "depth": 1, "mlp_dim": 384, "num_heads": 3, "scan": False}
+_IMAGE = {"width": 128, "depth": 2, "mlp_dim": 512, "num_heads": 4, "scan": False}
+_TEXT = _IMAGE | {"depth": 1}
 _DECODER = {"width": 64, "depth": 1, "mlp_dim": 256, "num_heads": 2, "scan": False}
 
 
@@ -21,13 +21,13 @@ def get_config(arg: str | None = None) -> ConfigDict:
   a = parse_arguments(arg, {"loss": "openvision", "runlocal": False})
   config = clip_config()
   config.batch_size = 64
-  config.total_steps = 2700
+  config.total_steps = 2300
   config.model.update(
     encoder="Ti/8",
     text="Ti",
     decoder="Ti",
     image_size=48,
-    token_len=14,  # [bos], 11 words of the longest caption, [eos], [CLS]
+    token_len=15,  # [bos], 11 words of the longest caption, [eos], padding, [CLS]
     caption_len=13,
     vocab_size=0,  # that of the tokenizer
     embed_dim=128,
@@ -55,7 +55,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.optimizer.update(learning_rate=2e-3, weight_decay=0.05, grad_clip_norm=1.0)
   config.optimizer.schedule.warmup_steps = 200
   config.checkpoint.every = 500
-  config.eval.update(every=1350, batch_size=128)
+  config.eval.update(every=1150, batch_size=128)
   config.log_every = 25
   if a.runlocal:
     config.total_steps, config.optimizer.schedule.warmup_steps = 40, 4

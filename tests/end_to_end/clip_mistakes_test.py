@@ -121,7 +121,7 @@ def test_texts_prepared_in_another_way_than_the_params_know(tmp_path, cache):
   assert code == 0, printed
   expect(
     (*run, "--config.model.token_len=18"),
-    "belongs to texts of 14 tokens, .* the configuration asks for 18 tokens",
+    "belongs to texts of 15 tokens, .* the configuration asks for 18 tokens",
     cache,
   )
   expect(
