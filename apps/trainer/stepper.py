@@ -123,7 +123,7 @@ class Stepper:
         evaluation.results,
         step=step,
         examples_seen=examples_seen,
-        **{**head, **evaluation.context},
+        **head,
       )
 
   def _due(self, step: int, state: TrainState, loader: ov_data.Loader) -> None:

@@ -71,8 +71,6 @@ class Evaluation:
     attribute_words: words of the samples to mark as right or wrong.
     classes: confusion of a zero-shot classification.
     galleries: what was found for a text or a picture, for the report.
-    context: what identifies the evaluation (hash of prompts, splits, preprocessing); JSON values
-      that go into evaluation.json beside the figures.
   """
 
   results: tuple[ov_eval.Result, ...]
@@ -80,7 +78,6 @@ class Evaluation:
   attribute_words: tuple[str, ...] = ()
   classes: ClassTable | None = None
   galleries: tuple[Gallery, ...] = ()
-  context: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 Evaluate = Callable[[Params], Evaluation]
