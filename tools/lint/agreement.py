@@ -7,6 +7,7 @@ from packaging.requirements import Requirement
 from tools.lint.buildfiles import Target
 from tools.lint.imports import Import, module_name
 from tools.lint.tree import Fault, Tree, distributions_of, is_test, target_name
+from tools.lint.walls import is_client_script
 
 # Modules outside the lock that an app imports, inside functions, for those who have them.
 OPTIONAL = {"wandb"}
@@ -28,6 +29,8 @@ def _check_target(tree: Tree, target: Target) -> list[Fault]:
   faults, used = [], set()
   for path in target.srcs:
     for found in tree.imports.get(path, []):
+      if is_client_script(path):
+        continue  # another environment's
       if tree.is_own(found):
         file = tree.file_of(found)
         providers = {dep for dep, srcs in brings.items() if file in srcs}
@@ -98,7 +101,8 @@ def _imported(tree: Tree, package: str) -> tuple[set[str], set[str]]:
   """What the library of a package imports at once, and what inside functions alone."""
   now, later = set(), set()
   for path, imports in tree.imports.items():
-    if path.startswith(f"packages/{package}/") and not is_test(path):
+    of_library = path.startswith(f"packages/{package}/") and not is_test(path)
+    if of_library and not is_client_script(path):
       for found in imports:
         if tree.is_foreign(found):
           (later if found.deferred else now).update(distributions_of(found))

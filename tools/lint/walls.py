@@ -5,18 +5,27 @@ from tools.lint.tree import Fault, Tree, distributions_of, is_test
 
 # The distributions that the library of a package may import, as @pypi calls them.
 LIBRARY = {
-  "ov_models": {"jax", "flax", "einops", "numpy"},
+  "ov_models": {"jax", "flax", "einops", "numpy", "safetensors"},
   "ov_losses": {"jax", "flax", "einops", "numpy"},
   "ov_sharding": {"jax", "flax", "einops", "numpy"},
   "ov_eval": {"jax", "numpy", "scipy"},
   "ov_data": {"numpy", "pillow", "tokenizers", "protobuf", "google_crc32c"},
-  "ov_convert": {"jax", "numpy"},
+  "ov_convert": {"jax", "numpy", "safetensors"},
 }
 # Those that it may import inside functions only, so that it is imported and installed without them.
-DEFERRED = {"ov_data": {"tensorflow_cpu", "tensorflow_datasets", "etils"}}
+DEFERRED = {
+  "ov_data": {"tensorflow_cpu", "tensorflow_datasets", "etils"},
+  "ov_convert": {"orbax_checkpoint"},
+}
 # Those that its tests may import beside.
 TEST = {"chex", "pytest"}
 TEST_OF = {"ov_data": {"tensorflow_cpu", "tensorflow_datasets"}, "ov_eval": {"scikit_learn"}}
+# Scripts that run in the clients' environment: what they may import beside Python and each other.
+CLIENT_SCRIPTS = "packages/ov-convert/ov_convert/clients/"
+CLIENTS = {
+  "numpy", "PIL", "safetensors", "torch", "torchvision", "open_clip", "timm", "transformers",
+  "onnx", "onnxruntime", "jax",
+}  # fmt: skip
 # The packages that a package may import. One not named here imports no sibling.
 SIBLINGS = {"ov_convert": {"ov_models"}}
 
@@ -26,7 +35,9 @@ def check(tree: Tree) -> list[Fault]:
   faults = []
   for path, imports in tree.imports.items():
     for found in imports:
-      if tree.is_own(found):
+      if is_client_script(path):
+        rule = _client_rule(tree, found)
+      elif tree.is_own(found):
         rule = _own_rule(path, found)
       elif path.startswith("packages/") and tree.is_foreign(found):
         rule = _foreign_rule(path, found)
@@ -35,6 +46,18 @@ def check(tree: Tree) -> list[Fault]:
       if rule:
         faults.append(Fault(path, found.line, f"imports {found.module}, but {rule}"))
   return faults
+
+
+def is_client_script(path: str) -> bool:
+  """Whether a file runs in the clients' environment and not in ours."""
+  return path.startswith(CLIENT_SCRIPTS)
+
+
+def _client_rule(tree: Tree, found: Import) -> str | None:
+  neighbour = f"{CLIENT_SCRIPTS}{found.top}.py" in tree.files
+  if neighbour or found.top in CLIENTS or not (tree.is_own(found) or tree.is_foreign(found)):
+    return None
+  return f"scripts of the clients' environment may import only {', '.join(sorted(CLIENTS))}"
 
 
 def _own_rule(path: str, found: Import) -> str | None:

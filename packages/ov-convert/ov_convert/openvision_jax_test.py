@@ -118,7 +118,7 @@ def test_decoder_kernels_stay_2d():
 def test_their_tree_of_the_published_size():
   # Ti/16 with decoder Ti: number of tensors and of parameters as published.
   config = CaptionerConfig.openvision2("Ti/16", "Ti", image_size=160, preset="openvision2_released")
-  entries = openvision_jax.name_map(config)
+  entries = openvision_jax.name_map(config).entries
   assert len(entries) == len({e.theirs for e in entries}) == 12 * 16 + 4 + 12 * 16 + 5
   assert ov_models.num_params(config) == 23_150_016
 
@@ -128,7 +128,7 @@ def test_their_tree_of_the_published_size():
 )
 def test_their_tree_of_published_two_towers(name, text):
   config = TwoTowersConfig.openvision(name, text, text, preset="openvision_released")
-  entries = openvision_jax.name_map(config)
+  entries = openvision_jax.name_map(config).entries
   layers = config.encoder.depth + config.text.depth + config.decoder.depth
   assert len(entries) == len({e.theirs for e in entries}) == 16 * layers + 17
 

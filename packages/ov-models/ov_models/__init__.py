@@ -2,6 +2,7 @@
 
 from ov_models.captioner import Captioner, CaptionerConfig, CaptionerOutput
 from ov_models.decoder import DECODER_VARIANTS, Decoder, DecoderConfig
+from ov_models.files import config_from_dict, config_to_dict, load, read_config, save
 from ov_models.functional import (
   abstract_params,
   bind,
@@ -43,12 +44,17 @@ __all__ = [
   "ViTOutput",
   "abstract_params",
   "bind",
+  "config_from_dict",
+  "config_to_dict",
   "flops_per_example",
   "generate",
   "init",
+  "load",
   "logical_axes",
   "num_params",
   "on_mesh",
+  "read_config",
   "resample_positions",
+  "save",
   "sincos2d",
 ]

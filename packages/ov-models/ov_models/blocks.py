@@ -121,6 +121,19 @@ def run_blocks(
   return fold_blocks(step, blocks, x, None, config)[0]
 
 
+def block_outputs(
+  blocks: Block, x: jax.Array, mask: Mask | jax.Array, config: TransformerConfig
+) -> jax.Array:
+  """[L + 1, B, T, D]: x and the output of each of the stacked blocks; see `run_blocks`."""
+
+  def step(block: Block, x: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
+    x = block(x, mask)
+    return x, x
+
+  outputs = fold_blocks(step, blocks, x, None, config)[1]
+  return jnp.concatenate([x[None], outputs])
+
+
 def fold_blocks(
   step: Callable[[Block, jax.Array, Any], tuple[jax.Array, Any]],
   blocks: Block,

@@ -11,7 +11,14 @@ import jax
 import jax.numpy as jnp
 
 from ov_models.attention import Mask
-from ov_models.blocks import axes, layer_norm, normal, run_blocks, stack_blocks
+from ov_models.blocks import (
+  axes,
+  block_outputs,
+  layer_norm,
+  normal,
+  run_blocks,
+  stack_blocks,
+)
 from ov_models.config import TransformerConfig, check_choice, variant_sizes
 from ov_models.decoder import text_style
 from ov_models.partition import constrain
@@ -144,13 +151,22 @@ class TextEncoder(nnx.Module):
     Raises:
       ValueError: ids of another rank or of a length that does not fit.
     """
+    x, mask = self._embed(ids)
+    x = run_blocks(self.blocks, x, mask, self.config)
+    return TextOutput(pooled=self._pool(x, ids, mask.keys), tokens=x)
+
+  def hidden_states(self, ids: jax.Array) -> jax.Array:
+    """[L + 1, B, T, D] in compute dtype: what enters the blocks, and what leaves each of them."""
+    x, mask = self._embed(ids)
+    return block_outputs(self.blocks, x, mask, self.config)
+
+  def _embed(self, ids: jax.Array) -> tuple[jax.Array, Mask]:
+    """Tokens with positions [B, T, D] in compute dtype, and who sees whom."""
     config = self.config
     self._check(ids)
     x = self.embed(ids) + self.position_embedding[: ids.shape[1]]
     real = constrain(ids != config.pad_id) if config.padding == "mask" else None
-    x = constrain(x.astype(config.compute_dtype))
-    x = run_blocks(self.blocks, x, Mask(config.mask, keys=real), config)
-    return TextOutput(pooled=self._pool(x, ids, real), tokens=x)
+    return constrain(x.astype(config.compute_dtype)), Mask(config.mask, keys=real)
 
   def _pool(self, x: jax.Array, ids: jax.Array, real: jax.Array | None) -> jax.Array:
     pool = self.config.pool

@@ -17,6 +17,7 @@ from ov_models.blocks import (
   BlockStyle,
   Mlp,
   axes,
+  block_outputs,
   layer_norm,
   normal,
   run_blocks,
@@ -195,6 +196,15 @@ class ViT(nnx.Module):
       x = jnp.concatenate([x[:, :1], self._drop(x[:, 1:], grid, key)], axis=1)
     x = run_blocks(self.blocks, x, FULL, config)
     return ViTOutput(pooled=self._pool(x), tokens=x[:, 1:])
+
+  def hidden_states(self, images: jax.Array) -> jax.Array:
+    """[L + 1, B, 1 + T, D] in compute dtype: what enters the blocks, and what leaves each of them.
+
+    The cls token comes first; no norm is applied. `[-2]` is the penultimate layer that multimodal
+    models read; `[-1][:, 1:]` are the tokens of a call.
+    """
+    x, _ = self._embed(images)
+    return block_outputs(self.blocks, x, FULL, self.config)
 
   def _embed(self, images: jax.Array) -> tuple[jax.Array, tuple[int, int]]:
     """cls and patches with positions: [B, 1 + T, D] in compute dtype, and the grid."""

@@ -1,0 +1,139 @@
+"""What leaves and what enters: a model with all that is needed to use it, and nothing of a run."""
+
+from collections.abc import Mapping
+import dataclasses
+import functools
+import json
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+
+from ov_convert.name_map import Params
+import ov_models
+
+Config = (
+  ov_models.ViTConfig | ov_models.TextConfig | ov_models.CaptionerConfig | ov_models.TwoTowersConfig
+)
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocess:
+  """How a picture becomes the input of the image tower; always bilinear and antialiased.
+
+  Attributes:
+    image_size: S, pixels a side.
+    fit: "squash" stretches the whole picture; "center" brings the shorter side to S and keeps the
+      middle.
+    mean, std: of normalisation, for channels in [0, 1].
+  """
+
+  image_size: int
+  fit: Literal["center", "squash"] = "center"
+  mean: tuple[float, float, float] = IMAGENET_MEAN
+  std: tuple[float, float, float] = IMAGENET_STD
+
+
+@dataclasses.dataclass(frozen=True)
+class Words:
+  """How a text becomes ids: `[bos] pieces [eos]`, cut and padded to `length`.
+
+  Attributes:
+    tokenizer_json: of the `tokenizers` library; makes the pieces.
+    length: T, all special tokens included.
+    append_cls: whether the last column is [CLS], behind the padding.
+    pad_id, bos_id, eos_id, unk_id, cls_id: None where the vocabulary has none.
+  """
+
+  tokenizer_json: str
+  length: int
+  append_cls: bool
+  pad_id: int
+  bos_id: int
+  eos_id: int
+  unk_id: int | None = None
+  cls_id: int | None = None
+
+  @functools.cached_property
+  def vocabulary(self) -> dict[str, int]:
+    """Token -> id, added tokens included."""
+    content = json.loads(self.tokenizer_json)
+    vocabulary: dict[str, int] = dict(content["model"]["vocab"])
+    return vocabulary | {t["content"]: t["id"] for t in content.get("added_tokens", [])}
+
+  def token(self, number: int | None) -> str | None:
+    """The token of an id."""
+    return next((t for t, i in self.vocabulary.items() if i == number), None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Release:
+  """A model to be written in somebody's format.
+
+  Attributes:
+    config: of the model, at the resolution of `preprocess`.
+    params: float32, on the host.
+    preprocess: of pictures.
+    words: of the texts of the text tower, or else of the decoder; None without either.
+    dtype: of the files: "float32", "bfloat16" or "float16".
+  """
+
+  config: Config
+  params: Params
+  preprocess: Preprocess
+  words: Words | None = None
+  dtype: str = "float32"
+
+  @property
+  def encoder(self) -> ov_models.ViTConfig:
+    """The image tower; ValueError for a model without one."""
+    if isinstance(self.config, ov_models.ViTConfig):
+      return self.config
+    if isinstance(self.config, ov_models.TextConfig):
+      raise ValueError("a text tower alone has no image tower to export.")
+    return self.config.encoder
+
+  @property
+  def text(self) -> ov_models.TextConfig | None:
+    """The text tower, if there is one."""
+    return getattr(self.config, "text", None)
+
+  @property
+  def image_params(self) -> Params:
+    """Parameters of the image tower, for `ov_models.bind(release.encoder, ...)`."""
+    return self.params if isinstance(self.config, ov_models.ViTConfig) else self.params["encoder"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Imported:
+  """A model read from somebody's format; `notes` say what was changed or left out on the way."""
+
+  config: Config
+  params: Params
+  preprocess: Preprocess | None = None
+  words: Words | None = None
+  notes: tuple[str, ...] = ()
+
+
+def round_params(params: Params, dtype: str) -> Params:
+  """The parameters as a file of `dtype` keeps them, as float32."""
+
+  def leaf(value: Any) -> Any:
+    if isinstance(value, Mapping):
+      return {name: leaf(child) for name, child in value.items()}
+    return np.asarray(value, np.float32).astype(jnp.dtype(dtype)).astype(np.float32)
+
+  return leaf(params)
+
+
+def file_tensors(flat: Mapping[str, np.ndarray], dtype: str) -> dict[str, np.ndarray]:
+  """Floating-point tensors in the dtype of the file, in C order, others as they are."""
+
+  def cast(tensor: np.ndarray) -> np.ndarray:
+    tensor = np.asarray(tensor, order="C")
+    return tensor.astype(jnp.dtype(dtype)) if np.issubdtype(tensor.dtype, np.floating) else tensor
+
+  return {name: cast(tensor) for name, tensor in flat.items()}

@@ -1,0 +1,197 @@
+"""A model as two files: config.json says what it is, model.safetensors holds its parameters.
+
+  config, params = ov_models.load("folder")
+  model = ov_models.bind(config, params)
+
+Tensors have the names of our paths ("encoder/blocks/attn/query/kernel"), layers stacked as in
+`init`. Nothing in the files is executed; sizes are checked before anything is read.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import json
+import os
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from ov_models.captioner import CaptionerConfig
+from ov_models.config import check_choice
+from ov_models.decoder import DecoderConfig
+from ov_models.functional import Config, Params, abstract_params, bind
+from ov_models.query_decoder import QueryDecoderConfig
+from ov_models.text import TextConfig
+from ov_models.two_towers import TwoTowersConfig
+from ov_models.vit import ViTConfig
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+FILE_DTYPES = ("float32", "bfloat16", "float16")
+_FORMAT = 1
+_MAX_CONFIG_BYTES = 1 << 20
+_KINDS = {
+  kind.__name__.removesuffix("Config"): kind
+  for kind in (
+    ViTConfig, TextConfig, CaptionerConfig, TwoTowersConfig, DecoderConfig, QueryDecoderConfig
+  )
+}  # fmt: skip
+
+
+def save(
+  folder: str | os.PathLike[str],
+  config: Config,
+  params: Params,
+  *,
+  dtype: str = "float32",
+  extra: Mapping[str, Any] | None = None,
+) -> None:
+  """Writes config.json and model.safetensors into `folder`.
+
+  Args:
+    folder: made where missing.
+    config: of the model.
+    params: its parameters.
+    dtype: of the file: "float32", "bfloat16" or "float16"; the latter two round.
+    extra: JSON values to keep in config.json beside "model".
+
+  Raises:
+    ValueError: parameters that do not fit the config, are not finite, or are beyond `dtype`.
+  """
+  check_choice("dtype", dtype, FILE_DTYPES)
+  bind(config, params)
+  flat = {name: _rounded(name, value, dtype) for name, value in _flat(params).items()}
+  path = pathlib.Path(folder)
+  path.mkdir(parents=True, exist_ok=True)
+  safetensors.numpy.save_file(flat, path / WEIGHTS_FILE, metadata={"format": "np"})
+  content = {"format": _FORMAT, "library": "openvision", "dtype": dtype}
+  content |= {"model": config_to_dict(config), **(extra or {})}
+  (path / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+
+
+def load(folder: str | os.PathLike[str]) -> tuple[Config, Params]:
+  """Reads what `save` wrote: the config, and float32 parameters on the host for `bind`.
+
+  Raises:
+    FileNotFoundError: one of the two files is missing.
+    ValueError: a file that is damaged, of a later format, or does not fit the other.
+  """
+  path = pathlib.Path(folder)
+  config = config_from_dict(read_config(path)["model"])
+  expected = _flat(abstract_params(config))
+  try:
+    with safetensors.safe_open(path / WEIGHTS_FILE, "np") as file:
+      found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+      _check_shapes(path / WEIGHTS_FILE, expected, found)
+      flat = {name: np.asarray(file.get_tensor(name), np.float32) for name in expected}
+  except safetensors.SafetensorError as error:
+    raise ValueError(f"{path / WEIGHTS_FILE} is damaged: {error}.") from None
+  for name, value in flat.items():
+    if not np.isfinite(value).all():
+      raise ValueError(f"{path / WEIGHTS_FILE}: {name} holds values that are not finite.")
+  return config, _nested(flat)
+
+
+def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+  """config.json of a folder that `save` wrote, with what was kept as `extra`.
+
+  Raises:
+    FileNotFoundError: there is none.
+    ValueError: it is damaged, of another library or of a later format.
+  """
+  file = pathlib.Path(folder) / CONFIG_FILE
+  for name in (CONFIG_FILE, WEIGHTS_FILE):
+    if not file.with_name(name).is_file():
+      raise FileNotFoundError(f"no model in {folder}: {name} is missing.")
+  if (size := file.stat().st_size) > _MAX_CONFIG_BYTES:
+    raise ValueError(f"{file} has {size} bytes; a configuration has at most {_MAX_CONFIG_BYTES}.")
+  try:
+    content = json.loads(file.read_text("utf-8"))
+    library, version = content["library"], int(content["format"])
+    content["model"]["kind"]
+  except (ValueError, KeyError, TypeError) as error:
+    raise ValueError(
+      f"{file} is no configuration that ov_models.save wrote: {error!r}. Folders of other "
+      "libraries are imported by //apps:export."
+    ) from None
+  if library != "openvision" or version > _FORMAT:
+    raise ValueError(
+      f"{file} is of {library!r}, format {version}; this version reads openvision, up to format "
+      f"{_FORMAT}."
+    )
+  return content
+
+
+def config_to_dict(config: Any) -> dict[str, Any]:
+  """A config as JSON values; "kind" names the class."""
+  fields: dict[str, Any] = {"kind": type(config).__name__.removesuffix("Config")}
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    fields[field.name] = config_to_dict(value) if dataclasses.is_dataclass(value) else value
+  return fields
+
+
+def config_from_dict(fields: Mapping[str, Any]) -> Any:
+  """The inverse of `config_to_dict`.
+
+  Raises:
+    ValueError: an unknown kind, unknown or missing fields, or values that cannot be.
+  """
+  kind = fields.get("kind")
+  check_choice("kind", kind, _KINDS)
+  values = {
+    name: config_from_dict(value) if isinstance(value, Mapping) else value
+    for name, value in fields.items()
+    if name != "kind"
+  }
+  try:
+    return _KINDS[str(kind)](**values)
+  except TypeError as error:
+    raise ValueError(f"fields of {kind} do not fit: {error}.") from None
+
+
+def _rounded(name: str, value: Any, dtype: str) -> np.ndarray:
+  array = np.asarray(value, np.float32)
+  if not np.isfinite(array).all():
+    raise ValueError(f"{name} holds values that are not finite; this model is not worth saving.")
+  with np.errstate(over="ignore"):  # told below, with the name
+    rounded = np.asarray(array.astype(jnp.dtype(dtype)), order="C")
+  if not np.isfinite(rounded).all():
+    raise ValueError(f"{name} reaches {np.abs(array).max():.3g}, beyond {dtype}; take bfloat16.")
+  return rounded
+
+
+def _check_shapes(
+  file: pathlib.Path, expected: Mapping[str, Any], found: Mapping[str, tuple[int, ...]]
+) -> None:
+  want = {name: tuple(leaf.shape) for name, leaf in expected.items()}
+  if want == found:
+    return
+  lines = [f"missing {name} {want[name]}" for name in want if name not in found]
+  lines += [f"left over {name} {found[name]}" for name in found if name not in want]
+  lines += [
+    f"{name} is {found[name]}, expected {want[name]}"
+    for name in want
+    if name in found and want[name] != found[name]
+  ]
+  raise ValueError(f"{file} does not fit {CONFIG_FILE} beside it:\n  " + "\n  ".join(lines))
+
+
+def _flat(params: Params) -> dict[str, Any]:
+  leaves = jax.tree_util.tree_leaves_with_path(params)
+  return {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in leaves}
+
+
+def _nested(flat: Mapping[str, Any]) -> Params:
+  tree: Params = {}
+  for name, value in flat.items():
+    *parents, leaf = name.split("/")
+    node = tree
+    for part in parents:
+      node = node.setdefault(part, {})
+    node[leaf] = value
+  return tree
