@@ -22,6 +22,7 @@ TEST = {"chex", "pytest"}
 TEST_OF = {"ov_data": {"tensorflow_cpu", "tensorflow_datasets"}, "ov_eval": {"scikit_learn"}}
 # Scripts that run in the clients' environment: what they may import beside Python and each other.
 CLIENT_SCRIPTS = "packages/ov-convert/ov_convert/clients/"
+CLIENT_HOOK = "tools/python/openvision_torchvision.py"
 CLIENTS = {
   "numpy", "PIL", "safetensors", "torch", "torchvision", "open_clip", "timm", "transformers",
   "onnx", "onnxruntime", "jax",
@@ -50,7 +51,7 @@ def check(tree: Tree) -> list[Fault]:
 
 def is_client_script(path: str) -> bool:
   """Whether a file runs in the clients' environment and not in ours."""
-  return path.startswith(CLIENT_SCRIPTS)
+  return path.startswith(CLIENT_SCRIPTS) or path == CLIENT_HOOK
 
 
 def _client_rule(tree: Tree, found: Import) -> str | None:

@@ -9,6 +9,9 @@ _ENV = {
     "TF_CPP_MIN_LOG_LEVEL": "2",
 }
 
+# What the scripts of ov_convert/clients run with: see ov_convert.client_env.
+_CLIENTS = {"OV_CLIENTS": "$(rootpath @clients//:interpreter)"}
+
 # XLA maps the buffers of each step anew on a CPU; in huge pages that costs 1/500 of the page faults. glibc only.
 _HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
@@ -31,9 +34,12 @@ def ov_py_library(name, srcs, deps = [], **kwargs):
     _sources()
     native.py_library(name = name, srcs = srcs, deps = deps, srcs_version = "PY3", **kwargs)
 
-def ov_py_binary(name, srcs, deps = [], env = {}, **kwargs):
-    """A py_binary; `main` is needed only where there are several srcs."""
+def ov_py_binary(name, srcs, deps = [], env = {}, clients = False, **kwargs):
+    """A py_binary; `main` is needed only where there are several srcs. `clients` as for ov_py_test."""
     _sources()
+    if clients:
+        env = dict(_CLIENTS, **env)
+        kwargs["data"] = kwargs.get("data", []) + ["@clients//:interpreter"]
     native.py_binary(
         name = name,
         srcs = srcs,
@@ -44,7 +50,7 @@ def ov_py_binary(name, srcs, deps = [], env = {}, **kwargs):
         **kwargs
     )
 
-def ov_py_test(name, srcs, deps = [], devices = 1, size = "small", args = [], env = {}, **kwargs):
+def ov_py_test(name, srcs, deps = [], devices = 1, clients = False, size = "small", args = [], env = {}, **kwargs):
     """Runs pytest on the srcs, on simulated CPU devices.
 
     Args:
@@ -52,12 +58,16 @@ def ov_py_test(name, srcs, deps = [], devices = 1, size = "small", args = [], en
       srcs: test files.
       deps: what the srcs import; pytest itself need not be named.
       devices: how many CPU devices jax sees.
+      clients: whether scripts of ov_convert/clients are run, so that their environment must be there.
       size: small 60 s, medium 300 s, large 900 s.
       args: for pytest.
       env: variables beside those above.
       **kwargs: of py_test: data, shard_count, tags, timeout, ...
     """
     _sources()
+    if clients:
+        env = dict(_CLIENTS, **env)
+        kwargs["data"] = kwargs.get("data", []) + ["@clients//:interpreter"]
     simulated = {"XLA_FLAGS": "--xla_force_host_platform_device_count=%d" % devices} if devices > 1 else {}
     native.py_test(
         name = name,

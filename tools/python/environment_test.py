@@ -11,7 +11,7 @@ def builds(tmp_path, monkeypatch):
   """Replaces the installation by something quick, and lists the environments that were built."""
   done = []
 
-  def build(venv, locks):
+  def build(venv, locks, pip, site):
     venv.mkdir()  # fails where an earlier attempt was left
     time.sleep(0.05)
     done.append(venv)
@@ -43,7 +43,7 @@ def test_other_pins_other_environment(builds, lock):
 
 
 def test_interrupted_build_starts_anew(builds, lock, monkeypatch):
-  def interrupted(venv, locks):
+  def interrupted(venv, locks, pip, site):
     venv.mkdir()
     (venv / "half").touch()
     raise KeyboardInterrupt
@@ -54,3 +54,27 @@ def test_interrupted_build_starts_anew(builds, lock, monkeypatch):
   environment.main([lock])
   assert len(builds) == 1
   assert not (builds[0] / "half").exists()
+
+
+def test_what_comes_beside_the_locks_is_part_of_the_key(builds, lock, tmp_path):
+  hook = tmp_path / "hook.py"
+  for pip, text in (("", ""), ("torch==1", ""), ("torch==2", ""), ("torch==2", "x = 1")):
+    hook.write_text(text)
+    environment.main([lock], pip, (str(hook),))
+    environment.main([lock], pip, (str(hook),))
+  assert len(builds) == len(set(builds)) == 4
+
+
+def test_site_files_and_the_loose_distribution_come_first(tmp_path, monkeypatch):
+  calls = []
+  monkeypatch.setattr(environment, "run", lambda command: calls.append(command) or True)
+  monkeypatch.setattr(environment, "fetch_uv", lambda python: "uv")
+  monkeypatch.setattr(environment.shutil, "which", lambda name: None)
+  monkeypatch.setattr(environment, "add_pip", lambda python: True)
+  (tmp_path / "hook.pth").write_text("import hook\n")
+  environment.build(tmp_path / "venv", ["a.lock"], "torch==2", (str(tmp_path / "hook.pth"),))
+  loose, locked = calls
+  assert loose[-2:] == ["--no-deps", "torch==2"] and "--require-hashes" not in loose
+  assert "--require-hashes" in locked and locked[-1] == "a.lock"
+  (copied,) = (tmp_path / "venv").glob("lib/python*/site-packages/hook.pth")
+  assert copied.read_text() == "import hook\n"

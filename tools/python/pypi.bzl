@@ -3,7 +3,8 @@
 _VERSIONS = "3.11 to 3.14"
 _CHECK = "import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))"
 
-def _interpreter(rctx):
+def find_interpreter(rctx):
+    """$OV_PYTHON, or a Python that the environments can be built on."""
     wish = rctx.os.environ.get("OV_PYTHON")
     for name in [wish] if wish else ["python3", "python3.13", "python3.12", "python3.11", "python3.14"]:
         found = rctx.path(name) if name.startswith("/") else rctx.which(name)
@@ -12,7 +13,8 @@ def _interpreter(rctx):
     fail("%s is Python %s. Install one (Debian, Ubuntu: apt-get install python3-venv) or set OV_PYTHON=/path/to/python3." %
          ("OV_PYTHON=%s" % wish if wish else "No python3 on PATH", _VERSIONS))
 
-def _run(rctx, arguments):
+def run(rctx, arguments):
+    """What a command printed; ends the build with its errors where it fails."""
     done = rctx.execute(arguments, timeout = 3600, quiet = False, environment = {"PYTHONPATH": ""})
     if done.return_code:
         fail("the Python environment could not be made:\n" + done.stderr[-4000:])
@@ -25,9 +27,9 @@ def _pypi_environment_impl(rctx):
             fail("OV_EXTRAS=%s: no extra of this name; there are: %s" % (extra, ", ".join(rctx.attr.extras)))
     locks = [rctx.path(Label("//tools/python:requirements%s.lock" % suffix)) for suffix in [""] + ["-" + e for e in extras]]
 
-    shared = _run(rctx, [_interpreter(rctx), rctx.path(rctx.attr._environment)] + locks)
+    shared = run(rctx, [find_interpreter(rctx), rctx.path(rctx.attr._environment)] + locks)
     rctx.symlink(shared, "venv")
-    _run(rctx, [rctx.path("venv/bin/python3"), rctx.path(rctx.attr._generate), rctx.path(".")] + locks)
+    run(rctx, [rctx.path("venv/bin/python3"), rctx.path(rctx.attr._generate), rctx.path(".")] + locks)
 
 pypi_environment = repository_rule(
     implementation = _pypi_environment_impl,

@@ -18,6 +18,8 @@ compile() {  # compile NAME [uv options]: NAME.in -> NAME.lock
 }
 
 compile requirements "$@"
+# What both environments have, they have in one version. torch comes by itself: see requirements-clients.in.
+compile requirements-clients --constraint requirements.lock --override <(echo "torch ; python_version < '3'") "$@"
 # An extra holds only what it adds to requirements.lock, at versions that agree with it.
 held=()
 for name in $(grep -oE '^[a-z0-9][a-z0-9._-]*==' requirements.lock | sed 's/==//' | sort -u); do
