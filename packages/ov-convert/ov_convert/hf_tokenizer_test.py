@@ -1,0 +1,90 @@
+"""What is written into tokenizer files, and what is read from them.
+
+That transformers and open_clip make the same ids of these files is tested where they are run:
+open_clip_test.py.
+"""
+
+import json
+
+import pytest
+
+from ov_convert import hf_tokenizer
+from ov_convert.release import Words
+
+TOKENS = ("[PAD]", "[bos]", "[eos]", "[UNK]", "[CLS]", "red", "circle", "##s")
+CONTENT = {
+  "version": "1.0",
+  "truncation": {"max_length": 7, "direction": "Right", "strategy": "LongestFirst", "stride": 0},
+  "padding": None,
+  "added_tokens": [],
+  "normalizer": {"type": "Lowercase"},
+  "pre_tokenizer": {"type": "BertPreTokenizer"},
+  "post_processor": None,
+  "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
+  "model": {
+    "type": "WordPiece",
+    "unk_token": "[UNK]",
+    "continuing_subword_prefix": "##",
+    "max_input_chars_per_word": 100,
+    "vocab": {token: i for i, token in enumerate(TOKENS)},
+  },
+}
+WORDS = Words(json.dumps(CONTENT), 8, True, pad_id=0, bos_id=1, eos_id=2, unk_id=3, cls_id=4)
+
+
+@pytest.mark.parametrize("template", [False, True])
+def test_written_files(tmp_path, template):
+  hf_tokenizer.write_tokenizer(tmp_path, WORDS, template=template)
+  content = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))
+  # What prepares a text is as it was; what is done to its ids is what was asked for.
+  for name in ("normalizer", "pre_tokenizer", "model", "decoder"):
+    assert content[name] == CONTENT[name]
+  assert content["truncation"] is None
+  assert [(t["id"], t["content"], t["special"]) for t in content["added_tokens"]] == [
+    (i, TOKENS[i], True) for i in range(5)
+  ]
+  config = json.loads((tmp_path / "tokenizer_config.json").read_text("utf-8"))
+  assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+  assert config["split_special_tokens"] is True
+  assert (config["bos_token"], config["cls_token"]) == ("[bos]", "[CLS]")
+  assert config.get("model_max_length") == (8 if template else None)
+  processor = content["post_processor"]
+  if template:
+    assert [next(iter(part)) for part in processor["single"]] == [
+      "SpecialToken", "Sequence", "SpecialToken"
+    ]  # fmt: skip
+    assert processor["special_tokens"]["[eos]"]["ids"] == [2]
+  else:
+    assert processor is None
+
+
+def test_an_id_without_token_is_refused(tmp_path):
+  wrong = Words(json.dumps(CONTENT), 8, False, pad_id=0, bos_id=1, eos_id=99)
+  with pytest.raises(ValueError, match="eos_id=99 is no id of the tokenizer"):
+    hf_tokenizer.write_tokenizer(tmp_path, wrong, template=True)
+  assert not list(tmp_path.iterdir())
+
+
+def test_reading_what_was_written(tmp_path):
+  hf_tokenizer.write_tokenizer(tmp_path, WORDS, template=False)
+  text = (tmp_path / "tokenizer.json").read_text("utf-8")
+  settings = json.loads((tmp_path / "tokenizer_config.json").read_text("utf-8"))
+  for known in (settings, {}):  # names are found by custom too
+    found = hf_tokenizer.words_from(text, known, length=8, append_cls=True)
+    ids = (found.pad_id, found.bos_id, found.eos_id, found.unk_id, found.cls_id)
+    assert ids == (0, 1, 2, 3, 4)
+  # Those that the settings name come first; either form of naming is known.
+  settings = {"bos_token": {"content": "red"}, "eos_token": "circle"}
+  found = hf_tokenizer.words_from(text, settings, length=8, append_cls=False)
+  assert (found.bos_id, found.eos_id) == (5, 6)
+
+
+def test_reading_what_is_no_tokenizer_of_ours():
+  stock = json.loads(json.dumps(CONTENT))
+  for token in ("[bos]", "[CLS]"):
+    del stock["model"]["vocab"][token]
+  with pytest.raises(ValueError, match=r"no token for bos, cls among its 6.*bos: \[bos\] or"):
+    hf_tokenizer.words_from(json.dumps(stock), {}, length=8, append_cls=True)
+  for broken in ("{", "[]", "{}", '{"model": {"vocab": 3}}'):
+    with pytest.raises(ValueError, match="is none of the tokenizers library"):
+      hf_tokenizer.words_from(broken, {}, length=8, append_cls=False)
