@@ -3,6 +3,7 @@
 PACKAGES = [
     "apps",
     "apps/configs",
+    "apps/exporter",
     "apps/trainer",
     "packages/ov-convert",
     "packages/ov-data",
