@@ -1,0 +1,166 @@
+"""Text towers as folders that `transformers` loads.
+
+mask="full", pool="last" is a SiglipTextModel: `pooler_output` is the embedding before it is brought
+to length 1. mask="causal", pool="argmax" is a CLIPTextModelWithProjection: `text_embeds` is that.
+The class is named in config.json; AutoModel knows neither with its head.
+
+  tokenizer = AutoTokenizer.from_pretrained(folder)
+  inputs = tokenizer(texts, truncation=True, max_length=T, padding="max_length",
+                     return_tensors="pt")
+  SiglipTextModel.from_pretrained(folder)(**inputs).pooler_output
+
+Whether padding is seen is no field of theirs, but said by the caller: for padding="mask" the
+attention_mask is passed as above, for padding="attend" only input_ids. config.json says which
+under "openvision". Where the last column is [CLS] ("append_cls" there), max_length is T - 1 and
+
+  ids = torch.nn.functional.pad(inputs.input_ids, (0, 1), value=tokenizer.cls_token_id)
+  mask = torch.nn.functional.pad(inputs.attention_mask, (0, 1), value=1)
+
+Dimensions: T tokens, D width, E embed, V vocab.
+"""
+
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+
+from ov_convert.hf_tokenizer import write_tokenizer
+from ov_convert.name_map import SAME, TRANSPOSE, Dropped, Entry, Fixed, NameMap
+from ov_convert.release import Release, file_tensors
+import ov_models
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+# By (mask, pool): model_type, class, and the name of E in config.json.
+KINDS = {
+  ("full", "last"): ("siglip_text_model", "SiglipTextModel", "projection_size"),
+  ("causal", "argmax"): ("clip_text_model", "CLIPTextModelWithProjection", "projection_dim"),
+}
+
+_LINEAR = (("weight", "kernel", TRANSPOSE), ("bias", "bias", SAME))
+_NORM = (("weight", "scale", SAME), ("bias", "bias", SAME))
+# theirs (below the layer), ours (below the blocks), transform
+_BLOCK_MAP = tuple(
+  (f"{theirs}.{a}", f"{ours}/{b}", transform)
+  for theirs, ours, leaves in (
+    ("self_attn.q_proj", "attn/query", _LINEAR),
+    ("self_attn.k_proj", "attn/key", _LINEAR),
+    ("self_attn.v_proj", "attn/value", _LINEAR),
+    ("self_attn.out_proj", "attn/out", _LINEAR),
+    ("layer_norm1", "norm1", _NORM),
+    ("layer_norm2", "norm2", _NORM),
+    ("mlp.fc1", "mlp/up", _LINEAR),
+    ("mlp.fc2", "mlp/down", _LINEAR),
+  )
+  for a, b, transform in leaves
+)
+_TOP_MAP = (
+  ("embeddings.token_embedding.weight", "embed/embedding", SAME),
+  ("embeddings.position_embedding.weight", "position_embedding", SAME),
+  ("final_layer_norm.weight", "norm/scale", SAME),
+  ("final_layer_norm.bias", "norm/bias", SAME),
+)
+# Everything but the head of CLIP; versions before 5 have it in all names.
+_PREFIX = "text_model."
+
+
+def problems(text: ov_models.TextConfig) -> list[str]:
+  """The fields for which the library has no text tower."""
+  if (text.mask, text.pool) in KINDS:
+    return []
+  pairs = " or ".join(f"mask={mask!r} with pool={pool!r}" for mask, pool in KINDS)
+  return [f"text.mask={text.mask!r} with text.pool={text.pool!r} (has {pairs})"]
+
+
+def write(folder: pathlib.Path, release: Release) -> None:
+  """Writes config.json, model.safetensors and the tokenizer of a release with a text tower.
+
+  Raises:
+    ValueError: there is none, or it fits no class.
+  """
+  if not isinstance(release.config, ov_models.TwoTowersConfig) or release.text is None:
+    raise ValueError("this model has no text tower to write.")
+  if found := problems(release.text):
+    raise ValueError(f"transformers has no text tower with {'; '.join(found)}.")
+  if release.words is None:
+    raise ValueError("words=None; the text tower needs its tokenizer.")
+  flat = name_map(release.config).to_theirs(release.params, release.config)
+  write_model(folder, text_config(release.config, release), file_tensors(flat, release.dtype))
+  write_tokenizer(folder, release.words, template=True)
+
+
+def write_model(
+  folder: pathlib.Path, config: dict[str, Any], tensors: dict[str, np.ndarray]
+) -> None:
+  """config.json and model.safetensors of any tower, marked as the library wants them."""
+  folder.mkdir(parents=True, exist_ok=True)
+  write_json(folder / CONFIG_FILE, config)
+  safetensors.numpy.save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+
+
+def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
+  """Indented, as people read it."""
+  path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+
+
+def name_map(config: ov_models.TwoTowersConfig) -> NameMap:
+  """Every tensor of the text tower and its head.
+
+  Args:
+    config: of a model whose text tower fits a class, see `problems`.
+  """
+  text = config.text
+  assert text is not None
+  entries = [Entry(_PREFIX + a, (f"text/{b}",), transform) for a, b, transform in _TOP_MAP]
+  entries += [
+    Entry(f"{_PREFIX}encoder.layers.{layer}.{a}", (f"text/blocks/{b}",), transform, layer)
+    for layer in range(text.depth)
+    for a, b, transform in _BLOCK_MAP
+  ]
+  siglip = text.mask == "full"
+  head = f"{_PREFIX}head" if siglip else "text_projection"
+  entries.append(Entry(f"{head}.weight", ("text_head/kernel",), TRANSPOSE))
+  zeros = np.zeros(config.embed_dim, np.float32)
+  return NameMap(
+    "transformers",
+    tuple(entries),
+    (Fixed(f"{head}.bias", zeros, "our head has no bias"),) if siglip else (),
+    (
+      Dropped("encoder/", "in the folder above"),
+      Dropped("image_head/kernel", "in the folder above"),
+      Dropped("log_scale", "in config.json of the folder above"),
+      Dropped("bias", "in config.json of the folder above"),
+      Dropped("decoder/", "the library has no class for the decoder"),
+    ),
+    {f"{_PREFIX}embeddings.position_ids": "0, 1, 2, ..."},
+  )
+
+
+def text_config(config: ov_models.TwoTowersConfig, release: Release) -> dict[str, Any]:
+  """config.json of the text tower."""
+  text, words = config.text, release.words
+  assert text is not None
+  assert words is not None
+  model_type, name, embed = KINDS[text.mask, text.pool]
+  return {
+    "architectures": [name],
+    "model_type": model_type,
+    "vocab_size": text.vocab_size,
+    "hidden_size": text.width,
+    "num_hidden_layers": text.depth,
+    "num_attention_heads": text.num_heads,
+    "intermediate_size": text.mlp_dim,
+    "max_position_embeddings": text.max_len,
+    embed: config.embed_dim,
+    "hidden_act": "gelu_pytorch_tanh",
+    "layer_norm_eps": 1e-6,
+    "attention_dropout": 0.0,
+    "pad_token_id": text.pad_id,
+    "bos_token_id": words.bos_id,
+    # In CLIP's class 2 stands for "pool where the id is largest", whatever the end token.
+    "eos_token_id": 2 if model_type == "clip_text_model" else words.eos_id,
+    "dtype": release.dtype,
+    "openvision": {"padding": text.padding, "append_cls": words.append_cls},
+  }

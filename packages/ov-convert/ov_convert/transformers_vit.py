@@ -1,0 +1,236 @@
+"""Image towers, and models with one, as folders that `transformers` loads by its Auto classes.
+
+  model = AutoModel.from_pretrained(folder)           # .pooler_output, .hidden_states[-2]
+  processor = AutoImageProcessor.from_pretrained(folder)
+  tokenizer = AutoTokenizer.from_pretrained(f"{folder}/text")
+
+pool="gap" is a BeitModel without its relative positions and layer scales: `pooler_output` is our
+pooled vector, `last_hidden_state` holds the tokens before any norm. ViTModel would compute the
+same blocks, but its pooler sees the cls token only. pool="tok" is a ViTModel whose pooler is the
+identity. A model with a text tower is written as the class ForImageClassification, whose `logits`
+are the embedding before it is brought to length 1; AutoModel reads the tower from that. The text
+tower lies in text/ (see transformers_text). Decoders have no class.
+
+Dimensions: B batch, T tokens, D width, F mlp, P patch, E embed, L layers.
+"""
+
+from collections.abc import Iterator
+import math
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from ov_convert import transformers_text
+from ov_convert.name_map import (
+  CONV,
+  LEAD_1,
+  LEAD_1_1,
+  SAME,
+  TRANSPOSE,
+  Dropped,
+  Entry,
+  Fixed,
+  NameMap,
+)
+from ov_convert.release import Config, Preprocess, Release, file_tensors
+import ov_models
+
+PREPROCESSOR_FILE = "preprocessor_config.json"
+TEXT_FOLDER = "text"
+# By our pool: model_type, prefix of the tower inside other classes, and those classes.
+KINDS = {"gap": ("beit", "Beit"), "tok": ("vit", "ViT")}
+BILINEAR = 2  # of PIL.Image.Resampling
+
+# theirs (below the layer), ours (below the blocks), transform
+_BLOCK_MAP = (
+  *(
+    (f"attention.attention.{name}.{a}", f"attn/{name}/{b}", transform)
+    for name in ("query", "key", "value")
+    for a, b, transform in (("weight", "kernel", TRANSPOSE), ("bias", "bias", SAME))
+  ),
+  *(
+    (f"{theirs}.{a}", f"{ours}/{b}", transform)
+    for theirs, ours in (
+      ("attention.output.dense", "attn/out"),
+      ("intermediate.dense", "mlp/up"),
+      ("output.dense", "mlp/down"),
+    )
+    for a, b, transform in (("weight", "kernel", TRANSPOSE), ("bias", "bias", SAME))
+  ),
+  *(
+    (f"{theirs}.{a}", f"{ours}/{b}", SAME)
+    for theirs, ours in (("layernorm_before", "norm1"), ("layernorm_after", "norm2"))
+    for a, b in (("weight", "scale"), ("bias", "bias"))
+  ),
+)
+_KEY_BIAS = "blocks/attn/key/bias"
+_POSITIONS = "embeddings.position_embeddings"
+
+
+def check(release: Release) -> None:
+  """Raises ValueError, naming every field, where `transformers` has no class for the model."""
+  pool, text = release.encoder.pool, release.text
+  problems = []
+  if pool not in KINDS:
+    problems.append(f"encoder.pool={pool!r} (has gap and tok)")
+  if text is not None:
+    problems += transformers_text.problems(text)
+    if release.words is None:
+      problems.append("words=None (the text tower needs its tokenizer)")
+  if problems:
+    raise ValueError(
+      f"transformers has no class for this model: {'; '.join(problems)}. Other formats may have one."
+    )
+
+
+def write(folder: pathlib.Path, release: Release) -> None:
+  """Writes config.json, model.safetensors, preprocessor_config.json, and text/ where there is text.
+
+  Raises:
+    ValueError: see `check`; or parameters that do not fit the config.
+  """
+  check(release)
+  flat = name_map(release.config).to_theirs(release.params, release.config)
+  tensors = file_tensors(flat, release.dtype)
+  transformers_text.write_model(folder, image_config(release), tensors)
+  content = preprocessor(release.preprocess)
+  transformers_text.write_json(folder / PREPROCESSOR_FILE, content)
+  if release.text is not None:
+    transformers_text.write(folder / TEXT_FOLDER, release)
+
+
+def name_map(config: Config) -> NameMap:
+  """Every tensor of the image tower, and of the head where there is a text tower.
+
+  Names are those of files that 4.x and 5.x of the library read and write.
+
+  Args:
+    config: of a model with an image tower, pool "gap" or "tok".
+  """
+  vit = config if isinstance(config, ov_models.ViTConfig) else config.encoder  # type: ignore[union-attr]
+  kind = KINDS[vit.pool][0]
+  ours = "" if config is vit else "encoder/"
+  with_head = getattr(config, "text", None) is not None
+  prefix = f"{kind}." if with_head else ""
+  entries = list(_tower(vit, prefix, ours))
+  fixed = [
+    Fixed(
+      f"{prefix}embeddings.patch_embeddings.projection.bias",
+      np.zeros(vit.width, np.float32),
+      "our patches have no bias",
+    )
+  ]
+  if vit.position == "sincos2d":
+    why = "positions are computed, and are not this table"
+    fixed.append(Fixed(prefix + _POSITIONS, position_table(vit), why))
+  if vit.pool == "tok":
+    why = "the pooler hands on the normed cls token"
+    fixed.append(Fixed(f"{prefix}pooler.dense.weight", np.eye(vit.width, dtype=np.float32), why))
+    fixed.append(Fixed(f"{prefix}pooler.dense.bias", np.zeros(vit.width, np.float32), why))
+  if with_head:
+    entries.append(Entry("classifier.weight", ("image_head/kernel",), TRANSPOSE))
+    embed = np.zeros(config.embed_dim, np.float32)  # type: ignore[union-attr]
+    fixed.append(Fixed("classifier.bias", embed, "our head has no bias"))
+  return NameMap(
+    "transformers", tuple(entries), tuple(fixed), tuple(_dropped(vit, ours, with_head))
+  )
+
+
+def _tower(vit: ov_models.ViTConfig, prefix: str, ours: str) -> Iterator[Entry]:
+  norm = "pooler.layernorm" if vit.pool == "gap" else "layernorm"
+  for a, b, transform in (
+    ("embeddings.cls_token", "cls", LEAD_1_1),
+    ("embeddings.patch_embeddings.projection.weight", "patch_embed/kernel", CONV),
+    (f"{norm}.weight", "norm/scale", SAME),
+    (f"{norm}.bias", "norm/bias", SAME),
+  ):
+    yield Entry(prefix + a, (ours + b,), transform)
+  if vit.position == "learned":
+    yield Entry(prefix + _POSITIONS, (f"{ours}position_embedding",), LEAD_1)
+  for layer in range(vit.depth):
+    for a, b, transform in _BLOCK_MAP:
+      if vit.pool == "tok" or f"blocks/{b}" != _KEY_BIAS:
+        theirs = f"{prefix}encoder.layer.{layer}.{a}"
+        yield Entry(theirs, (f"{ours}blocks/{b}",), transform, layer)
+
+
+def _dropped(vit: ov_models.ViTConfig, ours: str, with_head: bool) -> Iterator[Dropped]:
+  if vit.pool == "gap":
+    why = "adds the same to all scores of a query, which the softmax takes out again"
+    yield Dropped(ours + _KEY_BIAS, why)
+  if ours:
+    yield Dropped("decoder/", "the library has no class for the decoder")
+  if with_head:
+    yield Dropped("text/", "in the folder text")
+    yield Dropped("text_head/kernel", "in the folder text")
+    yield Dropped("log_scale", "in config.json, as logit_scale")
+    yield Dropped("bias", "in config.json, as logit_bias")
+
+
+def position_table(vit: ov_models.ViTConfig) -> np.ndarray:
+  """The computed positions as a table: float32 [1, 1 + T, D], zeros for the cls token."""
+  table = ov_models.sincos2d(*vit.grid, vit.width)
+  return np.concatenate([np.zeros((1, vit.width), np.float32), table])[None]
+
+
+def image_config(release: Release) -> dict[str, Any]:
+  """config.json of the image tower."""
+  vit = release.encoder
+  kind, name = KINDS[vit.pool]
+  with_head = release.text is not None
+  content: dict[str, Any] = {
+    "architectures": [f"{name}ForImageClassification" if with_head else f"{name}Model"],
+    "model_type": kind,
+    "hidden_size": vit.width,
+    "num_hidden_layers": vit.depth,
+    "num_attention_heads": vit.num_heads,
+    "intermediate_size": vit.mlp_dim,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-6,
+    "image_size": vit.image_size,
+    "patch_size": vit.patch_size,
+    "num_channels": 3,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+    "dtype": release.dtype,
+  }
+  if kind == "beit":
+    content |= {
+      "use_mean_pooling": True,
+      "use_absolute_position_embeddings": True,
+      "use_relative_position_bias": False,
+      "use_shared_relative_position_bias": False,
+      "use_mask_token": False,
+      "layer_scale_init_value": 0.0,
+      "drop_path_rate": 0.0,
+    }
+  else:
+    content |= {"qkv_bias": True, "pooler_act": "linear", "pooler_output_size": vit.width}
+  if with_head:
+    scale = math.exp(float(release.params["log_scale"]))
+    bias = float(release.params["bias"]) if "bias" in release.params else 0.0
+    content["num_labels"] = release.config.embed_dim  # type: ignore[union-attr]
+    content["openvision"] = {"logit_scale": scale, "logit_bias": bias}
+  return content
+
+
+def preprocessor(preprocess: Preprocess) -> dict[str, Any]:
+  """preprocessor_config.json: of a class that all versions have, with torchvision and without."""
+  side = preprocess.image_size
+  square = {"height": side, "width": side}
+  center = preprocess.fit == "center"
+  return {
+    "image_processor_type": "CLIPImageProcessor",
+    "do_convert_rgb": True,
+    "do_resize": True,
+    "size": {"shortest_edge": side} if center else square,
+    "resample": BILINEAR,
+    "do_center_crop": center,
+    "crop_size": square,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": list(preprocess.mean),
+    "image_std": list(preprocess.std),
+  }
