@@ -11,6 +11,7 @@ import numpy as np
 
 from ov_convert.name_map import Params
 import ov_models
+from ov_models.config import TransformerConfig
 
 Config = (
   ov_models.ViTConfig | ov_models.TextConfig | ov_models.CaptionerConfig | ov_models.TwoTowersConfig
@@ -74,8 +75,8 @@ class Release:
   """A model to be written in somebody's format.
 
   Attributes:
-    config: of the model, at the resolution of `preprocess`.
-    params: float32, on the host.
+    config: of the model, at the resolution of `preprocess`; `portable`.
+    params: float32, on the host, rounded to `dtype`.
     preprocess: of pictures.
     words: of the texts of the text tower, or else of the decoder; None without either.
     dtype: of the files: "float32", "bfloat16" or "float16".
@@ -116,6 +117,17 @@ class Imported:
   preprocess: Preprocess | None = None
   words: Words | None = None
   notes: tuple[str, ...] = ()
+
+
+def portable(config: Any) -> Any:
+  """The config with what runs on any machine: float32, plain attention, nothing rematerialised."""
+  changes: dict[str, Any] = {}
+  for field in dataclasses.fields(config):
+    if dataclasses.is_dataclass(value := getattr(config, field.name)):
+      changes[field.name] = portable(value)
+  if isinstance(config, TransformerConfig):
+    changes |= {"dtype": "float32", "remat": "none", "attention": "xla"}
+  return dataclasses.replace(config, **changes)
 
 
 def round_params(params: Params, dtype: str) -> Params:

@@ -238,10 +238,14 @@ class Tokenizer:
         f"{model_vocab_size}; raise vocab_size to at least {self.vocab_size}."
       )
 
+  def to_json(self) -> str:
+    """What makes the pieces, as a tokenizer.json of the `tokenizers` library."""
+    return self._backend.to_str(pretty=True)
+
   @property
   def fingerprint(self) -> str:
     """Changes with anything that changes ids."""
-    content = json.loads(self._backend.to_str())
+    content = json.loads(self.to_json())
     text = json.dumps([content, self.append_cls], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -262,7 +266,7 @@ class Tokenizer:
         for text, row in zip(_GOLDEN_TEXTS, self._golden_ids(_GOLDEN_TEXTS, _GOLDEN_LENGTH))
       ],
     }
-    _write(path / TOKENIZER_FILE, self._backend.to_str(pretty=True))
+    _write(path / TOKENIZER_FILE, self.to_json())
     _write(path / _PACKING_FILE, json.dumps(packing, ensure_ascii=False, indent=1) + "\n")
 
   @classmethod

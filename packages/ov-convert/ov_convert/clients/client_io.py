@@ -63,16 +63,20 @@ def unit(x: Any) -> Any:
   return x / (x.norm(dim=-1, keepdim=True) + 1e-8)
 
 
-def module_facts(module: Any) -> dict[str, Any]:
-  """Settings of a torch module that small differences hide in: name -> value, for every layer."""
+def module_facts(module: Any, tower: str) -> dict[str, Any]:
+  """Settings of a torch module that small differences hide in, of every layer: name -> value.
+
+  `tower`, one of "image", "text" and "decoder", leads the names: which activation is right depends
+  on it.
+  """
   facts: dict[str, Any] = {}
   for name, child in module.named_modules():
     kind = type(child).__name__
     if "LayerNorm" in kind and hasattr(child, "eps"):
-      facts[f"{name}: layer norm eps"] = child.eps
+      facts[f"{tower}/{name}: layer norm eps"] = child.eps
     elif "GELU" in kind:
       tanh = getattr(child, "approximate", "none") == "tanh" or "Tanh" in kind
-      facts[f"{name}: activation"] = "quick gelu" if "Quick" in kind else f"gelu{' tanh' * tanh}"
+      facts[f"{tower}/{name}: activation"] = "quick gelu" if "Quick" in kind else f"gelu{' tanh' * tanh}"
   return facts
 
 
