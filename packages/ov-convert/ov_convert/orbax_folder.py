@@ -1,0 +1,276 @@
+"""Checkpoints of the published JAX training code of OpenVision and OpenVision 2.
+
+A run of theirs keeps a folder named `checkpoint.npz`, and in it `<step>/default`, which orbax
+reads: {"params": ..., "opt": ...}. Nothing in it says which model it is. That is read off the names
+and shapes, with the two things that they do not tell as arguments: the resolution, on which no
+parameter depends, and the heads of sizes that were never published, where kernels are 2-D.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+import math
+import os
+import pathlib
+import re
+from typing import Any
+
+import numpy as np
+
+from ov_convert import openvision_jax
+from ov_convert.name_map import Shape, flatten, unflatten
+from ov_convert.reading import MAX_TENSOR_BYTES
+from ov_convert.release import Imported, Preprocess
+import ov_models
+
+Folder = str | os.PathLike[str]
+Sizes = Mapping[str, tuple[int, int, int, int]]  # as in ov_models.VIT_VARIANTS
+
+# A decoder of OpenVision 2 has no positions; its texts had so many tokens.
+_CAPTION_TOKENS = 127
+
+
+def read(
+  folder: Folder, *, step: int | None = None, image_size: int = 224, num_heads: int | None = None
+) -> Imported:
+  """A model from one of their checkpoints; optimizer state is not read.
+
+  Args:
+    folder: of a run (with `checkpoint.npz` in it), `checkpoint.npz` itself, a step of it, or
+      `default`. Parts of a model are models too: towers alone, without decoder.
+    step: which one of `checkpoint.npz`; the newest by default.
+    image_size: S, pixels. Learned positions, which no published model has, fix it instead.
+    num_heads: of towers whose kernels are 2-D and whose sizes are not published.
+
+  Raises:
+    FileNotFoundError: there is no checkpoint.
+    ValueError: it cannot be read, is of another model, or has tensors missing, left over, of a
+      wrong shape or not finite; all are listed.
+  """
+  path = find(folder, step)
+  flat = restore(path)
+  config, notes = infer_config({n: a.shape for n, a in flat.items()}, image_size, num_heads)
+  ignore: list[str] = []
+  if isinstance(config, ov_models.ViTConfig | ov_models.TextConfig):
+    # A tower on its own: its head belongs to the contrastive model.
+    flat = {re.sub("^img_encoder/", "img/", name): array for name, array in flat.items()}
+    ignore = [name for name in ("img/head/kernel", "txt/head/kernel") if name in flat]
+    notes += [f"{name} is left out: a tower alone has no head" for name in ignore]
+  params = openvision_jax.to_ours(flat, config, ignore)
+  preprocess = None
+  if not isinstance(config, ov_models.TextConfig):
+    encoder = config if isinstance(config, ov_models.ViTConfig) else config.encoder
+    preprocess = Preprocess(encoder.image_size, "center")  # as their evaluation
+  return Imported(config, params, preprocess, notes=tuple(notes))
+
+
+def find(folder: Folder, step: int | None = None) -> pathlib.Path:
+  """The folder of one checkpoint that orbax reads; see `read`."""
+  path = pathlib.Path(folder)
+  if not path.is_dir():
+    raise FileNotFoundError(f"{path}: there is no such folder.")
+  for below in ("jax_orbax_weight", "checkpoint.npz"):  # the former in published repositories
+    if (path / below).is_dir():
+      path = path / below
+  steps = {int(p.name): p for p in path.iterdir() if p.name.isdecimal() and p.is_dir()}
+  if steps and not (path / "_METADATA").exists():
+    if step is not None and step not in steps:
+      raise ValueError(f"{path} has no step {step}; it has {', '.join(map(str, sorted(steps)))}.")
+    path = steps[max(steps) if step is None else step]
+  elif step is not None:
+    raise ValueError(f"step={step}, but {path} holds no steps; leave it out.")
+  if (path / "default").is_dir():
+    path = path / "default"
+  if not (path / "_METADATA").is_file():
+    raise FileNotFoundError(
+      f"{path} is no checkpoint: _METADATA is missing. Expected the folder of a run with "
+      "checkpoint.npz/<step>/default in it, or one of those."
+    )
+  return path
+
+
+def restore(path: pathlib.Path) -> dict[str, np.ndarray]:
+  """The parameters in a folder of `find`, by name and as float32, on the host."""
+  # Imported here: only who reads such checkpoints needs orbax.
+  import orbax.checkpoint as ocp
+
+  path = path.absolute()
+  try:
+    tree = ocp.PyTreeCheckpointHandler().metadata(path).tree
+  except Exception as error:  # whatever the libraries below make of a damaged file
+    raise _damaged(path, error) from None
+  if not isinstance(tree, dict) or not isinstance(tree.get("params"), dict):
+    raise ValueError(f"{path} holds no params; expected a checkpoint with params and opt.")
+  saved = flatten(tree["params"])
+  if odd := [name for name, leaf in saved.items() if not hasattr(leaf, "shape")]:
+    raise ValueError(f"{path}: {', '.join(odd)} are no arrays; expected a tree of arrays.")
+  total = sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in saved.values())
+  if total > MAX_TENSOR_BYTES:
+    raise ValueError(f"{path} claims {total} bytes of arrays; read are up to {MAX_TENSOR_BYTES}.")
+  wanted = {"params": unflatten(dict.fromkeys(saved, 0))}
+  args = {"params": unflatten({n: ocp.RestoreArgs(restore_type=np.ndarray) for n in saved})}
+  request = ocp.args.PyTreeRestore(wanted, restore_args=args, partial_restore=True)
+  try:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+      read = flatten(reader.restore(path, args=request)["params"])
+  except Exception as error:
+    raise _damaged(path, error) from None
+  flat = {name: np.asarray(array, np.float32) for name, array in read.items()}
+  if broken := [name for name, array in flat.items() if not np.isfinite(array).all()]:
+    raise ValueError(f"{path}: {', '.join(broken)} holds NaN or infinity; it is no model.")
+  return flat
+
+
+def infer_config(
+  shapes: Mapping[str, Shape], image_size: int = 224, num_heads: int | None = None
+) -> tuple[openvision_jax.Config, list[str]]:
+  """Which model tensors of these names and shapes are, and notes on what they did not tell.
+
+  Raises:
+    ValueError: of neither OpenVision nor OpenVision 2, or what tells the sizes is missing.
+  """
+  tops = {name.split("/")[0] for name in shapes}
+  if tops.isdisjoint(("img", "txt", "img_encoder")):
+    raise ValueError(
+      f"the parameters are {', '.join(sorted(tops)) or 'none'}; expected img, txt, txt_decoder and "
+      "t of OpenVision, or img_encoder and txt_decoder of OpenVision 2."
+    )
+  sizes = _Sizes(shapes, num_heads)
+  second = "img_encoder" in tops
+  image = text = decoder = None
+  embed_dim = 0
+  if second or "img" in tops:
+    image = sizes.image("img_encoder" if second else "img", image_size)
+  if "txt" in tops and not second:
+    text = sizes.text()
+    embed_dim = sizes.dim("img/head/kernel", 1, 2) if image else 0
+  if "txt_decoder" in tops and image:
+    decoder = sizes.captions() if second else sizes.queries()
+  sizes.check()
+
+  if image is None:
+    return ov_models.TextConfig(**text or {}), sizes.notes
+  encoder = ov_models.ViTConfig(**image)
+  if text is None and decoder is None:
+    return encoder, sizes.notes
+  if second:
+    writer = ov_models.DecoderConfig(**decoder or {})
+    sizes.notes.append("the decoder is causal over image and text, and has no positions")
+    config = ov_models.CaptionerConfig(encoder=encoder, decoder=writer, keep_order="random")
+    return config, sizes.notes
+  towers = ov_models.TwoTowersConfig(
+    encoder=encoder,
+    text=ov_models.TextConfig(**text) if text else None,
+    decoder=ov_models.QueryDecoderConfig(**decoder) if decoder else None,
+    embed_dim=embed_dim or encoder.width,
+  )
+  return towers, sizes.notes
+
+
+class _Sizes:
+  """Sizes read off shapes. What is missing is collected, and told by `check`."""
+
+  def __init__(self, shapes: Mapping[str, Shape], num_heads: int | None) -> None:
+    self.shapes = shapes
+    self.num_heads = num_heads
+    self.problems: list[str] = []
+    self.notes: list[str] = []
+
+  def check(self) -> None:
+    """Raises ValueError with all that was missing."""
+    if self.problems:
+      raise ValueError("the sizes of the model cannot be told:\n  " + "\n  ".join(self.problems))
+
+  def dim(self, name: str, axis: int, rank: int) -> int:
+    """One dimension of a tensor; 1 where `check` will raise."""
+    shape = self.shapes.get(name)
+    if shape is None:
+      self.problems.append(f"missing {name}")
+    elif len(shape) != rank or not all(shape):
+      self.problems.append(f"{name} is {shape}, expected {rank} dimensions")
+    else:
+      return shape[axis]
+    return 1
+
+  def most(self, tower: str, name: str, axis: int, rank: int) -> int | None:
+    """The dimension that most layers have: one wrong tensor must not make all others wrong."""
+    pattern = re.compile(f"{tower}/Transformer/encoderblock_[0-9]+/{name}")
+    found = [s for n, s in self.shapes.items() if pattern.fullmatch(n) and len(s) == rank]
+    counts = Counter(shape[axis] for shape in found if all(shape))
+    return counts.most_common(1)[0][0] if counts else None
+
+  def tower(self, name: str, published: Sizes) -> dict[str, Any]:
+    """width, depth, mlp_dim and num_heads of a tower."""
+    layers = {
+      int(match[1])
+      for path in self.shapes
+      if (match := re.match(f"{name}/Transformer/encoderblock_([0-9]{{1,4}})/", path))
+    }
+    depth = max(layers, default=-1) + 1
+    width = self.most(name, "LayerNorm_[01]/scale", 0, 1)
+    mlp = self.most(name, "MlpBlock_0/Dense_0/bias", 0, 1)
+    if width is None or mlp is None:
+      self.problems.append(f"missing {name}/Transformer/encoderblock_0 and all other layers")
+      return {}
+    gaps = sorted(set(range(depth)) - layers)
+    self.problems += [f"missing {name}/Transformer/encoderblock_{layer}" for layer in gaps]
+    sizes = {"width": width, "depth": depth, "mlp_dim": mlp}
+    return sizes | {"num_heads": self.heads(name, sizes, published)}
+
+  def heads(self, name: str, sizes: Mapping[str, int], published: Sizes) -> int:
+    """From split kernels, else of the published tower of these sizes, else as told."""
+    width, depth, mlp = sizes.values()
+    split = self.most(name, "MultiHeadDotProductAttention_0/(query|key|value)/kernel", 1, 3)
+    alike = {v for v in published.values() if (v[0], v[2]) == (width, mlp)}
+    if exact := {heads for _, d, _, heads in alike if d == depth}:
+      return split or exact.pop()
+    if self.num_heads:
+      return split or self.num_heads
+    have = f"{name} has {depth} layers of width {width} and mlp {mlp}"
+    if alike:  # perhaps the last layers are lost
+      layers = " or ".join(str(d) for _, d, _, _ in sorted(alike))
+      self.problems.append(
+        f"{have}, but the published model has {layers} layers: encoderblock_{depth} and on are "
+        "missing. Give num_heads if it was trained so"
+      )
+    elif split is None:
+      self.problems.append(f"{have}, which is no published size: give num_heads")
+    return split or 1
+
+  def image(self, name: str, image_size: int) -> dict[str, Any]:
+    """Fields of the image tower."""
+    fields = self.tower(name, ov_models.VIT_VARIANTS) | {"image_size": image_size}
+    fields["patch_size"] = self.dim(f"{name}/embedding/kernel", 0, 4)
+    if f"{name}/pos_embedding" in self.shapes:
+      side = math.isqrt(self.dim(f"{name}/pos_embedding", 1, 3) - 1)
+      fields |= {"position": "learned", "image_size": side * fields["patch_size"]}
+      self.notes.append(f"{name} has learned positions, made for {fields['image_size']} pixels")
+    return fields
+
+  def text(self) -> dict[str, Any]:
+    """Fields of the text tower."""
+    fields = self.tower("txt", ov_models.TEXT_VARIANTS) | {
+      "vocab_size": self.dim("txt/Embed_0/embedding", 0, 2),
+      "max_len": self.dim("txt/pos_embedding", 1, 3),
+    }
+    return fields | ov_models.TEXT_PRESETS["openvision_released"]
+
+  def queries(self) -> dict[str, Any]:
+    """Fields of the decoder of OpenVision."""
+    return self.tower("txt_decoder", ov_models.DECODER_VARIANTS) | {
+      "vocab_size": self.dim("txt_decoder/head/kernel", 1, 2),
+      "num_queries": self.dim("txt_decoder/learnable_tokens", 0, 2),
+    }
+
+  def captions(self) -> dict[str, Any]:
+    """Fields of the decoder of OpenVision 2."""
+    return self.tower("txt_decoder", ov_models.DECODER_VARIANTS) | {
+      "vocab_size": self.dim("txt_decoder/Embed_0/embedding", 0, 2),
+      "max_len": _CAPTION_TOKENS,
+      "mask": "causal",
+      "position": "none",
+    }
+
+
+def _damaged(path: pathlib.Path, error: Exception) -> ValueError:
+  text = " ".join(str(error).split())[:300]
+  return ValueError(f"{path} is damaged: {text or type(error).__name__}; fetch it again.")
