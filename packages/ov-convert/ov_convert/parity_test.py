@@ -117,6 +117,19 @@ def test_pixels_are_judged_by_their_mean():
   assert "the filter, the crop or the normalisation is another" in parity.explain(row)
 
 
+def test_pictures_whose_crop_is_rounded_are_judged_apart():
+  level = 1 / (255 * 0.226)
+  ours, moved = outputs(), outputs()
+  moved["image/pixels"][2:] += 20 * level
+  rows = parity.compare(ours, parity.Output(moved, {}, {}), exact_crops=2)
+  exact, rounded = rows[:2]
+  assert (exact.name, rounded.name) == (parity.PIXELS, parity.ROUNDED_PIXELS)
+  assert exact.measured == 0 and rounded.measured == pytest.approx(20, rel=1e-3)
+  assert exact.ok and rounded.ok
+  moved["image/pixels"][2:] += 20 * level
+  assert not parity.compare(ours, parity.Output(moved, {}, {}), exact_crops=2)[1].ok
+
+
 def test_what_is_missing_misshapen_or_not_finite():
   def change(arrays):
     del arrays["image/pooled"], arrays["image/block_01"]

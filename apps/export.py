@@ -1,0 +1,102 @@
+"""Writes a trained model for other libraries, proves that they compute the same, and reads theirs.
+
+  bazel run //apps:export -- --workdir=/tmp/ov-clip --format=open_clip,timm,transformers,onnx,\
+stablehlo,safetensors --out=/tmp/ov-export
+  ... --from=open_clip:/data/some-model --to_workdir=/tmp/imported
+
+Every folder is loaded in its library before it is handed over. Where one disagrees, the table says
+in which block, nothing is left behind, and the exit code is 1.
+"""
+
+from pathlib import Path
+import sys
+
+from absl import flags
+
+from apps.trainer.errors import UserError, run_app, user_errors
+
+FORMATS = ("safetensors", "open_clip", "timm", "transformers", "onnx", "stablehlo")
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run, or of an import.")
+_FORMAT = flags.DEFINE_list("format", ["safetensors"], f"Some of {', '.join(FORMATS)}.")
+_OUT = flags.DEFINE_string("out", None, "Folder to make; each format gets a folder in it.")
+_STEP = flags.DEFINE_integer("step", None, "Checkpoint to take; the newest by default.")
+_PART = flags.DEFINE_enum("part", "params", ["params", "ema"], "Trained parameters, or averaged.")
+_DTYPE = flags.DEFINE_enum(
+  "dtype", "float32", ["float32", "bfloat16", "float16"], "Of the weights in the files."
+)
+_IMAGE_SIZE = flags.DEFINE_integer(
+  "image_size", None, "Pixels: exports at another resolution than trained; or that of an import."
+)
+_PICTURES = flags.DEFINE_string(
+  "pictures", None, "Folder of pictures to compare on; drawn if none."
+)
+_LICENSE = flags.DEFINE_string("license", "apache-2.0", "Licence field of the model cards.")
+_PUSH = flags.DEFINE_string("push_to_hub", None, "Repository to upload to: org/name.")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "With --push_to_hub: lists what would be uploaded.")
+_FROM = flags.DEFINE_string("from", None, "FORMAT:PATH of a model to import.")
+_TO_WORKDIR = flags.DEFINE_string("to_workdir", None, "Folder to make of an import.")
+_NUM_HEADS = flags.DEFINE_integer(
+  "num_heads", None, "Attention heads of an import whose checkpoint does not tell."
+)
+flags.DEFINE_alias("to-workdir", "to_workdir")
+
+
+def main() -> None:
+  if _FROM.value or _TO_WORKDIR.value:
+    _import()
+    return
+  if not (_WORKDIR.value and _OUT.value):
+    raise UserError(
+      "give --workdir=RUN --format=... --out=FOLDER to export, or --from=FORMAT:PATH "
+      "--to_workdir=FOLDER to import"
+    )
+  formats = list(dict.fromkeys(_FORMAT.value))
+  if unknown := [name for name in formats if name not in FORMATS] or not formats:
+    raise UserError(
+      f"--format={','.join(formats)}: {unknown} unknown; there are {', '.join(FORMATS)}"
+    )
+  if _DRY_RUN.value and not _PUSH.value:
+    raise UserError("--dry_run says what --push_to_hub=org/name would do; give that too")
+  out = Path(_OUT.value).expanduser()
+  if out.exists():
+    raise UserError(f"--out={out} exists; remove it or choose another folder")
+
+  from apps.exporter import exporting
+
+  with user_errors():
+    if _PUSH.value:
+      exporting.check_hub(_PUSH.value, dry_run=_DRY_RUN.value)
+    source = exporting.load_source(
+      Path(_WORKDIR.value).expanduser(),
+      step=_STEP.value,
+      part=_PART.value,
+      image_size=_IMAGE_SIZE.value,
+      dtype=_DTYPE.value,
+    )
+    pictures = Path(_PICTURES.value).expanduser() if _PICTURES.value else None
+    agreed = exporting.export(source, formats, out, pictures, _LICENSE.value)
+  if not agreed:
+    sys.exit(1)
+  if _PUSH.value:
+    with user_errors():
+      exporting.push(out, formats, _PUSH.value, dry_run=_DRY_RUN.value)
+
+
+def _import() -> None:
+  if not (_FROM.value and _TO_WORKDIR.value):
+    raise UserError("an import needs both: --from=FORMAT:PATH --to_workdir=FOLDER")
+  from apps.exporter import importer
+
+  with user_errors():
+    lines = importer.import_model(
+      _FROM.value,
+      Path(_TO_WORKDIR.value).expanduser(),
+      image_size=_IMAGE_SIZE.value,
+      num_heads=_NUM_HEADS.value,
+    )
+  print("\n".join(lines))
+
+
+if __name__ == "__main__":
+  run_app(main)

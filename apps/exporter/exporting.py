@@ -1,0 +1,160 @@
+"""An export from beginning to end: check, write, compare, describe, and only then hand over."""
+
+from collections.abc import Sequence
+import contextlib
+import datetime
+import json
+from pathlib import Path
+import shutil
+import tempfile
+from typing import Any
+
+import jax
+import numpy as np
+
+from apps.exporter import card, probe
+from apps.exporter.source import Source
+from apps.exporter.targets import Target, judge, judge_ours, targets
+from apps.trainer.progress import Terminal
+from ov_convert import client_env, parity
+import ov_models
+
+EXPORT_FILE = "export.json"  # in the folder of all formats
+PARITY_FILE = "parity.json"  # in the folder of each
+
+
+def export(
+  source: Source,
+  formats: Sequence[str],
+  out: Path,
+  pictures: Path | None,
+  license_name: str,
+  terminal: Terminal,
+) -> bool:
+  """Writes `out` with a folder for each format, if every library agrees with us.
+
+  Args:
+    source: what is exported.
+    formats: names of `targets()`.
+    out: a folder that does not exist yet.
+    pictures: folder of pictures to compare on; drawn ones for None.
+    license_name: for the model cards.
+    terminal: shows phases and tables.
+
+  Returns:
+    Whether all agreed; where not, nothing is left.
+
+  Raises:
+    ValueError: formats that cannot hold the model, all told together, before anything is written.
+  """
+  table = targets()
+  problems = []
+  for name in formats:
+    try:
+      table[name].check(source.release)
+    except ValueError as error:
+      problems.append(f"{name}: {error}")
+  if problems:
+    raise ValueError(" ".join(problems))
+  if any(not table[name].here for name in formats):
+    client_env.find_python()  # raises before the work begins
+  encoded = probe.pictures(pictures)
+
+  out.parent.mkdir(parents=True, exist_ok=True)
+  partial = out.with_name(f".{out.name}.partial")
+  shutil.rmtree(partial, ignore_errors=True)  # what a killed export left
+  with contextlib.ExitStack() as stack:
+    stack.callback(shutil.rmtree, partial, ignore_errors=True)
+    inputs_folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "probe"
+    terminal.phase(
+      f"{ov_models.num_params(source.release.config):,} parameters; computing what "
+      f"{len(encoded)} pictures and {len(probe.TEXTS)} texts should give"
+    )
+    inputs = probe.write_probe(inputs_folder, source, encoded)
+    ours = probe.our_outputs(source.release, inputs, _specials(source))
+    failed = []
+    for name in formats:
+      rows, versions = _one(
+        table[name], name, partial / name, source, inputs_folder, ours, terminal
+      )
+      _describe(partial / name, name, source, rows, versions, license_name, len(encoded))
+      if failure := parity.first_failure(rows):
+        failed.append(f"{name} disagrees: {parity.explain(failure)}")
+    if failed:
+      terminal.phase("nothing was kept: " + "; ".join(failed))
+      return False
+    content = {"formats": list(formats), "dtype": source.release.dtype}
+    (partial / EXPORT_FILE).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+    partial.rename(out)
+  terminal.phase(f"done: {out}")
+  return True
+
+
+def _one(
+  target: Target,
+  name: str,
+  folder: Path,
+  source: Source,
+  inputs: Path,
+  ours: dict[str, np.ndarray],
+  terminal: Terminal,
+) -> tuple[list[parity.Row], dict[str, str]]:
+  """Writes one format and compares it; prints the table."""
+  terminal.phase(f"{name}: writing")
+  folder.mkdir(parents=True)
+  target.write(folder, source.release)
+  rows: list[parity.Row] = []
+  versions: dict[str, str] = {}
+  if name == "safetensors":
+    _add_tokenizer(folder, source)
+    rows += judge_ours(folder, source.release)
+  terminal.phase(f"{name}: loading it as its library does")
+  try:
+    judged, versions = judge(target, folder, inputs, ours)
+    rows += judged
+  except client_env.ClientError as error:
+    rows.append(parity.Row("loading", np.inf, None, 0.0, np.inf, str(error)))
+  libraries = ", ".join(f"{library} {version}" for library, version in versions.items())
+  terminal.phase(f"{name}: {libraries}\n{parity.table(rows)}")
+  return rows, versions
+
+
+def _add_tokenizer(folder: Path, source: Source) -> None:
+  """Our own artefact carries the tokenizer as ov_data reads it."""
+  if source.processor is not None:
+    source.processor.save(folder / "tokenizer")
+  elif source.tokenizer is not None:
+    source.tokenizer.save(folder / "tokenizer")
+
+
+def _specials(source: Source) -> tuple[int, int, int] | None:
+  tokenizer = source.tokenizer
+  return tokenizer and (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
+
+
+def _describe(
+  folder: Path,
+  name: str,
+  source: Source,
+  rows: list[parity.Row],
+  versions: dict[str, str],
+  license_name: str,
+  num_pictures: int,
+) -> None:
+  """parity.json and the model card."""
+  content: dict[str, Any] = {
+    "format": name,
+    "date": datetime.date.today().isoformat(),
+    "dtype": source.release.dtype,
+    "pictures": num_pictures,
+    "texts": list(probe.TEXTS) if source.processor else [],
+    "versions": {"jax": jax.__version__, **versions},
+    "rows": [_finite(row.to_json()) for row in rows],
+  }
+  (folder / PARITY_FILE).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+  card.write_card(folder, card.facts_of(name, source, content, license_name))
+
+
+def _finite(row: dict[str, Any]) -> dict[str, Any]:
+  """JSON has no infinity."""
+  return {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in row.items()}

@@ -1,0 +1,169 @@
+"""An export hands over all or nothing. The libraries are played by small functions here."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from apps.exporter import exporting
+from apps.exporter import targets as targets_lib
+from apps.exporter.source import Source
+from apps.trainer.progress import Terminal
+from ov_convert import client_env, parity
+from ov_convert.release import Preprocess, Release, round_params
+import ov_data
+import ov_models
+
+CONFIG = ov_models.CaptionerConfig.openvision2(
+  "mu/8", "Ti", image_size=16, vocab_size=64, max_len=6,
+  encoder_options={"width": 16, "num_heads": 2, "mlp_dim": 24},
+  decoder_options={"width": 16, "depth": 1, "mlp_dim": 24, "num_heads": 2},
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def source() -> Source:
+  tokenizer = ov_data.Tokenizer.train(["a red square", "a blue dot"], 60, kind="words")
+  params = round_params(ov_models.init(CONFIG, jax.random.key(0)), "float32")
+  release = Release(CONFIG, params, Preprocess(16))
+  return Source(release, tokenizer, None, {"config": None, "imported": {"from": "x", "notes": []}})
+
+
+class Library:
+  """A format whose library gives our outputs back, changed by `disturb`."""
+
+  def __init__(self, monkeypatch, names=("one", "two")):
+    self.disturb = {}
+    self.refuse = {}
+    self.written = []
+    table = {name: self._target(name) for name in names}
+    monkeypatch.setattr(exporting, "targets", lambda: table)
+    monkeypatch.setattr(exporting, "judge", self._judge)
+    monkeypatch.setattr(exporting.card, "write_card", self._card)
+    monkeypatch.setattr(exporting.card, "facts_of", lambda *a: a)
+
+  def _target(self, name):
+    def check(release):
+      if name in self.refuse:
+        raise ValueError(self.refuse[name])
+
+    def write(folder, release):
+      self.written.append(folder)
+      (folder / "weights").write_text(name)
+
+    return targets_lib.Target(check, write, name, (), here=True)
+
+  def _judge(self, target, folder, probe, ours):
+    assert (probe / "probe.npz").exists() and (folder / "weights").exists()
+    arrays = {name: array.copy() for name, array in ours.items()}
+    change = self.disturb.get(target.script)
+    if change is not None:
+      change(arrays)
+    return parity.compare(ours, parity.Output(arrays, {}, {"library": "1.0"})), {"library": "1.0"}
+
+  def _card(self, folder, facts):
+    (folder / "README.md").write_text("card")
+
+
+def run(source, out, formats=("one", "two")):
+  return exporting.export(source, formats, out, None, "apache-2.0", Terminal(active=False))
+
+
+def test_all_agree(source, tmp_path, monkeypatch):
+  Library(monkeypatch)
+  assert run(source, tmp_path / "deep" / "out")
+  out = tmp_path / "deep" / "out"
+  assert sorted(p.name for p in out.iterdir()) == ["export.json", "one", "two"]
+  assert sorted(p.name for p in (out / "one").iterdir()) == ["README.md", "parity.json", "weights"]
+  content = json.loads((out / "two" / "parity.json").read_text())
+  assert content["versions"]["library"] == "1.0" and content["pictures"] == 4
+  names = [row["name"] for row in content["rows"]]
+  assert names[:2] == ["image/pixels", "image/block_00"] and "caption/ids" in names
+  assert all(row["ok"] for row in content["rows"])
+  assert [p.name for p in out.parent.iterdir()] == ["out"]
+
+
+def test_one_that_disagrees_leaves_nothing(source, tmp_path, monkeypatch, capsys):
+  library = Library(monkeypatch)
+
+  def change(arrays):
+    arrays["image/block_01"] += 1
+
+  library.disturb["two"] = change
+  assert not exporting.export(
+    source, ["one", "two"], tmp_path / "out", None, "apache-2.0", Terminal()
+  )
+  assert list(tmp_path.iterdir()) == []
+  printed = capsys.readouterr().err
+  assert "two disagrees: image/block_01 differs by 1.0e+00" in printed
+  assert "one disagrees" not in printed
+
+
+def test_a_library_that_does_not_load_it_counts_as_disagreeing(
+  source, tmp_path, monkeypatch, capsys
+):
+  library = Library(monkeypatch)
+
+  def change(arrays):
+    raise client_env.ClientError("run_two.py failed: KeyError: 'architecture'")
+
+  library.disturb["two"] = change
+  assert not exporting.export(source, ["two"], tmp_path / "out", None, "apache-2.0", Terminal())
+  assert list(tmp_path.iterdir()) == []
+  assert "KeyError: 'architecture'" in capsys.readouterr().err
+
+
+def test_formats_that_cannot_hold_the_model_are_told_together_and_first(
+  source, tmp_path, monkeypatch
+):
+  library = Library(monkeypatch, names=("one", "two", "three"))
+  library.refuse = {"one": "no pool='map'", "three": "no decoder"}
+  with pytest.raises(ValueError, match=r"one: no pool='map' three: no decoder"):
+    run(source, tmp_path / "out", ("one", "two", "three"))
+  assert library.written == [] and list(tmp_path.iterdir()) == []
+
+
+def test_what_breaks_on_the_way_leaves_nothing(source, tmp_path, monkeypatch):
+  library = Library(monkeypatch)
+
+  def change(arrays):
+    raise KeyboardInterrupt
+
+  library.disturb["two"] = change
+  with pytest.raises(KeyboardInterrupt):
+    run(source, tmp_path / "out")
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_export_left_does_not_get_in(source, tmp_path, monkeypatch):
+  Library(monkeypatch)
+  stale = tmp_path / ".out.partial" / "one"
+  stale.mkdir(parents=True)
+  (stale / "old").touch()
+  assert run(source, tmp_path / "out")
+  assert not (tmp_path / "out" / "one" / "old").exists()
+  assert not (tmp_path / ".out.partial").exists()
+
+
+def test_pictures_of_the_user(source, tmp_path, monkeypatch):
+  Library(monkeypatch)
+  with pytest.raises(ValueError, match="no file that ends in .jpg"):
+    exporting.export(
+      source, ["one"], tmp_path / "out", tmp_path, "apache-2.0", Terminal(active=False)
+    )
+  for number, data in enumerate(exporting.probe.pictures(None, 2)):
+    (tmp_path / f"{number}.jpg").write_bytes(data)
+  assert exporting.export(
+    source, ["one"], tmp_path / "out", tmp_path, "apache-2.0", Terminal(active=False)
+  )
+  content = json.loads((tmp_path / "out" / "one" / "parity.json").read_text())
+  assert content["pictures"] == 2
+
+
+def test_drawn_pictures_are_the_same_everywhere_and_not_square():
+  first, again = exporting.probe.pictures(None), exporting.probe.pictures(None)
+  assert first == again and len(set(first)) == 4
+  for data in first:
+    image = ov_data.decode.full(data)
+    assert image.width != image.height and np.asarray(image).std() > 30

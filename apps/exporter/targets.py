@@ -1,0 +1,121 @@
+"""The formats of //apps:export: how each is written, and how its library is asked."""
+
+from collections.abc import Callable
+import dataclasses
+from pathlib import Path
+import sys
+import tempfile
+
+import numpy as np
+
+from ov_convert import client_env, parity
+from ov_convert.release import Release
+import ov_models
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+  """One format.
+
+  Attributes:
+    check: raises ValueError where the format cannot hold a model.
+    write: writes the folder.
+    script: of ov_convert/clients, which loads the folder by its library's documented call.
+    offers: names of arrays that the library must give, where ours has them.
+    here: whether the script runs in this environment: it needs jax and no client library.
+  """
+
+  check: Callable[[Release], None]
+  write: Callable[[Path, Release], None]
+  script: str
+  offers: tuple[str, ...]
+  here: bool = False
+
+
+_IMAGE = ("image/tokens", "image/pooled", "image/embedding")
+_TEXT = ("text/embedding", "logits")
+
+
+def targets() -> dict[str, Target]:
+  """Every format by its name; imports what writes them."""
+  from ov_convert import (
+    onnx_export,
+    open_clip,
+    stablehlo,
+    timm_vit,
+    torch_module,
+    transformers_vit,
+  )
+
+  seen = ("image/pixels", *_IMAGE)
+  return {
+    "safetensors": Target(
+      torch_module.check, torch_module.write, "run_torch.py", (*_IMAGE, *_TEXT, "caption/ids")
+    ),
+    "open_clip": Target(
+      open_clip.check, open_clip.write, "run_open_clip.py", (*seen, "text/ids", *_TEXT)
+    ),
+    "timm": Target(timm_vit.check, timm_vit.write, "run_timm.py", seen),
+    "transformers": Target(
+      transformers_vit.check,
+      transformers_vit.write,
+      "run_transformers.py",
+      (*seen, "text/ids", *_TEXT),
+    ),
+    "onnx": Target(onnx_export.check, onnx_export.write, "run_onnx.py", (*_IMAGE, *_TEXT)),
+    "stablehlo": Target(
+      stablehlo.check, stablehlo.write, "run_stablehlo.py", (*_IMAGE, *_TEXT), here=True
+    ),
+  }
+
+
+def judge(
+  target: Target,
+  folder: Path,
+  probe: Path,
+  ours: dict[str, np.ndarray],
+  python: Path | None = None,
+) -> tuple[list[parity.Row], dict[str, str]]:
+  """Loads a written folder in its library and compares.
+
+  Args:
+    target: the format.
+    folder: as `target.write` wrote it.
+    probe: as `write_probe` wrote it.
+    ours: of `our_outputs`.
+    python: an interpreter that has the library; by default that of the clients' environment.
+
+  Returns:
+    Rows, and the versions of the libraries.
+
+  Raises:
+    client_env.ClientError: the library did not load or run it.
+  """
+  with tempfile.TemporaryDirectory() as scratch:
+    output = Path(scratch) / "output.npz"
+    python = python or (Path(sys.executable) if target.here else None)
+    client_env.run_client(target.script, [folder, probe, output], python=python)
+    theirs = parity.Output.load(output)
+  pictures = len(ours["image/pixels"])
+  exact = len(ours["image/pooled"])  # the models are tried on those
+  crops = exact if exact < pictures else None
+  return parity.compare(ours, theirs, target.offers, crops), theirs.versions
+
+
+def judge_ours(folder: Path, release: Release) -> list[parity.Row]:
+  """Whether `ov_models.load` gives the model back, bit for bit."""
+  config, params = ov_models.load(folder)
+  problem = "" if config == release.config else f"config.json says {config}"
+  want, have = (dict(_leaves(tree)) for tree in (release.params, params))
+  unequal = [name for name in want if not np.array_equal(want[name], have.get(name))]
+  if unequal:
+    problem = problem or f"{len(unequal)} tensors differ, the first is {unequal[0]}"
+  return [parity.Row("ov_models.load", float(len(unequal)), None, 0.0, 0.0, problem)]
+
+
+def _leaves(tree: dict, prefix: str = "") -> list[tuple[str, np.ndarray]]:
+  found = []
+  for name, value in tree.items():
+    path = f"{prefix}{name}"
+    found += _leaves(value, f"{path}/") if isinstance(value, dict) else [(path, value)]
+  return found

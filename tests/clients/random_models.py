@@ -1,0 +1,61 @@
+"""Workdirs of models with random weights, in published sizes: what exports are tried on."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from apps.exporter.importer import write_workdir
+from ov_convert.release import Imported, Preprocess, Words
+import ov_data
+import ov_models
+
+SIZES = {  # name: (image tower, text tower and decoder, pixels)
+  "Ti/16@160": ("Ti/16", "Ti", 160),
+  "B/16@224": ("B/16", "B", 224),
+  "So400m/14@224": ("So400m/14", "So400m", 224),
+}
+_SENTENCES = (
+  "a photo of a dog on a beach",
+  "the café in the old town, at night",
+  "two red squares above a small blue circle",
+  "people in a street with cars and trees",
+)
+
+
+def config_of(kind: str, size: str) -> Any:
+  """The published model of a size: "clip" is OpenVision, "captioner" OpenVision 2."""
+  image, other, pixels = SIZES[size]
+  if kind == "clip":
+    return ov_models.TwoTowersConfig.openvision(
+      image, other, other, image_size=pixels, preset="openvision_released"
+    )
+  return ov_models.CaptionerConfig.openvision2(image, other, image_size=pixels, max_len=40)
+
+
+def random_params(config: Any, seed: int = 0) -> Any:
+  """Fresh parameters whose norms, biases, cls token and positions are not trivial."""
+  params = jax.tree.map(np.asarray, ov_models.init(config, jax.random.key(seed)))
+  rng = np.random.default_rng(seed)
+
+  def shaken(path: Any, leaf: np.ndarray) -> np.ndarray:
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    if name.endswith(("scale", "bias", "cls", "position_embedding")) and leaf.ndim:
+      return leaf + 0.1 * rng.standard_normal(leaf.shape, np.float32)
+    return leaf
+
+  return jax.tree_util.tree_map_with_path(shaken, params)
+
+
+def make_workdir(workdir: Path, config: Any, *, fit: str = "center") -> None:
+  """A workdir as an import makes it, with a small tokenizer."""
+  tokenizer = ov_data.Tokenizer.train(_SENTENCES, 400)
+  text = getattr(config, "text", None)
+  length = text.max_len if text else config.decoder.max_len
+  words = Words(
+    tokenizer.to_json(), length, bool(text and text.pool == "last"),
+    tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id, tokenizer.cls_id,
+  )  # fmt: skip
+  preprocess = Preprocess(config.encoder.image_size, fit)  # type: ignore[arg-type]
+  write_workdir(workdir, Imported(config, random_params(config), preprocess, words), "random")
