@@ -1,0 +1,196 @@
+"""Takes a model that others wrote into a workdir, as a run of our own would have left it.
+
+Training begins from it with `--config.init_from.path=WORKDIR`, `//apps:export --workdir=WORKDIR`
+writes it for other libraries, and its metadata say where it came from and what was changed.
+"""
+
+import contextlib
+import dataclasses
+import os
+from pathlib import Path
+import shutil
+import tempfile
+from typing import Any
+
+from apps.trainer.checkpoint import Checkpoints
+from ov_convert.release import Imported, Words, portable
+import ov_data
+import ov_models
+
+_JAX = "openvision_jax"
+FORMATS = (_JAX, "open_clip", "timm", "transformers", "safetensors")
+_IMAGE_SIZE = 224  # of published checkpoints; no array of theirs tells it
+
+
+def import_model(
+  spec: str,
+  to_workdir: Path,
+  *,
+  image_size: int | None = None,
+  num_heads: int | None = None,
+  python: str | os.PathLike[str] | None = None,
+) -> list[str]:
+  """Reads a model and writes a workdir.
+
+  The checkpoint, of step 0, holds {"params": ...} in the tree of the model. A tower alone lies
+  under the name that both training apps give it, "encoder" or "text", so that `init_from` finds
+  it; the model in the metadata is then the tower's.
+
+  Args:
+    spec: FORMAT:PATH, with one of FORMATS.
+    to_workdir: made; must not exist, or be empty.
+    image_size: pixels; for checkpoints of the published JAX code, which do not tell.
+    num_heads: for the same, where sizes are not published and kernels are not split.
+    python: interpreter with PyTorch, for files that only it reads; see `ov_convert.client_env`.
+
+  Returns:
+    Lines to print.
+
+  Raises:
+    ValueError, OSError: no such format, folder or model of ours, or a workdir that is not empty.
+      Nothing is left behind.
+  """
+  kind, path = _parse(spec)
+  if to_workdir.exists() and not (to_workdir.is_dir() and not any(to_workdir.iterdir())):
+    raise ValueError(f"{to_workdir} exists and is not empty; choose another folder")
+  found = _read(kind, path, python, image_size, num_heads)
+  found = dataclasses.replace(found, config=portable(found.config))
+  ov_models.bind(found.config, found.params)  # checks names and shapes
+
+  origin = f"{kind}:{path.resolve().name}"
+  target = to_workdir.absolute()
+  target.parent.mkdir(parents=True, exist_ok=True)
+  partial = target.with_name(f".{target.name}.partial")
+  shutil.rmtree(partial, ignore_errors=True)  # what a killed import left
+  with contextlib.ExitStack() as stack:
+    stack.callback(shutil.rmtree, partial, ignore_errors=True)
+    partial.mkdir()
+    fingerprint, notes = _write_tokenizer(partial / "tokenizer", found)
+    notes = (*found.notes, *notes)
+    _write_checkpoint(partial / "checkpoints", found, origin, notes, fingerprint)
+    partial.rename(target)
+  name = type(found.config).__name__.removesuffix("Config")
+  return [
+    f"imported {origin}: {name} of {ov_models.num_params(found.config):,} parameters",
+    *(f"  note: {note}" for note in notes),
+    f"train from it: --config.init_from.path={to_workdir}; export it: --workdir={to_workdir}",
+  ]
+
+
+def _parse(spec: str) -> tuple[str, Path]:
+  """The format and the folder."""
+  kind, _, name = spec.partition(":")
+  if kind not in FORMATS or not name:
+    raise ValueError(f"{spec!r} is no FORMAT:PATH; formats are {', '.join(FORMATS)}")
+  path = Path(name).expanduser()
+  if not path.is_dir():
+    raise ValueError(f"{spec}: there is no folder {path}")
+  return kind, path
+
+
+def _read(
+  kind: str,
+  path: Path,
+  python: str | os.PathLike[str] | None,
+  image_size: int | None,
+  num_heads: int | None,
+) -> Imported:
+  if kind == _JAX:
+    from ov_convert import orbax_folder
+
+    return orbax_folder.read(path, image_size=image_size or _IMAGE_SIZE, num_heads=num_heads)
+  for option, value in (("image_size", image_size), ("num_heads", num_heads)):
+    if value:
+      raise ValueError(
+        f"{option}={value} is for {_JAX}: folders of {kind} tell it themselves; leave it out"
+      )
+  if kind == "open_clip":
+    from ov_convert import open_clip
+
+    return open_clip.read(path, python)
+  if kind == "timm":
+    from ov_convert import timm_vit
+
+    return timm_vit.read(path, python)
+  if kind == "transformers":
+    from ov_convert import transformers_vit
+
+    return transformers_vit.read(path, python)
+  from ov_convert import torch_module
+
+  return torch_module.read(path)
+
+
+def _write_tokenizer(folder: Path, found: Imported) -> tuple[str | None, tuple[str, ...]]:
+  """Writes the texts of a model as training does; its fingerprint, and what could not be kept."""
+  text = _text_tower(found.config)
+  decoder = getattr(found.config, "decoder", None)
+  if text is None and decoder is None:
+    return None, ()
+  if found.words is None:
+    return None, (
+      "it came without a tokenizer: copy that of its training to tokenizer/, or name it with "
+      "--config.tokenizer.path",
+    )
+  try:
+    tokenizer = _tokenizer(found.words)
+    for part in (text, decoder):
+      if part is not None:
+        tokenizer.check_fits(part.vocab_size)
+    if text is not None:
+      words = found.words
+      processor = ov_data.TextProcessor(
+        tokenizer, words.length, words.append_cls, text.pool, text.padding
+      )
+      processor.save(folder)
+    else:
+      tokenizer.save(folder)
+  except ValueError as error:
+    shutil.rmtree(folder, ignore_errors=True)
+    return None, (f"its tokenizer is left out: {error}",)
+  return tokenizer.fingerprint, ()
+
+
+def _tokenizer(words: Words) -> ov_data.Tokenizer:
+  """The tokenizer, with the ids that the model knows; ValueError where ours would give others."""
+  with tempfile.TemporaryDirectory() as folder:
+    file = Path(folder) / "tokenizer.json"
+    file.write_text(words.tokenizer_json, "utf-8")
+    try:
+      tokenizer = ov_data.Tokenizer.from_file(file)
+    except ValueError as error:
+      raise ValueError(str(error).replace(str(file), file.name)) from None
+  roles = ["pad_id", "bos_id", "eos_id"] + ["cls_id"] * words.append_cls
+  if differing := [r for r in roles if getattr(tokenizer, r) != getattr(words, r)]:
+    raise ValueError(
+      "the model was trained with "
+      + ", ".join(f"{role} {getattr(words, role)}" for role in differing)
+      + "; by their names the tokens of the vocabulary would be "
+      + ", ".join(f"{role} {getattr(tokenizer, role)}" for role in differing)
+    )
+  return tokenizer
+
+
+def _write_checkpoint(
+  folder: Path, found: Imported, origin: str, notes: tuple[str, ...], fingerprint: str | None
+) -> None:
+  params = found.params
+  if isinstance(found.config, ov_models.ViTConfig):
+    params = {"encoder": params}
+  elif isinstance(found.config, ov_models.TextConfig):
+    params = {"text": params}
+  metadata: dict[str, Any] = {
+    "stage": "import",
+    "config": None,  # of a run
+    "model": ov_models.config_to_dict(found.config),
+    "imported": {"from": origin, "notes": list(notes)},
+    "preprocess": dataclasses.asdict(found.preprocess) if found.preprocess else None,
+  }
+  if fingerprint:
+    metadata["tokenizer"] = fingerprint
+  with Checkpoints(folder) as checkpoints:
+    checkpoints.save(0, {"params": params}, metadata)
+
+
+def _text_tower(config: Any) -> ov_models.TextConfig | None:
+  return config if isinstance(config, ov_models.TextConfig) else getattr(config, "text", None)

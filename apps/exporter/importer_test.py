@@ -1,0 +1,201 @@
+"""Imports become workdirs that training starts from and evaluation and export read."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from apps.exporter.importer import import_model
+from apps.trainer.checkpoint import find_checkpoint, read_metadata
+from apps.trainer.init_from import check_tokenizer, init_from
+from ov_convert import openvision_jax, torch_module
+from ov_convert.release import Preprocess, Release, Words
+import ov_data
+import ov_models
+
+TOKENIZER = ov_data.Tokenizer.train(["a red circle above a blue square"], 40, kind="words")
+LENGTH = 8
+VIT = ov_models.ViTConfig(
+  width=16, depth=2, mlp_dim=24, num_heads=2, patch_size=4, image_size=8, position="learned"
+)
+TOWERS = ov_models.TwoTowersConfig(
+  encoder=ov_models.ViTConfig(
+    width=16, depth=2, mlp_dim=24, num_heads=2, patch_size=4, image_size=8
+  ),
+  text=ov_models.TextConfig(
+    width=12, depth=2, mlp_dim=20, num_heads=2, vocab_size=40, max_len=LENGTH, padding="attend"
+  ),
+  decoder=ov_models.QueryDecoderConfig(
+    width=20, depth=1, mlp_dim=28, num_heads=2, vocab_size=40, num_queries=5
+  ),
+  embed_dim=8,
+)
+CAPTIONER = ov_models.CaptionerConfig(
+  encoder=VIT,
+  decoder=ov_models.DecoderConfig(
+    width=12, depth=1, mlp_dim=20, num_heads=2, vocab_size=40, max_len=LENGTH
+  ),
+)
+PREPROCESS = Preprocess(8, "squash", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+
+
+def random_params(config, seed=0):
+  rng = np.random.default_rng(seed)
+  fill = lambda a: rng.normal(size=a.shape).astype(np.float32)
+  return jax.tree.map(fill, ov_models.abstract_params(config))
+
+
+def words(**changes):
+  t, length = TOKENIZER, changes.pop("length", LENGTH)
+  fields = {
+    "append_cls": True, "pad_id": t.pad_id, "bos_id": t.bos_id, "eos_id": t.eos_id,
+    "unk_id": t.unk_id, "cls_id": t.cls_id,
+  }  # fmt: skip
+  return Words(t.to_json(), length, **fields | changes)
+
+
+def saved(folder, config, texts):
+  """A folder of our own format; returns its parameters."""
+  params = random_params(config)
+  torch_module.write(folder, Release(config, params, PREPROCESS, texts))
+  return params
+
+
+def assert_whole(workdir, config, params):
+  """Everything in the checkpoint, in the tree of `params`, and nothing else."""
+  fresh = jax.tree.map(jnp.zeros_like, params)
+  taken, report = init_from(workdir, fresh)
+  assert len(report.taken) == len(jax.tree.leaves(params))
+  assert not (report.resampled or report.fresh or report.unused)
+  jax.tree.map(np.testing.assert_array_equal, taken, params)
+  assert ov_models.config_from_dict(read_metadata(find_checkpoint(workdir))["model"]) == config
+  return report
+
+
+def test_a_checkpoint_of_the_predecessor(tmp_path):
+  import orbax.checkpoint as ocp
+
+  params = random_params(TOWERS)
+  tree = {}
+  for name, array in openvision_jax.to_theirs(params, TOWERS).items():
+    *parents, leaf = name.split("/")
+    node = tree
+    for part in parents:
+      node = node.setdefault(part, {})
+    node[leaf] = array
+  with ocp.CheckpointManager((tmp_path / "run" / "checkpoint.npz").absolute()) as manager:
+    manager.save(7, args=ocp.args.StandardSave({"params": tree, "opt": {"count": np.array(7)}}))
+  workdir = tmp_path / "imports" / "one"
+  spec = f"openvision_jax:{tmp_path / 'run'}"
+  lines = import_model(spec, workdir, image_size=8, num_heads=2)
+  assert_whole(workdir, TOWERS, params)
+  metadata = read_metadata(find_checkpoint(workdir))
+  assert metadata["imported"]["from"] == "openvision_jax:run"
+  assert metadata["step"] == 0
+  assert metadata["config"] is None
+  assert metadata["preprocess"]["fit"] == "center"
+  assert "tokenizer" not in metadata
+  count = ov_models.num_params(TOWERS)
+  assert lines[0] == f"imported openvision_jax:run: TwoTowers of {count:,} parameters"
+  assert any("without a tokenizer" in line for line in lines)
+  assert str(tmp_path) not in str(metadata["imported"])
+  assert [path.name for path in workdir.parent.iterdir()] == ["one"]
+
+
+def test_our_own_format(tmp_path):
+  params = saved(tmp_path / "model", TOWERS, words())
+  workdir = tmp_path / "workdir"
+  workdir.mkdir()  # empty: may be filled
+  import_model(f"safetensors:{tmp_path / 'model'}", workdir)
+  report = assert_whole(workdir, TOWERS, params)
+  metadata = read_metadata(find_checkpoint(workdir))
+  assert metadata["preprocess"] == {
+    "image_size": 8, "fit": "squash", "mean": [0.5] * 3, "std": [0.25] * 3
+  }  # fmt: skip
+  processor = ov_data.TextProcessor.load(workdir / "tokenizer")
+  assert (processor.length, processor.pool, processor.padding) == (LENGTH, "last", "attend")
+  assert metadata["tokenizer"] == processor.tokenizer.fingerprint == TOKENIZER.fingerprint
+  check_tokenizer(report, TOKENIZER.fingerprint)
+  expected = ov_data.TextProcessor(TOKENIZER, LENGTH, padding="attend")
+  np.testing.assert_array_equal(processor.encode(["a red"]), expected.encode(["a red"]))
+
+
+def test_a_captioner_has_a_tokenizer_alone(tmp_path):
+  params = saved(tmp_path / "model", CAPTIONER, words(append_cls=False))
+  import_model(f"safetensors:{tmp_path / 'model'}", tmp_path / "workdir")
+  assert_whole(tmp_path / "workdir", CAPTIONER, params)
+  kept = ov_data.Tokenizer.load(tmp_path / "workdir" / "tokenizer")
+  assert kept.fingerprint == TOKENIZER.fingerprint
+  assert not (tmp_path / "workdir" / "tokenizer" / "text_processor.json").exists()
+
+
+def test_a_tower_alone_lies_where_both_apps_have_it(tmp_path):
+  params = saved(tmp_path / "model", VIT, None)
+  import_model(f"safetensors:{tmp_path / 'model'}", tmp_path / "workdir")
+  assert_whole(tmp_path / "workdir", VIT, {"encoder": params})
+  assert not (tmp_path / "workdir" / "tokenizer").exists()
+  towers = random_params(CAPTIONER, 1)
+  taken, report = init_from(tmp_path / "workdir", jax.tree.map(jnp.asarray, towers))
+  jax.tree.map(np.testing.assert_array_equal, taken["encoder"], params)
+  assert {path.split("/")[0] for path in report.fresh} == {"decoder"}
+
+
+def test_a_tokenizer_with_other_ids_is_left_out(tmp_path):
+  saved(tmp_path / "model", TOWERS, words(eos_id=9))
+  lines = import_model(f"safetensors:{tmp_path / 'model'}", tmp_path / "workdir")
+  note = "its tokenizer is left out: the model was trained with eos_id 9; by their names the tokens"
+  assert any(note in line for line in lines)
+  metadata = read_metadata(find_checkpoint(tmp_path / "workdir"))
+  assert any(note in line for line in metadata["imported"]["notes"])
+  assert not (tmp_path / "workdir" / "tokenizer").exists()
+
+
+@pytest.mark.parametrize(
+  ("spec", "message"),
+  [
+    ("keras:{0}/model", "is no FORMAT:PATH; formats are openvision_jax, open_clip, timm, trans"),
+    ("{0}/model", "is no FORMAT:PATH"),
+    ("timm:", "is no FORMAT:PATH"),
+    ("timm:{0}/nowhere", "there is no folder"),
+    ("safetensors:{0}/model/config.json", "there is no folder"),
+    ("openvision_jax:{0}/model", "is no checkpoint: _METADATA is missing"),
+    ("open_clip:{0}/model", "open_clip_config.json: there is no such file"),
+  ],
+)
+def test_what_is_no_model(tmp_path, spec, message):
+  saved(tmp_path / "model", VIT, None)
+  with pytest.raises((ValueError, FileNotFoundError)) as error:
+    import_model(spec.format(tmp_path), tmp_path / "workdir")
+  assert message in str(error.value)
+  assert len(str(error.value).splitlines()) == 1
+  assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_options_that_are_the_other_formats(tmp_path):
+  saved(tmp_path / "model", VIT, None)
+  for options in ({"image_size": 16}, {"num_heads": 2}):
+    with pytest.raises(ValueError, match="is for openvision_jax: folders of safetensors tell it"):
+      import_model(f"safetensors:{tmp_path / 'model'}", tmp_path / "workdir", **options)
+
+
+def test_a_workdir_is_never_overwritten(tmp_path):
+  saved(tmp_path / "model", VIT, None)
+  (tmp_path / "workdir").mkdir()
+  kept = tmp_path / "workdir" / "notes.txt"
+  kept.write_text("mine")
+  for workdir in (tmp_path / "workdir", kept):
+    with pytest.raises(ValueError, match="exists and is not empty; choose another folder"):
+      import_model(f"safetensors:{tmp_path / 'model'}", workdir)
+  assert kept.read_text() == "mine"
+
+
+def test_a_failure_while_writing_leaves_nothing(tmp_path, monkeypatch):
+  saved(tmp_path / "model", VIT, None)
+
+  def full(*args):
+    raise OSError("no space left")
+
+  monkeypatch.setattr("apps.exporter.importer.Checkpoints.save", full)
+  with pytest.raises(OSError, match="no space left"):
+    import_model(f"safetensors:{tmp_path / 'model'}", tmp_path / "workdir")
+  assert [path.name for path in tmp_path.iterdir()] == ["model"]
