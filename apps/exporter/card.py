@@ -1,0 +1,371 @@
+"""README.md of an exported folder: what the model is, how it was made, how well it does, its use.
+
+What comes from configs and data is text to the page: it cannot break a table, bring markup, name a
+folder of the machine that trained, or show a secret.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+import dataclasses
+import functools
+import json
+import math
+from pathlib import Path
+import re
+from typing import Any
+
+import jinja2
+
+from apps.exporter import snippets
+from apps.exporter.source import Source
+from apps.trainer import report_text
+from ov_convert.name_map import flatten, size
+from ov_convert.release import Preprocess, Release
+from ov_eval import Result
+import ov_models
+
+HIDDEN = "(hidden)"
+# As the hub of models calls it; None: it has no name for it.
+_LIBRARIES: dict[str, str | None] = {
+  "open_clip": "open_clip", "timm": "timm", "transformers": "transformers", "onnx": "onnx",
+  "stablehlo": None, "safetensors": "openvision",
+}  # fmt: skip
+_SPOKEN = {"onnx": "ONNX", "stablehlo": "StableHLO", "safetensors": "ov-models and PyTorch"}
+_PARTS = {"encoder": "image tower", "text": "text tower", "decoder": "caption decoder"}
+# What of a model a format holds; the rest of the towers' heads and scales follows the towers.
+_IMAGE_ONLY = ("timm",)
+_WHOLE = ("safetensors", "stablehlo")
+# The values of a config that decide what a model becomes, by their dotted name.
+_DECISIVE = (
+  ("model.encoder", "image tower"), ("model.text", "text tower"), ("model.decoder", "decoder"),
+  ("model.preset", "preset"), ("model.image_size", "image size"), ("model.dtype", "compute"),
+  ("model.keep_ratio", "share of patches that the decoder sees"),
+  ("loss.clip", "weight of the softmax loss"), ("loss.siglip", "weight of the sigmoid loss"),
+  ("loss.caption", "weight of the caption loss"),
+  ("model.caption_weight", "weight of the caption loss"),
+  ("optimizer.learning_rate", "learning rate"), ("optimizer.schedule.kind", "schedule"),
+  ("optimizer.schedule.warmup_steps", "warm-up steps"), ("optimizer.weight_decay", "weight decay"),
+  ("optimizer.b1", "beta 1"), ("optimizer.b2", "beta 2"),
+  ("optimizer.grad_clip_norm", "largest norm of the gradient"),
+  ("optimizer.ema_decay", "decay of the averaged weights"),
+  ("input.data_dir", "data"), ("input.sources", "sources"), ("input.split", "split"),
+  ("input.caption_keys", "captions"), ("input.alt_keys", "short texts"), ("input.fit", "pictures"),
+  ("seed", "seed"),
+)  # fmt: skip
+_SECRET_KEY = re.compile(
+  r"(^|_)(token|auth_tokens?|secrets?|passw(or)?d|passphrase|credentials?|authorization|"
+  r"(api|access|private|secret|auth|wandb|client)_?key)$"
+)
+_SECRET_VALUE = re.compile(
+  r"hf_\w{16,}|sk-[\w-]{16,}|gh[pousr]_\w{16,}|github_pat_\w+|AKIA[0-9A-Z]{12,}|-----BEGIN|"
+  r"eyJ[\w-]{10,}\.[\w-]+\.|\b[0-9a-f]{40}\b"
+)
+_PLACE = re.compile(  # a URL, or a path that says where it begins
+  r"""(?:(?<=[\s,;:="'(\[])|^)(?:[A-Za-z][\w+.-]+://|~|\.{0,2}/|[A-Za-z]:\\)[^\s,;"')\]]*"""
+)
+_PLACE_KEY = re.compile(r"(^|_)(dir|path|root|file|folder|classes|checkpoint)$")
+_PLAIN_LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]*")
+_PAPERS = (
+  ("OpenVision", "https://arxiv.org/abs/2505.04601"),
+  ("OpenVision 2", "https://arxiv.org/abs/2509.01644"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class CardFacts:
+  """What a card is made from.
+
+  Attributes:
+    kind: a format of //apps:export.
+    release: the model as it was written; its parameters are not read.
+    license: an identifier such as "apache-2.0"; "" says that none was given.
+    about: of the run: config (nested), stage, step, examples_seen, versions, fingerprint (of the
+      data); or "imported": {"from": name, "notes": lines}.
+    tokenizer: fingerprint; "" without one.
+    results: rows as `ov_eval.write_results` writes them, `split` in each.
+    parity: content of parity.json: rows, versions, date, pictures, texts.
+    notes: more sentences on this folder.
+  """
+
+  kind: str
+  release: Release
+  license: str
+  about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  tokenizer: str = ""
+  results: Sequence[Mapping[str, Any]] = ()
+  parity: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  notes: Sequence[str] = ()
+
+
+def facts_of(kind: str, source: Source, parity: Mapping[str, Any], license_name: str) -> CardFacts:
+  """The facts of one format of an export; `parity` is the content of its parity.json."""
+  texts = source.processor or source.tokenizer
+  fingerprint = texts.fingerprint if texts else ""
+  return CardFacts(
+    kind, source.release, license_name, source.about, fingerprint, source.results, parity
+  )
+
+
+def write_card(folder: Path, facts: CardFacts) -> None:
+  """Writes README.md into a folder of one format."""
+  (folder / "README.md").write_text(render(facts), "utf-8")
+
+
+def render(facts: CardFacts) -> str:
+  """The card as Markdown with a header of key lines."""
+  release = facts.release
+  about, config = facts.about, clean(facts.about.get("config") or {})
+  return _template().render(
+    header=_header(facts),
+    title=_title(release),
+    library=_SPOKEN.get(facts.kind, facts.kind),
+    holds=_holds(facts),
+    leaves_out=_leaves_out(facts),
+    notes=facts.notes,
+    parts=_parts(release),
+    model=_model(facts),
+    imported=clean(about.get("imported") or {}),
+    training=_training(facts, config),
+    config="\n".join(f"{name}: {value}" for name, value in report_text.flat(config)),
+    versions=about.get("versions") or {},
+    results=[_result(row) for row in facts.results],
+    evaluated_step=about.get("step"),
+    parity=facts.parity,
+    rows=[_parity_row(row) for row in facts.parity.get("rows", ())],
+    steps=_preprocessing(release.preprocess),
+    words=_words(facts),
+    programs=snippets.snippets(facts.kind, release),
+    folder=snippets.FOLDER,
+    license=facts.license,
+    papers=_PAPERS,
+  )
+
+
+def cell(value: Any) -> str:
+  """Any value as text that stays in one cell of a table: no markup, no line breaks."""
+  text = value if isinstance(value, str) else report_text.plain(value)
+  text = "".join(c if c.isprintable() else " " for c in text)
+  for mark, shown in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("$", "&#36;")):
+    text = text.replace(mark, shown)
+  return re.sub(r"([\\`*\[\]|~]|(?<!\w)_|_(?!\w))", r"\\\1", text).strip()
+
+
+def clean(value: Any, key: str = "") -> Any:
+  """JSON values without secrets, and with the last name alone of whatever is a place."""
+  if value and _SECRET_KEY.search(re.sub(r"(?<=[a-z])(?=[A-Z])|-", "_", key).lower()):
+    return HIDDEN
+  if isinstance(value, Mapping):
+    return {str(name): clean(child, str(name)) for name, child in value.items()}
+  if isinstance(value, list | tuple):
+    return [clean(child, key) for child in value]
+  if not isinstance(value, str):
+    return value
+  if _SECRET_VALUE.search(value):
+    return HIDDEN
+  if _PLACE_KEY.search(key):
+    return _last(value)
+  return _PLACE.sub(lambda match: _last(match[0]), value)
+
+
+def _last(place: str) -> str:
+  return re.split(r"[/\\]", place.rstrip("/\\"))[-1]
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+  environment = jinja2.Environment(
+    undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    keep_trailing_newline=True,
+  )  # fmt: skip  # Markdown, not HTML: `cell` escapes
+  environment.filters.update(cell=cell, fenced=_fenced)
+  source = Path(__file__).with_name("card_template.md.j2").read_text("utf-8")
+  return environment.from_string(source)
+
+
+def _fenced(text: str) -> str:
+  """A block of literal text, fenced by more backticks than it holds in a row."""
+  longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+  fence = "`" * max(3, longest + 1)
+  return f"{fence}text\n{text}\n{fence}"
+
+
+def _header(facts: CardFacts) -> list[str]:
+  """The lines that the hub reads."""
+  texts = facts.release.text is not None and facts.kind not in _IMAGE_ONLY
+  captions = snippets.writes_captions(facts.release) and facts.kind in _WHOLE
+  if texts and facts.kind != "transformers":  # whose towers are two models
+    task = "zero-shot-image-classification"
+  else:
+    task = "image-to-text" if captions else "image-feature-extraction"
+  lines = []
+  if _PLAIN_LICENSE.fullmatch(facts.license):
+    lines.append(f"license: {facts.license}")
+  elif facts.license:
+    lines += ["license: other", f"license_name: {json.dumps(facts.license)}"]
+  if library := _LIBRARIES[facts.kind]:
+    lines.append(f"library_name: {library}")
+  tags = ["openvision", "vision", *(["clip"] if texts else []), *(["captioning"] * captions)]
+  return [*lines, f"pipeline_tag: {task}", "tags:", *(f"- {tag}" for tag in tags)]
+
+
+def _title(release: Release) -> str:
+  encoder = release.encoder
+  sizes = (encoder.width, encoder.depth, encoder.mlp_dim, encoder.num_heads)
+  variants = {values: name for name, values in ov_models.VIT_VARIANTS.items()}
+  name = variants.get(sizes, f"ViT of width {encoder.width} and {encoder.depth} layers, patch ")
+  joint = "/" if sizes in variants else ""
+  return f"OpenVision {name}{joint}{encoder.patch_size}, {encoder.image_size} px"
+
+
+def _held(facts: CardFacts) -> list[str]:
+  """Which of `_PARTS` this folder holds."""
+  config, kind = facts.release.config, facts.kind
+  held = ["encoder"]
+  if facts.release.text is not None and kind not in _IMAGE_ONLY:
+    held.append("text")
+  if getattr(config, "decoder", None) is not None and kind in _WHOLE:
+    held.append("decoder")
+  return held
+
+
+def _holds(facts: CardFacts) -> str:
+  return _listed(_PARTS[part] for part in _held(facts))
+
+
+def _leaves_out(facts: CardFacts) -> str:
+  config, held = facts.release.config, _held(facts)
+  lacking = [part for part in ("text", "decoder") if part not in held]
+  return _listed(_PARTS[part] for part in lacking if getattr(config, part, None) is not None)
+
+
+def _listed(names: Iterable[str]) -> str:
+  *before, last = list(names) or [""]
+  return f"{', '.join(before)} and {last}" if before else last
+
+
+def _parts(release: Release) -> list[tuple[str, ...]]:
+  """Rows of the table of towers."""
+  counts: dict[str, int] = {}
+  alone = isinstance(release.config, ov_models.ViTConfig)
+  for path, leaf in flatten(ov_models.abstract_params(release.config)).items():
+    part = "encoder" if alone else path.split("/")[0]
+    counts[part] = counts.get(part, 0) + size({path: leaf})
+  configs = {"encoder": release.encoder, "text": release.text}
+  configs["decoder"] = getattr(release.config, "decoder", None)
+  rows = []
+  for part, config in configs.items():
+    if config is not None:
+      numbers = (config.width, config.depth, config.num_heads, config.mlp_dim, counts.pop(part))
+      rows.append((_PARTS[part], *(f"{n:,}" for n in numbers), _behaviour(part, config)))
+  if counts:
+    rest = f"{sum(counts.values()):,}"
+    rows.append(("heads, temperature", "", "", "", "", rest, ""))
+  return rows
+
+
+def _behaviour(part: str, config: Any) -> str:
+  if part == "encoder":
+    pool = {"gap": "mean of the patches", "tok": "[CLS]", "map": "attention"}[config.pool]
+    return f"patch {config.patch_size}, positions {config.position}, pooled by {pool}"
+  if part == "text":
+    seen = "padding seen" if config.padding == "attend" else "padding masked"
+    return f"{config.max_len} tokens, mask {config.mask}, pooled {config.pool}, {seen}"
+  if isinstance(config, ov_models.QueryDecoderConfig):
+    return f"{config.num_queries} learned queries, {config.vocab_size:,} words"
+  return (
+    f"up to {config.max_len} tokens, mask {config.mask}, positions {config.position}, "
+    f"{config.vocab_size:,} words"
+  )
+
+
+def _model(facts: CardFacts) -> list[tuple[str, str]]:
+  release, config = facts.release, facts.release.config
+  rows = [
+    ("parameters of the whole model", f"{ov_models.num_params(config):,}"),
+    ("image size", f"{release.encoder.image_size} x {release.encoder.image_size} px"),
+    ("numbers in the files", release.dtype),
+  ]
+  if isinstance(config, ov_models.TwoTowersConfig) and config.text is not None:
+    rows.insert(1, ("width of the shared space", f"{config.embed_dim:,}"))
+  return rows
+
+
+def _training(facts: CardFacts, config: Mapping[str, Any]) -> list[tuple[str, Any]]:
+  about = facts.about
+  if not config:
+    return []
+  values = {"step": about.get("step"), "stage": about.get("stage")}
+  batch, step = config.get("batch_size"), about.get("step")
+  values["batch size"] = batch
+  seen = about.get("examples_seen") or next((r.get("examples_seen") for r in facts.results), None)
+  if seen is None and batch and step and not config.get("stages"):
+    seen = batch * step
+  values |= {"samples seen": seen, "fingerprint of the data": about.get("fingerprint")}
+  flat = dict(report_text.flat(config))
+  for name, spoken in _DECISIVE:
+    if name in flat:
+      values[spoken] = json.loads(flat[name])
+  values["fingerprint of the tokenizer"] = facts.tokenizer
+  return [(name, _said(v)) for name, v in values.items() if v not in (None, "", [], {})]
+
+
+def _said(value: Any) -> Any:
+  if isinstance(value, list):
+    return ", ".join(v if isinstance(v, str) else json.dumps(v) for v in value)
+  return value
+
+
+def _result(row: Mapping[str, Any]) -> tuple[str, ...]:
+  """Evaluator, split, metric, value, interval, n, and what else identifies it."""
+  context = dict(row.get("context") or {})
+  low, high = row.get("interval") or (None, None)
+  value = math.nan if row["value"] is None else row["value"]
+  result = Result(row["name"], value, row["count"], low, high, row.get("unit") or "")
+  split = context.pop("split", row.get("split", ""))
+  evaluator = str(context.pop("evaluator", "")).replace("_", " ")
+  rest = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in clean(context).items())
+  return (
+    evaluator, str(clean(split)), report_text.label(result.name), report_text.figure(result),
+    report_text.interval(result), f"{result.count:,}", rest,
+  )  # fmt: skip
+
+
+def _parity_row(row: Mapping[str, Any]) -> tuple[str, ...]:
+  verdict = "yes" if row["ok"] else row.get("problem") or "no"
+  cosine = row.get("cosine")
+  return (
+    row["name"], _number(row.get("max_abs")), "" if cosine is None else f"{cosine:.7f}",
+    _number(row.get("tolerance")), verdict,
+  )  # fmt: skip
+
+
+def _number(value: float | None) -> str:
+  if value is None or not math.isfinite(value):
+    return "not finite"
+  return f"{value:.2g}"
+
+
+def _preprocessing(pre: Preprocess) -> list[str]:
+  side = f"{pre.image_size}"
+  fit = {
+    "squash": f"stretch the whole picture to {side} x {side} pixels",
+    "center": f"bring the shorter side to {side} pixels, keep the {side} x {side} in the middle",
+  }[pre.fit]
+  mean, std = (", ".join(f"{value:.6g}" for value in values) for values in (pre.mean, pre.std))
+  return [
+    "RGB; turn it as its EXIF orientation says",
+    f"{fit}, bilinear and antialiased",
+    f"divide by 255, subtract the mean ({mean}), divide by the deviation ({std})",
+  ]
+
+
+def _words(facts: CardFacts) -> str:
+  words, text = facts.release.words, facts.release.text
+  if words is None:
+    return ""
+  shape = "[bos] pieces [eos]" + (" padding [CLS]" if words.append_cls else " padding")
+  whose = "Texts" if text is not None else "Captions"
+  return (
+    f"{whose} are {shape}, cut or filled up to {words.length} tokens; [bos] is {words.bos_id}, "
+    f"[eos] {words.eos_id}, padding {words.pad_id}"
+    + (f", [CLS] {words.cls_id}" if words.append_cls else "")
+  )

@@ -1,0 +1,366 @@
+import dataclasses
+import json
+import math
+import re
+
+import pytest
+
+from apps.exporter import card, programs, snippets
+from apps.exporter.card import CardFacts
+from ov_convert.release import Preprocess, Release, Words
+import ov_models
+
+# Markup of every kind that a page of Markdown could fall for.
+EVIL = "a|b\nc\r\n# d <script>alert(1)</script> [x](javascript:y) `t` ```\n--- {{ 7 * 7 }} *e* &lt;"
+# In two parts: no search of this repository for secrets shall find one.
+SECRET = "hf_" + "abcdefgh" * 4
+
+VIT = ov_models.ViTConfig.from_name("mu/16", image_size=32)
+WORDS = Words("{}", 16, True, 0, 1, 2, 3, 4)
+
+
+def _pair(preset="openvision_released", kind="queries", **options):
+  return ov_models.TwoTowersConfig.openvision(
+    "mu/16", "Ti", "Ti", image_size=32, vocab_size=100, text_len=16, caption_len=8,
+    preset=preset, decoder_kind=kind, **options,
+  )  # fmt: skip
+
+
+def _captioner():
+  return ov_models.CaptionerConfig.openvision2(
+    "mu/16", "Ti", image_size=32, vocab_size=100, max_len=12
+  )
+
+
+def _release(config, words=WORDS, fit="center", dtype="float32"):
+  return Release(config, {}, Preprocess(32, fit), words, dtype)
+
+
+def _facts(kind="safetensors", config=None, **changes):
+  facts = CardFacts(
+    kind,
+    _release(config or _pair()),
+    "apache-2.0",
+    about={
+      "step": 500,
+      "stage": "main",
+      "fingerprint": "f43c2dea",
+      "versions": {"jax": "0.10.2", "numpy": EVIL},
+      "config": {
+        "batch_size": 64,
+        "total_steps": 500,
+        "stages": [],
+        "optimizer": {"learning_rate": 0.002, "decay_regex": "(^|/)kernel$"},
+        "model": {"encoder": "mu/16", "token_len": 16, "text": EVIL},
+        "input": {
+          "data_dir": "/srv/disk7/anna/laion",
+          "caption_keys": ["txt", "llava_caption"],
+          "sources": [{"path": "gs://anna-bucket/deep/coco", "weight": 2.0}],
+        },
+      },
+    },
+    tokenizer="72c8aa6b",
+    results=(
+      {
+        "name": "zero_shot_top1", "value": 0.98125, "count": 640, "unit": "share",
+        "interval": [0.9675, 0.9892], "split": "heldout",
+        "context": {"evaluator": "zero_shot", "classes": "/srv/disk7/anna/classes.json"},
+      },
+      {
+        "name": "caption_nll", "value": None, "count": 512, "unit": "nats", "interval": None,
+        "split": EVIL, "context": {"evaluator": "likelihood", "note": EVIL},
+      },
+    ),
+    parity={
+      "date": "2026-11-25", "pictures": 4, "texts": ["a", "b"], "versions": {"timm": "1.0.31"},
+      "rows": [
+        {"name": "image/block_00", "max_abs": 1.25e-7, "cosine": 0.9999999, "tolerance": 1e-4,
+         "problem": "", "ok": True},
+        {"name": "text/ids", "max_abs": None, "cosine": None, "tolerance": 0.0,
+         "problem": EVIL, "ok": False},
+      ],
+    },
+  )  # fmt: skip
+  return dataclasses.replace(facts, **changes)
+
+
+def _outside_fences(page):
+  """The page without its header and without what is fenced."""
+  body = page.split("---\n", 2)[2]
+  return re.sub(r"^(`{3,})\w.*?^\1[ \t]*$", "", body, flags=re.MULTILINE | re.DOTALL)
+
+
+def _tables(page):
+  """Rows of cells of every table."""
+  rows, tables = [], []
+  for line in [*_outside_fences(page).splitlines(), ""]:
+    if line.startswith("|"):
+      assert line.endswith("|")
+      cells = re.split(r"(?<!\\)(?:\\\\)*\|", line)[1:-1]
+      rows.append([text.strip() for text in cells])
+    elif rows:
+      tables.append(rows)
+      rows = []
+  return tables
+
+
+def _header(page):
+  """The header as a reader of YAML takes these few forms: key: value, and a list of tags."""
+  assert page.startswith("---\n")
+  found = {}
+  for line in page.split("---\n", 2)[1].splitlines():
+    if line.startswith("- "):
+      found["tags"].append(line[2:])
+      continue
+    key, value = re.fullmatch(r"([a-z_]+):(?: (.+))?", line).groups()
+    found[key] = [] if key == "tags" else value
+  return found
+
+
+@pytest.mark.parametrize("kind", programs.PROGRAMS)
+@pytest.mark.parametrize("config", [_pair(), _captioner(), VIT], ids=["pair", "captioner", "vit"])
+def test_every_table_has_as_many_cells_in_each_row(kind, config):
+  page = card.render(_facts(kind, config))
+  tables = _tables(page)
+  assert len(tables) == 5  # parts, model, training, evaluation, agreement
+  for table in tables:
+    assert {len(row) for row in table} == {len(table[0])}
+    assert all(set(cell) == {"-"} for cell in table[1])
+
+
+def test_the_header_says_what_the_hub_asks():
+  assert _header(card.render(_facts("open_clip"))) == {
+    "license": "apache-2.0",
+    "library_name": "open_clip",
+    "pipeline_tag": "zero-shot-image-classification",
+    "tags": ["openvision", "vision", "clip"],
+  }
+
+
+@pytest.mark.parametrize(
+  "kind, config, library, task",
+  [
+    ("safetensors", _pair(), "openvision", "zero-shot-image-classification"),
+    ("safetensors", _captioner(), "openvision", "image-to-text"),
+    ("safetensors", VIT, "openvision", "image-feature-extraction"),
+    ("timm", _pair(), "timm", "image-feature-extraction"),
+    ("timm", _captioner(), "timm", "image-feature-extraction"),
+    ("transformers", _pair(), "transformers", "image-feature-extraction"),
+    ("onnx", _pair(), "onnx", "zero-shot-image-classification"),
+    ("stablehlo", VIT, None, "image-feature-extraction"),
+  ],
+)
+def test_library_and_task_of_each_format(kind, config, library, task):
+  header = _header(card.render(_facts(kind, config)))
+  assert header.get("library_name") == library
+  assert header["pipeline_tag"] == task
+
+
+def test_an_odd_licence_cannot_add_lines_to_the_header():
+  header = _header(card.render(_facts(license="Mine\nlibrary_name: x: |")))
+  assert header["license"] == "other"
+  assert json.loads(header["license_name"]) == "Mine\nlibrary_name: x: |"
+  page = card.render(_facts(license=""))
+  assert "license" not in _header(page) and "No licence is given." in page
+
+
+def test_what_data_says_is_text_and_nothing_else():
+  page = card.render(_facts(notes=(EVIL,), about={"imported": {"from": EVIL, "notes": [EVIL]}}))
+  page += card.render(_facts())
+  text = _outside_fences(page)
+  assert "<script" not in text and "[x](" not in text
+  assert r"{{ 7 \* 7 }}" in text  # shown, not computed
+  tags = set(re.findall(r"<[^>]*>", text))
+  assert tags == {"<details>", "<summary>", "</summary>", "</details>"}
+  headings = set(re.findall(r"^#+ .*", text, re.MULTILINE))
+  assert not any("d &lt;" in heading for heading in headings)
+  assert not re.search(r"(?<!\\)`t", text)
+
+
+def test_the_configuration_is_literal_even_where_it_holds_fences():
+  config = {"a": "```", "b": "`````", "c": "\n```\n</details>"}
+  page = card.render(_facts(about={"config": config}))
+  block = re.search(r"^(`{3,})text\n(.*?)\n\1$", page, re.MULTILINE | re.DOTALL)
+  assert len(block[1]) == 6
+  shown = dict(line.split(": ", 1) for line in block[2].splitlines())
+  assert {name: json.loads(value) for name, value in shown.items()} == config
+
+
+def test_no_place_of_the_machine_is_named():
+  page = card.render(_facts())
+  assert not re.search(r"srv|disk7|anna|bucket|deep", page)
+  assert "| data | laion |" in page
+  assert 'input.sources: [{"path": "coco", "weight": 2.0}]' in page
+  assert "classes classes.json" in page
+  # What only looks like a place stays.
+  assert 'optimizer.decay_regex: "(^|/)kernel$"' in page
+  assert "| image tower | mu/16 |" in page
+
+
+@pytest.mark.parametrize(
+  "value, expected",
+  [
+    ("/a/b/c", "c"),
+    ("/a/b/c/", "c"),
+    ("~/x/y", "y"),
+    ("../x/y*", "y*"),
+    ("gs://bucket/x/y@8", "y@8"),
+    ("https://user:pass@host/x", "x"),
+    (r"C:\Users\anna\data", "data"),
+    ("train=/a/b, test=/a/c", "train=b, test=c"),
+    ("one/two", "one/two"),
+    ("^encoder/", "^encoder/"),
+  ],
+)
+def test_a_place_keeps_its_last_name_only(value, expected):
+  assert card.clean({"x": [value]}) == {"x": [expected]}
+
+
+def test_a_relative_place_under_a_telling_key_keeps_its_last_name_only():
+  assert card.clean({"data_dir": "anna/laion", "include": "one/two"}) == {
+    "data_dir": "laion",
+    "include": "one/two",
+  }
+
+
+@pytest.mark.parametrize(
+  "key", ["token", "hf_token", "HF_TOKEN", "api_key", "apikey", "wandbApiKey", "password", "secret",
+          "client_secret", "access-key", "credentials"],
+)  # fmt: skip
+def test_secrets_are_hidden_by_their_key(key):
+  page = card.render(
+    _facts(about={"config": {"x": {key: "swordfish"}, "l": [{key: {"k": "s3a"}}]}})
+  )
+  assert "swordfish" not in page and "s3a" not in page
+  assert page.count(card.HIDDEN) == 2
+
+
+@pytest.mark.parametrize(
+  "key", ["token_len", "tokenizer", "image_key", "caption_keys", "num_tokens"]
+)
+def test_what_only_sounds_like_a_secret_is_shown(key):
+  assert card.clean({key: "shown"}) == {key: "shown"}
+
+
+def test_secrets_are_hidden_by_their_look():
+  key = "AKIA" + "ABCDEFGH" * 2
+  assert card.clean(["x " + SECRET, {"note": key}]) == [card.HIDDEN, {"note": card.HIDDEN}]
+
+
+def test_unset_secrets_are_shown_as_unset():
+  assert card.clean({"token": "", "password": None}) == {"token": "", "password": None}
+
+
+def test_training_says_what_was_seen():
+  training = dict(_tables(card.render(_facts()))[2][2:])
+  assert training["step"] == "500" and training["samples seen"] == "32,000"
+  assert training["learning rate"] == "2e-3"
+  assert training["captions"] == "txt, llava_caption"
+  assert training["fingerprint of the tokenizer"] == "72c8aa6b"
+  # Stages have batch sizes of their own: nothing is multiplied then.
+  facts = _facts(results=())
+  facts.about["config"]["stages"] = [{"batch_size": 8}]
+  assert "samples seen" not in card.render(facts)
+  facts.about["examples_seen"] = 77
+  assert "| samples seen | 77 |" in card.render(facts)
+
+
+def test_results_and_agreement_are_shown():
+  page = card.render(_facts())
+  tables = _tables(page)
+  assert tables[3][2][:6] == [
+    "zero shot", "heldout", "Zero-shot top-1", "98.1%", "96.8 – 98.9%", "640",
+  ]  # fmt: skip
+  assert tables[3][3][3:6] == ["–", "", "512"]
+  assert tables[4][2] == ["image/block_00", "1.2e-07", "0.9999999", "0.0001", "yes"]
+  assert tables[4][3][:4] == ["text/ids", "not finite", "", "0"]
+  assert tables[4][3][4].startswith("a\\|b c")
+  assert "timm 1.0.31" in page and "4 pictures and 2 texts, on 2026-11-25" in page
+
+
+def test_what_is_not_known_is_said():
+  page = card.render(CardFacts("timm", _release(VIT, None), "mit"))
+  assert "Nothing is known of it." in page
+  assert "There are no figures" in page and "It was not compared." in page
+  page = card.render(_facts(about={"imported": {"from": "timm:/a/vit_b16", "notes": ["no head"]}}))
+  assert "Imported from timm:vit_b16;" in page and "- no head" in page
+
+
+def test_parts_and_sizes_are_those_of_the_model():
+  config = _pair()
+  page = card.render(_facts(config=config))
+  parts = _tables(page)[0][2:]
+  assert [row[0] for row in parts[:3]] == ["image tower", "text tower", "caption decoder"]
+  counted = sum(int(row[5].replace(",", "")) for row in parts)
+  assert counted == ov_models.num_params(config)
+  assert "# OpenVision mu/16, 32 px" in page
+  # Sizes that no variant has are spelt out.
+  odd = dataclasses.replace(VIT, width=64, num_heads=4)
+  assert "ViT of width 64 and 1 layers, patch 16, 32 px" in card.render(_facts("timm", odd))
+
+
+def test_what_a_format_leaves_out_is_said():
+  page = card.render(_facts("timm"))
+  assert "The image tower of an OpenVision model" in page
+  assert "the text tower and caption decoder of the model" in page
+  page = card.render(_facts("open_clip"))
+  assert "The image tower and text tower of" in page and "the caption decoder of" in page
+  assert "Not in this folder" not in card.render(_facts("safetensors"))
+
+
+RELEASES = {
+  "pair": _release(_pair()),
+  "pair that writes": _release(_pair(kind="teacher_forced"), fit="squash"),
+  "sigmoid": _release(_pair("default", bias_init=-10.0)),
+  "clip": _release(_pair("clip"), dataclasses.replace(WORDS, append_cls=False)),
+  "captioner": _release(_captioner()),
+  "no tokenizer": _release(_pair(), None),
+  "vit": _release(VIT, None),
+}
+
+
+@pytest.mark.parametrize("name", RELEASES)
+@pytest.mark.parametrize("kind", programs.PROGRAMS)
+def test_every_program_of_a_card_is_python_that_names_folder_and_picture(kind, name):
+  release = RELEASES[name]
+  page = card.render(CardFacts(kind, release, "mit"))
+  found = snippets.extract(page)
+  assert [code for _, _, code in found] == [s.code for s in snippets.snippets(kind, release)]
+  assert {library for _, library, _ in found} == (
+    {"safetensors", "torch"} if kind == "safetensors" else {kind}
+  )
+  for language, library, code in found:
+    assert language == "python"
+    compile(code, f"{kind}, {library}", "exec")
+    assert f'"{snippets.FOLDER}"' in code or f":{snippets.FOLDER}" in code
+    assert f'"{snippets.PICTURE}"' in code
+    assert max(map(len, code.splitlines())) <= 100
+
+
+def test_programs_show_what_the_model_can():
+  def shown(kind, name):
+    return "".join(program.code for program in snippets.snippets(kind, RELEASES[name]))
+
+  for kind in ("open_clip", "onnx", "stablehlo", "safetensors", "transformers"):
+    assert "a photo of a dog" in shown(kind, "pair")
+    assert "a photo of a dog" not in shown(kind, "captioner") + shown(kind, "no tokenizer")
+  assert "generate(" in shown("safetensors", "captioner")
+  assert "generate(" in shown("safetensors", "pair that writes")
+  assert "generate(" not in shown("safetensors", "pair")  # its decoder does not write word by word
+  for kind in ("open_clip", "onnx", "safetensors", "transformers"):
+    assert ("softmax" in shown(kind, "pair")) == (kind != "onnx")
+    assert "softmax" not in shown(kind, "sigmoid")
+  assert "attention_mask=mask" in shown("transformers", "sigmoid")
+  assert "attention_mask=" not in shown("transformers", "pair")
+  assert "CLIPTextModelWithProjection" in shown("transformers", "clip")
+  assert "resize((32, 32)" in shown("onnx", "pair that writes")
+  assert "crop(" in shown("onnx", "pair")
+
+
+def test_the_card_is_written_beside_the_weights(tmp_path):
+  card.write_card(tmp_path, _facts())
+  assert (tmp_path / "README.md").read_text("utf-8") == card.render(_facts())
+
+
+def test_numbers_of_a_table_are_readable():
+  assert card.cell(172800) == "172,800" and card.cell(math.nan) != ""
