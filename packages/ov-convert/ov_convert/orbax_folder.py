@@ -18,7 +18,7 @@ import numpy as np
 
 from ov_convert import openvision_jax
 from ov_convert.name_map import Shape, flatten, unflatten
-from ov_convert.reading import MAX_TENSOR_BYTES
+from ov_convert.reading import MAX_HEADER_BYTES, MAX_TENSOR_BYTES
 from ov_convert.release import Imported, Preprocess
 import ov_models
 
@@ -94,6 +94,8 @@ def restore(path: pathlib.Path) -> dict[str, np.ndarray]:
   import orbax.checkpoint as ocp
 
   path = path.absolute()
+  if (size := (path / "_METADATA").stat().st_size) > MAX_HEADER_BYTES:
+    raise ValueError(f"{path}/_METADATA has {size} bytes; read are up to {MAX_HEADER_BYTES}.")
   try:
     tree = ocp.PyTreeCheckpointHandler().metadata(path).tree
   except Exception as error:  # whatever the libraries below make of a damaged file

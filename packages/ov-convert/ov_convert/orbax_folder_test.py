@@ -2,6 +2,7 @@
 
 import functools
 import math
+import os
 import shutil
 
 import jax
@@ -358,6 +359,10 @@ def test_broken_folders(tmp_path):
 
   broken("no_metadata", lambda p: (p / "_METADATA").unlink(), "_METADATA is missing")
   broken("no_json", lambda p: (p / "_METADATA").write_text("{"), "is damaged")
+  broken("deep", lambda p: (p / "_METADATA").write_text('{"a":' * 10**5), "is damaged")
+  broken(
+    "huge", lambda p: os.truncate(p / "_METADATA", 1 << 40), "_METADATA has 1099511627776 bytes"
+  )
   broken("no_manifest", lambda p: (p / "manifest.ocdbt").unlink(), "is damaged")
   broken("half", lose_data, "is damaged")
   import orbax.checkpoint as ocp

@@ -213,6 +213,7 @@ torch.save({"a": weight}, f"{folder}/old.pth", _use_new_zipfile_serialization=Fa
 torch.save({"a": weight, "epoch": 3}, f"{folder}/mixed.bin")
 torch.save({"a": torch.tensor([1., float("nan")])}, f"{folder}/nan.pt")
 torch.save({"a": torch.zeros(1).expand(1 << 40)}, f"{folder}/expanded.bin")
+torch.jit.trace(torch.nn.ReLU(), weight).save(f"{folder}/program.pt")
 torch.save({str(i): torch.zeros(100) for i in range(3)}, f"{folder}/whole.bin")
 """
 
@@ -239,6 +240,7 @@ def test_state_dicts_that_are_none(torch_files):
   refused(
     r"mixed\.bin holds a int under 'epoch', expected tensors only", torch_files, ["mixed.bin"]
   )
+  refused(r"program\.pt is a program of TorchScript, not a state", torch_files, ["program.pt"])
   refused(r"nan\.pt: a holds NaN or infinity", torch_files, ["nan.pt"])
   refused("of which it stores less", torch_files, ["expanded.bin"])
 

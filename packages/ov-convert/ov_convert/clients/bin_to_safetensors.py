@@ -23,6 +23,8 @@ def load(file: str, limit: int) -> Any:
   if zipped:
     with zipfile.ZipFile(file) as archive:
       entries = archive.infolist()
+    if any(entry.filename.endswith("/constants.pkl") for entry in entries):
+      refuse("is a program of TorchScript, not a state dict; save its state_dict() instead")
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
       refuse("is a compressed archive, which torch.save never writes")
     if sum(entry.file_size for entry in entries) > limit:
