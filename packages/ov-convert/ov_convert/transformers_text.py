@@ -19,16 +19,21 @@ under "openvision". Where the last column is [CLS] ("append_cls" there), max_len
 Dimensions: T tokens, D width, E embed, V vocab.
 """
 
+from collections.abc import Mapping
+import dataclasses
 import json
+import os
 import pathlib
 from typing import Any
 
 import numpy as np
 import safetensors.numpy
 
-from ov_convert.hf_tokenizer import write_tokenizer
+from ov_convert import reading
+from ov_convert.hf_tokenizer import CONFIG_FILE as TOKENIZER_CONFIG_FILE
+from ov_convert.hf_tokenizer import TOKENIZER_FILE, words_from, write_tokenizer
 from ov_convert.name_map import SAME, TRANSPOSE, Dropped, Entry, Fixed, NameMap
-from ov_convert.release import Release, file_tensors
+from ov_convert.release import Release, Words, file_tensors
 import ov_models
 
 CONFIG_FILE = "config.json"
@@ -38,6 +43,9 @@ KINDS = {
   ("full", "last"): ("siglip_text_model", "SiglipTextModel", "projection_size"),
   ("causal", "argmax"): ("clip_text_model", "CLIPTextModelWithProjection", "projection_dim"),
 }
+# As eos_token_id of CLIP's class it means: pool where the id is largest, whatever the end token is.
+LARGEST_ID = 2
+_OURS = {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
 
 _LINEAR = (("weight", "kernel", TRANSPOSE), ("bias", "bias", SAME))
 _NORM = (("weight", "scale", SAME), ("bias", "bias", SAME))
@@ -105,6 +113,75 @@ def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
   path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
 
 
+@dataclasses.dataclass(frozen=True)
+class TextTower:
+  """What a folder holds: the tower, E, its tensors for `name_map`, and its tokenizer."""
+
+  config: ov_models.TextConfig
+  embed_dim: int
+  flat: dict[str, np.ndarray]
+  words: Words
+
+
+def read(folder: pathlib.Path, python: str | os.PathLike[str] | None = None) -> TextTower:
+  """Reads what `write` wrote, or what the library made of that by save_pretrained.
+
+  Raises:
+    FileNotFoundError: a file is missing.
+    ValueError: a damaged file, or another architecture; all differing fields are listed.
+  """
+  content = reading.read_json(folder / CONFIG_FILE)
+  config, embed_dim = _config_from(content)
+  flat = {
+    name if name.startswith((_PREFIX, "text_projection.")) else _PREFIX + name: tensor
+    for name, tensor in reading.read_tensors(folder, (WEIGHTS_FILE,), python).items()
+  }
+  settings = reading.read_json(folder / TOKENIZER_CONFIG_FILE)
+  reading.read_json(folder / TOKENIZER_FILE)  # its size and syntax
+  words = words_from(
+    (folder / TOKENIZER_FILE).read_text("utf-8"), settings, length=config.max_len,
+    append_cls=bool(content["openvision"]["append_cls"]),
+  )  # fmt: skip
+  return TextTower(config, embed_dim, flat, words)
+
+
+def _config_from(content: Mapping[str, Any]) -> tuple[ov_models.TextConfig, int]:
+  """Our config and E from the content of config.json."""
+  kinds = {kind: (mask, pool, embed) for (mask, pool), (kind, _, embed) in KINDS.items()}
+  kind, about = content.get("model_type"), content.get("openvision")
+  problems = []
+  if kind not in kinds:
+    problems.append(f"model_type={kind!r} (read are {' and '.join(kinds)})")
+  problems += [
+    f"{name}={content.get(name)!r} (ours {value!r})"
+    for name, value in _OURS.items()
+    if content.get(name) != value
+  ]
+  if kind == "clip_text_model" and content.get("eos_token_id") != LARGEST_ID:
+    problems.append(f"eos_token_id={content.get('eos_token_id')!r} (ours {LARGEST_ID}, see write)")
+  if not isinstance(about, Mapping) or not {"padding", "append_cls"} <= about.keys():
+    problems.append(f"openvision={about!r} (expected padding and append_cls)")
+  if problems:
+    raise ValueError(f"text/ holds no tower of ours: {'; '.join(problems)}.")
+  mask, pool, embed = kinds[str(kind)]
+  try:
+    config = ov_models.TextConfig(
+      width=content["hidden_size"],
+      depth=content["num_hidden_layers"],
+      mlp_dim=content["intermediate_size"],
+      num_heads=content["num_attention_heads"],
+      vocab_size=content["vocab_size"],
+      max_len=content["max_position_embeddings"],
+      mask=mask,  # type: ignore[arg-type]
+      pool=pool,  # type: ignore[arg-type]
+      padding=about["padding"],  # type: ignore[index]
+      pad_id=content["pad_token_id"],
+    )
+    return config, int(content[embed])
+  except KeyError as error:
+    raise ValueError(f"config.json in text/ has no {error}; write the folder again.") from None
+
+
 def name_map(config: ov_models.TwoTowersConfig) -> NameMap:
   """Every tensor of the text tower and its head.
 
@@ -154,13 +231,11 @@ def text_config(config: ov_models.TwoTowersConfig, release: Release) -> dict[str
     "intermediate_size": text.mlp_dim,
     "max_position_embeddings": text.max_len,
     embed: config.embed_dim,
-    "hidden_act": "gelu_pytorch_tanh",
-    "layer_norm_eps": 1e-6,
+    **_OURS,
     "attention_dropout": 0.0,
     "pad_token_id": text.pad_id,
     "bos_token_id": words.bos_id,
-    # In CLIP's class 2 stands for "pool where the id is largest", whatever the end token.
-    "eos_token_id": 2 if model_type == "clip_text_model" else words.eos_id,
+    "eos_token_id": LARGEST_ID if model_type == "clip_text_model" else words.eos_id,
     "dtype": release.dtype,
     "openvision": {"padding": text.padding, "append_cls": words.append_cls},
   }

@@ -15,13 +15,15 @@ Dimensions: B batch, T tokens, D width, F mlp, P patch, E embed, L layers.
 """
 
 from collections.abc import Iterator
+import dataclasses
 import math
+import os
 import pathlib
 from typing import Any
 
 import numpy as np
 
-from ov_convert import transformers_text
+from ov_convert import reading, transformers_forms, transformers_text, vision
 from ov_convert.name_map import (
   CONV,
   LEAD_1,
@@ -32,10 +34,12 @@ from ov_convert.name_map import (
   Entry,
   Fixed,
   NameMap,
+  Params,
 )
-from ov_convert.release import Config, Preprocess, Release, file_tensors
+from ov_convert.release import Config, Imported, Preprocess, Release, file_tensors
 import ov_models
 
+WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")
 PREPROCESSOR_FILE = "preprocessor_config.json"
 TEXT_FOLDER = "text"
 # By our pool: model_type, prefix of the tower inside other classes, and those classes.
@@ -64,8 +68,8 @@ _BLOCK_MAP = (
     for a, b in (("weight", "scale"), ("bias", "bias"))
   ),
 )
-_KEY_BIAS = "blocks/attn/key/bias"
 _POSITIONS = "embeddings.position_embeddings"
+_KEY_BIAS = "blocks/attn/key/bias"
 
 
 def check(release: Release) -> None:
@@ -79,9 +83,7 @@ def check(release: Release) -> None:
     if release.words is None:
       problems.append("words=None (the text tower needs its tokenizer)")
   if problems:
-    raise ValueError(
-      f"transformers has no class for this model: {'; '.join(problems)}. Other formats may have one."
-    )
+    raise ValueError("transformers has no class for this model:\n  " + "\n  ".join(problems))
 
 
 def write(folder: pathlib.Path, release: Release) -> None:
@@ -91,13 +93,94 @@ def write(folder: pathlib.Path, release: Release) -> None:
     ValueError: see `check`; or parameters that do not fit the config.
   """
   check(release)
-  flat = name_map(release.config).to_theirs(release.params, release.config)
-  tensors = file_tensors(flat, release.dtype)
+  names = name_map(release.config)
+  flat = names.to_theirs(release.params, release.config)
+  # Computed positions have no 16 bit values to be rounded to; who loads float32 gets them all.
+  kept = {f.theirs: f.value for f in names.fixed if f.theirs.endswith(_POSITIONS)}
+  tensors = file_tensors(flat, release.dtype) | kept
   transformers_text.write_model(folder, image_config(release), tensors)
   content = preprocessor(release.preprocess)
   transformers_text.write_json(folder / PREPROCESSOR_FILE, content)
   if release.text is not None:
     transformers_text.write(folder / TEXT_FOLDER, release)
+
+
+def read(folder: str | os.PathLike[str], python: str | os.PathLike[str] | None = None) -> Imported:
+  """Reads a folder: what `write` wrote, or a ViT, BEiT or DINOv2 whose arithmetic is ours.
+
+  Args:
+    folder: holds config.json and the weights, *.safetensors or *.bin.
+    python: interpreter with PyTorch for the latter; see `reading.read_tensors`.
+
+  Returns:
+    The image tower; two towers where text/ holds the other. Notes say what was changed or left out.
+
+  Raises:
+    FileNotFoundError: a file is missing.
+    ValueError: another architecture, whose differing fields are listed; tensors that do not fit,
+      which are listed; or a damaged file.
+  """
+  root = pathlib.Path(folder)
+  content = reading.read_json(root / transformers_text.CONFIG_FILE)
+  vit = transformers_forms.vit_config(content)
+  given = reading.read_tensors(root, WEIGHTS_FILES, python)
+  flat, notes = transformers_forms.canonical(given, content, vit)
+  table = flat.get(_POSITIONS)
+  if table is not None and table.ndim == 3:
+    position = vision.kind_of_positions(table[0], vit.image_size, vit.patch_size)
+    vit = dataclasses.replace(vit, position=position)
+  preprocess = None
+  if (root / PREPROCESSOR_FILE).exists():
+    settings = reading.read_json(root / PREPROCESSOR_FILE)
+    preprocess, more = transformers_forms.preprocess_from(settings, vit.image_size)
+    notes += more
+  if (root / TEXT_FOLDER).is_dir() and "openvision" in content:
+    text = transformers_text.read(root / TEXT_FOLDER, python)
+    joint, params = _joint(content["openvision"], vit, flat, text)
+    return Imported(joint, params, preprocess, text.words, tuple(notes))
+  if classes := [name for name in flat if name.startswith("classifier.")]:
+    notes.append(f"{', '.join(classes)} left out: it tells classes, and is no part of the tower")
+  flat = {name: tensor for name, tensor in flat.items() if name not in classes}
+  params = _with_key_bias(name_map(vit).to_ours(flat, vit), vit)
+  ov_models.bind(vit, params)
+  return Imported(vit, params, preprocess, None, tuple(notes))
+
+
+def _joint(
+  about: Any,
+  vit: ov_models.ViTConfig,
+  flat: dict[str, np.ndarray],
+  text: transformers_text.TextTower,
+) -> tuple[ov_models.TwoTowersConfig, Params]:
+  """Two towers of an image tower in the form of `canonical` and what lies in text/."""
+  try:
+    scale, bias = float(about["logit_scale"]), about["logit_bias"]
+    bias = None if bias is None else float(bias)
+    log_scale = math.log(scale)
+  except (KeyError, TypeError, ValueError) as error:
+    raise ValueError(
+      f"config.json has openvision={about!r}, needs logit_scale above 0 and logit_bias: {error!r}"
+    ) from None
+  config = ov_models.TwoTowersConfig(
+    encoder=vit, text=text.config, decoder=None, embed_dim=text.embed_dim, bias_init=bias
+  )
+  prefix = f"{KINDS[vit.pool][0]}."
+  named = {k if k.startswith("classifier.") else prefix + k: v for k, v in flat.items()}
+  params = name_map(config).to_ours(named, config)
+  params["encoder"] = _with_key_bias(params["encoder"], vit)
+  params |= transformers_text.name_map(config).to_ours(text.flat, config)
+  params["log_scale"] = np.float32(log_scale)
+  if bias is not None:
+    params["bias"] = np.float32(bias)
+  ov_models.bind(config, params)
+  return config, params
+
+
+def _with_key_bias(encoder: Params, vit: ov_models.ViTConfig) -> Params:
+  """The parameters of a tower with zeros for what `write` drops."""
+  zeros = np.zeros((vit.depth, vit.width), np.float32)
+  encoder["blocks"]["attn"]["key"].setdefault("bias", zeros)
+  return encoder
 
 
 def name_map(config: Config) -> NameMap:
@@ -121,9 +204,11 @@ def name_map(config: Config) -> NameMap:
       "our patches have no bias",
     )
   ]
-  if vit.position == "sincos2d":
-    why = "positions are computed, and are not this table"
-    fixed.append(Fixed(prefix + _POSITIONS, position_table(vit), why))
+  positions = vision.position(prefix + _POSITIONS, vit, ours, LEAD_1)
+  if isinstance(positions, Entry):
+    entries.append(positions)
+  else:
+    fixed.append(positions)
   if vit.pool == "tok":
     why = "the pooler hands on the normed cls token"
     fixed.append(Fixed(f"{prefix}pooler.dense.weight", np.eye(vit.width, dtype=np.float32), why))
@@ -146,8 +231,6 @@ def _tower(vit: ov_models.ViTConfig, prefix: str, ours: str) -> Iterator[Entry]:
     (f"{norm}.bias", "norm/bias", SAME),
   ):
     yield Entry(prefix + a, (ours + b,), transform)
-  if vit.position == "learned":
-    yield Entry(prefix + _POSITIONS, (f"{ours}position_embedding",), LEAD_1)
   for layer in range(vit.depth):
     for a, b, transform in _BLOCK_MAP:
       if vit.pool == "tok" or f"blocks/{b}" != _KEY_BIAS:
@@ -166,12 +249,6 @@ def _dropped(vit: ov_models.ViTConfig, ours: str, with_head: bool) -> Iterator[D
     yield Dropped("text_head/kernel", "in the folder text")
     yield Dropped("log_scale", "in config.json, as logit_scale")
     yield Dropped("bias", "in config.json, as logit_bias")
-
-
-def position_table(vit: ov_models.ViTConfig) -> np.ndarray:
-  """The computed positions as a table: float32 [1, 1 + T, D], zeros for the cls token."""
-  table = ov_models.sincos2d(*vit.grid, vit.width)
-  return np.concatenate([np.zeros((1, vit.width), np.float32), table])[None]
 
 
 def image_config(release: Release) -> dict[str, Any]:
@@ -209,7 +286,7 @@ def image_config(release: Release) -> dict[str, Any]:
     content |= {"qkv_bias": True, "pooler_act": "linear", "pooler_output_size": vit.width}
   if with_head:
     scale = math.exp(float(release.params["log_scale"]))
-    bias = float(release.params["bias"]) if "bias" in release.params else 0.0
+    bias = float(release.params["bias"]) if "bias" in release.params else None
     content["num_labels"] = release.config.embed_dim  # type: ignore[union-attr]
     content["openvision"] = {"logit_scale": scale, "logit_bias": bias}
   return content

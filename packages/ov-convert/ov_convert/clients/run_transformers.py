@@ -21,7 +21,7 @@ def main() -> None:
       arrays, facts = arrays | found, facts | more
       joint = config["openvision"]
       similarity = arrays["image/embedding"] @ arrays["text/embedding"].T
-      arrays["logits"] = joint["logit_scale"] * similarity + joint["logit_bias"]
+      arrays["logits"] = joint["logit_scale"] * similarity + (joint["logit_bias"] or 0.0)
   client_io.write(output, arrays, facts, ["transformers", "torch", "tokenizers"])
 
 
@@ -32,7 +32,7 @@ def image(
   processor = transformers.AutoImageProcessor.from_pretrained(folder)
   pixels = processor(images=probe.images(), return_tensors="pt").pixel_values
   arrays = {"image/pixels": client_io.channels_last(pixels)}
-  model = transformers.AutoModel.from_pretrained(folder).float().eval()
+  model = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
   out = model(probe.torch_pixels(), output_hidden_states=True)
   arrays |= blocks("image", out.hidden_states)
   arrays["image/tokens"] = out.hidden_states[-1][:, 1:]
@@ -40,7 +40,9 @@ def image(
   facts = client_io.module_facts(model, "image")
   facts |= {"image/processor": type(processor).__name__, "image/class": type(model).__name__}
   if config["architectures"][0].endswith("ForImageClassification"):
-    whole = transformers.AutoModelForImageClassification.from_pretrained(folder).float().eval()
+    whole = transformers.AutoModelForImageClassification.from_pretrained(
+      folder, dtype=torch.float32
+    ).eval()
     arrays["image/embedding"] = client_io.unit(whole(probe.torch_pixels()).logits)
   return arrays, facts
 
@@ -61,7 +63,7 @@ def text(folder: str, probe: client_io.Probe) -> tuple[dict[str, Any], dict[str,
 
   classes = (transformers.SiglipTextModel, transformers.CLIPTextModelWithProjection)
   by_name = {found.__name__: found for found in classes}
-  model = by_name[config["architectures"][0]].from_pretrained(folder).float().eval()
+  model = by_name[config["architectures"][0]].from_pretrained(folder, dtype=torch.float32).eval()
   given = torch.from_numpy(probe.ids)
   mask = (given != config["pad_token_id"]).long() if how["padding"] == "mask" else None
   out = model(given, attention_mask=mask, output_hidden_states=True)
