@@ -13,12 +13,14 @@ import tempfile
 from typing import Any
 
 from apps.trainer.checkpoint import Checkpoints
+from ov_convert.reading import inside
 from ov_convert.release import Imported, Words, portable
 import ov_data
 import ov_models
 
 _JAX = "openvision_jax"
 FORMATS = (_JAX, "open_clip", "timm", "transformers", "safetensors")
+_VOCABULARY = "vocab.txt"  # beside published checkpoints: a token a line
 _IMAGE_SIZE = 224  # of published checkpoints; no array of theirs tells it
 
 
@@ -65,8 +67,9 @@ def import_model(
   with contextlib.ExitStack() as stack:
     stack.callback(shutil.rmtree, partial, ignore_errors=True)
     partial.mkdir()
-    fingerprint, notes = _write_tokenizer(partial / "tokenizer", found)
-    notes = (*found.notes, *notes)
+    fingerprint, notes = _write_tokenizer(partial / "tokenizer", found, path)
+    # They go into model cards, which tell no places of this machine.
+    notes = tuple(note.replace(f"{path}/", "") for note in (*found.notes, *notes))
     _write_checkpoint(partial / "checkpoints", found, origin, notes, fingerprint)
     partial.rename(target)
   name = type(found.config).__name__.removesuffix("Config")
@@ -121,30 +124,33 @@ def _read(
   return torch_module.read(path)
 
 
-def _write_tokenizer(folder: Path, found: Imported) -> tuple[str | None, tuple[str, ...]]:
+def _write_tokenizer(
+  folder: Path, found: Imported, source: Path
+) -> tuple[str | None, tuple[str, ...]]:
   """Writes the texts of a model as training does; its fingerprint, and what could not be kept."""
   text = _text_tower(found.config)
   decoder = getattr(found.config, "decoder", None)
   if text is None and decoder is None:
     return None, ()
-  if found.words is None:
+  if found.words is None and not (source / _VOCABULARY).exists():
     return None, (
-      "it came without a tokenizer: copy that of its training to tokenizer/, or name it with "
-      "--config.tokenizer.path",
+      f"it came without a tokenizer: import it from a folder with its {_VOCABULARY}, or train with "
+      "--config.tokenizer.path set to that file",
     )
   try:
-    tokenizer = _tokenizer(found.words)
+    if words := found.words:
+      tokenizer, length, append_cls = _tokenizer(words), words.length, words.append_cls
+    else:
+      tokenizer = ov_data.Tokenizer.from_vocab(inside(source, _VOCABULARY))
+      length, append_cls = text.max_len if text else 0, True
     for part in (text, decoder):
       if part is not None:
         tokenizer.check_fits(part.vocab_size)
-    if text is not None:
-      words = found.words
-      processor = ov_data.TextProcessor(
-        tokenizer, words.length, words.append_cls, text.pool, text.padding
-      )
-      processor.save(folder)
-    else:
+    if text is None:
       tokenizer.save(folder)
+    else:
+      processor = ov_data.TextProcessor(tokenizer, length, append_cls, text.pool, text.padding)
+      processor.save(folder)
   except ValueError as error:
     shutil.rmtree(folder, ignore_errors=True)
     return None, (f"its tokenizer is left out: {error}",)

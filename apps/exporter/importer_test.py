@@ -72,10 +72,10 @@ def assert_whole(workdir, config, params):
   return report
 
 
-def test_a_checkpoint_of_the_predecessor(tmp_path):
+def predecessor(folder, params):
+  """A run of the published code with TOWERS."""
   import orbax.checkpoint as ocp
 
-  params = random_params(TOWERS)
   tree = {}
   for name, array in openvision_jax.to_theirs(params, TOWERS).items():
     *parents, leaf = name.split("/")
@@ -83,10 +83,15 @@ def test_a_checkpoint_of_the_predecessor(tmp_path):
     for part in parents:
       node = node.setdefault(part, {})
     node[leaf] = array
-  with ocp.CheckpointManager((tmp_path / "run" / "checkpoint.npz").absolute()) as manager:
+  with ocp.CheckpointManager((folder / "checkpoint.npz").absolute()) as manager:
     manager.save(7, args=ocp.args.StandardSave({"params": tree, "opt": {"count": np.array(7)}}))
+  return f"openvision_jax:{folder}"
+
+
+def test_a_checkpoint_of_the_predecessor(tmp_path):
+  params = random_params(TOWERS)
   workdir = tmp_path / "imports" / "one"
-  spec = f"openvision_jax:{tmp_path / 'run'}"
+  spec = predecessor(tmp_path / "run", params)
   lines = import_model(spec, workdir, image_size=8, num_heads=2)
   assert_whole(workdir, TOWERS, params)
   metadata = read_metadata(find_checkpoint(workdir))
@@ -100,6 +105,33 @@ def test_a_checkpoint_of_the_predecessor(tmp_path):
   assert any("without a tokenizer" in line for line in lines)
   assert str(tmp_path) not in str(metadata["imported"])
   assert [path.name for path in workdir.parent.iterdir()] == ["one"]
+
+
+def test_the_vocabulary_beside_a_checkpoint(tmp_path):
+  spec = predecessor(tmp_path / "run", random_params(TOWERS))
+  vocabulary = tmp_path / "run" / "vocab.txt"
+  tokens = ["[PAD]", "[bos]", "[eos]", "[UNK]", "[CLS]", "a", "red", "circle"]
+  vocabulary.write_text("\n".join(tokens) + "\n")
+  options = {"image_size": 8, "num_heads": 2}
+  import_model(spec, tmp_path / "workdir", **options)
+  processor = ov_data.TextProcessor.load(tmp_path / "workdir" / "tokenizer")
+  assert processor.encode(["A red circle?"]).tolist() == [[1, 5, 6, 7, 3, 2, 0, 4]]
+  assert (processor.pool, processor.padding) == ("last", "attend")
+  metadata = read_metadata(find_checkpoint(tmp_path / "workdir"))
+  assert metadata["tokenizer"] == processor.tokenizer.fingerprint
+
+  vocabulary.write_text("\n".join(f"word{i}" for i in range(30)))
+  lines = import_model(spec, tmp_path / "without", **options)
+  note = "its tokenizer is left out: vocabulary vocab.txt: no [UNK] token among its 30 lines."
+  assert f"  note: {note}" in lines
+  vocabulary.unlink()
+  (tmp_path / "secret.txt").write_text("\n".join(tokens))
+  vocabulary.symlink_to("../secret.txt")
+  lines = import_model(spec, tmp_path / "link", **options)
+  assert any("vocab.txt is a link that leads out of its folder" in line for line in lines)
+  for workdir in ("without", "link"):
+    notes = read_metadata(find_checkpoint(tmp_path / workdir))["imported"]["notes"]
+    assert str(tmp_path) not in str(notes)
 
 
 def test_our_own_format(tmp_path):

@@ -156,7 +156,10 @@ def infer_config(
     return encoder, sizes.notes
   if second:
     writer = ov_models.DecoderConfig(**decoder or {})
-    sizes.notes.append("the decoder is causal over image and text, and has no positions")
+    sizes.notes.append(
+      "the decoder is causal over image and text and has no positions; its captions are taken to "
+      f"have {_CAPTION_TOKENS} tokens at most, as published"
+    )
     config = ov_models.CaptionerConfig(encoder=encoder, decoder=writer, keep_order="random")
     return config, sizes.notes
   towers = ov_models.TwoTowersConfig(

@@ -50,7 +50,7 @@ def read_json(path: Folder) -> dict[str, Any]:
     ValueError: it is too large, leads elsewhere, is no JSON object, or holds NaN or infinity.
   """
   path = pathlib.Path(path)
-  file = _inside(path.parent, path.name)
+  file = inside(path.parent, path.name)
   if (size := file.stat().st_size) > MAX_JSON_BYTES:
     raise ValueError(f"{path} has {size} bytes; JSON is read up to {MAX_JSON_BYTES}.")
   try:
@@ -98,6 +98,30 @@ def read_tensors(
   return flat
 
 
+def inside(root: pathlib.Path, name: str) -> pathlib.Path:
+  """The regular file `name` of `root`, links followed.
+
+  Links may lead anywhere within the folder, and out of a snapshot of the hub's cache to the blobs
+  beside it.
+
+  Raises:
+    FileNotFoundError: there is none.
+    ValueError: it is a link that leads elsewhere, or no regular file.
+  """
+  path = root / name
+  if not path.exists():
+    raise FileNotFoundError(f"{path}: there is no such file; {root} holds {_listing(root)}.")
+  file, home = path.resolve(), root.resolve()
+  homes = [home] + [home.parents[1] / "blobs"] * (home.parent.name == "snapshots")
+  if not any(file.is_relative_to(place) for place in homes):
+    raise ValueError(
+      f"{path} is a link that leads out of its folder; put a copy of the file there."
+    )
+  if not file.is_file():
+    raise ValueError(f"{path} is no regular file.")
+  return file
+
+
 def _first(root: pathlib.Path, names: Sequence[str]) -> tuple[str, str | None]:
   """The name that is there, and its index where it is split."""
   if not root.is_dir():
@@ -137,7 +161,7 @@ def _read_sharded(root: pathlib.Path, index: str, python: Folder | None) -> dict
 
 
 def _read_file(root: pathlib.Path, name: str, python: Folder | None) -> dict[str, np.ndarray]:
-  file = _inside(root, name)
+  file = inside(root, name)
   suffix = pathlib.PurePath(name).suffix
   if suffix == ".safetensors":
     return _read_safetensors(file, root / name)
@@ -197,31 +221,11 @@ def _check_header(file: pathlib.Path, shown: pathlib.Path) -> None:
 
 
 def _check_total(root: pathlib.Path, names: Iterable[str]) -> None:
-  total = sum(_inside(root, name).stat().st_size for name in names)
+  total = sum(inside(root, name).stat().st_size for name in names)
   if total > MAX_TENSOR_BYTES:
     raise ValueError(
       f"the weights in {root} have {total} bytes; read are up to {MAX_TENSOR_BYTES}."
     )
-
-
-def _inside(root: pathlib.Path, name: str) -> pathlib.Path:
-  """The regular file `name` of `root`, links followed.
-
-  Links may lead anywhere within the folder, and out of a snapshot of the hub's cache to the blobs
-  beside it.
-  """
-  path = root / name
-  if not path.exists():
-    raise FileNotFoundError(f"{path}: there is no such file; {root} holds {_listing(root)}.")
-  file, home = path.resolve(), root.resolve()
-  homes = [home] + [home.parents[1] / "blobs"] * (home.parent.name == "snapshots")
-  if not any(file.is_relative_to(place) for place in homes):
-    raise ValueError(
-      f"{path} is a link that leads out of its folder; put a copy of the file there."
-    )
-  if not file.is_file():
-    raise ValueError(f"{path} is no regular file.")
-  return file
 
 
 def _is_plain(name: str) -> bool:
