@@ -177,10 +177,10 @@ def misfits(model: Mapping[str, Any]) -> list[str]:
   found = [f"{name} is missing" for name in ("embed_dim", "vision_cfg") if name not in model]
   if found:
     return found
-  found += _unlike(model, {"quick_gelu": False}, _TOP_READ, "")
+  found += vision.unlike(model, {"quick_gelu": False}, _TOP_READ, "")
   fields = model["vision_cfg"]
   wanted = _PLAIN | {"attentional_pool": False, "timm_model_name": None, "in_channels": 3}
-  found += _unlike(fields, wanted, _VISION_READ, "vision_cfg.")
+  found += vision.unlike(fields, wanted, _VISION_READ, "vision_cfg.")
   found += _wrong(fields, "no_ln_pre", False, (True,), "vision_cfg.")
   found += _wrong(fields, "pool_type", "tok", ("avg", "tok"), "vision_cfg.")
   if fields.get("pool_type", "tok") == "avg":
@@ -196,7 +196,7 @@ def misfits(model: Mapping[str, Any]) -> list[str]:
     return found
   fields = model["text_cfg"]
   wanted = _PLAIN | {"hf_model_name": None, "proj_bias": False, "proj_type": "linear"}
-  found += _unlike(fields, wanted, _TEXT_READ, "text_cfg.")
+  found += vision.unlike(fields, wanted, _TEXT_READ, "text_cfg.")
   found += _wrong(fields, "pool_type", "argmax", ("last", "first", "argmax"), "text_cfg.")
   found += _wrong(fields, "act_kwargs", None, ({"approximate": "tanh"},), "text_cfg.")
   found += _wrong_norm_and_block(fields, "text_cfg.")
@@ -228,19 +228,6 @@ def read_preprocess(content: Mapping[str, Any], size: int) -> tuple[Preprocess, 
   return Preprocess(size, fit, values["mean"], values["std"]), notes  # type: ignore[arg-type]
 
 
-def _unlike(
-  fields: Mapping[str, Any], wanted: Mapping[str, Any], read: set[str], prefix: str
-) -> list[str]:
-  """Fields that differ from what is wanted, and unknown ones that are set."""
-  found = [
-    f"{prefix}{name}={fields[name]!r} (must be {value!r})"
-    for name, value in wanted.items()
-    if name in fields and fields[name] != value
-  ]
-  unknown = fields.keys() - wanted.keys() - read
-  return found + [f"{prefix}{n}={fields[n]!r} (unknown)" for n in sorted(unknown) if fields[n]]
-
-
 def _wrong(
   fields: Mapping[str, Any], name: str, default: Any, allowed: tuple[Any, ...], prefix: str
 ) -> list[str]:
@@ -254,7 +241,7 @@ def _wrong_norm_and_block(fields: Mapping[str, Any], prefix: str) -> list[str]:
   norm = fields.get("norm_kwargs") or {}
   # Without the field open_clip takes 1e-5, which moves text features by 1e-3.
   found = _wrong(norm, "eps", 1e-5, (_EPS,), f"{prefix}norm_kwargs.")
-  found += _unlike(norm, {}, {"eps"}, f"{prefix}norm_kwargs.")
+  found += vision.unlike(norm, {}, {"eps"}, f"{prefix}norm_kwargs.")
   return found + _wrong(fields, "block_type", None, (None, "default"), prefix)
 
 

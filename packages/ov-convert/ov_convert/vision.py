@@ -1,6 +1,7 @@
-"""What formats of other libraries store of an image tower that ours computes."""
+"""What the formats of other libraries have in common: positions, ratios, fields that differ."""
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -61,3 +62,16 @@ def mlp_ratio(width: int, mlp_dim: int) -> float:
   while int(width * ratio) < mlp_dim:
     ratio = float(np.nextafter(ratio, np.inf))
   return ratio
+
+
+def unlike(
+  fields: Mapping[str, Any], wanted: Mapping[str, Any], read: set[str], prefix: str
+) -> list[str]:
+  """Fields that differ from what is wanted, and unknown ones that are set."""
+  found = [
+    f"{prefix}{name}={fields[name]!r} (must be {value!r})"
+    for name, value in wanted.items()
+    if name in fields and fields[name] != value
+  ]
+  unknown = fields.keys() - wanted.keys() - read
+  return found + [f"{prefix}{n}={fields[n]!r} (unknown)" for n in sorted(unknown) if fields[n]]

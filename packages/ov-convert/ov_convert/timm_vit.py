@@ -1,0 +1,344 @@
+"""Folders of timm: `timm.create_model("local-dir:FOLDER", pretrained=True)`.
+
+The image tower of any model, as timm's VisionTransformer: pool "gap" is its global_pool "avg",
+"tok" is "token", "map" is "map" over all tokens, the cls token among them. Of two towers the
+projection becomes the head: the logits are the embedding, not yet of length 1.
+
+Patch features before any norm: `forward_features(x)[:, 1:]` with pool "gap"; with "tok" and "map"
+timm norms them there. `forward_head(..., pre_logits=True)` gives the pooled vector.
+"""
+
+from collections.abc import Iterator, Mapping
+import json
+import os
+import pathlib
+import re
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+
+from ov_convert import reading, vision
+from ov_convert.name_map import (
+  CONV,
+  LEAD_1,
+  LEAD_1_1,
+  SAME,
+  TRANSPOSE,
+  Dropped,
+  Entry,
+  Fixed,
+  Flat,
+  NameMap,
+  Transform,
+)
+from ov_convert.release import Config, Imported, Preprocess, Release, file_tensors
+import ov_models
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+_WEIGHTS_FILES = (WEIGHTS_FILE, "pytorch_model.bin")
+_ARCHITECTURE = "vit_base_patch16_224"  # a plain ViT; model_args say the rest
+_POOLS = {"gap": "avg", "tok": "token", "map": "map"}
+# Lines of theirs, ours, transform.
+_Lines = tuple[tuple[str, tuple[str, ...], Transform], ...]
+
+
+def _dense(theirs: str, *ours: str) -> _Lines:
+  """A dense layer; several of ours are joined along their output."""
+  return (
+    (f"{theirs}.weight", tuple(f"{path}/kernel" for path in ours), TRANSPOSE),
+    (f"{theirs}.bias", tuple(f"{path}/bias" for path in ours), SAME),
+  )
+
+
+def _norm(theirs: str, ours: str) -> _Lines:
+  return (
+    (f"{theirs}.weight", (f"{ours}/scale",), SAME),
+    (f"{theirs}.bias", (f"{ours}/bias",), SAME),
+  )
+
+
+_BLOCK: _Lines = (
+  *_norm("norm1", "norm1"),
+  *_dense("attn.qkv", "attn/query", "attn/key", "attn/value"),
+  *_dense("attn.proj", "attn/out"),
+  *_norm("norm2", "norm2"),
+  *_dense("mlp.fc1", "mlp/up"),
+  *_dense("mlp.fc2", "mlp/down"),
+)
+_MAP_POOL: _Lines = (
+  ("latent", ("probe",), LEAD_1_1),
+  *_dense("q", "attn/query"),
+  *_dense("kv", "attn/key", "attn/value"),
+  *_dense("proj", "attn/out"),
+  *_norm("norm", "norm"),
+  *_dense("mlp.fc1", "mlp/up"),
+  *_dense("mlp.fc2", "mlp/down"),
+)
+# Arguments of VisionTransformer that must be as ours is, and those that are read or have no say.
+_WANTED: dict[str, Any] = {
+  "in_chans": 3,
+  "qkv_bias": True,
+  "qk_norm": False,
+  "scale_attn_norm": False,
+  "scale_mlp_norm": False,
+  "proj_bias": True,
+  "init_values": None,
+  "class_token": True,
+  "pos_embed": "learn",
+  "no_embed_class": False,
+  "reg_tokens": 0,
+  "pre_norm": False,
+  "final_norm": True,
+}
+_READ = {
+  "img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "global_pool",
+  "num_classes", "fc_norm", "pool_include_prefix", "dynamic_img_size", "dynamic_img_pad",
+  "strict_img_size", "drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate",
+  "attn_drop_rate", "drop_path_rate", "weight_init", "fix_init",
+}  # fmt: skip
+
+
+def name_map(config: Config) -> NameMap:
+  """Every tensor of the image tower of `config` in both libraries."""
+  alone = isinstance(config, ov_models.ViTConfig)
+  lines = list(_tower(_encoder(config), "" if alone else "encoder/"))
+  dropped: tuple[str, ...] = ()
+  if isinstance(config, ov_models.TwoTowersConfig) and config.text is not None:
+    bias = np.zeros(config.embed_dim, np.float32)
+    lines.append(Entry("head.weight", ("image_head/kernel",), TRANSPOSE))
+    lines.append(Fixed("head.bias", bias, "the projection into the shared space has no bias"))
+    dropped = ("text/", "text_head/", "log_scale", "bias")
+  if not alone:
+    dropped = (*dropped, "decoder/")
+  return NameMap(
+    "timm",
+    entries=tuple(line for line in lines if isinstance(line, Entry)),
+    fixed=tuple(line for line in lines if isinstance(line, Fixed)),
+    dropped=tuple(Dropped(path, "timm has the image tower alone") for path in dropped),
+  )
+
+
+def check(release: Release) -> None:
+  """Raises ValueError for a model without an image tower; timm can express every one of ours."""
+  _encoder(release.config)
+
+
+def write(folder: pathlib.Path, release: Release) -> None:
+  """Writes config.json and model.safetensors.
+
+  Raises:
+    ValueError: see `check`.
+  """
+  check(release)
+  folder.mkdir(parents=True, exist_ok=True)
+  names = name_map(release.config)
+  flat = names.to_theirs(release.params, release.config)
+  # What is computed and not learned keeps float32: rounding it would be an error of the format.
+  computed = {line.theirs: line.value for line in names.fixed}
+  tensors = file_tensors(flat, release.dtype) | computed
+  safetensors.numpy.save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+  classes = flat["head.weight"].shape[0] if "head.weight" in flat else 0
+  content = _config(release, classes)
+  (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+
+
+def read(folder: str | os.PathLike[str], python: str | os.PathLike[str] | None = None) -> Imported:
+  """Reads a folder of timm that holds a ViT like ours.
+
+  Args:
+    folder: holds config.json, and model.safetensors or pytorch_model.bin.
+    python: interpreter with PyTorch for the latter; see `reading.read_tensors`.
+
+  Returns:
+    A ViTConfig. Notes say what was changed or left out: a head, a bias of the patches.
+
+  Raises:
+    FileNotFoundError: a file is missing.
+    ValueError: the model is none of ours; all differing fields, or tensors, are listed.
+  """
+  root = pathlib.Path(folder)
+  content = reading.read_json(root / CONFIG_FILE)
+  if "architecture" not in content:
+    raise ValueError(f"{root / CONFIG_FILE} names no architecture; it is no folder of timm.")
+  flat = reading.read_tensors(root, _WEIGHTS_FILES, python)
+  if found := _misfits(content, flat):
+    raise ValueError(f"{root} is no model of ours:\n  " + "\n  ".join(found))
+  notes = []
+  if head := [name for name in flat if name.startswith("head.")]:
+    notes.append(f"left out {', '.join(head)}: the tower gives what it had before its head")
+  flat = {name: tensor for name, tensor in flat.items() if name not in head}
+  bias = flat.get("patch_embed.proj.bias", np.zeros(1, np.float32))
+  if bias.any():
+    # A bias of the patches is the same as higher positions of the patches.
+    flat["pos_embed"] = np.concatenate(
+      [flat["pos_embed"][:, :1], flat["pos_embed"][:, 1:] + bias], 1
+    )
+    notes.append("added patch_embed.proj.bias to the positions of the patches, which are learned")
+  flat["patch_embed.proj.bias"] = np.zeros_like(bias)
+  config = _read_config(content, flat)
+  preprocess, more = _read_preprocess(content, config.image_size)
+  return Imported(config, name_map(config).to_ours(flat, config), preprocess, None, (*notes, *more))
+
+
+def _encoder(config: Config) -> ov_models.ViTConfig:
+  if isinstance(config, ov_models.TextConfig):
+    raise ValueError("timm has no text tower; export it with its image tower, which timm can take.")
+  return config if isinstance(config, ov_models.ViTConfig) else config.encoder
+
+
+def _tower(config: ov_models.ViTConfig, ours: str) -> Iterator[Entry | Fixed]:
+  yield Entry("cls_token", (f"{ours}cls",), LEAD_1_1)
+  yield vision.position("pos_embed", config, ours, LEAD_1)
+  yield Entry("patch_embed.proj.weight", (f"{ours}patch_embed/kernel",), CONV)
+  no_bias = np.zeros(config.width, np.float32)
+  yield Fixed("patch_embed.proj.bias", no_bias, "patches have no bias")
+  for layer in range(config.depth):
+    for name, paths, transform in _BLOCK:
+      blocks = tuple(f"{ours}blocks/{path}" for path in paths)
+      yield Entry(f"blocks.{layer}.{name}", blocks, transform, layer)
+  for name, paths, transform in _norm("fc_norm" if config.pool == "gap" else "norm", "norm"):
+    yield Entry(name, tuple(f"{ours}{path}" for path in paths), transform)
+  if config.pool == "map":
+    for name, paths, transform in _MAP_POOL:
+      yield Entry(f"attn_pool.{name}", tuple(f"{ours}pool/{path}" for path in paths), transform)
+
+
+def _config(release: Release, classes: int) -> dict[str, Any]:
+  """The content of config.json."""
+  encoder, preprocess = release.encoder, release.preprocess
+  arguments: dict[str, Any] = {
+    "img_size": encoder.image_size,
+    "patch_size": encoder.patch_size,
+    "embed_dim": encoder.width,
+    "depth": encoder.depth,
+    "num_heads": encoder.num_heads,
+    "mlp_ratio": vision.mlp_ratio(encoder.width, encoder.mlp_dim),
+    "global_pool": _POOLS[encoder.pool],
+  }
+  if encoder.pool == "map":
+    arguments["pool_include_prefix"] = True
+  # num_classes must not be among the arguments: transformers passes it a second time.
+  return {
+    "architecture": _ARCHITECTURE,
+    "num_classes": classes,
+    "num_features": encoder.width,
+    "global_pool": arguments["global_pool"],
+    "model_args": arguments,
+    "pretrained_cfg": {
+      "input_size": [3, encoder.image_size, encoder.image_size],
+      "fixed_input_size": True,
+      "interpolation": "bilinear",
+      "crop_pct": 1.0,
+      "crop_mode": preprocess.fit,
+      "mean": list(preprocess.mean),
+      "std": list(preprocess.std),
+      "num_classes": classes,
+      "pool_size": None,
+      "first_conv": "patch_embed.proj",
+      "classifier": "head",
+    },
+  }
+
+
+def _pool(content: Mapping[str, Any], flat: Mapping[str, np.ndarray]) -> str:
+  """global_pool as the config says, or else as the tensors do."""
+  named = content.get("model_args", {}).get("global_pool") or content.get("global_pool")
+  if named is not None:
+    return str(named)
+  if any(name.startswith("attn_pool.") for name in flat):
+    return "map"
+  return "avg" if "fc_norm.weight" in flat else "token"
+
+
+def _misfits(content: Mapping[str, Any], flat: Mapping[str, np.ndarray]) -> list[str]:
+  """What keeps a model from being one of ours: fields with their values, and tensors."""
+  found = []
+  name, arguments = content["architecture"], content.get("model_args", {})
+  if not re.fullmatch(r"vit_[a-z0-9]+_patch\d+_\d+", str(name)):
+    found.append(f"architecture={name!r} (must be plain: vit_<size>_patch<patch>_<pixels>)")
+  found += vision.unlike(arguments, _WANTED, _READ, "model_args.")
+  if (pool := _pool(content, flat)) not in _POOLS.values():
+    found.append(f"global_pool={pool!r} (must be {', '.join(_POOLS.values())})")
+  elif (with_cls := arguments.get("pool_include_prefix", False)) != (pool == "map"):
+    if pool != "token":  # which pools nothing else
+      found.append(f"model_args.pool_include_prefix={with_cls!r} (must be {pool == 'map'})")
+  norm = "fc_norm" if pool == "avg" else "norm"
+  for tensor, means in (
+    ("cls_token", "no class token"),
+    ("pos_embed", "no table of positions"),
+    ("blocks.0.attn.qkv.bias", "no bias of queries, keys and values"),
+    ("patch_embed.proj.weight", "no patches"),
+    ("blocks.0.mlp.fc1.weight", "no blocks"),
+    (f"{norm}.weight", f"global_pool={pool!r} without its norm"),
+  ):
+    if tensor not in flat:
+      found.append(f"no tensor {tensor} ({means})")
+  for part, means in (
+    ("norm_pre.", "a norm before the blocks, as in CLIP"),
+    ("reg_token", "register tokens"),
+    ("ls1.gamma", "layer scale, as in DINOv2"),
+    ("q_norm.", "norms of queries and keys"),
+  ):
+    if matching := sorted(tensor for tensor in flat if part in tensor):
+      found.append(f"tensor {matching[0]} ({means})")
+  if not found and _num_heads(content, flat) is None:
+    found.append("model_args.num_heads is missing, and the sizes are those of no published ViT")
+  return found
+
+
+def _sizes(flat: Mapping[str, np.ndarray]) -> tuple[int, int, int]:
+  """Width, depth, and width of the MLP."""
+  layers = {int(found[1]) for name in flat if (found := re.match(r"blocks\.(\d+)\.", name))}
+  width = flat["cls_token"].shape[-1]
+  return width, len(layers), flat["blocks.0.mlp.fc1.weight"].shape[0]
+
+
+def _num_heads(content: Mapping[str, Any], flat: Mapping[str, np.ndarray]) -> int | None:
+  """Of the config, or of the published ViT of these sizes; no tensor tells."""
+  if (named := content.get("model_args", {}).get("num_heads")) is not None:
+    return int(named)
+  known = {tuple(sizes): heads for *sizes, heads in ov_models.VIT_VARIANTS.values()}
+  return known.get(_sizes(flat))
+
+
+def _read_config(content: Mapping[str, Any], flat: Flat) -> ov_models.ViTConfig:
+  width, depth, mlp_dim = _sizes(flat)
+  patch = flat["patch_embed.proj.weight"].shape[-1]
+  rows = flat["pos_embed"].shape[1]
+  named = content.get("model_args", {}).get("img_size")
+  size = named or content.get("pretrained_cfg", content).get("input_size", [3, 224, 224])[-1]
+  size = size if isinstance(size, int) else size[-1]
+  grid = round((rows - 1) ** 0.5)
+  image_size = size if size // patch == grid else grid * patch
+  return ov_models.ViTConfig(
+    width=width,
+    depth=depth,
+    mlp_dim=mlp_dim,
+    num_heads=_num_heads(content, flat) or 1,
+    patch_size=patch,
+    image_size=image_size,
+    position=vision.kind_of_positions(flat["pos_embed"][0], image_size, patch),
+    pool={theirs: ours for ours, theirs in _POOLS.items()}[_pool(content, flat)],  # type: ignore[arg-type]
+  )
+
+
+def _read_preprocess(content: Mapping[str, Any], size: int) -> tuple[Preprocess, list[str]]:
+  """Preprocessing, and what of it is not ours; defaults are those of timm."""
+  fields = content.get("pretrained_cfg", content)
+  notes = []
+  wanted = {"interpolation": "bilinear", "crop_pct": 1.0}
+  defaults = {"interpolation": "bicubic", "crop_pct": 0.875}
+  for name, value in wanted.items():
+    if (theirs := fields.get(name) or defaults[name]) != value:
+      notes.append(f"preprocessing: {name}={theirs!r}; here it is {value!r}")
+  mode = fields.get("crop_mode") or "center"
+  if mode not in ("center", "squash"):
+    notes.append(f"preprocessing: crop_mode={mode!r}; here it is 'center'")
+  default = Preprocess(size)
+  values = {
+    name: tuple(map(float, fields.get(name) or getattr(default, name))) for name in ("mean", "std")
+  }
+  fit = "squash" if mode == "squash" else "center"
+  return Preprocess(size, fit, values["mean"], values["std"]), notes  # type: ignore[arg-type]
