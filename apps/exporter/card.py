@@ -19,7 +19,7 @@ from apps.exporter import snippets
 from apps.exporter.source import Source
 from apps.trainer import report_text
 from ov_convert.name_map import flatten, size
-from ov_convert.release import Preprocess, Release
+from ov_convert.release import Config, Preprocess, Release
 from ov_eval import Result
 import ov_models
 
@@ -146,7 +146,9 @@ def cell(value: Any) -> str:
   text = "".join(c if c.isprintable() else " " for c in text)
   for mark, shown in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("$", "&#36;")):
     text = text.replace(mark, shown)
-  return re.sub(r"([\\`*\[\]|~]|(?<!\w)_|_(?!\w))", r"\\\1", text).strip()
+  text = re.sub(r"([\\`*\[\]|~]|(?<!\w)_|_(?!\w))", r"\\\1", text).strip()
+  # What would be a heading, a list or a rule at the beginning of a line.
+  return re.sub(r"^(\d*)(#|=|[-+.)](?=\s|$)|-(?=--))", r"\1\\\2", text)
 
 
 def clean(value: Any, key: str = "") -> Any:
@@ -244,11 +246,7 @@ def _listed(names: Iterable[str]) -> str:
 
 def _parts(release: Release) -> list[tuple[str, ...]]:
   """Rows of the table of towers."""
-  counts: dict[str, int] = {}
-  alone = isinstance(release.config, ov_models.ViTConfig)
-  for path, leaf in flatten(ov_models.abstract_params(release.config)).items():
-    part = "encoder" if alone else path.split("/")[0]
-    counts[part] = counts.get(part, 0) + size({path: leaf})
+  counts = dict(_counts(release.config))
   configs = {"encoder": release.encoder, "text": release.text}
   configs["decoder"] = getattr(release.config, "decoder", None)
   rows = []
@@ -260,6 +258,16 @@ def _parts(release: Release) -> list[tuple[str, ...]]:
     rest = f"{sum(counts.values()):,}"
     rows.append(("heads, temperature", "", "", "", "", rest, ""))
   return rows
+
+
+@functools.cache
+def _counts(config: Config) -> Mapping[str, int]:
+  """Parameters of each part, by its name in ours."""
+  counts: dict[str, int] = {}
+  for path, leaf in flatten(ov_models.abstract_params(config)).items():
+    part = "encoder" if isinstance(config, ov_models.ViTConfig) else path.split("/")[0]
+    counts[part] = counts.get(part, 0) + size({path: leaf})
+  return counts
 
 
 def _behaviour(part: str, config: Any) -> str:
@@ -280,7 +288,7 @@ def _behaviour(part: str, config: Any) -> str:
 def _model(facts: CardFacts) -> list[tuple[str, str]]:
   release, config = facts.release, facts.release.config
   rows = [
-    ("parameters of the whole model", f"{ov_models.num_params(config):,}"),
+    ("parameters of the whole model", f"{sum(_counts(config).values()):,}"),
     ("image size", f"{release.encoder.image_size} x {release.encoder.image_size} px"),
     ("numbers in the files", release.dtype),
   ]

@@ -4,7 +4,7 @@ What a dry run lists is what is sent, for both go by the same list of files. The
 the environment and leaves it in the Authorization header only.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import fnmatch
 import os
 import pathlib
@@ -35,6 +35,14 @@ _ADVICE = {
   413: "a file is larger than it takes",
   429: "too many requests; wait and try again",
 }
+
+
+def check(formats: Sequence[str], repo: str, *, dry_run: bool) -> None:
+  """Raises ValueError where `push` could not begin: cheap, for before the export."""
+  _targets({name: pathlib.Path(name) for name in formats}, repo)
+  if not dry_run:
+    _endpoint()
+    _token()
 
 
 def push(

@@ -260,6 +260,23 @@ def test_names_of_no_repository_are_refused(server, folder, repo):
   assert server.requests == []
 
 
+def test_what_cannot_begin_is_told_before_the_export(server, monkeypatch):
+  hub.check(["timm", "onnx"], REPO, dry_run=False)
+  with pytest.raises(ValueError, match="expected org/name"):
+    hub.check(["timm"], "model", dry_run=True)
+  with pytest.raises(ValueError, match="at most 96"):  # with the format behind it
+    hub.check(["timm", "onnx"], "org/" + "x" * 90, dry_run=True)
+  monkeypatch.setenv("HF_ENDPOINT", "http://example.org")
+  with pytest.raises(ValueError, match="HF_ENDPOINT"):
+    hub.check(["timm"], REPO, dry_run=False)
+  monkeypatch.delenv("HF_TOKEN")
+  hub.check(["timm"], REPO, dry_run=True)
+  monkeypatch.delenv("HF_ENDPOINT")
+  with pytest.raises(ValueError, match="no token to upload with"):
+    hub.check(["timm"], REPO, dry_run=False)
+  assert server.requests == []
+
+
 def _secret(name):
   def add(folder):
     path = folder / name

@@ -17,6 +17,7 @@ import ov_models
 
 FOLDER = "path/to/this/folder"
 PICTURE = "photo.jpg"
+FORMATS = tuple(PROGRAMS)
 _FENCE = re.compile(r"^```(\w+)[ \t]+(\w+)[ \t]*\n(.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)
 
 

@@ -1,0 +1,197 @@
+"""The programs of model cards, run: all formats give the features and similarities of ov_models."""
+
+import contextlib
+import inspect
+import io
+import json
+
+import jax
+import numpy as np
+from PIL import Image
+import pytest
+
+from apps.exporter import card, snippets
+from apps.exporter.card import CardFacts
+from apps.exporter.targets import targets
+from ov_convert import client_env, testing
+from ov_convert.release import Preprocess
+import ov_data
+import ov_models
+
+SIZE = 32
+TEXTS = ["a red circle", "cafe of it"]  # words that the tokenizer of the test knows
+VOCABULARY = len(testing.words().vocabulary)
+SMALL = {"width": 32, "depth": 2, "mlp_dim": 48, "num_heads": 4}
+PREPROCESS = Preprocess(SIZE, "squash", (0.5, 0.4, 0.3), (0.2, 0.3, 0.25))
+MODELS = {
+  "pair": ov_models.TwoTowersConfig.openvision(
+    "mu/8", "Ti", None, image_size=SIZE, vocab_size=VOCABULARY, text_len=testing.LENGTH,
+    embed_dim=24, preset="openvision_released", encoder_options=SMALL, text_options=SMALL,
+  ),
+  "captioner": ov_models.CaptionerConfig.openvision2(
+    "mu/8", "Ti", image_size=SIZE, vocab_size=VOCABULARY, max_len=7,
+    encoder_options=SMALL, decoder_options=SMALL,
+  ),
+}  # fmt: skip
+SEEDS = {"pair": 0, "captioner": 11}  # of a captioner that writes words
+RUNS = [
+  *(("pair", kind) for kind in snippets.FORMATS),
+  ("captioner", "safetensors"),
+  ("captioner", "open_clip"),
+]
+OURS = ("safetensors", "stablehlo")  # what runs with jax; the rest with the clients' libraries
+TOLERANCE = 1e-4  # absolute, as for every export: features here are normed, similarities below 3
+
+
+def run_programs(programs):
+  """Runs programs by name, each with names of its own; the arrays and lines that they leave."""
+  kept = {}
+  for name, code in programs.items():
+    scope, printed = {}, io.StringIO()
+    with contextlib.redirect_stdout(printed):
+      exec(compile(code, name, "exec"), scope)
+    kept[f"{name}/printed"] = np.array(printed.getvalue())
+    image = scope.get("image")
+    image = image["pooled"] if isinstance(image, dict) else getattr(image, "pooled", None)
+    for what in ("pooled", "similarity"):
+      value = scope.get(what, image if what == "pooled" else None)
+      if value is not None:
+        kept[f"{name}/{what}"] = np.asarray(value)
+  return kept
+
+
+_SCRIPT = f"""\
+import contextlib, io, json, sys
+import numpy as np
+{inspect.getsource(run_programs)}
+np.savez(sys.argv[2], **run_programs(json.load(open(sys.argv[1]))))
+"""
+
+
+@pytest.fixture(scope="module")
+def releases():
+  params = {name: testing.random_params(MODELS[name], seed) for name, seed in SEEDS.items()}
+  return {
+    name: testing.release(config, preprocess=PREPROCESS, params=params[name])
+    for name, config in MODELS.items()
+  }
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory):
+  """Of the size of the model: how libraries resize is compared elsewhere."""
+  file = tmp_path_factory.mktemp("pictures") / "picture.png"
+  Image.fromarray(np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), np.uint8)).save(file)
+  return file
+
+
+@pytest.fixture(scope="module")
+def results(releases, picture, tmp_path_factory):
+  """What every program of every card leaves, by "model/format/number/what"."""
+  scratch = tmp_path_factory.mktemp("exports")
+  table, programs = targets(), {True: {}, False: {}}
+  for name, kind in RUNS:
+    folder, release = scratch / name / kind, releases[name]
+    folder.mkdir(parents=True)
+    table[kind].write(folder, release)
+    if kind == "safetensors":
+      _save_tokenizer(folder, release)
+    card.write_card(folder, CardFacts(kind, release, "mit"))
+    found = snippets.extract((folder / "README.md").read_text("utf-8"))
+    for number, (_, library, code) in enumerate(found):
+      code = code.replace(snippets.FOLDER, str(folder)).replace(snippets.PICTURE, str(picture))
+      code = code.replace("a photo of a dog", TEXTS[0]).replace("a photo of a cat", TEXTS[1])
+      programs[library in OURS][f"{name}/{kind}/{number}"] = code
+  (scratch / "programs.json").write_text(json.dumps(programs[False]))
+  (scratch / "run.py").write_text(_SCRIPT)
+  # Absolute: not one of the scripts of ov_convert.
+  client_env.run_client(
+    str(scratch / "run.py"), [scratch / "programs.json", scratch / "results.npz"]
+  )
+  return dict(np.load(scratch / "results.npz")) | run_programs(programs[True])
+
+
+def _save_tokenizer(folder, release):
+  """As the app does: tokenizer/ in the form of ov_data."""
+  reads = release.text is not None
+  tokenizer = ov_data.Tokenizer.from_file(folder / "tokenizer.json", append_cls=reads)
+  if reads:
+    settings = {"pool": release.text.pool, "padding": release.text.padding}
+    processor = ov_data.TextProcessor(tokenizer, release.words.length, True, **settings)
+    processor.save(folder / "tokenizer")
+  else:
+    tokenizer.save(folder / "tokenizer")
+
+
+def _pixels(picture):
+  mean, std = np.float32(PREPROCESS.mean), np.float32(PREPROCESS.std)
+  return (np.asarray(Image.open(picture), np.float32)[None] / 255 - mean) / std
+
+
+def _ids(release):
+  words = release.words
+  rows = np.full((len(TEXTS), words.length), words.pad_id)
+  for row, text in zip(rows, TEXTS):
+    pieces = [words.vocabulary[word] for word in text.split()]
+    row[: len(pieces) + 2] = [words.bos_id, *pieces, words.eos_id]
+  rows[:, -1] = words.cls_id
+  return rows
+
+
+@pytest.fixture(scope="module")
+def similarity(releases, picture):
+  """Ours, [1, 2]."""
+  release = releases["pair"]
+  model = ov_models.bind(release.config, release.params)
+  with jax.default_matmul_precision("highest"):
+    image = model.encode_image(_pixels(picture)).unit
+    text = model.encode_text(_ids(release)).unit
+    return np.asarray(np.exp(release.params["log_scale"]) * image @ text.T)
+
+
+@pytest.fixture(scope="module")
+def pooled(releases, picture):
+  """Ours, [1, D], by model."""
+  return {
+    name: np.asarray(ov_models.bind(r.encoder, r.image_params)(_pixels(picture)).pooled)
+    for name, r in releases.items()
+  }
+
+
+@pytest.mark.parametrize("name, kind", RUNS)
+def test_programs_run_and_give_our_features(results, pooled, name, kind):
+  printed = [key for key in results if key.startswith(f"{name}/{kind}/") and "printed" in key]
+  assert printed and all(str(results[key]).strip() for key in printed)
+  features = [
+    value for key, value in results.items() if key.startswith(f"{name}/{kind}/") and "pooled" in key
+  ]
+  # open_clip gives no features before the head where there is one.
+  assert features or (name, kind) == ("pair", "open_clip")
+  for found in features:
+    np.testing.assert_allclose(found, pooled[name], atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in snippets.FORMATS if kind != "timm"])
+def test_programs_compare_pictures_and_texts_as_we_do(results, similarity, kind):
+  assert abs(similarity[0, 0] - similarity[0, 1]) > 50 * TOLERANCE  # the texts differ
+  found = [
+    results[key] for key in results if key.startswith(f"pair/{kind}/") and "similarity" in key
+  ]
+  assert len(found) == (2 if kind == "safetensors" else 1)  # JAX and PyTorch
+  for value in found:
+    np.testing.assert_allclose(value, similarity, atol=TOLERANCE, rtol=0)
+
+
+def test_both_programs_write_the_same_caption(results, releases, picture):
+  release = releases["captioner"]
+  words = release.words
+  captions = ov_models.generate(
+    ov_models.bind(release.config, release.params), _pixels(picture),
+    max_len=release.config.decoder.max_len,
+    bos_id=words.bos_id, eos_id=words.eos_id, pad_id=words.pad_id,
+  )  # fmt: skip
+  ids = [int(i) for i in np.asarray(captions.ids)[0]]
+  assert not {words.bos_id, words.eos_id, words.cls_id} & set(ids)  # words all through
+  expected = " ".join(words.token(i) for i in ids).replace(" ##", "")
+  lines = [str(results[f"captioner/safetensors/{n}/printed"]).splitlines()[-1] for n in (0, 1)]
+  assert lines == [str([expected]), expected]
