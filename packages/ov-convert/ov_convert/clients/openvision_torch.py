@@ -1,0 +1,300 @@
+"""OpenVision models in PyTorch, for inference: one file to use, to read and to copy.
+
+model = OpenVision.from_folder("folder")  # holds config.json and model.safetensors
+image = model.encode_image(pixels)  # float32 [B, 3, S, S], normalised
+text = model.encode_text(ids)  # int64 [N, T]
+logits = model.logits(image.embedding, text.embedding)  # [B, N]
+captions = model.generate(pixels, max_len=64, bos_id=1, eos_id=2, pad_id=0)
+"""
+
+from collections import OrderedDict, namedtuple
+import json
+import re
+from types import SimpleNamespace
+from typing import Any
+
+from safetensors.torch import load_file
+import torch
+from torch import Tensor, nn
+import torch.nn.functional as F
+
+# B batch, T tokens, D width, K image tokens, E shared space, V vocab. The three are [B, D],
+# [B, T, D] before any norm, and [B, E] of length 1, or None without a shared space.
+Encoded = namedtuple("Encoded", ["pooled", "tokens", "embedding"])
+table = lambda *shape: nn.Parameter(torch.empty(shape))
+
+
+def sincos(length: int, width: int, rows: int = 1) -> Tensor:
+  """[rows * length, width], a row [sin, cos] of the position in float64. Never made on "meta"."""
+  place = torch.arange(rows * length, device="cpu", dtype=torch.float64)
+  parts = [place] if rows == 1 else [place % length, place // length]
+  num = width // (2 * len(parts))
+  omega = 10000.0 ** -(torch.arange(num, device="cpu", dtype=torch.float64) / (num - 1))
+  return torch.cat([wave(p[:, None] * omega) for p in parts for wave in (torch.sin, torch.cos)], 1)
+
+
+def spread(grid: list[int], share: float) -> Tensor:
+  """[K] patches, evenly over the grid: those of the lowest ranks in a Bayer matrix."""
+  keep = max(1, int(grid[0] * grid[1] * share + 1e-6))  # 1e-6: binary fractions fall short
+  rank = torch.zeros(1, 1, dtype=torch.long)
+  while len(rank) < max(grid):
+    rank = 4 * rank.tile(2, 2) + torch.tensor([[0, 2], [3, 1]]).kron(torch.ones_like(rank))
+  return rank[: grid[0], : grid[1]].flatten().argsort()[:keep].sort().values
+
+
+def attention_mask(x: Tensor, kind: str, prefix: int = 0, real: Tensor | None = None) -> Any:
+  """What is added to the scores of x [B, T, D]: "full", or "causal" but for the first `prefix`,
+  whom all see; only who is `real` (bool [B, T]) is seen. Not -inf, which makes NaN of a row that
+  sees nobody."""
+  if kind == "full" and real is None:
+    return None
+  seen = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device)
+  if kind == "causal":
+    seen = seen.tril() | (torch.arange(x.shape[1], device=x.device) < prefix)
+  seen = seen if real is None else seen & real[:, None, None]
+  return torch.zeros_like(seen, dtype=x.dtype).masked_fill(~seen, torch.finfo(x.dtype).min)
+
+
+def mlp(c: Any) -> nn.Sequential:
+  up, down = nn.Linear(c.width, c.mlp_dim), nn.Linear(c.mlp_dim, c.width)
+  act = nn.GELU("none" if c.kind == "ViT" else "tanh")  # exact in the image tower only
+  return nn.Sequential(OrderedDict(up=up, act=act, down=down))
+
+
+class Attention(nn.Module):
+  """x [B, T, D] reads `source` [B, S, D], behind what the cache holds already."""
+
+  def __init__(self, c: Any) -> None:
+    super().__init__()
+    self.num_heads = c.num_heads
+    self.query, self.key, self.value, self.out = (nn.Linear(c.width, c.width) for _ in range(4))
+
+  def forward(self, x: Tensor, source: Tensor, mask: Any = None, cache: Any = None) -> Tensor:
+    flat = self.query(x), self.key(source), self.value(source)
+    q, k, v = (a.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for a in flat)  # [B, N, T, H]
+    if cache is not None:
+      if cache:
+        k, v = torch.cat([cache["k"], k], 2), torch.cat([cache["v"], v], 2)
+      cache.update(k=k, v=v)
+    return self.out(F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+  """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+  def __init__(self, c: Any) -> None:
+    super().__init__()
+    self.norm1, self.norm2 = nn.LayerNorm(c.width, 1e-6), nn.LayerNorm(c.width, 1e-6)
+    self.attn, self.mlp = Attention(c), mlp(c)
+
+  def forward(self, x: Tensor, mask: Any = None, cache: Any = None) -> Tensor:
+    x = x + self.attn(normed := self.norm1(x), normed, mask, cache)
+    return x + self.mlp(self.norm2(x))
+
+
+class MapPool(nn.Module):  # attention pooling by one learned query: [B, T, D] -> [B, D]
+  def __init__(self, c: Any) -> None:
+    super().__init__()
+    self.probe, self.norm = table(c.width), nn.LayerNorm(c.width, 1e-6)
+    self.attn, self.mlp = Attention(c), mlp(c)
+
+  def forward(self, x: Tensor, real: Tensor | None = None) -> Tensor:
+    mask = None if real is None else attention_mask(x, "full", real=real)[:, :, :1]
+    pooled = self.attn(self.probe.expand(len(x), 1, -1), x, mask)
+    return (pooled + self.mlp(self.norm(pooled)))[:, 0]
+
+
+class Transformer(nn.Module):
+  """What towers and decoders share: blocks, the norm after them, and pooling where asked for."""
+
+  def __init__(self, c: Any) -> None:
+    super().__init__()
+    self.config, self.norm = c, nn.LayerNorm(c.width, 1e-6)
+    self.blocks = nn.ModuleList(Block(c) for _ in range(c.depth))
+    self.pool = MapPool(c) if getattr(c, "pool", "") == "map" else None
+
+  def run(self, x: Tensor, mask: Any = None, caches: Any = None, states: Any = None) -> Tensor:
+    """Through the blocks; the list `states` gets what enters the first and what leaves each."""
+    note = (lambda _: None) if states is None else states.append
+    note(x)
+    for layer, block in enumerate(self.blocks):
+      x = block(x, mask, caches and caches[layer])
+      note(x)
+    return x
+
+
+class ImageTower(Transformer):
+  def __init__(self, c: Any) -> None:
+    super().__init__(c)
+    self.grid = (c.image_size // c.patch_size,) * 2
+    self.patch_embed = nn.Conv2d(3, c.width, c.patch_size, c.patch_size, bias=False)
+    self.cls = table(c.width)
+    if c.position == "learned":
+      self.position_embedding = table(1 + self.grid[0] ** 2, c.width)
+    else:
+      self.register_buffer("position_embedding", self.computed(self.grid), persistent=False)
+
+  def computed(self, grid: tuple[int, int]) -> Tensor:
+    """Positions of cls (none) and of the patches, row by row: [1 + T, D]."""
+    return F.pad(sincos(grid[1], self.config.width, rows=grid[0]).float(), (0, 0, 1, 0))
+
+  def forward(self, pixels: Tensor, states: list | None = None) -> tuple[Tensor, Tensor]:
+    """Of [B, 3, H, W]: pooled [B, D], tokens [B, T, D]. Pixels that fill no patch are dropped."""
+    patches, positions = self.patch_embed(pixels), self.position_embedding
+    if (grid := (patches.shape[2], patches.shape[3])) != self.grid:
+      if self.config.position == "learned":
+        raise ValueError(f"{grid} patches, but learned positions of {self.grid}: resize pictures.")
+      positions = self.computed(grid).to(patches)
+    x = torch.cat([self.cls.expand(len(patches), 1, -1), patches.flatten(2).transpose(1, 2)], 1)
+    x = self.run(x + positions, states=states)
+    if self.pool is not None:
+      return self.pool(self.norm(x)), x[:, 1:]
+    return self.norm(x[:, 1:].mean(1) if self.config.pool == "gap" else x[:, 0]), x[:, 1:]
+
+
+class TextTower(Transformer):
+  def __init__(self, c: Any) -> None:
+    super().__init__(c)
+    self.embed = nn.Embedding(c.vocab_size, c.width)
+    self.position_embedding = table(c.max_len, c.width)
+
+  def forward(self, ids: Tensor, states: list | None = None) -> tuple[Tensor, Tensor]:
+    """Of int64 [B, T]: pooled [B, D] and tokens [B, T, D]."""
+    c, length = self.config, ids.shape[1]
+    if length > c.max_len or (c.pool == "last" and length < c.max_len):
+      raise ValueError(f"texts of {length} tokens; pad or cut them to {c.max_len}.")
+    real = ids != c.pad_id if c.padding == "mask" else None
+    x = self.embed(ids) + self.position_embedding[:length]
+    x = self.run(x, attention_mask(x, c.mask, real=real), states=states)
+    if c.pool in ("last", "first"):
+      return self.norm(x[:, -1 if c.pool == "last" else 0]), x
+    if c.pool == "argmax":
+      return self.norm(x.take_along_dim(ids.argmax(1)[:, None, None], 1)[:, 0]), x
+    if self.pool is not None:
+      return self.pool(self.norm(x), real), x
+    weight = torch.ones_like(ids) if real is None else real.to(ids)
+    return (self.norm(x) * weight[..., None]).sum(1) / weight.sum(1)[:, None].clamp(min=1), x
+
+
+class Decoder(Transformer):
+  """Writes captions from image tokens: "Decoder" by token, "QueryDecoder" all at once."""
+
+  def __init__(self, c: Any, image_width: int, text_width: int | None) -> None:
+    super().__init__(c)
+    self.image_proj = nn.Linear(image_width, c.width, bias=False)
+    self.head = nn.Linear(c.width, c.vocab_size, bias=False)
+    if c.kind == "QueryDecoder":
+      self.queries = table(c.num_queries, c.width)
+      self.text_proj = nn.Linear(text_width, c.width, bias=False) if text_width else None
+      return
+    self.embed = nn.Embedding(c.vocab_size, c.width)
+    self.mask_embedding = table(c.width) if c.parallel else None  # training alone reads it
+    self.position_embedding = table(c.max_len, c.width) if c.position == "learned" else None
+
+  def all_at_once(self, image_tokens: Tensor, text_tokens: Tensor | None) -> Tensor:
+    """Of image [B, K, _] and text tokens [B, T, _]: logits [B, Q, V]."""
+    parts = [self.image_proj(image_tokens)]
+    parts += [] if self.text_proj is None else [self.text_proj(text_tokens)]
+    x = torch.cat([*parts, self.queries.expand(len(image_tokens), -1, -1)], 1)
+    prefix = x.shape[1] - len(self.queries)
+    return self.head(self.norm(self.run(x, attention_mask(x, "causal", prefix))[:, prefix:]))
+
+  def greedy(self, image_tokens: Tensor, max_len: int, bos: int, eos: int, pad: int) -> Tensor:
+    """The likeliest token each time: int64 [B, max_len], what follows bos, then padding."""
+    c, caches = self.config, [dict[str, Tensor]() for _ in self.blocks]
+    image = self.image_proj(image_tokens)
+    self.run(image, attention_mask(image, "full" if c.mask == "prefix" else "causal"), caches)
+    ids = torch.full((len(image), max_len), pad, device=image.device)
+    token, done = torch.full_like(ids[:, 0], bos), torch.zeros_like(ids[:, 0], dtype=torch.bool)
+    positions = self.position_embedding
+    if c.position == "sincos":
+      positions = (0.02 * 2**0.5 * sincos(max_len, c.width).float()).to(image)
+    for t in range(max_len):
+      x = self.embed(token) + (0 if positions is None else positions[t])
+      x = self.norm(self.run(x[:, None], None, caches)[:, 0])
+      token = self.head(x).argmax(-1).masked_fill(done, pad)
+      ids[:, t], done = token, done | (token == eos)
+      if done.all():
+        break
+    return ids
+
+
+class OpenVision(nn.Module):
+  """A model of any kind. What it lacks of encoder, text and decoder is None."""
+
+  def __init__(self, c: Any) -> None:
+    super().__init__()
+    self.config, parts = c, {"ViT": {"encoder": c}, "Text": {"text": c}}.get(c.kind, vars(c))
+    image, text, decoder = (parts.get(name) for name in ("encoder", "text", "decoder"))
+    self.encoder: Any = image and ImageTower(image)
+    self.text: Any = text and TextTower(text)
+    self.decoder: Any = decoder and Decoder(decoder, image.width, text and text.width)
+    if c.kind == "TwoTowers" and text:
+      self.image_head = nn.Linear(image.width, c.embed_dim, bias=False)
+      self.text_head = nn.Linear(text.width, c.embed_dim, bias=False)
+      self.log_scale, self.bias = table(), None if c.bias_init is None else table()
+
+  @classmethod
+  def from_folder(cls, folder: str, dtype: torch.dtype = torch.float32) -> "OpenVision":
+    """Reads config.json and model.safetensors. Tensors missing or left over are an error."""
+    with open(f"{folder}/config.json", encoding="utf-8") as file:
+      content = json.load(file, object_hook=lambda fields: SimpleNamespace(**fields))
+    if getattr(content, "library", None) != "openvision" or content.format != 1:
+      raise ValueError(f"{folder} holds no OpenVision model of format 1.")
+    with torch.device("meta"):  # nothing is allocated that the file brings
+      model = cls(content.model)
+    top, state = {"ViT": "encoder/", "Text": "text/"}.get(content.model.kind, ""), {}
+    for path, tensor in load_file(f"{folder}/model.safetensors").items():
+      name = re.sub(r"(?<=/)(kernel|scale|embedding)$", "weight", top + path).replace("/", ".")
+      for layer, part in enumerate(tensor) if "blocks" in path else [(0, tensor)]:
+        if path.endswith("/kernel"):  # [in, out], or HWIO
+          part = part.T if part.ndim == 2 else part.permute(3, 2, 0, 1)
+        state[name.replace("blocks.", f"blocks.{layer}.")] = part.to(dtype).contiguous()
+    model.load_state_dict(state, assign=True)
+    return model.to(dtype).eval()
+
+  def encode_image(self, pixels: Tensor) -> Encoded:
+    """float32 [B, 3, H, W], normalised; any size with computed positions."""
+    return self.encoded("image_head", *self.encoder(pixels.to(self.encoder.cls)))
+
+  def encode_text(self, ids: Tensor) -> Encoded:
+    """int64 [B, T]."""
+    return self.encoded("text_head", *self.text(ids))
+
+  def encoded(self, head: str, pooled: Tensor, tokens: Tensor) -> Encoded:
+    if self.config.kind != "TwoTowers":
+      return Encoded(pooled, tokens, None)
+    raw = (getattr(self, head)(pooled) if self.text else pooled).float()
+    return Encoded(pooled, tokens, raw / (raw.norm(dim=-1, keepdim=True) + 1e-8))
+
+  def logits(self, images: Tensor, texts: Tensor) -> Tensor:
+    """Scaled, and where trained so biased, similarities [B, N] of embeddings."""
+    return self.log_scale.exp() * images @ texts.T + (0 if self.bias is None else self.bias)
+
+  def hidden_states(self, pixels: Tensor | None = None, ids: Tensor | None = None) -> list[Tensor]:
+    """L + 1 of [B, 1 + T, D], cls first, or of texts [B, T, D]; [-2] is the penultimate layer."""
+    states: list[Tensor] = []
+    self.text(ids, states) if pixels is None else self.encoder(pixels, states)
+    return states
+
+  @torch.no_grad()
+  def generate(self, pixels: Tensor, max_len: int, bos_id: int, eos_id: int, pad_id: int) -> Tensor:
+    """Greedy captions, int64 [B, max_len]: what follows bos, eos, then padding."""
+    if getattr(self.decoder, "embed", None) is None:
+      raise TypeError("this model has no decoder that writes word by word.")
+    return self.decoder.greedy(self.read(pixels), max_len, bos_id, eos_id, pad_id)
+
+  def caption_logits(self, pixels: Tensor, ids: Tensor | None = None) -> Tensor:
+    """[B, Q, V] of a decoder with queries, which reads a text too if there is a text tower."""
+    if self.text is None:
+      return self.decoder.all_at_once(self.read(pixels), None)
+    real = -1 if self.text.config.pool == "last" else None  # [CLS] is not for the decoder
+    return self.decoder.all_at_once(self.read(pixels), self.text(ids)[1][:, :real])
+
+  def read(self, pixels: Tensor) -> Tensor:
+    """The image tokens [B, K, D] that the decoder gets."""
+    tokens, c = self.encode_image(pixels).tokens, self.config
+    if getattr(c, "eval_keep", "all") == "all":
+      return tokens
+    grid = [side // c.encoder.patch_size for side in pixels.shape[2:]]
+    return tokens[:, spread(grid, c.keep_ratio).to(tokens.device)]

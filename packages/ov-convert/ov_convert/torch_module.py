@@ -1,0 +1,116 @@
+"""The release in our own format: config.json and model.safetensors, which two libraries read.
+
+`ov_models.load` reads the folder into JAX. Beside the two files lie a PyTorch module of one file,
+`openvision_torch.py`, that reads it too and writes captions, and the tokenizer. config.json also
+says how pictures and texts are made into inputs.
+"""
+
+import dataclasses
+import os
+import pathlib
+import shutil
+from typing import Any
+
+from ov_convert import client_env
+from ov_convert.name_map import Params
+from ov_convert.release import Config, Imported, Preprocess, Release, Words
+import ov_models
+
+MODULE_FILE = "openvision_torch.py"
+TOKENIZER_FILE = "tokenizer.json"
+_MAX_TOKENIZER_BYTES = 256 << 20
+
+
+def check(release: Release) -> None:
+  """Raises ValueError, listing them, where tokenizer and pictures do not fit the model."""
+  problems = [*_picture_problems(release), *_word_problems(release)]
+  if problems:
+    raise ValueError("the release does not fit together:\n  " + "\n  ".join(problems))
+
+
+def write(folder: str | os.PathLike[str], release: Release) -> None:
+  """Writes config.json, model.safetensors, openvision_torch.py and tokenizer.json.
+
+  Raises:
+    ValueError: see `check`, or parameters that `ov_models.save` refuses.
+  """
+  check(release)
+  path, words = pathlib.Path(folder), release.words
+  extra: dict[str, Any] = {"preprocess": dataclasses.asdict(release.preprocess), "words": None}
+  if words is not None:
+    extra["words"] = dataclasses.asdict(words)
+    del extra["words"]["tokenizer_json"]  # a file of its own
+  ov_models.save(path, release.config, release.params, dtype=release.dtype, extra=extra)
+  shutil.copyfile(client_env.SCRIPTS / MODULE_FILE, path / MODULE_FILE)
+  if words is not None:
+    (path / TOKENIZER_FILE).write_text(words.tokenizer_json, "utf-8")
+
+
+def read(folder: str | os.PathLike[str]) -> Imported:
+  """Reads what `write` wrote; also a folder of `ov_models.save`, without preprocessing and words.
+
+  Raises:
+    FileNotFoundError: a file is missing.
+    ValueError: a file that is damaged or does not fit the others.
+  """
+  path = pathlib.Path(folder)
+  content = ov_models.read_config(path)
+  config, params = ov_models.load(path)
+  preprocess, words = content.get("preprocess"), content.get("words")
+  try:
+    if preprocess is not None:
+      fields = dict(preprocess)
+      fields |= {name: tuple(fields[name]) for name in ("mean", "std")}
+      preprocess = Preprocess(**fields)
+    if words is not None:
+      words = Words(tokenizer_json=_tokenizer(path / TOKENIZER_FILE), **words)
+  except (TypeError, KeyError, ValueError) as error:
+    raise ValueError(
+      f"preprocess or words in {path / 'config.json'} do not fit: {error}; export the model anew."
+    ) from None
+  return _checked(config, params, preprocess, words)
+
+
+def _checked(
+  config: Config, params: Params, preprocess: Preprocess | None, words: Words | None
+) -> Imported:
+  if preprocess is not None:
+    check(Release(config, params, preprocess, words))
+  return Imported(config, params, preprocess, words)
+
+
+def _tokenizer(file: pathlib.Path) -> str:
+  if (size := file.stat().st_size) > _MAX_TOKENIZER_BYTES:
+    raise ValueError(f"{file.name} has {size} bytes; a tokenizer has at most 256 MiB")
+  return file.read_text("utf-8")
+
+
+def _picture_problems(release: Release) -> list[str]:
+  size, image = release.preprocess.image_size, getattr(release.config, "encoder", release.config)
+  if not isinstance(image, ov_models.ViTConfig) or size == image.image_size:
+    return []
+  return [
+    f"preprocess.image_size={size}, but the image tower has image_size={image.image_size}; "
+    "resample the positions first, and set both alike"
+  ]
+
+
+def _word_problems(release: Release) -> list[str]:
+  words, text = release.words, release.text
+  if isinstance(release.config, ov_models.TextConfig):
+    text = release.config
+  reader = text or getattr(release.config, "decoder", None)
+  if words is None or reader is None:
+    return []
+  problems = [
+    f"words.{name}={number} is outside the vocabulary of {reader.vocab_size} tokens"
+    for name in ("pad_id", "bos_id", "eos_id", "unk_id", "cls_id")
+    if (number := getattr(words, name)) is not None and not 0 <= number < reader.vocab_size
+  ]
+  if text is None:
+    return problems
+  if words.length > text.max_len or (text.pool == "last" and words.length != text.max_len):
+    problems.append(f"words.length={words.length}, but the text tower has max_len={text.max_len}")
+  if text.padding == "mask" and words.pad_id != text.pad_id:
+    problems.append(f"words.pad_id={words.pad_id}, but the text tower has pad_id={text.pad_id}")
+  return problems

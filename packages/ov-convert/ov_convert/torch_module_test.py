@@ -1,0 +1,196 @@
+"""The PyTorch module computes what ours computes, and writes the same captions."""
+
+import dataclasses
+import json
+import pathlib
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from ov_convert import client_env, name_map, torch_module
+from ov_convert.testing_whole import (
+  LENGTH,
+  largest_difference,
+  our_arrays,
+  random_inputs,
+  run,
+  small_release,
+)
+import ov_models
+from ov_models import CaptionerConfig, DecoderConfig, TextConfig, TwoTowersConfig, ViTConfig
+
+BATCH = 3
+VIT = ViTConfig(width=16, depth=2, mlp_dim=24, num_heads=2, patch_size=4, image_size=18)
+TEXT = TextConfig(width=12, depth=2, mlp_dim=20, num_heads=3, vocab_size=40, max_len=LENGTH)
+WRITER = DecoderConfig(width=20, depth=2, mlp_dim=28, num_heads=2, vocab_size=40, max_len=9)
+QUERIES = ov_models.QueryDecoderConfig(
+  width=20, depth=2, mlp_dim=28, num_heads=2, vocab_size=40, num_queries=5
+)
+TOWERS = TwoTowersConfig(encoder=VIT, text=TEXT, decoder=None, embed_dim=10)
+replace = dataclasses.replace
+# Between them every position, pool, mask, padding and decoder; with the dtype of the file, and an
+# end token that some caption has before its last column.
+MODELS = {
+  "two towers, prefix decoder": (
+    replace(TOWERS, decoder=replace(WRITER, parallel=True), bias_init=-3.0, parallel_ratio=0.5),
+    "float32",
+    14,
+  ),
+  "two towers, queries": (
+    replace(
+      TOWERS,
+      encoder=replace(VIT, position="learned", pool="tok"),
+      text=replace(TEXT, pool="map"),
+      decoder=QUERIES,
+    ),
+    "float32",
+  ),
+  "two towers, queries after cls": (replace(TOWERS, decoder=QUERIES), "float16"),
+  "clip": (
+    replace(TOWERS, text=replace(TEXT, pool="argmax", mask="causal", padding="attend")),
+    "float32",
+  ),
+  "no text": (
+    replace(TOWERS, text=None, embed_dim=16, decoder=replace(WRITER, position="sincos")),
+    "float32",
+    28,
+  ),
+  "captioner, causal": (
+    CaptionerConfig(
+      encoder=replace(VIT, pool="map"),
+      decoder=replace(WRITER, mask="causal", position="none"),
+      keep_ratio=0.4,
+      eval_keep="fixed",
+    ),
+    "bfloat16",
+    26,
+  ),
+  "text, mean": (replace(TEXT, pool="mean"), "float32"),
+  "text, first": (replace(TEXT, pool="first", padding="attend"), "float32"),
+  "image": (VIT, "float32"),
+}
+# float32 sums of at most 100 terms in another order; measured: 1.5e-6 of the largest entry.
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module", params=MODELS, ids=MODELS)
+def case(request, tmp_path_factory):
+  """A release, its folder, its inputs, and what the module in the folder makes of them."""
+  release = small_release(*MODELS[request.param])
+  scratch = tmp_path_factory.mktemp("torch")
+  torch_module.write(scratch / "model", release)
+  inputs = random_inputs(release, BATCH)
+  theirs = run("run_torch.py", scratch / "model", inputs, scratch)
+  return release, scratch / "model", inputs, theirs
+
+
+def test_computes_what_ours_computes(case):
+  release, _, inputs, theirs = case
+  ours = our_arrays(release, inputs)
+  assert ours.keys() == theirs.arrays.keys()
+  for name, array in ours.items():
+    if name == "caption/ids":
+      np.testing.assert_array_equal(theirs.arrays[name], array)
+      lengths = {tuple(row).index(end) for row in array if (end := release.words.eos_id) in row}
+      assert (
+        min(lengths) + 1 < array.shape[1] and len(np.unique(array)) > 3
+      )  # something to get wrong
+    else:
+      difference = largest_difference(array, theirs.arrays[name])
+      assert difference < TOLERANCE, (name, difference)
+
+
+def test_settings_are_told(case):
+  _, _, _, theirs = case
+  norms = [value for name, value in theirs.facts.items() if name.endswith("norm eps")]
+  assert norms and set(norms) == {1e-6}
+  for tower, gelu in (("image/", "gelu"), ("text/", "gelu tanh"), ("decoder/", "gelu tanh")):
+    told = {v for k, v in theirs.facts.items() if k.startswith(tower) and k.endswith("activation")}
+    assert told <= {gelu}
+
+
+def test_reads_what_was_written(case):
+  release, folder, _, _ = case
+  back = torch_module.read(folder)
+  assert back.config == release.config
+  assert back.preprocess == release.preprocess and back.words == release.words
+  want, have = name_map.flatten(release.params), name_map.flatten(back.params)
+  assert want.keys() == have.keys()
+  for name, tensor in want.items():
+    np.testing.assert_array_equal(have[name], tensor)
+
+
+@pytest.fixture
+def written(tmp_path):
+  release = small_release(VIT)
+  torch_module.write(tmp_path / "model", release)
+  return release, tmp_path / "model", random_inputs(release, BATCH)
+
+
+def rewrite(folder, change):
+  file = folder / "model.safetensors"
+  tensors = safetensors.numpy.load_file(file)
+  change(tensors)
+  safetensors.numpy.save_file(tensors, file)
+
+
+def test_a_transposed_kernel_shows(written, tmp_path):
+  release, folder, inputs = written
+
+  def change(tensors):
+    name = "blocks/attn/query/kernel"
+    tensors[name] = np.ascontiguousarray(tensors[name].swapaxes(1, 2))
+
+  rewrite(folder, change)
+  theirs = run("run_torch.py", folder, inputs, tmp_path)
+  ours = our_arrays(release, inputs)
+  distance = {n: largest_difference(ours[n], theirs.arrays[n]) for n in ours}
+  assert distance["image/block_00"] < TOLERANCE
+  assert distance["image/block_01"] > 100 * TOLERANCE
+
+
+def test_tensors_that_do_not_fit_are_named(written, tmp_path):
+  _, folder, inputs = written
+
+  def change(tensors):
+    tensors.pop("norm/scale")
+    tensors.update(extra=np.ones(3, np.float32), cls=np.ones(3, np.float32))
+
+  rewrite(folder, change)
+  with pytest.raises(client_env.ClientError) as error:
+    run("run_torch.py", folder, inputs, tmp_path)
+  for name in ("encoder.norm.weight", "encoder.extra", "encoder.cls"):  # missing, left over, shape
+    assert name in str(error.value)
+
+
+def test_the_module_is_short():
+  lines = (client_env.SCRIPTS / torch_module.MODULE_FILE).read_text("utf-8").splitlines()
+  assert len(lines) <= 300
+
+
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    ({"preprocess": {"image_size": 32}}, "image_size=32"),
+    ({"words": {"eos_id": 40}}, "eos_id=40"),
+    ({"words": {"length": 6}}, "words.length=6"),
+    ({"words": {"pad_id": 3}}, "words.pad_id=3"),
+  ],
+)
+def test_what_does_not_fit_together_is_refused(tmp_path, change, message):
+  release = small_release(TOWERS)
+  changed = {name: replace(getattr(release, name), **value) for name, value in change.items()}
+  with pytest.raises(ValueError, match=message):
+    torch_module.write(tmp_path / "model", replace(release, **changed))
+  assert not (tmp_path / "model").exists()
+
+
+def test_a_damaged_config_is_refused(written):
+  _, folder, _ = written
+  file = pathlib.Path(folder) / "config.json"
+  content = json.loads(file.read_text("utf-8"))
+  del content["preprocess"]["mean"]
+  file.write_text(json.dumps(content), "utf-8")
+  with pytest.raises(ValueError, match="mean"):
+    torch_module.read(folder)
