@@ -7,11 +7,14 @@ parameter depends, and the heads of sizes that were never published, where kerne
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+import gc
+import logging
 import math
 import os
 import pathlib
 import re
+import sys
 from typing import Any
 
 import numpy as np
@@ -96,10 +99,7 @@ def restore(path: pathlib.Path) -> dict[str, np.ndarray]:
   path = path.absolute()
   if (size := (path / "_METADATA").stat().st_size) > MAX_HEADER_BYTES:
     raise ValueError(f"{path}/_METADATA has {size} bytes; read are up to {MAX_HEADER_BYTES}.")
-  try:
-    tree = ocp.PyTreeCheckpointHandler().metadata(path).tree
-  except Exception as error:  # whatever the libraries below make of a damaged file
-    raise _damaged(path, error) from None
+  tree = _read(path, lambda: ocp.PyTreeCheckpointHandler().metadata(path).tree)
   if not isinstance(tree, dict) or not isinstance(tree.get("params"), dict):
     raise ValueError(f"{path} holds no params; expected a checkpoint with params and opt.")
   saved = flatten(tree["params"])
@@ -111,11 +111,8 @@ def restore(path: pathlib.Path) -> dict[str, np.ndarray]:
   wanted = {"params": unflatten(dict.fromkeys(saved, 0))}
   args = {"params": unflatten({n: ocp.RestoreArgs(restore_type=np.ndarray) for n in saved})}
   request = ocp.args.PyTreeRestore(wanted, restore_args=args, partial_restore=True)
-  try:
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-      read = flatten(reader.restore(path, args=request)["params"])
-  except Exception as error:
-    raise _damaged(path, error) from None
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+    read = flatten(_read(path, lambda: reader.restore(path, args=request))["params"])
   flat = {name: np.asarray(array, np.float32) for name, array in read.items()}
   if broken := [name for name, array in flat.items() if not np.isfinite(array).all()]:
     raise ValueError(f"{path}: {', '.join(broken)} holds NaN or infinity; it is no model.")
@@ -276,6 +273,27 @@ class _Sizes:
     }
 
 
-def _damaged(path: pathlib.Path, error: Exception) -> ValueError:
-  text = " ".join(str(error).split())[:300]
-  return ValueError(f"{path} is damaged: {text or type(error).__name__}; fetch it again.")
+def _read(path: pathlib.Path, read: Callable[[], Any]) -> Any:
+  """What orbax reads; ValueError of one line where files are damaged."""
+  logger, hook = logging.getLogger("asyncio"), sys.unraisablehook
+  before, logger.disabled = logger.disabled, True
+
+  def quiet(unraisable: Any) -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":
+      hook(unraisable)
+
+  sys.unraisablehook = quiet
+  found, problem = None, ""
+  try:
+    found = read()
+    sys.unraisablehook = hook
+  except Exception as error:  # whatever the libraries below make of a damaged file
+    # The arrays are read all at once. Those that fail later find nobody waiting, now or some time
+    # after this, and would bury the message under a traceback each: the hook stays.
+    problem = " ".join(str(error).split())[:300] or type(error).__name__
+  finally:
+    gc.collect()
+    logger.disabled = before
+  if problem:
+    raise ValueError(f"{path} is damaged: {problem}; fetch it again.")
+  return found
