@@ -1,5 +1,7 @@
 """Imports become workdirs that training starts from and evaluation and export read."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -150,6 +152,37 @@ def test_our_own_format(tmp_path):
   check_tokenizer(report, TOKENIZER.fingerprint)
   expected = ov_data.TextProcessor(TOKENIZER, LENGTH, padding="attend")
   np.testing.assert_array_equal(processor.encode(["a red"]), expected.encode(["a red"]))
+
+
+@pytest.mark.parametrize("kind", ["open_clip", "timm", "transformers"])
+def test_what_we_write_for_others(tmp_path, kind):
+  from ov_convert import open_clip, timm_vit, transformers_vit
+
+  writers = {"open_clip": open_clip, "timm": timm_vit, "transformers": transformers_vit}
+  params = random_params(VIT)
+  params["blocks"]["attn"]["key"]["bias"][:] = 0  # changes nothing, and not all store it
+  writers[kind].write(tmp_path, Release(VIT, params, PREPROCESS))
+  import_model(f"{kind}:{tmp_path}", tmp_path / "workdir")
+  assert_whole(tmp_path / "workdir", VIT, {"encoder": params})
+  metadata = read_metadata(find_checkpoint(tmp_path / "workdir"))
+  assert metadata["preprocess"]["fit"] == "squash"
+  assert metadata["preprocess"]["mean"] == [0.5] * 3
+
+
+@pytest.mark.parametrize("kind", ["open_clip", "transformers"])
+def test_texts_come_along(tmp_path, kind):
+  from ov_convert import open_clip, transformers_vit
+
+  config = dataclasses.replace(TOWERS, decoder=None)
+  writer = {"open_clip": open_clip, "transformers": transformers_vit}[kind]
+  writer.write(tmp_path, Release(config, random_params(config), PREPROCESS, words()))
+  import_model(f"{kind}:{tmp_path}", tmp_path / "workdir")
+  processor = ov_data.TextProcessor.load(tmp_path / "workdir" / "tokenizer")
+  texts = ["a red circle", "", "A BLUE square? " * 9]
+  expected = ov_data.TextProcessor(TOKENIZER, LENGTH, padding="attend").encode(texts)
+  np.testing.assert_array_equal(processor.encode(texts), expected)
+  kept = ov_models.config_from_dict(read_metadata(find_checkpoint(tmp_path / "workdir"))["model"])
+  assert kept.text == config.text
 
 
 def test_a_captioner_has_a_tokenizer_alone(tmp_path):
