@@ -1,12 +1,13 @@
 """Folders of open_clip: `open_clip.create_model_from_pretrained("local-dir:FOLDER")`.
 
-Written for the library as it is released (3.3.0): two towers as its CLIP, an image tower alone with
-a text tower of one word and zero weights beside it, which the library demands. Caption decoders are
-left out. Read are such folders, those of the published PyTorch weights, and other ViTs that fit.
+Written for the library as it is released (3.3.0): two towers as its CLIP; an image tower alone as
+`visual`, with a text tower of one word and zero weights beside it, for the library demands one, and
+the identity for a projection. Caption decoders are left out. Read are such folders, those of the
+published PyTorch weights, and other ViTs that fit.
 
 `open_clip.get_tokenizer("local-dir:FOLDER")` makes the ids of training, but for what it does to a
-text before: it always repairs mojibake and replaces typographic quotes (ftfy), and resolves HTML
-entities; no setting turns that off. Texts with either get other ids than in training.
+text before, which no setting turns off: ftfy repairs mojibake, makes typographic quotes straight
+and drops control characters, and HTML entities are resolved. Texts with these get other ids.
 
 A text tower that masks padding has no switch in the library's configuration. It is written as the
 library's tower with an appended token (`embed_cls`), whose mask hides what follows padding. There
@@ -156,12 +157,11 @@ def read(folder: str | os.PathLike[str], python: str | os.PathLike[str] | None =
   size, patch = open_clip_config.image_and_patch(model)
   encoder = open_clip_config.read_vision(model, vision.kind_of_positions(table, size, patch))
   preprocess, notes = open_clip_config.read_preprocess(content, encoder.image_size)
-  if not any(name.endswith("token_embedding.weight") for name in flat):
-    model = {**model, "text_cfg": None}
-  text = open_clip_config.read_text(model)
-  if text is None:
+  with_words = any(name.endswith("token_embedding.weight") for name in flat)
+  if not (open_clip_config.has_text(model) and with_words):
     params, more = _read_image_tower(flat, encoder)
     return Imported(encoder, params, preprocess, None, (*notes, *more))
+  text = open_clip_config.read_text(model)
   words, more = _read_words(root, model["text_cfg"], text)
   if open_clip_config.masks_padding(text):
     if words is None or words.cls_id is None:

@@ -130,7 +130,7 @@ def write(release: Release) -> dict[str, Any]:
 
 
 def read_vision(model: Mapping[str, Any], position: str) -> ov_models.ViTConfig:
-  """The image tower; `vision_problems` are none."""
+  """The image tower; `misfits` are none."""
   fields = model["vision_cfg"]
   width = fields.get("width", 768)
   image_size, patch_size = image_and_patch(model)
@@ -152,11 +152,15 @@ def image_and_patch(model: Mapping[str, Any]) -> tuple[int, int]:
   return _side(fields.get("image_size", 224)), _side(fields.get("patch_size", 16))
 
 
-def read_text(model: Mapping[str, Any]) -> ov_models.TextConfig | None:
-  """The text tower; None where there is only what stands in for one."""
-  fields = model.get("text_cfg")
-  if not fields or all(fields.get(name) == value for name, value in NO_TEXT.items()):
-    return None
+def has_text(model: Mapping[str, Any]) -> bool:
+  """Whether there is a text tower, and not only what stands in for one."""
+  fields = model.get("text_cfg") or NO_TEXT
+  return any(fields.get(name) != value for name, value in NO_TEXT.items())
+
+
+def read_text(model: Mapping[str, Any]) -> ov_models.TextConfig:
+  """The text tower; `misfits` are none, and it `has_text`."""
+  fields = model["text_cfg"]
   width, masked = fields.get("width", 512), fields.get("embed_cls", False)
   return ov_models.TextConfig(
     vocab_size=fields.get("vocab_size", 49408),
@@ -174,11 +178,10 @@ def read_text(model: Mapping[str, Any]) -> ov_models.TextConfig | None:
 
 def misfits(model: Mapping[str, Any]) -> list[str]:
   """Fields of a model_cfg, with their values, that none of our models has."""
-  found = [f"{name} is missing" for name in ("embed_dim", "vision_cfg") if name not in model]
-  if found:
-    return found
-  found += vision.unlike(model, {"quick_gelu": False}, _TOP_READ, "")
-  fields = model["vision_cfg"]
+  fields = model.get("vision_cfg")
+  if not isinstance(fields, Mapping) or not isinstance(model.get("embed_dim"), int):
+    return ["embed_dim, a number, and vision_cfg, an object, are not there"]
+  found = vision.unlike(model, {"quick_gelu": False}, _TOP_READ, "")
   wanted = _PLAIN | {"attentional_pool": False, "timm_model_name": None, "in_channels": 3}
   found += vision.unlike(fields, wanted, _VISION_READ, "vision_cfg.")
   found += _wrong(fields, "no_ln_pre", False, (True,), "vision_cfg.")
@@ -187,16 +190,18 @@ def misfits(model: Mapping[str, Any]) -> list[str]:
     found += _wrong(fields, "final_ln_after_pool", False, (True,), "vision_cfg.")
   found += _wrong(fields, "act_kwargs", None, (None, {}, {"approximate": "none"}), "vision_cfg.")
   found += _wrong_norm_and_block(fields, "vision_cfg.")
-  for name in ("layers", "patch_size", "image_size"):
+  found += _not_numbers(fields, ("layers", "width", "head_width", "mlp_ratio"), "vision_cfg.")
+  for name in ("patch_size", "image_size"):
     value = fields.get(name, 1)
-    pair = name != "layers" and isinstance(value, list) and len(set(value)) == 1
-    if not (isinstance(value, int) or pair):
-      found.append(f"vision_cfg.{name}={value!r} (must be one number)")
-  if read_text(model) is None:
+    square = isinstance(value, list) and len(value) == 2 and value[0] == value[1]
+    found += _not_numbers({name: value[0] if square else value}, (name,), "vision_cfg.")
+  if not has_text(model):
     return found
   fields = model["text_cfg"]
   wanted = _PLAIN | {"hf_model_name": None, "proj_bias": False, "proj_type": "linear"}
   found += vision.unlike(fields, wanted, _TEXT_READ, "text_cfg.")
+  sizes = ("layers", "width", "heads", "mlp_ratio", "vocab_size", "context_length")
+  found += _not_numbers(fields, sizes, "text_cfg.")
   found += _wrong(fields, "pool_type", "argmax", ("last", "first", "argmax"), "text_cfg.")
   found += _wrong(fields, "act_kwargs", None, ({"approximate": "tanh"},), "text_cfg.")
   found += _wrong_norm_and_block(fields, "text_cfg.")
@@ -243,6 +248,19 @@ def _wrong_norm_and_block(fields: Mapping[str, Any], prefix: str) -> list[str]:
   found = _wrong(norm, "eps", 1e-5, (_EPS,), f"{prefix}norm_kwargs.")
   found += vision.unlike(norm, {}, {"eps"}, f"{prefix}norm_kwargs.")
   return found + _wrong(fields, "block_type", None, (None, "default"), prefix)
+
+
+def _not_numbers(fields: Mapping[str, Any], names: tuple[str, ...], prefix: str) -> list[str]:
+  """Sizes that are none."""
+
+  def is_size(name: str, value: Any) -> bool:
+    return isinstance(value, int | float if name == "mlp_ratio" else int) and value > 0
+
+  return [
+    f"{prefix}{name}={fields[name]!r} (must be a positive number)"
+    for name in names
+    if name in fields and not is_size(name, fields[name])
+  ]
 
 
 def _side(value: int | list[int]) -> int:

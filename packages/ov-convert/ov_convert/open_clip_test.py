@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import pathlib
+import re
 
 import jax
 import numpy as np
@@ -198,3 +200,192 @@ def test_mistakes_show(tmp_path):
   activation = "setting text/transformer.resblocks.0.mlp.gelu: activation"
   assert problems[activation] == "is gelu, expected gelu tanh"
   assert parity.first_failure([*parity.compare({"image/pixels": pixels}, theirs)][:1]) is not None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_reading_what_was_written(config, dtype, tmp_path):
+  source = testing.release(config, dtype=dtype, preprocess=Preprocess(14, "squash"))
+  open_clip.write(tmp_path, source)
+  found = open_clip.read(tmp_path)
+  config, params = kept(config, source.params)
+  assert_same(found.params, params)
+  assert found.preprocess == source.preprocess
+  assert found.notes == ()
+  if isinstance(config, TwoTowersConfig):
+    bias = None if config.bias_init is None else float(params["bias"])
+    assert found.config == dataclasses.replace(config, bias_init=bias)
+    ids = ("length", "append_cls", "pad_id", "bos_id", "eos_id", "unk_id", "cls_id")
+    assert [getattr(found.words, i) for i in ids] == [getattr(source.words, i) for i in ids]
+    assert found.words.vocabulary == source.words.vocabulary
+  else:
+    assert found.config == config and found.words is None
+
+
+def test_names_in_the_file_of_masked_padding(tmp_path):
+  config = CONFIGS["masked padding"]
+  source = testing.release(config)
+  open_clip.write(tmp_path, source)
+  flat = safetensors.numpy.load_file(tmp_path / open_clip.WEIGHTS_FILE)
+  text, cls_id = source.params["text"], source.words.cls_id
+  np.testing.assert_array_equal(flat["text.cls_emb"], text["embed"]["embedding"][cls_id])
+  table = flat["text.positional_embedding"]
+  np.testing.assert_array_equal(table[[*range(8), 9]], text["position_embedding"])
+  assert {name.split(".")[0] for name in flat} == {"visual", "text", "logit_scale"}
+  flat["text.cls_emb"] += 1
+  with pytest.raises(ValueError, match=r"cls_emb is not the embedding of \[CLS\], id 3"):
+    open_clip.unmask_padding(flat, cls_id)
+
+
+def change(folder: pathlib.Path, edit, file=open_clip.CONFIG_FILE) -> None:
+  content = json.loads((folder / file).read_text())
+  edit(content)
+  (folder / file).write_text(json.dumps(content))
+
+
+def test_reading_published_folders(tmp_path):
+  """As hubs hold OpenVision: no tokenizer_mode, a vocab.txt; a tower alone under bare names."""
+  source = testing.release(TOWERS)
+  open_clip.write(tmp_path, source)
+  (tmp_path / "tokenizer.json").unlink()
+  (tmp_path / "vocab.txt").write_text("[PAD]\n")
+  change(tmp_path, lambda c: c["model_cfg"]["text_cfg"].pop("tokenizer_mode"))
+  found = open_clip.read(tmp_path)
+  assert found.config == TOWERS and found.words is None
+  assert "Tokenizer.from_vocab" in found.notes[0]
+  assert_same(found.params, source.params)
+
+  flat = safetensors.numpy.load_file(tmp_path / open_clip.WEIGHTS_FILE)
+  bare = {n.removeprefix("visual."): t for n, t in flat.items() if n.startswith("visual.")}
+  (tmp_path / open_clip.WEIGHTS_FILE).unlink()
+  safetensors.numpy.save_file(bare, tmp_path / "open_clip_pytorch_model.safetensors")
+
+  def alone(content):
+    del content["model_cfg"]["text_cfg"]
+    content["model_cfg"]["vision_cfg"]["output_tokens"] = True
+
+  change(tmp_path, alone)
+  found = open_clip.read(tmp_path)
+  assert found.config == VIT
+  assert_same(found.params, source.params["encoder"])
+  assert found.notes == ("left out visual.proj (16, 10): the tower gives what it had before it",)
+
+
+def test_reading_a_clip_in_two_modules_and_without_preprocessing(tmp_path):
+  """Towers as `custom_text` names them, learned positions that another library resampled."""
+  source = testing.release(with_text(pool="first"), words=testing.words(append_cls=False))
+  open_clip.write(tmp_path, source)
+  file = tmp_path / open_clip.WEIGHTS_FILE
+  flat = safetensors.numpy.load_file(file)
+  own = ("visual.", "logit_scale")
+  flat = {n if n.startswith(own) else f"text.{n}": tensor for n, tensor in flat.items()}
+  flat["logit_scale"] = flat["logit_scale"].reshape(1)
+  flat["visual.positional_embedding"][1:] += 0.01
+  safetensors.numpy.save_file(flat, file)
+
+  def edit(content):
+    content["model_cfg"] |= {"custom_text": True, "nonscalar_logit_scale": True}
+    del content["preprocess_cfg"]
+
+  change(tmp_path, edit)
+  found = open_clip.read(tmp_path)
+  assert found.config.encoder.position == "learned" and found.config.text.pool == "first"
+  assert found.params["log_scale"] == source.params["log_scale"]
+  assert found.preprocess.fit == "center" and found.preprocess.mean[0] == 0.48145466
+  assert found.notes == (
+    "preprocessing: interpolation='bicubic'; pictures are resized bilinearly here",
+  )
+  table = found.params["encoder"]["position_embedding"]
+  np.testing.assert_array_equal(table, flat["visual.positional_embedding"])
+
+
+def test_models_that_are_none_of_ours_are_refused_with_all_fields(tmp_path):
+  open_clip.write(tmp_path, testing.release(TOWERS))
+
+  def edit(content):
+    model = content["model_cfg"]
+    model |= {"quick_gelu": True, "multimodal_cfg": {"width": 8}}
+    model["vision_cfg"] |= {
+      "no_ln_pre": False, "pool_type": "none", "ls_init_value": 0.1, "timm_model_name": "vit",
+      "patch_dropout": 0.5, "attentional_pool": True, "act_kwargs": {"approximate": "tanh"},
+      "image_size": [14, 28], "in_channels": 4, "qk_norm": True, "block_type": "custom",
+    }  # fmt: skip
+    del model["vision_cfg"]["norm_kwargs"]
+    model["text_cfg"] |= {
+      "hf_model_name": "roberta", "embed_cls": True, "pool_type": "eos", "act_kwargs": None,
+      "norm_kwargs": {"eps": 1e-5}, "proj_bias": True, "proj_type": "none", "something": 1,
+    }  # fmt: skip
+
+  change(tmp_path, edit)
+  with pytest.raises(ValueError, match="is no model of ours") as error:
+    open_clip.read(tmp_path)
+  lines = [line.strip() for line in str(error.value).splitlines()[1:]]
+  for field in (
+    "quick_gelu=True", "multimodal_cfg={'width': 8} (unknown)", "vision_cfg.no_ln_pre=False",
+    "vision_cfg.pool_type='none'", "vision_cfg.ls_init_value=0.1 (must be None)",
+    "vision_cfg.timm_model_name='vit'", "vision_cfg.attentional_pool=True",
+    "vision_cfg.act_kwargs=", "vision_cfg.norm_kwargs.eps=1e-05 (must be 1e-06)",
+    "vision_cfg.image_size=[14, 28]", "vision_cfg.in_channels=4", "vision_cfg.qk_norm=True",
+    "vision_cfg.block_type='custom'", "text_cfg.hf_model_name='roberta'", "text_cfg.embed_cls=True",
+    "text_cfg.pool_type='eos'", "text_cfg.act_kwargs=None", "text_cfg.norm_kwargs.eps=1e-05",
+    "text_cfg.proj_bias=True", "text_cfg.proj_type='none'", "text_cfg.something=1 (unknown)",
+  ):  # fmt: skip
+    assert sum(line.startswith(field) for line in lines) == 1, field
+  assert len(lines) == 21  # a dropout of patches is of training only
+
+
+def test_tensors_that_do_not_fit_are_listed(tmp_path):
+  open_clip.write(tmp_path, testing.release(TOWERS))
+  file = tmp_path / open_clip.WEIGHTS_FILE
+  flat = safetensors.numpy.load_file(file)
+  del flat["visual.ln_post.bias"], flat["text_projection"]
+  flat["visual.ln_pre.bias"] = np.zeros(16, np.float32)
+  flat["visual.proj"] = np.zeros((10, 16), np.float32)
+  safetensors.numpy.save_file(flat, file)
+  with pytest.raises(ValueError) as error:
+    open_clip.read(tmp_path)
+  for line in (
+    "missing visual.ln_post.bias", "missing text_projection", "left over visual.ln_pre.bias (16,)",
+    "visual.proj is (10, 16), expected (16, 10)",
+  ):  # fmt: skip
+    assert line in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ("config", "fields", "messages"),
+  [
+    (dataclasses.replace(VIT, pool="map"), {}, ["encoder.pool='map'"]),
+    (with_text(pool="mean"), {}, ["text.pool='mean'"]),
+    (
+      with_text(pool="first", padding="mask"),
+      {"words": testing.words(append_cls=False)},
+      ["text.padding='mask' with text.pool='first'.*model.preset=openvision_released"],
+    ),
+    (TOWERS, {"words": None}, ["words=None"]),
+    (
+      dataclasses.replace(
+        with_text(pool="map", max_len=8), encoder=dataclasses.replace(VIT, pool="map")
+      ),
+      {},
+      ["encoder.pool='map'", "text.pool='map'", "words.length=9, text.max_len=8"],
+    ),
+  ],
+)
+def test_models_without_counterpart_are_refused(config, fields, messages, tmp_path):
+  source = testing.release(config, **fields)
+  with pytest.raises(ValueError, match="open_clip cannot express this model") as error:
+    open_clip.write(tmp_path / "model", source)
+  assert len(str(error.value).splitlines()) == 1 + len(messages)
+  for message in messages:
+    assert re.search(message, str(error.value))
+  assert not (tmp_path / "model").exists()
+
+
+def test_configs_that_are_no_configs(tmp_path):
+  open_clip.write(tmp_path, testing.release(TOWERS))
+  change(tmp_path, lambda c: c["model_cfg"]["vision_cfg"].update(head_width=0, layers=[3, 4, 6, 3]))
+  with pytest.raises(ValueError, match=r"layers=\[3, 4, 6, 3\] .*\n.*head_width=0 \(must be a pos"):
+    open_clip.read(tmp_path)
+  change(tmp_path, lambda c: c.update(model_cfg={"embed_dim": "many"}))
+  with pytest.raises(ValueError, match="embed_dim, a number, and vision_cfg, an object"):
+    open_clip.read(tmp_path)
