@@ -75,11 +75,7 @@ def words_from(
     ValueError: no such file, or no token for padding, beginning, end or (if asked) [CLS].
   """
   try:
-    content = json.loads(tokenizer_json)
-    pieces = content["model"]["vocab"]
-    # Unigram models list [piece, score], the others map pieces to ids.
-    names = dict(pieces) if isinstance(pieces, dict) else {p: i for i, (p, _) in enumerate(pieces)}
-    names |= {token["content"]: token["id"] for token in content.get("added_tokens") or []}
+    names = Words(tokenizer_json, length, append_cls, 0, 0, 0).vocabulary
   except (ValueError, KeyError, TypeError) as error:
     raise ValueError(f"{TOKENIZER_FILE} is none of the tokenizers library: {error!r}.") from None
   found: dict[str, int | None] = {}

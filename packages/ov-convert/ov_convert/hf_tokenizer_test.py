@@ -79,6 +79,16 @@ def test_reading_what_was_written(tmp_path):
   assert (found.bos_id, found.eos_id) == (5, 6)
 
 
+def test_pieces_with_scores(tmp_path):
+  """Unigram models list their pieces; the place is the id."""
+  model = {"type": "Unigram", "unk_id": 3, "vocab": [[token, -1.5] for token in TOKENS]}
+  text = json.dumps(CONTENT | {"model": model})
+  found = hf_tokenizer.words_from(text, {}, length=8, append_cls=True)
+  assert (found.bos_id, found.cls_id, found.token(6)) == (1, 4, "circle")
+  hf_tokenizer.write_tokenizer(tmp_path, found, template=False)
+  assert json.loads((tmp_path / "tokenizer_config.json").read_text())["eos_token"] == "[eos]"
+
+
 def test_reading_what_is_no_tokenizer_of_ours():
   stock = json.loads(json.dumps(CONTENT))
   for token in ("[bos]", "[CLS]"):

@@ -62,7 +62,10 @@ class Words:
   def vocabulary(self) -> dict[str, int]:
     """Token -> id, added tokens included."""
     content = json.loads(self.tokenizer_json)
-    vocabulary: dict[str, int] = dict(content["model"]["vocab"])
+    pieces = content["model"]["vocab"]
+    if isinstance(pieces, list):  # of Unigram, with their scores
+      pieces = {piece: i for i, (piece, _) in enumerate(pieces)}
+    vocabulary: dict[str, int] = dict(pieces)
     return vocabulary | {t["content"]: t["id"] for t in content.get("added_tokens", [])}
 
   def token(self, number: int | None) -> str | None:
