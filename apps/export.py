@@ -8,6 +8,7 @@ Every folder is loaded in its library before it is handed over. Where one disagr
 in which block, nothing is left behind, and the exit code is 1.
 """
 
+import json
 from pathlib import Path
 import sys
 
@@ -46,41 +47,68 @@ def main() -> None:
   if _FROM.value or _TO_WORKDIR.value:
     _import()
     return
-  if not (_WORKDIR.value and _OUT.value):
+  if not _OUT.value or not (_WORKDIR.value or _PUSH.value):
     raise UserError(
-      "give --workdir=RUN --format=... --out=FOLDER to export, or --from=FORMAT:PATH "
-      "--to_workdir=FOLDER to import"
-    )
-  formats = list(dict.fromkeys(_FORMAT.value))
-  if unknown := [name for name in formats if name not in FORMATS] or not formats:
-    raise UserError(
-      f"--format={','.join(formats)}: {unknown} unknown; there are {', '.join(FORMATS)}"
+      "give --workdir=RUN --format=... --out=FOLDER to export, --push_to_hub=org/name --out=FOLDER "
+      "to upload an export, or --from=FORMAT:PATH --to_workdir=FOLDER to import"
     )
   if _DRY_RUN.value and not _PUSH.value:
     raise UserError("--dry_run says what --push_to_hub=org/name would do; give that too")
   out = Path(_OUT.value).expanduser()
-  if out.exists():
-    raise UserError(f"--out={out} exists; remove it or choose another folder")
+  formats = _formats()
+  if _WORKDIR.value:
+    if out.exists():
+      raise UserError(f"--out={out} exists; remove it or choose another folder")
+    _export(_WORKDIR.value, formats, out)
+  else:
+    formats = _exported(out)
+  if _PUSH.value:
+    from apps.exporter import hub
 
-  from apps.exporter import exporting
+    with user_errors():
+      folders = {name: out / name for name in formats}
+      hub.push(folders, _PUSH.value, dry_run=_DRY_RUN.value)
+
+
+def _formats() -> list[str]:
+  formats = list(dict.fromkeys(_FORMAT.value))
+  unknown = [name for name in formats if name not in FORMATS]
+  if unknown or not formats:
+    raise UserError(
+      f"--format={','.join(formats)}: {', '.join(unknown) or 'nothing'} is no format; "
+      f"there are {', '.join(FORMATS)}"
+    )
+  return formats
+
+
+def _exported(out: Path) -> list[str]:
+  """The formats of an export made before."""
+  try:
+    return json.loads((out / "export.json").read_text("utf-8"))["formats"]
+  except (OSError, ValueError, KeyError) as error:
+    raise UserError(f"--out={out} is no export to upload: {error}; give --workdir too") from error
+
+
+def _export(workdir: str, formats: list[str], out: Path) -> None:
+  """Exports the run; ends the program with exit code 1 where a library disagrees."""
+  from apps.exporter import exporting, hub
+  from apps.exporter.source import load_source
+  from apps.trainer.progress import Terminal
 
   with user_errors():
     if _PUSH.value:
-      exporting.check_hub(_PUSH.value, dry_run=_DRY_RUN.value)
-    source = exporting.load_source(
-      Path(_WORKDIR.value).expanduser(),
+      hub.check(formats, _PUSH.value, dry_run=_DRY_RUN.value)
+    source = load_source(
+      Path(workdir).expanduser(),
       step=_STEP.value,
       part=_PART.value,
       image_size=_IMAGE_SIZE.value,
       dtype=_DTYPE.value,
     )
     pictures = Path(_PICTURES.value).expanduser() if _PICTURES.value else None
-    agreed = exporting.export(source, formats, out, pictures, _LICENSE.value)
+    agreed = exporting.export(source, formats, out, pictures, _LICENSE.value, Terminal())
   if not agreed:
     sys.exit(1)
-  if _PUSH.value:
-    with user_errors():
-      exporting.push(out, formats, _PUSH.value, dry_run=_DRY_RUN.value)
 
 
 def _import() -> None:

@@ -71,7 +71,7 @@ def export(
       f"{len(encoded)} pictures and {len(probe.TEXTS)} texts should give"
     )
     inputs = probe.write_probe(inputs_folder, source, encoded)
-    ours = probe.our_outputs(source.release, inputs, _specials(source))
+    ours = probe.our_outputs(source.release, inputs, source.specials)
     failed = []
     for name in formats:
       rows, versions = _one(
@@ -125,11 +125,6 @@ def _add_tokenizer(folder: Path, source: Source) -> None:
     source.processor.save(folder / "tokenizer")
   elif source.tokenizer is not None:
     source.tokenizer.save(folder / "tokenizer")
-
-
-def _specials(source: Source) -> tuple[int, int, int] | None:
-  tokenizer = source.tokenizer
-  return tokenizer and (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
 
 
 def _describe(

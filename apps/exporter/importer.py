@@ -56,10 +56,33 @@ def import_model(
   if to_workdir.exists() and not (to_workdir.is_dir() and not any(to_workdir.iterdir())):
     raise ValueError(f"{to_workdir} exists and is not empty; choose another folder")
   found = _read(kind, path, python, image_size, num_heads)
+  origin = f"{kind}:{path.resolve().name}"
+  notes = write_workdir(to_workdir, found, origin, path)
+  name = type(found.config).__name__.removesuffix("Config")
+  return [
+    f"imported {origin}: {name} of {ov_models.num_params(found.config):,} parameters",
+    *(f"  note: {note}" for note in notes),
+    f"train from it: --config.init_from.path={to_workdir}; export it: --workdir={to_workdir}",
+  ]
+
+
+def write_workdir(to_workdir: Path, found: Imported, origin: str, folder: Path) -> tuple[str, ...]:
+  """Writes a model as a workdir of step 0; see `import_model`.
+
+  Args:
+    to_workdir: made, whole or not at all.
+    found: the model.
+    origin: where it comes from, for the metadata: no place of this machine.
+    folder: what it was read from; may hold a vocabulary.
+
+  Returns:
+    The notes of the metadata.
+
+  Raises:
+    ValueError: parameters that do not fit the config, or texts that do not fit the model.
+  """
   found = dataclasses.replace(found, config=portable(found.config))
   ov_models.bind(found.config, found.params)  # checks names and shapes
-
-  origin = f"{kind}:{path.resolve().name}"
   target = to_workdir.absolute()
   target.parent.mkdir(parents=True, exist_ok=True)
   partial = target.with_name(f".{target.name}.partial")
@@ -67,17 +90,12 @@ def import_model(
   with contextlib.ExitStack() as stack:
     stack.callback(shutil.rmtree, partial, ignore_errors=True)
     partial.mkdir()
-    fingerprint, notes = _write_tokenizer(partial / "tokenizer", found, path)
+    fingerprint, more = _write_tokenizer(partial / "tokenizer", found, folder)
     # They go into model cards, which tell no places of this machine.
-    notes = tuple(note.replace(f"{path}/", "") for note in (*found.notes, *notes))
+    notes = tuple(note.replace(f"{folder}/", "") for note in (*found.notes, *more))
     _write_checkpoint(partial / "checkpoints", found, origin, notes, fingerprint)
     partial.rename(target)
-  name = type(found.config).__name__.removesuffix("Config")
-  return [
-    f"imported {origin}: {name} of {ov_models.num_params(found.config):,} parameters",
-    *(f"  note: {note}" for note in notes),
-    f"train from it: --config.init_from.path={to_workdir}; export it: --workdir={to_workdir}",
-  ]
+  return notes
 
 
 def _parse(spec: str) -> tuple[str, Path]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -37,12 +37,19 @@ class Source:
   about: Mapping[str, Any]
   results: tuple[Mapping[str, Any], ...] = ()
 
+  @property
+  def specials(self) -> tuple[int, int, int] | None:
+    """Ids of [bos], [eos] and padding, with which captions are written."""
+    if self.tokenizer is None:
+      return None
+    return self.tokenizer.bos_id, self.tokenizer.eos_id, self.tokenizer.pad_id
+
 
 def load_source(
   workdir: Path,
   *,
   step: int | None = None,
-  part: Literal["params", "ema"] = "params",
+  part: str = "params",
   image_size: int | None = None,
   dtype: str = "float32",
 ) -> Source:
@@ -51,7 +58,7 @@ def load_source(
   Args:
     workdir: with `checkpoints/` and, where the model reads or writes text, `tokenizer/`.
     step: which checkpoint, by default the newest.
-    part: the trained parameters or their average.
+    part: the trained parameters, or "ema", their average.
     image_size: pixels, when other than trained: positions are computed or resampled for it.
     dtype: of the files to be written.
 

@@ -114,7 +114,7 @@ def judge_ours(folder: Path, release: Release) -> list[parity.Row]:
 
 
 def _leaves(tree: dict, prefix: str = "") -> list[tuple[str, np.ndarray]]:
-  found = []
+  found: list[tuple[str, np.ndarray]] = []
   for name, value in tree.items():
     path = f"{prefix}{name}"
     found += _leaves(value, f"{path}/") if isinstance(value, dict) else [(path, value)]

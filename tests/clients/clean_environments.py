@@ -1,6 +1,6 @@
 """Loads exports in environments that hold one library and what it needs; prints the table of it.
 
-  bazel run //tests/clients:clean_environments -- [--size=Ti/16@160,B/16@224] [--kind=clip,captioner]
+  bazel run //tests/clients:clean_environments -- [--size=Ti/16@160] [--kind=clip,captioner]
 
 Needs a package index. For each model with random weights and each format: the folder is written,
 an environment is made with the pins of requirements-clients.lock and nothing but that library, the
@@ -63,7 +63,7 @@ def make_environment(folder: Path, needs: tuple[str, ...]) -> Path:
   first = [need for need in needs if need.startswith("torch==")]
   alone = [need for need in needs if need == "torchvision"]  # else it would bring CUDA
   rest = [need for need in needs if need not in (*first, *alone)]
-  pip = [python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
+  pip: list[str | Path] = [python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
   for wanted in ([*first, "--no-deps"], [*alone, "--no-deps"], rest):
     if wanted[0] != "--no-deps":
       subprocess.run([*pip, "-c", constraints, *wanted], check=True)
@@ -96,9 +96,7 @@ def try_model(scratch: Path, kind: str, size: str, pythons: dict[str, Path]) -> 
     source = load_source(folder / "workdir")
     pictures = probe.pictures(Path(_PICTURES.value) if _PICTURES.value else None)
     inputs = probe.write_probe(folder / "probe", source, pictures)
-    tokenizer = source.tokenizer
-    specials = tokenizer and (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
-    ours = probe.our_outputs(source.release, inputs, specials)
+    ours = probe.our_outputs(source.release, inputs, source.specials)
     for name, python in pythons.items():
       target, started = targets()[name], time.monotonic()
       (folder / name).mkdir()

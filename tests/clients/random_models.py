@@ -58,4 +58,5 @@ def make_workdir(workdir: Path, config: Any, *, fit: str = "center") -> None:
     tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id, tokenizer.cls_id,
   )  # fmt: skip
   preprocess = Preprocess(config.encoder.image_size, fit)  # type: ignore[arg-type]
-  write_workdir(workdir, Imported(config, random_params(config), preprocess, words), "random")
+  found = Imported(config, random_params(config), preprocess, words)
+  write_workdir(workdir, found, "random weights", workdir.parent)

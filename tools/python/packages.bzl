@@ -11,6 +11,7 @@ PACKAGES = [
     "packages/ov-losses",
     "packages/ov-models",
     "packages/ov-sharding",
+    "tests/clients",
     "tests/end_to_end",
     "tests/golden",
     "tests/multiprocess",

@@ -55,6 +55,7 @@ def run_client(
     ClientError: it failed or took too long.
   """
   offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore"}
+  offline["PYTHONDONTWRITEBYTECODE"] = "1"  # nothing of ours beside what is handed over
   kept = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
   command = [str(python or find_python()), str(SCRIPTS / script), *map(str, arguments)]
   try:
