@@ -241,31 +241,39 @@ def preprocess_from(content: Mapping[str, Any], side: int) -> tuple[Preprocess, 
     side: pixels that the tower reads.
 
   Raises:
-    ValueError: mean or std are not three numbers.
+    ValueError: sizes, mean or std are no numbers of the kind.
   """
   size, crop = content.get("size", side), content.get("crop_size", side)
-  center = bool(content.get("do_center_crop")) or _edge(size, "shortest_edge")
+  center = bool(content.get("do_center_crop")) or _edge(size, "shortest_edge") > 0
+  # One number is the shorter side where the middle is cut out of it, else a square.
+  short = size if center and isinstance(size, int) else _edge(size, "shortest_edge")
   notes = []
-  if center and (edge := _edge(size, "shortest_edge")) not in (0, side):
-    notes.append(f"pictures are brought to a shorter side of {side}, not {edge}, before the crop")
+  if center and short not in (0, side):
+    notes.append(f"pictures are brought to a shorter side of {side}, not {short}, before the crop")
   if content.get("resample", 2) != 2:
     notes.append(f"pictures are resized bilinearly, not by resample={content['resample']!r}")
   if (wide := _edge(crop if center else size, "height")) not in (0, side):
     notes.append(f"pictures get {side} pixels a side as config.json says, not {wide}")
-  mean, std = content.get("image_mean", (0.5,) * 3), content.get("image_std", (0.5,) * 3)
+  if abs(content.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-4:
+    notes.append(f"pixels are scaled by 1/255, not {content['rescale_factor']!r}")
+  mean, std = content.get("image_mean", [0.5] * 3), content.get("image_std", [0.5] * 3)
   if content.get("do_normalize") is False:
-    mean, std = (0.0,) * 3, (1.0,) * 3
+    mean, std = [0.0] * 3, [1.0] * 3
   for name, value in (("image_mean", mean), ("image_std", std)):
-    if not isinstance(value, list | tuple) or [type(v) for v in value] != [float] * 3:
-      raise ValueError(f"preprocessor_config.json has {name}={value!r}; expected three numbers.")
+    numbers = isinstance(value, list) and [isinstance(v, int | float) for v in value] == [True] * 3
+    if not numbers or (name == "image_std" and min(value) <= 0):
+      raise ValueError(
+        f"preprocessor_config.json has {name}={value!r}; expected three numbers, std above 0."
+      )
   return Preprocess(side, "center" if center else "squash", tuple(mean), tuple(std)), notes
 
 
 def _edge(size: Any, name: str) -> int:
-  """`name` of a size, which may be one number for all of them; 0 where it is not said."""
-  if isinstance(size, Mapping):
-    return int(size.get(name) or 0)
-  return int(size) if name != "shortest_edge" else 0
+  """`name` of a size, which may be one number for a square; 0 where it is not said."""
+  edge = size.get(name) if isinstance(size, Mapping) else size if name == "height" else None
+  if not isinstance(edge, int | None):
+    raise ValueError(f"preprocessor_config.json has a size of {size!r}; expected whole pixels.")
+  return edge or 0
 
 
 def _side(size: Any) -> Any:

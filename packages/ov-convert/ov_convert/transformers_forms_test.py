@@ -218,6 +218,9 @@ def test_two_names_for_one_tensor_are_refused(made, tmp_path):
     ({"size": {"shortest_edge": 10}, "crop_size": {"height": 8, "width": 8},
       "do_center_crop": True, "do_normalize": False},
      ("center", (0.0,) * 3, (1.0,) * 3), ["shorter side of 8, not 10"]),
+    ({"size": 10, "crop_size": 8, "do_center_crop": True},
+     ("center", (0.5,) * 3, (0.5,) * 3), ["shorter side of 8, not 10"]),
+    ({"size": 8, "rescale_factor": 0.5}, ("squash", (0.5,) * 3, (0.5,) * 3), ["not 0.5"]),
     ({"size": {"height": 6, "width": 6}}, ("squash", (0.5,) * 3, (0.5,) * 3), ["8 pixels", "6"]),
   ],
 )  # fmt: skip
@@ -228,6 +231,14 @@ def test_preprocessing_is_read(content, expected, noted):
   assert all(part in notes[0] for part in noted)
 
 
-def test_preprocessing_of_another_kind_is_refused():
-  with pytest.raises(ValueError, match=r"image_mean=0.5; expected three numbers"):
-    transformers_forms.preprocess_from({"image_mean": 0.5}, 8)
+@pytest.mark.parametrize(
+  ("content", "message"),
+  [
+    ({"image_mean": 0.5}, "image_mean=0.5; expected three numbers"),
+    ({"image_std": [1.0, 0.0, 1.0]}, "std above 0"),
+    ({"size": {"height": "8"}}, "a size of {'height': '8'}"),
+  ],
+)
+def test_preprocessing_that_is_none_is_refused(content, message):
+  with pytest.raises(ValueError, match=message):
+    transformers_forms.preprocess_from(content, 8)

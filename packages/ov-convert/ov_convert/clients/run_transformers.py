@@ -39,11 +39,12 @@ def image(
   arrays["image/pooled"] = out.pooler_output
   facts = client_io.module_facts(model, "image")
   facts |= {"image/processor": type(processor).__name__, "image/class": type(model).__name__}
+  embedded = out.pooler_output  # without a head that is all there is
   if config["architectures"][0].endswith("ForImageClassification"):
-    whole = transformers.AutoModelForImageClassification.from_pretrained(
-      folder, dtype=torch.float32
-    ).eval()
-    arrays["image/embedding"] = client_io.unit(whole(probe.torch_pixels()).logits)
+    auto = transformers.AutoModelForImageClassification
+    whole = auto.from_pretrained(folder, dtype=torch.float32).eval()
+    embedded = whole(probe.torch_pixels()).logits
+  arrays["image/embedding"] = client_io.unit(embedded)
   return arrays, facts
 
 
