@@ -16,6 +16,7 @@ from typing import Any
 import jinja2
 
 from apps.exporter import snippets
+from apps.exporter.plain_text import cell, clean
 from apps.exporter.source import Source
 from apps.trainer import report_text
 from ov_convert.name_map import flatten, size
@@ -23,7 +24,6 @@ from ov_convert.release import Config, Preprocess, Release
 from ov_eval import Result
 import ov_models
 
-HIDDEN = "(hidden)"
 # As the hub of models calls it; None: it has no name for it.
 _LIBRARIES: dict[str, str | None] = {
   "open_clip": "open_clip", "timm": "timm", "transformers": "transformers", "onnx": "onnx",
@@ -31,9 +31,8 @@ _LIBRARIES: dict[str, str | None] = {
 }  # fmt: skip
 _SPOKEN = {"onnx": "ONNX", "stablehlo": "StableHLO", "safetensors": "ov-models and PyTorch"}
 _PARTS = {"encoder": "image tower", "text": "text tower", "decoder": "caption decoder"}
-# What of a model a format holds; the rest of the towers' heads and scales follows the towers.
-_IMAGE_ONLY = ("timm",)
-_WHOLE = ("safetensors", "stablehlo")
+_IMAGE_ONLY = ("timm",)  # formats without text towers
+_WRITERS = ("safetensors", "stablehlo")  # formats that write captions
 # The values of a config that decide what a model becomes, by their dotted name.
 _DECISIVE = (
   ("model.encoder", "image tower"), ("model.text", "text tower"), ("model.decoder", "decoder"),
@@ -51,18 +50,6 @@ _DECISIVE = (
   ("input.caption_keys", "captions"), ("input.alt_keys", "short texts"), ("input.fit", "pictures"),
   ("seed", "seed"),
 )  # fmt: skip
-_SECRET_KEY = re.compile(
-  r"(^|_)(token|auth_tokens?|secrets?|passw(or)?d|passphrase|credentials?|authorization|"
-  r"(api|access|private|secret|auth|wandb|client)_?key)$"
-)
-_SECRET_VALUE = re.compile(
-  r"hf_\w{16,}|sk-[\w-]{16,}|gh[pousr]_\w{16,}|github_pat_\w+|AKIA[0-9A-Z]{12,}|-----BEGIN|"
-  r"eyJ[\w-]{10,}\.[\w-]+\.|\b[0-9a-f]{40}\b"
-)
-_PLACE = re.compile(  # a URL, or a path that says where it begins
-  r"""(?:(?<=[\s,;:="'(\[])|^)(?:[A-Za-z][\w+.-]+://|~|\.{0,2}/|[A-Za-z]:\\)[^\s,;"')\]]*"""
-)
-_PLACE_KEY = re.compile(r"(^|_)(dir|path|root|file|folder|classes|checkpoint)$")
 _PLAIN_LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]*")
 _PAPERS = (
   ("OpenVision", "https://arxiv.org/abs/2505.04601"),
@@ -83,7 +70,6 @@ class CardFacts:
     tokenizer: fingerprint; "" without one.
     results: rows as `ov_eval.write_results` writes them, `split` in each.
     parity: content of parity.json: rows, versions, date, pictures, texts.
-    notes: more sentences on this folder.
   """
 
   kind: str
@@ -93,7 +79,6 @@ class CardFacts:
   tokenizer: str = ""
   results: Sequence[Mapping[str, Any]] = ()
   parity: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-  notes: Sequence[str] = ()
 
 
 def facts_of(kind: str, source: Source, parity: Mapping[str, Any], license_name: str) -> CardFacts:
@@ -120,7 +105,7 @@ def render(facts: CardFacts) -> str:
     library=_SPOKEN.get(facts.kind, facts.kind),
     holds=_holds(facts),
     leaves_out=_leaves_out(facts),
-    notes=facts.notes,
+    notes=_notes(facts),
     parts=_parts(release),
     model=_model(facts),
     imported=clean(about.get("imported") or {}),
@@ -138,38 +123,6 @@ def render(facts: CardFacts) -> str:
     license=facts.license,
     papers=_PAPERS,
   )
-
-
-def cell(value: Any) -> str:
-  """Any value as text that stays in one cell of a table: no markup, no line breaks."""
-  text = value if isinstance(value, str) else report_text.plain(value)
-  text = "".join(c if c.isprintable() else " " for c in text)
-  for mark, shown in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("$", "&#36;")):
-    text = text.replace(mark, shown)
-  text = re.sub(r"([\\`*\[\]|~]|(?<!\w)_|_(?!\w))", r"\\\1", text).strip()
-  # What would be a heading, a list or a rule at the beginning of a line.
-  return re.sub(r"^(\d*)(#|=|[-+.)](?=\s|$)|-(?=--))", r"\1\\\2", text)
-
-
-def clean(value: Any, key: str = "") -> Any:
-  """JSON values without secrets, and with the last name alone of whatever is a place."""
-  if value and _SECRET_KEY.search(re.sub(r"(?<=[a-z])(?=[A-Z])|-", "_", key).lower()):
-    return HIDDEN
-  if isinstance(value, Mapping):
-    return {str(name): clean(child, str(name)) for name, child in value.items()}
-  if isinstance(value, list | tuple):
-    return [clean(child, key) for child in value]
-  if not isinstance(value, str):
-    return value
-  if _SECRET_VALUE.search(value):
-    return HIDDEN
-  if _PLACE_KEY.search(key):
-    return _last(value)
-  return _PLACE.sub(lambda match: _last(match[0]), value)
-
-
-def _last(place: str) -> str:
-  return re.split(r"[/\\]", place.rstrip("/\\"))[-1]
 
 
 @functools.cache
@@ -193,7 +146,7 @@ def _fenced(text: str) -> str:
 def _header(facts: CardFacts) -> list[str]:
   """The lines that the hub reads."""
   texts = facts.release.text is not None and facts.kind not in _IMAGE_ONLY
-  captions = snippets.writes_captions(facts.release) and facts.kind in _WHOLE
+  captions = _writes(facts)
   if texts and facts.kind != "transformers":  # whose towers are two models
     task = "zero-shot-image-classification"
   else:
@@ -224,9 +177,15 @@ def _held(facts: CardFacts) -> list[str]:
   held = ["encoder"]
   if facts.release.text is not None and kind not in _IMAGE_ONLY:
     held.append("text")
-  if getattr(config, "decoder", None) is not None and kind in _WHOLE:
+  any_decoder = getattr(config, "decoder", None) is not None
+  if any_decoder if kind == "safetensors" else _writes(facts):
     held.append("decoder")
   return held
+
+
+def _writes(facts: CardFacts) -> bool:
+  """Whether this folder writes captions."""
+  return facts.kind in _WRITERS and snippets.writes_captions(facts.release)
 
 
 def _holds(facts: CardFacts) -> str:
@@ -237,6 +196,34 @@ def _leaves_out(facts: CardFacts) -> str:
   config, held = facts.release.config, _held(facts)
   lacking = [part for part in ("text", "decoder") if part not in held]
   return _listed(_PARTS[part] for part in lacking if getattr(config, part, None) is not None)
+
+
+def _notes(facts: CardFacts) -> list[str]:
+  """What surprises in a folder of this format; more is in the modules that write them."""
+  release, text, notes = facts.release, facts.release.text, []
+  if facts.kind == "open_clip" and text is None:
+    notes.append(
+      "open_clip loads no model without a text tower. The one here has one word and zero weights: "
+      "use encode_image and visual alone."
+    )
+  if facts.kind == "open_clip" and text is not None:
+    if text.padding == "mask":
+      notes.append(
+        "Texts are filled up with [eos], where training had padding: so open_clip hides what comes "
+        "after a text, and gives the embeddings of training."
+      )
+    notes.append(
+      "Before it makes tokens, open_clip repairs texts: those with typographic quotes, control "
+      "characters or HTML entities get other ids than in training."
+    )
+  if facts.kind == "transformers" and release.encoder.pool == "gap":
+    notes.append(
+      "The class of the image tower is BEiT, without its relative positions and layer scales: that "
+      "computes what this tower does, up to the pooled vector."
+    )
+  if release.dtype != "float32":
+    notes.append(f"The files hold {release.dtype}; the programs below compute in float32.")
+  return notes
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -340,7 +327,9 @@ def _result(row: Mapping[str, Any]) -> tuple[str, ...]:
 def _parity_row(row: Mapping[str, Any]) -> tuple[str, ...]:
   verdict = "yes" if row["ok"] else row.get("problem") or "no"
   cosine, largest = row.get("cosine"), _number(row.get("max_abs"))
-  if row.get("measured") != row.get("max_abs"):  # pixels are judged by their mean
+  if row.get("measured", row.get("max_abs")) != row.get(
+    "max_abs"
+  ):  # pixels are judged by their mean
     largest = f"{largest} (mean {_number(row.get('measured'))})"
   return (
     row["name"], largest, "" if cosine is None else f"{cosine:.7f}",

@@ -51,6 +51,11 @@ for row, text in zip(ids, texts):
 ids[:, -1] = {{ words.cls_id }}  # [CLS], behind the padding
 {% endif %}
 {% endmacro %}
+{% macro print_captions() %}
+for row in captions:
+  end = row.index({{ words.eos_id }}) if {{ words.eos_id }} in row else len(row)
+  print(tokenizer.decode(row[:end]))
+{% endmacro %}
 {% macro numpy_probabilities(bias) %}
 {% if sigmoid %}
 print(1 / (1 + np.exp(-similarity - {{ bias }})))
@@ -227,11 +232,15 @@ similarity = joint["logit_scale"] * image["embedding"] @ text.T
 """
 
 _STABLEHLO = """\
-from jax import export, tree
+{% if texts %}
+import json
+
+{% endif %}
+from jax import export
 import numpy as np
 from PIL import Image
 from safetensors.flax import load_file
-{% if texts %}
+{% if texts or captions %}
 import tokenizers
 {% endif %}
 
@@ -246,13 +255,22 @@ def load(name):
 
 {{ picture() }}
 image = load("image")(params, pixels)
-print(tree.map(np.shape, image))
-{% if texts %}
+print({name: array.shape for name, array in image.items()})
+{% if texts or captions %}
 
 {{ tokenizer() -}}
+{% endif %}
+{% if texts %}
 {{ token_ids("np.int32") -}}
 text = load("text")(params, ids)
-print(tree.map(np.shape, text))
+with open(f"{folder}/export.json") as file:
+  joint = json.load(file)
+similarity = joint["logit_scale"] * np.asarray(image["embedding"] @ text["embedding"].T)
+{{ numpy_probabilities('joint["logit_bias"]') -}}
+{% endif %}
+{% if captions %}
+captions = load("caption")(params, pixels)["ids"].tolist()
+{{ print_captions() -}}
 {% endif %}
 """
 
@@ -338,9 +356,7 @@ with torch.inference_mode():
     pixels, max_len={{ max_len }},
     bos_id={{ words.bos_id }}, eos_id={{ words.eos_id }}, pad_id={{ words.pad_id }},
   ).tolist()
-for row in captions:
-  end = row.index({{ words.eos_id }}) if {{ words.eos_id }} in row else len(row)
-  print(tokenizer.decode(row[:end]))
+{{ print_captions() -}}
 {% endif %}
 """
 
@@ -363,7 +379,7 @@ PROGRAMS = {
   ),
   "onnx": (Program("{{ purpose }}", "onnx", "onnxruntime pillow" + _READS, _ONNX),),
   "stablehlo": (
-    Program("{{ purpose }}", "stablehlo", "jax safetensors pillow" + _READS, _STABLEHLO),
+    Program(_PURPOSES, "stablehlo", "jax safetensors pillow" + _READS_OR_WRITES, _STABLEHLO),
   ),
   "safetensors": (
     Program(_PURPOSES, "safetensors", "packages/ov-models packages/ov-data", _SAFETENSORS),
