@@ -30,7 +30,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     token_len=15,  # [bos], 11 words of the longest caption, [eos], padding, [CLS]
     caption_len=13,
     vocab_size=0,  # that of the tokenizer
-    preset="openvision_released",  # attends to padding, as open_clip does: //apps:export
+    preset="openvision_released",  # padding is seen: open_clip then makes the same ids
     embed_dim=128,
   )
   config.model.encoder_options = ConfigDict(_IMAGE)

@@ -14,7 +14,7 @@ import numpy as np
 
 from apps.exporter import card, probe
 from apps.exporter.source import Source
-from apps.exporter.targets import Target, judge, judge_ours, targets
+from apps.exporter.targets import Target, judge, judge_ours, target
 from apps.trainer.progress import Terminal
 from ov_convert import client_env, parity
 import ov_models
@@ -35,7 +35,7 @@ def export(
 
   Args:
     source: what is exported.
-    formats: names of `targets()`.
+    formats: names that `target` knows.
     out: a folder that does not exist yet.
     pictures: folder of pictures to compare on; drawn ones for None.
     license_name: for the model cards.
@@ -47,16 +47,16 @@ def export(
   Raises:
     ValueError: formats that cannot hold the model, all told together, before anything is written.
   """
-  table = targets()
+  table = {name: target(name) for name in formats}
   problems = []
-  for name in formats:
+  for name, chosen in table.items():
     try:
-      table[name].check(source.release)
+      chosen.check(source.release)
     except ValueError as error:
       problems.append(f"{name}: {error}")
   if problems:
     raise ValueError(" ".join(problems))
-  if any(not table[name].here for name in formats):
+  if not all(chosen.here for chosen in table.values()):
     client_env.find_python()  # raises before the work begins
   encoded = probe.pictures(pictures)
 
@@ -73,10 +73,8 @@ def export(
     inputs = probe.write_probe(inputs_folder, source, encoded)
     ours = probe.our_outputs(source.release, inputs, source.specials)
     failed = []
-    for name in formats:
-      rows, versions = _one(
-        table[name], name, partial / name, source, inputs_folder, ours, terminal
-      )
+    for name, chosen in table.items():
+      rows, versions = _one(chosen, name, partial / name, source, inputs_folder, ours, terminal)
       _describe(partial / name, name, source, rows, versions, license_name, len(encoded))
       if failure := parity.first_failure(rows):
         failed.append(f"{name} disagrees: {parity.explain(failure)}")
@@ -91,7 +89,7 @@ def export(
 
 
 def _one(
-  target: Target,
+  chosen: Target,
   name: str,
   folder: Path,
   source: Source,
@@ -102,7 +100,7 @@ def _one(
   """Writes one format and compares it; prints the table."""
   terminal.phase(f"{name}: writing")
   folder.mkdir(parents=True)
-  target.write(folder, source.release)
+  chosen.write(folder, source.release)
   rows: list[parity.Row] = []
   versions: dict[str, str] = {}
   if name == "safetensors":
@@ -110,7 +108,7 @@ def _one(
     rows += judge_ours(folder, source.release)
   terminal.phase(f"{name}: loading it as its library does")
   try:
-    judged, versions = judge(target, folder, inputs, ours)
+    judged, versions = judge(chosen, folder, inputs, ours)
     rows += judged
   except client_env.ClientError as error:
     rows.append(parity.Row("loading", np.inf, None, 0.0, np.inf, str(error)))

@@ -38,7 +38,7 @@ class Library:
     self.refuse = {}
     self.written = []
     table = {name: self._target(name) for name in names}
-    monkeypatch.setattr(exporting, "targets", lambda: table)
+    monkeypatch.setattr(exporting, "target", table.__getitem__)
     monkeypatch.setattr(exporting, "judge", self._judge)
     monkeypatch.setattr(exporting.card, "write_card", self._card)
     monkeypatch.setattr(exporting.card, "facts_of", lambda *a: a)

@@ -77,6 +77,10 @@ def load_source(
   params = _params(checkpoint, config, part)
   if image_size:
     config, params = _at(config, params, image_size)
+  if isinstance(config, ov_models.TextConfig):
+    raise ValueError(
+      f"{workdir} holds a text tower alone; formats are for models that see pictures"
+    )
   encoder = config if isinstance(config, ov_models.ViTConfig) else config.encoder
   release = Release(
     config,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import dataclasses
+import importlib
 from pathlib import Path
 import sys
 import tempfile
@@ -34,39 +35,23 @@ class Target:
 
 _IMAGE = ("image/tokens", "image/pooled", "image/embedding")
 _TEXT = ("text/embedding", "logits")
+_PIXELS, _IDS = ("image/pixels",), ("text/ids",)
+# format: module of ov_convert, script, what it offers
+_FORMATS = {
+  "safetensors": ("torch_module", "run_torch.py", (*_IMAGE, *_TEXT, "caption/ids")),
+  "open_clip": ("open_clip", "run_open_clip.py", (*_PIXELS, *_IMAGE, *_IDS, *_TEXT)),
+  "timm": ("timm_vit", "run_timm.py", (*_PIXELS, *_IMAGE)),
+  "transformers": ("transformers_vit", "run_transformers.py", (*_PIXELS, *_IMAGE, *_IDS, *_TEXT)),
+  "onnx": ("onnx_export", "run_onnx.py", (*_IMAGE, *_TEXT)),
+  "stablehlo": ("stablehlo", "run_stablehlo.py", (*_IMAGE, *_TEXT, "caption/ids")),
+}
 
 
-def targets() -> dict[str, Target]:
-  """Every format by its name; imports what writes them."""
-  from ov_convert import (
-    onnx_export,
-    open_clip,
-    stablehlo,
-    timm_vit,
-    torch_module,
-    transformers_vit,
-  )
-
-  seen = ("image/pixels", *_IMAGE)
-  return {
-    "safetensors": Target(
-      torch_module.check, torch_module.write, "run_torch.py", (*_IMAGE, *_TEXT, "caption/ids")
-    ),
-    "open_clip": Target(
-      open_clip.check, open_clip.write, "run_open_clip.py", (*seen, "text/ids", *_TEXT)
-    ),
-    "timm": Target(timm_vit.check, timm_vit.write, "run_timm.py", seen),
-    "transformers": Target(
-      transformers_vit.check,
-      transformers_vit.write,
-      "run_transformers.py",
-      (*seen, "text/ids", *_TEXT),
-    ),
-    "onnx": Target(onnx_export.check, onnx_export.write, "run_onnx.py", (*_IMAGE, *_TEXT)),
-    "stablehlo": Target(
-      stablehlo.check, stablehlo.write, "run_stablehlo.py", (*_IMAGE, *_TEXT), here=True
-    ),
-  }
+def target(name: str) -> Target:
+  """The format of that name; imports what writes it."""
+  module, script, offers = _FORMATS[name]
+  writer = importlib.import_module(f"ov_convert.{module}")
+  return Target(writer.check, writer.write, script, offers, here=name == "stablehlo")
 
 
 def judge(
@@ -107,7 +92,7 @@ def judge_ours(folder: Path, release: Release) -> list[parity.Row]:
   config, params = ov_models.load(folder)
   problem = "" if config == release.config else f"config.json says {config}"
   want, have = (dict(_leaves(tree)) for tree in (release.params, params))
-  unequal = [name for name in want if not np.array_equal(want[name], have.get(name))]
+  unequal = [n for n in want if n not in have or not np.array_equal(want[n], have[n])]
   if unequal:
     problem = problem or f"{len(unequal)} tensors differ, the first is {unequal[0]}"
   return [parity.Row("ov_models.load", float(len(unequal)), None, 0.0, 0.0, problem)]

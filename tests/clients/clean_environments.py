@@ -18,7 +18,7 @@ from absl import app, flags
 
 from apps.exporter import probe
 from apps.exporter.source import load_source
-from apps.exporter.targets import judge, judge_ours, targets
+from apps.exporter.targets import judge, judge_ours, target
 from ov_convert import client_env, parity
 from tests.clients.random_models import SIZES, config_of, make_workdir
 from tools.python import environment
@@ -98,11 +98,11 @@ def try_model(scratch: Path, kind: str, size: str, pythons: dict[str, Path]) -> 
     inputs = probe.write_probe(folder / "probe", source, pictures)
     ours = probe.our_outputs(source.release, inputs, source.specials)
     for name, python in pythons.items():
-      target, started = targets()[name], time.monotonic()
+      chosen, started = target(name), time.monotonic()
       (folder / name).mkdir()
-      target.write(folder / name, source.release)
+      chosen.write(folder / name, source.release)
       try:
-        rows, versions = judge(target, folder / name, folder / "probe", ours, python)
+        rows, versions = judge(chosen, folder / name, folder / "probe", ours, python)
       except client_env.ClientError as error:
         rows, versions = [parity.Row("loading", 1.0, None, 0.0, 1.0, str(error))], {}
       if name == "safetensors":

@@ -10,7 +10,7 @@ import safetensors.numpy
 
 from apps.exporter import probe
 from apps.exporter.source import Source, load_source
-from apps.exporter.targets import judge, targets
+from apps.exporter.targets import judge, target
 from ov_convert import parity
 import ov_models
 from tests.clients.random_models import make_workdir
@@ -147,10 +147,10 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_broken_is_named(made, tmp_path, case):
   name, sabotage, named = CASES[case]
-  target = targets()[name]
-  target.write(tmp_path, made.source.release)
+  chosen = target(name)
+  chosen.write(tmp_path, made.source.release)
   sabotage(tmp_path)
-  rows, _ = judge(target, tmp_path, made.probe, made.ours)
+  rows, _ = judge(chosen, tmp_path, made.probe, made.ours)
   failure = parity.first_failure(rows)
   assert failure is not None, parity.table(rows)
   assert named in parity.explain(failure), parity.table(rows)
@@ -159,7 +159,7 @@ def test_what_is_broken_is_named(made, tmp_path, case):
 
 @pytest.mark.parametrize("name", ["open_clip", "timm", "transformers", "safetensors"])
 def test_what_is_not_broken_agrees(made, tmp_path, name):
-  target = targets()[name]
-  target.write(tmp_path, made.source.release)
-  rows, _ = judge(target, tmp_path, made.probe, made.ours)
+  chosen = target(name)
+  chosen.write(tmp_path, made.source.release)
+  rows, _ = judge(chosen, tmp_path, made.probe, made.ours)
   assert parity.first_failure(rows) is None, parity.table(rows)

@@ -203,8 +203,8 @@ def test_five_optimizer_steps(golden):
 def test_what_decays_and_the_schedule(golden):
   params = openvision_jax.to_ours(under(golden, "param/"), CONFIG)
   optimizer = make_optimizer(OptimizerConfig(1.0, ScheduleConfig(warmup_steps=2)), params, 10)
-  decayed = {entry.theirs for entry in openvision_jax.name_map(CONFIG)
-             if optimizer.groups[entry.ours] == "decayed"}  # fmt: skip
+  decayed = {entry.theirs for entry in openvision_jax.name_map(CONFIG).entries
+             if optimizer.groups[entry.ours[0]] == "decayed"}  # fmt: skip
   assert decayed == {name for name in under(golden, "param/") if name.endswith("/kernel")}
   ours = np.array([optimizer.learning_rate(step) for step in range(11)])
   # Two float32 formulas of a cosine between 0 and 1.
