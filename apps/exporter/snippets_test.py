@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import io
 import json
+import re
 
 import jax
 import numpy as np
@@ -20,25 +21,34 @@ import ov_models
 
 SIZE = 32
 TEXTS = ["a red circle", "cafe of it"]  # words that the tokenizer of the test knows
-VOCABULARY = len(testing.words().vocabulary)
+VOCABULARY = len(testing.words().vocabulary)  # one less without [CLS]
 SMALL = {"width": 32, "depth": 2, "mlp_dim": 48, "num_heads": 4}
 PREPROCESS = Preprocess(SIZE, "squash", (0.5, 0.4, 0.3), (0.2, 0.3, 0.25))
-MODELS = {
-  "pair": ov_models.TwoTowersConfig.openvision(
+
+
+def _pair(preset, **options):
+  return ov_models.TwoTowersConfig.openvision(
     "mu/8", "Ti", None, image_size=SIZE, vocab_size=VOCABULARY, text_len=testing.LENGTH,
-    embed_dim=24, preset="openvision_released", encoder_options=SMALL, text_options=SMALL,
-  ),
+    embed_dim=24, preset=preset, encoder_options=SMALL, text_options=SMALL, **options,
+  )  # fmt: skip
+
+
+MODELS = {
+  "released": _pair("openvision_released"),
+  "sigmoid": _pair("default", bias_init=-1.0),  # and masks padding
+  "clip": _pair("clip"),  # no [CLS] ends a text
   "captioner": ov_models.CaptionerConfig.openvision2(
     "mu/8", "Ti", image_size=SIZE, vocab_size=VOCABULARY, max_len=7,
     encoder_options=SMALL, decoder_options=SMALL,
   ),
 }  # fmt: skip
-SEEDS = {"pair": 0, "captioner": 11}  # of a captioner that writes words
+SEEDS = {"captioner": 11}  # one that writes words
+SOME = ("open_clip", "transformers", "safetensors")  # whose programs differ by the text tower
 RUNS = [
-  *(("pair", kind) for kind in snippets.FORMATS),
-  ("captioner", "safetensors"),
-  ("captioner", "stablehlo"),
-  ("captioner", "open_clip"),
+  *(("released", kind) for kind in snippets.FORMATS),
+  *(("sigmoid", kind) for kind in SOME),
+  *(("clip", kind) for kind in SOME),
+  *(("captioner", kind) for kind in ("safetensors", "stablehlo", "open_clip")),
 ]
 OURS = ("safetensors", "stablehlo")  # what runs with jax; the rest with the clients' libraries
 TOLERANCE = 1e-4  # absolute, as for every export: features here are normed, similarities below 3
@@ -71,9 +81,13 @@ np.savez(sys.argv[2], **run_programs(json.load(open(sys.argv[1]))))
 
 @pytest.fixture(scope="module")
 def releases():
-  params = {name: testing.random_params(MODELS[name], seed) for name, seed in SEEDS.items()}
   return {
-    name: testing.release(config, preprocess=PREPROCESS, params=params[name])
+    name: testing.release(
+      config,
+      preprocess=PREPROCESS,
+      params=testing.random_params(config, SEEDS.get(name, 0)),
+      words=testing.words(append_cls=name != "clip"),
+    )
     for name, config in MODELS.items()
   }
 
@@ -114,14 +128,15 @@ def results(releases, picture, tmp_path_factory):
 
 def _save_tokenizer(folder, release):
   """As the app does: tokenizer/ in the form of ov_data."""
-  reads = release.text is not None
-  tokenizer = ov_data.Tokenizer.from_file(folder / "tokenizer.json", append_cls=reads)
-  if reads:
-    settings = {"pool": release.text.pool, "padding": release.text.padding}
-    processor = ov_data.TextProcessor(tokenizer, release.words.length, True, **settings)
-    processor.save(folder / "tokenizer")
-  else:
+  tokenizer, text = ov_data.Tokenizer.from_file(folder / "tokenizer.json"), release.text
+  if text is None:
     tokenizer.save(folder / "tokenizer")
+  else:
+    words = release.words
+    processor = ov_data.TextProcessor(
+      tokenizer, words.length, words.append_cls, text.pool, text.padding
+    )
+    processor.save(folder / "tokenizer")
 
 
 def _pixels(picture):
@@ -135,19 +150,21 @@ def _ids(release):
   for row, text in zip(rows, TEXTS):
     pieces = [words.vocabulary[word] for word in text.split()]
     row[: len(pieces) + 2] = [words.bos_id, *pieces, words.eos_id]
-  rows[:, -1] = words.cls_id
+  if words.append_cls:
+    rows[:, -1] = words.cls_id
   return rows
 
 
-@pytest.fixture(scope="module")
-def similarity(releases, picture):
-  """Ours, [1, 2]."""
-  release = releases["pair"]
+def _similarity(release, picture):
+  """Ours, [1, 2], and what the programs print of it."""
   model = ov_models.bind(release.config, release.params)
   with jax.default_matmul_precision("highest"):
     image = model.encode_image(_pixels(picture)).unit
     text = model.encode_text(_ids(release)).unit
-    return np.asarray(np.exp(release.params["log_scale"]) * image @ text.T)
+    similarity = np.asarray(np.exp(release.params["log_scale"]) * image @ text.T)
+  if "bias" in release.params:
+    return similarity, 1 / (1 + np.exp(-similarity - release.params["bias"]))
+  return similarity, np.asarray(jax.nn.softmax(similarity))
 
 
 @pytest.fixture(scope="module")
@@ -167,20 +184,22 @@ def test_programs_run_and_give_our_features(results, pooled, name, kind):
     value for key, value in results.items() if key.startswith(f"{name}/{kind}/") and "pooled" in key
   ]
   # open_clip gives no features before the head where there is one.
-  assert features or (name, kind) == ("pair", "open_clip")
+  assert features or (kind == "open_clip" and name != "captioner")
   for found in features:
     np.testing.assert_allclose(found, pooled[name], atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in snippets.FORMATS if kind != "timm"])
-def test_programs_compare_pictures_and_texts_as_we_do(results, similarity, kind):
+@pytest.mark.parametrize("name, kind", [r for r in RUNS if r[0] != "captioner" and r[1] != "timm"])
+def test_programs_compare_pictures_and_texts_as_we_do(results, releases, picture, name, kind):
+  similarity, probabilities = _similarity(releases[name], picture)
   assert abs(similarity[0, 0] - similarity[0, 1]) > 50 * TOLERANCE  # the texts differ
-  found = [
-    results[key] for key in results if key.startswith(f"pair/{kind}/") and "similarity" in key
-  ]
-  assert len(found) == (2 if kind == "safetensors" else 1)  # JAX and PyTorch
-  for value in found:
-    np.testing.assert_allclose(value, similarity, atol=TOLERANCE, rtol=0)
+  keys = [key for key in results if key.startswith(f"{name}/{kind}/") and "similarity" in key]
+  assert len(keys) == (2 if kind == "safetensors" else 1)  # JAX and PyTorch
+  for key in keys:
+    np.testing.assert_allclose(results[key], similarity, atol=TOLERANCE, rtol=0)
+    printed = str(results[key.replace("similarity", "printed")])
+    numbers = [float(number) for number in re.findall(r"\d\.\d+", printed)][-2:]
+    np.testing.assert_allclose([numbers], probabilities, atol=2e-4, rtol=0)  # of 4 digits
 
 
 def test_all_programs_write_our_caption(results, releases, picture):

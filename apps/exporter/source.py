@@ -74,13 +74,13 @@ def load_source(
       f"{tokenizer.fingerprint}, not {metadata['tokenizer']}; take both from the same run"
     )
   config = portable(_model(metadata, tokenizer))
-  params = _params(checkpoint, config, part)
-  if image_size:
-    config, params = _at(config, params, image_size)
   if isinstance(config, ov_models.TextConfig):
     raise ValueError(
       f"{workdir} holds a text tower alone; formats are for models that see pictures"
     )
+  params = _params(checkpoint, config, part)
+  if image_size:
+    config, params = _at(config, params, image_size)
   encoder = config if isinstance(config, ov_models.ViTConfig) else config.encoder
   release = Release(
     config,

@@ -1,4 +1,4 @@
-"""//apps:export as a user runs it: runs of both apps, every format, and mistakes told in one line."""
+"""//apps:export as a user runs it: runs of both apps, every format, mistakes in one line."""
 
 import json
 from pathlib import Path

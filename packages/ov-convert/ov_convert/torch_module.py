@@ -6,6 +6,7 @@ says how pictures and texts are made into inputs.
 """
 
 import dataclasses
+import math
 import os
 import pathlib
 import shutil
@@ -44,6 +45,15 @@ def write(folder: str | os.PathLike[str], release: Release) -> None:
   shutil.copyfile(client_env.SCRIPTS / MODULE_FILE, path / MODULE_FILE)
   if words is not None:
     (path / TOKENIZER_FILE).write_text(words.tokenizer_json, "utf-8")
+
+
+def similarity(release: Release) -> dict[str, float]:
+  """What products of embeddings are multiplied by and added to; empty without a shared space."""
+  if release.text is None:
+    return {}
+  bias = release.params.get("bias")
+  scale = math.exp(float(release.params["log_scale"]))
+  return {"logit_scale": scale, "logit_bias": 0.0 if bias is None else float(bias)}
 
 
 def read(folder: str | os.PathLike[str]) -> Imported:

@@ -100,7 +100,7 @@ class MapPool(nn.Module):  # attention pooling by one learned query: [B, T, D] -
 
   def forward(self, x: Tensor, real: Tensor | None = None) -> Tensor:
     mask = None if real is None else attention_mask(x, "full", real=real)[:, :, :1]
-    pooled = self.attn(self.probe.expand(len(x), 1, -1), x, mask)
+    pooled = self.attn(self.probe.expand(x.shape[0], 1, -1), x, mask)
     return (pooled + self.mlp(self.norm(pooled)))[:, 0]
 
 
@@ -140,12 +140,12 @@ class ImageTower(Transformer):
 
   def forward(self, pixels: Tensor, states: list | None = None) -> tuple[Tensor, Tensor]:
     """Of [B, 3, H, W]: pooled [B, D], tokens [B, T, D]. Pixels that fill no patch are dropped."""
-    patches, positions = self.patch_embed(pixels), self.position_embedding
-    if (grid := (patches.shape[2], patches.shape[3])) != self.grid:
+    x, positions = self.patch_embed(pixels), self.position_embedding
+    if (grid := (x.shape[2], x.shape[3])) != self.grid:
       if self.config.position == "learned":
         raise ValueError(f"{grid} patches, but learned positions of {self.grid}: resize pictures.")
-      positions = self.computed(grid).to(patches)
-    x = torch.cat([self.cls.expand(len(patches), 1, -1), patches.flatten(2).transpose(1, 2)], 1)
+      positions = self.computed(grid).to(x)
+    x = torch.cat([self.cls.expand(x.shape[0], 1, -1), x.flatten(2).transpose(1, 2)], 1)
     x = self.run(x + positions, states=states)
     if self.pool is not None:
       return self.pool(self.norm(x)), x[:, 1:]
@@ -169,7 +169,7 @@ class TextTower(Transformer):
     if c.pool in ("last", "first"):
       return self.norm(x[:, -1 if c.pool == "last" else 0]), x
     if c.pool == "argmax":
-      return self.norm(x.take_along_dim(ids.argmax(1)[:, None, None], 1)[:, 0]), x
+      return self.norm(x[torch.arange(ids.shape[0], device=ids.device), ids.argmax(1)]), x
     if self.pool is not None:
       return self.pool(self.norm(x), real), x
     weight = torch.ones_like(ids) if real is None else real.to(ids)
@@ -195,7 +195,7 @@ class Decoder(Transformer):
     """Of image [B, K, _] and text tokens [B, T, _]: logits [B, Q, V]."""
     parts = [self.image_proj(image_tokens)]
     parts += [] if self.text_proj is None else [self.text_proj(text_tokens)]
-    x = torch.cat([*parts, self.queries.expand(len(image_tokens), -1, -1)], 1)
+    x = torch.cat([*parts, self.queries.expand(image_tokens.shape[0], -1, -1)], 1)
     prefix = x.shape[1] - len(self.queries)
     return self.head(self.norm(self.run(x, attention_mask(x, "causal", prefix))[:, prefix:]))
 
@@ -204,7 +204,7 @@ class Decoder(Transformer):
     c, caches = self.config, [dict[str, Tensor]() for _ in self.blocks]
     image = self.image_proj(image_tokens)
     self.run(image, attention_mask(image, "full" if c.mask == "prefix" else "causal"), caches)
-    ids = torch.full((len(image), max_len), pad, device=image.device)
+    ids = torch.full((image.shape[0], max_len), pad, device=image.device)
     token, done = torch.full_like(ids[:, 0], bos), torch.zeros_like(ids[:, 0], dtype=torch.bool)
     positions = self.position_embedding
     if c.position == "sincos":
