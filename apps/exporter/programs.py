@@ -347,8 +347,8 @@ print(image.pooled.shape, image.tokens.shape)
 {{ token_ids("np.int64") -}}
 with torch.inference_mode():
   text = model.encode_text(torch.from_numpy(ids))
-  similarity = model.logits(image.embedding, text.embedding)
-print(similarity.{{ "sigmoid()" if sigmoid else "softmax(dim=-1)" }})
+  logits = model.logits(image.embedding, text.embedding)
+print(logits.{{ "sigmoid()" if sigmoid else "softmax(dim=-1)" }})
 {% endif %}
 {% if captions %}
 with torch.inference_mode():

@@ -64,7 +64,7 @@ def run_programs(programs):
     kept[f"{name}/printed"] = np.array(printed.getvalue())
     image = scope.get("image")
     image = image["pooled"] if isinstance(image, dict) else getattr(image, "pooled", None)
-    for what in ("pooled", "similarity"):
+    for what in ("pooled", "similarity", "logits"):
       value = scope.get(what, image if what == "pooled" else None)
       if value is not None:
         kept[f"{name}/{what}"] = np.asarray(value)
@@ -155,16 +155,17 @@ def _ids(release):
   return rows
 
 
-def _similarity(release, picture):
-  """Ours, [1, 2], and what the programs print of it."""
+def _compared(release, picture):
+  """Ours, [1, 2]: similarities, the same with the bias, and the probabilities that are printed."""
   model = ov_models.bind(release.config, release.params)
   with jax.default_matmul_precision("highest"):
     image = model.encode_image(_pixels(picture)).unit
     text = model.encode_text(_ids(release)).unit
     similarity = np.asarray(np.exp(release.params["log_scale"]) * image @ text.T)
-  if "bias" in release.params:
-    return similarity, 1 / (1 + np.exp(-similarity - release.params["bias"]))
-  return similarity, np.asarray(jax.nn.softmax(similarity))
+  logits = similarity + release.params.get("bias", 0)
+  sigmoid = "bias" in release.params
+  probabilities = jax.nn.sigmoid(logits) if sigmoid else jax.nn.softmax(logits)
+  return {"similarity": similarity, "logits": logits}, np.asarray(probabilities)
 
 
 @pytest.fixture(scope="module")
@@ -191,13 +192,16 @@ def test_programs_run_and_give_our_features(results, pooled, name, kind):
 
 @pytest.mark.parametrize("name, kind", [r for r in RUNS if r[0] != "captioner" and r[1] != "timm"])
 def test_programs_compare_pictures_and_texts_as_we_do(results, releases, picture, name, kind):
-  similarity, probabilities = _similarity(releases[name], picture)
-  assert abs(similarity[0, 0] - similarity[0, 1]) > 50 * TOLERANCE  # the texts differ
-  keys = [key for key in results if key.startswith(f"{name}/{kind}/") and "similarity" in key]
-  assert len(keys) == (2 if kind == "safetensors" else 1)  # JAX and PyTorch
-  for key in keys:
-    np.testing.assert_allclose(results[key], similarity, atol=TOLERANCE, rtol=0)
-    printed = str(results[key.replace("similarity", "printed")])
+  ours, probabilities = _compared(releases[name], picture)
+  assert np.ptp(ours["logits"]) > 50 * TOLERANCE  # the texts differ
+  found = [
+    key.rpartition("/") for key in results
+    if key.startswith(f"{name}/{kind}/") and key.endswith(tuple(ours))
+  ]  # fmt: skip
+  assert len(found) == (2 if kind == "safetensors" else 1)  # JAX and PyTorch
+  for program, _, what in found:
+    value, printed = results[f"{program}/{what}"], str(results[f"{program}/printed"])
+    np.testing.assert_allclose(value, ours[what], atol=TOLERANCE, rtol=0)
     numbers = [float(number) for number in re.findall(r"\d\.\d+", printed)][-2:]
     np.testing.assert_allclose([numbers], probabilities, atol=2e-4, rtol=0)  # of 4 digits
 
