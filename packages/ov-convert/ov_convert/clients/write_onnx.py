@@ -1,0 +1,77 @@
+"""Writes the towers of a folder of ours as ONNX graphs.
+
+  python write_onnx.py FOLDER OUTPUT
+
+FOLDER is what ov_convert.torch_module writes. OUTPUT gets image.onnx (`pixel_values` float32
+[batch, 3, S, S] to `pooled`, `tokens` and, in a shared space, `embedding`) and text.onnx
+(`input_ids` int64 [batch, T] to `text_embedding`, of a tower on its own `text_pooled`), as far as
+there are towers, each with its weights in one file beside it.
+"""
+
+import pathlib
+import sys
+from typing import Any
+
+from openvision_torch import OpenVision
+import torch
+
+
+class Image(torch.nn.Module):
+  """[B, 3, S, S] to a tuple."""
+
+  def __init__(self, model: Any) -> None:
+    super().__init__()
+    self.model = model
+
+  def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return tuple(a for a in self.model.encode_image(pixel_values) if a is not None)
+
+
+class Text(torch.nn.Module):
+  """[B, T] to [B, E], or [B, D] of a tower on its own."""
+
+  def __init__(self, model: Any) -> None:
+    super().__init__()
+    self.model = model
+
+  def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+    out = self.model.encode_text(input_ids)
+    return out.pooled if out.embedding is None else out.embedding
+
+
+def main() -> None:
+  """Writes what the model has."""
+  folder, output = map(pathlib.Path, sys.argv[1:])
+  model = OpenVision.from_folder(str(folder))
+  joint = model.config.kind == "TwoTowers"
+  if model.encoder is not None:
+    size = model.encoder.config.image_size
+    names = ["pooled", "tokens", "embedding"][: 2 + joint]
+    pixels = torch.zeros(2, 3, size, size)
+    export(Image(model), pixels, output / "image.onnx", "pixel_values", names)
+  if model.text is not None:
+    ids = torch.ones(2, model.text.config.max_len, dtype=torch.int64)
+    # Not "embedding": that is the name of a value inside, and the graph would not load.
+    name = "text_embedding" if joint else "text_pooled"
+    export(Text(model), ids, output / "text.onnx", "input_ids", [name])
+
+
+def export(
+  module: torch.nn.Module, example: torch.Tensor, file: pathlib.Path, name: str, outputs: list[str]
+) -> None:
+  """One graph, for batches of any size."""
+  with torch.no_grad():
+    program = torch.onnx.export(
+      module.eval(), (example,), input_names=[name], output_names=outputs, dynamo=True,
+      dynamic_shapes=({0: torch.export.Dim("batch")},), verbose=False,
+    )  # fmt: skip
+  batch = program.model.graph.inputs[0].shape[0]
+  if isinstance(batch, int):
+    sys.exit(f"{file.name}: the batch was traced as {batch}, not as any")
+  for node in program.model.graph.all_nodes():
+    node.metadata_props.clear()  # stack traces: paths of this machine
+  program.save(str(file), external_data=True)
+
+
+if __name__ == "__main__":
+  main()

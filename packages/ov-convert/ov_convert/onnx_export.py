@@ -1,0 +1,84 @@
+"""ONNX graphs of the image and the text tower, for onnxruntime and all that reads the format.
+
+They are traced from the PyTorch module, so that writing them needs the clients' environment. A
+caption decoder is not part of them: it is a loop, and lives in the folder of our own format.
+"""
+
+import json
+import os
+import pathlib
+import tempfile
+from typing import Any
+
+from ov_convert import client_env, torch_module
+from ov_convert.release import Release
+import ov_models
+
+PREPROCESSOR_FILE = "preprocessor.json"
+
+
+def check(release: Release) -> None:
+  """Raises ValueError, listing all, where the model does not fit the format.
+
+  Graphs are of float32: half precision is a conversion of its own, which depends on what runs it.
+  """
+  problems = []
+  if release.dtype != "float32":
+    problems.append(
+      f"dtype={release.dtype!r}, but graphs are written in float32; set dtype='float32', and "
+      "convert the graph for the hardware that runs it"
+    )
+  try:
+    torch_module.check(release)
+  except ValueError as error:
+    problems += str(error).splitlines()[1:]
+  if problems:
+    raise ValueError("ONNX cannot hold this model:\n  " + "\n  ".join(map(str.strip, problems)))
+
+
+def write(
+  folder: str | os.PathLike[str],
+  release: Release,
+  python: str | os.PathLike[str] | None = None,
+) -> None:
+  """Writes image.onnx, text.onnx, preprocessor.json and tokenizer.json, as far as there are towers.
+
+  Args:
+    folder: made where missing.
+    release: the model, in float32.
+    python: interpreter with PyTorch; that of the clients' environment by default.
+
+  Raises:
+    ValueError: see `check`.
+    client_env.ClientError: PyTorch cannot trace the model.
+  """
+  check(release)
+  path = pathlib.Path(folder)
+  path.mkdir(parents=True, exist_ok=True)
+  with tempfile.TemporaryDirectory() as scratch:
+    torch_module.write(scratch, release)
+    client_env.run_client("write_onnx.py", [scratch, path.absolute()], python=python)
+  content = json.dumps(_preprocessor(release), indent=2)
+  (path / PREPROCESSOR_FILE).write_text(content + "\n", "utf-8")
+  if release.words is not None and "text" in _towers(release):
+    (path / torch_module.TOKENIZER_FILE).write_text(release.words.tokenizer_json, "utf-8")
+
+
+def _towers(release: Release) -> tuple[str, ...]:
+  config = release.config
+  if isinstance(config, ov_models.TextConfig):
+    return ("text",)
+  return ("image",) if release.text is None else ("image", "text")
+
+
+def _preprocessor(release: Release) -> dict[str, Any]:
+  """How inputs are made, and what similarities of embeddings are multiplied by and added to."""
+  content: dict[str, Any] = {}
+  if "image" in _towers(release):
+    pre = release.preprocess
+    content |= {"image_size": pre.image_size, "fit": pre.fit, "resample": "bilinear"}
+    content |= {"mean": pre.mean, "std": pre.std}
+  if "text" in _towers(release) and (words := release.words) is not None:
+    names = ("length", "append_cls", "pad_id", "bos_id", "eos_id", "unk_id", "cls_id")
+    content["words"] = {name: getattr(words, name) for name in names}
+  return content | torch_module.similarity(release)

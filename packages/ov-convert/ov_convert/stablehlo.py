@@ -1,0 +1,145 @@
+"""Functions of the model as StableHLO, which jax runs on CPUs, GPUs and TPUs without our code.
+
+Parameters are an argument, by the names of model.safetensors beside it, so that a function is small
+whatever the model. Batches may have any size. All is computed in float32, whatever the file holds:
+
+  with open("folder/image.stablehlo", "rb") as file:
+    image = jax.export.deserialize(bytearray(file.read())).call
+  params = safetensors.flax.load_file("folder/model.safetensors")
+  image(params, pixels)["pooled"]
+"""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+import json
+import os
+import pathlib
+from typing import Any
+
+import jax
+from jax import export
+import jax.numpy as jnp
+
+from ov_convert import torch_module
+from ov_convert.name_map import flatten, unflatten
+from ov_convert.release import Config, Release
+import ov_models
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+EXPORT_FILE = "export.json"
+
+
+def check(release: Release) -> None:
+  """Raises ValueError, listing them, where tokenizer and pictures do not fit the model."""
+  torch_module.check(release)
+
+
+def write(folder: str | os.PathLike[str], release: Release) -> None:
+  """Writes our format, and beside it image, text and caption .stablehlo and export.json.
+
+  `image` takes pixels float32 [b, S, S, 3], normalised, and gives pooled [b, D], tokens [b, T, D]
+  and, in a shared space, embedding [b, E]. `text` takes ids int32 [b, T] and gives pooled and
+  embedding. `caption` takes pixels and gives ids int32 [b, T], written greedily; it is there for a
+  decoder that writes word by word, and words that say where a caption begins and ends.
+
+  Raises:
+    ValueError: see `check`.
+  """
+  check(release)
+  path = pathlib.Path(folder)
+  torch_module.write(path, release)
+  (path / torch_module.MODULE_FILE).unlink()
+  config = portable(release.config)
+  params = {
+    name: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(release.dtype))
+    for name, leaf in flatten(ov_models.abstract_params(config)).items()
+  }
+  about: dict[str, Any] = {"jax": jax.__version__, "platforms": PLATFORMS, "functions": {}}
+  for name, (function, given) in functions(config, release).items():
+    # On GPUs and TPUs float32 is otherwise rounded in matmuls, to 10 or 7 bits.
+    with jax.default_matmul_precision("highest"):
+      exported = export.export(jax.jit(function), platforms=PLATFORMS)(params, given)
+    (path / f"{name}.stablehlo").write_bytes(exported.serialize())
+    outputs = jax.tree.unflatten(exported.out_tree, exported.out_avals)
+    about["calling_convention"] = exported.calling_convention_version
+    about["functions"][name] = {
+      "input": _told(given),
+      "outputs": {field: _told(aval) for field, aval in outputs.items()},
+    }
+  about |= torch_module.similarity(release)
+  (path / EXPORT_FILE).write_text(json.dumps(about, indent=2) + "\n", "utf-8")
+
+
+def portable(config: Any) -> Any:
+  """The same model with options that run anywhere: plain attention in float32, no backward pass."""
+  changes: dict[str, Any] = {
+    field.name: portable(value)
+    for field in dataclasses.fields(config)
+    if dataclasses.is_dataclass(value := getattr(config, field.name))
+  }
+  if hasattr(config, "attention"):
+    changes |= {"attention": "xla", "dtype": "float32", "remat": "none", "scan": True}
+  return dataclasses.replace(config, **changes)
+
+
+Flat = Mapping[str, jax.Array]
+Function = Callable[[Flat, jax.Array], dict[str, jax.Array]]
+
+
+def functions(config: Config, release: Release) -> dict[str, tuple[Function, Any]]:
+  """What is exported: by name the function and its abstract input."""
+  (batch,) = export.symbolic_shape("b")
+  joint, alone = isinstance(config, ov_models.TwoTowersConfig), not hasattr(config, "encoder")
+  image: Any = getattr(config, "encoder", config)
+  text: Any = getattr(config, "text", None)
+  if isinstance(config, ov_models.TextConfig):
+    image, text = None, config
+  found: dict[str, tuple[Function, Any]] = {}
+  if image is not None:
+    size = image.image_size
+    pixels = jax.ShapeDtypeStruct((batch, size, size, 3), jnp.float32)
+
+    def encode_image(params: Flat, pixels: jax.Array) -> dict[str, jax.Array]:
+      model = _bind(config, params)
+      if joint:
+        out = model.encode_image(pixels)
+        return {"pooled": out.pooled, "tokens": out.tokens, "embedding": out.unit}
+      out = (model if alone else model.encoder)(pixels)
+      return {"pooled": out.pooled, "tokens": out.tokens}
+
+    found["image"] = (encode_image, pixels)
+  if text is not None:
+
+    def encode_text(params: Flat, ids: jax.Array) -> dict[str, jax.Array]:
+      model = _bind(config, params)
+      if not joint:
+        return {"pooled": model(ids).pooled}
+      out = model.encode_text(ids)
+      return {"pooled": out.pooled, "embedding": out.unit}
+
+    found["text"] = (encode_text, jax.ShapeDtypeStruct((batch, text.max_len), jnp.int32))
+  decoder, words = getattr(config, "decoder", None), release.words
+  if isinstance(decoder, ov_models.DecoderConfig) and words is not None:
+    bos_id, eos_id, pad_id = words.bos_id, words.eos_id, words.pad_id
+
+    def caption(params: Flat, pixels: jax.Array) -> dict[str, jax.Array]:
+      out = ov_models.generate(
+        _bind(config, params), pixels,
+        max_len=decoder.max_len, bos_id=bos_id, eos_id=eos_id, pad_id=pad_id,
+      )  # fmt: skip
+      return {"ids": out.ids}
+
+    found["caption"] = (caption, pixels)
+  return found
+
+
+def _bind(config: Config, params: Flat) -> Any:
+  return ov_models.bind(
+    config, unflatten({name: leaf.astype(jnp.float32) for name, leaf in params.items()})
+  )
+
+
+def _told(aval: Any) -> dict[str, Any]:
+  """Shape and dtype as JSON; "b" is any batch."""
+  shape = [side if isinstance(side, int) else str(side) for side in aval.shape]
+  return {"shape": shape, "dtype": str(aval.dtype)}
