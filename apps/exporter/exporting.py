@@ -4,6 +4,7 @@ from collections.abc import Sequence
 import contextlib
 import datetime
 import json
+import os
 from pathlib import Path
 import shutil
 import tempfile
@@ -78,6 +79,7 @@ def export(
       _describe(partial / name, name, source, rows, versions, license_name, len(encoded))
       if failure := parity.first_failure(rows):
         failed.append(f"{name} disagrees: {parity.explain(failure)}")
+    _let_others_read(partial)
     if failed:
       terminal.phase("nothing was kept: " + "; ".join(failed))
       return False
@@ -146,6 +148,14 @@ def _describe(
   }
   (folder / PARITY_FILE).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
   card.write_card(folder, card.facts_of(name, source, content, license_name))
+
+
+def _let_others_read(folder: Path) -> None:
+  """Gives files the usual permissions: the writer of safetensors lets nobody else read."""
+  os.umask(mask := os.umask(0))
+  for path in folder.rglob("*"):
+    if path.is_file():
+      path.chmod(0o666 & ~mask)
 
 
 def _finite(row: dict[str, Any]) -> dict[str, Any]:

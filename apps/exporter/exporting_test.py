@@ -51,6 +51,7 @@ class Library:
     def write(folder, release):
       self.written.append(folder)
       (folder / "weights").write_text(name)
+      (folder / "weights").chmod(0o600)
 
     return targets_lib.Target(check, write, name, (), here=True)
 
@@ -82,6 +83,7 @@ def test_all_agree(source, tmp_path, monkeypatch):
   assert names[:2] == ["image/pixels", "image/block_00"] and "caption/ids" in names
   assert all(row["ok"] for row in content["rows"])
   assert [p.name for p in out.parent.iterdir()] == ["out"]
+  assert (out / "one" / "weights").stat().st_mode == (out / "one" / "README.md").stat().st_mode
 
 
 def test_one_that_disagrees_leaves_nothing(source, tmp_path, monkeypatch, capsys):

@@ -89,7 +89,8 @@ def load_source(
     _words(config, tokenizer, processor),
     dtype,
   )
-  about = {k: metadata.get(k) for k in ("config", "stage", "step", "versions", "imported")}
+  told = ("config", "stage", "step", "versions", "imported", "fingerprint")
+  about = {name: metadata.get(name) for name in told}
   return Source(release, tokenizer, processor, about, _results(workdir, metadata["step"], part))
 
 
