@@ -17,6 +17,7 @@ PACKAGES = [
     "tests/multiprocess",
     "tests/sharding",
     "tests/standalone",
+    "tools/bench",
     "tools/ci",
     "tools/compare",
     "tools/data",
