@@ -76,7 +76,8 @@ def module_facts(module: Any, tower: str) -> dict[str, Any]:
       facts[f"{tower}/{name}: layer norm eps"] = child.eps
     elif "GELU" in kind:
       tanh = getattr(child, "approximate", "none") == "tanh" or "Tanh" in kind
-      facts[f"{tower}/{name}: activation"] = "quick gelu" if "Quick" in kind else f"gelu{' tanh' * tanh}"
+      gelu = "quick gelu" if "Quick" in kind else "gelu tanh" if tanh else "gelu"
+      facts[f"{tower}/{name}: activation"] = gelu
   return facts
 
 
