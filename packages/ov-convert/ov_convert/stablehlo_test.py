@@ -39,7 +39,8 @@ MODELS = {
   "text": (replace(TEXT, pool="mean"), "float16"),
   "image": (VIT, "float32"),
 }
-# The same arithmetic, compiled in another way: a few roundings of float32. Measured: 6e-7.
+# The same arithmetic, compiled in another way: a few roundings of float32. Measured: 2.1e-7 of the
+# largest entry.
 TOLERANCE = 1e-5
 
 
