@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from apps.exporter import probe
 from apps.exporter.source import load_source
@@ -72,6 +72,7 @@ def make_environment(folder: Path, needs: tuple[str, ...]) -> Path:
 
 def main(argv: list[str]) -> None:
   del argv
+  logging.set_verbosity(logging.WARNING)
   formats = _FORMAT.value or list(NEEDS)
   failed = []
   with tempfile.TemporaryDirectory() as scratch:
