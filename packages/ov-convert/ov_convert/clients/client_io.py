@@ -83,7 +83,7 @@ def module_facts(module: Any, tower: str) -> dict[str, Any]:
 
 def write(path: str, arrays: dict[str, Any], facts: dict[str, Any], libraries: list[str]) -> None:
   """Writes OUTPUT; tensors and arrays alike, floats as float32."""
-  flat = {}
+  flat: dict[str, Any] = {}
   for name, value in arrays.items():
     array = np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
     flat[name] = array.astype(np.float32) if array.dtype.kind == "f" else array
