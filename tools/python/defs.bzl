@@ -9,8 +9,8 @@ _ENV = {
     "TF_CPP_MIN_LOG_LEVEL": "2",
 }
 
-# What the scripts of ov_convert/clients run with: see ov_convert.client_env.
-_CLIENTS = {"OV_CLIENTS": "$(rootpath @clients//:interpreter)"}
+# Names the interpreter of the scripts of ov_convert/clients; ov_convert.client_env finds it among the runfiles.
+_CLIENTS = "@clients//:interpreter"
 
 # XLA maps the buffers of each step anew on a CPU; in huge pages that costs 1/500 of the page faults. glibc only.
 _HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
@@ -38,8 +38,7 @@ def ov_py_binary(name, srcs, deps = [], env = {}, clients = False, **kwargs):
     """A py_binary; `main` is needed only where there are several srcs. `clients` as for ov_py_test."""
     _sources()
     if clients:
-        env = dict(_CLIENTS, **env)
-        kwargs["data"] = kwargs.get("data", []) + ["@clients//:interpreter"]
+        kwargs["data"] = kwargs.get("data", []) + [_CLIENTS]
     native.py_binary(
         name = name,
         srcs = srcs,
@@ -66,8 +65,7 @@ def ov_py_test(name, srcs, deps = [], devices = 1, clients = False, size = "smal
     """
     _sources()
     if clients:
-        env = dict(_CLIENTS, **env)
-        kwargs["data"] = kwargs.get("data", []) + ["@clients//:interpreter"]
+        kwargs["data"] = kwargs.get("data", []) + [_CLIENTS]
     simulated = {"XLA_FLAGS": "--xla_force_host_platform_device_count=%d" % devices} if devices > 1 else {}
     native.py_test(
         name = name,

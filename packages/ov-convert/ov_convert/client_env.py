@@ -1,8 +1,8 @@
 """Runs the scripts of `clients/` with the interpreter of an environment that has the libraries.
 
 PyTorch and the libraries that load exported weights live in an environment of their own, so that
-nobody who trains has to install them. `$OV_CLIENTS_PYTHON` names its interpreter; under Bazel
-`$OV_CLIENTS` names a file that holds the path.
+nobody who trains has to install them. `$OV_CLIENTS_PYTHON` names its interpreter; without it, Bazel
+does for targets with `clients = True`.
 """
 
 from collections.abc import Sequence
@@ -23,9 +23,7 @@ def find_python() -> pathlib.Path:
   Raises:
     FileNotFoundError: nothing names one, or it is not there.
   """
-  named = os.environ.get("OV_CLIENTS_PYTHON")
-  if not named and (file := os.environ.get("OV_CLIENTS")):
-    named = pathlib.Path(file).read_text().strip()
+  named = os.environ.get("OV_CLIENTS_PYTHON") or _named_by_bazel(pathlib.Path(__file__))
   if not named:
     raise FileNotFoundError(
       "no environment with PyTorch and its libraries is named: set OV_CLIENTS_PYTHON to the python "
@@ -34,6 +32,15 @@ def find_python() -> pathlib.Path:
   if not pathlib.Path(named).exists():
     raise FileNotFoundError(f"OV_CLIENTS_PYTHON={named}: there is no such file")
   return pathlib.Path(named)
+
+
+def _named_by_bazel(here: pathlib.Path) -> str:
+  """What clients/interpreter.txt says in the runfiles that `here` belongs to; "" without it."""
+  for folder in here.absolute().parents:
+    file = folder / "clients" / "interpreter.txt"
+    if folder.name.endswith(".runfiles") and file.exists():
+      return file.read_text().strip()
+  return ""
 
 
 def run_client(

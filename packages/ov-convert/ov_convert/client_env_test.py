@@ -22,11 +22,12 @@ def script(tmp_path, monkeypatch):
 
 def test_the_interpreter_is_named_by_the_environment(tmp_path, monkeypatch):
   monkeypatch.delenv("OV_CLIENTS_PYTHON", raising=False)
-  monkeypatch.delenv("OV_CLIENTS", raising=False)
   with pytest.raises(FileNotFoundError, match="set OV_CLIENTS_PYTHON to the python of one"):
     client_env.find_python()
-  (tmp_path / "interpreter.txt").write_text(f"{sys.executable}\n")
-  monkeypatch.setenv("OV_CLIENTS", str(tmp_path / "interpreter.txt"))
+  runfiles = tmp_path / "export.runfiles"
+  (runfiles / "clients").mkdir(parents=True)
+  (runfiles / "clients" / "interpreter.txt").write_text(f"{sys.executable}\n")
+  monkeypatch.setattr(client_env, "__file__", str(runfiles / "openvision" / "client_env.py"))
   assert client_env.find_python() == pathlib.Path(sys.executable)
   monkeypatch.setenv("OV_CLIENTS_PYTHON", str(tmp_path / "python"))  # goes before
   with pytest.raises(FileNotFoundError, match="there is no such file"):
