@@ -61,6 +61,7 @@ VIT = "packages/ov-models/ov_models/vit.py"
 VIT_TEST = "packages/ov-models/ov_models/vit_test.py"
 PROJECT = "packages/ov-models/pyproject.toml"
 LOADER = "packages/ov-data/ov_data/loader.py"
+CLIENT = "packages/ov-convert/ov_convert/clients/run_timm.py"
 
 
 @pytest.mark.parametrize(
@@ -77,6 +78,8 @@ LOADER = "packages/ov-data/ov_data/loader.py"
     (LOADER, "import tensorflow", f"{LOADER}:1: imports tensorflow, but ov_data may do so inside"),
     ("apps/trainer/loop.py", "from apps import train", "apps/trainer/loop.py:1: imports apps, but"),
     ("tools/a.py", "import apps.train", "tools/a.py:1: imports apps.train, but tools import"),
+    (CLIENT, "import ov_models.vit", f"{CLIENT}:1: imports ov_models.vit, but scripts of the"),
+    (CLIENT, "import requests", f"{CLIENT}:1: imports requests, but scripts of the clients'"),
     (
       "apps/b.py",
       "from tools import a",
@@ -97,6 +100,7 @@ def test_wall(tmp_path, path, text, fault):
     (LOADER, "from google.protobuf import message"),
     ("apps/trainer/loop.py", "from apps.trainer import step"),
     ("tools/a.py", "from apps.trainer.step import Step"),
+    (CLIENT, "import json\nimport torch, timm\nimport run_timm"),
   ],
 )
 def test_gate_in_the_wall(tmp_path, path, text):
@@ -128,6 +132,13 @@ def test_gate_in_the_wall(tmp_path, path, text):
 def test_deps(tmp_path, path, text, fault):
   found = agreement.check_deps(make(tmp_path, **{path: text}))
   assert [str(f)[: len(fault)] for f in found] == [fault]
+
+
+def test_scripts_of_the_other_environment_need_no_deps(tmp_path):
+  build = VIT.replace("ov_models/vit.py", "BUILD.bazel").replace("ov-models", "ov-convert")
+  library = 'ov_py_library(name = "ov-convert", srcs = glob(["**/*.py"]))\n'
+  tree = make(tmp_path, **{build: library, CLIENT: "import torch\n"})
+  assert agreement.check_deps(tree) == []
 
 
 def test_dep_of_a_dep_is_not_enough(tmp_path):
