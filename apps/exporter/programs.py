@@ -140,7 +140,7 @@ from transformers import AutoImageProcessor, AutoModel
 
 folder = "{{ folder }}"
 processor = AutoImageProcessor.from_pretrained(folder)
-model = AutoModel.from_pretrained(folder).float().eval()
+model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
 picture = Image.open("{{ photo }}").convert("RGB")
 pixels = processor(images=picture, return_tensors="pt").pixel_values
 
@@ -161,10 +161,11 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassi
 from transformers import AutoTokenizer, {{ text_class }}
 
 folder = "{{ folder }}"
+full = {"dtype": torch.float32}  # whatever the files hold
 processor = AutoImageProcessor.from_pretrained(folder)
-image_tower = AutoModelForImageClassification.from_pretrained(folder).float().eval()
+image_tower = AutoModelForImageClassification.from_pretrained(folder, **full).eval()
 tokenizer = AutoTokenizer.from_pretrained(f"{folder}/text")
-text_tower = {{ text_class }}.from_pretrained(f"{folder}/text").float().eval()
+text_tower = {{ text_class }}.from_pretrained(f"{folder}/text", **full).eval()
 
 picture = Image.open("{{ photo }}").convert("RGB")
 pixels = processor(images=picture, return_tensors="pt").pixel_values
