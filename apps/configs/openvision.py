@@ -19,7 +19,7 @@ from apps.trainer.schedules import (
   virtual_epoch_steps,
 )
 
-_DEFAULTS = {
+DEFAULTS = {
   "res": 112,  # pixels
   "img": "L/16",
   "txt_name": "L/16",  # a patch size is accepted and dropped
@@ -48,8 +48,8 @@ _DEFAULTS = {
   "init": "",  # workdir or checkpoint whose params start this run
   "runlocal": False,  # one step on little data
 }
-_ALIASES = {"vitual_warmup_epoch": "virtual_warmup_epoch", "load_pretrain": "init"}
-_IGNORED = {
+ALIASES = {"vitual_warmup_epoch": "virtual_warmup_epoch", "load_pretrain": "init"}
+IGNORED = {
   "img_head": "the image tower always has its head",
   "use_sovit": "So400m has its own width of the shared space",
   "txt": "the vocabulary is vocab_path",
@@ -62,7 +62,11 @@ _IGNORED = {
 
 def get_config(arg: str | None = None) -> ConfigDict:
   """The configuration of one stage; see the scripts' recipes in apps/configs/README.md."""
-  a = parse_arguments(arg, _DEFAULTS, aliases=_ALIASES, ignored=_IGNORED)
+  return resolve(parse_arguments(arg, DEFAULTS, aliases=ALIASES, ignored=IGNORED))
+
+
+def resolve(a: ConfigDict) -> ConfigDict:
+  """The configuration that arguments with the keys of DEFAULTS stand for."""
   config = clip_config()
   config.batch_size = a.batch_size or batch_size_from_factor(a.batch_factor)
   config.accumulate = a.accumulate

@@ -18,7 +18,7 @@ from apps.trainer.schedules import (
   virtual_epoch_steps,
 )
 
-_DEFAULTS = {
+DEFAULTS = {
   "res": 112,  # pixels
   "img": "L/16",
   "txt_decoder_name": "L",
@@ -43,8 +43,8 @@ _DEFAULTS = {
   "init": "",  # workdir or checkpoint whose params start this run
   "runlocal": False,  # one step on little data
 }
-_ALIASES = {"vitual_warmup_epoch": "virtual_warmup_epoch", "load_pretrain": "init"}
-_IGNORED = {
+ALIASES = {"vitual_warmup_epoch": "virtual_warmup_epoch", "load_pretrain": "init"}
+IGNORED = {
   "img_head": "OpenVision 2 has no image head",
   "txt": "there is no text tower",
   "use_openclip_tokenizer": "give any tokenizer.json as vocab_path",
@@ -53,7 +53,11 @@ _IGNORED = {
 
 def get_config(arg: str | None = None) -> ConfigDict:
   """The configuration of one stage; see the scripts' recipes in apps/configs/README.md."""
-  a = parse_arguments(arg, _DEFAULTS, aliases=_ALIASES, ignored=_IGNORED)
+  return resolve(parse_arguments(arg, DEFAULTS, aliases=ALIASES, ignored=IGNORED))
+
+
+def resolve(a: ConfigDict) -> ConfigDict:
+  """The configuration that arguments with the keys of DEFAULTS stand for."""
   config = caption_config()
   config.batch_size = a.batch_size or batch_size_from_factor(a.batch_factor)
   config.total_steps = virtual_epoch_steps(a.imagenet_epoch, config.batch_size)

@@ -1,0 +1,7 @@
+"""OpenVision 2 So400m/14: 84, 224 and 384 px in one run; arguments: openvision2_curriculum.py."""
+
+import functools
+
+from apps.configs import openvision2_curriculum
+
+get_config = functools.partial(openvision2_curriculum.get_config, model="So400m/14")
