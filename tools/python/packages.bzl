@@ -23,4 +23,5 @@ PACKAGES = [
     "tools/data",
     "tools/lint",
     "tools/python",
+    "tools/tpu",
 ]

@@ -1,0 +1,264 @@
+"""The tool as the user runs it, against a gcloud that is none: dry runs, failures, a whole life."""
+
+from collections.abc import Callable, Iterator
+import contextlib
+import json
+import os
+from pathlib import Path
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from typing import TypeVar
+
+import pytest
+
+from tools.tpu import fake_gcloud, tpu
+
+_T = TypeVar("_T")
+
+_DATA = Path(__file__).parent / "testdata"
+_WHERE = ["--name=pod", "--zone=us-central2-b"]
+
+
+class World:
+  """A checkout, a fake gcloud, and homes of two workers."""
+
+  def __init__(self, folder: Path):
+    self.fake, self.checkout = folder / "fake", folder / "checkout"
+    fake_gcloud.install(self.fake)
+    files = {
+      "apps/__init__.py": "",
+      "apps/demo.py": _APP,
+      "apps/caption_train.py": "",
+      "jax.py": "class D: platform = 'tpu'\n"
+      "device_count = lambda: 8\nlocal_device_count = lambda: 4\ndevices = lambda: [D]\n",
+      "packages/ov-sharding/pyproject.toml": "",
+      "packages/ov-sharding/ov_sharding.py": "def initialize(): pass",
+      "tools/python/environment.py": "import os, sys\nprint(os.environ['HOME'] + '/venv')\n"
+      "assert all(os.path.exists(lock) for lock in sys.argv[1:])",
+      "tools/python/requirements.lock": "",
+      "tools/python/requirements-tpu.lock": "",
+      ".gitignore": "ignored\n",
+      "ignored": "",
+    }
+    for name, text in files.items():
+      path = self.checkout / name
+      path.parent.mkdir(parents=True, exist_ok=True)
+      path.write_text(text)
+    subprocess.run(["git", "init", "-q", str(self.checkout)], check=True)
+    # The workers' Python, and that of the environment: the one that runs this test.
+    python = f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n'
+    places = [self.fake / "worker-bin/python3", self.fake / "worker-bin/python3.12"]
+    places += [self.fake / f"worker-{n}/venv/bin/python3" for n in (0, 1)]
+    for path in places:
+      path.parent.mkdir(parents=True, exist_ok=True)
+      path.write_text(python)
+      path.chmod(0o755)
+
+  def __call__(self, *arguments: str, path: str | None = None) -> subprocess.CompletedProcess[str]:
+    modules = os.pathsep.join(os.path.abspath(p or ".") for p in sys.path)
+    env = {
+      **os.environ,
+      "PYTHONPATH": modules,
+      "BUILD_WORKING_DIRECTORY": str(self.checkout),
+      "PATH": path or f"{self.fake}/bin:{os.environ['PATH']}",
+    }
+    return subprocess.run(
+      [sys.executable, "-m", tpu.__name__, *arguments], env=env, stdin=subprocess.DEVNULL,
+      capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+  def verb(self, name: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    return self(name, *_WHERE, *flags)
+
+  def rows(self, name: str, *flags: str) -> list[dict[str, object]]:
+    done = self.verb(name, "--json", *flags)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout)["rows"]
+
+
+_APP = """
+import pathlib, signal, sys, time
+stopped = []
+signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
+print("arguments", sys.argv[1:], flush=True)
+workdir = pathlib.Path(sys.argv[1].partition("=")[2])
+workdir.mkdir(exist_ok=True)
+(workdir / "metrics.jsonl").write_text('{"step": 20}\\n{"step": 40}\\n{"ste')
+while not stopped and "--end" not in sys.argv: time.sleep(0.02)
+print("stopped after a checkpoint", flush=True)
+sys.exit(3 if "--end" in sys.argv else 0)
+"""
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+  yield World(tmp_path)
+  for path in tmp_path.glob("fake/worker-*/ov-run/*/run.json"):  # what a failed test left running
+    with contextlib.suppress(ProcessLookupError):
+      os.killpg(json.loads(path.read_text())["pgid"], signal.SIGKILL)
+
+
+_DRY = [
+  "create --name=pod --zone=us-central2-b --topology=v4-512",
+  "create --name=pod --zone=us-east5-a --project=my-project --topology=v5p-128 --spot",
+  "create --name=pod --zone=us-east1-d --topology=v6e-256 --spot --queued",
+  "list --zone=us-central2-b",
+  "sync --name=pod --zone=us-central2-b --topology=v4-16",
+  "setup --name=pod --zone=us-central2-b --topology=v4-16 --libtpu=gs://my-bucket/libtpu.so",
+  "setup --name=pod --zone=us-central2-b --topology=v4-16 --libtpu=/tmp/libtpu.so --worker=1",
+  "run --name=pod --zone=us-central2-b --topology=v4-16 --run=l14 --restarts=3 -- "
+  "caption_train --config=apps/configs/openvision2.py:img=L/14,res=224 '--workdir=/data/my run'",
+  "status --name=pod --zone=us-central2-b --topology=v4-16 --run=l14",
+  "logs --name=pod --zone=us-central2-b --topology=v4-16 --run=l14 --out=/tmp/logs",
+  "check --name=pod --zone=us-central2-b --topology=v4-16 --bucket=gs://my-bucket/runs",
+  "clean --name=pod --zone=us-central2-b --topology=v4-16",
+  "stop --name=pod --zone=us-central2-b --topology=v4-16 --run=l14 --grace=120 --internal_ip",
+  "ssh --name=pod --zone=us-central2-b --worker=1",
+  "delete --name=pod --zone=us-central2-b",
+  "delete --name=pod --zone=us-central2-b --queued",
+]
+
+
+def test_dry_runs(world: World):
+  """One transcript of every verb; not one call of gcloud."""
+  text = ""
+  for line in _DRY:
+    verb, *rest = shlex.split(line)
+    done = world(verb, "--dry_run", *rest)
+    assert done.returncode == 0, done.stderr
+    text += f"$ tpu {line} --dry_run\n" if " -- " not in line else f"$ tpu --dry_run {line}\n"
+    text += done.stderr + done.stdout + "\n"
+  assert text == (_DATA / "dry_run.txt").read_text(), text
+  assert fake_gcloud.calls(world.fake) == []
+  assert {line.split()[0] for line in _DRY} == set(tpu._VERBS)
+
+
+def test_a_dry_run_as_json(world: World):
+  done = world.verb("delete", "--dry_run", "--json")
+  (command,) = json.loads(done.stdout)["commands"]
+  assert command[:6] == ["gcloud", "compute", "tpus", "tpu-vm", "delete", "pod"]
+
+
+_FULL = {"match": ["create"], "code": 1, "stderr": "ERROR: There is no more capacity in the zone\n"}
+_HELD = "the chip is held by python3 (pid 41); nothing was removed\n"
+_POD = "--name=pod --zone=us-central2-b"
+_NEW = f"create {_POD} --topology=v4-16"
+# What is typed, what gcloud then does.
+_FAILURES: list[tuple[str, list[dict[str, object]]]] = [
+  ("strat --zone=us-central2-b", []),
+  ("check '--name=x; rm -rf /' --zone=us-central2-b", []),
+  (f"check {_POD} --topology=v4-17", []),
+  (_NEW, []),
+  (f"{_NEW} --yes --attempts=1", [_FULL]),
+  (
+    f"{_NEW} --yes",
+    [{"match": ["create"], "code": 1, "stderr": "x\nPERMISSION_DENIED: tpu.nodes.create\n"}],
+  ),
+  (
+    f"{_NEW} --yes",
+    [{"match": ["create"], "code": 1, "stderr": "ALREADY_EXISTS: Resource 'pod'\n"}],
+  ),
+  (f"{_NEW} --yes --timeout=0.5", [{"match": ["create"], "sleep": 30}]),
+  (
+    f"status {_POD}",
+    [{"match": ["describe"], "code": 1, "stderr": "NOT_FOUND: Resource 'pod' was not found\n"}],
+  ),
+  (f"run {_POD} -- no_app --x", []),
+  (f"status {_POD}", [{"match": ["describe"], "code": 0, "stdout": "<html>"}]),
+  (
+    f"status {_POD} --worker=1",
+    [{"match": ["ssh"], "code": 255, "stderr": "Connection closed by remote host\n"}],
+  ),
+  (f"stop {_POD}", []),
+  (f"clean {_POD} --yes", [{"match": ["ssh"], "code": 1, "stderr": _HELD}]),
+]
+
+
+def test_failures(world: World):
+  """Each ends in one line that says what was found and what to do."""
+  text = ""
+  for line, rules in _FAILURES:
+    fake_gcloud.rules(world.fake, *rules)
+    done = world(*shlex.split(line))
+    mistakes = [row for row in done.stderr.splitlines() if "error:" in row]
+    assert (done.returncode, len(mistakes)) in ((2, 1), (1, 0)), done.stderr
+    text += f"$ tpu {line}\n{done.stderr}{done.stdout}(exit code {done.returncode})\n\n"
+  done = world(*shlex.split(_NEW), "--yes", path=str(world.checkout))
+  text += f"$ tpu {_NEW} --yes    # no gcloud\n{done.stderr}(exit code {done.returncode})\n"
+  assert text == (_DATA / "failures.txt").read_text(), text
+
+
+def test_a_whole_life(world: World):
+  """Copied, installed, started, asked, stopped, collected; on two workers that are folders."""
+  rows = world.rows("sync")
+  assert [row["files"] for row in rows] == [10, 10]
+  assert not (world.fake / "worker-0/ov-code/ignored").exists()
+  rows = world.rows("setup")
+  assert [(row["platform"], row["devices"], row["local"]) for row in rows] == [("tpu", 8, 4)] * 2
+
+  odd = "--note=a b; $(id) 'ü'"
+  done = world("run", *_WHERE, "--run=one", "--", "demo", "--workdir=out", odd)
+  assert done.returncode == 0, done.stderr
+  rows = _until(lambda: world.rows("status", "--run=one"), lambda r: r[0]["step"] and r[1]["step"])
+  assert [(row["alive"], row["step"], row["exit"]) for row in rows] == [(True, 40, None)] * 2
+  assert rows[0]["last"] == f"arguments {['--workdir=out', odd]}"
+
+  # Code is not exchanged under a run, nor is it started twice.
+  for verb, flags, word in [("sync", (), "one is alive"), ("run", ("--", "demo"), "alive already")]:
+    done = world(verb, *_WHERE, *(("--run=one",) if verb == "run" else ()), *flags)
+    assert done.returncode == 1 and done.stdout.count(word) == 2, done.stdout
+
+  rows = world.rows("stop", "--run=one", "--yes")
+  assert [row["stopped"] for row in rows] == ["SIGTERM"] * 2
+  rows = world.rows("status", "--run=one")
+  assert [(row["alive"], row["exit"]) for row in rows] == [(False, 0)] * 2
+  assert rows[1]["last"] == "stopped after a checkpoint"
+  rows = world.rows("logs", "--run=one", f"--out={world.fake}/logs")
+  assert "stopped after a checkpoint" in Path(str(rows[1]["file"])).read_text()
+  assert world.rows("stop", "--run=one", "--yes")[0]["stopped"] == "was not running"
+
+
+def test_devices_that_are_missing(world: World):
+  world.rows("sync")
+  path = world.fake / "worker-1/ov-code/jax.py"
+  path.write_text(path.read_text().replace("8", "7"))
+  done = world.verb("setup")
+  assert done.returncode == 1
+  assert "jax sees 7 tpu devices; expected 8 tpu" in done.stdout
+  assert "failed on worker 1 (1 of 2)" in done.stdout
+
+
+def test_check_names_what_is_wrong(world: World):
+  world.rows("sync")
+  good = {
+    "time": time.time(), "python": "3.12.1", "environment": "jax 0.10.2", "libtpu": "0.0.42.1",
+    "disk_free_gb": 80.0, "bucket": "ok", "holders": [],
+  }  # fmt: skip
+  bad = good | {
+    "time": time.time() - 100, "environment": None, "disk_free_gb": 3.0, "bucket": "cannot write",
+    "holders": [{"pid": 7, "name": "python3"}], "libtpu": "0.0.1",
+  }  # fmt: skip
+  answer = lambda n, found: {
+    "match": ["ssh", f"--worker={n}"], "code": 0, "stdout": json.dumps(found)
+  }  # fmt: skip
+  fake_gcloud.rules(world.fake, answer(0, good), answer(1, bad))
+  done = world.verb("check", "--json")
+  first, second = json.loads(done.stdout)["rows"]
+  assert done.returncode == 1 and first["problems"] == []
+  assert [problem.split()[0] for problem in second["problems"]] == [
+    "no", "less", "clock", "bucket", "chip"
+  ]  # fmt: skip
+  # The clock is 100 s late, known to within the call; the bound is generous for a slow machine.
+  assert -160 < second["clock_skew_s"] <= -99
+  assert "differ in Python or libtpu" in json.loads(done.stdout)["text"]
+
+
+def _until(ask: Callable[[], _T], good: Callable[[_T], object], seconds: float = 20.0) -> _T:
+  """Asks until the answer is good; returns it, or the last one."""
+  deadline = time.monotonic() + seconds
+  while not good(answer := ask()) and time.monotonic() < deadline:
+    time.sleep(0.1)
+  return answer

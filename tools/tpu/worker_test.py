@@ -1,0 +1,220 @@
+"""The program of the workers, where the folders of this machine stand for theirs."""
+
+import ast
+import json
+import os
+from pathlib import Path
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tools.tpu import worker
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+  for name, path in {"CODE": "ov-code", "RUNS": "ov-run", "PYTHON": "ov-python"}.items():
+    monkeypatch.setattr(worker, name, tmp_path / path)
+  (tmp_path / "ov-code/apps").mkdir(parents=True)
+  (tmp_path / "ov-run").mkdir()
+  return tmp_path
+
+
+def _record(home: Path, process: subprocess.Popen[bytes], **changes: object) -> Path:
+  folder = home / "ov-run/one"
+  folder.mkdir()
+  found = {
+    "pid": process.pid,
+    "pgid": process.pid,
+    "start": worker._start_time(process.pid),
+    "boot": worker._boot(),
+    "workdir": str(home / "out"),
+  }
+  (folder / "run.json").write_text(json.dumps(found | changes))
+  return folder
+
+
+@pytest.fixture
+def stubborn():
+  """A process of its own group that does not hear SIGTERM, and its child."""
+  code = "import signal, time; signal.signal(15, signal.SIG_IGN); print(flush=True); time.sleep(60)"
+  process = subprocess.Popen(
+    ["/bin/sh", "-c", f'trap "" TERM; "$0" -c "{code}" & wait; wait', sys.executable],
+    stdout=subprocess.PIPE, start_new_session=True,
+  )  # fmt: skip
+  assert process.stdout
+  process.stdout.readline()  # the child is deaf by now
+  yield process
+  if process.poll() is None:
+    os.killpg(process.pid, signal.SIGKILL)
+  process.wait()
+
+
+def test_runs_on_the_python_of_a_fresh_machine():
+  """Ubuntu 20.04 has 3.8, 22.04 has 3.10; nothing is imported that they lack."""
+  tree = ast.parse(Path(worker.__file__).read_text(), feature_version=(3, 8))
+  modules = {n.names[0].name for n in ast.walk(tree) if isinstance(n, ast.Import)}
+  modules |= {str(n.module) for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+  assert {m.partition(".")[0] for m in modules} <= set(sys.stdlib_module_names)
+  assert not modules & {"tomllib", "zoneinfo", "graphlib"}
+
+
+def test_stop_kills_the_whole_group_after_the_grace_period(
+  home: Path, stubborn: subprocess.Popen[bytes]
+):
+  folder = _record(home, stubborn)
+  members = worker._members(worker._record(folder))
+  assert len(members) == 2 and stubborn.pid in members
+  began = time.monotonic()
+  assert worker.stop("one", "0.5") == {"stopped": "SIGKILL"}
+  assert time.monotonic() - began >= 0.5
+  stubborn.wait()
+  deadline = time.monotonic() + 10
+  while worker._members(worker._record(folder)) and time.monotonic() < deadline:
+    time.sleep(0.02)
+  assert worker._members(worker._record(folder)) == []
+
+
+@pytest.mark.parametrize("change", [{"start": 1}, {"boot": "another"}])
+def test_a_number_that_now_means_another_process_is_left_alone(
+  home: Path, stubborn: subprocess.Popen[bytes], change: dict[str, object]
+):
+  _record(home, stubborn, **change)
+  assert worker.stop("one", "0") == {"stopped": "was not running"}
+  assert stubborn.poll() is None
+
+
+def test_a_child_that_outlives_its_leader_still_counts(home: Path):
+  process = subprocess.Popen(
+    ["/bin/sh", "-c", "sleep 60 & exit 0"], start_new_session=True, stdout=subprocess.DEVNULL
+  )
+  folder = _record(home, process)
+  process.wait()
+  assert len(worker._members(worker._record(folder))) == 1
+  assert worker.stop("one", "10") == {"stopped": "SIGTERM"}
+
+
+def test_status_reads_what_is_whole(home: Path, stubborn: subprocess.Popen[bytes]):
+  folder = _record(home, stubborn)
+  (folder / "worker.log").write_bytes(b"first\nbar 10%\rbar 20%\xff\n\n")
+  (home / "out").mkdir()
+  (home / "out/metrics.jsonl").write_text('{"step": 7}\n{"step": 9, "x": 1}\n{"st')
+  found = worker.status("one")
+  assert found == {"alive": True, "exit": None, "step": 9, "last": "bar 20%\ufffd"}
+  (folder / "exit").write_text("3")
+  assert worker.status("one")["exit"] == 3
+  with pytest.raises(worker.Refused, match="no run two here; there are: one"):
+    worker.status("two")
+
+
+@pytest.mark.parametrize(
+  "codes, restarts, expected, starts",
+  [
+    ([0], 3, 0, 1),
+    ([1, 1, 0], 3, 0, 3),
+    ([1, 1, 1], 1, 1, 2),
+    ([2, 0], 3, 2, 1),  # a user's mistake stays one
+    ([-9, 0], 1, 0, 2),
+  ],
+)
+def test_supervise_starts_again_what_failed(
+  home: Path, monkeypatch: pytest.MonkeyPatch, codes: list[int], restarts: int, expected: int,
+  starts: int,
+):  # fmt: skip
+  (home / "ov-run/one").mkdir()
+  monkeypatch.setattr(worker, "_RESTART_PAUSE", 0)
+  monkeypatch.setattr(signal, "signal", lambda *_: None)
+  begun: list[list[str]] = []
+
+  def call(command: list[str], **_: object) -> int:
+    begun.append(command)
+    return codes[len(begun) - 1]
+
+  monkeypatch.setattr(subprocess, "call", call)
+  worker.supervise("one", str(restarts), "python", "x")
+  assert (home / "ov-run/one/exit").read_text() == str(expected)
+  assert begun == [["python", "x"]] * starts
+
+
+def test_supervise_heeds_a_stop_during_the_pause(home: Path, monkeypatch: pytest.MonkeyPatch):
+  (home / "ov-run/one").mkdir()
+  monkeypatch.setattr(signal, "signal", lambda *_: None)
+  monkeypatch.setattr(time, "sleep", lambda _: (home / "ov-run/one/stopping").touch())
+  begun: list[int] = []
+  monkeypatch.setattr(subprocess, "call", lambda *_, **__: begun.append(1) or 1)
+  worker.supervise("one", "5", "python")
+  assert begun == [1]
+
+
+def _process(root: Path, pid: int, target: str) -> None:
+  folder = root / f"proc/{pid}"
+  (folder / "fd").mkdir(parents=True)
+  (folder / "comm").write_text("python3\n")
+  (folder / "fd/3").symlink_to(target)
+
+
+def test_clean_only_where_nobody_holds_the_chip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+  monkeypatch.setattr(os, "geteuid", lambda: 0)
+  _process(tmp_path, 41, "/dev/null")
+  _process(tmp_path, 42, "/dev/accel0")
+  lock, logs = tmp_path / "tmp/libtpu_lockfile", tmp_path / "tmp/tpu_logs"
+  logs.mkdir(parents=True)
+  (logs / "a.log").touch()
+  lock.touch()
+  with pytest.raises(worker.Refused, match=r"held by python3 \(pid 42\); nothing was removed"):
+    worker.clean(str(tmp_path))
+  assert lock.exists() and logs.exists()
+  (tmp_path / "proc/42/fd/3").unlink()
+  assert worker.clean(str(tmp_path)) == {"removed": ["/tmp/libtpu_lockfile", "/tmp/tpu_logs"]}
+  assert not lock.exists() and not logs.exists()
+  assert worker.clean(str(tmp_path)) == {"removed": []}
+
+
+@pytest.mark.parametrize("target", ["/dev/vfio/0", "/dev/vfio/12", "/dev/accel3"])
+def test_chips(tmp_path: Path, target: str):
+  _process(tmp_path, 7, target)
+  assert [holder["pid"] for holder in worker.holders(str(tmp_path))["holders"]] == [7]
+
+
+@pytest.mark.parametrize("target", ["/dev/vfio/vfio", "/dev/accelerator", "/data/dev/accel0x"])
+def test_no_chips(tmp_path: Path, target: str):
+  _process(tmp_path, 7, target)
+  assert worker.holders(str(tmp_path)) == {"holders": [], "hidden": 0}
+
+
+def test_links_out_of_the_log_folder_are_not_followed(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+  monkeypatch.setattr(os, "geteuid", lambda: 0)
+  for folder in ("proc", "tmp", "home"):
+    (tmp_path / folder).mkdir()
+  (tmp_path / "home/kept").touch()
+  (tmp_path / "tmp/tpu_logs").symlink_to(tmp_path / "home")
+  assert worker.clean(str(tmp_path)) == {"removed": ["/tmp/tpu_logs"]}
+  assert (tmp_path / "home/kept").exists()
+
+
+def test_damage_on_the_way_is_seen(home: Path, monkeypatch: pytest.MonkeyPatch):
+  monkeypatch.setattr(worker, "HOME", home)
+  (home / "ov-code/apps/old.py").touch()
+  (home / "ov-code.tgz").write_bytes(b"half")
+  with pytest.raises(worker.Refused, match="arrived damaged"):
+    worker.unpack("ov-code.tgz", "0" * 64)
+  assert (home / "ov-code/apps/old.py").exists()
+
+
+@pytest.mark.parametrize(
+  "arguments, expected",
+  [
+    (("--workdir=a=b",), "a=b"),
+    (("--workdir", "x"), "x"),
+    (("-workdir=x",), "x"),
+    (("--config=workdir", "workdir=y"), None),
+    (("--workdir",), None),
+  ],
+)
+def test_the_workdir_among_the_arguments(arguments: tuple[str, ...], expected: str | None):
+  assert worker._flag(arguments, "workdir") == expected
