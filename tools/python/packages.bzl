@@ -21,6 +21,7 @@ PACKAGES = [
     "tools/ci",
     "tools/compare",
     "tools/data",
+    "tools/launch",
     "tools/lint",
     "tools/python",
     "tools/tpu",

@@ -1,0 +1,143 @@
+"""A JobSet for GKE: a Job of as many pods as a slice has hosts, one Job for each slice."""
+
+from typing import Any
+
+import yaml
+
+from tools.launch.job import FORWARD, USER_MISTAKE, Job, image
+from tools.tpu import names
+from tools.tpu.names import Topology
+
+_MOUNT = "/workdir"
+_SPOT = "cloud.google.com/gke-spot"
+
+
+def manifest(
+  job: Job, topology: Topology, slices: int, container: str, service_account: str, spot: bool
+) -> str:
+  """The manifest as YAML.
+
+  Args:
+    job: its workdir is gs://BUCKET/PATH, which is mounted; checkpoints go to the bucket directly.
+    topology: of one slice.
+    slices: how many are joined by the network of the data centre.
+    container: image that holds the checkout and its environment.
+    service_account: of Kubernetes, with access to the bucket; "" is the namespace's default.
+    spot: on nodes that may be taken away.
+  """
+  bucket, _, path = names.bucket(job.workdir, "--workdir").removeprefix("gs://").partition("/")
+  path = path.strip("/")
+  if not path:
+    raise ValueError(f"--workdir={job.workdir}; expected gs://BUCKET/PATH, a folder for each run")
+  checkpoints = f"--config.checkpoint.dir=gs://{bucket}/{path}/checkpoints"
+  command = job.command("python3", _MOUNT, [checkpoints])
+  pod: dict[str, Any] = {
+    "restartPolicy": "Never",
+    "terminationGracePeriodSeconds": job.grace,
+    "nodeSelector": {
+      "cloud.google.com/gke-tpu-accelerator": topology.generation.gke,
+      "cloud.google.com/gke-tpu-topology": topology.shape,
+      **({_SPOT: "true"} if spot else {}),
+    },
+    "containers": [
+      {
+        "name": "app",
+        "image": image(container),
+        "command": ["/bin/bash", "-c", FORWARD, "openvision"],
+        "args": [_literal(argument) for argument in command],
+        # Without a TPU the app ends, and does not go on on the CPU.
+        "env": [{"name": "JAX_PLATFORMS", "value": "tpu,cpu"}],
+        "resources": {"limits": {"google.com/tpu": topology.chips_per_host}},
+        "volumeMounts": [{"name": "workdir", "mountPath": _MOUNT}],
+      }
+    ],
+    "volumes": [{"name": "workdir", "csi": _mounted(bucket, path)}],
+  }
+  if spot:
+    taint = {"key": _SPOT, "operator": "Equal", "value": "true", "effect": "NoSchedule"}
+    pod["tolerations"] = [taint]
+  if service_account:
+    pod["serviceAccountName"] = names.name(service_account, "--service_account")
+  text = yaml.dump(_jobset(job, topology, slices, pod), Dumper=_Dumper, sort_keys=False, width=1000)
+  return _HEADER + text
+
+
+class _Dumper(yaml.SafeDumper):
+  """Writes what has several lines as such."""
+
+
+def _string(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+  style = "|" if "\n" in text else None
+  return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _string)
+_HEADER = """\
+# kubectl apply -f FILE; needs JobSet 0.6 or later and the Cloud Storage FUSE driver in the cluster.
+# Who the other processes are, GKE writes into the environment of TPU pods; ov_sharding reads it.
+"""
+
+
+def _jobset(job: Job, topology: Topology, slices: int, pod: dict[str, Any]) -> dict[str, Any]:
+  return {
+    "apiVersion": "jobset.x-k8s.io/v1alpha2",
+    "kind": "JobSet",
+    "metadata": {
+      "name": job.name,
+      # A slice is a node pool; no two of them share one.
+      "annotations": {
+        "alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"
+      },
+    },
+    "spec": {
+      "failurePolicy": {
+        "maxRestarts": job.restarts,
+        "rules": [{"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}],
+      },
+      "replicatedJobs": [
+        {
+          "name": "slice",
+          "replicas": slices,
+          "template": {
+            "spec": {
+              "completionMode": "Indexed",
+              "completions": topology.hosts,
+              "parallelism": topology.hosts,
+              "backoffLimit": 0,  # one pod less, and all begin again together
+              "podFailurePolicy": {
+                "rules": [
+                  {
+                    "action": "FailJob",
+                    "onExitCodes": {
+                      "containerName": "app",
+                      "operator": "In",
+                      "values": [USER_MISTAKE],
+                    },
+                  }
+                ]
+              },
+              "template": {
+                "metadata": {"annotations": {"gke-gcsfuse/volumes": "true"}},
+                "spec": pod,
+              },
+            }
+          },
+        }
+      ],
+    },
+  }
+
+
+def _mounted(bucket: str, path: str) -> dict[str, Any]:
+  return {
+    "driver": "gcsfuse.csi.storage.gke.io",
+    "volumeAttributes": {
+      "bucketName": bucket,
+      "mountOptions": f"implicit-dirs,only-dir={path}",
+    },
+  }
+
+
+def _literal(argument: str) -> str:
+  """Kubernetes puts variables in place of $(NAME); a doubled dollar stands for itself."""
+  return argument.replace("$(", "$$(")

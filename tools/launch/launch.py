@@ -1,0 +1,78 @@
+"""Writes the manifest that starts an app on a cluster: a JobSet for GKE, a script for Slurm.
+
+  tools/bazel run //tools/launch -- --kind=jobset --topology=v4-512 --image=HOST/PATH:TAG \\
+    --app=caption_train --config=apps/configs/openvision2.py --workdir=gs://BUCKET/PATH > job.yaml
+  tools/bazel run //tools/launch -- --kind=slurm --nodes=8 --gpus=8 --time=2-00:00:00 \\
+    --app=clip_train --config=apps/configs/openvision.py --workdir=/data/run --out=job.sh
+
+Arguments behind -- go to the app. Nothing is started.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from apps.trainer.errors import UserError, run_app, user_errors
+from tools.launch import jobset, slurm
+from tools.launch.job import APPS, Job
+from tools.tpu.names import Topology
+
+_KIND = flags.DEFINE_enum("kind", "jobset", ["jobset", "slurm"], "What to write.")
+_NAME = flags.DEFINE_string("name", "openvision", "Name of the job.")
+_APP = flags.DEFINE_enum("app", "caption_train", APPS, "What to run.")
+_CONFIG = flags.DEFINE_string("config", "", "The app's --config.")
+_WORKDIR = flags.DEFINE_string("workdir", "", "jobset: gs://BUCKET/PATH; slurm: a shared folder.")
+_GRACE = flags.DEFINE_integer("grace", 300, "Seconds after SIGTERM.", lower_bound=1)
+_RESTARTS = flags.DEFINE_integer("restarts", 20, "Starts after a failure.", lower_bound=0)
+_OUT = flags.DEFINE_string("out", "", "File to write; default: stdout.")
+
+_TOPOLOGY = flags.DEFINE_string("topology", "", "jobset: a slice, such as v4-512.")
+_SLICES = flags.DEFINE_integer("slices", 1, "jobset: slices in one run.", lower_bound=1)
+_IMAGE = flags.DEFINE_string("image", "", "jobset: image with the checkout and its environment.")
+_SERVICE_ACCOUNT = flags.DEFINE_string("service_account", "", "jobset: one that has the bucket.")
+_SPOT = flags.DEFINE_bool("spot", False, "jobset: nodes that may be taken away.")
+
+_NODES = flags.DEFINE_integer("nodes", 1, "slurm: machines.", lower_bound=1)
+_GPUS = flags.DEFINE_integer("gpus", 8, "slurm: GPUs of each machine.", lower_bound=1)
+_CPUS = flags.DEFINE_integer("cpus", 8, "slurm: cores for each GPU.", lower_bound=1)
+_TIME = flags.DEFINE_string("time", "1-00:00:00", "slurm: time limit.")
+_PARTITION = flags.DEFINE_string("partition", "", "slurm: partition of the cluster.")
+_ACCOUNT = flags.DEFINE_string("account", "", "slurm: account that pays.")
+
+_OF_KIND = {
+  "jobset": (_TOPOLOGY, _SLICES, _IMAGE, _SERVICE_ACCOUNT, _SPOT),
+  "slurm": (_NODES, _GPUS, _CPUS, _TIME, _PARTITION, _ACCOUNT),
+}
+
+
+def main(arguments: list[str]) -> None:
+  for kind, holders in _OF_KIND.items():
+    for holder in holders:
+      if holder.present and kind != _KIND.value:
+        raise UserError(f"--{holder.name} is for --kind={kind}, not for {_KIND.value}")
+  with user_errors():
+    text = _manifest(
+      Job(
+        _NAME.value, _APP.value, _CONFIG.value, _WORKDIR.value, tuple(arguments), _GRACE.value,
+        _RESTARTS.value,
+      )
+    )  # fmt: skip
+    if _OUT.value:
+      Path(_OUT.value).expanduser().write_text(text, encoding="utf-8")
+    else:
+      print(text, end="")
+
+
+def _manifest(job: Job) -> str:
+  if _KIND.value == "slurm":
+    return slurm.script(
+      job, _NODES.value, _GPUS.value, _CPUS.value, _TIME.value, _PARTITION.value, _ACCOUNT.value
+    )
+  topology = Topology.parse(_TOPOLOGY.value)
+  return jobset.manifest(
+    job, topology, _SLICES.value, _IMAGE.value, _SERVICE_ACCOUNT.value, _SPOT.value
+  )
+
+
+if __name__ == "__main__":
+  run_app(main, arguments=True)

@@ -1,0 +1,221 @@
+"""Manifests as the tool writes them: golden files, what a shell makes of them, what is refused."""
+
+import importlib.util
+import os
+from pathlib import Path
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from ov_sharding import distributed
+from tools.launch import launch
+from tools.launch.job import FORWARD, Job
+
+_DATA = Path(__file__).parent / "testdata"
+_APP = ["--config=apps/configs/openvision2.py:img=L/14,res=224"]
+_GKE = ["--topology=v4-512", "--image=us-docker.pkg.dev/p/r/openvision:1", *_APP]
+_BUCKET = "--workdir=gs://my-bucket/runs/l14"
+_SLURM = ["--kind=slurm", "--nodes=8", "--gpus=8", *_APP]
+
+
+def _tool(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+  path = os.pathsep.join(os.path.abspath(p or ".") for p in sys.path)
+  env = {**os.environ, "PYTHONPATH": path} | ({"BUILD_WORKING_DIRECTORY": str(cwd)} if cwd else {})
+  return subprocess.run(
+    [sys.executable, "-m", launch.__name__, *arguments], env=env, capture_output=True, text=True,
+    check=False,
+  )  # fmt: skip
+
+
+def _written(*arguments: str) -> str:
+  done = _tool(*arguments)
+  assert done.returncode == 0, done.stderr
+  return done.stdout
+
+
+@pytest.mark.parametrize(
+  "golden, arguments",
+  [
+    ("jobset_v4_512.yaml", [*_GKE, _BUCKET, "--name=l14", "--spot", "--", "--config.seed=1"]),
+    (
+      "jobset_two_slices.yaml",
+      [
+        "--topology=v5litepod-256", "--slices=2", "--image=openvision", "--app=clip_train",
+        "--config=apps/configs/openvision.py", "--workdir=gs://my-bucket/clip/", "--grace=60",
+        "--service_account=trainer", "--restarts=0",
+      ],
+    ),
+    (
+      "slurm.sh",
+      [
+        *_SLURM, "--workdir=/data/my run", "--partition=gpu", "--account=vision-1",
+        "--time=2-00:00:00", "--grace=600", "--", "--config.note=it's $(here)",
+      ],
+    ),
+  ],
+)  # fmt: skip
+def test_golden(golden: str, arguments: list[str]):
+  assert _written(*arguments) == (_DATA / golden).read_text()
+
+
+def test_a_jobset_has_a_pod_for_each_host():
+  found = yaml.safe_load(_written(*_GKE, _BUCKET, "--slices=3"))
+  (jobs,) = found["spec"]["replicatedJobs"]
+  job = jobs["template"]["spec"]
+  limits = job["template"]["spec"]["containers"][0]["resources"]["limits"]
+  assert jobs["replicas"] == 3 and job["completions"] == job["parallelism"] == 64
+  assert job["completions"] * limits["google.com/tpu"] == 256  # chips of a v4-512
+  assert job["backoffLimit"] == 0 and job["completionMode"] == "Indexed"
+
+
+def test_kubernetes_finds_no_variables_in_arguments():
+  """It would put them in place of $(NAME); $$( stands for itself. A lone dollar is nothing."""
+  odd = ["--a=$(HOME)", "--b=$HOME", "--c='x' \"y\"", "--d=a: b # c", "--e=ü"]
+  found = yaml.safe_load(_written(*_GKE, _BUCKET, "--", *odd))
+  pod = found["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+  (container,) = pod["containers"]
+  assert container["args"][-5:] == ["--a=$$(HOME)", *odd[1:]]
+  assert "$(" not in "".join(container["command"])
+
+
+def test_start_up_reads_what_the_clusters_write(monkeypatch: pytest.MonkeyPatch):
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "libtpu")
+  pod = yaml.safe_load((_DATA / "jobset_v4_512.yaml").read_text())
+  spec = pod["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+  env = {e["name"]: e["value"] for e in spec["containers"][0]["env"]}
+  gke = {"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "0"}
+  assert distributed.detect_cluster(env | gke) == "TPU"
+
+  script = (_DATA / "slurm.sh").read_text()
+  assert "export JAX_PLATFORMS=cuda,cpu" in script and "OV_COORDINATOR" not in script
+  step = dict.fromkeys(("SLURM_JOB_ID", "SLURM_PROCID", "SLURM_LOCALID"), "0")
+  step |= {"SLURM_STEP_NODELIST": "n[1-8]", "SLURM_NTASKS": "64", "JAX_PLATFORMS": "cuda,cpu"}
+  assert distributed.detect_cluster(step) == "Slurm"
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 77])
+def test_exit_codes_pass_through(code: int):
+  done = subprocess.run(["bash", "-c", FORWARD, "x", "sh", "-c", f"exit {code}"], check=False)
+  assert done.returncode == code
+
+
+_POLITE = "trap 'sleep 0.2; echo saved; exit 0' TERM; echo up; while :; do sleep 0.05; done"
+
+
+def test_a_stopped_app_is_waited_for_and_counts_as_unfinished():
+  process = subprocess.Popen(
+    ["bash", "-c", FORWARD, "x", "bash", "-c", _POLITE], stdout=subprocess.PIPE, text=True
+  )
+  assert process.stdout and process.stdout.readline() == "up\n"
+  process.send_signal(signal.SIGTERM)
+  assert process.communicate(timeout=20)[0] == "saved\n"
+  assert process.returncode == 143
+
+
+class Cluster:
+  """Programs of Slurm that are none; srun runs `app` once, scontrol notes what it is told."""
+
+  def __init__(self, folder: Path, app: str):
+    self.folder = folder
+    script = _written(*_SLURM, "--workdir=/data/my run", "--restarts=2", "--", "--x=$(id) 'y'")
+    (folder / "job.sh").write_text(script)
+    environment = folder / "tools/python/environment.py"
+    environment.parent.mkdir(parents=True)
+    environment.write_text("print('/venv')")
+    (folder / "packages/ov-data").mkdir(parents=True)
+    (folder / "bin").mkdir()
+    for name, text in {
+      "srun": f'printf "%s\\n" "$@" > srun.txt; echo "$PYTHONPATH" > path.txt\n{app}',
+      "scontrol": 'echo "$@" > scontrol.txt',
+      "python3": f'exec "{sys.executable}" "$@"',
+    }.items():
+      program = folder / "bin" / name
+      program.write_text(f"#!/bin/bash\n{text}\n")
+      program.chmod(0o755)
+
+  def start(self, restarts: int = 0) -> subprocess.Popen[str]:
+    env = {
+      "PATH": f"{self.folder}/bin:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(self.folder),
+      "SLURM_JOB_ID": "41", "SLURM_RESTART_COUNT": str(restarts),
+    }  # fmt: skip
+    command = ["bash", str(self.folder / "job.sh")]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
+
+  def requeued(self) -> bool:
+    told = self.folder / "scontrol.txt"
+    return told.exists() and told.read_text() == "requeue 41\n"
+
+
+def test_arguments_reach_srun_as_they_are(tmp_path: Path):
+  cluster = Cluster(tmp_path, "exit 0")
+  assert cluster.start().wait(timeout=20) == 0
+  told = (tmp_path / "srun.txt").read_text().splitlines()
+  assert told[:4] == ["--kill-on-bad-exit=1", "/venv/bin/python3", "-m", "apps.caption_train"]
+  assert told[4:] == [*_APP, "--workdir=/data/my run", "--x=$(id) 'y'"]
+  path = (tmp_path / "path.txt").read_text().strip()
+  assert path == f"{tmp_path}:{tmp_path}/packages/ov-data/"
+
+
+@pytest.mark.parametrize(
+  "code, restarts, requeued",
+  [(0, 0, False), (1, 0, True), (1, 1, True), (1, 2, False), (2, 0, False)],
+)
+def test_slurm_starts_again_what_failed(tmp_path: Path, code: int, restarts: int, requeued: bool):
+  cluster = Cluster(tmp_path, f"exit {code}")
+  assert cluster.start(restarts).wait(timeout=20) == (0 if requeued else code)
+  assert cluster.requeued() is requeued
+
+
+def test_slurm_stops_in_time_and_queues_again(tmp_path: Path):
+  cluster = Cluster(tmp_path, f"touch up\n{_POLITE}")
+  process = cluster.start(restarts=99)  # stops are no failures
+  deadline = time.monotonic() + 20
+  while not (tmp_path / "up").exists() and time.monotonic() < deadline:
+    time.sleep(0.02)
+  process.send_signal(signal.SIGTERM)
+  said = process.communicate(timeout=20)[0]
+  assert "saved\nstopped by SIGTERM; queued again\n" in said
+  assert process.returncode == 0 and cluster.requeued()
+
+
+@pytest.mark.parametrize(
+  "arguments, message",
+  [
+    ([*_GKE, "--workdir=/data/run"], "--workdir='/data/run'; expected gs://BUCKET"),
+    ([*_GKE, "--workdir=gs://my-bucket/"], "expected gs://BUCKET/PATH"),
+    ([*_GKE, "--workdir=gs://my-bucket/a,b"], "expected gs://BUCKET"),
+    ([*_GKE, _BUCKET, "--image=x y"], "--image='x y'"),
+    ([*_GKE, _BUCKET, "--name=x: y"], "--name='x: y'"),
+    ([*_GKE, _BUCKET, f"--name={'x' * 41}"], "has 41 letters; at most 40"),
+    ([*_GKE, _BUCKET, "--topology=v4-9"], "v4 comes in the sizes"),
+    ([*_GKE, _BUCKET, "--nodes=2"], "--nodes is for --kind=slurm, not for jobset"),
+    ([*_GKE], "--workdir is missing"),
+    ([*_GKE, _BUCKET, "--", "--a=x\ny"], "in one line"),
+    ([*_SLURM, _BUCKET], "expected a folder that all nodes see"),
+    ([*_SLURM, "--workdir=/d", "--spot"], "--spot is for --kind=jobset"),
+    ([*_SLURM, "--workdir=/d", "--time=2h"], "--time='2h'; expected HH:MM:SS"),
+    ([*_SLURM, "--workdir=/d", "--partition=a b"], "--partition='a b'"),
+    ([*_SLURM, "--workdir=/d", "--gpus=0"], "flag --gpus=0"),
+    ([*_SLURM, "--workdir=/d", "--app=export"], "caption_train|clip_train"),
+    ([*_SLURM, "--workdir=/d", "--out=no/such/folder"], "no/such/folder"),
+  ],
+)
+def test_mistakes_end_in_one_line(tmp_path: Path, arguments: list[str], message: str):
+  done = _tool(*arguments, cwd=tmp_path)
+  assert done.returncode == 2, done.stderr
+  assert message in done.stderr and done.stderr.count("\n") == 1 and not done.stdout
+
+
+def test_out_is_where_the_user_stands(tmp_path: Path):
+  done = _tool(*_GKE, _BUCKET, "--out=job.yaml", cwd=tmp_path)
+  assert done.returncode == 0 and not done.stdout
+  assert yaml.safe_load((tmp_path / "job.yaml").read_text())["kind"] == "JobSet"
+
+
+def test_a_job_checks_itself():
+  with pytest.raises(ValueError, match="--config is missing"):
+    Job("x", "caption_train", "", "/d", (), 1, 0)
