@@ -164,27 +164,39 @@ def open_tokenizer(config: ConfigDict, workdir: Path, terminal: Terminal) -> ov_
   return tokenizer
 
 
-def keep_text_processor(workdir: Path, processor: ov_data.TextProcessor | None) -> None:
-  """Keeps how texts reach the model beside its tokenizer, where evaluation and export read it.
+def check_text_processor(workdir: Path, processors: Sequence[ov_data.TextProcessor | None]) -> None:
+  """Whether the texts kept in the workdir are those of one of the stages, `processors`.
 
   Raises:
     ValueError: the workdir's params were trained with texts prepared in another way.
   """
+  ways = {processor.fingerprint: processor for processor in processors if processor is not None}
+  kept = _kept_processor(workdir)
+  if kept is not None and ways and kept.fingerprint not in ways:
+    raise ValueError(
+      f"{workdir / 'tokenizer'} belongs to texts of {_way(kept)}, the configuration asks for "
+      f"{' or '.join(_way(processor) for processor in ways.values())}; params and texts belong "
+      "together: keep config.model.token_len and the text tower's options, or choose another "
+      "--workdir"
+    )
+
+
+def keep_text_processor(
+  workdir: Path, processor: ov_data.TextProcessor | None, *, replace: bool
+) -> None:
+  """Keeps how texts reach the model beside its tokenizer, where evaluation and export read it.
+
+  Args:
+    workdir: of the run.
+    processor: of the stage; None changes nothing.
+    replace: that of an earlier stage makes room; see `check_text_processor`.
+  """
   if processor is None:
     return
-  folder = workdir / "tokenizer"
   if jax.process_index() == 0:
-    try:
-      kept = ov_data.TextProcessor.load(folder)
-    except FileNotFoundError:
-      processor.save(folder)
-    else:
-      if kept.fingerprint != processor.fingerprint:
-        raise ValueError(
-          f"{folder} belongs to texts of {_way(kept)}, the configuration asks for "
-          f"{_way(processor)}; params and texts belong together: keep config.model.token_len and "
-          "the text tower's options, or choose another --workdir"
-        )
+    kept = _kept_processor(workdir)
+    if kept is None or (replace and kept.fingerprint != processor.fingerprint):
+      processor.save(workdir / "tokenizer")
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices("text processor kept")
 
@@ -212,6 +224,13 @@ def _at_home(source: Mapping[str, Any]) -> dict[str, Any]:
 
 def _texts(specs: Mapping[str, ov_data.TextSpec] | None) -> dict[str, Any]:
   return {} if specs is None else {"texts": specs}
+
+
+def _kept_processor(workdir: Path) -> ov_data.TextProcessor | None:
+  try:
+    return ov_data.TextProcessor.load(workdir / "tokenizer")
+  except FileNotFoundError:
+    return None
 
 
 def _way(processor: ov_data.TextProcessor) -> str:

@@ -104,9 +104,9 @@ def run_training(config: ConfigDict, workdir: Path, app: App, terminal: Terminal
       f"{jax.device_count()} x {jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}"
     )
     tokenizer = inputs.open_tokenizer(config, workdir, terminal)
-    for stage in stages:  # every stage is tried before the first one costs anything
-      parts = build_parts(stage.config, app.make_task, tokenizer, mesh)
-      inputs.keep_text_processor(workdir, parts.task.text_processor(tokenizer))
+    # Every stage is tried before the first one costs anything.
+    tasks = [build_parts(stage.config, app.make_task, tokenizer, mesh).task for stage in stages]
+    inputs.check_text_processor(workdir, [task.text_processor(tokenizer) for task in tasks])
     if jax.process_index() == 0 and not config.eval_only:
       (workdir / "config.json").write_text(to_json(config))
     checkpoints = Checkpoints(
@@ -171,6 +171,8 @@ def _train_stage(run: Run, app: App, stage: Stage) -> str | None:
   with user_errors():
     parts = build_parts(config, app.make_task, run.tokenizer, mesh)
     task, optimizer = parts.task, parts.optimizer
+    texts = task.text_processor(run.tokenizer)
+    inputs.keep_text_processor(run.workdir, texts, replace=not config.eval_only)
     run.model_name = task.name
     run.num_params = ov_models.num_params(task.abstract_params())
     say(
