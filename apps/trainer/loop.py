@@ -90,6 +90,26 @@ def build_parts(
   return Parts(task, optimizer, with_shardings(abstract, shardings), shardings)
 
 
+def build_step(
+  config: ConfigDict, parts: Parts, mesh: jax.sharding.Mesh, stage_index: int
+) -> jax.stages.Wrapped:
+  """The jitted train step of a stage; enter `ov_models.on_mesh(mesh)` around its first call."""
+  task, optimizer, seed = parts.task, parts.optimizer, config.seed + stage_index
+  return make_train_step(
+    task.loss,
+    optimizer.tx,
+    state_shardings=parts.shardings,
+    batch_sharding=ov_sharding.batch_sharding(mesh),
+    seed=seed,
+    learning_rate=optimizer.learning_rate,
+    accumulate=config.accumulate,
+    preprocess=make_preprocess(augment_config(config), seed),
+    ema_decay=config.optimizer.ema_decay,
+    trainable=optimizer.trainable,
+    two_phase=task if isinstance(task, TwoPhase) else None,
+  )
+
+
 def run_training(config: ConfigDict, workdir: Path, app: App, terminal: Terminal) -> None:
   """Trains all stages of `config` in `workdir`, or goes on with them; ends with report.html.
 
@@ -182,19 +202,7 @@ def _train_stage(run: Run, app: App, stage: Stage) -> str | None:
     wanted = config.optimizer
     if wanted.frozen or wanted.lr_multipliers or wanted.layer_decay:  # what the regexes matched
       say(f"{stage.name}: parameter groups\n{summarize_groups(optimizer.groups)}")
-    train_step = make_train_step(
-      task.loss,
-      optimizer.tx,
-      state_shardings=parts.shardings,
-      batch_sharding=ov_sharding.batch_sharding(mesh),
-      seed=config.seed + stage.index,
-      learning_rate=optimizer.learning_rate,
-      accumulate=config.accumulate,
-      preprocess=make_preprocess(augment_config(config), config.seed + stage.index),
-      ema_decay=config.optimizer.ema_decay,
-      trainable=optimizer.trainable,
-      two_phase=task if isinstance(task, TwoPhase) else None,
-    )
+    train_step = build_step(config, parts, mesh, stage.index)
     say(f"{stage.name}: opening the data")
     loader = None
     if not config.eval_only:

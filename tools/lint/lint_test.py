@@ -100,6 +100,7 @@ def test_wall(tmp_path, path, text, fault):
     (LOADER, "from google.protobuf import message"),
     ("apps/trainer/loop.py", "from apps.trainer import step"),
     ("tools/a.py", "from apps.trainer.step import Step"),
+    ("tools/preflight/c.py", "from apps import b"),
     (CLIENT, "import json\nimport torch, timm\nimport run_timm"),
   ],
 )

@@ -29,6 +29,8 @@ CLIENTS = {
 }  # fmt: skip
 # The packages that a package may import. One not named here imports no sibling.
 SIBLINGS = {"ov_convert": {"ov_models"}}
+# The tool that compiles what an app would run: it makes the app's task.
+COMPILES_APPS = "tools/preflight/"
 
 
 def check(tree: Tree) -> list[Fault]:
@@ -76,7 +78,8 @@ def _own_rule(path: str, found: Import) -> str | None:
     if found.top in ("tools", "tests"):
       return "apps import packages and apps"
   elif path.startswith("tools/"):
-    if found.top == "tests" or (found.top == "apps" and not trainer):
+    inside = trainer or path.startswith(COMPILES_APPS)
+    if found.top == "tests" or (found.top == "apps" and not inside):
       return "tools import packages, apps.trainer and tools"
   return None
 

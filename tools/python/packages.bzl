@@ -23,6 +23,7 @@ PACKAGES = [
     "tools/data",
     "tools/launch",
     "tools/lint",
+    "tools/preflight",
     "tools/python",
     "tools/tpu",
 ]

@@ -1,0 +1,231 @@
+"""The train step of a stage, compiled for devices that need not be there.
+
+  plan = make_plan(stage, make_task, tokenizer, mesh)
+  compiled = compile_step(plan)       # Compiled; its `memory` is None where it does not fit
+
+The step, its shardings and its donation are those of the training loop: `loop.build_parts` and
+`loop.build_step`. Nothing is allocated.
+"""
+
+import dataclasses
+import math
+import os
+import re
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from apps.trainer.loop import MakeTask, Parts, build_parts, build_step
+from apps.trainer.stages import Stage
+from apps.trainer.step import TwoPhase
+import ov_data
+import ov_models
+import ov_sharding
+from tools.preflight import hlo
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_USED = (
+  re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm"),
+  re.compile(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)"),
+)
+
+# What passes arrays on, or names those that are there, but makes none.
+_NO_ARRAY = {
+  "parameter", "tuple", "get-tuple-element", "bitcast", "while", "constant", "conditional",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """A stage on a mesh, before anything is compiled.
+
+  Attributes:
+    config: of the stage; its batch size is that of `mesh`.
+    parts: task, optimizer, abstract state.
+    batch: arrays of the devices' batch, abstract.
+  """
+
+  config: ConfigDict
+  parts: Parts
+  batch: dict[str, jax.ShapeDtypeStruct]
+  mesh: Any
+  index: int
+
+  @property
+  def compares_rows(self) -> bool:
+    """Whether the loss looks at all rows of a batch, so that a device's work grows with it."""
+    return isinstance(self.parts.task, TwoPhase)
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+  """What one device needs, in bytes, tiles of the layout filled up."""
+
+  arguments: int
+  outputs: int
+  temporaries: int
+  aliased: int
+
+  @property
+  def peak(self) -> int:
+    return self.arguments + self.outputs + self.temporaries - self.aliased
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+  """What the compiler made of a plan.
+
+  Attributes:
+    seconds: it took, tracing included.
+    memory: None where the program does not fit.
+    program: None where there is none.
+    refused: bytes it needs and bytes there are, where it does not fit.
+  """
+
+  seconds: float
+  memory: Memory | None
+  program: hlo.Program | None
+  refused: tuple[int, int] | None = None
+
+
+def stand_in_tokenizer(config: ConfigDict) -> ov_data.Tokenizer:
+  """A tokenizer for shapes alone; sets the vocabulary size where the configuration leaves it open.
+
+  The configured file is used if there is one.
+  """
+  if path := os.path.expanduser(config.tokenizer.path):
+    if os.path.isdir(path):
+      return ov_data.Tokenizer.load(path)
+    reads_json = path.endswith(".json")
+    return ov_data.Tokenizer.from_file(path) if reads_json else ov_data.Tokenizer.from_vocab(path)
+  if not config.model.vocab_size:
+    config.model.vocab_size = -(-config.tokenizer.train_vocab_size // 128) * 128
+  return ov_data.Tokenizer.train(["a"], 16, kind="words")
+
+
+def make_plan(stage: Stage, make_task: MakeTask, tokenizer: ov_data.Tokenizer, mesh: Any) -> Plan:
+  """The abstract step of a stage on `mesh`.
+
+  Raises:
+    ValueError: sizes that do not fit each other or the mesh.
+  """
+  config = stage.config
+  unit = mesh.size * config.accumulate
+  if config.batch_size % unit:
+    raise ValueError(
+      f"config.batch_size={config.batch_size} is not a multiple of {unit} = {mesh.size} devices x "
+      f"accumulate {config.accumulate}; the next size that is: "
+      f"{-(-config.batch_size // unit) * unit}"
+    )
+  parts = build_parts(config, make_task, tokenizer, mesh)
+  task, rows = parts.task, config.batch_size
+  specs = task.text_specs or {}
+  sharding = ov_sharding.batch_sharding(mesh)
+  batch = {}
+  for key in task.batch_keys:
+    shape: tuple[int, ...] = (rows, specs[key].length if key in specs else task.text_len)
+    dtype: Any = jnp.int32
+    if key == "image":
+      shape, dtype = (rows, task.image_size, task.image_size, 3), jnp.uint8
+    elif key in ("valid", "index"):
+      shape, dtype = (rows,), bool if key == "valid" else jnp.int32
+    batch[key] = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+  return Plan(config, parts, batch, mesh, stage.index)
+
+
+def compile_step(plan: Plan) -> Compiled:
+  """Traces and compiles; a program too large for the device is an answer, not an error."""
+  began = time.perf_counter()
+  with ov_models.on_mesh(plan.mesh):
+    step = build_step(plan.config, plan.parts, plan.mesh, plan.index)
+    lowered = step.lower(plan.parts.abstract, plan.batch)
+  try:
+    compiled = lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    refused = refusal(str(error))
+    if refused is None:
+      raise
+    return Compiled(time.perf_counter() - began, None, None, refused)
+  seconds = time.perf_counter() - began
+  analysis, text = compiled.memory_analysis(), compiled.as_text()
+  if analysis is None or text is None:
+    raise RuntimeError(f"the compiler of {jax.default_backend()} tells neither memory nor program")
+  memory = Memory(
+    analysis.argument_size_in_bytes,
+    analysis.output_size_in_bytes,
+    analysis.temp_size_in_bytes,
+    analysis.alias_size_in_bytes,
+  )
+  return Compiled(seconds, memory, hlo.parse(text))
+
+
+def refusal(message: str) -> tuple[int, int] | None:
+  """(bytes needed, bytes there are) of a compiler that found too little memory; else None."""
+  if "RESOURCE_EXHAUSTED" not in message:
+    return None
+  for pattern in _USED:
+    if found := pattern.search(message):
+      used, unit, limit, limit_unit = found.groups()
+      return int(float(used) * _UNITS[unit]), int(float(limit) * _UNITS[limit_unit])
+  return None
+
+
+def largest_temporaries(
+  program: hlo.Program, count: int = 5
+) -> list[tuple[int, str, int, str, str]]:
+  """The largest arrays the program makes in the memory of a device.
+
+  Results that leave the program are not among them. Arrays of the same shape from the same line
+  are told once.
+
+  Returns:
+    (bytes of one, array, how many, source line, place in the traced program) for each.
+  """
+  made = {i.name: i for i in program.computations[program.entry]}
+  results: set[str] = set()
+  for instruction in program.computations[program.entry]:
+    if instruction.is_root:
+      results = {_origin(name, made) for name in instruction.operands}
+  rows: dict[tuple[int, str, str], list[hlo.Instruction]] = {}
+  for instruction, _ in program.executed():
+    if instruction.operation in _NO_ARRAY or instruction.operation.endswith(("-start", "-done")):
+      continue
+    if instruction.name in results or "dynamic_update_slice" in instruction.op_name:
+      continue  # the second writes into an array that is there already
+    for array in instruction.arrays:
+      if array.space == 0:
+        key = (array.bytes, str(array), program.source(instruction))
+        rows.setdefault(key, []).append(instruction)
+  largest = sorted(rows.items(), key=lambda row: -row[0][0])[:count]
+  return [
+    (size, array, len(found), source, found[0].op_name) for (size, array, source), found in largest
+  ]
+
+
+def _origin(name: str, made: dict[str, hlo.Instruction]) -> str:
+  """The instruction whose result a bitcast or a part of a tuple passes on."""
+  while name in made and made[name].operation in ("bitcast", "get-tuple-element", "copy"):
+    name = made[name].operands[0]
+  return name
+
+
+def tree_bytes(tree: Any, shardings: Any = None) -> int:
+  """Bytes of a tree of abstract arrays on one device; without shardings, those they carry."""
+  if shardings is None:
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, tree)
+  return ov_sharding.bytes_per_device(tree, shardings)
+
+
+def compared_bytes(plan: Plan) -> int:
+  """Bytes of what a loss between rows needs of the whole batch; 0 for other losses."""
+  task = plan.parts.task
+  if not isinstance(task, TwoPhase):
+    return 0
+  images = plan.batch["image"]
+  batch = {**plan.batch, "image": jax.ShapeDtypeStruct(images.shape, jnp.float32)}
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  rows, _ = jax.eval_shape(task.embed, plan.parts.abstract["params"], batch, key)
+  return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(rows))

@@ -1,0 +1,155 @@
+"""What a training run would need and cost, before a machine is rented.
+
+  bazel run //tools/preflight -- --config=apps/configs/openvision2.py:img=L/14,res=224
+      --topology=v4-512 [--find_batch] [--compare=OTHER_CONFIG] [--json=FILE]
+
+Compiles the train step of every stage for TPUs that need not be there (OV_EXTRAS=tpu brings the
+compiler); --topology=here compiles for this machine. Prints memory, exchanges, time at best, hours.
+"""
+
+import functools
+import importlib.util
+from pathlib import Path
+import sys
+from typing import TYPE_CHECKING
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from apps.trainer.errors import UserError, run_app, user_errors
+
+if TYPE_CHECKING:
+  from apps.trainer.loop import MakeTask
+  from tools.preflight.assess import Assessment
+  from tools.preflight.topology import Target
+
+_CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
+_TOPOLOGY = flags.DEFINE_string("topology", None, 'TPU slice such as v4-512 or v5e-16; or "here".')
+_SLICES = flags.DEFINE_integer("slices", 1, "How many such slices work together.")
+_FIND_BATCH = flags.DEFINE_bool("find_batch", False, "Search the largest batch that fits.")
+_COMPARE = flags.DEFINE_multi_string(
+  "compare", [], "Another configuration, shown beside; --config.NAME=VALUE hold for it too."
+)
+_JSON = flags.DEFINE_string("json", None, "File to write the figures to.")
+_MFU = flags.DEFINE_float("mfu", None, "Measured share of the peak, for times; else the best case.")
+
+
+def main() -> None:
+  if _CONFIG.value is None or not _TOPOLOGY.value:
+    raise UserError("give --config=apps/configs/NAME.py and --topology=v4-512 or --topology=here")
+  if _MFU.value is not None and not 0 < _MFU.value <= 1:
+    raise UserError(f"--mfu={_MFU.value}; expected a share above 0, at most 1")
+  from tools.preflight import topology  # not heavy, but for the devices of this machine
+
+  with user_errors():
+    _CONFIG.value.lock()  # where the file could not be loaded, this says so
+    configs = [_CONFIG.value, *map(_load, _COMPARE.value)]
+    if _TOPOLOGY.value != "here":
+      topology.prepare_environment()
+    target = topology.target(_TOPOLOGY.value, _SLICES.value)
+  names = [config_flags.get_config_filename(flags.FLAGS["config"]), *_COMPARE.value]
+  if not topology.can_compile(target):
+    print(f"arithmetic only: {topology.NO_LIBTPU.format(name=target.name)}\n")
+  found: list[Assessment] = []
+  for number, (name, config) in enumerate(zip(names, configs, strict=True), 1):
+    title = f"{number}:{Path(name.partition(':')[0]).stem}/" if len(names) > 1 else ""
+    with user_errors():
+      found += _assess(config, title, target)
+  _print(found)
+  if _JSON.value:
+    from tools.preflight import report
+
+    with user_errors():
+      Path(_JSON.value).expanduser().write_text(report.to_json(found), encoding="utf-8")
+
+
+def _print(found: "list[Assessment]") -> None:
+  from tools.preflight import report
+
+  print(report.table(found))
+  for one in found:
+    print(f"\n{report.details(one)}")
+  print(f"\n{report.assumptions(found[0], _MFU.value)}")
+  if len(_COMPARE.value) == 0 and (line := report.totals(found)):
+    print(line)
+
+
+def _assess(config: ConfigDict, title: str, target: "Target") -> "list[Assessment]":
+  """One assessment for each stage; where one does not fit, what would make it fit is printed."""
+  # Heavy imports wait until the flags are known to be right.
+  from apps.trainer.config import check_values
+  from apps.trainer.stages import resolve_stages
+  from tools.preflight import assess, topology
+
+  check_values(config)
+  if _FIND_BATCH.value and (target.hbm is None or not topology.can_compile(target)):
+    raise UserError(
+      f"--find_batch: {target.name} says not how much memory it has, or nothing can be compiled "
+      "for it here; give a TPU as --topology, with OV_EXTRAS=tpu"
+    )
+  make_task = _task_of(config)
+  found = []
+  for stage in resolve_stages(config):
+    name = title + stage.name
+    one = functools.partial(
+      assess.assess, make_task=make_task, target=target, title=name, mfu=_MFU.value
+    )
+    _say(f"{name}: compiling for {target.name}")
+    if _FIND_BATCH.value:
+      best = assess.find_batch(one, stage, target, _say)
+      if best is None:
+        raise UserError(f"{name}: not even the smallest batch fits {target.name}")
+      found.append(best)
+      continue
+    found.append(one(stage))
+    if found[-1].fits is False:
+      missing = found[-1].numbers["missing_bytes"]
+      print(
+        f"{name} does not fit {target.name}: {missing / 1e9:,.2f} GB are missing. Tried instead:"
+      )
+      for setting, result in assess.remedies(one, stage, target):
+        print(f"  {setting}: {_outcome(result)}", flush=True)
+      print()
+  return found
+
+
+def _outcome(result: "Assessment") -> str:
+  numbers = result.numbers
+  if result.fits:
+    return f"fits, peak {numbers['peak_bytes_per_device'] / 1e9:,.2f} GB"
+  return f"still {numbers['missing_bytes'] / 1e9:,.2f} GB too large"
+
+
+def _task_of(config: ConfigDict) -> "MakeTask":
+  """What the app of this kind of configuration makes its task with."""
+  if "text" in config.model:
+    from apps.clip_task import ClipTask
+
+    return ClipTask.from_config
+  from apps.caption_task import CaptionTask
+
+  return CaptionTask.from_config
+
+
+def _load(name: str) -> ConfigDict:
+  """A configuration by path and argument, with the changes given to the first."""
+  path, _, argument = name.partition(":")
+  spec = importlib.util.spec_from_file_location("compared", path)
+  if spec is None or spec.loader is None:
+    raise ValueError(
+      f"--compare={name}: expected a Python file such as apps/configs/openvision2.py"
+    )
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  config = module.get_config(argument) if argument else module.get_config()
+  config.lock()
+  config.update_from_flattened_dict(config_flags.get_override_values(flags.FLAGS["config"]))
+  return config
+
+
+def _say(text: str) -> None:
+  print(f"[preflight] {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+  run_app(main)

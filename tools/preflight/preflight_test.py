@@ -1,0 +1,64 @@
+"""The app, as the user runs it."""
+
+import json
+import os
+from pathlib import Path
+import subprocess
+import sys
+
+import pytest
+
+from tools.preflight import preflight
+
+TINY = "img=mu/16,txt_decoder_name=Ti,res=32,token_len=16,vocab_size=512,batch_size=8"
+CONFIG = "apps/configs/openvision2.py"
+
+
+def _app(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+  path = os.pathsep.join(os.path.abspath(p or ".") for p in sys.path)
+  return subprocess.run(
+    [sys.executable, "-m", preflight.__name__, *arguments],
+    env={**os.environ, "PYTHONPATH": path, "BUILD_WORKING_DIRECTORY": str(cwd or Path.cwd())},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+
+
+def test_two_configurations_on_this_machine(tmp_path: Path):
+  out = tmp_path / "figures.json"
+  done = _app(
+    f"--config={CONFIG}:{TINY}",
+    "--config.model.decoder_options={'depth': 1}",
+    f"--compare={CONFIG}:{TINY},dtype=bfloat16",
+    "--topology=here",
+    f"--json={out}",
+  )
+  assert done.returncode == 0, done.stderr
+  head, *rows = done.stdout.splitlines()
+  assert head.split() == ["1:openvision2/main", "2:openvision2/main"]
+  found = {row[:26].strip(): row[26:].split() for row in rows}
+  assert found["compute dtype"] == ["float32", "bfloat16"]
+  assert found["fits"] == ["yes", "yes"]
+  first, second = json.loads(out.read_text())
+  assert first["peak_bytes_per_device"] > first["argument_bytes"] > 0
+  # Changes on the command line hold for both.
+  assert first["num_params"] == second["num_params"]
+  assert "compiling for" in done.stderr
+
+
+@pytest.mark.parametrize(
+  "arguments, message",
+  [
+    ((), "give --config"),
+    ((f"--config={CONFIG}",), "--topology=v4-512 or --topology=here"),
+    ((f"--config={CONFIG}", "--topology=v4-7"), "v4 comes as v4-8"),
+    ((f"--config={CONFIG}", "--topology=v4-8", "--mfu=2"), "--mfu=2.0; expected a share"),
+    ((f"--config={CONFIG}", "--topology=here", "--compare=none.py"), "none.py"),
+    ((f"--config={CONFIG}:{TINY}", "--topology=here", "--find_batch"), "says not how much memory"),
+  ],
+)
+def test_mistakes_end_in_one_line(arguments: tuple[str, ...], message: str):
+  done = _app(*arguments)
+  assert done.returncode == 2
+  assert message in done.stderr.splitlines()[-1] and not done.stdout

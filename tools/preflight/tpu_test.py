@@ -1,0 +1,72 @@
+"""Steps compiled for TPUs that are not there. Needs libtpu (OV_EXTRAS=tpu); takes minutes.
+
+tools/bazel test //tools/preflight:tpu_test --test_env=OV_EXTRAS
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+import pytest
+
+from apps.caption_task import CaptionTask
+from apps.configs.base import caption_config
+from apps.trainer.stages import Stage
+from tools.preflight import assess as assess_lib
+from tools.preflight import topology
+
+pytestmark = pytest.mark.skipif(
+  not topology.has_libtpu(), reason="no libtpu; OV_EXTRAS=tpu brings it"
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def environment():
+  topology.prepare_environment()
+
+
+def _stage(changes: dict[str, Any]) -> Stage:
+  config = caption_config()
+  config.update_from_flattened_dict(
+    {
+      "model.encoder": "mu/16",
+      "model.decoder": "Ti",
+      "model.image_size": 32,
+      "model.vocab_size": 512,
+      "model.token_len": 16,
+      "model.remat": "full",
+      **changes,
+    }
+  )
+  config.model.decoder_options = ConfigDict({"depth": 2})
+  return Stage(0, "main", config, 0)
+
+
+def _assess(changes: dict[str, Any], name: str) -> assess_lib.Assessment:
+  return assess_lib.assess(_stage(changes), CaptionTask.from_config, topology.target(name))
+
+
+def test_a_small_slice_stands_in_for_a_large_one(monkeypatch: pytest.MonkeyPatch):
+  """4, 16 and 64 chips at 8 images each: the same memory, the same traffic to a thousandth."""
+  found = {}
+  for chips in (4, 16, 64):
+    with monkeypatch.context() as patch:
+      patch.setattr(assess_lib, "_stand_in", lambda *_: None)  # each is compiled itself
+      found[chips] = _assess({"batch_size": 8 * chips}, f"v4-{2 * chips}")
+    assert found[chips].compiled_on == f"v4-{2 * chips}"
+  stood_in = _assess({"batch_size": 8 * 64}, "v4-128")
+  assert stood_in.compiled_on == "v4-8"
+  for name in ("argument_bytes", "output_bytes", "alias_bytes"):
+    assert len({one.numbers[name] for one in found.values()}) == 1
+  for other in (found[16], found[64], stood_in):
+    # All-reduces among more chips may be cut into other parts, which takes scratch memory.
+    for name in ("temp_bytes", "moved_bytes_per_step"):
+      assert other.numbers[name] == pytest.approx(found[4].numbers[name], rel=0.01)
+  # Scaled to 64 partners, what the small slice exchanges is what the large one does.
+  sent = [one.numbers["sent_bytes_per_step"] for one in (stood_in, found[64])]
+  assert sent[0] == pytest.approx(sent[1], rel=0.01)
+
+
+def test_too_large_is_an_answer():
+  found = _assess({"batch_size": 4 * 65536, "model.remat": "none"}, "v5e-4")
+  assert found.fits is False and found.numbers["missing_bytes"] > 0
+  assert found.numbers["peak_bytes_per_device"] is None
