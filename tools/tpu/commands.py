@@ -7,16 +7,18 @@ import tempfile
 import time
 from typing import Any
 
-from tools.tpu import archive, worker
+from tools.tpu import archive
 from tools.tpu.fleet import PROGRAM, Fleet
 from tools.tpu.gcloud import Cause, GcloudError
 from tools.tpu.names import local_file
 from tools.tpu.output import Result
+from tools.tpu.worker import main as worker
 
 FLAVOURS = ("tpu", "cuda", "cpu")
 _ARCHIVE = "ov-code.tgz"
 _COPY_SECONDS = 900.0
 _SETUP_SECONDS = 1800.0
+_COUNT_SECONDS = 300.0  # jax waits as long for processes that do not come
 _KILL_SECONDS = 60.0  # beyond the grace period, until an answer is overdue
 _APP = re.compile(r"[a-z][a-z0-9_]*")
 _DISK_GB, _SKEW_SECONDS = 20.0, 5.0  # environment and compile cache; what TLS and leases forgive
@@ -30,7 +32,7 @@ def sync(fleet: Fleet, checkout: Path, say: Callable[[str], None]) -> Result:
     else:
       folder = Path(scratch)
       packed = archive.write(checkout, folder / _ARCHIVE)
-      (folder / PROGRAM).write_bytes(Path(worker.__file__).read_bytes())
+      worker.pack(folder / PROGRAM)
       checksum, note = packed.sha256, f"{packed.files:,} files, {packed.bytes / 1e6:.1f} MB packed"
       say(note)
     sent = fleet.send([str(folder / PROGRAM), str(folder / _ARCHIVE)], timeout=_COPY_SECONDS)
@@ -39,7 +41,7 @@ def sync(fleet: Fleet, checkout: Path, say: Callable[[str], None]) -> Result:
 
 
 def setup(fleet: Fleet, flavour: str, libtpu: str) -> Result:
-  """Installs the lock on every worker, then counts devices on all of them at once."""
+  """Installs the lock on every worker, then counts devices on all of them together."""
   if flavour not in FLAVOURS:
     raise ValueError(f"--extras={flavour!r}; expected one of {', '.join(FLAVOURS)}")
   arguments = [flavour]
@@ -56,7 +58,10 @@ def setup(fleet: Fleet, flavour: str, libtpu: str) -> Result:
   answers = {**failures, **fleet_left.ask("setup", *arguments, timeout=_SETUP_SECONDS)}
   if _failures(answers) or not fleet.whole:
     return _result(answers, "" if fleet.whole else "devices are counted with --worker=all only")
-  counted = fleet.ask("devices", timeout=_SETUP_SECONDS, at_once=True)
+  begun = fleet.ask("count")
+  if _failures(begun):
+    return _result(begun)
+  counted = fleet.ask("counted", f"{_COUNT_SECONDS:g}", timeout=_COUNT_SECONDS + _KILL_SECONDS)
   if fleet.gcloud.dry_run:
     return _result(counted)
   return _result({n: _right_devices(fleet, flavour, answer) for n, answer in counted.items()})
@@ -111,8 +116,11 @@ def stop(fleet: Fleet, name: str, grace: float) -> Result:
   """Ends the recorded process group of a run on all workers, and nothing else."""
   if grace < 0:
     raise ValueError(f"--grace={grace:g}; expected 0 seconds or more")
-  # All at once: a worker alone would wait for the others at the next step.
-  return _result(fleet.ask("stop", name, f"{grace:g}", timeout=grace + _KILL_SECONDS, at_once=True))
+  # All hear SIGTERM before any is waited for: a worker alone waits for the others at its next step.
+  told = fleet.ask("terminate", name)
+  reached = _those(fleet, told)
+  ended = reached.ask("stop", name, f"{grace:g}", timeout=grace + _KILL_SECONDS)
+  return _result({**told, **ended})
 
 
 def clean(fleet: Fleet) -> Result:

@@ -6,12 +6,12 @@ import dataclasses
 import json
 from typing import Any, TypeVar
 
-from tools.tpu.gcloud import Cause, Gcloud, GcloudError
+from tools.tpu.gcloud import Cause, Gcloud, GcloudError, last_line
 from tools.tpu.names import Topology
 
 _T = TypeVar("_T")
 # Copied to the home folder of every worker; the path is relative to it.
-PROGRAM = "ov-worker.py"
+PROGRAM = "ov-worker.pyz"
 _PARALLEL = 16  # each call is a process of gcloud and a connection
 
 
@@ -36,13 +36,10 @@ class Fleet:
     """Whether no worker is left out."""
     return len(self.workers) == self.topology.hosts
 
-  def each(self, call: Callable[[int], _T], at_once: bool = False) -> dict[int, "_T | GcloudError"]:
+  def each(self, call: Callable[[int], _T]) -> dict[int, "_T | GcloudError"]:
     """Calls for every worker; the answer or the failure of each.
 
-    Args:
-      call: takes the number of a worker.
-      at_once: all at the same time, for what waits for the others. Else the first goes ahead, so
-        that gcloud makes its key once and not in a race, and the others follow in groups.
+    The first goes ahead alone, so that gcloud makes its key once and not in a race.
     """
 
     def guarded(worker: int) -> "_T | GcloudError":
@@ -53,23 +50,27 @@ class Fleet:
 
     if self.gcloud.dry_run:  # in order, so that two dry runs print the same
       return {worker: guarded(worker) for worker in self.workers}
-    ahead, rest = ((), self.workers) if at_once else (self.workers[:1], self.workers[1:])
-    answers = {worker: guarded(worker) for worker in ahead}
-    size = len(rest) if at_once else _PARALLEL
-    with ThreadPoolExecutor(max(size, 1)) as pool:
+    answers = {worker: guarded(worker) for worker in self.workers[:1]}
+    rest = self.workers[1:]
+    with ThreadPoolExecutor(_PARALLEL) as pool:
       return answers | dict(zip(rest, pool.map(guarded, rest), strict=True))
 
   def ask(
-    self, verb: str, *arguments: str, timeout: float | None = None, at_once: bool = False
+    self, verb: str, *arguments: str, timeout: float | None = None
   ) -> dict[int, "dict[str, Any] | GcloudError"]:
-    """Runs a verb of worker.py everywhere; its JSON, or why there is none."""
+    """Runs a verb of the workers' program everywhere; its JSON, or why there is none."""
     command = ["python3", PROGRAM, verb, *arguments]
 
     def call(worker: int) -> dict[str, Any]:
-      text = self.gcloud.ssh(self.name, worker, command, timeout)
+      try:
+        text = self.gcloud.ssh(self.name, worker, command, timeout)
+      except GcloudError as error:
+        if PROGRAM in str(error) and "No such file" in str(error):
+          raise GcloudError(f"{PROGRAM} is not there; first run: tpu sync", Cause.OTHER) from None
+        raise
       return {} if self.gcloud.dry_run else _answer(text)
 
-    return self.each(call, at_once)
+    return self.each(call)
 
   def send(
     self, sources: Sequence[str], target: str = "", timeout: float | None = None
@@ -127,7 +128,10 @@ def _answer(text: str) -> dict[str, Any]:
   for line in reversed(text.splitlines()):
     if line.startswith("{"):
       try:
-        return json.loads(line)
+        found = json.loads(line)
       except ValueError:
         break
+      if "error" in found:
+        raise GcloudError(last_line(found["error"]), Cause.OTHER)
+      return found
   raise GcloudError(f"answered {text[-80:]!r}; expected a line of JSON", Cause.OTHER)

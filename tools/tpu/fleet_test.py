@@ -47,6 +47,7 @@ def test_causes(words: str, expected: Cause):
 
 def test_last_line_is_one_line_a_terminal_can_show():
   assert last_line("first\n\x1b[31mERROR: ö\x07\n\n") == "[31mERROR: ö"
+  assert last_line("why\n##### Command execution on worker 0 failed. Continuing.\n") == "why"
   assert last_line("") == "" and len(last_line("x" * 999)) == 300
 
 
@@ -72,25 +73,20 @@ def test_a_worker_that_does_not_answer_is_named(fake: Path):
   fake_gcloud.rules(fake, {"match": ["ssh", "--worker=1"], "code": 255, "stderr": "closed\n"})
   fleet = open_fleet(Gcloud(_PLACE), "pod", "all", "")
   for worker in (0, 1):
-    (fake / f"worker-{worker}/ov-worker.py").write_text("print('hello')\nprint('{\"a\": 1}')")
+    (fake / f"worker-{worker}/ov-worker.pyz").write_text("print('hello')\nprint('{\"a\": 1}')")
   answers = fleet.ask("status")
   assert answers[0] == {"a": 1} and str(answers[1]) == "closed"
-  (fake / "worker-0/ov-worker.py").write_text("print('hello')")
+  (fake / "worker-0/ov-worker.pyz").write_text("print('hello')")
   assert "expected a line of JSON" in str(fleet.ask("status")[0])
 
 
-def test_all_at_once(fake: Path):
-  """What waits for the others gets them: each worker ends once both have begun."""
-  fleet = open_fleet(Gcloud(_PLACE, timeout=20), "pod", "all", "")
-  program = (
-    "import json, os, pathlib, time\n"
-    "pathlib.Path('here').touch()\n"
-    "while len(list(pathlib.Path('..').glob('worker-*/here'))) < 2: time.sleep(0.01)\n"
-    "print(json.dumps({'met': True}))"
-  )
-  for worker in (0, 1):
-    (fake / f"worker-{worker}/ov-worker.py").write_text(program)
-  assert fleet.ask("devices", at_once=True) == {0: {"met": True}, 1: {"met": True}}
+def test_what_a_worker_refuses_is_not_what_gcloud_adds(fake: Path):
+  fleet = open_fleet(Gcloud(_PLACE), "pod", "all", "")
+  program = "import sys; print('{\"error\": \"no run\"}'); print('#####', file=sys.stderr)"
+  (fake / "worker-0/ov-worker.pyz").write_text(program)
+  answers = fleet.ask("status")
+  assert str(answers[0]) == "no run"
+  assert str(answers[1]) == "ov-worker.pyz is not there; first run: tpu sync"
 
 
 @pytest.mark.parametrize(

@@ -162,8 +162,9 @@ def remote(command: Sequence[str]) -> str:
 
 
 def last_line(text: str) -> str:
-  """The last line with anything in it, without control characters, at most 300 letters."""
-  lines = [line for line in text.splitlines() if line.strip()]
+  """The last line that says something, without control characters, at most 300 letters."""
+  # Behind what ssh says gcloud writes that the command failed.
+  lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#####")]
   return "".join(c for c in lines[-1].strip() if c.isprintable())[:300] if lines else ""
 
 

@@ -57,7 +57,9 @@ class World:
       path.write_text(python)
       path.chmod(0o755)
 
-  def __call__(self, *arguments: str, path: str | None = None) -> subprocess.CompletedProcess[str]:
+  def __call__(
+    self, *arguments: str, path: str | None = None, stdin: int = subprocess.DEVNULL
+  ) -> subprocess.CompletedProcess[str]:
     modules = os.pathsep.join(os.path.abspath(p or ".") for p in sys.path)
     env = {
       **os.environ,
@@ -66,7 +68,7 @@ class World:
       "PATH": path or f"{self.fake}/bin:{os.environ['PATH']}",
     }
     return subprocess.run(
-      [sys.executable, "-m", tpu.__name__, *arguments], env=env, stdin=subprocess.DEVNULL,
+      [sys.executable, "-m", tpu.__name__, *arguments], env=env, stdin=stdin,
       capture_output=True, text=True, check=False,
     )  # fmt: skip
 
@@ -143,7 +145,7 @@ def test_a_dry_run_as_json(world: World):
 
 
 _FULL = {"match": ["create"], "code": 1, "stderr": "ERROR: There is no more capacity in the zone\n"}
-_HELD = "the chip is held by python3 (pid 41); nothing was removed\n"
+_HELD = '{"error": "the chip is held by python3 (pid 41); nothing was removed"}'
 _POD = "--name=pod --zone=us-central2-b"
 _NEW = f"create {_POD} --topology=v4-16"
 # What is typed, what gcloud then does.
@@ -173,7 +175,7 @@ _FAILURES: list[tuple[str, list[dict[str, object]]]] = [
     [{"match": ["ssh"], "code": 255, "stderr": "Connection closed by remote host\n"}],
   ),
   (f"stop {_POD}", []),
-  (f"clean {_POD} --yes", [{"match": ["ssh"], "code": 1, "stderr": _HELD}]),
+  (f"clean {_POD} --yes", [{"match": ["ssh"], "code": 0, "stdout": _HELD}]),
 ]
 
 
@@ -219,6 +221,18 @@ def test_a_whole_life(world: World):
   rows = world.rows("logs", "--run=one", f"--out={world.fake}/logs")
   assert "stopped after a checkpoint" in Path(str(rows[1]["file"])).read_text()
   assert world.rows("stop", "--run=one", "--yes")[0]["stopped"] == "was not running"
+
+
+@pytest.mark.parametrize("typed, code", [("y\n", 0), ("\n", 2), ("no\n", 2)])
+def test_a_terminal_is_asked(world: World, typed: str, code: int):
+  master, terminal = os.openpty()
+  os.write(master, typed.encode())
+  done = world("delete", *_WHERE, stdin=terminal)
+  os.close(terminal)
+  os.close(master)
+  assert done.returncode == code
+  assert "Delete pod in us-central2-b, and all that is on its disks? [y/N]" in done.stderr
+  assert len(fake_gcloud.calls(world.fake)) == (1 if code == 0 else 0)
 
 
 def test_devices_that_are_missing(world: World):

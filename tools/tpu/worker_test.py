@@ -8,16 +8,17 @@ import signal
 import subprocess
 import sys
 import time
+from types import ModuleType
 
 import pytest
 
-from tools.tpu import worker
+from tools.tpu.worker import common, machine, main, runs
 
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
   for name, path in {"CODE": "ov-code", "RUNS": "ov-run", "PYTHON": "ov-python"}.items():
-    monkeypatch.setattr(worker, name, tmp_path / path)
+    monkeypatch.setattr(common, name, tmp_path / path)
   (tmp_path / "ov-code/apps").mkdir(parents=True)
   (tmp_path / "ov-run").mkdir()
   return tmp_path
@@ -29,8 +30,8 @@ def _record(home: Path, process: subprocess.Popen[bytes], **changes: object) -> 
   found = {
     "pid": process.pid,
     "pgid": process.pid,
-    "start": worker._start_time(process.pid),
-    "boot": worker._boot(),
+    "start": runs._start_time(process.pid),
+    "boot": runs._boot(),
     "workdir": str(home / "out"),
   }
   (folder / "run.json").write_text(json.dumps(found | changes))
@@ -53,29 +54,43 @@ def stubborn():
   process.wait()
 
 
-def test_runs_on_the_python_of_a_fresh_machine():
+@pytest.mark.parametrize("module", [common, machine, main, runs], ids=lambda m: m.__name__)
+def test_runs_on_the_python_of_a_fresh_machine(module: ModuleType):
   """Ubuntu 20.04 has 3.8, 22.04 has 3.10; nothing is imported that they lack."""
-  tree = ast.parse(Path(worker.__file__).read_text(), feature_version=(3, 8))
+  tree = ast.parse(Path(str(module.__file__)).read_text(), feature_version=(3, 8))
   modules = {n.names[0].name for n in ast.walk(tree) if isinstance(n, ast.Import)}
   modules |= {str(n.module) for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
-  assert {m.partition(".")[0] for m in modules} <= set(sys.stdlib_module_names)
-  assert not modules & {"tomllib", "zoneinfo", "graphlib"}
+  foreign = {m for m in modules if not m.startswith("tools.tpu.worker")}
+  assert foreign <= sys.stdlib_module_names - {"tomllib", "zoneinfo", "graphlib"}
+
+
+def test_the_program_runs_alone(tmp_path: Path):
+  """In a home folder whose files have the names of modules."""
+  main.pack(tmp_path / "ov-worker.pyz")
+  (tmp_path / "json.py").write_text("raise SystemExit('the wrong module')")
+  done = subprocess.run(
+    [sys.executable, "-S", "ov-worker.pyz", "status", "one"], cwd=tmp_path,
+    env={"HOME": str(tmp_path)}, capture_output=True, text=True, check=False,
+  )  # fmt: skip
+  assert json.loads(done.stdout) == {"error": "no run one here; there are: none"}, done.stderr
 
 
 def test_stop_kills_the_whole_group_after_the_grace_period(
   home: Path, stubborn: subprocess.Popen[bytes]
 ):
   folder = _record(home, stubborn)
-  members = worker._members(worker._record(folder))
+  members = runs.members(runs._record(folder))
   assert len(members) == 2 and stubborn.pid in members
-  began = time.monotonic()
-  assert worker.stop("one", "0.5") == {"stopped": "SIGKILL"}
-  assert time.monotonic() - began >= 0.5
+  began = time.time()
+  assert runs.terminate("one") == {"terminated": True}
+  assert runs.stop("one", "0.5") == {"stopped": "SIGKILL"}
+  # The file system's clock ticks in steps of some milliseconds.
+  assert time.time() - began >= 0.48
   stubborn.wait()
   deadline = time.monotonic() + 10
-  while worker._members(worker._record(folder)) and time.monotonic() < deadline:
+  while runs.members(runs._record(folder)) and time.monotonic() < deadline:
     time.sleep(0.02)
-  assert worker._members(worker._record(folder)) == []
+  assert runs.members(runs._record(folder)) == []
 
 
 @pytest.mark.parametrize("change", [{"start": 1}, {"boot": "another"}])
@@ -83,7 +98,8 @@ def test_a_number_that_now_means_another_process_is_left_alone(
   home: Path, stubborn: subprocess.Popen[bytes], change: dict[str, object]
 ):
   _record(home, stubborn, **change)
-  assert worker.stop("one", "0") == {"stopped": "was not running"}
+  assert runs.terminate("one") == {"terminated": False}
+  assert runs.stop("one", "0") == {"stopped": "was not running"}
   assert stubborn.poll() is None
 
 
@@ -93,8 +109,9 @@ def test_a_child_that_outlives_its_leader_still_counts(home: Path):
   )
   folder = _record(home, process)
   process.wait()
-  assert len(worker._members(worker._record(folder))) == 1
-  assert worker.stop("one", "10") == {"stopped": "SIGTERM"}
+  assert len(runs.members(runs._record(folder))) == 1
+  assert runs.terminate("one") == {"terminated": True}
+  assert runs.stop("one", "10") == {"stopped": "SIGTERM"}
 
 
 def test_status_reads_what_is_whole(home: Path, stubborn: subprocess.Popen[bytes]):
@@ -102,12 +119,12 @@ def test_status_reads_what_is_whole(home: Path, stubborn: subprocess.Popen[bytes
   (folder / "worker.log").write_bytes(b"first\nbar 10%\rbar 20%\xff\n\n")
   (home / "out").mkdir()
   (home / "out/metrics.jsonl").write_text('{"step": 7}\n{"step": 9, "x": 1}\n{"st')
-  found = worker.status("one")
+  found = runs.status("one")
   assert found == {"alive": True, "exit": None, "step": 9, "last": "bar 20%\ufffd"}
   (folder / "exit").write_text("3")
-  assert worker.status("one")["exit"] == 3
-  with pytest.raises(worker.Refused, match="no run two here; there are: one"):
-    worker.status("two")
+  assert runs.status("one")["exit"] == 3
+  with pytest.raises(common.Refused, match="no run two here; there are: one"):
+    runs.status("two")
 
 
 @pytest.mark.parametrize(
@@ -125,7 +142,7 @@ def test_supervise_starts_again_what_failed(
   starts: int,
 ):  # fmt: skip
   (home / "ov-run/one").mkdir()
-  monkeypatch.setattr(worker, "_RESTART_PAUSE", 0)
+  monkeypatch.setattr(runs, "_RESTART_PAUSE", 0)
   monkeypatch.setattr(signal, "signal", lambda *_: None)
   begun: list[list[str]] = []
 
@@ -134,7 +151,7 @@ def test_supervise_starts_again_what_failed(
     return codes[len(begun) - 1]
 
   monkeypatch.setattr(subprocess, "call", call)
-  worker.supervise("one", str(restarts), "python", "x")
+  runs.supervise("one", str(restarts), "python", "x")
   assert (home / "ov-run/one/exit").read_text() == str(expected)
   assert begun == [["python", "x"]] * starts
 
@@ -145,7 +162,7 @@ def test_supervise_heeds_a_stop_during_the_pause(home: Path, monkeypatch: pytest
   monkeypatch.setattr(time, "sleep", lambda _: (home / "ov-run/one/stopping").touch())
   begun: list[int] = []
   monkeypatch.setattr(subprocess, "call", lambda *_, **__: begun.append(1) or 1)
-  worker.supervise("one", "5", "python")
+  runs.supervise("one", "5", "python")
   assert begun == [1]
 
 
@@ -164,25 +181,25 @@ def test_clean_only_where_nobody_holds_the_chip(tmp_path: Path, monkeypatch: pyt
   logs.mkdir(parents=True)
   (logs / "a.log").touch()
   lock.touch()
-  with pytest.raises(worker.Refused, match=r"held by python3 \(pid 42\); nothing was removed"):
-    worker.clean(str(tmp_path))
+  with pytest.raises(common.Refused, match=r"held by python3 \(pid 42\); nothing was removed"):
+    machine.clean(str(tmp_path))
   assert lock.exists() and logs.exists()
   (tmp_path / "proc/42/fd/3").unlink()
-  assert worker.clean(str(tmp_path)) == {"removed": ["/tmp/libtpu_lockfile", "/tmp/tpu_logs"]}
+  assert machine.clean(str(tmp_path)) == {"removed": ["/tmp/libtpu_lockfile", "/tmp/tpu_logs"]}
   assert not lock.exists() and not logs.exists()
-  assert worker.clean(str(tmp_path)) == {"removed": []}
+  assert machine.clean(str(tmp_path)) == {"removed": []}
 
 
 @pytest.mark.parametrize("target", ["/dev/vfio/0", "/dev/vfio/12", "/dev/accel3"])
 def test_chips(tmp_path: Path, target: str):
   _process(tmp_path, 7, target)
-  assert [holder["pid"] for holder in worker.holders(str(tmp_path))["holders"]] == [7]
+  assert [holder["pid"] for holder in machine.holders(str(tmp_path))["holders"]] == [7]
 
 
 @pytest.mark.parametrize("target", ["/dev/vfio/vfio", "/dev/accelerator", "/data/dev/accel0x"])
 def test_no_chips(tmp_path: Path, target: str):
   _process(tmp_path, 7, target)
-  assert worker.holders(str(tmp_path)) == {"holders": [], "hidden": 0}
+  assert machine.holders(str(tmp_path)) == {"holders": [], "hidden": 0}
 
 
 def test_links_out_of_the_log_folder_are_not_followed(
@@ -193,16 +210,16 @@ def test_links_out_of_the_log_folder_are_not_followed(
     (tmp_path / folder).mkdir()
   (tmp_path / "home/kept").touch()
   (tmp_path / "tmp/tpu_logs").symlink_to(tmp_path / "home")
-  assert worker.clean(str(tmp_path)) == {"removed": ["/tmp/tpu_logs"]}
+  assert machine.clean(str(tmp_path)) == {"removed": ["/tmp/tpu_logs"]}
   assert (tmp_path / "home/kept").exists()
 
 
 def test_damage_on_the_way_is_seen(home: Path, monkeypatch: pytest.MonkeyPatch):
-  monkeypatch.setattr(worker, "HOME", home)
+  monkeypatch.setattr(common, "HOME", home)
   (home / "ov-code/apps/old.py").touch()
   (home / "ov-code.tgz").write_bytes(b"half")
-  with pytest.raises(worker.Refused, match="arrived damaged"):
-    worker.unpack("ov-code.tgz", "0" * 64)
+  with pytest.raises(common.Refused, match="arrived damaged"):
+    machine.unpack("ov-code.tgz", "0" * 64)
   assert (home / "ov-code/apps/old.py").exists()
 
 
@@ -217,4 +234,32 @@ def test_damage_on_the_way_is_seen(home: Path, monkeypatch: pytest.MonkeyPatch):
   ],
 )
 def test_the_workdir_among_the_arguments(arguments: tuple[str, ...], expected: str | None):
-  assert worker._flag(arguments, "workdir") == expected
+  assert runs._flag(arguments, "workdir") == expected
+
+
+def _count(home: Path, monkeypatch: pytest.MonkeyPatch, program: str) -> None:
+  for kind in ("json", "log", "pid"):
+    name = "COUNT" if kind == "json" else f"COUNT_{kind.upper()}"
+    monkeypatch.setattr(machine, name, home / f"ov-count.{kind}")
+  (home / "python").write_text(f"#!/bin/sh\n{program}\n")
+  (home / "python").chmod(0o755)
+  common.PYTHON.write_text(str(home / "python"))
+  machine.count()
+
+
+def test_counting_does_not_wait(home: Path, monkeypatch: pytest.MonkeyPatch):
+  began = time.monotonic()
+  _count(home, monkeypatch, """sleep 1; echo '{"devices": 8}' > "$3" """)
+  assert time.monotonic() - began < 0.9  # of the second that the program takes
+  assert machine.counted("20") == {"devices": 8}
+
+
+def test_counting_that_fails_or_hangs(home: Path, monkeypatch: pytest.MonkeyPatch):
+  _count(home, monkeypatch, "echo 'the TPU is in use' >&2; exit 1")
+  with pytest.raises(common.Refused, match="could not count its devices: the TPU is in use"):
+    machine.counted("20")
+  _count(home, monkeypatch, "echo waiting; sleep 60")
+  with pytest.raises(common.Refused, match="for over 0.3 s: waiting"):
+    machine.counted("0.3")
+  pid = int(machine.COUNT_PID.read_text())
+  assert os.waitpid(pid, 0)[1] == signal.SIGKILL
