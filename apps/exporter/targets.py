@@ -37,7 +37,7 @@ _IMAGE = ("image/tokens", "image/pooled", "image/embedding")
 _TEXT = ("text/embedding", "logits")
 _PIXELS, _IDS = ("image/pixels",), ("text/ids",)
 # format: module of ov_convert, script, what it offers
-_FORMATS = {
+FORMATS = {
   "safetensors": ("torch_module", "run_torch.py", (*_IMAGE, *_TEXT, "caption/ids")),
   "open_clip": ("open_clip", "run_open_clip.py", (*_PIXELS, *_IMAGE, *_IDS, *_TEXT)),
   "timm": ("timm_vit", "run_timm.py", (*_PIXELS, *_IMAGE)),
@@ -49,7 +49,7 @@ _FORMATS = {
 
 def target(name: str) -> Target:
   """The format of that name; imports what writes it."""
-  module, script, offers = _FORMATS[name]
+  module, script, offers = FORMATS[name]
   writer = importlib.import_module(f"ov_convert.{module}")
   return Target(writer.check, writer.write, script, offers, here=name == "stablehlo")
 

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
+from apps.exporter.targets import FORMATS
 from tests.end_to_end.runner import CAPTION_TRAIN, CLIP_TRAIN, TINY, expect_one_line, run, tiny_clip
 
 EXPORT = CAPTION_TRAIN.parent / "export.py"  # to import it would define --workdir twice
-FORMATS = ("safetensors", "open_clip", "timm", "transformers", "onnx", "stablehlo")
 
 
 @pytest.fixture(scope="module")
