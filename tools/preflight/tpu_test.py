@@ -1,14 +1,17 @@
-"""Steps compiled for TPUs that are not there. Needs libtpu (OV_EXTRAS=tpu); takes minutes.
+"""Steps compiled for TPUs that are not there. Needs libtpu (OV_EXTRAS=tpu); takes 15 minutes.
 
-tools/bazel test //tools/preflight:tpu_test --test_env=OV_EXTRAS
+OV_EXTRAS=tpu tools/bazel test //tools/preflight:tpu_test
 """
 
+import json
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 import pytest
 
 from apps.caption_task import CaptionTask
+from apps.configs import openvision2
 from apps.configs.base import caption_config
 from apps.trainer.stages import Stage
 from tools.preflight import assess as assess_lib
@@ -17,6 +20,8 @@ from tools.preflight import topology
 pytestmark = pytest.mark.skipif(
   not topology.has_libtpu(), reason="no libtpu; OV_EXTRAS=tpu brings it"
 )
+# Recipes of apps/configs/openvision2.py, and what their step takes of each chip.
+MEMORY = json.loads((Path(__file__).parent / "testdata/memory.json").read_text())
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -70,3 +75,14 @@ def test_too_large_is_an_answer():
   found = _assess({"batch_size": 4 * 65536, "model.remat": "none"}, "v5e-4")
   assert found.fits is False and found.numbers["missing_bytes"] > 0
   assert found.numbers["peak_bytes_per_device"] is None
+
+
+@pytest.mark.parametrize("golden", MEMORY, ids=lambda golden: golden["config"].replace("/", "-"))
+def test_no_change_eats_memory_unnoticed(golden: dict[str, Any]):
+  """Within 5% of what was written down; where less is enough now, write down the new figure."""
+  stage = Stage(0, "main", openvision2.get_config(golden["config"]), 0)
+  target = topology.target(golden["topology"])
+  found = assess_lib.assess(stage, CaptionTask.from_config, target)
+  expected = golden["peak_bytes_per_device"]
+  assert found.numbers["peak_bytes_per_device"] == pytest.approx(expected, rel=0.05)
+  assert found.faults == []
