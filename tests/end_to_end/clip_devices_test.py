@@ -76,5 +76,9 @@ def test_two_processes_find_the_same_figures(single, tmp_path):
     assert two[name]["count"] == result["count"], name
     if name in ("caption_nll", "caption_perplexity"):
       assert two[name]["value"] == pytest.approx(result["value"], rel=1e-6)
+    elif name.startswith("probe_"):
+      # Fitted step by step: roundings of the features grow, and an example at a border may change
+      # sides. One of 32 may; counts and shares of everything else are equal.
+      assert two[name]["value"] == pytest.approx(result["value"], abs=1 / 32 + 1e-9)
     else:
       assert two[name]["value"] == result["value"], name

@@ -12,6 +12,7 @@ import safetensors.numpy
 
 import ov_models
 from ov_models import files
+from ov_models.testing import random_params
 
 VIT = ov_models.ViTConfig(
   width=16, depth=2, mlp_dim=24, num_heads=2, patch_size=4, image_size=8, position="learned"
@@ -36,7 +37,7 @@ CONFIGS = {
 
 
 def saved(folder: pathlib.Path, config=TOWERS, **options):
-  params = ov_models.init(config, jax.random.key(0))
+  params = random_params(config)
   ov_models.save(folder, config, params, **options)
   return params
 
@@ -63,7 +64,7 @@ def test_sixteen_bits_are_the_rounded_parameters(tmp_path, dtype):
 
 
 def test_what_cannot_be_saved(tmp_path):
-  params = ov_models.init(VIT, jax.random.key(0))
+  params = random_params(VIT)
   with pytest.raises(ValueError, match="dtype='int8' is unknown"):
     ov_models.save(tmp_path, VIT, params, dtype="int8")
   large = params | {"cls": params["cls"].at[0].set(1e5)}
@@ -140,7 +141,7 @@ def test_values_that_are_not_finite_are_not_loaded(tmp_path):
 
 
 def test_hidden_states_end_in_the_tokens():
-  params = ov_models.init(TOWERS, jax.random.key(0))
+  params = random_params(TOWERS)
   model = ov_models.bind(TOWERS, params)
   images = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
   states = model.encoder.hidden_states(images)
