@@ -21,11 +21,9 @@ from typing import Any
 
 def install(folder: Path, hosts: int = 2, kind: str = "v4-16") -> None:
   """Makes FOLDER/bin/gcloud, and FOLDER/worker-N, the homes of the workers."""
-  (folder / "bin").mkdir(parents=True)
-  program = folder / "bin" / "gcloud"
-  parts = [sys.executable, str(Path(__file__).absolute()), str(folder)]
-  program.write_text(f'#!/bin/sh\nexec {shlex.join(parts)} "$@"\n')
-  program.chmod(0o755)
+  script(folder / "bin/gcloud", sys.executable, str(Path(__file__).absolute()), str(folder))
+  for name in ("python3", "python3.12"):  # the workers': the one that runs the test
+    script(folder / "worker-bin" / name, sys.executable)
   for number in range(hosts):
     (folder / f"worker-{number}").mkdir()
   node = {
@@ -37,6 +35,13 @@ def install(folder: Path, hosts: int = 2, kind: str = "v4-16") -> None:
   (folder / "node.json").write_text(json.dumps(node))
   (folder / "rules.json").write_text("[]")
   (folder / "calls.jsonl").touch()
+
+
+def script(path: Path, *command: str) -> None:
+  """A program that runs a command with further arguments."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
+  path.chmod(0o755)
 
 
 def rules(folder: Path, *changes: dict[str, Any]) -> None:

@@ -110,10 +110,11 @@ def _wait_in_queue(
 
 
 def _advice(wish: Wish, error: GcloudError, attempts: int) -> str:
+  queued = " --queued" if wish.queued else ""
   advice = {
     Cause.CAPACITY: "try later, another zone, or --queued",
     Cause.QUOTA: "raise the quota, or take a smaller --topology",
-    Cause.EXISTS: f"choose another --name, or first: tpu delete --name={wish.name}",
+    Cause.EXISTS: f"choose another --name, or first: tpu delete{queued} --name={wish.name}",
     Cause.PERMISSION: "see gcloud auth list, and the roles in --project",
     Cause.ARGUMENT: "see --topology, --zone and --version",
     Cause.TIMEOUT: "it may still come: see tpu list before you try again",

@@ -37,7 +37,7 @@ _LIBTPU = flags.DEFINE_string("libtpu", "", "setup: another libtpu.so, a file or
 _BUCKET = flags.DEFINE_string("bucket", "", "check: gs://... that a run will write to.")
 _OUT = flags.DEFINE_string("out", "", "logs: folder; default: ov-logs/NAME/RUN.")
 _INTERNAL_IP = flags.DEFINE_bool("internal_ip", False, "Workers have no address outside.")
-_TIMEOUT = flags.DEFINE_float("timeout", None, "Seconds for each call of gcloud.", lower_bound=0)
+_TIMEOUT = flags.DEFINE_float("timeout", None, "Seconds for each call of gcloud.", lower_bound=0.1)
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the commands, run none.")
 _JSON = flags.DEFINE_bool("json", False, "One JSON object on stdout.")
 _YES = flags.DEFINE_bool("yes", False, "Do not ask before create, delete, stop, clean.")

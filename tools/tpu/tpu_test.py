@@ -48,14 +48,9 @@ class World:
       path.parent.mkdir(parents=True, exist_ok=True)
       path.write_text(text)
     subprocess.run(["git", "init", "-q", str(self.checkout)], check=True)
-    # The workers' Python, and that of the environment: the one that runs this test.
-    python = f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n'
-    places = [self.fake / "worker-bin/python3", self.fake / "worker-bin/python3.12"]
-    places += [self.fake / f"worker-{n}/venv/bin/python3" for n in (0, 1)]
-    for path in places:
-      path.parent.mkdir(parents=True, exist_ok=True)
-      path.write_text(python)
-      path.chmod(0o755)
+    for number in (0, 1):  # the environment that `environment.py` makes
+      python = self.fake / f"worker-{number}/venv/bin/python3"
+      fake_gcloud.script(python, sys.executable)
 
   def __call__(
     self, *arguments: str, path: str | None = None, stdin: int = subprocess.DEVNULL
