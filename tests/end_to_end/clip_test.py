@@ -69,7 +69,7 @@ def test_a_run_leaves_figures_galleries_and_the_text_side_of_the_model(trained):
   assert (found.step, found.examples_seen) == (30, 480)
   assert (trained / "evaluations" / "10.json").exists()
   processor = ov_data.TextProcessor.load(trained / "tokenizer")
-  assert (processor.length, processor.pool, processor.padding) == (15, "last", "mask")
+  assert (processor.length, processor.pool, processor.padding) == (15, "last", "attend")
 
 
 def test_evaluating_again_gives_the_same_figures_to_the_last_digit(trained, cache, tmp_path):
