@@ -65,7 +65,7 @@ class Fleet:
       try:
         text = self.gcloud.ssh(self.name, worker, command, timeout)
       except GcloudError as error:
-        if PROGRAM in str(error) and "No such file" in str(error):
+        if "can't open file" in str(error):  # Python's words; the name may be cut off
           raise GcloudError(f"{PROGRAM} is not there; first run: tpu sync", Cause.OTHER) from None
         raise
       return {} if self.gcloud.dry_run else _answer(text)
