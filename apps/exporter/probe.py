@@ -67,11 +67,11 @@ def write_probe(folder: Path, source: Source, encoded: Sequence[bytes]) -> dict[
     (folder / "images" / f"{number}.png").write_bytes(picture.getvalue())
     rows.append(decode.whole(picture.getvalue(), preprocess.image_size, preprocess.fit))
   pixels = normalise(np.stack(rows), preprocess)
-  arrays = {"pixels": pixels[: len(encoded)]}
+  arrays: dict[str, Any] = {"pixels": pixels[: len(encoded)]}
   (folder / "texts.json").write_text(json.dumps(TEXTS), "utf-8")
   if source.processor is not None:
     arrays["ids"] = source.processor.encode(TEXTS)
-  np.savez(folder / "probe.npz", **arrays)  # type: ignore[arg-type]  # numpy's stub of **kwds
+  np.savez(folder / "probe.npz", **arrays)
   ids = {"text/ids": arrays["ids"]} if "ids" in arrays else {}
   return {"image/pixels": pixels, "pixels": arrays["pixels"], **ids}
 

@@ -14,7 +14,7 @@ from apps.caption_task import captioner_config
 from apps.clip_task import two_towers_config
 from apps.trainer.augment import MEAN, STD
 from apps.trainer.checkpoint import find_checkpoint, read_metadata, restore_arrays
-from ov_convert.release import Preprocess, Release, Words, portable, round_params
+from ov_convert.release import Preprocess, Release, Words, encoder_of, portable, round_params
 import ov_data
 import ov_models
 
@@ -81,11 +81,10 @@ def load_source(
   params = _params(checkpoint, config, part)
   if image_size:
     config, params = _at(config, params, image_size)
-  encoder = config if isinstance(config, ov_models.ViTConfig) else config.encoder
   release = Release(
     config,
     round_params(params, dtype),
-    _preprocess(metadata, encoder.image_size),
+    _preprocess(metadata, encoder_of(config).image_size),
     _words(config, tokenizer, processor),
     dtype,
   )
@@ -141,7 +140,7 @@ def _params(checkpoint: Any, config: Any, part: str) -> Any:
 def _at(config: Any, params: Any, image_size: int) -> tuple[Any, Any]:
   """The model at another resolution."""
   alone = isinstance(config, ov_models.ViTConfig)
-  old = config if alone else config.encoder
+  old = encoder_of(config)
   new = dataclasses.replace(old, image_size=image_size)
   tower = params if alone else params["encoder"]
   if new.position == "learned":

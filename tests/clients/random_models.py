@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from apps.exporter.importer import write_workdir
-from ov_convert.release import Imported, Preprocess, Words
+from ov_convert.release import Fit, Imported, Preprocess, Words
 import ov_data
 import ov_models
 
@@ -48,7 +48,7 @@ def random_params(config: Any, seed: int = 0) -> Any:
   return jax.tree_util.tree_map_with_path(shaken, params)
 
 
-def make_workdir(workdir: Path, config: Any, *, fit: str = "center") -> None:
+def make_workdir(workdir: Path, config: Any, *, fit: Fit = "center") -> None:
   """A workdir as an import makes it, with a small tokenizer."""
   tokenizer = ov_data.Tokenizer.train(_SENTENCES, 400)
   text = getattr(config, "text", None)
@@ -57,6 +57,6 @@ def make_workdir(workdir: Path, config: Any, *, fit: str = "center") -> None:
     tokenizer.to_json(), length, bool(text and text.pool == "last"),
     tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id, tokenizer.cls_id,
   )  # fmt: skip
-  preprocess = Preprocess(config.encoder.image_size, fit)  # type: ignore[arg-type]
+  preprocess = Preprocess(config.encoder.image_size, fit)
   found = Imported(config, random_params(config), preprocess, words)
   write_workdir(workdir, found, "random weights", workdir.parent)

@@ -11,6 +11,7 @@ import pathlib
 from typing import Any
 
 from ov_convert.release import Words
+from ov_convert.writing import write_json
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
@@ -49,7 +50,7 @@ def write_tokenizer(folder: pathlib.Path, words: Words, *, template: bool) -> No
   content["added_tokens"] = sorted(added.values(), key=lambda token: int(token["id"]))
   content["truncation"] = content["padding"] = None  # said by the caller, with the length
   content["post_processor"] = _template(words) if template else None
-  _write(folder / TOKENIZER_FILE, content)
+  write_json(folder / TOKENIZER_FILE, content)
   config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
   config |= {f"{role}_token": token for role, token in tokens.items() if token is not None}
   # "[eos]" in a text is text, not the end of it.
@@ -57,7 +58,7 @@ def write_tokenizer(folder: pathlib.Path, words: Words, *, template: bool) -> No
   config |= {"padding_side": "right", "truncation_side": "right"}
   if template:  # without, a text longer than its pieces may be is nothing to warn of
     config["model_max_length"] = words.length
-  _write(folder / CONFIG_FILE, config)
+  write_json(folder / CONFIG_FILE, config)
 
 
 def words_from(
@@ -123,7 +124,3 @@ def _template(words: Words) -> dict[str, Any]:
       for role, number in ids.items()
     },
   }
-
-
-def _write(path: pathlib.Path, content: dict[str, Any]) -> None:
-  path.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", "utf-8")

@@ -23,7 +23,6 @@ import pathlib
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
 
 from ov_convert import hf_tokenizer, open_clip_config, reading, vision
 from ov_convert.name_map import (
@@ -38,7 +37,8 @@ from ov_convert.name_map import (
   NameMap,
   Params,
 )
-from ov_convert.release import Config, Imported, Release, Words, file_tensors
+from ov_convert.release import Config, Imported, Release, Words, encoder_of
+from ov_convert.writing import write_json, write_weights
 import ov_models
 
 CONFIG_FILE = "open_clip_config.json"
@@ -78,7 +78,7 @@ def name_map(config: Config) -> NameMap:
     ValueError: the config has parameters that the library lacks; all are listed.
   """
   ours = "" if isinstance(config, ov_models.ViTConfig) else "encoder/"
-  encoder = _encoder(config)
+  encoder = encoder_of(config)
   lines: list[Entry | Fixed] = list(_image_tower(encoder, ours))
   if isinstance(config, ov_models.TwoTowersConfig) and config.text is not None:
     lines += _text_tower(config.text)
@@ -122,12 +122,8 @@ def write(folder: pathlib.Path, release: Release) -> None:
       pad_id = words.eos_id
     shown = dataclasses.replace(words, pad_id=pad_id)
     hf_tokenizer.write_tokenizer(folder, shown, template=not words.append_cls)
-  # What is computed and not learned keeps float32: rounding it would be an error of the format.
-  computed = {line.theirs: line.value for line in names.fixed}
-  tensors = file_tensors(flat, release.dtype) | computed
-  safetensors.numpy.save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-  content = open_clip_config.write(release)
-  (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+  write_weights(folder / WEIGHTS_FILE, flat, release.dtype, names.fixed)
+  write_json(folder / CONFIG_FILE, open_clip_config.write(release))
 
 
 def read(folder: str | os.PathLike[str], python: str | os.PathLike[str] | None = None) -> Imported:
@@ -215,14 +211,6 @@ def unmask_padding(flat: Mapping[str, np.ndarray], cls_id: int) -> Flat:
   if table is not None and len(table) > 1:
     plain["positional_embedding"] = np.concatenate([table[:-2], table[-1:]])
   return plain
-
-
-def _encoder(config: Config) -> ov_models.ViTConfig:
-  if isinstance(config, ov_models.TextConfig):
-    raise ValueError(
-      "a text tower alone has no place in open_clip; export it with its image tower."
-    )
-  return config if isinstance(config, ov_models.ViTConfig) else config.encoder
 
 
 def _image_tower(config: ov_models.ViTConfig, ours: str) -> Iterator[Entry | Fixed]:

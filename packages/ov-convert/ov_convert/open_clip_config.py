@@ -4,10 +4,10 @@ Fields and their defaults are those of open_clip 3.3.0, CLIPVisionCfg and CLIPTe
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from ov_convert import vision
-from ov_convert.release import Preprocess, Release
+from ov_convert.release import Fit, Preprocess, Release
 import ov_models
 
 _EPS = 1e-6
@@ -129,7 +129,9 @@ def write(release: Release) -> dict[str, Any]:
   return {"model_cfg": model, "preprocess_cfg": preprocess}
 
 
-def read_vision(model: Mapping[str, Any], position: str) -> ov_models.ViTConfig:
+def read_vision(
+  model: Mapping[str, Any], position: Literal["sincos2d", "learned"]
+) -> ov_models.ViTConfig:
   """The image tower; `misfits` are none."""
   fields = model["vision_cfg"]
   width = fields.get("width", 768)
@@ -141,7 +143,7 @@ def read_vision(model: Mapping[str, Any], position: str) -> ov_models.ViTConfig:
     num_heads=width // fields.get("head_width", 64),
     patch_size=patch_size,
     image_size=image_size,
-    position=position,  # type: ignore[arg-type]
+    position=position,
     pool="gap" if fields.get("pool_type", "tok") == "avg" else "tok",
   )
 
@@ -229,8 +231,8 @@ def read_preprocess(content: Mapping[str, Any], size: int) -> tuple[Preprocess, 
   for name, default in defaults.items():
     given = fields.get(name) or default
     values[name] = tuple(map(float, given if isinstance(given, list | tuple) else (given,) * 3))
-  fit = "squash" if mode == "squash" else "center"
-  return Preprocess(size, fit, values["mean"], values["std"]), notes  # type: ignore[arg-type]
+  fit: Fit = "squash" if mode == "squash" else "center"
+  return Preprocess(size, fit, values["mean"], values["std"]), notes
 
 
 def _wrong(

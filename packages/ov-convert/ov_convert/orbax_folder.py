@@ -22,7 +22,7 @@ import numpy as np
 from ov_convert import openvision_jax
 from ov_convert.name_map import Shape, flatten, unflatten
 from ov_convert.reading import MAX_HEADER_BYTES, MAX_TENSOR_BYTES
-from ov_convert.release import Imported, Preprocess
+from ov_convert.release import Imported, Preprocess, encoder_of
 import ov_models
 
 Folder = str | os.PathLike[str]
@@ -61,8 +61,7 @@ def read(
   params = openvision_jax.to_ours(flat, config, ignore)
   preprocess = None
   if not isinstance(config, ov_models.TextConfig):
-    encoder = config if isinstance(config, ov_models.ViTConfig) else config.encoder
-    preprocess = Preprocess(encoder.image_size, "center")  # as their evaluation
+    preprocess = Preprocess(encoder_of(config).image_size, "center")  # as their evaluation
   return Imported(config, params, preprocess, notes=tuple(notes))
 
 

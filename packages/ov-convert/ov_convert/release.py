@@ -11,7 +11,7 @@ import numpy as np
 
 from ov_convert.name_map import Params
 import ov_models
-from ov_models.config import TransformerConfig
+from ov_models.config import TransformerConfig, check_choice
 
 Config = (
   ov_models.ViTConfig | ov_models.TextConfig | ov_models.CaptionerConfig | ov_models.TwoTowersConfig
@@ -19,6 +19,9 @@ Config = (
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+Fit = Literal["center", "squash"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,13 +32,23 @@ class Preprocess:
     image_size: S, pixels a side.
     fit: "squash" stretches the whole picture; "center" brings the shorter side to S and keeps the
       middle.
-    mean, std: of normalisation, for channels in [0, 1].
+    mean, std: of normalisation, for the three channels in [0, 1].
+
+  Raises:
+    ValueError: values that are none of these.
   """
 
   image_size: int
-  fit: Literal["center", "squash"] = "center"
-  mean: tuple[float, float, float] = IMAGENET_MEAN
-  std: tuple[float, float, float] = IMAGENET_STD
+  fit: Fit = "center"
+  mean: tuple[float, ...] = IMAGENET_MEAN
+  std: tuple[float, ...] = IMAGENET_STD
+
+  def __post_init__(self) -> None:
+    check_choice("fit", self.fit, ("center", "squash"))
+    if len(self.mean) != 3 or len(self.std) != 3 or not all(value > 0 for value in self.std):
+      raise ValueError(
+        f"mean={self.mean}, std={self.std}; expected three numbers each, std above 0."
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,11 +107,7 @@ class Release:
   @property
   def encoder(self) -> ov_models.ViTConfig:
     """The image tower; ValueError for a model without one."""
-    if isinstance(self.config, ov_models.ViTConfig):
-      return self.config
-    if isinstance(self.config, ov_models.TextConfig):
-      raise ValueError("a text tower alone has no image tower to export.")
-    return self.config.encoder
+    return encoder_of(self.config)
 
   @property
   def text(self) -> ov_models.TextConfig | None:
@@ -122,6 +131,13 @@ class Imported:
   notes: tuple[str, ...] = ()
 
 
+def encoder_of(config: Config) -> ov_models.ViTConfig:
+  """The image tower of a model; ValueError for one without."""
+  if isinstance(config, ov_models.TextConfig):
+    raise ValueError("a text tower alone has no image tower; export it with its image tower.")
+  return config if isinstance(config, ov_models.ViTConfig) else config.encoder
+
+
 def portable(config: Any) -> Any:
   """The config with what runs on any machine: float32, plain attention, nothing rematerialised."""
   changes: dict[str, Any] = {}
@@ -142,13 +158,3 @@ def round_params(params: Params, dtype: str) -> Params:
     return np.asarray(value, np.float32).astype(jnp.dtype(dtype)).astype(np.float32)
 
   return leaf(params)
-
-
-def file_tensors(flat: Mapping[str, np.ndarray], dtype: str) -> dict[str, np.ndarray]:
-  """Floating-point tensors in the dtype of the file, in C order, others as they are."""
-
-  def cast(tensor: np.ndarray) -> np.ndarray:
-    tensor = np.asarray(tensor, order="C")
-    return tensor.astype(jnp.dtype(dtype)) if np.issubdtype(tensor.dtype, np.floating) else tensor
-
-  return {name: cast(tensor) for name, tensor in flat.items()}

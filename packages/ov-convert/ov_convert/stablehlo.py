@@ -10,8 +10,6 @@ whatever the model. Batches may have any size. All is computed in float32, whate
 """
 
 from collections.abc import Callable, Mapping
-import dataclasses
-import json
 import os
 import pathlib
 from typing import Any
@@ -22,7 +20,8 @@ import jax.numpy as jnp
 
 from ov_convert import torch_module
 from ov_convert.name_map import flatten, unflatten
-from ov_convert.release import Config, Release
+from ov_convert.release import Config, Release, portable
+from ov_convert.writing import write_json
 import ov_models
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -67,19 +66,7 @@ def write(folder: str | os.PathLike[str], release: Release) -> None:
       "outputs": {field: _told(aval) for field, aval in outputs.items()},
     }
   about |= torch_module.similarity(release)
-  (path / EXPORT_FILE).write_text(json.dumps(about, indent=2) + "\n", "utf-8")
-
-
-def portable(config: Any) -> Any:
-  """The same model with options that run anywhere: plain attention in float32, no backward pass."""
-  changes: dict[str, Any] = {
-    field.name: portable(value)
-    for field in dataclasses.fields(config)
-    if dataclasses.is_dataclass(value := getattr(config, field.name))
-  }
-  if hasattr(config, "attention"):
-    changes |= {"attention": "xla", "dtype": "float32", "remat": "none", "scan": True}
-  return dataclasses.replace(config, **changes)
+  write_json(path / EXPORT_FILE, about)
 
 
 Flat = Mapping[str, jax.Array]

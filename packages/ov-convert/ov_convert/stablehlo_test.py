@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from ov_convert import stablehlo
+from ov_convert.release import portable
 from ov_convert.testing_whole import (
   LENGTH,
   largest_difference,
@@ -61,7 +62,7 @@ def test_computes_what_ours_computes(case, tmp_path):
 def compare(release, folder, batch, tmp_path):
   inputs = random_inputs(release, batch)
   theirs = run("run_stablehlo.py", folder, inputs, tmp_path, python=sys.executable)
-  ours = our_arrays(replace(release, config=stablehlo.portable(release.config)), inputs)
+  ours = our_arrays(replace(release, config=portable(release.config)), inputs)
   expected = {name for name in ours if "/block" not in name and name != "text/tokens"}
   assert theirs.arrays.keys() == expected
   for name in expected:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ov_convert import client_env, parity
-from ov_convert.release import Preprocess, Release, Words, round_params
+from ov_convert.release import Preprocess, Release, Words, encoder_of, round_params
 import ov_models
 from ov_models.testing import random_params
 
@@ -65,8 +65,7 @@ def expected_ids(source: Words) -> np.ndarray:
 
 def release(config: Any, **fields: Any) -> Release:
   """A model of random parameters; `fields` of Release to set."""
-  encoder = config if isinstance(config, ov_models.ViTConfig) else config.encoder
-  defaults = {"preprocess": Preprocess(encoder.image_size), "words": words()}
+  defaults = {"preprocess": Preprocess(encoder_of(config).image_size), "words": words()}
   given: dict[str, Any] = defaults | {"params": random_params(config)} | fields
   params = round_params(given.pop("params"), given.get("dtype", "float32"))
   return Release(config, params, **given)

@@ -9,14 +9,12 @@ timm norms them there. `forward_head(..., pre_logits=True)` gives the pooled vec
 """
 
 from collections.abc import Iterator, Mapping
-import json
 import os
 import pathlib
 import re
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-import safetensors.numpy
 
 from ov_convert import reading, vision
 from ov_convert.name_map import (
@@ -32,14 +30,15 @@ from ov_convert.name_map import (
   NameMap,
   Transform,
 )
-from ov_convert.release import Config, Imported, Preprocess, Release, file_tensors
+from ov_convert.release import Config, Fit, Imported, Preprocess, Release, encoder_of
+from ov_convert.writing import write_json, write_weights
 import ov_models
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 _WEIGHTS_FILES = (WEIGHTS_FILE, "pytorch_model.bin")
 _ARCHITECTURE = "vit_base_patch16_224"  # a plain ViT; model_args say the rest
-_POOLS = {"gap": "avg", "tok": "token", "map": "map"}
+_POOLS: dict[Literal["gap", "tok", "map"], str] = {"gap": "avg", "tok": "token", "map": "map"}
 # Lines of theirs, ours, transform.
 _Lines = tuple[tuple[str, tuple[str, ...], Transform], ...]
 
@@ -103,7 +102,7 @@ _READ = {
 def name_map(config: Config) -> NameMap:
   """Every tensor of the image tower of `config` in both libraries."""
   alone = isinstance(config, ov_models.ViTConfig)
-  lines = list(_tower(_encoder(config), "" if alone else "encoder/"))
+  lines = list(_tower(encoder_of(config), "" if alone else "encoder/"))
   dropped: tuple[str, ...] = ()
   if isinstance(config, ov_models.TwoTowersConfig) and config.text is not None:
     bias = np.zeros(config.embed_dim, np.float32)
@@ -122,7 +121,7 @@ def name_map(config: Config) -> NameMap:
 
 def check(release: Release) -> None:
   """Raises ValueError for a model without an image tower; timm can express every one of ours."""
-  _encoder(release.config)
+  encoder_of(release.config)
 
 
 def write(folder: pathlib.Path, release: Release) -> None:
@@ -135,13 +134,9 @@ def write(folder: pathlib.Path, release: Release) -> None:
   folder.mkdir(parents=True, exist_ok=True)
   names = name_map(release.config)
   flat = names.to_theirs(release.params, release.config)
-  # What is computed and not learned keeps float32: rounding it would be an error of the format.
-  computed = {line.theirs: line.value for line in names.fixed}
-  tensors = file_tensors(flat, release.dtype) | computed
-  safetensors.numpy.save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+  write_weights(folder / WEIGHTS_FILE, flat, release.dtype, names.fixed)
   classes = flat["head.weight"].shape[0] if "head.weight" in flat else 0
-  content = _config(release, classes)
-  (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+  write_json(folder / CONFIG_FILE, _config(release, classes))
 
 
 def read(folder: str | os.PathLike[str], python: str | os.PathLike[str] | None = None) -> Imported:
@@ -180,12 +175,6 @@ def read(folder: str | os.PathLike[str], python: str | os.PathLike[str] | None =
   config = _read_config(content, flat)
   preprocess, more = _read_preprocess(content, config.image_size)
   return Imported(config, name_map(config).to_ours(flat, config), preprocess, None, (*notes, *more))
-
-
-def _encoder(config: Config) -> ov_models.ViTConfig:
-  if isinstance(config, ov_models.TextConfig):
-    raise ValueError("timm has no text tower; export it with its image tower, which timm can take.")
-  return config if isinstance(config, ov_models.ViTConfig) else config.encoder
 
 
 def _tower(config: ov_models.ViTConfig, ours: str) -> Iterator[Entry | Fixed]:
@@ -320,7 +309,7 @@ def _read_config(content: Mapping[str, Any], flat: Flat) -> ov_models.ViTConfig:
     patch_size=patch,
     image_size=image_size,
     position=vision.kind_of_positions(flat["pos_embed"][0], image_size, patch),
-    pool={theirs: ours for ours, theirs in _POOLS.items()}[_pool(content, flat)],  # type: ignore[arg-type]
+    pool={theirs: ours for ours, theirs in _POOLS.items()}[_pool(content, flat)],
   )
 
 
@@ -340,5 +329,5 @@ def _read_preprocess(content: Mapping[str, Any], size: int) -> tuple[Preprocess,
   values = {
     name: tuple(map(float, fields.get(name) or getattr(default, name))) for name in ("mean", "std")
   }
-  fit = "squash" if mode == "squash" else "center"
-  return Preprocess(size, fit, values["mean"], values["std"]), notes  # type: ignore[arg-type]
+  fit: Fit = "squash" if mode == "squash" else "center"
+  return Preprocess(size, fit, values["mean"], values["std"]), notes

@@ -284,5 +284,5 @@ def test_missing_and_left_over_tensors_are_listed(tmp_path):
   assert "missing blocks.3.norm1.weight" in str(error.value)
   with pytest.raises(ValueError, match="names no architecture"):
     timm_vit.read(folder(tmp_path, lambda content: content.pop("architecture")))
-  with pytest.raises(ValueError, match="timm has no text tower"):
+  with pytest.raises(ValueError, match="a text tower alone has no image tower"):
     timm_vit.name_map(TEXT)

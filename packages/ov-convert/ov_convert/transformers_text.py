@@ -21,25 +21,26 @@ Dimensions: T tokens, D width, E embed, V vocab.
 
 from collections.abc import Mapping
 import dataclasses
-import json
 import os
 import pathlib
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-import safetensors.numpy
 
 from ov_convert import reading
 from ov_convert.hf_tokenizer import CONFIG_FILE as TOKENIZER_CONFIG_FILE
 from ov_convert.hf_tokenizer import TOKENIZER_FILE, words_from, write_tokenizer
 from ov_convert.name_map import SAME, TRANSPOSE, Dropped, Entry, Fixed, NameMap
-from ov_convert.release import Release, Words, file_tensors
+from ov_convert.release import Release, Words
+from ov_convert.writing import write_json, write_weights
 import ov_models
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+_Mask = Literal["full", "causal"]
+_Pool = Literal["last", "first", "argmax", "mean", "map"]
 # By (mask, pool): model_type, class, and the name of E in config.json.
-KINDS = {
+KINDS: dict[tuple[_Mask, _Pool], tuple[str, str, str]] = {
   ("full", "last"): ("siglip_text_model", "SiglipTextModel", "projection_size"),
   ("causal", "argmax"): ("clip_text_model", "CLIPTextModelWithProjection", "projection_dim"),
 }
@@ -94,23 +95,12 @@ def write(folder: pathlib.Path, release: Release) -> None:
     raise ValueError(f"transformers has no text tower with {'; '.join(found)}.")
   if release.words is None:
     raise ValueError("words=None; the text tower needs its tokenizer.")
-  flat = name_map(release.config).to_theirs(release.params, release.config)
-  write_model(folder, text_config(release.config, release), file_tensors(flat, release.dtype))
-  write_tokenizer(folder, release.words, template=True)
-
-
-def write_model(
-  folder: pathlib.Path, config: dict[str, Any], tensors: dict[str, np.ndarray]
-) -> None:
-  """config.json and model.safetensors of any tower, marked as the library wants them."""
+  names = name_map(release.config)
+  flat = names.to_theirs(release.params, release.config)
   folder.mkdir(parents=True, exist_ok=True)
-  write_json(folder / CONFIG_FILE, config)
-  safetensors.numpy.save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-
-
-def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
-  """Indented, as people read it."""
-  path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+  write_weights(folder / WEIGHTS_FILE, flat, release.dtype, names.fixed)
+  write_json(folder / CONFIG_FILE, text_config(release.config, release))
+  write_tokenizer(folder, release.words, template=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +138,8 @@ def read(folder: pathlib.Path, python: str | os.PathLike[str] | None = None) -> 
 def _config_from(content: Mapping[str, Any]) -> tuple[ov_models.TextConfig, int]:
   """Our config and E from the content of config.json."""
   kinds = {kind: (mask, pool, embed) for (mask, pool), (kind, _, embed) in KINDS.items()}
-  kind, about = content.get("model_type"), content.get("openvision")
+  kind = content.get("model_type")
+  about: Any = content.get("openvision")
   problems = []
   if kind not in kinds:
     problems.append(f"model_type={kind!r} (read are {' and '.join(kinds)})")
@@ -172,9 +163,9 @@ def _config_from(content: Mapping[str, Any]) -> tuple[ov_models.TextConfig, int]
       num_heads=content["num_attention_heads"],
       vocab_size=content["vocab_size"],
       max_len=content["max_position_embeddings"],
-      mask=mask,  # type: ignore[arg-type]
-      pool=pool,  # type: ignore[arg-type]
-      padding=about["padding"],  # type: ignore[index]
+      mask=mask,
+      pool=pool,
+      padding=about["padding"],
       pad_id=content["pad_token_id"],
     )
     return config, int(content[embed])

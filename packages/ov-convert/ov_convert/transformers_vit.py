@@ -36,7 +36,9 @@ from ov_convert.name_map import (
   NameMap,
   Params,
 )
-from ov_convert.release import Config, Imported, Preprocess, Release, file_tensors
+from ov_convert.release import Config, Imported, Preprocess, Release, encoder_of
+from ov_convert.transformers_text import CONFIG_FILE, WEIGHTS_FILE
+from ov_convert.writing import write_json, write_weights
 import ov_models
 
 WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -95,12 +97,10 @@ def write(folder: pathlib.Path, release: Release) -> None:
   check(release)
   names = name_map(release.config)
   flat = names.to_theirs(release.params, release.config)
-  # Computed positions have no 16 bit values to be rounded to; who loads float32 gets them all.
-  kept = {f.theirs: f.value for f in names.fixed if f.theirs.endswith(_POSITIONS)}
-  tensors = file_tensors(flat, release.dtype) | kept
-  transformers_text.write_model(folder, image_config(release), tensors)
-  content = preprocessor(release.preprocess)
-  transformers_text.write_json(folder / PREPROCESSOR_FILE, content)
+  folder.mkdir(parents=True, exist_ok=True)
+  write_weights(folder / WEIGHTS_FILE, flat, release.dtype, names.fixed)
+  write_json(folder / CONFIG_FILE, image_config(release))
+  write_json(folder / PREPROCESSOR_FILE, preprocessor(release.preprocess))
   if release.text is not None:
     transformers_text.write(folder / TEXT_FOLDER, release)
 
@@ -121,7 +121,7 @@ def read(folder: str | os.PathLike[str], python: str | os.PathLike[str] | None =
       which are listed; or a damaged file.
   """
   root = pathlib.Path(folder)
-  content = reading.read_json(root / transformers_text.CONFIG_FILE)
+  content = reading.read_json(root / CONFIG_FILE)
   vit = transformers_forms.vit_config(content)
   given = reading.read_tensors(root, WEIGHTS_FILES, python)
   flat, notes = transformers_forms.canonical(given, content, vit)
@@ -191,7 +191,7 @@ def name_map(config: Config) -> NameMap:
   Args:
     config: of a model with an image tower, pool "gap" or "tok".
   """
-  vit = config if isinstance(config, ov_models.ViTConfig) else config.encoder  # type: ignore[union-attr]
+  vit = encoder_of(config)
   kind = KINDS[vit.pool][0]
   ours = "" if config is vit else "encoder/"
   with_head = getattr(config, "text", None) is not None

@@ -1,0 +1,52 @@
+"""What a release is checked for, and what its parts have in common."""
+
+import numpy as np
+import pytest
+
+from ov_convert.release import Preprocess, encoder_of, portable, round_params
+import ov_models
+
+VIT = ov_models.ViTConfig(
+  width=8, depth=1, mlp_dim=12, num_heads=2, patch_size=4, image_size=8,
+  dtype="bfloat16", remat="full", attention="cudnn",
+)  # fmt: skip
+TEXT = ov_models.TextConfig(width=8, depth=1, mlp_dim=12, num_heads=2, vocab_size=9, max_len=5)
+TOWERS = ov_models.TwoTowersConfig(encoder=VIT, text=TEXT, decoder=None, embed_dim=8)
+
+
+def test_the_encoder_of_every_kind_of_model():
+  assert encoder_of(VIT) is VIT and encoder_of(TOWERS) is VIT
+  with pytest.raises(ValueError, match="a text tower alone has no image tower"):
+    encoder_of(TEXT)
+
+
+def test_portable_models_run_anywhere_and_are_the_same_otherwise():
+  found = portable(TOWERS)
+  assert (found.encoder.dtype, found.encoder.remat, found.encoder.attention) == (
+    "float32", "none", "xla",
+  )  # fmt: skip
+  assert found.text == TEXT and found.embed_dim == 8
+  assert (found.encoder.width, found.encoder.patch_size) == (8, 4)
+  assert portable(found) == found
+
+
+def test_rounding_is_that_of_the_file():
+  tree = {"a": {"b": np.array([1.0, 1 + 2**-9, 1 + 2**-7], np.float32)}}
+  rounded = round_params(tree, "bfloat16")["a"]["b"]
+  assert rounded.dtype == np.float32
+  np.testing.assert_array_equal(rounded, np.float32([1, 1, 1 + 2**-7]))  # 8 bits, ties to even
+  np.testing.assert_array_equal(round_params(tree, "float32")["a"]["b"], tree["a"]["b"])
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"fit": "crop"}, "fit='crop' is unknown; choose one of center, squash"),
+    ({"mean": (0.5,)}, r"mean=\(0.5,\), .*expected three numbers each"),
+    ({"std": (1.0, 1.0, 0.0)}, "std above 0"),
+    ({"std": (1.0, 1.0, float("nan"))}, "std above 0"),
+  ],
+)
+def test_preprocessing_that_is_none(fields, message):
+  with pytest.raises(ValueError, match=message):
+    Preprocess(8, **fields)
