@@ -195,7 +195,7 @@ def _stand_in(target: Target, sizes: ov_sharding.MeshConfig, plan: Plan) -> Any:
   if target.topology is None or target.topology.slices > 1 or plan.compares_rows:
     return None
   own = sizes.fsdp * sizes.tensor
-  found = smallest(target.topology.chip, own * 2 if sizes.data > 1 else own)
+  found = smallest(target.topology, own * 2 if sizes.data > 1 else own)
   return found if found and found.chips < target.chips else None
 
 

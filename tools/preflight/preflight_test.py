@@ -52,7 +52,7 @@ def test_two_configurations_on_this_machine(tmp_path: Path):
   [
     ((), "give --config"),
     ((f"--config={CONFIG}",), "--topology=v4-512 or --topology=here"),
-    ((f"--config={CONFIG}", "--topology=v4-7"), "v4 comes as v4-8"),
+    ((f"--config={CONFIG}", "--topology=v4-7"), "v4 comes in the sizes 8, 16"),
     ((f"--config={CONFIG}", "--topology=v4-8", "--mfu=2"), "--mfu=2.0; expected a share"),
     ((f"--config={CONFIG}", "--topology=here", "--compare=none.py"), "none.py"),
     ((f"--config={CONFIG}:{TINY}", "--topology=here", "--find_batch"), "says not how much memory"),

@@ -39,7 +39,7 @@ def test_updates_in_place_and_copies_to_the_chip():
 
 
 def test_the_longest_part_bounds():
-  chip = CHIPS["v5e"]
+  chip = CHIPS["v5litepod"]
   found = bound(chip, flops_per_device=197e12, moved=0.819e12 * 2, sent=1.0)
   assert (found.compute, found.memory, found.limit, found.seconds) == (1.0, 2.0, "memory", 2.0)
   only = bound(chip, flops_per_device=197e12)

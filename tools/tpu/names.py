@@ -84,6 +84,7 @@ GENERATIONS = {
   "v5p": Generation("v2-alpha-tpuv5", "tpu-v5p-slice", 2, 4, _CUBES | _LARGE_CUBES),
   "v6e": Generation("v2-alpha-tpuv6e", "tpu-v6e-slice", 1, 8, _SQUARES),
 }
+_ALSO = {"v5e": "v5litepod"}  # as documentation has it, for what commands call it
 # A slice of several hosts has four chips on each, of every generation.
 _CHIPS_PER_HOST = 4
 
@@ -100,15 +101,16 @@ class Topology:
   def parse(cls, value: str) -> "Topology":
     """`v4-512` and the like; raises ValueError for what the cloud does not have."""
     kind, _, number = value.partition("-")
+    kind = _ALSO.get(kind, kind)
     if kind not in GENERATIONS or not number.isascii() or not number.isdecimal():
       kinds = ", ".join(f"{k}-N" for k in GENERATIONS)
       raise ValueError(f"--topology={value!r}; expected one of {kinds}, such as v4-512")
     generation = GENERATIONS[kind]
     sizes = [chips * generation.per_chip for chips in generation.shapes]
-    if value not in {f"{kind}-{size}" for size in sizes}:
+    if number not in map(str, sizes):
       offered = ", ".join(map(str, sizes))
       raise ValueError(f"--topology={value!r}; {kind} comes in the sizes {offered}")
-    return cls(value, generation, int(number) // generation.per_chip)
+    return cls(f"{kind}-{number}", generation, int(number) // generation.per_chip)
 
   @property
   def hosts(self) -> int:
@@ -121,7 +123,7 @@ class Topology:
 
   @property
   def shape(self) -> str:
-    """How the chips are joined, as GKE writes it."""
+    """How the chips are joined, as GKE and libtpu write it."""
     return "x".join(map(str, self.generation.shapes[self.chips]))
 
   def __str__(self) -> str:

@@ -44,7 +44,7 @@ def test_every_shape_holds_its_chips():
   [
     ("", "expected one of v4-N"),
     ("v4", "expected one of v4-N"),
-    ("v5e-256", "expected one of v4-N, v5litepod-N"),
+    ("v7-256", "expected one of v4-N, v5litepod-N"),
     ("v4-2", "sizes 8, 16, 32"),
     ("v4-0512", "sizes 8, 16"),
     ("v4-512 --spot", "expected one of"),
