@@ -81,6 +81,10 @@ def load_source(
   params = _params(checkpoint, config, part)
   if image_size:
     config, params = _at(config, params, image_size)
+  text = getattr(config, "text", None)
+  if processor is not None and text is not None:
+    # The workdir keeps the texts of the stage it is in; an earlier checkpoint had its own.
+    processor = dataclasses.replace(processor, length=text.max_len)
   release = Release(
     config,
     round_params(params, dtype),

@@ -102,6 +102,14 @@ def test_a_tokenizer_of_another_run(tmp_path):
     load_source(tmp_path / "w")
 
 
+def test_an_earlier_checkpoint_has_the_texts_of_its_stage(tmp_path):
+  make(tmp_path / "w", CLIP)
+  tokenizer = load_source(tmp_path / "w").tokenizer
+  ov_data.TextProcessor(tokenizer, 12).save(tmp_path / "w" / "tokenizer")  # a later stage began
+  source = load_source(tmp_path / "w")
+  assert source.release.words.length == source.processor.length == CLIP.text.max_len == 8
+
+
 def test_a_text_tower_alone_is_no_source(tmp_path):
   text = ov_models.TextConfig(**_BLOCK, vocab_size=64, max_len=8)
   make(tmp_path / "w", text)
