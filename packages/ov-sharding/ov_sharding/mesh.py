@@ -1,16 +1,17 @@
 """The device mesh: three named axes over all devices of all hosts.
 
-data    replicas; each sees other rows of the batch
+data    replicas; each sees other rows of the batch; the only one that goes across TPU slices
 fsdp    also other rows; params and optimizer state are split over it
 tensor  also other rows of the input; heads, mlp and vocabulary are split over it
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import math
 
 import jax
 from jax.sharding import AxisType, Mesh
+import numpy as np
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -59,12 +60,47 @@ class MeshConfig:
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
   """The mesh of `config` over `devices` (default: all of them, on all hosts).
 
-  Device order is the one that `jax.make_mesh` picks for the interconnect. Axis types are Auto: the
-  compiler propagates shardings (`jax.make_mesh` alone would make them Explicit).
+  Within a slice the order of devices is the one that `jax.make_mesh` picks for the interconnect.
+  Several TPU slices, which only the network of the data centre joins, follow one another along
+  `data`: what crosses that network is the mean of the gradients. Axis types are Auto: the compiler
+  propagates shardings (`jax.make_mesh` alone would make them Explicit).
 
   Raises:
-    ValueError: when the sizes do not multiply to the number of devices.
+    ValueError: when the sizes do not multiply to the number of devices, or `fsdp` and `tensor` do
+      not stay within a slice.
   """
   devices = jax.devices() if devices is None else list(devices)
   sizes = config.resolve(len(devices)).sizes
-  return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+  types = (AxisType.Auto,) * len(AXES)
+  slices: dict[int, list[jax.Device]] = {}
+  for device in devices:
+    # Only TPUs know of slices; what else has several hosts is one network to this package.
+    slices.setdefault(getattr(device, "slice_index", 0), []).append(device)
+  shape = _within_slice(sizes, {index: len(members) for index, members in slices.items()})
+  parts = [
+    jax.make_mesh(shape, AXES, axis_types=types, devices=slices[index]).devices
+    for index in sorted(slices)
+  ]
+  return Mesh(np.concatenate(parts), AXES, axis_types=types)
+
+
+def _within_slice(sizes: tuple[int, int, int], counts: Mapping[int, int]) -> tuple[int, int, int]:
+  """Sizes of the part of a mesh that is in one slice.
+
+  Args:
+    sizes: of the whole mesh.
+    counts: devices of each slice.
+  """
+  data, fsdp, tensor = sizes
+  (per_slice, *others) = set(counts.values())
+  if others:
+    raise ValueError(
+      f"the mesh spans slices of {sorted(counts.values())} devices; expected slices of one size."
+    )
+  if per_slice % (fsdp * tensor):
+    raise ValueError(
+      f"mesh {MeshConfig(*sizes)} does not fit: fsdp x tensor = {fsdp * tensor} must divide the "
+      f"{per_slice} devices of a slice, for only data goes across the {len(counts)} slices; make "
+      "fsdp or tensor smaller, and data -1."
+    )
+  return data // len(counts), fsdp, tensor

@@ -2,9 +2,10 @@ import dataclasses
 
 import jax
 from jax.sharding import AxisType
+import numpy as np
 import pytest
 
-from ov_sharding import AXES, MeshConfig, make_mesh
+from ov_sharding import AXES, MeshConfig, make_mesh, process_rows
 
 
 @pytest.mark.parametrize(
@@ -60,3 +61,75 @@ def test_mesh_of_one_device():
   assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "tensor": 1}
   assert mesh.axis_names == AXES
   assert mesh.axis_types == (AxisType.Auto,) * 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """As much of a v4 chip as a mesh asks for."""
+
+  id: int
+  slice_index: int
+  process_index: int
+  coords: tuple[int, int, int]
+  core_on_chip: int = 0
+  platform: str = "tpu"
+  device_kind: str = "TPU v4"
+
+
+def sliced(*counts):
+  """Chips of slices of these sizes, in rows of two, which are hosts; listed from last to first."""
+  places = [(index, chip) for index, count in enumerate(counts) for chip in range(count)]
+  chips = [Chip(i, s, i // 2, (chip % 2, chip // 2, 0)) for i, (s, chip) in enumerate(places)]
+  return chips[::-1]
+
+
+@pytest.mark.parametrize(
+  "config, shape",
+  [
+    (MeshConfig(), (8, 1, 1)),
+    (MeshConfig(-1, 4, 1), (2, 4, 1)),
+    (MeshConfig(4, 1, -1), (4, 1, 2)),
+    (MeshConfig(-1, 2, 2), (2, 2, 2)),
+  ],
+)
+def test_only_data_goes_across_slices(config, shape):
+  mesh = make_mesh(config, sliced(4, 4))
+  assert mesh.devices.shape == shape and mesh.axis_types == (AxisType.Auto,) * 3
+  assert sorted(device.id for device in mesh.devices.flat) == list(range(8))
+  index = np.vectorize(lambda device: device.slice_index)(mesh.devices)
+  # The first half of data is the first slice, whatever fsdp and tensor are.
+  expected = np.repeat([0, 1], shape[0] // 2)[:, None, None]
+  np.testing.assert_array_equal(index, np.broadcast_to(expected, shape))
+
+
+def test_hosts_of_all_slices_share_the_rows(monkeypatch):
+  mesh = make_mesh(MeshConfig(-1, 2, 1), sliced(4, 4, 4))
+  rows = []
+  for process in range(6):
+    monkeypatch.setattr(jax, "process_index", lambda p=process: p)
+    rows.append(process_rows(mesh, 24))
+  assert sorted((r.start, r.stop) for r in rows) == [(i, i + 4) for i in range(0, 24, 4)]
+  slices = [process // 2 for process in sorted(range(6), key=lambda p: rows[p].start)]
+  assert slices == [0, 0, 1, 1, 2, 2]  # a slice reads rows that follow one another
+
+
+@pytest.mark.parametrize(
+  "config, counts, message",
+  [
+    (
+      MeshConfig(1, -1, 1),
+      (4, 4),
+      "data=1 x fsdp=8 x tensor=1 .* fsdp x tensor = 8 must divide the 4",
+    ),
+    (
+      MeshConfig(-1, 3, 1),
+      (4, 4, 4),
+      "fsdp x tensor = 3 must divide the 4 devices .* the 3 slices",
+    ),
+    (MeshConfig(2, 2, 2), (6, 2), r"slices of \[2, 6\] devices; expected slices of one size"),
+    (MeshConfig(-1, 3, 1), (4, 4), "needs a multiple of 3 devices, but there are 8"),
+  ],
+)
+def test_sizes_that_do_not_fit_into_slices(config, counts, message):
+  with pytest.raises(ValueError, match=message):
+    make_mesh(config, sliced(*counts))
