@@ -38,8 +38,8 @@ EXPECTED = [
   ("norm1/scale", P(None, "tensor")),
   ("norm2/scale", P(None, "tensor")),
   ("norm/scale", P("tensor")),
-  ("image_proj/kernel", P(None, None)),
-  ("patch_embed/kernel", P(None, None, None, None)),
+  ("image_proj/kernel", P("fsdp", None)),
+  ("patch_embed/kernel", P(None, None, None, "fsdp")),
   ("cls", P(None)),
   ("bias", None),  # whole, of any rank
 ]

@@ -266,6 +266,7 @@ def _numbers(
     "fits": bool(memory and (hbm is None or memory.peak <= hbm)) if compiled else None,
     "missing_bytes": max(needed - hbm, 0) if needed and hbm else None,
     "compile_seconds": compiled.seconds if compiled else None,
+    "compile_cpu_seconds": compiled.cpu_seconds if compiled else None,
     "model_flops_per_image": task.flops_per_example,
     "executed_flops_per_image": executed,
     "moved_bytes_per_step": moved,

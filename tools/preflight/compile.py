@@ -80,12 +80,14 @@ class Compiled:
 
   Attributes:
     seconds: it took, tracing included.
+    cpu_seconds: of all cores, which a busy machine does not stretch.
     memory: None where the program does not fit.
     program: None where there is none.
     refused: bytes it needs and bytes there are, where it does not fit.
   """
 
   seconds: float
+  cpu_seconds: float
   memory: Memory | None
   program: hlo.Program | None
   refused: tuple[int, int] | None = None
@@ -138,7 +140,7 @@ def make_plan(stage: Stage, make_task: MakeTask, tokenizer: ov_data.Tokenizer, m
 
 def compile_step(plan: Plan) -> Compiled:
   """Traces and compiles; a program too large for the device is an answer, not an error."""
-  began = time.perf_counter()
+  began, cpu_began = time.perf_counter(), time.process_time()
   with ov_models.on_mesh(plan.mesh):
     step = build_step(plan.config, plan.parts, plan.mesh, plan.index)
     lowered = step.lower(plan.parts.abstract, plan.batch)
@@ -148,8 +150,10 @@ def compile_step(plan: Plan) -> Compiled:
     refused = refusal(str(error))
     if refused is None:
       raise
-    return Compiled(time.perf_counter() - began, None, None, refused)
-  seconds = time.perf_counter() - began
+    compiled = None
+  seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
+  if compiled is None:
+    return Compiled(seconds, cpu_seconds, None, None, refused)
   analysis, text = compiled.memory_analysis(), compiled.as_text()
   if analysis is None or text is None:
     raise RuntimeError(f"the compiler of {jax.default_backend()} tells neither memory nor program")
@@ -159,7 +163,7 @@ def compile_step(plan: Plan) -> Compiled:
     analysis.temp_size_in_bytes,
     analysis.alias_size_in_bytes,
   )
-  return Compiled(seconds, memory, hlo.parse(text))
+  return Compiled(seconds, cpu_seconds, memory, hlo.parse(text))
 
 
 def refusal(message: str) -> tuple[int, int] | None:

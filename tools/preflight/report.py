@@ -37,6 +37,7 @@ _ROWS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
   ("fits", "fits", lambda value: "yes" if value else "NO"),
   ("missing", "missing_bytes", lambda value: _gigabytes(value) if value else "-"),
   ("compile time", "compile_seconds", lambda value: f"{value:,.0f} s"),
+  ("  of all cores", "compile_cpu_seconds", lambda value: f"{value:,.0f} s"),
   ("model FLOPs per image", "model_flops_per_image", lambda value: f"{value:.4g}"),
   ("  with those done twice", "executed_flops_per_image", lambda value: f"{value:.4g}"),
   ("memory traffic per step", "moved_bytes_per_step", _gigabytes),

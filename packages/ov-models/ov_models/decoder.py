@@ -131,7 +131,7 @@ class Decoder(nnx.Module):
     if config.parallel:
       self.mask_embedding = nnx.Param(normal(0.02)(rngs.params(), (d,)), **axes("embed"))
     self.image_proj = linear(
-      image_width, d, normal(image_width**-0.5), (None, None), f32, rngs, bias=False
+      image_width, d, normal(image_width**-0.5), ("embed", None), f32, rngs, bias=False
     )
     self.blocks = stack_blocks(config, text_style(d), rngs=rngs)
     self.norm = layer_norm(d, f32, rngs)
@@ -224,7 +224,8 @@ class Decoder(nnx.Module):
 
   def embed_image(self, image_tokens: jax.Array) -> jax.Array:
     """[B, K, E] -> [B, K, D] in compute dtype."""
-    return self.image_proj(image_tokens.astype(jnp.float32)).astype(self.config.compute_dtype)
+    x = constrain(self.image_proj(image_tokens.astype(jnp.float32)))
+    return x.astype(self.config.compute_dtype)
 
   def embed_text(self, ids: jax.Array, parallel: jax.Array | None = None) -> jax.Array:
     """int [B, T] -> [B, T, D] in compute dtype, positions from 0; rows of `parallel` masked."""

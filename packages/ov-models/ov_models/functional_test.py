@@ -79,13 +79,13 @@ def test_names_and_axes_of_the_captioner():
     }.items()
   }  # fmt: skip
   assert axes == blocks | {
-    "encoder/patch_embed/kernel": (None, None, None, None),
+    "encoder/patch_embed/kernel": (None, None, None, "embed"),
     "encoder/cls": (None,),
     "encoder/norm/scale": ("norm",),
     "encoder/norm/bias": (None,),
     "decoder/embed/embedding": ("vocab", "embed"),
     "decoder/position_embedding": (None, "embed"),
-    "decoder/image_proj/kernel": (None, None),
+    "decoder/image_proj/kernel": ("embed", None),
     "decoder/norm/scale": ("norm",),
     "decoder/norm/bias": (None,),
     "decoder/head/kernel": ("embed", "vocab"),

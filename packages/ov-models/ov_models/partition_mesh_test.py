@@ -46,8 +46,8 @@ def make_mesh(*shape):
 
 
 def inputs():
-  images = jax.random.normal(jax.random.key(0), (8, 32, 32, 3))
-  return images, jax.random.randint(jax.random.key(1), (8, 6), 0, 24)
+  images = jax.random.normal(jax.random.key(0), (16, 32, 32, 3))
+  return images, jax.random.randint(jax.random.key(1), (16, 6), 0, 24)
 
 
 def put(mesh):
@@ -87,10 +87,10 @@ def test_sharded_equals_single_device(expected, shape):
   for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(expected[1]), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5 * np.abs(b).max() + 1e-8)
   if shape == (1, 8, 1):
-    # Weights are gathered, activations are not: those have the whole batch of 8 first.
+    # Weights are gathered, activations are not: those have the whole batch of 16 first.
     gathers = [line for line in step.as_text().splitlines() if " all-gather(" in line]
     assert gathers
-    assert not [line for line in gathers if "f32[8," in line]
+    assert not [line for line in gathers if "f32[16," in line]
 
 
 def test_activations_are_pinned():

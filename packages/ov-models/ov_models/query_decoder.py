@@ -14,6 +14,7 @@ from ov_models.attention import Mask
 from ov_models.blocks import axes, layer_norm, linear, normal, run_blocks, stack_blocks
 from ov_models.config import TransformerConfig, variant_sizes
 from ov_models.decoder import DECODER_VARIANTS, text_style
+from ov_models.partition import constrain
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,7 +70,7 @@ class QueryDecoder(nnx.Module):
     d, v, f32 = config.width, config.vocab_size, jnp.dtype("float32")
 
     def project(width: int) -> nnx.Linear:
-      return linear(width, d, normal(width**-0.5), (None, None), f32, rngs, bias=False)
+      return linear(width, d, normal(width**-0.5), ("embed", None), f32, rngs, bias=False)
 
     self.image_proj = project(image_width)
     self.text_proj = None if text_width is None else project(text_width)
@@ -109,6 +110,6 @@ class QueryDecoder(nnx.Module):
     prefix = sum(part.shape[1] for part in parts)
     queries = self.queries[...]
     parts.append(jnp.broadcast_to(queries, (image_tokens.shape[0], *queries.shape)))
-    x = jnp.concatenate([part.astype(dtype) for part in parts], axis=1)
+    x = constrain(jnp.concatenate([part.astype(dtype) for part in parts], axis=1))
     x = run_blocks(self.blocks, x, Mask("prefix", prefix), self.config)
     return self.norm(x[:, prefix:])

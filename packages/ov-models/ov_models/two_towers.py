@@ -176,7 +176,7 @@ class TwoTowers(nnx.Module):
       self.text = TextEncoder(text, rngs=rngs)
 
       def head(d: int, std: float) -> nnx.Linear:
-        return linear(d, config.embed_dim, normal(std), (None, None), f32, rngs, bias=False)
+        return linear(d, config.embed_dim, normal(std), ("embed", None), f32, rngs, bias=False)
 
       self.image_head = head(width, 0.02)
       self.text_head = head(text.width, text.width**-0.5)

@@ -33,17 +33,17 @@ RULES = {"embed": "fsdp", "mlp": "tensor", "vocab": "tensor", "norm": "tensor"}
 FSDP, BOTH, BACK = P(None, "fsdp"), P(None, "fsdp", "tensor"), P(None, "tensor", "fsdp")
 PER_BLOCK = {"attn/query": BOTH, "attn/out": BACK, "mlp/up": BOTH, "mlp/down": BACK}
 EXPECTED = {
-  "encoder/patch_embed/kernel": P(None, None, None, None),
-  "image_head/kernel": P(None, None),
-  "text_head/kernel": P(None, None),
+  "encoder/patch_embed/kernel": P(None, None, None, "fsdp"),
+  "image_head/kernel": P("fsdp", None),
+  "text_head/kernel": P("fsdp", None),
   "log_scale": P(),
   "bias": P(),
   "text/embed/embedding": P("tensor", "fsdp"),
   "text/position_embedding": FSDP,
   "text/norm/scale": P("tensor"),
   "decoder/queries": FSDP,
-  "decoder/image_proj/kernel": P(None, None),
-  "decoder/text_proj/kernel": P(None, None),
+  "decoder/image_proj/kernel": P("fsdp", None),
+  "decoder/text_proj/kernel": P("fsdp", None),
   "decoder/head/kernel": P("fsdp", "tensor"),
   **{
     f"{part}/blocks/{name}/kernel": spec

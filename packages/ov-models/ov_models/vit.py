@@ -24,6 +24,7 @@ from ov_models.blocks import (
   stack_blocks,
 )
 from ov_models.config import TransformerConfig, check_choice, check_ratio, variant_sizes
+from ov_models.partition import constrain
 from ov_models.positions import check_sincos_dim, resample_positions, sincos2d
 
 # name: (width, depth, mlp_dim, num_heads)
@@ -166,7 +167,7 @@ class ViT(nnx.Module):
     self.patch_embed = nnx.Conv(
       3, d, (p, p), strides=(p, p), padding="VALID", use_bias=False, dtype=jnp.float32,
       kernel_init=jax.nn.initializers.variance_scaling(2.0, "fan_in", "uniform"),
-      kernel_metadata=axes(None, None, None, None), rngs=rngs,
+      kernel_metadata=axes(None, None, None, "embed"), rngs=rngs,
     )  # fmt: skip
     self.cls = nnx.Param(normal(1e-6)(rngs.params(), (d,)), **axes(None))
     if config.position == "learned":
@@ -214,7 +215,7 @@ class ViT(nnx.Module):
     grid = config.grid_of(images.shape[1], images.shape[2])
     # float32 up to here whatever the compute dtype: pixels and positions need the bits.
     x = self.patch_embed(images.astype(jnp.float32))
-    x = x.reshape(x.shape[0], -1, config.width)
+    x = constrain(x.reshape(x.shape[0], -1, config.width))
     cls = jnp.broadcast_to(self.cls[...], (x.shape[0], 1, config.width))
     if config.position == "learned":
       table = resample_positions(self.position_embedding[...], config.grid, grid)
