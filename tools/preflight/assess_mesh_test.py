@@ -16,7 +16,7 @@ from apps.trainer.stages import Stage
 from tools.preflight import report, topology
 from tools.preflight.assess import Assessment, assess
 
-HERE = topology.Target("8 x cpu", None, 8, 1, None, None)
+HERE = topology.Target("8 x cpu", None, 8, 1, None, None, here=True)
 SMALL = {
   "batch_size": 64,
   "model.encoder": "mu/16",

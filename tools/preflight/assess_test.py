@@ -15,7 +15,7 @@ from tools.preflight.compile import Memory, refusal
 from tools.preflight.topology import Target, parse
 
 V4 = parse("v4-64")  # 32 chips
-TARGET = Target("v4-64", V4.chip, 32, 8, V4.chip.usable_hbm, V4)
+TARGET = Target("v4-64", V4.chip, 32, 8, V4.chip.usable_hbm, V4, here=False)
 
 
 def _stage(**changes: Any) -> Stage:

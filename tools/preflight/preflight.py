@@ -49,7 +49,7 @@ def main() -> None:
     target = topology.target(_TOPOLOGY.value, _SLICES.value)
   names = [config_flags.get_config_filename(flags.FLAGS["config"]), *_COMPARE.value]
   if not topology.can_compile(target):
-    print(f"arithmetic only: {topology.NO_LIBTPU.format(name=target.name)}\n")
+    print(f"arithmetic only: {topology.why_not(target)}\n")
   found: list[Assessment] = []
   for number, (name, config) in enumerate(zip(names, configs, strict=True), 1):
     title = f"{number}:{Path(name.partition(':')[0]).stem}/" if len(names) > 1 else ""
@@ -85,7 +85,7 @@ def _assess(config: ConfigDict, title: str, target: "Target") -> "list[Assessmen
   if _FIND_BATCH.value and (target.hbm is None or not topology.can_compile(target)):
     raise UserError(
       f"--find_batch: {target.name} says not how much memory it has, or nothing can be compiled "
-      "for it here; give a TPU as --topology, with OV_EXTRAS=tpu"
+      "for it here; give a TPU as --topology, with OV_EXTRAS=tpu, or --topology=here on its machine"
     )
   make_task = _task_of(config)
   found = []
@@ -94,7 +94,8 @@ def _assess(config: ConfigDict, title: str, target: "Target") -> "list[Assessmen
     one = functools.partial(
       assess.assess, make_task=make_task, target=target, title=name, mfu=_MFU.value
     )
-    _say(f"{name}: compiling for {target.name}")
+    if topology.can_compile(target):
+      _say(f"{name}: compiling for {target.name}")
     if _FIND_BATCH.value:
       best = assess.find_batch(one, stage, target, _say)
       if best is None:

@@ -47,6 +47,16 @@ def test_two_configurations_on_this_machine(tmp_path: Path):
   assert "compiling for" in done.stderr
 
 
+def test_cards_that_are_not_here_get_arithmetic(tmp_path: Path):
+  out = tmp_path / "figures.json"
+  done = _app(f"--config={CONFIG}:{TINY}", "--topology=h100-8", "--mfu=0.5", f"--json={out}")
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.startswith("arithmetic only: only a machine that has 8 x NVIDIA H100")
+  (found,) = json.loads(out.read_text())
+  assert found["peak_bytes_per_device"] is None and found["params_bytes"] > 0
+  assert found["mfu"] == pytest.approx(0.5) and found["hours"] > 0
+
+
 @pytest.mark.parametrize(
   "arguments, message",
   [

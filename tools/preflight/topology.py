@@ -102,13 +102,15 @@ class Topology:
     return list(topologies.get_topology_desc(name, "tpu", **options).devices)
 
 
-# Graphics cards a run may stand on, from data sheets: bfloat16 FLOP/s and bytes/s of memory. Links
-# are not counted, and how much memory there is, the device says.
-_GPUS = {
-  "NVIDIA A100": (312e12, 2.0e12),
-  "NVIDIA H100": (989e12, 3.35e12),
-  "NVIDIA H200": (989e12, 4.8e12),
+# Graphics cards, from their data sheets: dense bfloat16 FLOP/s, bytes/s of memory, bytes of memory
+# as sold. Links are not counted. What a program may use of the memory, only the device says.
+CARDS = {
+  "l4": Chip("NVIDIA L4", 121e12, 0.3e12, math.inf, 24 * 10**9),
+  "a100": Chip("NVIDIA A100", 312e12, 2.0e12, math.inf, 80 * 10**9),
+  "h100": Chip("NVIDIA H100", 989e12, 3.35e12, math.inf, 80 * 10**9),
+  "h200": Chip("NVIDIA H200", 989e12, 4.8e12, math.inf, 141 * 10**9),
 }
+_CARDS_OF_A_HOST = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +123,8 @@ class Target:
     chips: devices of a run.
     hosts: machines that read data.
     hbm: bytes a program may use on each device; None where that is not known.
-    topology: None for the devices of this machine.
+    topology: of TPUs; None of others.
+    here: whether it is this machine.
   """
 
   name: str
@@ -130,6 +133,7 @@ class Target:
   hosts: int
   hbm: int | None
   topology: Topology | None
+  here: bool
 
   def devices(self) -> Sequence[Any]:
     """Those to compile for; see `Topology.devices`."""
@@ -139,18 +143,35 @@ class Target:
 
 
 def target(name: str, slices: int = 1) -> Target:
-  """The machine called `name`, see `parse`; "here": the devices of this one."""
-  if name != "here":
-    found = parse(name, slices)
-    return Target(found.name, found.chip, found.chips, found.hosts, found.chip.usable_hbm, found)
+  """The machine called `name`.
+
+  Args:
+    name: a TPU slice, see `parse`; h100-8, eight such cards of `CARDS`; or "here", this machine.
+    slices: see `parse`.
+
+  Raises:
+    ValueError: as `parse`.
+  """
+  if name == "here":
+    return _this_machine()
+  kind, _, count = name.partition("-")
+  if kind in CARDS and slices == 1 and (not count or (count.isdecimal() and int(count) > 0)):
+    cards, chip = int(count or 1), CARDS[kind]
+    hosts = -(-cards // _CARDS_OF_A_HOST)
+    return Target(f"{cards} x {chip.name}", chip, cards, hosts, chip.usable_hbm, None, here=False)
+  found = parse(name, slices)
+  hbm = found.chip.usable_hbm
+  return Target(found.name, found.chip, found.chips, found.hosts, hbm, found, here=False)
+
+
+def _this_machine() -> Target:
   import jax
 
   device = jax.devices()[0]
-  kind = next((kind for kind in _GPUS if device.device_kind.startswith(kind)), None)
-  chip = Chip(kind, *_GPUS[kind], math.inf, 0) if kind else None
+  chip = next((c for c in CARDS.values() if device.device_kind.startswith(c.name)), None)
   hbm = (device.memory_stats() or {}).get("bytes_limit")
   name = f"{jax.device_count()} x {device.device_kind}"
-  return Target(name, chip, jax.device_count(), jax.process_count(), hbm, None)
+  return Target(name, chip, jax.device_count(), jax.process_count(), hbm, None, here=True)
 
 
 def prepare_environment() -> None:
@@ -168,7 +189,14 @@ def prepare_environment() -> None:
 
 def can_compile(target: Target) -> bool:
   """Whether programs for this machine can be compiled here."""
-  return target.topology is None or has_libtpu()
+  return target.here or (target.topology is not None and has_libtpu())
+
+
+def why_not(target: Target) -> str:
+  """What stands in the way of compiling for this machine, and what to do."""
+  if target.topology is not None:
+    return NO_LIBTPU.format(name=target.name)
+  return f"only a machine that has {target.name} compiles for it: --topology=here, there"
 
 
 def has_libtpu() -> bool:
@@ -191,7 +219,8 @@ def parse(name: str, slices: int = 1) -> Topology:
   try:
     return Topology(names.Topology.parse(name), slices)
   except ValueError as error:
-    raise ValueError(f'{error}; or "here" for the devices of this machine') from None
+    cards = ", ".join(f"{kind}-N" for kind in CARDS)
+    raise ValueError(f'{error}; {cards} for cards; or "here" for this machine') from None
 
 
 def smallest(like: Topology, chips: int) -> Topology | None:

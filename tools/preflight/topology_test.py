@@ -51,6 +51,16 @@ def test_without_the_compiler(monkeypatch: pytest.MonkeyPatch):
     wanted.devices()
 
 
+def test_cards():
+  cards = target("h100-16")
+  assert (cards.name, cards.chips, cards.hosts) == ("16 x NVIDIA H100", 16, 2)
+  assert target("l4").chips == 1 and not topology.can_compile(cards)
+  assert "--topology=here" in topology.why_not(cards)
+  for name in ("h100-0", "h100-x", "b300"):
+    with pytest.raises(ValueError, match='h100-N, h200-N for cards; or "here"'):
+      target(name)
+
+
 def test_this_machine():
   here = target("here")
   assert here.topology is None and here.hosts == 1 and topology.can_compile(here)
