@@ -76,6 +76,15 @@ exit "$code"
 USER_MISTAKE = 2  # an app's exit code when starting again would not help
 
 
+def shared_folder(workdir: str) -> str:
+  if "://" in workdir:
+    raise ValueError(
+      f"--workdir={workdir}; expected a folder that all machines see. Checkpoints alone can go to "
+      "a bucket: -- --config.checkpoint.dir=gs://..."
+    )
+  return workdir
+
+
 def time_limit(value: str) -> str:
   if not _TIME.fullmatch(value):
     raise ValueError(f"--time={value!r}; expected HH:MM:SS or D-HH:MM:SS")

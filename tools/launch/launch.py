@@ -1,9 +1,11 @@
-"""Writes the manifest that starts an app on a cluster: a JobSet for GKE, a script for Slurm.
+"""Writes what starts an app on several machines: a JobSet for GKE, a script for Slurm or ssh.
 
   tools/bazel run //tools/launch -- --kind=jobset --topology=v4-512 --image=HOST/PATH:TAG \\
     --app=caption_train --config=apps/configs/openvision2.py --workdir=gs://BUCKET/PATH > job.yaml
   tools/bazel run //tools/launch -- --kind=slurm --nodes=8 --gpus=8 --time=2-00:00:00 \\
     --app=clip_train --config=apps/configs/openvision.py --workdir=/data/run --out=job.sh
+  tools/bazel run //tools/launch -- --kind=ssh --hosts=a,b,user@c --checkout=/srv/openvision \\
+    --app=clip_train --config=apps/configs/openvision.py --workdir=/data/run --out=job.py
 
 Arguments behind -- go to the app. Nothing is started.
 """
@@ -13,15 +15,15 @@ from pathlib import Path
 from absl import flags
 
 from apps.trainer.errors import UserError, run_app, user_errors
-from tools.launch import jobset, slurm
+from tools.launch import jobset, slurm, ssh
 from tools.launch.job import APPS, Job
 from tools.tpu.names import Topology
 
-_KIND = flags.DEFINE_enum("kind", "jobset", ["jobset", "slurm"], "What to write.")
+_KIND = flags.DEFINE_enum("kind", "jobset", ["jobset", "slurm", "ssh"], "What to write.")
 _NAME = flags.DEFINE_string("name", "openvision", "Name of the job.")
 _APP = flags.DEFINE_enum("app", "caption_train", APPS, "What to run.")
 _CONFIG = flags.DEFINE_string("config", "", "The app's --config.")
-_WORKDIR = flags.DEFINE_string("workdir", "", "jobset: gs://BUCKET/PATH; slurm: a shared folder.")
+_WORKDIR = flags.DEFINE_string("workdir", "", "jobset: gs://BUCKET/PATH; else a shared folder.")
 _GRACE = flags.DEFINE_integer("grace", 300, "Seconds after SIGTERM.", lower_bound=1)
 _RESTARTS = flags.DEFINE_integer("restarts", 20, "Starts after a failure.", lower_bound=0)
 _OUT = flags.DEFINE_string("out", "", "File to write; default: stdout.")
@@ -39,9 +41,17 @@ _TIME = flags.DEFINE_string("time", "1-00:00:00", "slurm: time limit.")
 _PARTITION = flags.DEFINE_string("partition", "", "slurm: partition of the cluster.")
 _ACCOUNT = flags.DEFINE_string("account", "", "slurm: account that pays.")
 
+_HOSTS = flags.DEFINE_string("hosts", "", "ssh: HOST,USER@HOST,...; the first is the coordinator.")
+_HOSTS_FILE = flags.DEFINE_string("hosts_file", "", "ssh: the same, one a line, # for comments.")
+_COORDINATOR = flags.DEFINE_string("coordinator", "", "ssh: address of the first for the others.")
+_PORT = flags.DEFINE_integer("port", 8476, "ssh: of the coordinator.", 1024, 65535)
+_CHECKOUT = flags.DEFINE_string("checkout", "", "ssh: absolute path of the repository on them.")
+_EXTRAS = flags.DEFINE_enum("extras", "cuda", ssh.EXTRAS, "ssh: what the hosts have.")
+
 _OF_KIND = {
   "jobset": (_TOPOLOGY, _SLICES, _IMAGE, _SERVICE_ACCOUNT, _SPOT),
   "slurm": (_NODES, _GPUS, _CPUS, _TIME, _PARTITION, _ACCOUNT),
+  "ssh": (_HOSTS, _HOSTS_FILE, _COORDINATOR, _PORT, _CHECKOUT, _EXTRAS),
 }
 
 
@@ -68,6 +78,9 @@ def _manifest(job: Job) -> str:
     return slurm.script(
       job, _NODES.value, _GPUS.value, _CPUS.value, _TIME.value, _PARTITION.value, _ACCOUNT.value
     )
+  if _KIND.value == "ssh":
+    hosts = ssh.hosts_of(_HOSTS.value, _HOSTS_FILE.value)
+    return ssh.script(job, hosts, _COORDINATOR.value, _PORT.value, _CHECKOUT.value, _EXTRAS.value)
   topology = Topology.parse(_TOPOLOGY.value)
   return jobset.manifest(
     job, topology, _SLICES.value, _IMAGE.value, _SERVICE_ACCOUNT.value, _SPOT.value

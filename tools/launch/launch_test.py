@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from ov_sharding import distributed
-from tools.launch import launch
+from tools.launch import launch, ssh
 from tools.launch.job import FORWARD, Job
 
 _DATA = Path(__file__).parent / "testdata"
@@ -20,6 +20,7 @@ _APP = ["--config=apps/configs/openvision2.py:img=L/14,res=224"]
 _GKE = ["--topology=v4-512", "--image=us-docker.pkg.dev/p/r/openvision:1", *_APP]
 _BUCKET = "--workdir=gs://my-bucket/runs/l14"
 _SLURM = ["--kind=slurm", "--nodes=8", "--gpus=8", *_APP]
+_SSH = ["--kind=ssh", "--checkout=/srv/openvision", "--workdir=/data/my run", *_APP]
 
 
 def _tool(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -60,6 +61,17 @@ def _written(*arguments: str) -> str:
 )  # fmt: skip
 def test_golden(golden: str, arguments: list[str]):
   assert _written(*arguments) == (_DATA / golden).read_text()
+
+
+def test_golden_end_of_a_script_for_ssh(tmp_path: Path):
+  listed = tmp_path / "hosts.txt"
+  listed.write_text("# rack 1\nnode-1.lab\n\nme@10.0.0.2  # the fast one\n")
+  arguments = ["--coordinator=10.0.0.1", "--restarts=5", "--", "--config.note=it's $(here)"]
+  text = _written(*_SSH, f"--hosts_file={listed}", *arguments)
+  assert text == ssh.HEAD + (_DATA / "ssh_end.txt").read_text()
+  same = _written(*_SSH, "--hosts=node-1.lab,me@10.0.0.2", "--extras=cpu", "--port=5000")
+  assert "hosts=['node-1.lab', 'me@10.0.0.2'],\n      coordinator='node-1.lab:5000'" in same
+  assert "locks='tools/python/requirements.lock'" in same and "platforms='cpu'" in same
 
 
 def test_a_jobset_has_a_pod_for_each_host():
@@ -195,13 +207,23 @@ def test_slurm_stops_in_time_and_queues_again(tmp_path: Path):
     ([*_GKE, _BUCKET, "--nodes=2"], "--nodes is for --kind=slurm, not for jobset"),
     ([*_GKE], "--workdir is missing"),
     ([*_GKE, _BUCKET, "--", "--a=x\ny"], "in one line"),
-    ([*_SLURM, _BUCKET], "expected a folder that all nodes see"),
+    ([*_SLURM, _BUCKET], "expected a folder that all machines see"),
     ([*_SLURM, "--workdir=/d", "--spot"], "--spot is for --kind=jobset"),
     ([*_SLURM, "--workdir=/d", "--time=2h"], "--time='2h'; expected HH:MM:SS"),
     ([*_SLURM, "--workdir=/d", "--partition=a b"], "--partition='a b'"),
     ([*_SLURM, "--workdir=/d", "--gpus=0"], "flag --gpus=0"),
     ([*_SLURM, "--workdir=/d", "--app=export"], "caption_train|clip_train"),
     ([*_SLURM, "--workdir=/d", "--out=no/such/folder"], "no/such/folder"),
+    (_SSH, "give --hosts=A,B,user@C or --hosts_file=FILE"),
+    ([*_SSH, "--hosts=a", "--hosts_file=b"], "one of them"),
+    ([*_SSH, "--hosts_file=no.txt"], "no.txt"),
+    ([*_SSH, "--hosts=a,-oProxyCommand=x"], "'-oProxyCommand=x'; expected HOST or USER@HOST"),
+    ([*_SSH, "--hosts=a,b c"], "'b c'; expected HOST"),
+    ([*_SSH, "--hosts=a,b,a"], "a stands there twice"),
+    ([*_SSH, "--hosts=a", "--coordinator=b:1"], "--coordinator='b:1'"),
+    ([*_SSH, "--hosts=a", "--checkout=~/openvision"], "expected an absolute path"),
+    ([*_SSH, "--hosts=a", _BUCKET], "expected a folder that all machines see"),
+    ([*_SSH, "--hosts=a", "--time=1:00:00"], "--time is for --kind=slurm, not for ssh"),
   ],
 )
 def test_mistakes_end_in_one_line(tmp_path: Path, arguments: list[str], message: str):

@@ -2,7 +2,7 @@
 
 import shlex
 
-from tools.launch.job import USER_MISTAKE, Job, time_limit, word
+from tools.launch.job import USER_MISTAKE, Job, shared_folder, time_limit, word
 
 _SCRIPT = """\
 #!/bin/bash
@@ -56,11 +56,6 @@ def script(
     partition: of the cluster; "" is its default.
     account: who pays; "" is the user's default.
   """
-  if "://" in job.workdir:
-    raise ValueError(
-      f"--workdir={job.workdir}; expected a folder that all nodes see. Checkpoints alone can go to "
-      "a bucket: -- --config.checkpoint.dir=gs://..."
-    )
   options = {
     "job-name": job.name,
     "nodes": str(nodes),
@@ -75,7 +70,7 @@ def script(
     **({"account": word(account, "--account")} if account else {}),
   }
   lines = [f"#SBATCH --{name}={value}" for name, value in options.items()] + ["#SBATCH --requeue"]
-  _, *command = job.command("python3", job.workdir)
+  _, *command = job.command("python3", shared_folder(job.workdir))
   return _SCRIPT.format(
     options="\n".join(lines),
     grace=job.grace,
