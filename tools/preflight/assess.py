@@ -96,6 +96,7 @@ def assess(
   )
   compiled, plan, compiled_on = None, full, ""
   if can_compile(target):
+    ov_sharding.make_mesh(sizes, target.devices())  # the slice itself must have room for the axes
     smaller = _stand_in(target, sizes, full)
     devices = target.devices() if smaller is None else smaller.devices()
     mesh = ov_sharding.make_mesh(dataclasses.replace(sizes, data=-1), devices)

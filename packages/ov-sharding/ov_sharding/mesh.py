@@ -10,6 +10,7 @@ import dataclasses
 import math
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 import numpy as np
 
@@ -60,10 +61,10 @@ class MeshConfig:
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
   """The mesh of `config` over `devices` (default: all of them, on all hosts).
 
-  Within a slice the order of devices is the one that `jax.make_mesh` picks for the interconnect.
+  Within a slice the order of devices is the one that jax picks for the interconnect.
   Several TPU slices, which only the network of the data centre joins, follow one another along
   `data`: what crosses that network is the mean of the gradients. Axis types are Auto: the compiler
-  propagates shardings (`jax.make_mesh` alone would make them Explicit).
+  propagates shardings.
 
   Raises:
     ValueError: when the sizes do not multiply to the number of devices, or `fsdp` and `tensor` do
@@ -77,8 +78,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     # Only TPUs know of slices; what else has several hosts is one network to this package.
     slices.setdefault(getattr(device, "slice_index", 0), []).append(device)
   shape = _within_slice(sizes, {index: len(members) for index, members in slices.items()})
+  # A slice may have no axes of just these lengths: fsdp=16 on 4 x 8 x 8 chips. Where whole ones do
+  # not do, parts of them are taken; `jax.make_mesh` refuses.
   parts = [
-    jax.make_mesh(shape, AXES, axis_types=types, devices=slices[index]).devices
+    mesh_utils.create_device_mesh(shape, slices[index], allow_split_physical_axes=True)
     for index in sorted(slices)
   ]
   return Mesh(np.concatenate(parts), AXES, axis_types=types)

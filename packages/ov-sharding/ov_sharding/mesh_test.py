@@ -83,6 +83,15 @@ def sliced(*counts):
   return chips[::-1]
 
 
+@pytest.mark.parametrize("fsdp", [1, 2, 4, 8, 16, 32, 64, 128, 256])
+def test_any_axis_on_a_slice_that_has_none_of_its_length(fsdp):
+  """v4-512 is 4 x 8 x 8 chips: an axis of 16 takes one of 8 and half of another."""
+  chips = [Chip(i, 0, i // 4, tuple(place)) for i, place in enumerate(np.ndindex(4, 8, 8))]
+  mesh = make_mesh(MeshConfig(-1, fsdp, 1), chips)
+  assert mesh.devices.shape == (256 // fsdp, fsdp, 1)
+  assert {device.id for device in mesh.devices.flat} == set(range(256))
+
+
 @pytest.mark.parametrize(
   "config, shape",
   [
