@@ -68,7 +68,7 @@ set +m
 ) &
 watch=$!
 code=0
-wait "$app" || code=$?
+wait "$app" 2> /dev/null || code=$?
 kill -KILL -- "-$app" 2> /dev/null # what it started
 kill "$watch" 2> /dev/null
 exit "$code"

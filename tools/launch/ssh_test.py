@@ -48,7 +48,7 @@ def stop(*_):
   time.sleep(0.2)
   os._exit(0)
 signal.signal(signal.SIGTERM, signal.SIG_IGN if (folder / "DEAF").exists() else stop)
-child = subprocess.Popen(["sleep", "1000"])
+child = subprocess.Popen(["sleep", "200"])
 names = ("OV_COORDINATOR", "OV_NUM_PROCESSES", "JAX_PLATFORMS", "PYTHONPATH")
 note = {{"me": me, "pids": [os.getpid(), child.pid], "arguments": sys.argv[1:]}}
 note |= {{name: os.environ[name] for name in names}}
@@ -56,7 +56,8 @@ part = folder / f"part-{{me}}"
 part.write_text(json.dumps(note))
 part.rename(folder / f"up-{{os.getpid()}}")
 print("up\\u00e9", flush=True)
-while not (folder / "FINISH").exists():
+end = time.monotonic() + 200  # should a test fail
+while not (folder / "FINISH").exists() and time.monotonic() < end:
   code = folder / f"CODE-{{me}}"
   if code.exists():
     sys.exit(int(code.read_text()))
