@@ -14,31 +14,11 @@ import uuid
 
 import pytest
 
-from tools.launch import ssh, ssh_program
+from tools.launch import fake_ssh, ssh, ssh_program
 from tools.launch.job import Job
 
 HOSTS = ("a", "b", "c", "me@d")
 
-# The command runs in a session of its own, as a server has it: it outlives an ssh that is killed,
-# and then only its standard input ends. A file OFF-HOST: there is no way to the host.
-_SSH = """\
-import os, pathlib, subprocess, sys, threading
-host, command = sys.argv[sys.argv.index("--") + 1 :]
-if pathlib.Path({folder!r}, "OFF-" + host).exists():
-  sys.exit(print("ssh: no route to host", file=sys.stderr) or 255)
-far = subprocess.Popen(["sh", "-c", command], stdin=subprocess.PIPE, start_new_session=True)
-def relay():
-  while data := os.read(0, 4096):
-    try:
-      os.write(far.stdin.fileno(), data)
-    except BrokenPipeError:
-      return
-  far.stdin.close()
-threading.Thread(target=relay, daemon=True).start()
-pathlib.Path({folder!r}, "ssh-" + host).write_text(str(os.getpid()))
-code = far.wait()
-os._exit(code if code >= 0 else 255)
-"""
 # Notes who it is, starts a child, waits for a file; SIGTERM makes it end a little later.
 _APP = """\
 import json, os, pathlib, signal, subprocess, sys, time
@@ -70,25 +50,16 @@ class Hosts:
 
   def __init__(self, folder: Path, restarts: int = 3, grace: int = 20):
     self.folder = folder
-    python = folder / "venv/bin/python3"
-    environment = folder / "checkout/tools/python/environment.py"
-    for file, text in {
-      folder / "bin/ssh": f"#!{sys.executable}\n{_SSH.format(folder=str(folder))}",
-      folder / "app.py": _APP.format(folder=str(folder)),
-      python: f'#!/bin/sh\nexec "{sys.executable}" "{folder}/app.py" "$@"\n',
-      environment: f"import sys; print({str(folder / 'venv')!r})\nassert len(sys.argv) == 2\n",
-      folder / "checkout/packages/ov-data/README.md": "",
-    }.items():
-      file.parent.mkdir(parents=True, exist_ok=True)
-      file.write_text(text)
-      file.chmod(0o755)
+    app = folder / "app.py"
+    app.write_text(_APP.format(folder=str(folder)))
+    checkout = fake_ssh.install(folder, sys.executable, str(app))
     # A host runs a job once: other runs of this test on this machine are other jobs.
     self.job = Job(
       f"t{uuid.uuid4().hex}", "caption_train", "my config.py", "/d", ("--x=$(id) 'y'",), grace,
       restarts,
     )  # fmt: skip
     script = folder / "job.py"
-    script.write_text(ssh.script(self.job, HOSTS, "", 8476, str(folder / "checkout"), "cpu"))
+    script.write_text(ssh.script(self.job, HOSTS, "", 8476, str(checkout), "cpu"))
     env = {**os.environ, "PATH": f"{folder}/bin:{os.environ['PATH']}"}
     self.log = folder / "log.txt"
     with self.log.open("wb") as log:
