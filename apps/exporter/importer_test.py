@@ -10,9 +10,10 @@ import pytest
 from apps.exporter.importer import import_model
 from apps.trainer.checkpoint import find_checkpoint, read_metadata
 from apps.trainer.init_from import check_tokenizer, init_from
-from ov_convert import openvision_jax, torch_module
+from ov_convert import hf_tokenizer, openvision_jax, torch_module
 from ov_convert.release import Preprocess, Release, Words
 import ov_data
+import ov_data.tokenizer
 import ov_models
 
 TOKENIZER = ov_data.Tokenizer.train(["a red circle above a blue square"], 40, kind="words")
@@ -264,3 +265,8 @@ def test_a_failure_while_writing_leaves_nothing(tmp_path, monkeypatch):
   with pytest.raises(OSError, match="no space left"):
     import_model(f"safetensors:{tmp_path / 'model'}", tmp_path / "workdir")
   assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_training_and_conversion_look_for_special_tokens_by_the_same_names():
+  """Else a vocabulary might import with one token for padding or end, and train with another."""
+  assert hf_tokenizer._USUAL_NAMES == ov_data.tokenizer._SPECIAL_NAMES

@@ -16,7 +16,8 @@ from ov_convert.writing import write_json
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 _ROLES = ("pad", "bos", "eos", "unk", "cls")
-# How vocabularies name special tokens, where tokenizer_config.json does not.
+# How vocabularies name special tokens, where tokenizer_config.json does not. ov_data.tokenizer has
+# the same table, which this package may not import; importer_test of apps/exporter compares them.
 _USUAL_NAMES = {
   "pad": ("[PAD]", "<pad>"),
   "bos": ("[bos]", "[BOS]", "<bos>", "<s>", "<|startoftext|>"),

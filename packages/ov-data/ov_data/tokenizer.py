@@ -30,6 +30,7 @@ TOKENIZER_FILE = "tokenizer.json"
 _PACKING_FILE = "packing.json"  # written last: a folder without it is incomplete
 
 _TRAINED_SPECIALS = ("[PAD]", "[bos]", "[eos]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+# ov_convert.hf_tokenizer has the same table; importer_test of apps/exporter compares them.
 _SPECIAL_NAMES = {
   "pad": ("[PAD]", "<pad>"),
   "bos": ("[bos]", "[BOS]", "<bos>", "<s>", "<|startoftext|>"),
