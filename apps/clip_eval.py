@@ -42,6 +42,8 @@ class _Embedder:
   def images(self, params: Params, pictures: dict[int, np.ndarray]) -> features.EmbedImages:
     """Batch -> float32 [b, E]; keeps some of the pictures for galleries in `pictures`."""
     embed = features.image_embedder(self._held_out.task.model, params, self._held_out.mesh)
+    if not self._held_out.config.eval.gallery:
+      return embed
 
     def embed_and_keep(batch: Mapping[str, Any]) -> np.ndarray:
       clip_gallery.keep_pictures(batch, pictures)

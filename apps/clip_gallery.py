@@ -62,11 +62,13 @@ def retrieved(
     owner: int [X], the row of each caption's picture.
     found: ranks over all candidates.
     pictures: by index of the example; rows of others are left out.
-    count: rows of each gallery.
+    count: rows of each gallery; 0 leaves all of them empty.
   """
   name = lambda row: int(images.index[row])
 
   def by_text(queries: list[int]) -> tuple[GalleryRow, ...]:
+    if not queries:
+      return ()
     hits = ov_eval.top_retrieved(
       texts[queries], images.vectors, [[int(owner[query])] for query in queries], k=FOUND
     )
@@ -84,6 +86,8 @@ def retrieved(
 
   def by_picture(queries: list[int]) -> tuple[GalleryRow, ...]:
     queries = [row for row in queries if name(row) in pictures]
+    if not queries:  # the first pictures were read by another process
+      return ()
     hits = ov_eval.top_retrieved(
       images.vectors[queries],
       texts,
