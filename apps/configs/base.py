@@ -189,7 +189,7 @@ def eval_config() -> dict:
     "checkpoint_step": placeholder(int),  # of the checkpoint for eval_only; None: the newest
     "batch_size": 0,  # 0: the training batch size
     "examples": 0,  # pairs of input.eval_data_dir for the likelihood of captions; 0: all
-    "caption_examples": 64,  # captions written, by a decoder that writes token by token
+    "caption_examples": 64,  # captions written, by a decoder that writes word by word; 0: none
     "method": "greedy",  # greedy | sample | beam
     "num_beams": 4,
     "temperature": 1.0,
@@ -197,7 +197,7 @@ def eval_config() -> dict:
     "truth_key": "",  # record feature with the ground truth of a demo scene
     "zero_shot": zero_shot_config(),
     "features": feature_eval_config(),
-    "gallery": 24,  # pictures of each kind in the report
+    "gallery": 24,  # pictures of each kind in the report; 0: none, the figures stay
     "per_example": "",  # folder that gets what was found for every example, as JSON lines
   }
 
