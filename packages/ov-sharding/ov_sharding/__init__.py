@@ -8,7 +8,7 @@ from ov_sharding.batch import (
   replicated,
   to_host,
 )
-from ov_sharding.distributed import initialize
+from ov_sharding.distributed import Board, board, initialize, is_google_host
 from ov_sharding.mesh import AXES, MeshConfig, make_mesh
 from ov_sharding.rules import (
   DEFAULT_RULES,
@@ -20,13 +20,16 @@ from ov_sharding.state import bytes_per_device, state_shardings
 
 __all__ = [
   "AXES",
+  "Board",
   "DEFAULT_RULES",
   "MeshConfig",
   "batch_sharding",
+  "board",
   "bytes_per_device",
   "describe_shardings",
   "global_batch",
   "initialize",
+  "is_google_host",
   "local_rows",
   "logical_sharding",
   "make_mesh",

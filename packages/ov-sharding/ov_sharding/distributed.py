@@ -16,10 +16,14 @@ import pathlib
 import socket
 import threading
 import time
+from typing import Any
 
 import jax
+from jax._src import distributed as jax_distributed  # its key-value store has no public name
 
 logger = logging.getLogger(__name__)
+
+_ROOT = "openvision/"  # of the keys of a Board
 
 _VARIABLES = {
   "coordinator": "OV_COORDINATOR",
@@ -43,6 +47,7 @@ def initialize(
   process_id: int | None = None,
   *,
   timeout_seconds: int = 300,
+  gone_after_seconds: int = 30,
 ) -> None:
   """Connects the processes of a run; call it once, before anything that touches a device.
 
@@ -51,6 +56,9 @@ def initialize(
     num_processes: processes in the run.
     process_id: 0 <= process_id < num_processes, different in each.
     timeout_seconds: how long to wait for the others.
+    gone_after_seconds: a process that gives no sign of life for so long counts as gone, and the
+      runtime of jax ends the others by SIGABRT. The signs come from threads of its own: a process
+      that computes, waits or holds Python's lock is not gone.
 
   Raises:
     ValueError: when only some of the three values are known, or they make no sense.
@@ -64,7 +72,9 @@ def initialize(
     if cluster is not None:
       with _waiting_aloud(f"the {cluster} environment", timeout_seconds):
         _prepare()
-        jax.distributed.initialize(initialization_timeout=timeout_seconds)
+        jax.distributed.initialize(
+          initialization_timeout=timeout_seconds, heartbeat_timeout_seconds=gone_after_seconds
+        )
     return
 
   address, count, index = given
@@ -80,7 +90,56 @@ def initialize(
       process_id=index,
       cluster_detection_method="deactivate",
       initialization_timeout=timeout_seconds,
+      heartbeat_timeout_seconds=gone_after_seconds,
     )
+
+
+class Board:
+  """Short texts that the processes of a run show each other; process 0 keeps them.
+
+  Nobody waits for anybody, and no device is asked: for what threads beside the work have to say.
+  Every method raises ConnectionError where process 0 cannot be reached.
+  """
+
+  def __init__(self, client: Any, coordinator: str):
+    """Of `board()`; `coordinator` is host:port."""
+    self._client = client
+    self.coordinator = coordinator
+
+  def put(self, key: str, text: str) -> None:
+    """Shows a text, in place of what was there. Keys look like paths."""
+    with _connection_errors():
+      self._client.key_value_set(_ROOT + key, text, allow_overwrite=True)
+
+  def get(self, key: str) -> str | None:
+    """What is shown under `key`; None where nothing is."""
+    with _connection_errors():
+      try:
+        return self._client.key_value_try_get(_ROOT + key)
+      except jax.errors.JaxRuntimeError as error:
+        if "NOT_FOUND" in str(error):
+          return None
+        raise
+
+  def items(self, folder: str) -> dict[str, str]:
+    """All that is shown below `folder`, by the rest of the key."""
+    with _connection_errors():
+      found = self._client.key_value_dir_get(f"{_ROOT}{folder}/")
+    return {key.rpartition("/")[2]: text for key, text in found}
+
+
+def board() -> Board | None:
+  """The board of this run; None in a run of one process."""
+  state = jax_distributed.global_state
+  return Board(state.client, state.coordinator_address or "") if state.client else None
+
+
+@contextlib.contextmanager
+def _connection_errors() -> Iterator[None]:
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as error:
+    raise ConnectionError(f"process 0 does not answer: {error}") from error
 
 
 def detect_cluster(
@@ -107,10 +166,14 @@ def detect_cluster(
 
 
 def _is_google_tpu_host(root: pathlib.Path) -> bool:
+  chips = (root / "dev/accel0").exists() or (root / "dev/vfio/0").exists()
+  return chips and is_google_host(root)
+
+
+def is_google_host(root: pathlib.Path = pathlib.Path("/")) -> bool:
+  """Whether this is a virtual machine of Google Compute Engine; asks the firmware, no network."""
   product = root / "sys/class/dmi/id/product_name"
-  if not product.is_file() or "Google" not in product.read_text():
-    return False
-  return (root / "dev/accel0").exists() or (root / "dev/vfio/0").exists()
+  return product.is_file() and "Google" in product.read_text()
 
 
 def _given(

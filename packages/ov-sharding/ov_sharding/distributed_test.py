@@ -6,7 +6,7 @@ import socket
 import jax
 import pytest
 
-from ov_sharding import distributed, initialize
+from ov_sharding import board, distributed, initialize, is_google_host
 
 VARIABLES = ("OV_COORDINATOR", "OV_NUM_PROCESSES", "OV_PROCESS_ID")
 SLURM = {
@@ -43,7 +43,7 @@ def test_one_process_starts_nothing(jax_distributed):
 def test_explicit_values(source, jax_distributed, monkeypatch):
   values = ("10.0.0.1:8476", 2, 0)
   if source == "arguments":
-    initialize(*values, timeout_seconds=7)
+    initialize(*values, timeout_seconds=7, gone_after_seconds=11)
   else:
     for name, value in zip(VARIABLES, values, strict=True):
       monkeypatch.setenv(name, str(value))
@@ -59,6 +59,7 @@ def test_explicit_values(source, jax_distributed, monkeypatch):
       process_id=0,
       cluster_detection_method="deactivate",
       initialization_timeout=7,
+      heartbeat_timeout_seconds=11 if source == "arguments" else 30,
     )
   ]
 
@@ -146,4 +147,19 @@ def test_a_detected_cluster_is_left_to_jax(jax_distributed, monkeypatch):
   for name, value in SLURM.items():
     monkeypatch.setenv(name, value)
   initialize(timeout_seconds=9)
-  assert jax_distributed == [dict(initialization_timeout=9)]
+  assert jax_distributed == [dict(initialization_timeout=9, heartbeat_timeout_seconds=30)]
+
+
+def test_one_process_has_no_board():
+  assert board() is None
+
+
+@pytest.mark.parametrize(
+  "product, expected", [("Google Compute Engine", True), ("ThinkPad", False), (None, False)]
+)
+def test_is_google_host(product, expected, tmp_path):
+  if product:
+    path = tmp_path / "sys/class/dmi/id/product_name"
+    path.parent.mkdir(parents=True)
+    path.write_text(product)
+  assert is_google_host(tmp_path) == expected
