@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import subprocess
 
 import numpy as np
 import pytest
@@ -165,6 +166,19 @@ def test_learned_positions_refuse_another_size(tmp_path):
   pixels = np.zeros((1, 26, 26, 3), np.float32)
   with pytest.raises(client_env.ClientError, match=r"\(6, 6\) patches.*of \(4, 4\)"):
     run("run_torch.py", tmp_path / "model", {"pixels": pixels}, tmp_path)
+
+
+def test_captions_end_with_the_learned_positions(tmp_path):
+  """A caption as long as the positions is in `test_computes_what_ours_computes`."""
+  release = small_release(MODELS["two towers, prefix decoder"][0])
+  torch_module.write(tmp_path / "model", release)
+  asks = (
+    "import sys, torch; sys.path.insert(0, sys.argv[1]); from openvision_torch import OpenVision; "
+    "OpenVision.from_folder(sys.argv[1]).generate(torch.zeros(1, 3, 18, 18), 10, 1, 2, 0)"
+  )
+  command = [client_env.find_python(), "-c", asks, tmp_path / "model"]
+  said = subprocess.run(command, capture_output=True, text=True, check=False).stderr
+  assert "ValueError: max_len=10, but learned positions of 9: ask for no more." in said
 
 
 def test_tensors_that_do_not_fit_are_named(written, tmp_path):

@@ -43,9 +43,8 @@ def spread(grid: list[int], share: float) -> Tensor:
 
 
 def attention_mask(x: Tensor, kind: str, prefix: int = 0, real: Tensor | None = None) -> Any:
-  """What is added to the scores of x [B, T, D]: "full", or "causal" but for the first `prefix`,
-  whom all see; only who is `real` (bool [B, T]) is seen. Not -inf, which makes NaN of a row that
-  sees nobody."""
+  """Added to the scores of x [B, T, D]: "full", or "causal" but for the first `prefix`, whom all
+  see; only the `real` (bool [B, T]) are seen. Not -inf: a row that sees nobody would be NaN."""
   if kind == "full" and real is None:
     return None
   seen = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device)
@@ -202,6 +201,8 @@ class Decoder(Transformer):
   def greedy(self, image_tokens: Tensor, max_len: int, bos: int, eos: int, pad: int) -> Tensor:
     """The likeliest token each time: int64 [B, max_len], what follows bos, then padding."""
     c, caches = self.config, [dict[str, Tensor]() for _ in self.blocks]
+    if c.position == "learned" and max_len > c.max_len:
+      raise ValueError(f"max_len={max_len}, but learned positions of {c.max_len}: ask for no more.")
     image = self.image_proj(image_tokens)
     self.run(image, attention_mask(image, "full" if c.mask == "prefix" else "causal"), caches)
     ids = torch.full((image.shape[0], max_len), pad, device=image.device)
@@ -257,8 +258,7 @@ class OpenVision(nn.Module):
     """float32 [B, 3, H, W], normalised; any size with computed positions."""
     return self.encoded("image_head", *self.encoder(pixels.to(self.encoder.cls)))
 
-  def encode_text(self, ids: Tensor) -> Encoded:
-    """int64 [B, T]."""
+  def encode_text(self, ids: Tensor) -> Encoded:  # int64 [B, T]
     return self.encoded("text_head", *self.text(ids))
 
   def encoded(self, head: str, pooled: Tensor, tokens: Tensor) -> Encoded:
