@@ -57,8 +57,8 @@ class Job:
     return [python, "-m", f"apps.{self.app}", *own, *self.arguments]
 
 
-# Runs its arguments, passes SIGTERM on, waits. The apps end with code 0 after the checkpoint that
-# SIGTERM asks for; whoever started them must learn that the run is not at its end.
+# Runs its arguments, passes SIGTERM on, waits. Asked to stop it ends with 143, whatever became of
+# the app: that does the same after its checkpoint, but need not have come so far.
 FORWARD = """\
 stopped=
 trap 'stopped=1; kill -TERM "$child"' TERM

@@ -63,7 +63,9 @@ class Hosts:
     env = {**os.environ, "PATH": f"{folder}/bin:{os.environ['PATH']}"}
     self.log = folder / "log.txt"
     with self.log.open("wb") as log:
-      self.process = subprocess.Popen([sys.executable, script], stdout=log, env=env)
+      self.process = subprocess.Popen(
+        [sys.executable, script], stdout=log, env=env, start_new_session=True
+      )
 
   def up(self, starts: int = 1) -> list[dict]:
     """Notes of all apps, once there were `starts` of each."""
@@ -180,9 +182,10 @@ def test_a_mistake_is_not_tried_again(tmp_path: Path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_is_passed_on(tmp_path: Path, number: signal.Signals):
+  """To the whole group, as a terminal does with Ctrl-C: every ssh must live to pass it on."""
   with _hosts(tmp_path) as hosts:
     hosts.up()
-    hosts.process.send_signal(number)
+    os.killpg(hosts.process.pid, number)
     code, said = hosts.ends()
   assert code == 128 + number
   assert sorted(line for line in said.splitlines() if "saved" in line) == [
