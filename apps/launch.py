@@ -3,6 +3,7 @@
 from collections.abc import Callable
 import os
 from pathlib import Path
+import sys
 from typing import TYPE_CHECKING
 
 from absl import flags
@@ -47,18 +48,26 @@ def launch(make_app: Callable[[], "App"], base: str, recipes: str) -> None:
 
   from apps import demo_data
   from apps.trainer.check import check_run
+  from apps.trainer.hosts import Hosts
   from apps.trainer.loop import run_training
   from apps.trainer.progress import Terminal
   import ov_sharding
 
   workdir = Path(_WORKDIR.value).expanduser()
-  ov_sharding.initialize()
+  ov_sharding.initialize(gone_after_seconds=config.hosts.gone_after)
   if config.compile_cache:
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compile_cache))
   terminal = Terminal(active=jax.process_index() == 0)
   app = make_app()
-  demo_data.prepare(config, workdir, terminal)
-  (check_run if _CHECK.value else run_training)(config, workdir, app, terminal)
+  code = 0
+  with Hosts(terminal.phase, **config.hosts) as hosts:
+    demo_data.prepare(config, workdir, terminal)
+    if _CHECK.value:
+      check_run(config, workdir, app, terminal)
+    else:
+      code = run_training(config, workdir, app, terminal, hosts)
+  if code:
+    sys.exit(code)
 
 
 def _check_kind(config: ConfigDict, base: str, recipes: str) -> None:

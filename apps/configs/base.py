@@ -56,6 +56,10 @@ def _shared() -> dict:
       "exclude": (),
       "more": (),  # then from other runs, e.g. {"path": ..., "include": ("^text/",)}
     },
+    "hosts": {
+      "slow_after": 60,  # seconds that a process may hold the others back before it is named
+      "gone_after": 30,  # seconds without a sign of life of a process until the others end
+    },
     "log_every": 50,  # steps between lines of metrics.jsonl
     "tensorboard": True,
     "wandb_project": "",  # name of a W&B project; its key comes from the environment only

@@ -138,6 +138,10 @@ class Checkpoints:
     """Steps kept, oldest first."""
     return sorted(self._manager.all_steps())
 
+  def finished_step(self) -> int | None:
+    """The newest step whose save is complete, as the directory says; for any thread."""
+    return max(_steps(self.directory), default=None)
+
   def restore(self, abstract_state: TrainState, step: int | None = None) -> Restored:
     """Reads a checkpoint, by default the newest, onto the devices of `abstract_state`'s shardings.
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import os
 import sys
+import traceback
 from typing import TypeVar
 
 from absl import app, flags, logging
@@ -32,7 +33,31 @@ def _message(error: BaseException) -> str:
   """What went wrong; where config_flags put a traceback into the text, its first cause."""
   while "Traceback" in str(error) and (inner := error.__cause__ or error.__context__):
     error = inner
+  if isinstance(error, AttributeError) and isinstance(error.__context__, KeyError):
+    name = ". ".join(str(error.__context__.args[0]).splitlines())  # and one that is meant, perhaps
+    return f"the configuration (see apps/configs/base.py) has no setting {name}"
   return str(error)
+
+
+def program() -> str:
+  """The name of the app, which its errors begin with."""
+  return os.path.splitext(os.path.basename(sys.argv[0]))[0]
+
+
+def exit_code(error: BaseException) -> int:
+  """The exit code of a program that ends with this error."""
+  if isinstance(error, SystemExit):
+    return error.code if isinstance(error.code, int) else int(error.code is not None)
+  return 2 if isinstance(error, UserError) else 130 if isinstance(error, KeyboardInterrupt) else 1
+
+
+def report(error: BaseException) -> int:
+  """Says on stderr what ends the program: a UserError in one line; returns the exit code."""
+  if isinstance(error, UserError) and os.environ.get("OV_TRACEBACK") != "1":
+    print(f"{program()}: error: {' '.join(str(error).split())}", file=sys.stderr)
+  elif not isinstance(error, SystemExit):
+    traceback.print_exception(error)
+  return exit_code(error)
 
 
 def run_app(main: Callable[..., None], *, arguments: bool = False) -> None:
@@ -54,11 +79,7 @@ def run_app(main: Callable[..., None], *, arguments: bool = False) -> None:
     try:
       return function(argv)
     except UserError as error:
-      if os.environ.get("OV_TRACEBACK") == "1":
-        raise
-      name = os.path.splitext(os.path.basename(sys.argv[0]))[0]
-      print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
-      sys.exit(2)
+      sys.exit(report(error))
 
   def parse(argv: Sequence[str]) -> list[str]:
     def parse_flags(args: Sequence[str]) -> list[str]:

@@ -27,6 +27,7 @@ from apps.trainer.config import (
 )
 from apps.trainer.errors import UserError, user_errors
 from apps.trainer.held_out import HeldOut
+from apps.trainer.hosts import Hosts
 from apps.trainer.init_from import check_tokenizer, init_from
 from apps.trainer.optimizer import Optimizer, make_optimizer, summarize_groups
 from apps.trainer.progress import Terminal
@@ -110,8 +111,13 @@ def build_step(
   )
 
 
-def run_training(config: ConfigDict, workdir: Path, app: App, terminal: Terminal) -> None:
+def run_training(
+  config: ConfigDict, workdir: Path, app: App, terminal: Terminal, hosts: Hosts
+) -> int:
   """Trains all stages of `config` in `workdir`, or goes on with them; ends with report.html.
+
+  Returns:
+    The exit code: 0, or that of the signal that asked to stop before the end.
 
   Raises:
     UserError: settings, data or a checkpoint that cannot be used, told in one line.
@@ -135,7 +141,8 @@ def run_training(config: ConfigDict, workdir: Path, app: App, terminal: Terminal
       keep_every=config.checkpoint.keep_every or None,
     )
 
-  with checkpoints, StopRequest() as stop:
+  hosts.last_checkpoint = checkpoints.finished_step
+  with checkpoints, StopRequest() as stop, hosts.told():
     with user_errors():
       saved = _saved_step(config, checkpoints)
     writer = MetricWriter(
@@ -147,7 +154,9 @@ def run_training(config: ConfigDict, workdir: Path, app: App, terminal: Terminal
       config=config.to_dict(),
     )
     with writer:
-      run = Run(config, workdir, stages, tokenizer, mesh, terminal, checkpoints, writer, stop)
+      run = Run(
+        config, workdir, stages, tokenizer, mesh, terminal, checkpoints, writer, stop, hosts
+      )
       for stage in stages[_first_stage(stages, saved, config.eval_only) :]:
         try:
           signal = _train_stage(run, app, stage)
@@ -159,11 +168,12 @@ def run_training(config: ConfigDict, workdir: Path, app: App, terminal: Terminal
             f"{signal}: stopped after a checkpoint of step {checkpoints.latest_step():,}; "
             "the same command goes on from there"
           )
-          return
+          return stop.exit_code
         if config.eval_only:
           break
       path = summary.write(run)
       terminal.phase(f"done: {path}")
+      return 0
 
 
 def _saved_step(config: ConfigDict, checkpoints: Checkpoints) -> int | None:

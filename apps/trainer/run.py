@@ -8,6 +8,7 @@ import jax
 from ml_collections import ConfigDict
 
 from apps.trainer.checkpoint import Checkpoints
+from apps.trainer.hosts import Hosts
 from apps.trainer.progress import Terminal
 from apps.trainer.sinks import MetricWriter
 from apps.trainer.stages import Stage
@@ -29,6 +30,7 @@ class Run:
   checkpoints: Checkpoints
   writer: MetricWriter
   stop: StopRequest
+  hosts: Hosts
   evaluation: Evaluation | None = None
   evaluated_step: int = 0  # what `evaluation` is of
   model_name: str = ""

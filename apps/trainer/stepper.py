@@ -11,6 +11,7 @@ from apps.trainer.meter import Meter
 from apps.trainer.progress import StageProgress
 from apps.trainer.report import key_figures
 from apps.trainer.run import Run
+from apps.trainer.slow_hosts import STEP
 from apps.trainer.stages import Stage
 from apps.trainer.state import TrainState
 from apps.trainer.task import Evaluate, Evaluation, Task
@@ -63,13 +64,16 @@ class Stepper:
         break
       self._profile(step)
       began = time.perf_counter()
+      run.hosts.at(stage.first_step + step, "waiting for input")
       batch = next(batches)
       waited = time.perf_counter() - began
+      run.hosts.at(stage.first_step + step, STEP if step > first else "compiling")
       batch = ov_sharding.global_batch({k: batch[k] for k in self._batch_keys}, run.mesh)
       # Tracing the first step can still find a setting that this machine cannot do.
       with user_errors() if step == first else contextlib.nullcontext():
         state, metrics = train_step(state, batch)
       step += 1
+      run.hosts.at(stage.first_step + step, STEP)
       self._settle()
       self._pending = (step, metrics)
       if step == first + 1:  # this step's time is mostly the compiler's
@@ -95,6 +99,7 @@ class Stepper:
     run, step = self._run, self._stage.first_step + int(state["step"])
     if self._evaluate is None:
       return
+    run.hosts.at(step, "evaluating")
     run.terminal.phase(f"{self._stage.name}: evaluating at step {step:,}")
     began = time.perf_counter()
     run.evaluated_step = step
@@ -190,6 +195,7 @@ class Stepper:
     return seen + step * self._config.batch_size
 
   def _save(self, step: int, state: TrainState, loader: ov_data.Loader) -> None:
+    self._run.hosts.at(self._stage.first_step + step, "saving")
     self._run.writer.flush()
     self._run.checkpoints.save(
       self._stage.first_step + step,

@@ -73,7 +73,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(undisturbed, tmp_path, cache
   wait_for_step(tmp_path, 9, process)
   process.send_signal(signal.SIGTERM)
   out, err = process.communicate(timeout=120)
-  assert process.returncode == 0, err
+  assert process.returncode == 143, err
   assert "SIGTERM: stopped after a checkpoint of step" in err
   code, printed = runner.run(*flags, cache=cache)
   assert code == 0, printed

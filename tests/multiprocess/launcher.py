@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from typing import Self
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +48,92 @@ def free_port() -> int:
     return s.getsockname()[1]
 
 
+class Group:
+  """Processes of one run; a context manager that kills what is left of them, children included."""
+
+  def __init__(
+    self,
+    args: Sequence[str],
+    *,
+    processes: int,
+    devices: int,
+    env: Mapping[str, str] | None = None,
+    per_process_env: Sequence[Mapping[str, str]] | None = None,
+  ):
+    """Starts them; the arguments are those of `launch`."""
+    self._stack = contextlib.ExitStack()
+    self._root = pathlib.Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
+    self.running: list[subprocess.Popen[bytes]] = []
+    self._stack.callback(_kill_all, self.running)
+    coordinator = f"127.0.0.1:{free_port()}"
+    for index in range(processes):
+      variables = dict(os.environ)
+      # A Bazel test finds its packages through sys.path, which children do not inherit.
+      variables["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
+      variables["JAX_PLATFORMS"] = "cpu"
+      variables["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+      for name in ("OV_COORDINATOR", "OV_NUM_PROCESSES", "OV_PROCESS_ID"):
+        variables.pop(name, None)
+      if processes > 1:
+        variables["OV_COORDINATOR"] = coordinator
+        variables["OV_NUM_PROCESSES"] = str(processes)
+        variables["OV_PROCESS_ID"] = str(index)
+      variables.update(env or {})
+      variables.update(per_process_env[index] if per_process_env else {})
+      with (
+        (self._root / f"{index}.out").open("wb") as out,
+        (self._root / f"{index}.err").open("wb") as err,
+      ):
+        self.running.append(
+          subprocess.Popen(
+            [sys.executable, *args],
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=err,
+            env=variables,
+            start_new_session=True,
+          )
+        )
+
+  def codes(self) -> list[int | None]:
+    """The return code of each, None while it runs."""
+    return [process.poll() for process in self.running]
+
+  def wait(self, timeout: float) -> bool:
+    """Whether all ended within `timeout` seconds."""
+    deadline = time.monotonic() + timeout
+    while None in self.codes():
+      if time.monotonic() > deadline:
+        return False
+      time.sleep(0.05)
+    return True
+
+  def kill(self) -> None:
+    """Ends all with SIGKILL, children included."""
+    _kill_all(self.running)
+
+  def printed(self, index: int) -> str:
+    """What a process has written to standard error so far."""
+    return (self._root / f"{index}.err").read_text(errors="replace")
+
+  def results(self) -> list[Result]:
+    """What each left behind; all must have ended."""
+    return [
+      Result(
+        process.wait(),
+        (self._root / f"{index}.out").read_text(errors="replace"),
+        self.printed(index),
+      )
+      for index, process in enumerate(self.running)
+    ]
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self._stack.close()
+
+
 def launch(
   args: Sequence[str],
   *,
@@ -72,65 +159,30 @@ def launch(
   Raises:
     LaunchError: when a process returns another code, or the time runs out.
   """
-  coordinator = f"127.0.0.1:{free_port()}"
-  with tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as stack:
-    root = pathlib.Path(directory)
-    running: list[subprocess.Popen[bytes]] = []
-    stack.callback(_kill_all, running)
-    for index in range(processes):
-      variables = dict(os.environ)
-      # A Bazel test finds its packages through sys.path, which children do not inherit.
-      variables["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
-      variables["JAX_PLATFORMS"] = "cpu"
-      variables["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
-      for name in ("OV_COORDINATOR", "OV_NUM_PROCESSES", "OV_PROCESS_ID"):
-        variables.pop(name, None)
-      if processes > 1:
-        variables["OV_COORDINATOR"] = coordinator
-        variables["OV_NUM_PROCESSES"] = str(processes)
-        variables["OV_PROCESS_ID"] = str(index)
-      variables.update(env or {})
-      variables.update(per_process_env[index] if per_process_env else {})
-      out = stack.enter_context((root / f"{index}.out").open("wb"))
-      err = stack.enter_context((root / f"{index}.err").open("wb"))
-      running.append(
-        subprocess.Popen(
-          [sys.executable, *args],
-          stdin=subprocess.DEVNULL,
-          stdout=out,
-          stderr=err,
-          env=variables,
-          start_new_session=True,
-        )
-      )
-    reason = _wait(running, timeout)
-    _kill_all(running)
-    results = [
-      Result(
-        process.returncode,
-        (root / f"{index}.out").read_text(errors="replace"),
-        (root / f"{index}.err").read_text(errors="replace"),
-      )
-      for index, process in enumerate(running)
-    ]
+  with Group(
+    args, processes=processes, devices=devices, env=env, per_process_env=per_process_env
+  ) as group:
+    reason = _wait(group, timeout)
+    group.kill()
+    results = group.results()
   if reason:
     raise LaunchError(reason, results)
   return results
 
 
-def _wait(running: Sequence["subprocess.Popen[bytes]"], timeout: float) -> str | None:
+def _wait(group: Group, timeout: float) -> str | None:
   """None when all ended with 0, else what went wrong first."""
   deadline = time.monotonic() + timeout
   while True:
-    codes = [process.poll() for process in running]
+    codes = group.codes()
     for index, code in enumerate(codes):
       if code:
-        return f"process {index} of {len(running)} ended with return code {code}."
+        return f"process {index} of {len(codes)} ended with return code {code}."
     if all(code == 0 for code in codes):
       return None
     if time.monotonic() > deadline:
       waiting = [index for index, code in enumerate(codes) if code is None]
-      return f"processes {waiting} of {len(running)} still ran after {timeout:.0f} s."
+      return f"processes {waiting} of {len(codes)} still ran after {timeout:.0f} s."
     time.sleep(0.05)
 
 

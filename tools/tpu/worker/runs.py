@@ -53,7 +53,7 @@ def supervise(run: str, restarts: str, *command: str) -> None:
   folder = common.RUNS / run
   for left in range(int(restarts), -1, -1):
     code = subprocess.call(list(command), env=common.environment(), cwd=common.CODE)
-    if code in (0, _USER_MISTAKE) or not left:
+    if code in (0, _USER_MISTAKE) or not left or (folder / "stopping").exists():
       break
     print(f"ov-worker: ended with code {code}; {left} more tries", flush=True)
     time.sleep(_RESTART_PAUSE)
