@@ -6,7 +6,7 @@ import dataclasses
 import json
 from typing import Any, TypeVar
 
-from tools.tpu.gcloud import Cause, Gcloud, GcloudError, last_line
+from tools.tpu.gcloud import Cause, Gcloud, GcloudError, said
 from tools.tpu.names import Topology
 
 _T = TypeVar("_T")
@@ -132,6 +132,6 @@ def _answer(text: str) -> dict[str, Any]:
       except ValueError:
         break
       if "error" in found:
-        raise GcloudError(last_line(found["error"]), Cause.OTHER)
+        raise GcloudError(said(found["error"]), Cause.OTHER)
       return found
   raise GcloudError(f"answered {text[-80:]!r}; expected a line of JSON", Cause.OTHER)

@@ -10,7 +10,7 @@ import pytest
 
 from tools.tpu import archive, fake_gcloud, output, provision
 from tools.tpu.fleet import open_fleet
-from tools.tpu.gcloud import Cause, Gcloud, GcloudError, Place, cause, last_line
+from tools.tpu.gcloud import Cause, Gcloud, GcloudError, Place, cause, said
 from tools.tpu.names import Topology
 
 _PLACE = Place("us-central2-b", "my-project")
@@ -45,10 +45,19 @@ def test_causes(words: str, expected: Cause):
   assert cause(f"WARNING: something\n{words}\n") is expected
 
 
-def test_last_line_is_one_line_a_terminal_can_show():
-  assert last_line("first\n\x1b[31mERROR: ö\x07\n\n") == "[31mERROR: ö"
-  assert last_line("why\n##### Command execution on worker 0 failed. Continuing.\n") == "why"
-  assert last_line("") == "" and len(last_line("x" * 999)) == 300
+def test_a_reason_is_one_line_a_terminal_can_show():
+  assert said("first\n\x1b[31mERROR: ö\x07\n\n") == "[31mERROR: ö"
+  assert said("why\n##### Command execution on worker 0 failed. Continuing.\n") == "why"
+  failed = "ERROR: (gcloud.compute.tpus.tpu-vm.ssh) [/usr/bin/ssh] exited with return code [255]."
+  assert said(f"WARNING: x\nPermission denied\n{failed}\n") == "Permission denied"
+  assert said(failed) == failed
+  assert said("") == "" and len(said("x" * 999)) == 400
+
+
+def test_a_reason_of_several_lines_begins_with_the_error():
+  """As gcloud 528 writes it: the last line alone says nothing."""
+  written = "WARNING: x\nERROR: Failed to find attribute [project].\n- give `--project`\n- or y\n"
+  assert said(written) == "ERROR: Failed to find attribute [project]. - give `--project` - or y"
 
 
 def test_arguments_arrive_as_they_are(fake: Path):

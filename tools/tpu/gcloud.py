@@ -48,7 +48,7 @@ def cause(stderr: str) -> Cause:
 
 
 class GcloudError(Exception):
-  """A call that failed. `cause` says why, the text is the last line it wrote to stderr."""
+  """A call that failed. `cause` says why, the text is what it wrote of that to stderr."""
 
   def __init__(self, text: str, why: Cause) -> None:
     super().__init__(text)
@@ -151,8 +151,8 @@ class Gcloud:
     except subprocess.TimeoutExpired:
       raise GcloudError(f"no answer within {limit:g} s", Cause.TIMEOUT) from None
     if done.returncode:
-      last = last_line(done.stderr) or f"exit code {done.returncode}, without a word"
-      raise GcloudError(last, cause(done.stderr))
+      words = said(done.stderr) or f"exit code {done.returncode}, without a word"
+      raise GcloudError(words, cause(done.stderr))
     return done.stdout
 
 
@@ -161,11 +161,17 @@ def remote(command: Sequence[str]) -> str:
   return shlex.join(command)
 
 
-def last_line(text: str) -> str:
-  """The last line that says something, without control characters, at most 300 letters."""
+def said(text: str) -> str:
+  """The reason in what was written to stderr, as one printable line of at most 400 letters.
+
+  That is gcloud's ERROR with the lines that explain it, otherwise the last line.
+  """
+  lines = [line.strip() for line in text.splitlines() if line.strip()]
   # Behind what ssh says gcloud writes that the command failed.
-  lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#####")]
-  return "".join(c for c in lines[-1].strip() if c.isprintable())[:300] if lines else ""
+  telling = [line for line in lines if not re.match(r"#####|ERROR: .* exited with return", line)]
+  lines = telling or lines
+  start = max((n for n, line in enumerate(lines) if line.startswith("ERROR:")), default=-1)
+  return "".join(c for c in " ".join(lines[start:]) if c.isprintable())[:400]
 
 
 def _missing() -> ValueError:
