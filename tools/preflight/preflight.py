@@ -39,6 +39,9 @@ def main() -> None:
     raise UserError("give --config=apps/configs/NAME.py and --topology=v4-512 or --topology=here")
   if _MFU.value is not None and not 0 < _MFU.value <= 1:
     raise UserError(f"--mfu={_MFU.value}; expected a share above 0, at most 1")
+  out = Path(_JSON.value).expanduser() if _JSON.value else None
+  if out and (out.is_dir() or not out.parent.is_dir()):  # said before the compiler has run
+    raise UserError(f"--json={_JSON.value}; expected a file in a folder that exists")
   from tools.preflight import topology  # not heavy, but for the devices of this machine
 
   with user_errors():
@@ -56,11 +59,11 @@ def main() -> None:
     with user_errors():
       found += _assess(config, title, target)
   _print(found)
-  if _JSON.value:
+  if out is not None:
     from tools.preflight import report
 
     with user_errors():
-      Path(_JSON.value).expanduser().write_text(report.to_json(found), encoding="utf-8")
+      out.write_text(report.to_json(found), encoding="utf-8")
 
 
 def _print(found: "list[Assessment]") -> None:
@@ -136,15 +139,18 @@ def _load(name: str) -> ConfigDict:
   """A configuration by path and argument, with the changes given to the first."""
   path, _, argument = name.partition(":")
   spec = importlib.util.spec_from_file_location("compared", path)
-  if spec is None or spec.loader is None:
+  if spec is None or spec.loader is None or not Path(path).is_file():
     raise ValueError(
-      f"--compare={name}: expected a Python file such as apps/configs/openvision2.py"
+      f"--compare={name}: expected a Python file that exists, such as apps/configs/openvision2.py"
     )
   module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  config = module.get_config(argument) if argument else module.get_config()
-  config.lock()
-  config.update_from_flattened_dict(config_flags.get_override_values(flags.FLAGS["config"]))
+  try:  # the file runs here
+    spec.loader.exec_module(module)
+    config = module.get_config(argument) if argument else module.get_config()
+    config.lock()
+    config.update_from_flattened_dict(config_flags.get_override_values(flags.FLAGS["config"]))
+  except (AttributeError, ImportError, LookupError, SyntaxError, TypeError, ValueError) as error:
+    raise ValueError(f"--compare={name}: {error}") from error
   return config
 
 

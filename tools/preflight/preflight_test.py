@@ -64,7 +64,13 @@ def test_cards_that_are_not_here_get_arithmetic(tmp_path: Path):
     ((f"--config={CONFIG}",), "--topology=v4-512 or --topology=here"),
     ((f"--config={CONFIG}", "--topology=v4-7"), "v4 comes in the sizes 8, 16"),
     ((f"--config={CONFIG}", "--topology=v4-8", "--mfu=2"), "--mfu=2.0; expected a share"),
-    ((f"--config={CONFIG}", "--topology=here", "--compare=none.py"), "none.py"),
+    ((f"--config={CONFIG}", "--topology=here", "--compare=none.py"), "none.py: expected a"),
+    (
+      (f"--config={CONFIG}", "--topology=here", "--compare=apps/configs/base.py"),
+      "base.py: module 'compared' has no attribute 'get_config'",
+    ),
+    ((f"--config={CONFIG}", "--topology=here", "--json=/no/x.json"), "--json=/no/x.json; expected"),
+    ((f"--config={CONFIG}", "--topology=here", "--config.foo=1"), "has no setting 'foo'"),
     ((f"--config={CONFIG}:{TINY}", "--topology=here", "--find_batch"), "says not how much memory"),
   ],
 )
