@@ -64,6 +64,8 @@ def check_values(config: ConfigDict) -> None:
     ("checkpoint.every", 1),
     ("checkpoint.keep_last", 1),
     ("checkpoint.keep_every", 0),
+    ("hosts.slow_after", 10),
+    ("hosts.gone_after", 10),
     ("eval.every", 0),
     ("eval.batch_size", 0),
     ("eval.examples", 0),

@@ -68,16 +68,16 @@ class SlowHosts:
     while len(self._reached) > 1 and self._reached[1][0] <= now - self._after:
       self._reached.popleft()
 
-    lines = []
-    for i, beat in beats.items():
+    begun, over = [], []
+    for i, beat in sorted(beats.items()):
       said = self._said(i, now, beat)
       name = f"process {i} (host {beat.host})"
       if said and i not in self._spells:
         self._spells[i] = now
-        lines.append(f"{name}: {said}")
+        begun.append(f"{name}: {said}")
       elif not said and i in self._spells:
-        lines.append(f"{name}: no longer behind, {now - self._spells.pop(i):.0f} s later")
-    return lines
+        over.append(f"{name}: no longer behind, {now - self._spells.pop(i):.0f} s later")
+    return _some(begun) + _some(over)
 
   def _said(self, i: int, now: float, beat: Beat) -> str | None:
     """What is wrong with a process, if anything is."""
@@ -103,6 +103,13 @@ class SlowHosts:
       f"{phases[phase]:.0%} of the last {self._after:.0f} s went into: {phase}; "
       f"{theirs:.0%} elsewhere; the others wait for it"
     )
+
+
+def _some(lines: list[str]) -> list[str]:
+  """At most four: hundreds of processes may wait for one to compile, or the other way round."""
+  if len(lines) <= 4:
+    return lines
+  return [*lines[:3], f"and {len(lines) - 3} more processes"]
 
 
 def _shares(kept: deque[tuple[float, Beat]]) -> dict[str, float]:

@@ -72,6 +72,19 @@ def test_nobody_is_named_where_all_wait_alike():
   assert run(SlowHosts(60), range(0, 200, 2), beats) == []
 
 
+def test_of_many_a_few_are_named():
+  def beats(t: int) -> dict[int, Beat]:
+    slow = {i: beat(i, 0, "compiling", compiling=float(t)) for i in range(1, 100)}
+    return {0: beat(0, 2, device=float(t)), **slow}
+
+  lines = run(SlowHosts(60), range(0, 100, 2), beats)
+  assert len(lines) == 4
+  assert lines[2].endswith(
+    "process 3 (host h3): at step 0 for 60 s, compiling; the others wait for it"
+  )
+  assert lines[3] == "60: and 96 more processes"
+
+
 def test_who_is_done_is_not_behind():
   def beats(t: int) -> dict[int, Beat]:
     done = beat(1, 10, "evaluating", evaluating=float(t))._replace(done=True)

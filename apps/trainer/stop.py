@@ -4,6 +4,7 @@ SIGTERM asks for it, Ctrl-C, and Google Compute Engine, where it is about to tak
 """
 
 from collections.abc import Callable
+import contextlib
 import http.client
 import os
 import signal
@@ -79,16 +80,26 @@ class StopRequest:
     signal.signal(number, self._old[number])  # a second one acts as usual
 
   def _listen(self, server: str) -> None:
-    """The thread: asks for notices until there is one, or the run is over."""
+    """The thread: asks for notices until there is a new one, or the run is over.
+
+    One that is there at the start has stopped the run before; machines with GPUs get it an hour
+    ahead, and go on until then.
+    """
+    known = read_notices(server) or set()
     while not self._over.wait(_POLL):
-      notice = read_notice(server)
-      if notice is None:
+      notices = read_notices(server)
+      if notices is None:
         continue
+      if not notices - known:
+        known = notices
+        continue
+      notice = min(notices - known)
       logging.warning("%s on %s: stops after a checkpoint", notice, socket.gethostname())
       self._why = notice
       if self._board is not None:
         self._why = f"{notice} on {socket.gethostname()}"
-        self._board.put(_WHY, self._why)
+        with contextlib.suppress(ConnectionError):  # then the runtime of jax ends this process
+          self._board.put(_WHY, self._why)
       if not self._over.is_set():  # afterwards nobody listens for the signal
         os.kill(os.getpid(), signal.SIGTERM)
       return
@@ -103,8 +114,9 @@ def metadata_server() -> str | None:
   return os.environ.get("GCE_METADATA_HOST") or default
 
 
-def read_notice(server: str) -> str | None:
-  """Why this machine is about to end, such as `preempted TRUE`; None where it is not."""
+def read_notices(server: str) -> set[str] | None:
+  """Why this machine is about to end, such as `preempted TRUE`; None where nobody answers."""
+  found = set()
   direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
   for name, ending in _NOTICES.items():
     request = urllib.request.Request(
@@ -115,7 +127,7 @@ def read_notice(server: str) -> str | None:
         value = answer.read(100).decode(errors="replace").strip()
     except (OSError, http.client.HTTPException) as error:  # it is asked again
       logging.debug("no answer about %s: %s", name, error)
-      continue
+      return None
     if value.startswith(ending):
-      return f"{name} {value}"
-  return None
+      found.add(f"{name} {value}")
+  return found

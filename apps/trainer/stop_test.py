@@ -80,9 +80,19 @@ def test_a_notice_stops_and_is_named(metadata: dict[str, str], name: str, value:
     assert request.exit_code == 143
 
 
+def test_a_notice_that_is_there_at_the_start_was_heeded_before(metadata: dict[str, str]):
+  metadata["maintenance-event"] = "TERMINATE_ON_HOST_MAINTENANCE"
+  with StopRequest() as request:
+    time.sleep(0.5)
+    assert request.requested(0) is None
+    metadata["preempted"] = "TRUE"
+    metadata["maintenance-event"] = "NONE"
+    assert wait_for_request(request) == "preempted TRUE"
+
+
 def test_a_migration_is_no_reason_to_stop(metadata: dict[str, str]):
   metadata["maintenance-event"] = "MIGRATE_ON_HOST_MAINTENANCE"
-  assert stop.read_notice(os.environ["GCE_METADATA_HOST"]) is None
+  assert stop.read_notices(os.environ["GCE_METADATA_HOST"]) == set()
 
 
 def test_a_server_that_answers_late_is_asked_again(metadata: dict[str, str]):
