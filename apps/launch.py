@@ -1,7 +1,6 @@
 """What the main of every training app does: flags, devices, demo data, then check or run."""
 
 from collections.abc import Callable
-import os
 from pathlib import Path
 import sys
 from typing import TYPE_CHECKING
@@ -17,6 +16,9 @@ if TYPE_CHECKING:
 
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, report.")
+_COMPILE = flags.DEFINE_bool(
+  "compile", False, "Compile the train step of every stage for the cache, and stop."
+)
 _CHECK = flags.DEFINE_bool("check", False, "Resolve everything, read one batch, and stop.")
 
 
@@ -32,6 +34,8 @@ def launch(make_app: Callable[[], "App"], base: str, recipes: str) -> None:
     UserError: flags, settings or data that cannot be used.
   """
   config = _CONFIG.value
+  if _CHECK.value and _COMPILE.value:
+    raise UserError("--check --compile: give one of them; --check compiles nothing")
   if config is None or not _WORKDIR.value:
     raise UserError("give --config=apps/configs/NAME.py and --workdir=DIRECTORY")
   with user_errors():
@@ -47,7 +51,7 @@ def launch(make_app: Callable[[], "App"], base: str, recipes: str) -> None:
   import jax
 
   from apps import demo_data
-  from apps.trainer.check import check_run
+  from apps.trainer.check import check_run, compile_run
   from apps.trainer.hosts import Hosts
   from apps.trainer.loop import run_training
   from apps.trainer.progress import Terminal
@@ -55,15 +59,13 @@ def launch(make_app: Callable[[], "App"], base: str, recipes: str) -> None:
 
   workdir = Path(_WORKDIR.value).expanduser()
   ov_sharding.initialize(gone_after_seconds=config.hosts.gone_after)
-  if config.compile_cache:
-    jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compile_cache))
   terminal = Terminal(active=jax.process_index() == 0)
   app = make_app()
   code = 0
   with Hosts(terminal.phase, **config.hosts) as hosts:
     demo_data.prepare(config, workdir, terminal)
-    if _CHECK.value:
-      check_run(config, workdir, app, terminal)
+    if _CHECK.value or _COMPILE.value:
+      (check_run if _CHECK.value else compile_run)(config, workdir, app, terminal)
     else:
       code = run_training(config, workdir, app, terminal, hosts)
   if code:

@@ -64,7 +64,8 @@ def _shared() -> dict:
     "tensorboard": True,
     "wandb_project": "",  # name of a W&B project; its key comes from the environment only
     "profile": {"start": 0, "steps": 0},  # trace steps start..start+steps into workdir/profile
-    "compile_cache": "~/.cache/openvision/xla",  # "" compiles anew at every start
+    "compile_cache": "~/.cache/openvision/xla",  # local folder; "" compiles anew at every start
+    "compile_store": "",  # folder or gs://bucket/folder that machines share; trust it as your code
     # Dicts of changes, e.g. {"name": "84px", "total_steps": 9, "model.image_size": 84}.
     "stages": (),
   }

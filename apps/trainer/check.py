@@ -1,4 +1,7 @@
-"""`--check`: what a run would be, without training: sizes, memory, steps, the first batch."""
+"""What a run would be, without training.
+
+`--check` shows sizes, memory, steps and the first batch; `--compile` compiles the train steps.
+"""
 
 from pathlib import Path
 import tempfile
@@ -11,12 +14,14 @@ from rich.console import Console
 from rich.table import Table
 
 from apps.trainer import inputs
+from apps.trainer.compile_cache import CompileCache, Program, megabytes, short_key
 from apps.trainer.config import check_values, to_json
 from apps.trainer.errors import user_errors
 from apps.trainer.held_out import HeldOut
-from apps.trainer.loop import App, Parts, build_parts
+from apps.trainer.loop import App, Parts, build_parts, build_step
 from apps.trainer.progress import Terminal
 from apps.trainer.stages import resolve_stages
+from apps.trainer.task import abstract_batch
 import ov_models
 import ov_sharding
 
@@ -29,13 +34,13 @@ def check_run(config: ConfigDict, workdir: Path, app: App, terminal: Terminal) -
   """
   with user_errors(), tempfile.TemporaryDirectory() as scratch:
     check_values(config)
+    CompileCache(config.compile_cache, config.compile_store, terminal.phase)
     print(to_json(config), end="")
     stages = resolve_stages(config)
     mesh = ov_sharding.make_mesh(ov_sharding.MeshConfig(**config.mesh))
     kept = workdir / "tokenizer"
     tokenizer = inputs.open_tokenizer(config, workdir if kept.exists() else Path(scratch), terminal)
-    table = Table(title=f"{workdir}: {jax.device_count()} x {jax.devices()[0].device_kind}")
-    table.add_column("")
+    table = Table("", title=f"{workdir}: {_devices()}")
     columns = []
     for stage in stages:
       table.add_column(stage.name, justify="right")
@@ -47,6 +52,60 @@ def check_run(config: ConfigDict, workdir: Path, app: App, terminal: Terminal) -
       table.add_row(name, *(column[name] for column in columns))
     Console().print(table)
     print("check passed")
+
+
+def compile_run(config: ConfigDict, workdir: Path, app: App, terminal: Terminal) -> None:
+  """Compiles the train step of every stage for the devices that are here; trains nothing.
+
+  What came out is in the compile cache and, where there is one, in the store. No array is made. The
+  tokenizer is made as by the run, for its special ids are part of the program.
+
+  Raises:
+    UserError: settings that cannot be, or a store that cannot be written.
+  """
+  with user_errors():
+    check_values(config)
+    cache = CompileCache(config.compile_cache, config.compile_store, terminal.phase)
+    stages = resolve_stages(config)
+    mesh = ov_sharding.make_mesh(ov_sharding.MeshConfig(**config.mesh))
+    tokenizer = inputs.open_tokenizer(config, workdir, terminal)
+    table = Table("stage", "seconds", "", "program", "size", "peak of a device", title=_devices())
+    with cache:
+      cache.fetch()
+      for stage in stages:
+        parts = build_parts(stage.config, app.make_task, tokenizer, mesh)
+        step = build_step(stage.config, parts, mesh, stage.index)
+        rows, sharding = stage.config.batch_size, ov_sharding.batch_sharding(mesh)
+        batch = abstract_batch(parts.task, rows, sharding)
+        terminal.phase(f"{stage.name}: compiling the train step")
+        with ov_models.on_mesh(mesh), cache.watch(f"{stage.name}: train step") as programs:
+          compiled = step.lower(parts.abstract, batch).compile()
+        table.add_row(stage.name, *_compiled(programs[-1], compiled))
+      cache.push(required=True)
+  if jax.process_index() == 0:
+    Console().print(table)
+
+
+def _compiled(program: Program, compiled: jax.stages.Compiled) -> tuple[str, ...]:
+  """Seconds, what happened, key, size, peak memory."""
+  memory = compiled.memory_analysis()
+  peak = "-" if memory is None else _mebibytes(
+    memory.argument_size_in_bytes
+    + memory.output_size_in_bytes
+    + memory.temp_size_in_bytes
+    - memory.alias_size_in_bytes
+  )  # fmt: skip
+  return (
+    f"{program.seconds:.1f}",
+    "loaded" if program.loaded else "compiled",
+    short_key(program.key) if program.key else "-",
+    megabytes(program.size) if program.size is not None else "not kept",
+    peak,
+  )
+
+
+def _devices() -> str:
+  return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
 
 
 def _facts(

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from apps.trainer import inputs, summary
 from apps.trainer.augment import make_preprocess
 from apps.trainer.checkpoint import Checkpoints
+from apps.trainer.compile_cache import CompileCache
 from apps.trainer.config import (
   augment_config,
   check_values,
@@ -124,6 +125,7 @@ def run_training(
   """
   with user_errors():
     check_values(config)
+    cache = CompileCache(config.compile_cache, config.compile_store, terminal.phase)
     stages = resolve_stages(config)
     mesh = ov_sharding.make_mesh(ov_sharding.MeshConfig(**config.mesh))
     terminal.phase(
@@ -142,7 +144,8 @@ def run_training(
     )
 
   hosts.last_checkpoint = checkpoints.finished_step
-  with checkpoints, StopRequest() as stop, hosts.told():
+  with cache, checkpoints, StopRequest() as stop, hosts.told():
+    cache.fetch()
     with user_errors():
       saved = _saved_step(config, checkpoints)
     writer = MetricWriter(
@@ -155,7 +158,7 @@ def run_training(
     )
     with writer:
       run = Run(
-        config, workdir, stages, tokenizer, mesh, terminal, checkpoints, writer, stop, hosts
+        config, workdir, stages, tokenizer, mesh, terminal, checkpoints, writer, stop, hosts, cache
       )
       for stage in stages[_first_stage(stages, saved, config.eval_only) :]:
         try:

@@ -8,6 +8,7 @@ import jax
 from ml_collections import ConfigDict
 
 from apps.trainer.checkpoint import Checkpoints
+from apps.trainer.compile_cache import CompileCache
 from apps.trainer.hosts import Hosts
 from apps.trainer.progress import Terminal
 from apps.trainer.sinks import MetricWriter
@@ -31,6 +32,7 @@ class Run:
   writer: MetricWriter
   stop: StopRequest
   hosts: Hosts
+  cache: CompileCache
   evaluation: Evaluation | None = None
   evaluated_step: int = 0  # what `evaluation` is of
   model_name: str = ""

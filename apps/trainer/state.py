@@ -70,8 +70,11 @@ def init_state(
     tx: the optimizer's transformation.
     shardings: from `state_shardings`; an "ema" entry in it asks for an average.
   """
-  build = lambda key: new_state(init_params(key), tx, ema="ema" in shardings)
-  return jax.jit(build, out_shardings=shardings)(key)
+
+  def init(key: jax.Array) -> TrainState:
+    return new_state(init_params(key), tx, ema="ema" in shardings)
+
+  return jax.jit(init, out_shardings=shardings)(key)
 
 
 def replace_params(state: TrainState, params: PyTree) -> TrainState:

@@ -1,5 +1,6 @@
 """The steps of one stage: batches in, metrics and checkpoints out."""
 
+from collections.abc import Iterator
 import contextlib
 import time
 from typing import Any
@@ -69,8 +70,7 @@ class Stepper:
       waited = time.perf_counter() - began
       run.hosts.at(stage.first_step + step, STEP if step > first else "compiling")
       batch = ov_sharding.global_batch({k: batch[k] for k in self._batch_keys}, run.mesh)
-      # Tracing the first step can still find a setting that this machine cannot do.
-      with user_errors() if step == first else contextlib.nullcontext():
+      with self._first_call() if step == first else contextlib.nullcontext():
         state, metrics = train_step(state, batch)
       step += 1
       run.hosts.at(stage.first_step + step, STEP)
@@ -79,6 +79,7 @@ class Stepper:
       if step == first + 1:  # this step's time is mostly the compiler's
         self._settle()
         run.terminal.phase(f"{stage.name}: first step after {time.perf_counter() - began:.1f} s")
+        run.cache.push()
         self._meter.reset()
       else:
         self._meter.step(waited)
@@ -88,6 +89,13 @@ class Stepper:
     if signal and step > first:
       self._save(step, state, loader)
     return state, signal
+
+  @contextlib.contextmanager
+  def _first_call(self) -> Iterator[None]:
+    """Around the call that compiles the train step."""
+    # Tracing can still find a setting that this machine cannot do.
+    with user_errors(), self._run.cache.watch(f"{self._stage.name}: train step"):
+      yield
 
   def evaluate(self, state: TrainState, *, record: bool = True) -> None:
     """Evaluates, writes the figures, and keeps what was found for the report.
@@ -114,6 +122,7 @@ class Stepper:
     shown = key_figures(run.evaluation.results) or run.evaluation.results[:4]
     figures = [f"{result.name} {result.value:.4f}" for result in shown]
     run.terminal.phase(f"{self._stage.name}: " + ", ".join(figures))
+    run.cache.push()
 
   def _write(self, step: int, examples_seen: int, evaluation: Evaluation) -> None:
     """The figures as evaluation.json, the last, and evaluations/<step>.json, one of each step."""

@@ -5,6 +5,7 @@ import dataclasses
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 
 from apps.trainer.gallery import Gallery
 from apps.trainer.report import ClassTable, Sample
@@ -81,3 +82,20 @@ class Evaluation:
 
 
 Evaluate = Callable[[Params], Evaluation]
+
+
+def abstract_batch(
+  task: Task, rows: int, sharding: jax.sharding.NamedSharding
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shapes and dtypes of a batch of `rows` examples as the train step gets it."""
+  specs = task.text_specs or {}
+  batch = {}
+  for key in task.batch_keys:
+    shape: tuple[int, ...] = (rows, specs[key].length if key in specs else task.text_len)
+    dtype: Any = jnp.int32
+    if key == "image":
+      shape, dtype = (rows, task.image_size, task.image_size, 3), jnp.uint8
+    elif key in ("valid", "index"):
+      shape, dtype = (rows,), bool if key == "valid" else jnp.int32
+    batch[key] = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+  return batch

@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from apps.trainer.loop import MakeTask, Parts, build_parts, build_step
 from apps.trainer.stages import Stage
 from apps.trainer.step import TwoPhase
+from apps.trainer.task import abstract_batch
 import ov_data
 import ov_models
 import ov_sharding
@@ -123,18 +124,7 @@ def make_plan(stage: Stage, make_task: MakeTask, tokenizer: ov_data.Tokenizer, m
       f"{-(-config.batch_size // unit) * unit}"
     )
   parts = build_parts(config, make_task, tokenizer, mesh)
-  task, rows = parts.task, config.batch_size
-  specs = task.text_specs or {}
-  sharding = ov_sharding.batch_sharding(mesh)
-  batch = {}
-  for key in task.batch_keys:
-    shape: tuple[int, ...] = (rows, specs[key].length if key in specs else task.text_len)
-    dtype: Any = jnp.int32
-    if key == "image":
-      shape, dtype = (rows, task.image_size, task.image_size, 3), jnp.uint8
-    elif key in ("valid", "index"):
-      shape, dtype = (rows,), bool if key == "valid" else jnp.int32
-    batch[key] = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+  batch = abstract_batch(parts.task, config.batch_size, ov_sharding.batch_sharding(mesh))
   return Plan(config, parts, batch, mesh, stage.index)
 
 

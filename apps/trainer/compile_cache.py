@@ -1,0 +1,373 @@
+"""The compile cache of a run: what the compiler made is kept, found again, and told.
+
+  with CompileCache("~/.cache/openvision/xla", "gs://bucket/xla", terminal.phase) as cache:
+    cache.fetch()                               # from the store, what is not here
+    with cache.watch("main: train step"):
+      state, metrics = train_step(state, batch)   # says: compiled or loaded, how long, which key
+    cache.push()                                # to the store, what is not there
+
+The folder is JAX's persistent cache, always local. Its keys are hashes of the program, the compile
+options, XLA flags, versions of jaxlib and backend, and the devices with their topology. JAX would
+hash the path of the folder, too, through the place of XLA's autotuning cache: an entry then serves
+the folder it was made in and no other, nor a bucket. That cache is therefore off.
+
+The store is a second folder, local or gs://, that machines share: only whole entries are copied, in
+sub-folders of one version and kind of devices. Entries hold native code and run as such: a store
+must be trusted as the program itself. Those are JAX's own entries; serialized executables of
+`jax.experimental.serialize_executable` would be unpickled besides.
+
+Process 0 writes the folder and the store, as JAX has it; every process reads both. Where hosts have
+a home of their own, the store is what spares the others the compiler.
+"""
+
+from collections.abc import Callable, Iterator
+import concurrent.futures
+import contextlib
+import logging
+from pathlib import Path
+import re
+import secrets
+import threading
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+from absl import logging as absl_logging
+from etils import epath
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
+from apps.trainer.errors import UserError
+
+_LOGGER = logging.getLogger("jax._src.compiler")  # it alone names keys
+_SUFFIX = "-cache"  # of an entry's file
+_ENTRY = re.compile(rf"[^/]+-[0-9a-f]{{64}}{_SUFFIX}")
+_TRACED = "/jax/core/compile/jaxpr_trace_duration"
+_LOWERED = "/jax/core/compile/jaxpr_to_mlir_module_duration"
+_COMPILED = "/jax/core/compile/backend_compile_duration"  # or read from the cache
+
+_TELL_SECONDS = 5.0  # a program that took as long is told, whichever it is
+_FETCH_BYTES = 4 * 10**9  # newest entries of a store up to this size are copied
+
+# Without a watch JAX keeps what took a second to compile; a watched program is kept anyhow.
+_KEEP_ALL = {
+  "jax_persistent_cache_min_compile_time_secs": 0.0,
+  "jax_persistent_cache_min_entry_size_bytes": -1,
+}
+
+
+class Program(NamedTuple):
+  """What became of one program.
+
+  Attributes:
+    name: as JAX calls it, such as "jit(update)".
+    key: of its entry; None without a cache.
+    loaded: from the cache; else compiled.
+    damaged: an entry was there that could not be read.
+    trace_seconds: tracing and lowering, which no cache spares.
+    seconds: compiling or loading.
+    size: bytes of the entry in the local folder; None where there is none.
+  """
+
+  name: str
+  key: str | None
+  loaded: bool
+  damaged: bool
+  trace_seconds: float
+  seconds: float
+  size: int | None
+
+
+class _Current(threading.local):
+  """What is known of the program that this thread compiles."""
+
+  key: str | None = None
+  loaded = False
+  damaged = False
+  traced = 0.0
+  lowered = 0.0
+
+
+class CompileCache:
+  """Sets up JAX's cache, watches it, and exchanges entries with a store."""
+
+  def __init__(self, folder: str, store: str, say: Callable[[str], None]):
+    """Nothing is touched yet.
+
+    Args:
+      folder: `config.compile_cache`; "" keeps nothing.
+      store: `config.compile_store`; "" for none.
+      say: prints a line; silent on every process but the first.
+
+    Raises:
+      ValueError: places that cannot serve.
+    """
+    if "://" in folder:
+      raise ValueError(
+        f"config.compile_cache={folder}: the cache is a local folder; "
+        "config.compile_store=gs://... copies its entries to and from a bucket"
+      )
+    if "://" in store and not store.startswith("gs://"):
+      raise ValueError(f"config.compile_store={store}: expected a folder or gs://bucket/folder")
+    if store and not folder:
+      raise ValueError(
+        f"config.compile_store={store} needs a local folder to copy from and to: "
+        "set config.compile_cache, too"
+      )
+    self._folder = Path(folder).expanduser().absolute() if folder else None
+    self._store = epath.Path(store).expanduser() if store else None
+    self._say = say
+    self._current = _Current()
+    self._watched: list[Program] | None = None
+    self._used: dict[str, Program] = {}  # by key
+    self._pushed: set[str] = set()
+
+  def __enter__(self) -> Self:
+    if self._folder is not None:
+      self._open(self._folder)
+    self._undo = contextlib.ExitStack()
+    self._undo.callback(compilation_cache.reset_cache)  # JAX opens a folder once
+    settings = {
+      "jax_compilation_cache_dir": None if self._folder is None else str(self._folder),
+      "jax_persistent_cache_enable_xla_caches": "none",
+    }
+    self._undo.enter_context(_settings(settings))
+    compilation_cache.reset_cache()
+    # Records that only this filter wants go no further.
+    self._shown = _LOGGER.getEffectiveLevel()
+    level = _LOGGER.level
+    _LOGGER.addFilter(self._read_log)
+    _LOGGER.setLevel(logging.DEBUG)
+    self._undo.callback(_LOGGER.setLevel, level)
+    self._undo.callback(_LOGGER.removeFilter, self._read_log)
+    jax.monitoring.register_event_duration_secs_listener(self._on_duration)
+    self._undo.callback(jax.monitoring.unregister_event_duration_listener, self._on_duration)
+    return self
+
+  def __exit__(
+    self,
+    kind: type[BaseException] | None,
+    error: BaseException | None,
+    traceback: TracebackType | None,
+  ) -> None:
+    self._undo.close()
+
+  @contextlib.contextmanager
+  def watch(self, label: str) -> Iterator[list[Program]]:
+    """Tells what became of the program that the block compiles last, and keeps it, however small.
+
+    Yields:
+      A list that gets every program the block compiles or loads.
+    """
+    programs: list[Program] = []
+    self._watched = programs
+    try:
+      with _settings(_KEEP_ALL):
+        yield programs
+    finally:
+      self._watched = None
+    if programs:
+      self._say(self._text(label, programs[-1]))
+      if jax.process_index() and not programs[-1].loaded:
+        absl_logging.warning("process %d: %s", jax.process_index(), self._text(label, programs[-1]))
+
+  def fetch(self) -> None:
+    """Copies entries of the store that are missing here; what cannot be read costs a compile."""
+    if self._store is None or self._folder is None:
+      return
+    try:
+      self._fetch(self._store / _kind(), self._folder)
+    except Exception as error:
+      self._warn(f"{self._store} cannot be read, programs are compiled: {_short(error)}")
+
+  def push(self, *, required: bool = False) -> None:
+    """Copies entries that this process made or used and the store lacks; process 0 alone.
+
+    Args:
+      required: whether a store that cannot be written is an error; otherwise it is told.
+
+    Raises:
+      OSError: where it is required and fails.
+    """
+    if self._store is None or self._folder is None or jax.process_index():
+      return
+    try:
+      self._push(self._store / _kind(), self._folder)
+    except Exception as error:
+      message = f"{self._store} cannot be written: {_short(error)}"
+      if required:
+        raise OSError(message) from error
+      self._warn(message)
+
+  def _open(self, folder: Path) -> None:
+    """Raises UserError where JAX would warn at every program."""
+    try:
+      folder.mkdir(parents=True, exist_ok=True)
+      next(folder.iterdir(), None)
+    except OSError as error:
+      raise UserError(
+        f"config.compile_cache={folder} cannot be used: {error.strerror}; choose another folder, "
+        'or "" to compile at every start'
+      ) from error
+
+  def _fetch(self, store: epath.Path, folder: Path) -> None:
+    found = _entries(store)
+    if not found:
+      self._say(f"compile store {store}: no programs for these devices yet")
+      return
+    missing = [entry for entry in found if not (folder / entry.name).exists()]
+    wanted, total = [], 0
+    for entry in sorted(missing, key=lambda entry: -entry.changed):
+      if total + entry.size <= _FETCH_BYTES:
+        wanted.append(entry)
+        total += entry.size
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+      list(pool.map(lambda entry: _copy(store / entry.name, epath.Path(folder)), wanted))
+    here = len(found) - len(missing)
+    left = len(missing) - len(wanted)
+    self._say(
+      f"compile store {store}: {len(wanted)} of {len(found)} programs fetched "
+      f"({megabytes(total)}), {here} were here"
+      + (f", {left} older ones left there" if left else "")
+    )
+
+  def _push(self, store: epath.Path, folder: Path) -> None:
+    names = {f"{key}{_SUFFIX}": program for key, program in self._used.items()}
+    new = [name for name in names if name not in self._pushed and (folder / name).exists()]
+    if not new:
+      return
+    store.mkdir(parents=True, exist_ok=True)
+    there = {entry.name for entry in _entries(store)}
+    # A damaged entry may have come from the store.
+    sent = [name for name in new if name not in there or names[name].damaged]
+    for name in sent:
+      _copy(epath.Path(folder / name), store)
+    self._pushed.update(new)
+    if sent:
+      size = sum((folder / name).stat().st_size for name in sent)
+      self._say(f"compile store {store}: {len(sent)} programs kept ({megabytes(size)})")
+
+  def _read_log(self, record: logging.LogRecord) -> bool:
+    """Learns key, hit and miss from what JAX says before it compiles."""
+    found = re.match(r"persistent compilation cache (hit|miss)\b", str(record.msg), re.IGNORECASE)
+    if found and isinstance(record.args, tuple) and self._folder is not None:
+      current = self._current
+      current.key = str(record.args[1])
+      current.loaded = found[1].lower() == "hit"
+      path = self._path(current.key)
+      current.damaged = not current.loaded and path.exists()
+      if current.damaged and jax.process_index() == 0:
+        path.unlink(missing_ok=True)  # JAX would leave it there, and compile at every start
+    return record.levelno >= self._shown
+
+  def _on_duration(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
+    current = self._current
+    if event == _TRACED:
+      current.traced = duration_secs  # the outermost function ends last
+    elif event == _LOWERED:
+      current.lowered = duration_secs
+    elif event == _COMPILED:
+      path = self._path(current.key) if current.key else None
+      program = Program(
+        name=str(kwargs.get("fun_name", "a program")),
+        key=current.key,
+        loaded=current.loaded,
+        damaged=current.damaged,
+        trace_seconds=current.traced + current.lowered,
+        seconds=duration_secs,
+        size=path.stat().st_size if path and path.exists() else None,
+      )
+      vars(current).clear()  # of this thread
+      if program.key:
+        self._used[program.key] = program
+      if self._watched is not None:
+        self._watched.append(program)
+      elif program.damaged or program.seconds + program.trace_seconds >= _TELL_SECONDS:
+        self._say(self._text(program.name, program))
+
+  def _path(self, key: str) -> Path:
+    assert self._folder is not None
+    return self._folder / f"{key}{_SUFFIX}"
+
+  def _text(self, label: str, program: Program) -> str:
+    took = f"{program.seconds:.1f} s (tracing {program.trace_seconds:.1f} s before)"
+    if program.key is None:
+      return f"{label} compiled in {took}; not kept: config.compile_cache is empty"
+    size = "" if program.size is None else f" ({megabytes(program.size)})"
+    key = short_key(program.key)
+    if program.loaded:
+      return f"{label} loaded from the compile cache in {took}: {key}{size}"
+    kept = f"kept in {self._folder} as {key}{size}"
+    if program.size is None:
+      kept = f"not kept in {self._folder}: " + (
+        "process 0 alone writes there" if jax.process_index() else f"{key} could not be written"
+      )
+    damaged = "; the entry that was there could not be read" if program.damaged else ""
+    return f"{label} compiled in {took}, {kept}{damaged}"
+
+  def _warn(self, text: str) -> None:
+    if jax.process_index():
+      absl_logging.warning("process %d: compile store %s", jax.process_index(), text)
+    self._say(f"compile store {text}")
+
+
+class _Entry(NamedTuple):
+  name: str
+  size: int  # bytes
+  changed: float  # seconds since 1970
+
+
+def short_key(key: str) -> str:
+  """A key as people read it: the program and the first digits of its hash."""
+  name, _, digest = key.rpartition("-")
+  return f"{name}-{digest[:8]}"
+
+
+def _kind() -> str:
+  """The sub-folder of a store for entries that may fit these devices."""
+  kind = re.sub(r"[^a-z0-9]+", "-", jax.devices()[0].device_kind.lower()).strip("-")
+  return f"jax-{jax.__version__}/{kind}-{jax.device_count()}"
+
+
+def _entries(store: epath.Path) -> list[_Entry]:
+  if not store.is_dir():
+    return []
+  paths = [path for path in store.iterdir() if _ENTRY.fullmatch(path.name)]
+  with concurrent.futures.ThreadPoolExecutor(8) as pool:  # stat is a request each on gs://
+    stats = pool.map(lambda path: path.stat(), paths)
+    return [_Entry(p.name, s.length, s.mtime) for p, s in zip(paths, stats, strict=True)]
+
+
+def _copy(source: epath.Path, folder: epath.Path) -> None:
+  """Copies an entry under a temporary name, checks its size, then gives it its own name."""
+  part = folder / f"part-{secrets.token_hex(8)}"
+  try:
+    source.copy(part, overwrite=True)
+    expected, got = source.stat().length, part.stat().length
+    if got != expected:
+      raise OSError(f"{source} has {expected} bytes, its copy in {folder} {got}")
+    part.replace(folder / source.name)
+  except Exception:
+    part.unlink(missing_ok=True)
+    raise
+
+
+@contextlib.contextmanager
+def _settings(values: dict[str, Any]) -> Iterator[None]:
+  """Settings of JAX for a while."""
+  before = {name: getattr(jax.config, name) for name in values}
+  try:
+    for name, value in values.items():
+      jax.config.update(name, value)
+    yield
+  finally:
+    for name, value in before.items():
+      jax.config.update(name, value)
+
+
+def megabytes(size: int) -> str:
+  """Bytes in units of 10^6."""
+  return f"{size / 1e6:.1f} MB"
+
+
+def _short(error: Exception) -> str:
+  return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

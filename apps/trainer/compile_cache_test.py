@@ -1,0 +1,210 @@
+"""A second start loads what the first compiled, in any folder; damage and changes are told."""
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from apps.trainer.compile_cache import CompileCache, Program, short_key
+from apps.trainer.errors import UserError
+
+
+class Start:
+  """What a process that starts would do: nothing compiled is in its memory."""
+
+  def __init__(self, folder: Path | str = "", store: Path | str = "", rows: int = 4):
+    jax.clear_caches()
+    self.said: list[str] = []
+    self.traces = 0
+    with CompileCache(str(folder), str(store), self.said.append) as cache:
+      cache.fetch()
+      with cache.watch("main: train step") as self.programs:
+        self.result = self.step(np.ones([rows, 8], np.float32))
+      cache.push(required=True)
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def step(self, x):
+    self.traces += 1
+    return jnp.tanh(x @ x.T).sum()
+
+  @property
+  def program(self) -> Program:
+    (program,) = (p for p in self.programs if p.name == "jit(step)")
+    return program
+
+  @property
+  def line(self) -> str:
+    (line,) = (line for line in self.said if line.startswith("main: train step "))
+    return line
+
+
+def entries(folder: Path) -> list[Path]:
+  return sorted(folder.glob("**/jit_step-*-cache"))
+
+
+def test_a_second_start_loads(tmp_path):
+  first, second = Start(tmp_path), Start(tmp_path)
+  (entry,) = entries(tmp_path)
+  key = short_key(entry.name.removesuffix("-cache"))
+  size = entry.stat().st_size
+  assert first.program.key == second.program.key == entry.name.removesuffix("-cache")
+  assert first.program.size == second.program.size == size > 0
+  # Microseconds to compile: only a watched program is kept.
+  assert " compiled in " in first.line and f"kept in {tmp_path} as {key} (0." in first.line
+  assert " loaded from the compile cache in " in second.line and key in second.line
+  assert first.traces == second.traces == 1
+  assert first.result == second.result
+
+
+def test_another_batch_size_or_setting_misses(tmp_path):
+  keys = {Start(tmp_path).program.key}
+  other = Start(tmp_path, rows=5)
+  assert not other.program.loaded
+  with jax.default_matmul_precision("float32"):
+    precise = Start(tmp_path)
+  assert not precise.program.loaded
+  assert len(keys | {other.program.key, precise.program.key}) == 3
+  assert Start(tmp_path).program.loaded
+
+
+@pytest.mark.parametrize("left", [0, 100, -1])
+def test_a_cut_entry_is_told_and_replaced(tmp_path, left):
+  first = Start(tmp_path)
+  (entry,) = entries(tmp_path)
+  whole = entry.read_bytes()
+  entry.write_bytes(whole[:left])
+  with pytest.warns(UserWarning, match="Error reading persistent compilation cache entry"):
+    second = Start(tmp_path)
+  assert not second.program.loaded and second.program.damaged
+  assert (
+    "compiled in" in second.line and "the entry that was there could not be read" in second.line
+  )
+  assert entry.stat().st_size == second.program.size
+  assert second.result == first.result
+  assert Start(tmp_path).program.loaded
+
+
+def test_without_a_cache_it_says_so(tmp_path):
+  start = Start()
+  assert start.line.endswith("not kept: config.compile_cache is empty")
+  assert not Start().program.loaded
+
+
+def test_jax_is_left_as_it_was(tmp_path):
+  before = dict(jax.config.values)
+  Start(tmp_path)
+  assert dict(jax.config.values) == before
+  jax.clear_caches()
+  Start.step(Start(), np.ones([6, 8], np.float32))
+  assert len(entries(tmp_path)) == 1
+
+
+def test_a_store_serves_another_home(tmp_path):
+  store = tmp_path / "store"
+  first = Start(tmp_path / "a", store)
+  second = Start(tmp_path / "b", store)
+  third = Start(tmp_path / "b", store)
+  assert not first.program.loaded and second.program.loaded and third.program.loaded
+  assert (
+    "no programs for these devices yet" in first.said[0] and "1 programs kept" in first.said[-1]
+  )
+  assert "1 of 1 programs fetched" in second.said[0] and "0 were here" in second.said[0]
+  assert "0 of 1 programs fetched" in third.said[0] and "1 were here" in third.said[0]
+  (kept,) = entries(store)
+  (fetched,) = entries(tmp_path / "b")
+  assert kept.read_bytes() == fetched.read_bytes()
+  assert kept.parent == store / f"jax-{jax.__version__}" / f"cpu-{jax.device_count()}"
+  assert sorted(p.name for p in kept.parent.iterdir()) == [kept.name]  # and no temporary file
+
+
+def test_what_was_loaded_is_kept_in_a_new_store(tmp_path):
+  Start(tmp_path / "a")
+  start = Start(tmp_path / "a", tmp_path / "store")
+  assert start.program.loaded and len(entries(tmp_path / "store")) == 1
+
+
+def test_a_damaged_entry_of_a_store_is_replaced(tmp_path):
+  store = tmp_path / "store"
+  Start(tmp_path / "a", store)
+  (kept,) = entries(store)
+  kept.write_bytes(kept.read_bytes()[:100])
+  with pytest.warns(UserWarning, match="Error reading"):
+    assert Start(tmp_path / "b", store).program.damaged
+  assert Start(tmp_path / "c", store).program.loaded
+
+
+def test_foreign_files_stay_in_the_store(tmp_path):
+  store = tmp_path / "store" / f"jax-{jax.__version__}" / f"cpu-{jax.device_count()}"
+  store.mkdir(parents=True)
+  (store / "notes.txt").write_text("not an entry")
+  (store / "part-0123456789abcdef").write_text("cut")
+  Start(tmp_path / "a", tmp_path / "store")
+  assert [p.name for p in (tmp_path / "a").iterdir() if not p.name.startswith("jit_")] == []
+
+
+def test_only_the_newest_entries_are_fetched(tmp_path, monkeypatch):
+  store = tmp_path / "store"
+  Start(tmp_path / "a", store)
+  (entry,) = entries(store)
+  monkeypatch.setattr("apps.trainer.compile_cache._FETCH_BYTES", entry.stat().st_size - 1)
+  start = Start(tmp_path / "b", store)
+  assert "0 of 1 programs fetched" in start.said[0] and "1 older ones left there" in start.said[0]
+  assert not start.program.loaded
+
+
+def test_a_store_that_cannot_be_read_costs_a_compile(tmp_path, monkeypatch):
+  Start(tmp_path / "a", tmp_path / "store")
+
+  def copy(source, folder):
+    raise OSError("quota\nexceeded")
+
+  said = []
+  with CompileCache(str(tmp_path / "b"), str(tmp_path / "store"), said.append) as cache:
+    monkeypatch.setattr("apps.trainer.compile_cache._copy", copy)
+    cache.fetch()
+  assert said == [
+    f"compile store {tmp_path}/store cannot be read, programs are compiled: OSError: quota exceeded"
+  ]
+
+
+def test_a_store_that_cannot_be_written_is_told(tmp_path):
+  (tmp_path / "file").write_text("")
+  said = []
+  with CompileCache(str(tmp_path / "a"), str(tmp_path / "file" / "store"), said.append) as cache:
+    cache.fetch()
+    with cache.watch("main: train step"):
+      jax.jit(jnp.sin)(np.ones(3, np.float32))
+    cache.push()
+    assert "cannot be written: " in said[-1], said
+    with pytest.raises(OSError, match="file/store cannot be written: "):
+      cache.push(required=True)
+
+
+def test_slow_programs_are_told_without_a_watch(tmp_path, monkeypatch):
+  monkeypatch.setattr("apps.trainer.compile_cache._TELL_SECONDS", 0.0)
+  said = []
+  with CompileCache(str(tmp_path), "", said.append):
+    jax.jit(lambda x: jnp.cos(x) + 3)(np.ones(3, np.float32))
+  assert any(line.startswith("jit(<lambda>) compiled in ") for line in said), said
+
+
+@pytest.mark.parametrize(
+  "folder, store, said",
+  [
+    ("gs://bucket/xla", "", "the cache is a local folder; config.compile_store=gs://"),
+    ("/tmp/xla", "s3://bucket/xla", "expected a folder or gs://bucket/folder"),
+    ("", "gs://bucket/xla", "set config.compile_cache, too"),
+  ],
+)
+def test_places_that_cannot_serve(folder, store, said):
+  with pytest.raises(ValueError, match=said):
+    CompileCache(folder, store, print)
+
+
+def test_a_folder_that_cannot_be(tmp_path):
+  (tmp_path / "file").write_text("")
+  with pytest.raises(UserError, match="file/xla cannot be used: Not a directory; choose another"):
+    CompileCache(str(tmp_path / "file" / "xla"), "", print).__enter__()
