@@ -57,22 +57,6 @@ class Job:
     return [python, "-m", f"apps.{self.app}", *own, *self.arguments]
 
 
-# Runs its arguments, passes SIGTERM on, waits. Asked to stop it ends with 143, whatever became of
-# the app: that does the same after its checkpoint, but need not have come so far.
-FORWARD = """\
-stopped=
-trap 'stopped=1; kill -TERM "$child"' TERM
-"$@" &
-child=$!
-code=0
-wait "$child" || code=$?
-while kill -0 "$child" 2> /dev/null; do
-  code=0
-  wait "$child" || code=$?
-done
-[ -z "$stopped" ] || exit 143
-exit "$code"
-"""
 USER_MISTAKE = 2  # an app's exit code when starting again would not help
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import yaml
 
-from tools.launch.job import FORWARD, USER_MISTAKE, Job, image
+from tools.launch.job import USER_MISTAKE, Job, image
 from tools.tpu import names
 from tools.tpu.names import Topology
 
@@ -43,8 +43,9 @@ def manifest(
       {
         "name": "app",
         "image": image(container),
-        "command": ["/bin/bash", "-c", FORWARD, "openvision"],
-        "args": [_literal(argument) for argument in command],
+        # SIGTERM reaches the app itself, which ends with code 143 after its checkpoint: no success,
+        # so the set begins again.
+        "command": [_literal(argument) for argument in command],
         # Without a TPU the app ends, and does not go on on the CPU.
         "env": [{"name": "JAX_PLATFORMS", "value": "tpu,cpu"}],
         "resources": {"limits": {"google.com/tpu": topology.chips_per_host}},
@@ -58,20 +59,10 @@ def manifest(
     pod["tolerations"] = [taint]
   if service_account:
     pod["serviceAccountName"] = names.name(service_account, "--service_account")
-  text = yaml.dump(_jobset(job, topology, slices, pod), Dumper=_Dumper, sort_keys=False, width=1000)
+  text = yaml.safe_dump(_jobset(job, topology, slices, pod), sort_keys=False, width=1000)
   return _HEADER + text
 
 
-class _Dumper(yaml.SafeDumper):
-  """Writes what has several lines as such."""
-
-
-def _string(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-  style = "|" if "\n" in text else None
-  return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
-
-
-_Dumper.add_representer(str, _string)
 _HEADER = """\
 # kubectl apply -f FILE; needs JobSet 0.6 or later and the Cloud Storage FUSE driver in the cluster.
 # Who the other processes are, GKE writes into the environment of TPU pods; ov_sharding reads it.

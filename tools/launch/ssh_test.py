@@ -26,7 +26,7 @@ folder, me = pathlib.Path({folder!r}), os.environ["OV_PROCESS_ID"]
 def stop(*_):
   print("saved", flush=True)
   time.sleep(0.2)
-  os._exit(0)
+  os._exit(143)
 signal.signal(signal.SIGTERM, signal.SIG_IGN if (folder / "DEAF").exists() else stop)
 child = subprocess.Popen(["sleep", "200"])
 names = ("OV_COORDINATOR", "OV_NUM_PROCESSES", "JAX_PLATFORMS", "PYTHONPATH")
