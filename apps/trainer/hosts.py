@@ -184,7 +184,7 @@ class Hosts:
         with contextlib.suppress(ConnectionError):  # the runtime of jax tells what that means
           end = self._exchange(board, number)
         if end is not None:
-          self._finish(end)
+          self._finish(board, end)
           return
         self._wake.wait(_BEAT)
         if self._wake.is_set():
@@ -225,9 +225,11 @@ class Hosts:
     self._suspect = word.get("suspect")
     return End(*word["end"]) if word.get("end") else None
 
-  def _finish(self, end: End) -> None:
+  def _finish(self, board: ov_sharding.Board, end: End) -> None:
     if end.kind == "done":
       return
+    with contextlib.suppress(ConnectionError):
+      board.put(f"read/{self._me}", "")
     error = self._error
     own = error is not None and (end.process == self._me or not _OF_OTHERS.search(str(error)))
     if own and error is not None and end.kind == "failed":
@@ -236,8 +238,10 @@ class Hosts:
       what = "is gone" if end.kind == "gone" else "failed"
       self._tell(f"{self._name(end.process)} {what}: {end.text}")
       code = end.code
-    if self._me == 0:
-      time.sleep(2.5 * _BEAT)  # until all have read it: with this process the board ends
+    if self._me == 0:  # with this process the board ends
+      readers, deadline = self._count - (end.kind == "gone"), time.monotonic() + 2.5 * _BEAT
+      while len(board.items("read")) < readers and time.monotonic() < deadline:
+        time.sleep(0.1)
     _exit(code)
 
   def _last_words(self) -> None:
