@@ -13,13 +13,12 @@ from apps.trainer.loop import MakeTask
 from apps.trainer.stages import Stage
 import ov_models
 import ov_sharding
-from tools.preflight import collectives, roofline
+from tools.preflight import collectives, peak, roofline
 from tools.preflight.compile import (
   Compiled,
   Plan,
   compared_bytes,
   compile_step,
-  largest_temporaries,
   make_plan,
   stand_in_tokenizer,
   tree_bytes,
@@ -40,7 +39,7 @@ class Assessment:
     compiled_on: the machine compiled for; it stands in for `target` where it is smaller.
     mesh: axis -> size, at full size.
     numbers: name -> figure, the content of the JSON file.
-    largest: see `largest_temporaries`.
+    largest: see `peak.grouped`.
     exchanges: see `collectives.by_kind`, at full size.
     faults: what should not be in the program.
     unknown_loops: loops whose number of turns the program does not tell; they count once.
@@ -118,7 +117,7 @@ def assess(
     compiled_on,
     mesh_sizes,
     numbers,
-    largest_temporaries(program) if program else [],
+    peak.grouped(compiled.held) if compiled else [],
     exchanges,
     _faults(plan, found, program is not None, mesh_sizes),
     program.unknown_loops if program else [],
@@ -263,6 +262,7 @@ def _numbers(
     "alias_bytes": memory.aliased if memory else None,
     "temp_bytes": memory.temporaries if memory else None,
     "peak_bytes_per_device": memory.peak if memory else None,
+    "held_bytes": sum(one.bytes for one in compiled.held) if memory else None,
     "hbm_bytes": hbm,
     "fits": bool(memory and (hbm is None or memory.peak <= hbm)) if compiled else None,
     "missing_bytes": max(needed - hbm, 0) if needed and hbm else None,
@@ -273,6 +273,7 @@ def _numbers(
     "moved_bytes_per_step": moved,
     "sent_bytes_per_step": sum(sent) if memory else None,
     "flops_per_byte": executed * per_device / moved if moved else None,
+    "image_tokens_per_step": config.batch_size * _image_tokens(plan),
     "text_tokens_per_step": config.batch_size * _text_tokens(plan),
     "steps": config.total_steps,
   }
@@ -301,6 +302,12 @@ def _numbers(
     "images_per_second_per_host": images / target.hosts,
     "input_bytes_per_second_per_host": images / target.hosts * task.image_size**2 * 3,
   }
+
+
+def _image_tokens(plan: Plan) -> int:
+  """Patches of a picture, whether the encoder sees all of them or not."""
+  _, _, patch = plan.config.model.encoder.partition("/")
+  return (plan.parts.task.image_size // int(patch)) ** 2
 
 
 def _text_tokens(plan: Plan) -> int:

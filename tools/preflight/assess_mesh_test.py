@@ -93,6 +93,7 @@ def test_losses_between_rows():
   found = assess(Stage(0, "main", config, 0), ClipTask.from_config, HERE)
   assert found.fits and found.faults == []
   assert found.numbers["text_tokens_per_step"] == 64 * 2 * 16  # two positives
+  assert found.numbers["image_tokens_per_step"] == 64 * 2 * 2
 
 
 def test_without_a_compiler_sizes_remain(monkeypatch: pytest.MonkeyPatch):

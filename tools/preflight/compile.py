@@ -10,7 +10,9 @@ The step, its shardings and its donation are those of the training loop: `loop.b
 import dataclasses
 import math
 import os
+from pathlib import Path
 import re
+import tempfile
 import time
 from typing import Any
 
@@ -25,18 +27,13 @@ from apps.trainer.task import abstract_batch
 import ov_data
 import ov_models
 import ov_sharding
-from tools.preflight import hlo
+from tools.preflight import hlo, peak
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _USED = (
   re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm"),
   re.compile(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)"),
 )
-
-# What passes arrays on, or names those that are there, but makes none.
-_NO_ARRAY = {
-  "parameter", "tuple", "get-tuple-element", "bitcast", "while", "constant", "conditional",
-}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +81,8 @@ class Compiled:
     cpu_seconds: of all cores, which a busy machine does not stretch.
     memory: None where the program does not fit.
     program: None where there is none.
+    held: the temporaries that live when they take most, the largest first. They leave gaps, so
+      they are less than what the memory counts.
     refused: bytes it needs and bytes there are, where it does not fit.
   """
 
@@ -91,6 +90,7 @@ class Compiled:
   cpu_seconds: float
   memory: Memory | None
   program: hlo.Program | None
+  held: list[peak.Held] = dataclasses.field(default_factory=list)
   refused: tuple[int, int] | None = None
 
 
@@ -134,16 +134,23 @@ def compile_step(plan: Plan) -> Compiled:
   with ov_models.on_mesh(plan.mesh):
     step = build_step(plan.config, plan.parts, plan.mesh, plan.index)
     lowered = step.lower(plan.parts.abstract, plan.batch)
-  try:
-    compiled = lowered.compile()
-  except jax.errors.JaxRuntimeError as error:
-    refused = refusal(str(error))
-    if refused is None:
-      raise
-    compiled = None
-  seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
-  if compiled is None:
-    return Compiled(seconds, cpu_seconds, None, None, refused)
+  with tempfile.TemporaryDirectory() as folder:
+    try:
+      compiled = lowered.compile(compiler_options={"xla_dump_to": folder})
+    except jax.errors.JaxRuntimeError as error:
+      refused = refusal(str(error))
+      if refused is None:
+        raise
+      seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
+      return Compiled(seconds, cpu_seconds, None, None, refused=refused)
+    seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
+    return _read(compiled, Path(folder), seconds, cpu_seconds)
+
+
+def _read(
+  compiled: jax.stages.Compiled, folder: Path, seconds: float, cpu_seconds: float
+) -> Compiled:
+  """What the compiler tells of its program, and wrote into `folder`."""
   analysis, text = compiled.memory_analysis(), compiled.as_text()
   if analysis is None or text is None:
     raise RuntimeError(f"the compiler of {jax.default_backend()} tells neither memory nor program")
@@ -153,7 +160,8 @@ def compile_step(plan: Plan) -> Compiled:
     analysis.temp_size_in_bytes,
     analysis.alias_size_in_bytes,
   )
-  return Compiled(seconds, cpu_seconds, memory, hlo.parse(text))
+  program = hlo.parse(text)
+  return Compiled(seconds, cpu_seconds, memory, program, peak.at_peak(folder, program))
 
 
 def refusal(message: str) -> tuple[int, int] | None:
@@ -165,45 +173,6 @@ def refusal(message: str) -> tuple[int, int] | None:
       used, unit, limit, limit_unit = found.groups()
       return int(float(used) * _UNITS[unit]), int(float(limit) * _UNITS[limit_unit])
   return None
-
-
-def largest_temporaries(
-  program: hlo.Program, count: int = 5
-) -> list[tuple[int, str, int, str, str]]:
-  """The largest arrays the program makes in the memory of a device.
-
-  Results that leave the program are not among them. Arrays of the same shape from the same line
-  are told once.
-
-  Returns:
-    (bytes of one, array, how many, source line, place in the traced program) for each.
-  """
-  made = {i.name: i for i in program.computations[program.entry]}
-  results: set[str] = set()
-  for instruction in program.computations[program.entry]:
-    if instruction.is_root:
-      results = {_origin(name, made) for name in instruction.operands}
-  rows: dict[tuple[int, str, str], list[hlo.Instruction]] = {}
-  for instruction, _ in program.executed():
-    if instruction.operation in _NO_ARRAY or instruction.operation.endswith(("-start", "-done")):
-      continue
-    if instruction.name in results or "dynamic_update_slice" in instruction.op_name:
-      continue  # the second writes into an array that is there already
-    for array in instruction.arrays:
-      if array.space == 0:
-        key = (array.bytes, str(array), program.source(instruction))
-        rows.setdefault(key, []).append(instruction)
-  largest = sorted(rows.items(), key=lambda row: -row[0][0])[:count]
-  return [
-    (size, array, len(found), source, found[0].op_name) for (size, array, source), found in largest
-  ]
-
-
-def _origin(name: str, made: dict[str, hlo.Instruction]) -> str:
-  """The instruction whose result a bitcast or a part of a tuple passes on."""
-  while name in made and made[name].operation in ("bitcast", "get-tuple-element", "copy"):
-    name = made[name].operands[0]
-  return name
 
 
 def tree_bytes(tree: Any, shardings: Any = None) -> int:

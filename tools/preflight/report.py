@@ -32,6 +32,7 @@ _ROWS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
   ("  batch", "batch_bytes", _gigabytes),
   ("  arguments, as laid out", "argument_bytes", _gigabytes),
   ("  temporaries", "temp_bytes", _gigabytes),
+  ("    alive at once", "held_bytes", _gigabytes),
   ("  peak", "peak_bytes_per_device", _gigabytes),
   ("  memory", "hbm_bytes", _gigabytes),
   ("fits", "fits", lambda value: "yes" if value else "NO"),
@@ -55,6 +56,7 @@ _ROWS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     "input_bytes_per_second_per_host",
     lambda value: f"{value / 1e6:,.0f} MB/s",
   ),
+  ("image tokens per step", "image_tokens_per_step", _count),
   ("text tokens per step", "text_tokens_per_step", _count),
   ("steps", "steps", _count),
   ("hours", "hours", lambda value: f"{value:,.1f}"),
@@ -88,7 +90,7 @@ def details(one: Assessment) -> str:
       "device is the same"
     )
   if one.largest:
-    lines.append("  largest arrays the step makes:")
+    lines.append("  what lives beside the arguments when most does:")
   for size, array, count, source, name in one.largest:
     lines.append(
       f"    {_gigabytes(size)} x {count}  {array}  {short_source(source) or '(moved)'}"

@@ -11,7 +11,8 @@ from ml_collections import ConfigDict
 import pytest
 
 from apps.caption_task import CaptionTask
-from apps.configs import openvision2
+from apps.clip_task import ClipTask
+from apps.configs import openvision, openvision2
 from apps.configs.base import caption_config
 from apps.trainer.stages import Stage
 from tools.preflight import assess as assess_lib
@@ -20,7 +21,11 @@ from tools.preflight import topology
 pytestmark = pytest.mark.skipif(
   not topology.has_libtpu(), reason="no libtpu; OV_EXTRAS=tpu brings it"
 )
-# Recipes of apps/configs/openvision2.py, and what their step takes of each chip.
+RECIPES = {
+  "openvision": (openvision, ClipTask.from_config),
+  "openvision2": (openvision2, CaptionTask.from_config),
+}
+# Arguments of these recipes, and what their step takes of each chip.
 MEMORY = json.loads((Path(__file__).parent / "testdata/memory.json").read_text())
 
 
@@ -77,12 +82,12 @@ def test_too_large_is_an_answer():
   assert found.numbers["peak_bytes_per_device"] is None
 
 
-@pytest.mark.parametrize("golden", MEMORY, ids=lambda golden: golden["config"].replace("/", "-"))
+@pytest.mark.parametrize("golden", MEMORY, ids=lambda golden: golden["arguments"].replace("/", "-"))
 def test_no_change_eats_memory_unnoticed(golden: dict[str, Any]):
   """Within 5% of what was written down; where less is enough now, write down the new figure."""
-  stage = Stage(0, "main", openvision2.get_config(golden["config"]), 0)
-  target = topology.target(golden["topology"])
-  found = assess_lib.assess(stage, CaptionTask.from_config, target)
+  recipe, make_task = RECIPES[golden["recipe"]]
+  stage = Stage(0, "main", recipe.get_config(golden["arguments"]), 0)
+  found = assess_lib.assess(stage, make_task, topology.target(golden["topology"]))
   expected = golden["peak_bytes_per_device"]
   assert found.numbers["peak_bytes_per_device"] == pytest.approx(expected, rel=0.05)
   assert found.faults == []
