@@ -40,6 +40,7 @@ class HeldOut:
     tokenizer: of the run.
     mesh: of the run.
     terminal: shows how far an evaluation is.
+    waiting: entered while the next batch is waited for.
   """
 
   config: ConfigDict
@@ -47,6 +48,7 @@ class HeldOut:
   tokenizer: ov_data.Tokenizer
   mesh: jax.sharding.Mesh
   terminal: Terminal
+  waiting: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
 
   def open(self, section: ConfigDict | None = None, **options: Any) -> Examples:
     """The data of a section of `config.eval` with `dir`; those of `config.input` without.
@@ -86,7 +88,12 @@ class HeldOut:
     """The batches of one pass, with a bar."""
     loader = examples.loader
     with self.terminal.count(what, loader.num_batches or 0) as advance:
-      for batch in loader:
+      batches = iter(loader)
+      while True:
+        with self.waiting():
+          batch = next(batches, None)
+        if batch is None:
+          return
         yield batch
         advance(1)
 

@@ -32,7 +32,7 @@ from absl import logging
 import jax
 
 from apps.trainer.errors import exit_code, program, report
-from apps.trainer.slow_hosts import STARTING, Beat, SlowHosts
+from apps.trainer.slow_hosts import INPUT, STARTING, Beat, SlowHosts
 import ov_sharding
 
 GONE = 75  # exit code: another process is gone or failed; starting all again may help
@@ -123,11 +123,19 @@ class Hosts:
 
     Args:
       step: number of steps of the run that were given to the devices.
-      phase: a few words; slow_hosts.STEP for what waits for the devices, and so for the others.
+      phase: a few words; those of slow_hosts for what waits for devices, and so for the others.
     """
     now = time.monotonic()
     spent = {**self._spent, self._phase: self._spent.get(self._phase, 0.0) + now - self._since}
     self._step, self._phase, self._since, self._spent = step, phase, now, spent
+
+  @contextlib.contextmanager
+  def waiting_for_input(self) -> Iterator[None]:
+    """Notes that this process waits for input inside, and goes on with what it did before."""
+    before = self._phase
+    self.at(self._step, INPUT)
+    yield
+    self.at(self._step, before)
 
   @contextlib.contextmanager
   def told(self) -> Iterator[None]:

@@ -7,7 +7,7 @@ import pytest
 from apps.trainer import hosts
 from apps.trainer.errors import UserError
 from apps.trainer.hosts import GONE, End, Hosts, judge
-from apps.trainer.slow_hosts import Beat
+from apps.trainer.slow_hosts import EVALUATING, Beat
 
 GLOO = "UNKNOWN: Gloo all-reduce failed: Connection closed by peer [10.0.0.1]:1"
 NOBODY = dict.fromkeys(range(3), 1.0)
@@ -76,6 +76,18 @@ def test_one_process_is_not_watched(monkeypatch: pytest.MonkeyPatch):
     watched.at(3, "saving")
   with pytest.raises(UserError, match="as it was"), Hosts(print) as watched, watched.told():
     raise UserError("as it was")
+
+
+def test_phases_are_timed(monkeypatch: pytest.MonkeyPatch):
+  clock = iter([0.0, 1.0, 3.0, 7.0, 15.0])
+  monkeypatch.setattr(hosts.time, "monotonic", lambda: next(clock))
+  with Hosts(print) as watched:
+    watched.at(3, EVALUATING)
+    with watched.waiting_for_input():
+      pass
+    beat = watched._beat(0)
+  assert (beat.step, beat.phase) == (3, EVALUATING)
+  assert beat.spent == {"starting": 1.0, EVALUATING: 2.0 + 8.0, "waiting for input": 4.0}
 
 
 def test_a_checkpoint_directory_that_does_not_answer_is_left_out():

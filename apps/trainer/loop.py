@@ -221,7 +221,8 @@ def _train_stage(run: Run, app: App, stage: Stage) -> str | None:
     if not config.eval_only:
       loader = inputs.train_loader(config, task, run.tokenizer, mesh, stage.index)
     state = _start(run, stage, parts, loader)
-    evaluate = app.make_evaluate(HeldOut(config, task, run.tokenizer, mesh, run.terminal))
+    waiting = run.hosts.waiting_for_input
+    evaluate = app.make_evaluate(HeldOut(config, task, run.tokenizer, mesh, run.terminal, waiting))
     if config.eval_only and evaluate is None:
       raise ValueError(
         "eval_only: nothing to evaluate; set config.input.eval_data_dir or data of config.eval"

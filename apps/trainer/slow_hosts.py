@@ -5,7 +5,10 @@ import statistics
 from typing import NamedTuple
 
 STARTING = "starting"
-STEP = "in a step"  # waits for the devices, and so for the other processes
+INPUT = "waiting for input"
+# In these phases a process waits for the devices, and so for the other processes.
+STEP = "in a step"
+EVALUATING = "evaluating"
 _HOLDS_BACK = 0.5  # of the time spent on the host, more than the others
 
 
@@ -36,7 +39,8 @@ class Beat(NamedTuple):
 class SlowHosts:
   """Names, once for each spell, a process that
   - has not reached the step that another reached `after` seconds ago, or
-  - spent half of the last `after` seconds or more on the host while the others waited in a step.
+  - spent half of the last `after` seconds or more on the host (input, above all) while the others
+    waited in a step or an evaluation.
 
   In a step all wait for the slowest, so that the clock of a step says nothing. What a process does
   beside it does. Clocks of hosts are not compared: a beat holds durations, and beats are timed by
@@ -93,16 +97,20 @@ class SlowHosts:
   def _holds_back(self, i: int) -> str | None:
     shares = {j: _shares(kept) for j, kept in self._beats.items()}
     others = [s for j, s in shares.items() if j != i]
-    usual = statistics.median(1.0 - s.get(STEP, 0.0) for s in others)
-    if 1.0 - shares[i].get(STEP, 0.0) - usual < _HOLDS_BACK:
+    usual = statistics.median(_on_host(s) for s in others)
+    if _on_host(shares[i]) - usual < _HOLDS_BACK:
       return None
-    phases = {p: s for p, s in shares[i].items() if p != STEP}
+    phases = {p: s for p, s in shares[i].items() if p not in (STEP, EVALUATING)}
     phase = max(phases, key=phases.__getitem__)
     theirs = statistics.median(s.get(phase, 0.0) for s in others)
     return (
       f"{phases[phase]:.0%} of the last {self._after:.0f} s went into: {phase}; "
       f"{theirs:.0%} elsewhere; the others wait for it"
     )
+
+
+def _on_host(share: dict[str, float]) -> float:
+  return 1.0 - share.get(STEP, 0.0) - share.get(EVALUATING, 0.0)
 
 
 def _some(lines: list[str]) -> list[str]:

@@ -1,6 +1,6 @@
 """Who is named as slow, on a clock of the test."""
 
-from apps.trainer.slow_hosts import STEP, Beat, SlowHosts
+from apps.trainer.slow_hosts import EVALUATING, STEP, Beat, SlowHosts
 
 INPUT = "waiting for input"
 
@@ -56,6 +56,17 @@ def test_a_process_whose_input_is_always_slow_is_named_though_it_moves():
   assert line == (
     "60: process 2 (host h2): 90% of the last 60 s went into: waiting for input; 5% elsewhere; "
     "the others wait for it"
+  )
+
+
+def test_a_process_whose_held_out_input_stands_still_is_named():
+  def beats(t: int) -> dict[int, Beat]:
+    stuck = beat(1, 40, INPUT, input=float(t))
+    return {0: beat(0, 40, EVALUATING, **{EVALUATING: float(t)}), 1: stuck}
+
+  (line,) = run(SlowHosts(60), range(0, 100, 2), beats)
+  assert line == (
+    "60: process 1 (host h1): at step 40 for 60 s, waiting for input; the others wait for it"
   )
 
 

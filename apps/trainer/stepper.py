@@ -12,7 +12,7 @@ from apps.trainer.meter import Meter
 from apps.trainer.progress import StageProgress
 from apps.trainer.report import key_figures
 from apps.trainer.run import Run
-from apps.trainer.slow_hosts import STEP
+from apps.trainer.slow_hosts import EVALUATING, INPUT, STEP
 from apps.trainer.stages import Stage
 from apps.trainer.state import TrainState
 from apps.trainer.task import Evaluate, Evaluation, Task
@@ -65,7 +65,7 @@ class Stepper:
         break
       self._profile(step)
       began = time.perf_counter()
-      run.hosts.at(stage.first_step + step, "waiting for input")
+      run.hosts.at(stage.first_step + step, INPUT)
       batch = next(batches)
       waited = time.perf_counter() - began
       run.hosts.at(stage.first_step + step, STEP if step > first else "compiling")
@@ -107,7 +107,7 @@ class Stepper:
     run, step = self._run, self._stage.first_step + int(state["step"])
     if self._evaluate is None:
       return
-    run.hosts.at(step, "evaluating")
+    run.hosts.at(step, EVALUATING)
     run.terminal.phase(f"{self._stage.name}: evaluating at step {step:,}")
     began = time.perf_counter()
     run.evaluated_step = step
