@@ -156,6 +156,20 @@ def test_supervise_starts_again_what_failed(
   assert begun == [["python", "x"]] * starts
 
 
+def test_supervise_leaves_a_stopped_app_alone(home: Path, monkeypatch: pytest.MonkeyPatch):
+  (home / "ov-run/one").mkdir()
+  monkeypatch.setattr(signal, "signal", lambda *_: None)
+  monkeypatch.setattr(time, "sleep", None)  # nobody waits for what is not started again
+
+  def call(*_: object, **__: object) -> int:
+    (home / "ov-run/one/stopping").touch()
+    return 143
+
+  monkeypatch.setattr(subprocess, "call", call)
+  runs.supervise("one", "5", "python")
+  assert (home / "ov-run/one/exit").read_text() == "143"
+
+
 def test_supervise_heeds_a_stop_during_the_pause(home: Path, monkeypatch: pytest.MonkeyPatch):
   (home / "ov-run/one").mkdir()
   monkeypatch.setattr(signal, "signal", lambda *_: None)
