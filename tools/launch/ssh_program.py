@@ -44,8 +44,10 @@ job=$1 checkout=$2 locks=$3 silence=$4
 shift 4
 cd -- "$checkout" || exit 1
 alive="/tmp/openvision-$UID"
-mkdir -p -m 700 -- "$alive" && [ -O "$alive" ] || exit 1
-exec 9>> "$alive/$job.$OV_PROCESS_ID" || exit 1
+mkdir -p -m 700 -- "$alive" && [ -O "$alive" ] && exec 9>> "$alive/$job.$OV_PROCESS_ID" || {
+  echo "$alive: expected a folder of this user's"
+  exit 1
+}
 if ! flock -w "$((silence + 30))" 9; then
   echo "another start of $job is alive here: fuser -v $alive/$job.$OV_PROCESS_ID"
   exit 1
