@@ -33,6 +33,7 @@ from etils import epath
 import jax
 from jax.experimental import multihost_utils
 import orbax.checkpoint as ocp
+from orbax.checkpoint._src.path import gcs_utils
 
 from apps.trainer.optimizer import flatten_paths
 from apps.trainer.state import TrainState
@@ -42,6 +43,10 @@ PyTree = Any
 FORMAT = 1  # of the metadata and the directory; raise it with a breaking change
 MANIFEST = "manifest.json"
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+# Orbax asks a client of Google, which it does not bring, whether folders of a bucket are things of
+# their own. Nothing here depends on it; where they are, deleted checkpoints leave empty ones.
+gcs_utils.is_hierarchical_namespace_enabled = lambda path: False
 
 
 class CheckpointError(OSError):
