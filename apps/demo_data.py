@@ -9,29 +9,28 @@ import json
 from pathlib import Path
 
 import jax
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from apps.trainer.errors import user_errors
 from apps.trainer.progress import Terminal
+from apps.trainer.workdir import Workdir
 from ov_data import scenes, writer
 
 
-def prepare(config: ConfigDict, workdir: Path, terminal: Terminal) -> None:
+def prepare(config: ConfigDict, workdir: Workdir, terminal: Terminal) -> None:
   """Makes the workdir and, where `config.input.demo` asks for it, data; points `config` at them.
 
   Raises:
     UserError: the workdir cannot be written, or holds demo data of other settings.
   """
   with user_errors():
-    workdir.mkdir(parents=True, exist_ok=True)
+    workdir.path.mkdir(parents=True, exist_ok=True)
     if not config.input.demo.train_examples:
       return
-    folder = workdir / "data"
-    if jax.process_index() == 0:
+    folder = workdir.path / "data"
+    if jax.process_index() == 0 or not workdir.common:  # the same on every machine
       _make(config, folder, terminal)
-    if jax.process_count() > 1:
-      multihost_utils.sync_global_devices("demo data written")
+    workdir.share("demo data written")
   config.input.update(
     data_dir=str(folder), split="train", eval_data_dir=str(folder), eval_split="heldout"
   )

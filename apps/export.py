@@ -99,7 +99,7 @@ def _export(workdir: str, formats: list[str], out: Path) -> None:
     if _PUSH.value:
       hub.check(formats, _PUSH.value, dry_run=_DRY_RUN.value)
     source = load_source(
-      Path(workdir).expanduser(),
+      workdir,
       step=_STEP.value,
       part=_PART.value,
       image_size=_IMAGE_SIZE.value,

@@ -1,7 +1,6 @@
 """What the main of every training app does: flags, devices, demo data, then check or run."""
 
 from collections.abc import Callable
-from pathlib import Path
 import sys
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
   from apps.trainer.loop import App
 
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, report.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, local or gs://.")
 _COMPILE = flags.DEFINE_bool(
   "compile", False, "Compile the train step of every stage for the cache, and stop."
 )
@@ -42,11 +41,6 @@ def launch(make_app: Callable[[], "App"], base: str, recipes: str) -> None:
     config.lock()  # where the file could not be loaded, this says so
   with user_errors():
     _check_kind(config, base, recipes)
-  if "://" in _WORKDIR.value:
-    raise UserError(
-      f"--workdir={_WORKDIR.value}: the workdir is local; checkpoints alone can go to a bucket: "
-      "--config.checkpoint.dir=gs://..."
-    )
   # Heavy imports wait until the flags are known to be right.
   import jax
 
@@ -55,14 +49,17 @@ def launch(make_app: Callable[[], "App"], base: str, recipes: str) -> None:
   from apps.trainer.hosts import Hosts
   from apps.trainer.loop import run_training
   from apps.trainer.progress import Terminal
+  from apps.trainer.workdir import open_workdir
   import ov_sharding
 
-  workdir = Path(_WORKDIR.value).expanduser()
   ov_sharding.initialize(gone_after_seconds=config.hosts.gone_after)
   terminal = Terminal(active=jax.process_index() == 0)
   app = make_app()
   code = 0
-  with Hosts(terminal.phase, **config.hosts) as hosts:
+  with (
+    Hosts(terminal.phase, **config.hosts) as hosts,
+    open_workdir(_WORKDIR.value, writes=not _CHECK.value) as workdir,
+  ):
     demo_data.prepare(config, workdir, terminal)
     if _CHECK.value or _COMPILE.value:
       (check_run if _CHECK.value else compile_run)(config, workdir, app, terminal)

@@ -14,6 +14,7 @@ from apps.caption_task import captioner_config
 from apps.clip_task import two_towers_config
 from apps.trainer.augment import MEAN, STD
 from apps.trainer.checkpoint import find_checkpoint, read_metadata, restore_arrays
+from apps.trainer.workdir import Workdir, open_workdir
 from ov_convert.release import Preprocess, Release, Words, encoder_of, portable, round_params
 import ov_data
 import ov_models
@@ -46,7 +47,7 @@ class Source:
 
 
 def load_source(
-  workdir: Path,
+  place: str | Path,
   *,
   step: int | None = None,
   part: str = "params",
@@ -56,7 +57,8 @@ def load_source(
   """Reads a workdir of a training app or of an import.
 
   Args:
-    workdir: with `checkpoints/` and, where the model reads or writes text, `tokenizer/`.
+    place: a folder, local or gs://, with `checkpoints/` and, where the model reads or writes text,
+      `tokenizer/`.
     step: which checkpoint, by default the newest.
     part: the trained parameters, or "ema", their average.
     image_size: pixels, when other than trained: positions are computed or resampled for it.
@@ -65,18 +67,20 @@ def load_source(
   Raises:
     ValueError, OSError: no such checkpoint, or files that do not fit each other.
   """
-  checkpoint = find_checkpoint(_checkpoints(workdir), step)
-  metadata = read_metadata(checkpoint)
-  tokenizer, processor = _texts(workdir / "tokenizer")
+  with open_workdir(str(place), writes=False) as workdir:
+    checkpoint = find_checkpoint(_checkpoints(workdir), step)
+    metadata = read_metadata(checkpoint)
+    tokenizer, processor = _texts(workdir.path / "tokenizer")
+    results = _results(workdir.path, metadata["step"], part)
   if tokenizer and metadata.get("tokenizer", tokenizer.fingerprint) != tokenizer.fingerprint:
     raise ValueError(
-      f"{workdir / 'tokenizer'} is not the tokenizer of {checkpoint}: its fingerprint is "
+      f"{workdir.place}/tokenizer is not the tokenizer of {checkpoint}: its fingerprint is "
       f"{tokenizer.fingerprint}, not {metadata['tokenizer']}; take both from the same run"
     )
   config = portable(_model(metadata, tokenizer))
   if isinstance(config, ov_models.TextConfig):
     raise ValueError(
-      f"{workdir} holds a text tower alone; formats are for models that see pictures"
+      f"{workdir.place} holds a text tower alone; formats are for models that see pictures"
     )
   params = _params(checkpoint, config, part)
   if image_size:
@@ -94,16 +98,16 @@ def load_source(
   )
   told = ("config", "stage", "step", "versions", "imported", "fingerprint")
   about = {name: metadata.get(name) for name in told}
-  return Source(release, tokenizer, processor, about, _results(workdir, metadata["step"], part))
+  return Source(release, tokenizer, processor, about, results)
 
 
-def _checkpoints(workdir: Path) -> str | Path:
+def _checkpoints(workdir: Workdir) -> str:
   """Where a run keeps them: in its workdir unless its config says otherwise."""
-  if not workdir.is_dir():
-    raise ValueError(f"--workdir={workdir}: there is no such folder")
-  file = workdir / "config.json"
+  if not workdir.path.is_dir():
+    raise ValueError(f"--workdir={workdir.place}: there is no such folder")
+  file = workdir.path / "config.json"
   elsewhere = json.loads(file.read_text()).get("checkpoint", {}).get("dir") if file.exists() else ""
-  return elsewhere or workdir
+  return elsewhere or workdir.place
 
 
 def _texts(folder: Path) -> tuple[ov_data.Tokenizer | None, ov_data.TextProcessor | None]:

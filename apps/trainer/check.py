@@ -22,11 +22,12 @@ from apps.trainer.loop import App, Parts, build_parts, build_step
 from apps.trainer.progress import Terminal
 from apps.trainer.stages import resolve_stages
 from apps.trainer.task import abstract_batch
+from apps.trainer.workdir import Workdir
 import ov_models
 import ov_sharding
 
 
-def check_run(config: ConfigDict, workdir: Path, app: App, terminal: Terminal) -> None:
+def check_run(config: ConfigDict, workdir: Workdir, app: App, terminal: Terminal) -> None:
   """Resolves every stage, builds its abstract state, reads one batch each; trains nothing.
 
   Raises:
@@ -38,9 +39,10 @@ def check_run(config: ConfigDict, workdir: Path, app: App, terminal: Terminal) -
     print(to_json(config), end="")
     stages = resolve_stages(config)
     mesh = ov_sharding.make_mesh(ov_sharding.MeshConfig(**config.mesh))
-    kept = workdir / "tokenizer"
-    tokenizer = inputs.open_tokenizer(config, workdir if kept.exists() else Path(scratch), terminal)
-    table = Table("", title=f"{workdir}: {_devices()}")
+    kept = workdir.path / "tokenizer"
+    where = workdir if kept.exists() else Workdir(Path(scratch))
+    tokenizer = inputs.open_tokenizer(config, where, terminal)
+    table = Table("", title=f"{workdir.place}: {_devices()}")
     columns = []
     for stage in stages:
       table.add_column(stage.name, justify="right")
@@ -54,7 +56,7 @@ def check_run(config: ConfigDict, workdir: Path, app: App, terminal: Terminal) -
     print("check passed")
 
 
-def compile_run(config: ConfigDict, workdir: Path, app: App, terminal: Terminal) -> None:
+def compile_run(config: ConfigDict, workdir: Workdir, app: App, terminal: Terminal) -> None:
   """Compiles the train step of every stage for the devices that are here; trains nothing.
 
   What came out is in the compile cache and, where there is one, in the store. No array is made. The

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 import numpy as np
 
 from apps.trainer.progress import Terminal
 from apps.trainer.task import Task
+from apps.trainer.workdir import Workdir
 import ov_data
 from ov_data import example
 import ov_sharding
@@ -131,7 +131,7 @@ def eval_loader(
   )
 
 
-def open_tokenizer(config: ConfigDict, workdir: Path, terminal: Terminal) -> ov_data.Tokenizer:
+def open_tokenizer(config: ConfigDict, workdir: Workdir, terminal: Terminal) -> ov_data.Tokenizer:
   """The tokenizer of the run: kept in workdir/tokenizer, made there by process 0 when missing.
 
   To evaluate another run's params (eval_only and init_from.path), it is that run's.
@@ -139,7 +139,7 @@ def open_tokenizer(config: ConfigDict, workdir: Path, terminal: Terminal) -> ov_
   Raises:
     ValueError: the workdir's tokenizer is another one than `config.tokenizer.path` names.
   """
-  folder, path = workdir / "tokenizer", os.path.expanduser(config.tokenizer.path)
+  folder, path = workdir.path / "tokenizer", os.path.expanduser(config.tokenizer.path)
   others = Path(config.init_from.path).expanduser() / "tokenizer"
   if not path and config.eval_only and config.init_from.path and others.is_dir():
     path = str(others)
@@ -153,18 +153,20 @@ def open_tokenizer(config: ConfigDict, workdir: Path, terminal: Terminal) -> ov_
         _captions(config), config.tokenizer.train_vocab_size, kind=config.tokenizer.train_kind
       )
     given.save(folder)
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices("tokenizer saved")
+  workdir.share("tokenizer saved")
   tokenizer = ov_data.Tokenizer.load(folder)
   if given is not None and given.fingerprint != tokenizer.fingerprint:
     raise ValueError(
-      f"{folder} holds another tokenizer than config.tokenizer.path={path}; params and tokenizer "
-      "belong together: choose another --workdir, or leave config.tokenizer.path empty"
+      f"{workdir.place}/tokenizer holds another tokenizer than config.tokenizer.path={path}; "
+      "params and tokenizer belong together: choose another --workdir, or leave "
+      "config.tokenizer.path empty"
     )
   return tokenizer
 
 
-def check_text_processor(workdir: Path, processors: Sequence[ov_data.TextProcessor | None]) -> None:
+def check_text_processor(
+  workdir: Workdir, processors: Sequence[ov_data.TextProcessor | None]
+) -> None:
   """Whether the texts kept in the workdir are those of one of the stages, `processors`.
 
   Raises:
@@ -174,7 +176,7 @@ def check_text_processor(workdir: Path, processors: Sequence[ov_data.TextProcess
   kept = _kept_processor(workdir)
   if kept is not None and ways and kept.fingerprint not in ways:
     raise ValueError(
-      f"{workdir / 'tokenizer'} belongs to texts of {_way(kept)}, the configuration asks for "
+      f"{workdir.place}/tokenizer belongs to texts of {_way(kept)}, the configuration asks for "
       f"{' or '.join(_way(processor) for processor in ways.values())}; params and texts belong "
       "together: keep config.model.token_len and the text tower's options, or choose another "
       "--workdir"
@@ -182,7 +184,7 @@ def check_text_processor(workdir: Path, processors: Sequence[ov_data.TextProcess
 
 
 def keep_text_processor(
-  workdir: Path, processor: ov_data.TextProcessor | None, *, replace: bool
+  workdir: Workdir, processor: ov_data.TextProcessor | None, *, replace: bool
 ) -> None:
   """Keeps how texts reach the model beside its tokenizer, where evaluation and export read it.
 
@@ -196,9 +198,8 @@ def keep_text_processor(
   if jax.process_index() == 0:
     kept = _kept_processor(workdir)
     if kept is None or (replace and kept.fingerprint != processor.fingerprint):
-      processor.save(workdir / "tokenizer")
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices("text processor kept")
+      processor.save(workdir.path / "tokenizer")
+  workdir.share("text processor kept")
 
 
 def describe(loader: ov_data.Loader) -> dict[str, Any]:
@@ -226,9 +227,9 @@ def _texts(specs: Mapping[str, ov_data.TextSpec] | None) -> dict[str, Any]:
   return {} if specs is None else {"texts": specs}
 
 
-def _kept_processor(workdir: Path) -> ov_data.TextProcessor | None:
+def _kept_processor(workdir: Workdir) -> ov_data.TextProcessor | None:
   try:
-    return ov_data.TextProcessor.load(workdir / "tokenizer")
+    return ov_data.TextProcessor.load(workdir.path / "tokenizer")
   except FileNotFoundError:
     return None
 

@@ -9,7 +9,6 @@ and all lines of metrics.jsonl up to a checkpoint are written before the checkpo
 
 from collections.abc import Callable
 import contextlib
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -47,6 +46,7 @@ from apps.trainer.step import TwoPhase, make_train_step
 from apps.trainer.stepper import Stepper
 from apps.trainer.stop import StopRequest
 from apps.trainer.task import Evaluate, Task
+from apps.trainer.workdir import Workdir
 import ov_data
 import ov_models
 import ov_sharding
@@ -113,7 +113,7 @@ def build_step(
 
 
 def run_training(
-  config: ConfigDict, workdir: Path, app: App, terminal: Terminal, hosts: Hosts
+  config: ConfigDict, workdir: Workdir, app: App, terminal: Terminal, hosts: Hosts
 ) -> int:
   """Trains all stages of `config` in `workdir`, or goes on with them; ends with report.html.
 
@@ -136,9 +136,9 @@ def run_training(
     tasks = [build_parts(stage.config, app.make_task, tokenizer, mesh).task for stage in stages]
     inputs.check_text_processor(workdir, [task.text_processor(tokenizer) for task in tasks])
     if jax.process_index() == 0 and not config.eval_only:
-      (workdir / "config.json").write_text(to_json(config))
+      (workdir.path / "config.json").write_text(to_json(config))
     checkpoints = Checkpoints(
-      config.checkpoint.dir or workdir / "checkpoints",
+      config.checkpoint.dir or workdir.checkpoints,
       keep_last=config.checkpoint.keep_last,
       keep_every=config.checkpoint.keep_every or None,
     )
@@ -149,7 +149,7 @@ def run_training(
     with user_errors():
       saved = _saved_step(config, checkpoints)
     writer = MetricWriter(
-      workdir,
+      workdir.path,
       resume_step=saved,
       active=jax.process_index() == 0 and not config.eval_only,
       tensorboard=config.tensorboard,
@@ -174,8 +174,9 @@ def run_training(
           return stop.exit_code
         if config.eval_only:
           break
-      path = summary.write(run)
-      terminal.phase(f"done: {path}")
+      summary.write(run)
+      workdir.push()
+      terminal.phase(f"done: {workdir.place}/report.html")
       return 0
 
 
@@ -288,5 +289,5 @@ def _start(run: Run, stage: Stage, parts: Parts, loader: ov_data.Loader | None) 
     run.terminal.phase(report.text())
     run.init_from.append(report.source)
     if jax.process_index() == 0:
-      report.save(run.workdir / f"init_from_{stage.name}{f'_{number}' if number else ''}.json")
+      report.save(run.workdir.path / f"init_from_{stage.name}{f'_{number}' if number else ''}.json")
   return state

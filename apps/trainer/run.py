@@ -1,7 +1,6 @@
 """What all stages of a run share."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,6 +14,7 @@ from apps.trainer.sinks import MetricWriter
 from apps.trainer.stages import Stage
 from apps.trainer.stop import StopRequest
 from apps.trainer.task import Evaluation
+from apps.trainer.workdir import Workdir
 import ov_data
 
 
@@ -23,7 +23,7 @@ class Run:
   """Opened once; the fields with defaults collect what the report shows."""
 
   config: ConfigDict
-  workdir: Path
+  workdir: Workdir
   stages: list[Stage]
   tokenizer: ov_data.Tokenizer
   mesh: jax.sharding.Mesh

@@ -119,6 +119,7 @@ class Stepper:
       run.writer.write(step, {**values, "eval/seconds": time.perf_counter() - began})
     if jax.process_index() == 0:
       self._write(step, self._examples(int(state["step"])), run.evaluation)
+    run.workdir.push()
     shown = key_figures(run.evaluation.results) or run.evaluation.results[:4]
     figures = [f"{result.name} {result.value:.4f}" for result in shown]
     run.terminal.phase(f"{self._stage.name}: " + ", ".join(figures))
@@ -130,10 +131,11 @@ class Stepper:
     head: dict[str, Any] = {"split": data.eval_split or data.eval_data_dir}
     if step == 0:  # the params are not of this run
       head["init_from"] = self._run.init_from
-    (self._run.workdir / "evaluations").mkdir(exist_ok=True)
+    folder = self._run.workdir.path
+    (folder / "evaluations").mkdir(exist_ok=True)
     for name in ("evaluation", f"evaluations/{step}"):
       ov_eval.write_results(
-        self._run.workdir / f"{name}.json",
+        folder / f"{name}.json",
         evaluation.results,
         step=step,
         examples_seen=examples_seen,
@@ -206,6 +208,7 @@ class Stepper:
   def _save(self, step: int, state: TrainState, loader: ov_data.Loader) -> None:
     self._run.hosts.at(self._stage.first_step + step, "saving")
     self._run.writer.flush()
+    self._run.workdir.push()
     self._run.checkpoints.save(
       self._stage.first_step + step,
       state,
@@ -221,12 +224,13 @@ class Stepper:
   def _profile(self, step: int) -> None:
     """Starts and stops the trace of the steps that `config.profile` names, before `step` runs."""
     start, steps = self._config.profile.start, self._config.profile.steps
-    folder = self._run.workdir / "profile"
     if steps and step == start:
-      jax.profiler.start_trace(str(folder))
+      jax.profiler.start_trace(str(self._run.workdir.path / "profile"))
       self._tracing = True
     elif self._tracing and step >= start + steps:
       self._settle()
       jax.profiler.stop_trace()
       self._tracing = False
-      self._run.terminal.phase(f"profile of {steps} steps is in {folder}")
+      self._run.workdir.push()
+      place = self._run.workdir.place
+      self._run.terminal.phase(f"profile of {steps} steps is in {place}/profile")

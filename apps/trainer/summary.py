@@ -1,7 +1,5 @@
 """What the report of a run says, gathered from the run."""
 
-from pathlib import Path
-
 import jax
 
 from apps.trainer.progress import duration
@@ -10,19 +8,19 @@ from apps.trainer.run import Run
 from apps.trainer.sinks import read_metrics
 
 
-def write(run: Run) -> Path | None:
-  """Writes workdir/report.html; None on every process but the first."""
+def write(run: Run) -> None:
+  """Writes report.html into the workdir; on the first process only."""
   if jax.process_index():
-    return None
+    return
   last = run.stages[-1]
   devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
   mesh = " x ".join(f"{name} {size}" for name, size in run.mesh.shape.items())
-  metrics = run.workdir / "metrics.jsonl"
+  metrics = run.workdir.path / "metrics.jsonl"
   lines = read_metrics(metrics) if metrics.exists() else []  # eval_only may have none
   seconds = sum(line.get("train/seconds", 0) + line.get("eval/seconds", 0) for line in lines)
   evaluation = run.evaluation
   data = ReportData(
-    title=run.workdir.name,
+    title=run.workdir.path.name,
     results=evaluation.results if evaluation else (),
     summary={
       "model": run.model_name,
@@ -46,4 +44,4 @@ def write(run: Run) -> Path | None:
     config=run.config.to_dict(),
     versions=versions(),
   )
-  return write_report(run.workdir, data)
+  write_report(run.workdir.path, data)

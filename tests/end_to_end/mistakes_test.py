@@ -88,7 +88,11 @@ CASES = {
     (*runner.TINY, "--config.model.attention=cudnn"),
     "cudnn",
   ),
-  "bucket as workdir": ((*runner.TINY, "--workdir=gs://b/x"), "config.checkpoint.dir=gs://"),
+  "another store as workdir": (
+    (*runner.TINY, "--workdir=s3://b/x"),
+    "gs://BUCKET/FOLDER; no other",
+  ),
+  "bucket without a folder": ((*runner.TINY, "--workdir=gs://bucket/"), "a folder for each run"),
   "nothing to evaluate": ((*runner.TINY, "--config.eval_only=True"), "holds no checkpoint"),
   "wandb without a key": (
     (*runner.TINY, "--config.wandb_project=x"),
