@@ -60,12 +60,15 @@ class Job:
 USER_MISTAKE = 2  # an app's exit code when starting again would not help
 
 
-def shared_folder(workdir: str) -> str:
-  if "://" in workdir:
-    raise ValueError(
-      f"--workdir={workdir}; expected a folder that all machines see. Checkpoints alone can go to "
-      "a bucket: -- --config.checkpoint.dir=gs://..."
-    )
+def shared_workdir(workdir: str) -> str:
+  """A folder that all machines see, or gs://BUCKET/PATH."""
+  return bucket_workdir(workdir) if "://" in workdir else workdir
+
+
+def bucket_workdir(workdir: str) -> str:
+  _, _, path = names.bucket(workdir, "--workdir").removeprefix("gs://").partition("/")
+  if not path.strip("/"):
+    raise ValueError(f"--workdir={workdir}; expected gs://BUCKET/PATH, a folder for each run")
   return workdir
 
 

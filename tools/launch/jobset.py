@@ -4,11 +4,10 @@ from typing import Any
 
 import yaml
 
-from tools.launch.job import USER_MISTAKE, Job, image
+from tools.launch.job import USER_MISTAKE, Job, bucket_workdir, image
 from tools.tpu import names
 from tools.tpu.names import Topology
 
-_MOUNT = "/workdir"
 _SPOT = "cloud.google.com/gke-spot"
 
 
@@ -18,19 +17,14 @@ def manifest(
   """The manifest as YAML.
 
   Args:
-    job: its workdir is gs://BUCKET/PATH, which is mounted; checkpoints go to the bucket directly.
+    job: its workdir is gs://BUCKET/PATH.
     topology: of one slice.
     slices: how many are joined by the network of the data centre.
     container: image that holds the checkout and its environment.
     service_account: of Kubernetes, with access to the bucket; "" is the namespace's default.
     spot: on nodes that may be taken away.
   """
-  bucket, _, path = names.bucket(job.workdir, "--workdir").removeprefix("gs://").partition("/")
-  path = path.strip("/")
-  if not path:
-    raise ValueError(f"--workdir={job.workdir}; expected gs://BUCKET/PATH, a folder for each run")
-  checkpoints = f"--config.checkpoint.dir=gs://{bucket}/{path}/checkpoints"
-  command = job.command("python3", _MOUNT, [checkpoints])
+  command = job.command("python3", bucket_workdir(job.workdir))
   pod: dict[str, Any] = {
     "restartPolicy": "Never",
     "terminationGracePeriodSeconds": job.grace,
@@ -49,10 +43,8 @@ def manifest(
         # Without a TPU the app ends, and does not go on on the CPU.
         "env": [{"name": "JAX_PLATFORMS", "value": "tpu,cpu"}],
         "resources": {"limits": {"google.com/tpu": topology.chips_per_host}},
-        "volumeMounts": [{"name": "workdir", "mountPath": _MOUNT}],
       }
     ],
-    "volumes": [{"name": "workdir", "csi": _mounted(bucket, path)}],
   }
   if spot:
     taint = {"key": _SPOT, "operator": "Equal", "value": "true", "effect": "NoSchedule"}
@@ -64,7 +56,7 @@ def manifest(
 
 
 _HEADER = """\
-# kubectl apply -f FILE; needs JobSet 0.6 or later and the Cloud Storage FUSE driver in the cluster.
+# kubectl apply -f FILE; needs JobSet 0.6 or later in the cluster.
 # Who the other processes are, GKE writes into the environment of TPU pods; ov_sharding reads it.
 """
 
@@ -108,23 +100,12 @@ def _jobset(job: Job, topology: Topology, slices: int, pod: dict[str, Any]) -> d
                 ]
               },
               "template": {
-                "metadata": {"annotations": {"gke-gcsfuse/volumes": "true"}},
                 "spec": pod,
               },
             }
           },
         }
       ],
-    },
-  }
-
-
-def _mounted(bucket: str, path: str) -> dict[str, Any]:
-  return {
-    "driver": "gcsfuse.csi.storage.gke.io",
-    "volumeAttributes": {
-      "bucketName": bucket,
-      "mountOptions": f"implicit-dirs,only-dir={path}",
     },
   }
 

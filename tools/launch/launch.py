@@ -23,7 +23,9 @@ _KIND = flags.DEFINE_enum("kind", "jobset", ["jobset", "slurm", "ssh"], "What to
 _NAME = flags.DEFINE_string("name", "openvision", "Name of the job.")
 _APP = flags.DEFINE_enum("app", "caption_train", APPS, "What to run.")
 _CONFIG = flags.DEFINE_string("config", "", "The app's --config.")
-_WORKDIR = flags.DEFINE_string("workdir", "", "jobset: gs://BUCKET/PATH; else a shared folder.")
+_WORKDIR = flags.DEFINE_string(
+  "workdir", "", "gs://BUCKET/PATH; or, but for jobset, a shared folder."
+)
 _GRACE = flags.DEFINE_integer("grace", 300, "Seconds after SIGTERM.", lower_bound=1)
 _RESTARTS = flags.DEFINE_integer("restarts", 20, "Starts after a failure.", lower_bound=0)
 _OUT = flags.DEFINE_string("out", "", "File to write; default: stdout.")

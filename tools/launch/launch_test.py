@@ -69,8 +69,10 @@ def test_golden_end_of_a_script_for_ssh(tmp_path: Path):
   arguments = ["--coordinator=10.0.0.1", "--restarts=5", "--", "--config.note=it's $(here)"]
   text = _written(*_SSH, f"--hosts_file={listed}", *arguments)
   assert text == ssh.HEAD + (_DATA / "ssh_end.txt").read_text()
-  same = _written(*_SSH, "--hosts=node-1.lab,me@10.0.0.2", "--extras=cpu", "--port=5000")
+  hosts = [*_SSH, "--hosts=node-1.lab,me@10.0.0.2"]
+  same = _written(*hosts, "--extras=cpu", "--port=5000")
   assert "hosts=['node-1.lab', 'me@10.0.0.2'],\n      coordinator='node-1.lab:5000'" in same
+  assert "'--workdir=/data/my run'" in same and f"'{_BUCKET}'" in _written(*hosts, _BUCKET)
   assert "locks='tools/python/requirements.lock'" in same and "platforms='cpu'" in same
 
 
@@ -190,7 +192,7 @@ def test_slurm_stops_in_time_and_queues_again(tmp_path: Path):
     ([*_GKE, _BUCKET, "--nodes=2"], "--nodes is for --kind=slurm, not for jobset"),
     ([*_GKE], "--workdir is missing"),
     ([*_GKE, _BUCKET, "--", "--a=x\ny"], "in one line"),
-    ([*_SLURM, _BUCKET], "expected a folder that all machines see"),
+    ([*_SLURM, "--workdir=s3://my-bucket/run"], "expected gs://BUCKET"),
     ([*_SLURM, "--workdir=/d", "--spot"], "--spot is for --kind=jobset"),
     ([*_SLURM, "--workdir=/d", "--time=2h"], "--time='2h'; expected HH:MM:SS"),
     ([*_SLURM, "--workdir=/d", "--partition=a b"], "--partition='a b'"),
@@ -205,7 +207,7 @@ def test_slurm_stops_in_time_and_queues_again(tmp_path: Path):
     ([*_SSH, "--hosts=a,b,a"], "a stands there twice"),
     ([*_SSH, "--hosts=a", "--coordinator=b:1"], "--coordinator='b:1'"),
     ([*_SSH, "--hosts=a", "--checkout=~/openvision"], "expected an absolute path"),
-    ([*_SSH, "--hosts=a", _BUCKET], "expected a folder that all machines see"),
+    ([*_SSH, "--hosts=a", "--workdir=gs://my-bucket"], "expected gs://BUCKET/PATH"),
     ([*_SSH, "--hosts=a", "--time=1:00:00"], "--time is for --kind=slurm, not for ssh"),
   ],
 )

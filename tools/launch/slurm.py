@@ -2,7 +2,7 @@
 
 import shlex
 
-from tools.launch.job import USER_MISTAKE, Job, shared_folder, time_limit, word
+from tools.launch.job import USER_MISTAKE, Job, shared_workdir, time_limit, word
 
 _SCRIPT = """\
 #!/bin/bash
@@ -48,7 +48,7 @@ def script(
   """The script as text.
 
   Args:
-    job: its workdir is a folder that all nodes see.
+    job: its workdir is a folder that all nodes see, or a bucket's.
     nodes: machines.
     gpus: of each machine.
     cpus: cores for each GPU; its task decodes pictures on them.
@@ -70,7 +70,7 @@ def script(
     **({"account": word(account, "--account")} if account else {}),
   }
   lines = [f"#SBATCH --{name}={value}" for name, value in options.items()] + ["#SBATCH --requeue"]
-  _, *command = job.command("python3", shared_folder(job.workdir))
+  _, *command = job.command("python3", shared_workdir(job.workdir))
   return _SCRIPT.format(
     options="\n".join(lines),
     grace=job.grace,

@@ -5,7 +5,7 @@ import inspect
 import re
 
 from tools.launch import ssh_program
-from tools.launch.job import Job, shared_folder
+from tools.launch.job import Job, shared_workdir
 
 # The first platform must be there: without it the app ends, and does not go on on the CPU.
 _PLATFORMS = {"cuda": "cuda,cpu", "tpu": "tpu,cpu", "cpu": "cpu"}
@@ -44,7 +44,7 @@ def script(
   """The script as text.
 
   Args:
-    job: its workdir is a folder that all hosts see.
+    job: its workdir is a folder that all hosts see, or a bucket's.
     hosts: the first is where the processes meet.
     coordinator: the first host's address for the others; "" is its name in `hosts`.
     port: at which they meet.
@@ -57,7 +57,7 @@ def script(
   if not checkout.startswith("/") or not checkout.isprintable():
     raise ValueError(f"--checkout={checkout!r}; expected an absolute path, the same on all hosts")
   locks = ["requirements.lock"] + ([] if extras == "cpu" else [f"requirements-{extras}.lock"])
-  _, *arguments = job.command("python3", shared_folder(job.workdir))
+  _, *arguments = job.command("python3", shared_workdir(job.workdir))
   settings = {
     "job": job.name,
     "hosts": list(hosts),
