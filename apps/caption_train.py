@@ -3,7 +3,8 @@
   bazel run //apps:caption_train -- --config=apps/configs/caption_demo.py --workdir=/tmp/ov-demo
   ... --config=apps/configs/openvision2.py:img=Ti/16,res=160 --config.input.data_dir=/data/shards
 
-The same command goes on where a stopped run ended. `--check` says what a run would be.
+The same command goes on where a stopped run ended. `--check` says what a run would be;
+`--compile` compiles its train steps ahead.
 """
 
 from typing import TYPE_CHECKING

@@ -4,8 +4,9 @@
   ... --config=apps/configs/openvision.py:img=Ti/16,txt_name=Ti,txt_decoder_name=Ti,res=160
       --config.input.data_dir=/data/shards
 
-The same command goes on where a stopped run ended. `--check` says what a run would be;
-`--config.eval_only=True` evaluates its newest checkpoint.
+The same command goes on where a stopped run ended. `--check` says what a run would be,
+`--compile` compiles its train steps ahead; `--config.eval_only=True` evaluates its newest
+checkpoint.
 """
 
 from typing import TYPE_CHECKING
