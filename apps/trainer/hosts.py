@@ -5,8 +5,8 @@ what it does, how long it did what, and what it failed with. Process 0 reads the
 its word back: how the run ends, if it does. Nothing of this is on the path of a step.
 
 How the death of a process is known:
-  - a collective raises an error (CPU, GPU). Whoever gives no sign of life for 6 s then is gone;
-  - everything hangs (TPU). The runtime of jax misses the process after `gone_after` seconds, and
+  - a collective raises an error, as between CPUs. Whoever gives no sign of life for 6 s is gone;
+  - everything hangs. The runtime of jax misses the process after `gone_after` seconds, and
     ends the others by SIGABRT, with a stack of its own. Ours is the last line after it;
   - process 0 dies. The runtime knows at once from its socket, and does the same.
 All end with one line that names the process, and with the exit code GONE, which launchers answer by
