@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 import os
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -11,7 +10,7 @@ import numpy as np
 
 from apps.trainer.progress import Terminal
 from apps.trainer.task import Task
-from apps.trainer.workdir import Workdir
+from apps.trainer.workdir import Workdir, open_workdir
 import ov_data
 from ov_data import example
 import ov_sharding
@@ -140,10 +139,9 @@ def open_tokenizer(config: ConfigDict, workdir: Workdir, terminal: Terminal) -> 
     ValueError: the workdir's tokenizer is another one than `config.tokenizer.path` names.
   """
   folder, path = workdir.path / "tokenizer", os.path.expanduser(config.tokenizer.path)
-  others = Path(config.init_from.path).expanduser() / "tokenizer"
-  if not path and config.eval_only and config.init_from.path and others.is_dir():
-    path = str(others)
   given = _read_tokenizer(path) if path else None
+  if not path and config.eval_only and config.init_from.path:
+    given, path = _tokenizer_of(config.init_from.path), f"{config.init_from.path}/tokenizer"
   if not folder.exists() and jax.process_index() == 0:
     if given is None:
       terminal.phase(
@@ -239,6 +237,13 @@ def _way(processor: ov_data.TextProcessor) -> str:
     f"{processor.length} tokens, pool {processor.pool}, padding {processor.padding}, "
     f"vocabulary {processor.tokenizer.fingerprint}"
   )
+
+
+def _tokenizer_of(run: str) -> ov_data.Tokenizer | None:
+  """The tokenizer in another run's workdir; None where there is none, as beside one checkpoint."""
+  with open_workdir(run, writes=False) as other:
+    folder = other.path / "tokenizer"
+    return ov_data.Tokenizer.load(folder) if folder.is_dir() else None
 
 
 def _read_tokenizer(path: str) -> ov_data.Tokenizer:

@@ -179,7 +179,7 @@ def open_workdir(place: str, *, writes: bool = True) -> Iterator[Workdir]:
       {"driver": "gcs", "bucket": bucket, "path": f"{folder}/"}
     ).result(timeout=_OPENING)
   except ValueError as error:
-    raise UserError(f"--workdir={place}: {error}") from error
+    raise UserError(f"{place}: {error}") from error
   with tempfile.TemporaryDirectory(prefix="openvision-") as scratch:
     mirror = Mirror(Path(scratch) / PurePosixPath(folder).name, url, store)
     mirror.try_checkpoints()
@@ -210,13 +210,12 @@ def _split(place: str) -> tuple[str, str]:
   parts = [part for part in parts if part]
   if scheme != "gs":
     raise UserError(
-      f"--workdir={place}: expected a folder of this machine or gs://BUCKET/FOLDER; no other store "
+      f"{place}: expected a folder of this machine or gs://BUCKET/FOLDER; no other store "
       "is known, so mount it as a folder, or copy it"
     )
   if not bucket or not parts or {".", ".."} & set(parts):
     raise UserError(
-      f"--workdir={place}: expected gs://BUCKET/FOLDER, a folder for each run, without . and .. in "
-      "its path"
+      f"{place}: expected gs://BUCKET/FOLDER, a folder for each run, without . and .. in its path"
     )
   return bucket, "/".join(parts)
 

@@ -4,6 +4,7 @@ The bucket is a server in this process (`fake_bucket`); the apps, TensorFlow, Te
 under test are the real ones.
 """
 
+import json
 from pathlib import Path
 import signal
 import subprocess
@@ -139,6 +140,16 @@ def test_check_changes_nothing(moved):
   assert bucket.objects == before
 
 
+def test_another_run_is_evaluated_out_of_the_bucket(moved, tmp_path):
+  """Tokenizer, params and texts are those of the run, so the figures are, too."""
+  bucket, _, _, machine = moved
+  flags = ("--config.eval_only=True", f"--config.init_from.path={URL}")
+  code, printed = machine.run(*FLAGS, *flags, f"--workdir={tmp_path}")
+  assert code == 0, printed
+  expected = json.loads(bucket.objects["runs/one/evaluation.json"])["results"]
+  assert json.loads((tmp_path / "evaluation.json").read_text())["results"] == expected
+
+
 def test_an_export_reads_the_bucket(moved):
   bucket, _, _, machine = moved
   program = f"""
@@ -174,7 +185,8 @@ def test_a_bucket_that_cannot_be_used_is_told_in_one_line(bucket, tmp_path):
 def test_two_machines_share_a_run(bucket, tmp_path):
   """Each has its own files: the tokenizer of the first reaches the second through the bucket."""
   machines = [Machine(tmp_path / str(number), bucket) for number in range(2)]
-  flags = ("--config.total_steps=4", "--config.checkpoint.every=4")
+  warmup = "--config.optimizer.schedule.warmup_steps=1"
+  flags = ("--config.total_steps=4", "--config.checkpoint.every=4", warmup)
   launcher.launch(
     [str(runner.CAPTION_TRAIN), *runner.TINY, *flags, f"--workdir={URL}"],
     processes=2,
