@@ -4,8 +4,10 @@ The bucket is a server in this process (`fake_bucket`); the apps, TensorFlow, Te
 under test are the real ones.
 """
 
+import importlib.util
 import json
 from pathlib import Path
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +21,15 @@ from tests.end_to_end import runner
 from tests.end_to_end.fake_bucket import FakeBucket
 from tests.multiprocess import launcher
 
+pytestmark = [
+  pytest.mark.skipif(
+    importlib.util.find_spec("tensorflow") is None,
+    reason="checkpoints in a bucket need TensorFlow, which is not installed",
+  ),
+  pytest.mark.skipif(
+    shutil.which("openssl") is None, reason="the fake bucket needs a certificate made by openssl"
+  ),
+]
 URL = "gs://bucket/runs/one"
 FLAGS = (
   *runner.TINY,
