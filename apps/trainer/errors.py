@@ -16,6 +16,12 @@ class UserError(Exception):
   """Something the user can put right; the message says what was found, expected, and to do."""
 
 
+class Unreachable(UserError):
+  """What may pass by itself, such as a network that is away; starting again may help."""
+
+
+AGAIN = 75  # exit code: no mistake, and starting again may help; launchers do
+
 # What the set-up of a run raises for a wrong value, a missing file or a malformed record.
 _SET_UP_ERRORS = (ValueError, OSError, LookupError)
 
@@ -48,7 +54,9 @@ def exit_code(error: BaseException) -> int:
   """The exit code of a program that ends with this error."""
   if isinstance(error, SystemExit):
     return error.code if isinstance(error.code, int) else int(error.code is not None)
-  return 2 if isinstance(error, UserError) else 130 if isinstance(error, KeyboardInterrupt) else 1
+  if isinstance(error, UserError):
+    return AGAIN if isinstance(error, Unreachable) else 2
+  return 130 if isinstance(error, KeyboardInterrupt) else 1
 
 
 def report(error: BaseException) -> int:

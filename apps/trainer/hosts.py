@@ -31,11 +31,11 @@ from typing import Any, NamedTuple, Self
 from absl import logging
 import jax
 
-from apps.trainer.errors import exit_code, program, report
+from apps.trainer.errors import AGAIN, exit_code, program, report
 from apps.trainer.slow_hosts import INPUT, STARTING, Beat, SlowHosts
 import ov_sharding
 
-GONE = 75  # exit code: another process is gone or failed; starting all again may help
+GONE = AGAIN  # exit code: another process is gone or failed
 _BEAT = 2.0  # seconds
 _LAST_BEAT = 0.5  # seconds, once this process is at its end
 _SILENT = 3 * _BEAT  # without a beat, once something else is wrong as well

@@ -28,7 +28,7 @@ import jax
 from jax.experimental import multihost_utils
 import tensorstore
 
-from apps.trainer.errors import UserError
+from apps.trainer.errors import Unreachable, UserError
 
 # What a run reads again; a name that ends with / is a folder. Nothing else is fetched, whatever
 # may lie beside it.
@@ -76,7 +76,8 @@ class Mirror(Workdir):
   """A folder of this machine that stands for one in a bucket, `url`.
 
   Raises:
-    UserError: the bucket cannot be read (when opened) or written (by `push`), in one line.
+    UserError: the bucket cannot be read (when opened) or written (by `push`), in one line;
+      Unreachable where that may pass.
   """
 
   common = False
@@ -86,6 +87,7 @@ class Mirror(Workdir):
     super().__init__(path)
     self.place, self.checkpoints, self._store = url, f"{url}/checkpoints", store
     self._stamps: dict[str, tuple[int, int]] = {}  # name -> size and time of what the bucket has
+    self._served = False  # whether the bucket has done what was asked of it
     path.mkdir(parents=True, exist_ok=True)
     self._fetch()
 
@@ -117,6 +119,7 @@ class Mirror(Workdir):
     with self._in_one_line("writing"):
       for content in (b"can be written", None):  # None deletes
         self._store.write(name, content).result(timeout=_OPENING)
+    self._served = True
 
   def try_checkpoints(self) -> None:
     """Raises UserError where the library that makes folders of checkpoints has no access.
@@ -147,12 +150,16 @@ class Mirror(Workdir):
 
   @contextlib.contextmanager
   def _in_one_line(self, doing: str) -> Iterator[None]:
-    """Errors of whichever library as UserError."""
+    """Errors of whichever library as UserError.
+
+    A bucket that does not answer, or did what was asked of it before, will again: Unreachable.
+    """
     try:
       yield
     except Exception as error:
       what = str(error) or "no answer"
-      raise UserError(
+      passes = self._served or isinstance(error, TimeoutError)
+      raise (Unreachable if passes else UserError)(
         f"{doing} in {self.place}: {what}; see that the bucket is there, that the network reaches "
         "it, and that the credentials of this machine may read, write and delete in it"
       ) from error

@@ -3,7 +3,7 @@
 import pytest
 import tensorstore
 
-from apps.trainer.errors import UserError
+from apps.trainer.errors import AGAIN, UserError, exit_code
 from apps.trainer.workdir import Mirror, Workdir, open_workdir
 
 URL = "gs://bucket/runs/one"
@@ -107,12 +107,13 @@ def test_trying_to_write_leaves_nothing(tmp_path, store):
 class Broken:
   """Refuses to write, as TensorStore does where permissions are missing."""
 
-  def __init__(self, store):
+  def __init__(self, store, error=None):
     self.read, self.list = store.read, store.list
+    self._error = error or ValueError("PERMISSION_DENIED: no right to create it")
 
   def write(self, name, content):
     promise, future = tensorstore.Promise.new()
-    promise.set_exception(ValueError(f"PERMISSION_DENIED: no right to create {name}"))
+    promise.set_exception(self._error)
     return future
 
 
@@ -121,8 +122,23 @@ def test_a_fault_says_where_and_what_to_do(tmp_path, store):
   (tmp_path / "config.json").write_text("{}")
   with pytest.raises(UserError, match=f"{URL}: PERMISSION_DENIED: .* may read, write and delete"):
     mirror.push()
-  with pytest.raises(UserError, match="PERMISSION_DENIED"):
+  with pytest.raises(UserError, match="PERMISSION_DENIED") as refused:
     mirror.try_writing()
+  assert exit_code(refused.value) == 2
+
+
+def test_a_fault_that_may_pass_asks_for_another_start(tmp_path, store):
+  """No answer at the start, and whatever comes after the bucket did what it was asked."""
+  served = Mirror(tmp_path / "served", URL, store)
+  served.try_writing()
+  served._store = Broken(store)
+  (served.path / "config.json").write_text("{}")
+  with pytest.raises(UserError, match="PERMISSION_DENIED") as later:
+    served.push()
+  silent = Broken(store, TimeoutError())
+  with pytest.raises(UserError, match="no answer; see that the bucket is there") as away:
+    Mirror(tmp_path / "silent", URL, silent).try_writing()
+  assert [exit_code(caught.value) for caught in (later, away)] == [AGAIN, AGAIN]
 
 
 @pytest.mark.parametrize(
