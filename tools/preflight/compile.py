@@ -81,8 +81,8 @@ class Compiled:
     cpu_seconds: of all cores, which a busy machine does not stretch.
     memory: None where the program does not fit.
     program: None where there is none.
-    held: the temporaries that live when they take most, the largest first. They leave gaps, so
-      they are less than what the memory counts.
+    held: the temporaries that live when they take most, the largest first; less than what the
+      memory counts, of which a part are gaps between them.
     refused: bytes it needs and bytes there are, where it does not fit.
   """
 
