@@ -5,6 +5,7 @@ dotted paths of leaves. A stage starts from the params of the one before it, wit
 optimizer and schedule. A config without stages is one stage called "main".
 """
 
+from collections.abc import Mapping
 import dataclasses
 
 from ml_collections import ConfigDict
@@ -28,8 +29,15 @@ def resolve_stages(config: ConfigDict) -> list[Stage]:
   """Applies each stage's changes to the shared configuration.
 
   Raises:
-    ValueError: a change names no leaf, has another type, or two stages share a name.
+    ValueError: no list of changes, a change names no leaf, has another type, or two stages share a name.
   """
+  if not (
+    isinstance(config.stages, list | tuple) and all(isinstance(s, Mapping) for s in config.stages)
+  ):
+    raise ValueError(
+      f"config.stages={config.stages!r}; expected a list of changes, such as "
+      "({'name': '84px', 'model.image_size': 84}, {'name': '224px', 'model.image_size': 224})"
+    )
   changes = [dict(stage) for stage in config.stages] or [{"name": "main"}]
   stages: list[Stage] = []
   first_step = 0

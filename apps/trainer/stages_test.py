@@ -43,3 +43,10 @@ def test_changes_hold_for_their_stage_only_and_steps_go_on():
 def test_impossible_changes_are_named(stages, said):
   with pytest.raises(ValueError, match=said):
     resolve_stages(config(*stages))
+
+
+@pytest.mark.parametrize("stages", [7, "84px", (84, 224)])
+def test_what_is_no_list_of_changes_is_refused(stages):
+  wrong = ConfigDict(config().to_dict() | {"stages": stages})
+  with pytest.raises(ValueError, match="expected a list of changes, such as"):
+    resolve_stages(wrong)
