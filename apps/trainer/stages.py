@@ -29,7 +29,8 @@ def resolve_stages(config: ConfigDict) -> list[Stage]:
   """Applies each stage's changes to the shared configuration.
 
   Raises:
-    ValueError: no list of changes, a change names no leaf, has another type, or two stages share a name.
+    ValueError: there is no list of changes; a change names no leaf, or has another type; two stages
+      share a name.
   """
   if not (
     isinstance(config.stages, list | tuple) and all(isinstance(s, Mapping) for s in config.stages)
