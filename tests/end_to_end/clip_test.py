@@ -98,10 +98,13 @@ def test_another_workdir_evaluates_the_params_with_the_texts_of_their_run(traine
     *runner.tiny_clip(),
     f"--workdir={tmp_path / 'again'}",
     "--config.eval_only=True",
+    "--config.eval.gallery=0",
     f"--config.init_from.path={trained}",
     cache=cache,
   )
   assert figures(tmp_path / "again" / "evaluation.json") == figures(trained / "evaluation.json")
+  page = (tmp_path / "again" / "report.html").read_text()
+  assert "Pictures found for captions" not in page and "Zero-shot mistakes" not in page
 
 
 def test_kill_9_changes_no_figure(trained, cache, tmp_path):
