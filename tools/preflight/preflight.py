@@ -19,7 +19,6 @@ from ml_collections import ConfigDict, config_flags
 from apps.trainer.errors import UserError, run_app, user_errors
 
 if TYPE_CHECKING:
-  from apps.trainer.loop import MakeTask
   from tools.preflight.assess import Assessment
   from tools.preflight.topology import Target
 
@@ -83,6 +82,7 @@ def _assess(config: ConfigDict, title: str, target: "Target") -> "list[Assessmen
   from apps.trainer.config import check_values
   from apps.trainer.stages import resolve_stages
   from tools.preflight import assess, topology
+  from tools.preflight import compile as compile_step
 
   check_values(config)
   if _FIND_BATCH.value and (target.hbm is None or not topology.can_compile(target)):
@@ -90,7 +90,7 @@ def _assess(config: ConfigDict, title: str, target: "Target") -> "list[Assessmen
       f"--find_batch: {target.name} says not how much memory it has, or nothing can be compiled "
       "for it here; give a TPU as --topology, with OV_EXTRAS=tpu, or --topology=here on its machine"
     )
-  make_task = _task_of(config)
+  make_task = compile_step.task_of(config)
   found = []
   for stage in resolve_stages(config):
     name = title + stage.name
@@ -122,17 +122,6 @@ def _outcome(result: "Assessment") -> str:
   if result.fits:
     return f"fits, peak {numbers['peak_bytes_per_device'] / 1e9:,.2f} GB"
   return f"still {numbers['missing_bytes'] / 1e9:,.2f} GB too large"
-
-
-def _task_of(config: ConfigDict) -> "MakeTask":
-  """What the app of this kind of configuration makes its task with."""
-  if "text" in config.model:
-    from apps.clip_task import ClipTask
-
-    return ClipTask.from_config
-  from apps.caption_task import CaptionTask
-
-  return CaptionTask.from_config
 
 
 def _load(name: str) -> ConfigDict:

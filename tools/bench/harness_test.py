@@ -1,0 +1,60 @@
+import os
+
+import pytest
+
+from tools.bench.harness import Benchmark, Case, Goal, Ratio, Stopwatch, cpu_seconds_of, measure
+
+
+def _benchmark(calls: list[str], values: dict[str, list[float]]) -> Benchmark:
+  """Cases that give the values in turn, and note when they ran."""
+
+  def case(name: str) -> Case:
+    given = iter(values[name])
+
+    def run() -> dict[str, float]:
+      calls.append(name)
+      return {"cpu_s": next(given), "instructions": 7}
+
+    return Case(name, run, warm_up=name == "a")
+
+  return Benchmark(
+    "toy", "A toy.", [case("a"), case("b")], [Ratio("a", "b")], [Goal("a : b", "cpu_s", 1)]
+  )
+
+
+def test_rounds_interleave_and_ratios_are_taken_within_them():
+  calls: list[str] = []
+  said: list[str] = []
+  toy = _benchmark(calls, {"a": [99, 2, 9], "b": [4, 3]})
+  values = measure(toy, 2, said.append)
+  assert calls == ["a", "a", "b", "a", "b"]  # the first is thrown away
+  assert values["a"]["cpu_s"] == [2, 9] and values["b"]["cpu_s"] == [4, 3]
+  assert values["a : b"]["cpu_s"] == [0.5, 3]
+  assert said[0].startswith("toy 1/5  eta ?  warming up a")
+  assert said[4].startswith("toy 5/5  eta 0:00:00  running b")
+
+
+def test_a_count_that_changes_is_an_error():
+  counts = iter((1, 2))
+  toy = Benchmark(
+    "toy", "A toy.", [Case("a", lambda: {"instructions": next(counts)}, warm_up=False)]
+  )
+  with pytest.raises(RuntimeError, match=r"a: instructions is a count, but was \[1, 2\]"):
+    measure(toy, 2, lambda _: None)
+
+
+def test_only_keeps_what_belongs_together():
+  toy = _benchmark([], {"a": [], "b": []})
+  assert toy.only(lambda name: name == "a").ratios == []
+  assert toy.only(lambda name: name == "a").goals == []
+  kept = toy.only(lambda name: True)
+  assert [case.name for case in kept.cases] == ["a", "b"]
+  assert kept.ratios == [Ratio("a", "b")] and len(kept.goals) == 1
+
+
+def test_seconds_of_this_process():
+  watch = Stopwatch()
+  while watch.read()[0] == 0:  # some clocks stand still for a while
+    sum(range(10_000))
+  ticks = 1 / os.sysconf("SC_CLK_TCK")  # the system counts in these
+  assert abs(cpu_seconds_of(os.getpid()) - sum(os.times()[:2])) <= 2 * ticks

@@ -1,0 +1,106 @@
+"""Results as Markdown: for the terminal, and for docs/benchmarks.md between two marks."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tools.bench.harness import METRICS
+
+
+def render(found: dict[str, Any]) -> str:
+  """All benchmarks of a file of `results`."""
+  return "\n\n".join(section(found, benchmark) for benchmark in found["benchmarks"])
+
+
+def section(found: dict[str, Any], benchmark: dict[str, Any]) -> str:
+  """Conditions, figures, ratios, goals, notes of one benchmark."""
+  machine = found["machine"]
+  model = [benchmark["dtype"], benchmark["batch"] and f"batch {benchmark['batch']}"]
+  facts = [
+    f"{machine['cores']} cores of {machine['cpu']} ({machine['system']}), {machine['device']}",
+    f"Python {machine['python']}",
+    f"jax {machine['jax']}",
+    *filter(None, model),
+    found["date"],
+    f"`{found['command']}`",
+  ]
+  rows = [row for row in benchmark["rows"] if not row["ratio"]]
+  ratios = [row for row in benchmark["rows"] if row["ratio"]]
+  head = f"{benchmark['about']} Median of {benchmark['rounds']} rounds (lowest to highest)."
+  parts = [head, ", ".join(facts) + "."]
+  parts += [_table(benchmark["name"], rows)]
+  if ratios:
+    parts += [_table("ratio within a round", ratios)]
+  if benchmark["goals"]:
+    parts += [_goals(benchmark["goals"])]
+  return "\n\n".join([*parts, *(f"{note}." for note in benchmark["notes"])])
+
+
+def _table(title: str, rows: list[dict[str, Any]]) -> str:
+  metrics = [name for name in METRICS if any(name in row["metrics"] for row in rows)]
+  lines = [[title, *(METRICS[name][0] for name in metrics)]]
+  for row in rows:
+    cells = (_cell(name, row["metrics"].get(name)) for name in metrics)
+    lines.append([row["name"], *cells])
+  return _aligned(lines)
+
+
+def _cell(metric: str, figure: dict[str, Any] | None) -> str:
+  if figure is None:
+    return ""
+  if figure["low"] == figure["high"]:
+    return _number(figure["median"])
+  low, high = _number(figure["low"]), _number(figure["high"])
+  return f"{_number(figure['median'])} ({low} to {high})"
+
+
+def _number(value: float) -> str:
+  """Three digits and more; whole numbers from 1,000 on, as counts are."""
+  return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def _goals(goals: list[dict[str, Any]]) -> str:
+  lines = [["goal", "at most", "found", "of the limit", ""]]
+  for goal in goals:
+    share = f"{goal['value'] / goal['limit']:.2f}"
+    outcome = "reached" if goal["reached"] else "not reached"
+    name = f"{goal['row']}, {METRICS[goal['metric']][0]}"
+    lines.append([name, _number(goal["limit"]), _number(goal["value"]), share, outcome])
+  return _aligned(lines)
+
+
+def _aligned(lines: list[list[str]]) -> str:
+  widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+  rows = [[cell.ljust(width) for cell, width in zip(line, widths)] for line in lines]
+  rows.insert(1, ["-" * width for width in widths])
+  return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def check_page(page: Path, names: Sequence[str]) -> None:
+  """Raises OSError or ValueError where `put_into` would."""
+  for name in names:
+    _split(page, page.read_text("utf-8"), name)
+
+
+def put_into(page: Path, found: dict[str, Any]) -> None:
+  """Puts each benchmark between its marks, `<!-- bench NAME -->` and `<!-- end NAME -->`.
+
+  Raises:
+    OSError: the page cannot be read or written.
+    ValueError: it has no such marks.
+  """
+  text = page.read_text("utf-8")
+  for benchmark in found["benchmarks"]:
+    before, after = _split(page, text, benchmark["name"])
+    text = f"{before}{section(found, benchmark)}\n{after}"
+  page.write_text(text, "utf-8")
+
+
+def _split(page: Path, text: str, name: str) -> tuple[str, str]:
+  """What stands up to the first mark and from the second on, marks included."""
+  begin, end = f"<!-- bench {name} -->\n", f"<!-- end {name} -->"
+  before, first, rest = text.partition(begin)
+  _, second, after = rest.partition(end)
+  if not first or not second:
+    raise ValueError(f"{page} has no place for {name}: expected {begin.strip()} and {end}")
+  return before + begin, end + after
