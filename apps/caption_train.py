@@ -9,15 +9,19 @@ The same command goes on where a stopped run ended. `--check` says what a run wo
 
 from typing import TYPE_CHECKING
 
-from apps.launch import launch
+from absl import flags
+
+from apps import launch
 from apps.trainer.errors import run_app
 
 if TYPE_CHECKING:
   from apps.trainer.loop import App
 
+flags.adopt_module_key_flags(launch)  # --help lists them
+
 
 def main() -> None:
-  launch(_app, "caption_config", "apps/configs/caption_demo.py or openvision2.py")
+  launch.launch(_app, "caption_config", "apps/configs/caption_demo.py or openvision2.py")
 
 
 def _app() -> "App":

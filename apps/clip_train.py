@@ -11,15 +11,19 @@ checkpoint.
 
 from typing import TYPE_CHECKING
 
-from apps.launch import launch
+from absl import flags
+
+from apps import launch
 from apps.trainer.errors import run_app
 
 if TYPE_CHECKING:
   from apps.trainer.loop import App
 
+flags.adopt_module_key_flags(launch)  # --help lists them
+
 
 def main() -> None:
-  launch(_app, "clip_config", "apps/configs/clip_demo.py or openvision.py")
+  launch.launch(_app, "clip_config", "apps/configs/clip_demo.py or openvision.py")
 
 
 def _app() -> "App":

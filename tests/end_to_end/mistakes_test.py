@@ -188,3 +188,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, cache):
   runner.expect_one_line(
     printed, code, r"step \d+ is not finite: loss .*, grad_norm .*, update_norm"
   )
+
+
+@pytest.mark.parametrize("app", [runner.CAPTION_TRAIN, runner.CLIP_TRAIN], ids=lambda app: app.stem)
+def test_help_lists_the_flags(app, tmp_path):
+  _, printed = runner.run("--help", app=app, cache=tmp_path)
+  assert all(f"--{flag}:" in printed for flag in ("config", "workdir", "[no]check", "[no]compile"))
