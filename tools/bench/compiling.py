@@ -10,8 +10,7 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from tools.bench.harness import Benchmark, Case, Goal, Ratio, Stopwatch
 
@@ -70,11 +69,10 @@ def _make(name: str, target: str) -> Benchmark:
 
 
 def load_config(recipe: str, arguments: str) -> ConfigDict:
-  """A configuration of apps/configs, which an app would open by path, too."""
-  values = flags.FlagValues()
-  config_flags.DEFINE_config_file("config", flag_values=values)
-  values(["bench", f"--config={ROOT / 'apps/configs' / recipe}:{arguments}"])
-  return values.config
+  """A configuration of apps/configs."""
+  from tools.preflight import configs
+
+  return configs.load(f"{ROOT / 'apps/configs' / recipe}:{arguments}")
 
 
 def _compile(target: str, depth: int, scan: bool) -> Mapping[str, float]:
@@ -117,10 +115,10 @@ def plan_of(config: ConfigDict, target: str) -> "Plan":
   from apps.trainer.stages import resolve_stages
   import ov_sharding
   from tools.preflight import compile as preflight
-  from tools.preflight import topology
+  from tools.preflight import configs, topology
 
   devices = jax.devices("cpu")[:1] if target == "cpu" else topology.parse(target).devices()
   mesh = ov_sharding.make_mesh(ov_sharding.MeshConfig(), devices)
   (stage,) = resolve_stages(config)
   tokenizer = preflight.stand_in_tokenizer(config)
-  return preflight.make_plan(stage, preflight.task_of(config), tokenizer, mesh)
+  return preflight.make_plan(stage, configs.task_of(config), tokenizer, mesh)

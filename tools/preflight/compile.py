@@ -109,17 +109,6 @@ def stand_in_tokenizer(config: ConfigDict) -> ov_data.Tokenizer:
   return ov_data.Tokenizer.train(["a"], 16, kind="words")
 
 
-def task_of(config: ConfigDict) -> MakeTask:
-  """What the app of this kind of configuration makes its task with."""
-  if "text" in config.model:
-    from apps.clip_task import ClipTask
-
-    return ClipTask.from_config
-  from apps.caption_task import CaptionTask
-
-  return CaptionTask.from_config
-
-
 def make_plan(stage: Stage, make_task: MakeTask, tokenizer: ov_data.Tokenizer, mesh: Any) -> Plan:
   """The abstract step of a stage on `mesh`.
 

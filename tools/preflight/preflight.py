@@ -8,7 +8,6 @@ compiler); --topology=here compiles for this machine. Prints memory, exchanges, 
 """
 
 import functools
-import importlib.util
 from pathlib import Path
 import sys
 from typing import TYPE_CHECKING
@@ -50,14 +49,12 @@ def main() -> None:
       topology.prepare_environment()
     target = topology.target(_TOPOLOGY.value, _SLICES.value)
   names = [config_flags.get_config_filename(flags.FLAGS["config"]), *_COMPARE.value]
-  if not topology.can_compile(target):
-    print(f"arithmetic only: {topology.why_not(target)}\n")
   found: list[Assessment] = []
   for number, (name, config) in enumerate(zip(names, configs, strict=True), 1):
     title = f"{number}:{Path(name.partition(':')[0]).stem}/" if len(names) > 1 else ""
     with user_errors():
       found += _assess(config, title, target)
-  _print(found)
+  _print(found, target)
   if out is not None:
     from tools.preflight import report
 
@@ -65,9 +62,11 @@ def main() -> None:
       out.write_text(report.to_json(found), encoding="utf-8")
 
 
-def _print(found: "list[Assessment]") -> None:
-  from tools.preflight import report
+def _print(found: "list[Assessment]", target: "Target") -> None:
+  from tools.preflight import report, topology
 
+  if not topology.can_compile(target):
+    print(f"arithmetic only: {topology.why_not(target)}\n")
   print(report.table(found))
   for one in found:
     print(f"\n{report.details(one)}")
@@ -81,8 +80,7 @@ def _assess(config: ConfigDict, title: str, target: "Target") -> "list[Assessmen
   # Heavy imports wait until the flags are known to be right.
   from apps.trainer.config import check_values
   from apps.trainer.stages import resolve_stages
-  from tools.preflight import assess, topology
-  from tools.preflight import compile as compile_step
+  from tools.preflight import assess, configs, topology
 
   check_values(config)
   if _FIND_BATCH.value and (target.hbm is None or not topology.can_compile(target)):
@@ -90,7 +88,7 @@ def _assess(config: ConfigDict, title: str, target: "Target") -> "list[Assessmen
       f"--find_batch: {target.name} says not how much memory it has, or nothing can be compiled "
       "for it here; give a TPU as --topology, with OV_EXTRAS=tpu, or --topology=here on its machine"
     )
-  make_task = compile_step.task_of(config)
+  make_task = configs.task_of(config)
   found = []
   for stage in resolve_stages(config):
     name = title + stage.name
@@ -125,20 +123,14 @@ def _outcome(result: "Assessment") -> str:
 
 
 def _load(name: str) -> ConfigDict:
-  """A configuration by path and argument, with the changes given to the first."""
-  path, _, argument = name.partition(":")
-  spec = importlib.util.spec_from_file_location("compared", path)
-  if spec is None or spec.loader is None or not Path(path).is_file():
-    raise ValueError(
-      f"--compare={name}: expected a Python file that exists, such as apps/configs/openvision2.py"
-    )
-  module = importlib.util.module_from_spec(spec)
-  try:  # the file runs here
-    spec.loader.exec_module(module)
-    config = module.get_config(argument) if argument else module.get_config()
+  """A configuration to compare, with the changes given to the first."""
+  from tools.preflight import configs
+
+  try:
+    config = configs.load(name)
     config.lock()
     config.update_from_flattened_dict(config_flags.get_override_values(flags.FLAGS["config"]))
-  except (AttributeError, ImportError, LookupError, SyntaxError, TypeError, ValueError) as error:
+  except (LookupError, TypeError, ValueError) as error:
     raise ValueError(f"--compare={name}: {error}") from error
   return config
 
