@@ -69,10 +69,15 @@ def main(arguments: list[str]) -> None:
         _RESTARTS.value,
       )
     )  # fmt: skip
-    if _OUT.value:
-      Path(_OUT.value).expanduser().write_text(text, encoding="utf-8")
-    else:
+    if not _OUT.value:
       print(text, end="")
+      return
+    try:
+      Path(_OUT.value).expanduser().write_text(text, encoding="utf-8")
+    except OSError as error:
+      raise UserError(
+        f"--out={_OUT.value}: {error.strerror}; expected a file in a folder that exists"
+      ) from error
 
 
 def _manifest(job: Job) -> str:

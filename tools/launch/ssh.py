@@ -21,8 +21,13 @@ def hosts_of(listed: str, file: str) -> list[str]:
   if bool(listed) == bool(file):
     raise ValueError("give --hosts=A,B,user@C or --hosts_file=FILE, one of them")
   if file:
-    with open(file, encoding="utf-8") as lines:
-      found = [line.partition("#")[0].strip() for line in lines]
+    try:
+      with open(file, encoding="utf-8") as lines:
+        found = [line.partition("#")[0].strip() for line in lines]
+    except OSError as error:
+      raise ValueError(
+        f"--hosts_file={file}: {error.strerror}; expected a text file, a host a line"
+      ) from error
     found = [host for host in found if host]
   else:
     found = listed.split(",")
