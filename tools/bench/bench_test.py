@@ -1,26 +1,16 @@
 """The app, as the user runs it, on the smallest cases of each benchmark."""
 
+import functools
 import json
-import os
 from pathlib import Path
-import subprocess
-import sys
 
 import pytest
 
 from tools.bench import bench, results, tables
 from tools.preflight import topology
+from tools.testing import program
 
-
-def _app(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-  path = os.pathsep.join(os.path.abspath(p or ".") for p in sys.path)
-  return subprocess.run(
-    [sys.executable, "-m", bench.__name__, *arguments],
-    env={**os.environ, "PYTHONPATH": path, "BUILD_WORKING_DIRECTORY": str(cwd)},
-    capture_output=True,
-    text=True,
-    check=False,
-  )
+_app = functools.partial(program.run, bench)
 
 
 @pytest.mark.parametrize(

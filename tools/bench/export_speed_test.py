@@ -1,23 +1,13 @@
 """The app, as the user runs it, on a tower that takes no time."""
 
+import functools
 import json
-import os
 from pathlib import Path
-import subprocess
-import sys
 
 from tools.bench import export_speed
+from tools.testing import program
 
-
-def _app(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-  path = os.pathsep.join(os.path.abspath(p or ".") for p in sys.path)
-  return subprocess.run(
-    [sys.executable, "-m", export_speed.__name__, *arguments],
-    env={**os.environ, "PYTHONPATH": path, "BUILD_WORKING_DIRECTORY": str(cwd)},
-    capture_output=True,
-    text=True,
-    check=False,
-  )
+_app = functools.partial(program.run, export_speed)
 
 
 def test_table_and_figures(tmp_path: Path):

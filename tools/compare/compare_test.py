@@ -1,25 +1,15 @@
 """The app, as the user runs it."""
 
-import os
+import functools
 from pathlib import Path
-import subprocess
-import sys
 
 import pytest
 
 import ov_eval
 from tools.compare import compare
+from tools.testing import program
 
-
-def _app(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-  path = os.pathsep.join(os.path.abspath(p or ".") for p in sys.path)
-  return subprocess.run(
-    [sys.executable, "-m", compare.__name__, *arguments],
-    env={**os.environ, "PYTHONPATH": path, "BUILD_WORKING_DIRECTORY": str(cwd)},
-    capture_output=True,
-    text=True,
-    check=False,
-  )
+_app = functools.partial(program.run, compare)
 
 
 def _write(path: Path, value: float, step: int) -> None:

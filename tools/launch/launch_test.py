@@ -1,5 +1,6 @@
 """Manifests as the tool writes them: golden files, what a shell makes of them, what is refused."""
 
+import functools
 import importlib.util
 import os
 from pathlib import Path
@@ -14,6 +15,7 @@ import yaml
 from ov_sharding import distributed
 from tools.launch import launch, ssh
 from tools.launch.job import Job
+from tools.testing import program
 
 _DATA = Path(__file__).parent / "testdata"
 _APP = ["--config=apps/configs/openvision2.py:img=L/14,res=224"]
@@ -23,13 +25,7 @@ _SLURM = ["--kind=slurm", "--nodes=8", "--gpus=8", *_APP]
 _SSH = ["--kind=ssh", "--checkout=/srv/openvision", "--workdir=/data/my run", *_APP]
 
 
-def _tool(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-  path = os.pathsep.join(os.path.abspath(p or ".") for p in sys.path)
-  env = {**os.environ, "PYTHONPATH": path} | ({"BUILD_WORKING_DIRECTORY": str(cwd)} if cwd else {})
-  return subprocess.run(
-    [sys.executable, "-m", launch.__name__, *arguments], env=env, capture_output=True, text=True,
-    check=False,
-  )  # fmt: skip
+_tool = functools.partial(program.run, launch, cwd=Path.cwd())
 
 
 def _written(*arguments: str) -> str:
@@ -198,10 +194,10 @@ def test_slurm_stops_in_time_and_queues_again(tmp_path: Path):
     ([*_SLURM, "--workdir=/d", "--partition=a b"], "--partition='a b'"),
     ([*_SLURM, "--workdir=/d", "--gpus=0"], "flag --gpus=0"),
     ([*_SLURM, "--workdir=/d", "--app=export"], "caption_train|clip_train"),
-    ([*_SLURM, "--workdir=/d", "--out=no/such/folder"], "no/such/folder"),
+    ([*_SLURM, "--workdir=/d", "--out=no/such/folder"], "--out=no/such/folder: No such"),
     (_SSH, "give --hosts=A,B,user@C or --hosts_file=FILE"),
     ([*_SSH, "--hosts=a", "--hosts_file=b"], "one of them"),
-    ([*_SSH, "--hosts_file=no.txt"], "no.txt"),
+    ([*_SSH, "--hosts_file=no.txt"], "--hosts_file=no.txt: No such file"),
     ([*_SSH, "--hosts=a,-oProxyCommand=x"], "'-oProxyCommand=x'; expected HOST or USER@HOST"),
     ([*_SSH, "--hosts=a,b c"], "'b c'; expected HOST"),
     ([*_SSH, "--hosts=a,b,a"], "a stands there twice"),

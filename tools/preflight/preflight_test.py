@@ -1,28 +1,19 @@
 """The app, as the user runs it."""
 
+import functools
 import json
-import os
 from pathlib import Path
-import subprocess
-import sys
 
 import pytest
 
 from tools.preflight import preflight
+from tools.testing import program
 
 TINY = "img=mu/16,txt_decoder_name=Ti,res=32,token_len=16,vocab_size=512,batch_size=8"
 CONFIG = "apps/configs/openvision2.py"
 
 
-def _app(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-  path = os.pathsep.join(os.path.abspath(p or ".") for p in sys.path)
-  return subprocess.run(
-    [sys.executable, "-m", preflight.__name__, *arguments],
-    env={**os.environ, "PYTHONPATH": path, "BUILD_WORKING_DIRECTORY": str(cwd or Path.cwd())},
-    capture_output=True,
-    text=True,
-    check=False,
-  )
+_app = functools.partial(program.run, preflight, cwd=Path.cwd())
 
 
 def test_two_configurations_on_this_machine(tmp_path: Path):
@@ -67,7 +58,7 @@ def test_cards_that_are_not_here_get_arithmetic(tmp_path: Path):
     ((f"--config={CONFIG}", "--topology=here", "--compare=none.py"), "none.py: expected a"),
     (
       (f"--config={CONFIG}", "--topology=here", "--compare=apps/configs/base.py"),
-      "base.py: module 'compared' has no attribute 'get_config'",
+      "base.py: module 'configuration' has no attribute 'get_config'",
     ),
     ((f"--config={CONFIG}", "--topology=here", "--json=/no/x.json"), "--json=/no/x.json; expected"),
     ((f"--config={CONFIG}", "--topology=here", "--config.foo=1"), "has no setting 'foo'"),

@@ -25,5 +25,6 @@ PACKAGES = [
     "tools/lint",
     "tools/preflight",
     "tools/python",
+    "tools/testing",
     "tools/tpu",
 ]
