@@ -5,8 +5,7 @@
 Of tiny models, with all that a step does. What is counted comes before the backend has optimised
 the program: operations of StableHLO, and FLOPs and bytes of the unoptimised program as XLA's cost
 analysis counts them, loop bodies once. The CPU backend fuses and splits by instruction set and
-number of cores, so its instructions are no measure. Arguments, results and what is donated follow
-from shapes alone.
+number of cores, so its instructions are no measure.
 """
 
 from collections import Counter

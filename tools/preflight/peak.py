@@ -63,6 +63,7 @@ def at_peak(folder: Path, program: Program) -> list[Held]:
     ValueError: the folder does not hold both files.
   """
   values = _values(_only(folder, "*buffer-assignment.txt"), _only(folder, "*live-range.txt"))
+  values.sort(key=lambda value: (value.offset, -value.size))
   instructions = {i.name: i for i in _instructions(program)}
   moments = sorted({value.start for value in values})  # more can live only where one begins
   places = max((_places(values, moment) for moment in moments), key=_total, default=[])
@@ -106,10 +107,10 @@ def _values(assignment: str, live: str) -> list[_Value]:
 
 
 def _places(values: Sequence[_Value], time: int) -> list[list[_Value]]:
-  """Those alive at a time, values that overlap in memory together."""
+  """Those alive at a time, values that overlap in memory together; `values` by offset."""
   places: list[list[_Value]] = []
   end = 0
-  for value in sorted(values, key=lambda v: (v.offset, -v.size)):
+  for value in values:
     if not value.start <= time <= value.end:
       continue
     if places and value.offset < end:
