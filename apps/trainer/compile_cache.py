@@ -28,7 +28,6 @@ from pathlib import Path
 import re
 import secrets
 import threading
-from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from absl import logging as absl_logging
@@ -143,12 +142,7 @@ class CompileCache:
     self._undo.callback(jax.monitoring.unregister_event_duration_listener, self._on_duration)
     return self
 
-  def __exit__(
-    self,
-    kind: type[BaseException] | None,
-    error: BaseException | None,
-    traceback: TracebackType | None,
-  ) -> None:
+  def __exit__(self, *exc_info: object) -> None:
     self._undo.close()
 
   @contextlib.contextmanager

@@ -5,7 +5,6 @@ import contextlib
 import math
 import sys
 import time
-from types import TracebackType
 from typing import IO, Self
 
 from rich.console import Console
@@ -131,12 +130,7 @@ class StageProgress:
       self._bar.start()
     return self
 
-  def __exit__(
-    self,
-    kind: type[BaseException] | None,
-    error: BaseException | None,
-    traceback: TracebackType | None,
-  ) -> None:
+  def __exit__(self, *exc_info: object) -> None:
     if self._bar is not None:
       self._bar.stop()
 

@@ -11,7 +11,6 @@ import math
 import os
 from pathlib import Path
 import sys
-from types import TracebackType
 from typing import Any, Self
 import uuid
 
@@ -113,12 +112,7 @@ class MetricWriter:
   def __enter__(self) -> Self:
     return self
 
-  def __exit__(
-    self,
-    kind: type[BaseException] | None,
-    error: BaseException | None,
-    traceback: TracebackType | None,
-  ) -> None:
+  def __exit__(self, *exc_info: object) -> None:
     self.close()
 
 

@@ -10,7 +10,7 @@ import os
 import signal
 import socket
 import threading
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, Self
 import urllib.request
 
@@ -65,12 +65,7 @@ class StopRequest:
       threading.Thread(target=self._listen, args=(server,), daemon=True).start()
     return self
 
-  def __exit__(
-    self,
-    kind: type[BaseException] | None,
-    error: BaseException | None,
-    traceback: TracebackType | None,
-  ) -> None:
+  def __exit__(self, *exc_info: object) -> None:
     self._over.set()
     for number, handler in self._old.items():
       signal.signal(number, handler)

@@ -18,7 +18,6 @@ import re
 import ssl
 import subprocess
 import threading
-from types import TracebackType
 from typing import Any, Self
 from urllib import parse
 
@@ -89,18 +88,12 @@ class FakeBucket:
       self.generations[name] = self.generations.get(name, 0) + 1
 
   def __enter__(self) -> Self:
-    self._server = server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-    self._server.daemon_threads = True
-    self._server.bucket = self  # type: ignore[attr-defined]
+    self._server = _Server(("127.0.0.1", 0), _Handler)
+    self._server.bucket = self
     threading.Thread(target=self._server.serve_forever, daemon=True).start()
     return self
 
-  def __exit__(
-    self,
-    kind: type[BaseException] | None,
-    error: BaseException | None,
-    traceback: TracebackType | None,
-  ) -> None:
+  def __exit__(self, *exc_info: object) -> None:
     self._server.shutdown()
     self._server.server_close()
 
@@ -109,14 +102,21 @@ class _Refused(Exception):
   """An answer other than success: its code and reason."""
 
 
+class _Server(server.ThreadingHTTPServer):
+  """Listens for all connections to one bucket."""
+
+  bucket: FakeBucket
+
+
 class _Handler(server.BaseHTTPRequestHandler):
   """One connection."""
 
   protocol_version = "HTTP/1.1"
+  server: _Server
 
   @property
   def bucket(self) -> FakeBucket:
-    return self.server.bucket  # type: ignore[attr-defined]
+    return self.server.bucket
 
   def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 (as in http.server)
     """Says nothing."""
