@@ -117,7 +117,7 @@ def assess(
     compiled_on,
     mesh_sizes,
     numbers,
-    peak.grouped(compiled.held) if compiled else [],
+    peak.grouped(compiled.held or []) if compiled else [],
     exchanges,
     _faults(plan, found, program is not None, mesh_sizes),
     program.unknown_loops if program else [],
@@ -238,7 +238,7 @@ def _numbers(
   config, task, parts = plan.config, plan.parts.task, plan.parts
   state = tree_bytes(parts.abstract, parts.shardings)
   params = tree_bytes(parts.abstract["params"], parts.shardings["params"])
-  memory = compiled.memory if compiled else None
+  memory, held = (compiled.memory, compiled.held) if compiled else (None, None)
   hbm = compiled.refused[1] if compiled and compiled.refused else target.hbm
   needed = memory.peak if memory else compiled.refused[0] if compiled and compiled.refused else None
   moved = roofline.traffic(compiled.program) if compiled and compiled.program else None
@@ -262,7 +262,7 @@ def _numbers(
     "alias_bytes": memory.aliased if memory else None,
     "temp_bytes": memory.temporaries if memory else None,
     "peak_bytes_per_device": memory.peak if memory else None,
-    "held_bytes": sum(one.bytes for one in compiled.held) if memory else None,
+    "held_bytes": None if held is None else sum(one.bytes for one in held),
     "hbm_bytes": hbm,
     "fits": bool(memory and (hbm is None or memory.peak <= hbm)) if compiled else None,
     "missing_bytes": max(needed - hbm, 0) if needed and hbm else None,

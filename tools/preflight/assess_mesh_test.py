@@ -13,7 +13,7 @@ from apps.caption_task import CaptionTask
 from apps.clip_task import ClipTask
 from apps.configs.base import caption_config, clip_config
 from apps.trainer.stages import Stage
-from tools.preflight import report, topology
+from tools.preflight import peak, report, topology
 from tools.preflight.assess import Assessment, assess
 
 HERE = topology.Target("8 x cpu", None, 8, 1, None, None, here=True)
@@ -140,6 +140,14 @@ def test_text_and_json(whole: Assessment):
   ):  # fmt: skip
     assert math.isfinite(row[name]) and row[name] > 0
   assert row["largest"][0]["source"].count(":") == 1
+
+
+def test_a_compiler_that_does_not_tell_what_lives(monkeypatch: pytest.MonkeyPatch):
+  monkeypatch.setattr(peak, "at_peak", lambda *_: None)
+  found = _caption({})
+  assert found.fits and found.numbers["held_bytes"] is None
+  assert "this compiler does not tell" in report.details(found)
+  assert "alive at once" not in report.table([found])
 
 
 def test_devices():

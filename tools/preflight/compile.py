@@ -30,6 +30,7 @@ import ov_sharding
 from tools.preflight import hlo, peak
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_SOME = 1 << 20  # bytes of temporaries; a program with as many has arrays among them
 _USED = (
   re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm"),
   re.compile(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)"),
@@ -82,7 +83,7 @@ class Compiled:
     memory: None where the program does not fit.
     program: None where there is none.
     held: the temporaries that live when they take most, the largest first; less than what the
-      memory counts, of which a part are gaps between them.
+      memory counts, of which a part are gaps between them. None: the compiler does not tell.
     refused: bytes it needs and bytes there are, where it does not fit.
   """
 
@@ -90,7 +91,7 @@ class Compiled:
   cpu_seconds: float
   memory: Memory | None
   program: hlo.Program | None
-  held: list[peak.Held] = dataclasses.field(default_factory=list)
+  held: list[peak.Held] | None = None
   refused: tuple[int, int] | None = None
 
 
@@ -161,7 +162,10 @@ def _read(
     analysis.alias_size_in_bytes,
   )
   program = hlo.parse(text)
-  return Compiled(seconds, cpu_seconds, memory, program, peak.at_peak(folder, program))
+  held = peak.at_peak(folder, program)
+  if not held and memory.temporaries >= _SOME:  # it wrote the files, but not as we read them
+    held = None
+  return Compiled(seconds, cpu_seconds, memory, program, held)
 
 
 def refusal(message: str) -> tuple[int, int] | None:

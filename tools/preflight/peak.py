@@ -52,17 +52,20 @@ class _Value:
   end: int
 
 
-def at_peak(folder: Path, program: Program) -> list[Held]:
+def at_peak(folder: Path, program: Program) -> list[Held] | None:
   """The arrays that live when the temporaries hold most, the largest first.
 
   Args:
     folder: what the compiler wrote for `xla_dump_to`.
     program: the same program; it tells where arrays come from.
 
-  Raises:
-    ValueError: the folder does not hold both files.
+  Returns:
+    None where the compiler tells it in another way: its files are for people, and may change.
   """
-  values = _values(_only(folder, "*buffer-assignment.txt"), _only(folder, "*live-range.txt"))
+  assignment, live = _only(folder, "*buffer-assignment.txt"), _only(folder, "*live-range.txt")
+  if assignment is None or live is None:
+    return None
+  values = _values(assignment, live)
   values.sort(key=lambda value: (value.offset, -value.size))
   instructions = {i.name: i for i in _instructions(program)}
   moments = sorted({value.start for value in values})  # more can live only where one begins
@@ -80,14 +83,10 @@ def grouped(held: Sequence[Held], count: int = 12) -> list[tuple[int, str, int, 
   return [(one.bytes, one.array, numbers[one], one.source, one.op_name) for one in largest]
 
 
-def _only(folder: Path, pattern: str) -> str:
+def _only(folder: Path, pattern: str) -> str | None:
+  """The text of the one file; None where there is none, or several."""
   found = list(folder.glob(pattern))
-  if len(found) != 1:
-    raise ValueError(
-      f"the compiler wrote {len(found)} files {pattern} for one program; expected one: this "
-      "version of it tells its arrays in another way"
-    )
-  return found[0].read_text(encoding="utf-8", errors="replace")
+  return found[0].read_text(encoding="utf-8", errors="replace") if len(found) == 1 else None
 
 
 def _values(assignment: str, live: str) -> list[_Value]:

@@ -89,6 +89,8 @@ def details(one: Assessment) -> str:
       f"; compiled for {one.compiled_on} at the same images per device, where the program of a "
       "device is the same"
     )
+  if one.numbers["peak_bytes_per_device"] is not None and one.numbers["held_bytes"] is None:
+    lines.append("  what lives when most does: this compiler does not tell")
   if one.largest:
     lines.append("  what lives beside the arguments when most does:")
   for size, array, count, source, name in one.largest:
