@@ -75,9 +75,10 @@ def _measure(names: list[str]) -> None:
     if empty := [benchmark.name for benchmark in benchmarks if not benchmark.cases]:
       raise UserError(f"--only={_ONLY.value} leaves no case of {', '.join(empty)}")
     say = _say if os.isatty(sys.stderr.fileno()) else _say_line
-    measured = [
-      (one, harness.measure(one, _ROUNDS.value, say), _ROUNDS.value) for one in benchmarks
-    ]
+    measured = []
+    for one in benchmarks:
+      rounds = 1 if one.exact else _ROUNDS.value
+      measured.append((one, harness.measure(one, rounds, say), rounds))
   found = results.to_dict(measured, _command(names))
   if out:
     out.write_text(json.dumps(found, indent=1) + "\n", "utf-8")

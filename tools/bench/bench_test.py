@@ -42,8 +42,8 @@ def test_two_files_are_compared(tmp_path: Path):
   figure = {"values": [1.0] * 5, "median": 1.0, "low": 1.0, "high": 1.0}
   row = {"name": "a", "ratio": False, "metrics": {"cpu_s": figure}}
   benchmark = {
-    "name": "toy", "about": "", "dtype": None, "batch": None, "rounds": 5, "notes": [],
-    "rows": [row], "goals": [],
+    "name": "toy", "about": "", "dtype": None, "batch": None, "rounds": 5, "exact": False,
+    "notes": [], "rows": [row], "goals": [],
   }  # fmt: skip
   found = {
     "schema": results.SCHEMA, "date": "2026-11-26", "command": "", "machine": results.machine(),

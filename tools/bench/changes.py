@@ -1,23 +1,20 @@
 """What became slower or larger between two files of figures, beyond noise.
 
-CPU seconds differ where the ranges of their rounds do not overlap and the medians are more than
-`MARGIN` apart: with five rounds each, ranges of equal programs part by chance once in 126 figures.
-A count differs where it is not equal. The clock is not judged, for other work on the machine
-stretches it. Between two machines seconds say nothing: there the ratios within a round are judged.
+CPU seconds, and what is done in one, differ where the ranges of their rounds do not overlap and the
+medians are more than `MARGIN` apart: with five rounds each, ranges of equal programs part by chance
+once in 126 figures. A count differs where it is not equal. The clock is not judged, for other work
+on the machine stretches it. Between two machines seconds say nothing: there the ratios within a
+round are judged.
 """
 
 from typing import Any
 
 from tools.bench import results
-from tools.bench.harness import METRICS
+from tools.bench.harness import METRICS, Metric
 
 MARGIN = 0.05
 ROUNDS = 5  # fewer say too little of the noise
 _MACHINE = ("cpu", "cores", "system", "device")  # what seconds depend on beside the programs
-_WORDS = {
-  "cpu": ("slower", "faster"),
-  "count": ("larger", "smaller"),
-}
 
 
 def compare(old_path: str, new_path: str) -> tuple[str, bool]:
@@ -40,12 +37,13 @@ def compare(old_path: str, new_path: str) -> tuple[str, bool]:
     for row in benchmark["rows"]:
       for metric, figure in row["metrics"].items():
         earlier = rows.get(row["name"], {"metrics": {}})["metrics"].get(metric)
-        kind = METRICS[metric][1]
+        kind = METRICS[metric]
         if earlier is None or not _judged(kind, ratio=row["ratio"], same_machine=same):
           continue
         change = _change(kind, earlier, figure)
-        words = _WORDS[kind]
-        line = f"{benchmark['name']}: {row['name']}, {METRICS[metric][0]}: "
+        words = ("larger", "smaller") if kind.exact else ("slower", "faster")
+        words = words[::-1] if kind.exact and kind.more else words
+        line = f"{benchmark['name']}: {row['name']}, {kind.heading}: "
         line += f"{earlier['median']:.4g} -> {figure['median']:.4g}"
         if earlier["median"]:
           line += f" ({figure['median'] / earlier['median'] - 1:+.1%})"
@@ -69,22 +67,31 @@ def _check(old: dict[str, Any], new: dict[str, Any]) -> None:
   for name in ("dtype", "batch"):
     if old[name] != new[name]:
       raise ValueError(f"{new['name']}: {name} was {old[name]} and is {new[name]}; expected equal")
+  if new["exact"]:
+    return
   if rounds := [one["rounds"] for one in (old, new) if one["rounds"] < ROUNDS]:
     raise ValueError(f"{new['name']} ran {rounds[0]} rounds; expected --rounds={ROUNDS} or more")
 
 
-def _judged(kind: str, *, ratio: bool, same_machine: bool) -> bool:
+def _judged(kind: Metric, *, ratio: bool, same_machine: bool) -> bool:
   """A ratio moves with either of its cases, so it is judged only where they cannot be."""
-  if kind == "count":
+  if kind.exact:
     return not ratio
-  return kind == "cpu" and ratio != same_machine
+  return kind.judged and ratio != same_machine
 
 
-def _change(kind: str, old: dict[str, Any], new: dict[str, Any]) -> int:
+def _change(kind: Metric, old: dict[str, Any], new: dict[str, Any]) -> int:
   """1 for worse, -1 for better, 0 for neither."""
-  if kind == "count":
+  if kind.more:
+    return -_grown(kind, old, new)
+  return _grown(kind, old, new)
+
+
+def _grown(kind: Metric, old: dict[str, Any], new: dict[str, Any]) -> int:
+  """1 for more, -1 for less, 0 for neither."""
+  if kind.exact:
     return (new["median"] > old["median"]) - (new["median"] < old["median"])
   margin = 1 + MARGIN
-  slower = new["low"] > old["high"] and new["median"] > margin * old["median"]
-  faster = new["high"] < old["low"] and margin * new["median"] < old["median"]
-  return slower - faster
+  more = new["low"] > old["high"] and new["median"] > margin * old["median"]
+  less = new["high"] < old["low"] and margin * new["median"] < old["median"]
+  return more - less

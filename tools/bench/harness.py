@@ -15,15 +15,49 @@ import os
 import statistics
 import time
 
-# What a case may give, in the order of the tables: heading, and how it behaves. Seconds of all
-# cores ("cpu") and on the clock ("clock") vary; a count is the same in every round.
-METRICS: dict[str, tuple[str, str]] = {
-  "cpu_s": ("CPU s", "cpu"),
-  "clock_s": ("clock s", "clock"),
-  "trace_cpu_s": ("trace CPU s", "cpu"),
-  "lower_cpu_s": ("lower CPU s", "cpu"),
-  "compile_cpu_s": ("compile CPU s", "cpu"),
-  "instructions": ("HLO instructions", "count"),
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+  """Something a case may give.
+
+  Attributes:
+    heading: of its column.
+    exact: the same in every round; else it varies.
+    more: whether more is better.
+    judged: whether `--compare` says what became worse: not of the clock, which stretches with
+      whatever else the machine does.
+  """
+
+  heading: str
+  exact: bool = False
+  more: bool = False
+  judged: bool = True
+
+
+# In the order of the tables. "CPU s" are seconds of all cores together.
+METRICS: dict[str, Metric] = {
+  "cpu_s": Metric("CPU s"),
+  "clock_s": Metric("clock s", judged=False),
+  "trace_cpu_s": Metric("trace CPU s"),
+  "lower_cpu_s": Metric("lower CPU s"),
+  "compile_cpu_s": Metric("compile CPU s"),
+  "images_per_cpu_s": Metric("images per CPU s", more=True),
+  "images_per_s": Metric("images/s", more=True, judged=False),
+  "tokens_per_cpu_s": Metric("tokens per CPU s", more=True),
+  "tokens_per_s": Metric("tokens/s", more=True, judged=False),
+  "mb_per_cpu_s": Metric("MB per CPU s", more=True),
+  "gflops": Metric("GFLOP", exact=True),
+  "gflops_per_cpu_s": Metric("GFLOP per CPU s", more=True),
+  "mfu": Metric("MFU", more=True, judged=False),
+  "resident_mib": Metric("resident MiB", judged=False),
+  "file_mib": Metric("MiB on disk", judged=False),
+  "argument_mib": Metric("arguments MiB", exact=True),
+  "state_mib": Metric("state MiB", exact=True),
+  "temporary_mib": Metric("temporaries MiB", exact=True),
+  "peak_mib": Metric("peak MiB", exact=True),
+  "kept_mib": Metric("MiB kept per image", exact=True),
+  "batch": Metric("largest batch", exact=True, more=True),
+  "instructions": Metric("HLO instructions", exact=True),
 }
 
 
@@ -56,11 +90,32 @@ class Ratio:
 
 @dataclasses.dataclass(frozen=True)
 class Goal:
-  """The median of a row's metric is to be at most `limit`."""
+  """The median of a row's metric is to be at most `limit`, or `at_least` it."""
 
   row: str
   metric: str
   limit: float
+  at_least: bool = False
+
+  def reached(self, value: float) -> bool:
+    return value >= self.limit if self.at_least else value <= self.limit
+
+
+@dataclasses.dataclass(frozen=True)
+class Plot:
+  """Curves of one metric, a point for each row.
+
+  Attributes:
+    title: above it, and of its file.
+    x_label: what the numbers across are.
+    metric: upwards.
+    lines: label -> (number across, row), in order.
+  """
+
+  title: str
+  x_label: str
+  metric: str
+  lines: Mapping[str, Sequence[tuple[float, str]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +128,7 @@ class Benchmark:
     dtype: of the model; None where there is none.
     batch: examples of a step; None where there is none.
     notes: such as what was left out, and why.
+    exact: nothing it measures varies, so that one round says all.
   """
 
   name: str
@@ -83,6 +139,8 @@ class Benchmark:
   dtype: str | None = None
   batch: int | None = None
   notes: Sequence[str] = ()
+  plots: Sequence[Plot] = ()
+  exact: bool = False
 
   def only(self, wanted: Callable[[str], object]) -> "Benchmark":
     """The cases whose name is wanted, with the ratios and goals that are left."""
@@ -91,7 +149,15 @@ class Benchmark:
     ratios = [ratio for ratio in self.ratios if {ratio.case, ratio.base} <= names]
     rows = names | {ratio.name for ratio in ratios}
     goals = [goal for goal in self.goals if goal.row in rows]
-    return dataclasses.replace(self, cases=cases, ratios=ratios, goals=goals)
+    plots = []
+    for plot in self.plots:
+      lines = {
+        label: [point for point in points if point[1] in rows]
+        for label, points in plot.lines.items()
+      }
+      if lines := {label: points for label, points in lines.items() if points}:
+        plots.append(dataclasses.replace(plot, lines=lines))
+    return dataclasses.replace(self, cases=cases, ratios=ratios, goals=goals, plots=plots)
 
 
 class Stopwatch:
@@ -119,7 +185,7 @@ def measure(benchmark: Benchmark, rounds: int, say: Callable[[str], None]) -> Va
     say: shows a line of progress.
 
   Raises:
-    RuntimeError: a count was not the same in every round.
+    RuntimeError: an exact figure was not the same in every round.
   """
   values: Values = {case.name: {} for case in benchmark.cases}
   turns = [case for case in benchmark.cases if case.warm_up]
@@ -140,8 +206,8 @@ def measure(benchmark: Benchmark, rounds: int, say: Callable[[str], None]) -> Va
         values[case.name].setdefault(metric, []).append(value)
   for row, metrics in values.items():
     for metric, of_rounds in metrics.items():
-      if METRICS[metric][1] == "count" and len(set(of_rounds)) > 1:
-        raise RuntimeError(f"{row}: {metric} is a count, but was {of_rounds} in {rounds} rounds")
+      if METRICS[metric].exact and len(set(of_rounds)) > 1:
+        raise RuntimeError(f"{row}: {metric} is exact, but was {of_rounds} in {rounds} rounds")
   for ratio in benchmark.ratios:
     above, below = values[ratio.case], values[ratio.base]
     values[ratio.name] = {

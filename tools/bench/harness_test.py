@@ -2,7 +2,16 @@ import os
 
 import pytest
 
-from tools.bench.harness import Benchmark, Case, Goal, Ratio, Stopwatch, cpu_seconds_of, measure
+from tools.bench.harness import (
+  Benchmark,
+  Case,
+  Goal,
+  Plot,
+  Ratio,
+  Stopwatch,
+  cpu_seconds_of,
+  measure,
+)
 
 
 def _benchmark(calls: list[str], values: dict[str, list[float]]) -> Benchmark:
@@ -39,7 +48,7 @@ def test_a_count_that_changes_is_an_error():
   toy = Benchmark(
     "toy", "A toy.", [Case("a", lambda: {"instructions": next(counts)}, warm_up=False)]
   )
-  with pytest.raises(RuntimeError, match=r"a: instructions is a count, but was \[1, 2\]"):
+  with pytest.raises(RuntimeError, match=r"a: instructions is exact, but was \[1, 2\]"):
     measure(toy, 2, lambda _: None)
 
 
@@ -50,6 +59,21 @@ def test_only_keeps_what_belongs_together():
   kept = toy.only(lambda name: True)
   assert [case.name for case in kept.cases] == ["a", "b"]
   assert kept.ratios == [Ratio("a", "b")] and len(kept.goals) == 1
+
+
+def test_only_keeps_the_points_that_are_left():
+  lines = {"both": [(1, "a"), (2, "b")], "other": [(2, "b")]}
+  toy = Benchmark(
+    "toy", "A toy.", [Case("a", dict), Case("b", dict)], plots=[Plot("t", "x", "cpu_s", lines)]
+  )
+  (plot,) = toy.only(lambda name: name == "a").plots
+  assert plot.lines == {"both": [(1, "a")]}
+
+
+def test_goals():
+  assert Goal("a", "cpu_s", 2).reached(2) and not Goal("a", "cpu_s", 2).reached(2.1)
+  rate = Goal("a", "images_per_s", 2, at_least=True)
+  assert rate.reached(2) and not rate.reached(1.9)
 
 
 def test_seconds_of_this_process():

@@ -1,6 +1,7 @@
 """The file of a benchmark run: what was measured, on what machine, when, by which command."""
 
 from collections.abc import Sequence
+import dataclasses
 import datetime
 import json
 import os
@@ -10,7 +11,7 @@ from typing import Any
 
 from tools.bench.harness import METRICS, Benchmark, Values, summary
 
-SCHEMA = 1
+SCHEMA = 2
 
 # Keys of each level with the types of their values.
 _FILE = {"schema": int, "date": str, "command": str, "machine": dict, "benchmarks": list}
@@ -21,6 +22,7 @@ _BENCHMARK = {
   "dtype": (str, type(None)),
   "batch": (int, type(None)),
   "rounds": int,
+  "exact": bool,
   "notes": list,
   "rows": list,
   "goals": list,
@@ -28,7 +30,14 @@ _BENCHMARK = {
 _ROW = {"name": str, "ratio": bool, "metrics": dict}
 _NUMBER = (int, float)
 _FIGURE = {"values": list, "median": _NUMBER, "low": _NUMBER, "high": _NUMBER}
-_GOAL = {"row": str, "metric": str, "limit": _NUMBER, "value": _NUMBER, "reached": bool}
+_GOAL = {
+  "row": str,
+  "metric": str,
+  "limit": _NUMBER,
+  "at_least": bool,
+  "value": _NUMBER,
+  "reached": bool,
+}
 
 
 def to_dict(measured: Sequence[tuple[Benchmark, Values, int]], command: str) -> dict[str, Any]:
@@ -82,8 +91,7 @@ def _benchmark(benchmark: Benchmark, values: Values, rounds: int) -> dict[str, A
   for goal in benchmark.goals:
     value = summary(values[goal.row][goal.metric])["median"]
     goals.append({
-      "row": goal.row, "metric": goal.metric, "limit": goal.limit, "value": value,
-      "reached": value <= goal.limit,
+      **dataclasses.asdict(goal), "value": value, "reached": goal.reached(value)
     })  # fmt: skip
   return {
     "name": benchmark.name,
@@ -91,6 +99,7 @@ def _benchmark(benchmark: Benchmark, values: Values, rounds: int) -> dict[str, A
     "dtype": benchmark.dtype,
     "batch": benchmark.batch,
     "rounds": rounds,
+    "exact": benchmark.exact,
     "notes": list(benchmark.notes),
     "rows": rows,
     "goals": goals,

@@ -56,7 +56,7 @@ def _set(found: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
   "path, value, message",
   [
-    ("schema", 2, "schema is 2, expected 1"),
+    ("schema", 1, "schema is 1, expected 2"),
     ("date", None, "date is None"),
     ("machine.cores", "two", "cores is 'two'"),
     ("benchmarks.0.surplus", 1, "a benchmark has"),
@@ -82,8 +82,8 @@ def test_tables(found: dict[str, Any]):
   lines = [" ".join(line.split()) for line in text.splitlines()]
   assert "| a | 2.00 (1.00 to 3.00) | 1,234 |" in lines
   assert "| a : b | 0.50 |" in lines
-  assert "| a, CPU s | 3.00 | 2.00 | 0.67 | reached |" in lines
-  assert "| a : b, CPU s | 0.25 | 0.50 | 2.00 | not reached |" in lines
+  assert "| a, CPU s | at most 3.00 | 2.00 | 0.67 | reached |" in lines
+  assert "| a : b, CPU s | at most 0.25 | 0.50 | 2.00 | not reached |" in lines
   assert "float32, batch 8" in text and "`tools/bazel run //tools/bench -- toy`" in text
   assert lines[-1] == "c is left out."
 

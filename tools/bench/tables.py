@@ -26,7 +26,9 @@ def section(found: dict[str, Any], benchmark: dict[str, Any]) -> str:
   ]
   rows = [row for row in benchmark["rows"] if not row["ratio"]]
   ratios = [row for row in benchmark["rows"] if row["ratio"]]
-  head = f"{benchmark['about']} Median of {benchmark['rounds']} rounds (lowest to highest)."
+  exact = "Exact: the same in every round."
+  spread = f"Median of {benchmark['rounds']} rounds (lowest to highest)."
+  head = f"{benchmark['about']} {exact if benchmark['exact'] else spread}"
   parts = [head, ", ".join(facts) + "."]
   parts += [_table(benchmark["name"], rows)]
   if ratios:
@@ -38,7 +40,7 @@ def section(found: dict[str, Any], benchmark: dict[str, Any]) -> str:
 
 def _table(title: str, rows: list[dict[str, Any]]) -> str:
   metrics = [name for name in METRICS if any(name in row["metrics"] for row in rows)]
-  lines = [[title, *(METRICS[name][0] for name in metrics)]]
+  lines = [[title, *(METRICS[name].heading for name in metrics)]]
   for row in rows:
     cells = (_cell(name, row["metrics"].get(name)) for name in metrics)
     lines.append([row["name"], *cells])
@@ -56,16 +58,19 @@ def _cell(metric: str, figure: dict[str, Any] | None) -> str:
 
 def _number(value: float) -> str:
   """Three digits and more; whole numbers from 1,000 on, as counts are."""
-  return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+  if value >= 100:
+    return f"{value:,.0f}" if value >= 1000 or value == int(value) else f"{value:.1f}"
+  return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 0.1 else f"{value:.3g}"
 
 
 def _goals(goals: list[dict[str, Any]]) -> str:
-  lines = [["goal", "at most", "found", "of the limit", ""]]
+  lines = [["goal", "wanted", "found", "found : wanted", ""]]
   for goal in goals:
     share = f"{goal['value'] / goal['limit']:.2f}"
     outcome = "reached" if goal["reached"] else "not reached"
-    name = f"{goal['row']}, {METRICS[goal['metric']][0]}"
-    lines.append([name, _number(goal["limit"]), _number(goal["value"]), share, outcome])
+    name = f"{goal['row']}, {METRICS[goal['metric']].heading}"
+    wanted = f"{'at least' if goal['at_least'] else 'at most'} {_number(goal['limit'])}"
+    lines.append([name, wanted, _number(goal["value"]), share, outcome])
   return _aligned(lines)
 
 
