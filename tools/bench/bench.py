@@ -4,8 +4,8 @@
   bazel run //tools/bench -- --compare old.json new.json
 
 Names what to measure: startup, compile, compile_tpu (which wants OV_EXTRAS=tpu). Prints tables, as
-Markdown; --out writes every round, --page puts the tables into docs/benchmarks.md. --compare ends
-with exit code 1 where something became slower or larger.
+Markdown; --out writes every round, --page puts tables and plots into docs/benchmarks.md. --compare
+ends with exit code 1 where something became slower or larger.
 """
 
 import json
@@ -21,7 +21,9 @@ from absl import flags
 from apps.trainer.errors import UserError, run_app, user_errors
 
 _OUT = flags.DEFINE_string("out", None, "File to write the figures to, as JSON.")
-_PAGE = flags.DEFINE_string("page", None, "Page whose tables are replaced: docs/benchmarks.md.")
+_PAGE = flags.DEFINE_string(
+  "page", None, "Page whose tables and plots are replaced: docs/benchmarks.md."
+)
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "How often each case runs.", lower_bound=1)
 _ONLY = flags.DEFINE_string("only", "", "Regular expression; only cases it is found in.")
 _COMPARE = flags.DEFINE_bool("compare", False, "Compare two files of figures: old, new.")

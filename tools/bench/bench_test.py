@@ -43,7 +43,7 @@ def test_two_files_are_compared(tmp_path: Path):
   row = {"name": "a", "ratio": False, "metrics": {"cpu_s": figure}}
   benchmark = {
     "name": "toy", "about": "", "dtype": None, "batch": None, "rounds": 5, "exact": False,
-    "notes": [], "rows": [row], "goals": [],
+    "notes": [], "rows": [row], "goals": [], "plots": [],
   }  # fmt: skip
   found = {
     "schema": results.SCHEMA, "date": "2026-11-26", "command": "", "machine": results.machine(),

@@ -9,7 +9,7 @@ from pathlib import Path
 import platform
 from typing import Any
 
-from tools.bench.harness import METRICS, Benchmark, Values, summary
+from tools.bench.harness import METRICS, Benchmark, Plot, Values, summary
 
 SCHEMA = 2
 
@@ -26,6 +26,7 @@ _BENCHMARK = {
   "notes": list,
   "rows": list,
   "goals": list,
+  "plots": list,
 }
 _ROW = {"name": str, "ratio": bool, "metrics": dict}
 _NUMBER = (int, float)
@@ -38,6 +39,7 @@ _GOAL = {
   "value": _NUMBER,
   "reached": bool,
 }
+_PLOT = {"title": str, "x_label": str, "metric": str, "lines": dict}
 
 
 def to_dict(measured: Sequence[tuple[Benchmark, Values, int]], command: str) -> dict[str, Any]:
@@ -103,7 +105,13 @@ def _benchmark(benchmark: Benchmark, values: Values, rounds: int) -> dict[str, A
     "notes": list(benchmark.notes),
     "rows": rows,
     "goals": goals,
+    "plots": [_plot(plot) for plot in benchmark.plots],
   }
+
+
+def _plot(plot: Plot) -> dict[str, Any]:
+  lines = {label: [[x, row] for x, row in points] for label, points in plot.lines.items()}
+  return {**dataclasses.asdict(plot), "lines": lines}
 
 
 def read(path: str) -> dict[str, Any]:
@@ -140,6 +148,11 @@ def check(found: Any) -> None:
           raise ValueError(f"{where}: median, low and high are not those of the values")
     for goal in benchmark["goals"]:
       _check(f"a goal of {benchmark['name']}", goal, _GOAL)
+    for plot in benchmark["plots"]:
+      _check(f"a plot of {benchmark['name']}", plot, _PLOT)
+      there = {row["name"] for row in benchmark["rows"] if plot["metric"] in row["metrics"]}
+      if missing := {row for points in plot["lines"].values() for _, row in points} - there:
+        raise ValueError(f"{plot['title']}: no row has {plot['metric']} of {sorted(missing)}")
 
 
 def _check(where: str, found: Any, keys: dict[str, Any]) -> None:

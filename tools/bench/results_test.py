@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tools.bench import results, tables
-from tools.bench.harness import Benchmark, Case, Goal, Ratio
+from tools.bench.harness import Benchmark, Case, Goal, Plot, Ratio
 
 TOY = Benchmark(
   "toy",
@@ -17,6 +17,7 @@ TOY = Benchmark(
   dtype="float32",
   batch=8,
   notes=["c is left out"],
+  plots=[Plot("CPU by size", "size", "cpu_s", {"line": [(1, "a"), (2, "b")]})],
 )
 VALUES: dict[str, dict[str, list[float]]] = {
   "a": {"cpu_s": [3, 1, 2], "instructions": [1234, 1234, 1234]},
@@ -63,6 +64,9 @@ def _set(found: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
     ("benchmarks.0.rows.0.metrics.cpu_s.median", 3, "a, cpu_s: median, low and high are not"),
     ("benchmarks.0.rows.0.metrics.cups", {}, "a, cups is unknown"),
     ("benchmarks.0.goals.0.reached", "yes", "reached is 'yes'"),
+    ("benchmarks.0.plots.0.title", 1, "a plot of toy: title is 1"),
+    ("benchmarks.0.plots.0.metric", "mfu", r"CPU by size: no row has mfu of \['a', 'b'\]"),
+    ("benchmarks.0.plots.0.lines", {"x": [[1, "c"]]}, r"no row has cpu_s of \['c'\]"),
   ],
 )
 def test_what_is_not_so_is_named(found, path, value, message):
@@ -95,7 +99,19 @@ def test_tables_of_a_page_are_replaced_between_the_marks(found: dict[str, Any], 
   tables.put_into(page, found)  # a second time changes nothing
   text = page.read_text()
   assert text.startswith("before\n<!-- bench toy -->\nA toy.")
-  assert text.endswith("c is left out.\n<!-- end toy -->\nafter\n") and "old" not in text
+  image = "![CPU by size](page/toy-cpu-by-size.svg)"
+  assert text.endswith(f"c is left out.\n\n{image}\n<!-- end toy -->\nafter\n")
+  assert "old" not in text
   page.write_text("no marks")
   with pytest.raises(ValueError, match="has no place for toy: expected <!-- bench toy -->"):
     tables.put_into(page, found)
+
+
+def test_plots_of_a_page_are_those_it_shows(found: dict[str, Any], tmp_path: Path):
+  page, folder = tmp_path / "page.md", tmp_path / "page"
+  page.write_text("<!-- bench toy -->\n<!-- end toy -->\n")
+  tables.put_into(page, found)
+  (folder / "other.svg").write_text("not of this benchmark")
+  assert "CPU by size" in (folder / "toy-cpu-by-size.svg").read_text()
+  tables.put_into(page, _set(found, "benchmarks.0.plots.0.title", "Another"))
+  assert {path.name for path in folder.iterdir()} == {"toy-another.svg", "other.svg"}

@@ -1,9 +1,14 @@
-"""Results as Markdown: for the terminal, and for docs/benchmarks.md between two marks."""
+"""Results as Markdown: for the terminal, and for docs/benchmarks.md between two marks.
+
+A page has plots, too, in a folder beside it that is named as the page: docs/benchmarks/.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
+import re
 from typing import Any
 
+from tools.bench import plots
 from tools.bench.harness import METRICS
 
 
@@ -90,22 +95,33 @@ def check_page(page: Path, names: Sequence[str]) -> None:
 def put_into(page: Path, found: dict[str, Any]) -> None:
   """Puts each benchmark between its marks, `<!-- bench NAME -->` and `<!-- end NAME -->`.
 
+  Its plots are drawn anew; those that stood there and are none of it any more are removed.
+
   Raises:
-    OSError: the page cannot be read or written.
+    OSError: the page or a plot cannot be read or written.
     ValueError: it has no such marks.
   """
   text = page.read_text("utf-8")
+  folder = page.with_suffix("")
   for benchmark in found["benchmarks"]:
-    before, after = _split(page, text, benchmark["name"])
-    text = f"{before}{section(found, benchmark)}\n{after}"
+    before, old, after = _split(page, text, benchmark["name"])
+    drawn = {plots.file_name(benchmark, plot): plot for plot in benchmark["plots"]}
+    shown = rf"^!\[.*\]\({re.escape(folder.name)}/([\w-]+\.svg)\)$"
+    for name in re.findall(shown, old, re.MULTILINE):
+      (folder / name).unlink(missing_ok=True)
+    for name, plot in drawn.items():
+      folder.mkdir(exist_ok=True)
+      (folder / name).write_text(plots.draw(benchmark, plot), "utf-8")
+    images = [f"![{plot['title']}]({folder.name}/{name})" for name, plot in drawn.items()]
+    text = before + "\n\n".join([section(found, benchmark), *images]) + "\n" + after
   page.write_text(text, "utf-8")
 
 
-def _split(page: Path, text: str, name: str) -> tuple[str, str]:
-  """What stands up to the first mark and from the second on, marks included."""
+def _split(page: Path, text: str, name: str) -> tuple[str, str, str]:
+  """What stands up to the first mark, between them, and from the second on; marks outside."""
   begin, end = f"<!-- bench {name} -->\n", f"<!-- end {name} -->"
   before, first, rest = text.partition(begin)
-  _, second, after = rest.partition(end)
+  between, second, after = rest.partition(end)
   if not first or not second:
     raise ValueError(f"{page} has no place for {name}: expected {begin.strip()} and {end}")
-  return before + begin, end + after
+  return before + begin, between, end + after
