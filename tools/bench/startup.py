@@ -65,7 +65,7 @@ def _finish(command: list[str], code: int = 0, says: str = "") -> dict[str, floa
   """Runs a program to its end; raises RuntimeError where code or output are not as expected."""
   began = time.perf_counter()
   with subprocess.Popen(
-    command, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
   ) as process:
     assert process.stdout is not None
     said = process.stdout.read()
@@ -77,7 +77,7 @@ def _finish(command: list[str], code: int = 0, says: str = "") -> dict[str, floa
   return {"cpu_s": usage.ru_utime + usage.ru_stime, "clock_s": clock}
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
   """That of this process, with every package of the repository on the path."""
   path = [ROOT, *sorted((ROOT / "packages").iterdir())]
   own = {name: value for name, value in os.environ.items() if name != "BUILD_WORKING_DIRECTORY"}
@@ -100,7 +100,7 @@ class _Demo:
     shutil.copytree(self._prepared, workdir)
     began = time.perf_counter()
     with subprocess.Popen(
-      self._command(workdir, cache), env=_environment(), stderr=subprocess.PIPE, text=True
+      self._command(workdir, cache), env=environment(), stderr=subprocess.PIPE, text=True
     ) as process:
       assert process.stderr is not None
       said = []

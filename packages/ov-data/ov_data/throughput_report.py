@@ -67,8 +67,8 @@ def main(arguments: list[str]) -> None:
   _print(turns, jpegs, options.threads)
 
 
-def encode(image: Image.Image) -> bytes:
-  """The JPEG of an image whose quality brings it nearest to 50 kB."""
+def encode(image: Image.Image, wanted: int = BYTES) -> bytes:
+  """The JPEG of an image whose quality brings it nearest to `wanted` bytes."""
 
   def at(quality: int) -> bytes:
     buffer = io.BytesIO()
@@ -78,13 +78,18 @@ def encode(image: Image.Image) -> bytes:
   low, high = 10, 97
   while high - low > 1:
     middle = (low + high) // 2
-    low, high = (middle, high) if len(at(middle)) < BYTES else (low, middle)
+    low, high = (middle, high) if len(at(middle)) < wanted else (low, middle)
   return at(low)
 
 
-def photo_like_noise(rng: np.random.Generator) -> Image.Image:
-  """Noise with amplitude 1 / frequency, its channels correlated, as photos have it."""
-  width, height = SIZE
+def photo_like_noise(rng: np.random.Generator, size: tuple[int, int] = SIZE) -> Image.Image:
+  """Noise with amplitude 1 / frequency, its channels correlated, as photos have it.
+
+  Args:
+    rng: draws it.
+    size: width and height, pixels.
+  """
+  width, height = size
   frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
   frequency[0, 0] = 1
   spectrum = rng.normal(size=(4, *frequency.shape)) + 1j * rng.normal(size=(4, *frequency.shape))
@@ -92,6 +97,13 @@ def photo_like_noise(rng: np.random.Generator) -> Image.Image:
   planes = np.stack([grey + 0.4 * plane for plane in colour], -1)
   planes = 128 + 55 * planes / planes.std()
   return Image.fromarray(planes.clip(0, 255).astype(np.uint8))
+
+
+def captions(count: int) -> list[str]:
+  """Texts of 60 words out of a thousand."""
+  rng = np.random.default_rng(0)
+  words = ["".join(rng.choice(list("abdegiklmnoprstu"), 6)) for _ in range(1000)]
+  return [" ".join(rng.choice(words, _WORDS)) for _ in range(count)]
 
 
 def _pictures(directory: str | None, count: int) -> Iterator[Image.Image]:
@@ -108,13 +120,11 @@ def _pictures(directory: str | None, count: int) -> Iterator[Image.Image]:
 
 
 def _write(directory: pathlib.Path, jpegs: list[bytes]) -> Tokenizer:
-  rng = np.random.default_rng(0)
-  words = ["".join(rng.choice(list("abdegiklmnoprstu"), 6)) for _ in range(1000)]
-  captions = [" ".join(rng.choice(words, _WORDS)) for _ in jpegs]
+  texts = captions(len(jpegs))
   with ShardWriter(directory / "train-00000-of-00001.tfrecord") as shard:
-    for jpeg, caption in zip(jpegs, captions):
+    for jpeg, caption in zip(jpegs, texts):
       shard.write({"jpg": jpeg, "txt": caption})
-  return Tokenizer.train(captions, 3000)
+  return Tokenizer.train(texts, 3000)
 
 
 def _turn(

@@ -13,6 +13,13 @@ def test_noise_makes_jpegs_of_the_wanted_size():
   assert Image.open(io.BytesIO(data)).size == throughput_report.SIZE
 
 
+def test_noise_and_jpegs_of_other_sizes():
+  image = throughput_report.photo_like_noise(np.random.default_rng(0), (256, 128))
+  data = throughput_report.encode(image, 8_000)
+  assert abs(len(data) - 8_000) < 800
+  assert Image.open(io.BytesIO(data)).size == (256, 128)
+
+
 def test_prints_a_row_for_each_size(capsys):
   throughput_report.main(["--distinct", "2", "--records", "8", "--turns", "1"])
   rows = capsys.readouterr().out.splitlines()
