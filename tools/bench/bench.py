@@ -3,9 +3,9 @@
   bazel run //tools/bench -- startup compile --out=bench.json
   bazel run //tools/bench -- --compare old.json new.json
 
-Names what to measure: startup, compile, compile_tpu (which wants OV_EXTRAS=tpu). Prints tables, as
-Markdown; --out writes every round, --page puts tables and plots into docs/benchmarks.md. --compare
-ends with exit code 1 where something became slower or larger.
+Names what to measure: startup, compile, compile_tpu (which wants OV_EXTRAS=tpu), data, data_memory.
+Prints tables, as Markdown; --out writes every round, --page puts tables and plots into
+docs/benchmarks.md. --compare ends with exit code 1 where something became slower or larger.
 """
 
 import json
@@ -45,11 +45,14 @@ def main(arguments: list[str]) -> None:
 def _measure(names: list[str]) -> None:
   """Measures all before a file is written."""
   from tools.bench import compiling, harness, results, startup, tables
+  from tools.bench import input as loading
 
   there = {
     "startup": startup.make,
     "compile": compiling.make_cpu,
     "compile_tpu": compiling.make_tpu,
+    "data": loading.make,
+    "data_memory": loading.make_memory,
   }
   if not names:
     raise UserError(f"name what to measure; there are {', '.join(there)}")
