@@ -12,8 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import datetime
 import os
+from pathlib import Path
 import statistics
 import time
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,11 +49,14 @@ METRICS: dict[str, Metric] = {
   "images_per_s": Metric("images/s", more=True, judged=False),
   "tokens_per_cpu_s": Metric("tokens per CPU s", more=True),
   "tokens_per_s": Metric("tokens/s", more=True, judged=False),
+  "texts_per_cpu_s": Metric("texts per CPU s", more=True),
+  "texts_per_s": Metric("texts/s", more=True, judged=False),
   "mb_per_cpu_s": Metric("MB per CPU s", more=True),
   "gflops": Metric("GFLOP", exact=True),
   "gflops_per_cpu_s": Metric("GFLOP per CPU s", more=True),
   "mfu": Metric("MFU", more=True, judged=False),
   "resident_mib": Metric("resident MiB", judged=False),
+  "grown_mib": Metric("MiB more at the peak", judged=False),
   "file_mib": Metric("MiB on disk", judged=False),
   "argument_mib": Metric("arguments MiB", exact=True),
   "state_mib": Metric("state MiB", exact=True),
@@ -171,6 +178,35 @@ class Stopwatch:
     now = time.process_time(), time.perf_counter()
     before, self._since = getattr(self, "_since", now), now
     return now[0] - before[0], now[1] - before[1]
+
+
+def measured(work: Callable[[], T]) -> tuple[T, dict[str, float]]:
+  """What `work` gives; its seconds, and by how many MiB this process grew meanwhile at most.
+
+  `work` must not leave anything running. Memory is told in `grown_mib`, that of devices not.
+  """
+  Path("/proc/self/clear_refs").write_text("5", "ascii")  # the peak begins anew
+  before, _ = _resident_mib()
+  watch = Stopwatch()
+  found = work()
+  cpu, clock = watch.read()
+  return found, {"cpu_s": cpu, "clock_s": clock, "grown_mib": _resident_mib()[1] - before}
+
+
+def _resident_mib() -> tuple[float, float]:
+  """Of this process, now and at its peak."""
+  lines = Path("/proc/self/status").read_text("utf-8").splitlines()
+  fields = {name: value for name, _, value in (line.partition(":") for line in lines)}
+  now, peak = (int(fields[name].split()[0]) / 1024 for name in ("VmRSS", "VmHWM"))
+  return now, peak
+
+
+def rates(what: str, count: float, seconds: Mapping[str, float]) -> dict[str, float]:
+  """`count` per second of the CPU and of the clock, under the names of METRICS."""
+  return {
+    f"{what}_per_cpu_s": count / seconds["cpu_s"],
+    f"{what}_per_s": count / seconds["clock_s"],
+  }
 
 
 Values = dict[str, dict[str, list[float]]]  # row -> metric -> one value a round

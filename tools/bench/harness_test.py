@@ -1,5 +1,6 @@
 import os
 
+import numpy as np
 import pytest
 
 from tools.bench.harness import (
@@ -11,6 +12,8 @@ from tools.bench.harness import (
   Stopwatch,
   cpu_seconds_of,
   measure,
+  measured,
+  rates,
 )
 
 
@@ -82,3 +85,20 @@ def test_seconds_of_this_process():
     sum(range(10_000))
   ticks = 1 / os.sysconf("SC_CLK_TCK")  # the system counts in these
   assert abs(cpu_seconds_of(os.getpid()) - sum(os.times()[:2])) <= 2 * ticks
+
+
+def test_memory_that_is_given_back_counts_at_its_peak():
+  mib = 2**20
+  _, small = measured(lambda: np.ones(10 * mib, np.uint8))
+  total, large = measured(lambda: int(np.ones(100 * mib, np.uint8).sum()))
+  assert total == 100 * mib
+  # The system counts pages in lots, and this process has other work for some.
+  assert small["grown_mib"] < 50 < 90 < large["grown_mib"] < 150
+  assert large["cpu_s"] > 0 and large["clock_s"] > 0
+
+
+def test_rates():
+  assert rates("images", 12, {"cpu_s": 4, "clock_s": 2}) == {
+    "images_per_cpu_s": 3,
+    "images_per_s": 6,
+  }
