@@ -20,6 +20,7 @@ _app = functools.partial(program.run, bench)
     ("startup", "first step/from", 1),
     ("compile", "stacked/2$", 1),
     ("data", "WebP, 84 px", 1),
+    ("checkpoint", "save/Ti, npz", 1),
   ],
 )
 def test_each_benchmark_writes_its_schema(name, only, rows, tmp_path: Path):

@@ -40,6 +40,7 @@ class Metric:
 
 # In the order of the tables. "CPU s" are seconds of all cores together.
 METRICS: dict[str, Metric] = {
+  "blocked_s": Metric("s before the next step", judged=False),
   "cpu_s": Metric("CPU s"),
   "clock_s": Metric("clock s", judged=False),
   "trace_cpu_s": Metric("trace CPU s"),
@@ -52,6 +53,7 @@ METRICS: dict[str, Metric] = {
   "texts_per_cpu_s": Metric("texts per CPU s", more=True),
   "texts_per_s": Metric("texts/s", more=True, judged=False),
   "mb_per_cpu_s": Metric("MB per CPU s", more=True),
+  "mb_per_s": Metric("MB/s", more=True, judged=False),
   "gflops": Metric("GFLOP", exact=True),
   "gflops_per_cpu_s": Metric("GFLOP per CPU s", more=True),
   "mfu": Metric("MFU", more=True, judged=False),
