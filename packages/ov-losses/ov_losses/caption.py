@@ -13,11 +13,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ov_losses.tiles import TokenTerms, token_terms
+from ov_losses.tiles import TokenTerms, token_terms, weighted_sum
 
 
 class CaptionLoss(NamedTuple):
-  """What one batch gives; all float32 scalars, and all but the counts are differentiable."""
+  """What one batch gives: float32 scalars, of which only the loss has a gradient."""
 
   loss: jax.Array  # masked mean of the training objective: smoothing and z-loss included
   nll: jax.Array  # masked mean negative log-likelihood in nats, without either
@@ -39,7 +39,9 @@ def caption_cross_entropy(
   """Masked mean cross-entropy over all tokens of the global batch.
 
   The logits are products in the dtype of `hidden` (`head` is cast to it) accumulated in float32;
-  softmax, loss and sums are float32. Gradients come back in the dtypes of `hidden` and `head`.
+  softmax, loss and sums are float32. Gradients come back in the dtypes of `hidden` and `head`; they
+  are made along with the loss, by one product of the size of the logits less than a backward pass
+  would need that makes the logits again.
 
   A batch without any token gives loss 0 and zero gradients. A label outside [0, V) under a mask
   that is not 0 makes the loss NaN: under jit nothing can raise, and no other value would be true.
@@ -64,20 +66,17 @@ def caption_cross_entropy(
   if z_loss < 0.0:
     raise ValueError(f"z_loss={z_loss} is negative; expected 0 (off) or a small weight like 1e-4.")
   weights = _check_mask(mask, labels)
-  terms = token_terms(hidden, head, labels, tile=tile, batch_shards=batch_shards)
-  nll = _nan_where_label_is_invalid(terms, labels, head.shape[1])
-
-  objective = (1.0 - label_smoothing) * nll
-  if label_smoothing:
-    objective += label_smoothing * terms.uniform_nll
-  if z_loss:
-    objective += z_loss * jnp.square(terms.lse)
-
   num_tokens = jnp.sum(weights)
   denominator = num_tokens + 1e-8
+  loss, terms = weighted_sum(
+    hidden, head, labels, weights / denominator,
+    label_smoothing=label_smoothing, z_loss=z_loss, tile=tile, batch_shards=batch_shards,
+  )  # fmt: skip
+  # A label that is none makes NaN of nll, and a sum with it in makes NaN of the loss.
+  nll = _masked_sum(_nan_where_label_is_invalid(terms, labels, head.shape[1]), weights)
   return CaptionLoss(
-    loss=_masked_sum(objective, weights) / denominator,
-    nll=_masked_sum(nll, weights) / denominator,
+    loss=jnp.where(jnp.isnan(nll), jnp.nan, loss),
+    nll=nll / denominator,
     num_tokens=num_tokens,
     num_correct=_masked_sum(terms.correct, weights),
   )

@@ -198,11 +198,8 @@ def test_label_outside_the_vocabulary(bad):
   assert np.isnan(scores[1]) and np.all(np.isfinite(scores[np.array([0, 2])]))
 
 
-def test_gradient_of_nll_and_log_likelihood():
+def test_gradient_of_log_likelihood():
   hidden, head, labels, mask = example()
-
-  def nll(hidden, head):
-    return caption_cross_entropy(hidden, head, labels, mask, label_smoothing=0.3).nll
 
   def score(hidden, head):
     return -jnp.sum(sequence_log_likelihood(hidden, head, labels, mask, tile=4)) / mask.sum()
@@ -211,10 +208,33 @@ def test_gradient_of_nll_and_log_likelihood():
     return naive.naive_loss(hidden, head, labels, mask)
 
   _, expected = value_and_grads(whole, hidden, head)
-  for fn in (nll, score):
-    _, grads = value_and_grads(fn, hidden, head)
-    for got, want in zip(grads, expected, strict=True):
-      np.testing.assert_allclose(got, want, rtol=RTOL, atol=1e-6 * np.abs(want).max())
+  _, grads = value_and_grads(score, hidden, head)
+  for got, want in zip(grads, expected, strict=True):
+    np.testing.assert_allclose(got, want, rtol=RTOL, atol=1e-6 * np.abs(want).max())
+
+
+def test_only_the_loss_has_a_gradient():
+  hidden, head, labels, mask = example()
+
+  def figures(hidden, head):
+    return sum(caption_cross_entropy(hidden, head, labels, mask)[1:])
+
+  value, grads = value_and_grads(figures, hidden, head)
+  assert value > 0 and not any(np.any(g) for g in grads)
+
+
+def test_gradient_scales_with_what_is_made_of_the_loss():
+  hidden, head, labels, mask = example()
+
+  def of(make):
+    return value_and_grads(
+      lambda h, w: make(caption_cross_entropy(h, w, labels, mask, tile=5).loss), hidden, head
+    )
+
+  loss, grads = of(lambda loss: loss)
+  _, squared = of(jnp.square)
+  for once, scaled in zip(grads, squared, strict=True):
+    np.testing.assert_allclose(scaled, 2 * loss * once, rtol=RTOL, atol=1e-12)
 
 
 def test_sequence_log_likelihood():
@@ -298,7 +318,7 @@ def test_products_and_shapes_of_the_traced_program():
   program = jax.make_jaxpr(jax.value_and_grad(loss, argnums=(0, 1)))(hidden, head)
   found = list(equations(program.jaxpr))
   products = [e for e in found if e.primitive.name == "dot_general"]
-  assert len(products) == 4  # logits, logits again, gradient of hidden, gradient of head
+  assert len(products) == 3  # logits, gradient of hidden, gradient of head
   for product in products:
     assert [x.aval.dtype for x in product.invars] == [jnp.bfloat16, jnp.bfloat16]
     assert product.outvars[0].aval.dtype == jnp.float32

@@ -1,9 +1,14 @@
-"""Per-token softmax terms of a linear head, computed a few token columns at a time.
+"""Softmax terms of a linear head per token, computed a few token columns at a time.
 
 The [B,T,V] logits of a caption batch are its largest array by far: 64 captions of 127 tokens over
 32,000 words are 1.04 GB in float32, as much again for their gradient. Here a `lax.scan` over tiles
-of the token axis makes them piecewise and throws them away; the backward pass makes them again.
-The token axis is tiled, not the batch, so that a batch sharded over devices stays where it is.
+of the token axis makes them piecewise and throws them away. The token axis is tiled, not the batch,
+so that a batch sharded over devices stays where it is.
+
+  token_terms      each token's terms, of which any scalar may be made; the backward pass makes the
+                   logits again: four products of the size of the logits
+  weighted_sum     one weighted sum of the terms, the loss of training; since the weights are known,
+                   the gradient is made while a tile is there: three products
 
 Three rules keep it exact and fast:
   - every logits product accumulates in float32 (`preferred_element_type`), in both passes: logits
@@ -12,6 +17,7 @@ Three rules keep it exact and fast:
   - the label is picked by a dense compare, which shards over V; a gather or scatter does not.
 """
 
+from collections.abc import Callable
 import functools
 import math
 from typing import NamedTuple
@@ -55,13 +61,40 @@ def token_terms(
     ValueError: on shapes or dtypes that do not fit.
   """
   _check(hidden, head, labels, tile, batch_shards)
-  length = labels.shape[1]
-  num_tiles = max(1, math.ceil(length / (tile or DEFAULT_TILE)))
-  padding = num_tiles * math.ceil(length / num_tiles) - length
-  hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
-  labels = jnp.pad(jnp.clip(labels, 0, head.shape[1] - 1), ((0, 0), (0, padding)))
-  terms = _terms(_split(hidden, num_tiles), head, _split(labels, num_tiles), batch_shards)
-  return TokenTerms(*(_join(x)[:, :length] for x in terms))
+  split = _tiles_of(labels.shape[1], tile)
+  labels = jnp.clip(labels, 0, head.shape[1] - 1)
+  terms = _terms(split(hidden), head, split(labels), batch_shards)
+  return TokenTerms(*(_join(x)[:, : labels.shape[1]] for x in terms))
+
+
+def weighted_sum(
+  hidden: jax.Array,
+  head: jax.Array,
+  labels: jax.Array,
+  weights: jax.Array,  # [B,T] float32 >= 0
+  *,
+  label_smoothing: float = 0.0,
+  z_loss: float = 0.0,
+  tile: int | None = None,
+  batch_shards: int = 1,
+) -> tuple[jax.Array, TokenTerms]:
+  """sum(weights * ((1-a) nll + a uniform_nll + z lse^2)) and the terms, which have no gradient.
+
+  Where it is differentiated, the gradients of `hidden` and `head` are made in the forward pass and
+  kept until the backward pass scales them: they are of the size of their arguments. The weights
+  have no gradient. Other arguments as in `token_terms`.
+
+  Raises:
+    ValueError: on shapes or dtypes that do not fit.
+  """
+  _check(hidden, head, labels, tile, batch_shards)
+  split = _tiles_of(labels.shape[1], tile)
+  labels = jnp.clip(labels, 0, head.shape[1] - 1)
+  total, terms = _sum(
+    split(hidden), head, split(labels), split(weights), label_smoothing, z_loss, batch_shards
+  )
+  terms = jax.lax.stop_gradient(terms)
+  return total, TokenTerms(*(_join(x)[:, : labels.shape[1]] for x in terms))
 
 
 def _check(
@@ -88,9 +121,16 @@ def _check(
     )
 
 
-def _split(x: jax.Array, num_tiles: int) -> jax.Array:
-  """[B,T,...] -> [tiles,B,T/tiles,...]."""
-  return jnp.moveaxis(x.reshape(x.shape[0], num_tiles, -1, *x.shape[2:]), 1, 0)
+def _tiles_of(length: int, tile: int | None) -> Callable[[jax.Array], jax.Array]:
+  """[B,T,...] -> [tiles,B,t,...], the last tile filled up with zeros."""
+  num_tiles = max(1, math.ceil(length / (tile or DEFAULT_TILE)))
+  padding = num_tiles * math.ceil(length / num_tiles) - length
+
+  def split(x: jax.Array) -> jax.Array:
+    x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(x.shape[0], num_tiles, -1, *x.shape[2:]), 1, 0)
+
+  return split
 
 
 def _join(x: jax.Array) -> jax.Array:
@@ -107,7 +147,14 @@ def _is_label(labels: jax.Array, vocab: int) -> jax.Array:
   return labels[..., None] == jnp.arange(vocab, dtype=labels.dtype)
 
 
-def _tile_terms(hidden: jax.Array, head: jax.Array, labels: jax.Array) -> TokenTerms:
+class _Tile(NamedTuple):
+  """One tile of tokens: its terms, and the softmax they come from."""
+
+  terms: TokenTerms  # each [B,t]
+  probabilities: jax.Array  # [B,t,V] float32
+
+
+def _tile(hidden: jax.Array, head: jax.Array, labels: jax.Array) -> _Tile:
   logits = _logits(hidden, head)
   is_label = _is_label(labels, head.shape[1])
   best_other = jnp.max(jnp.where(is_label, -jnp.inf, logits), axis=-1)
@@ -115,13 +162,44 @@ def _tile_terms(hidden: jax.Array, head: jax.Array, labels: jax.Array) -> TokenT
   # Everything is measured from the largest logit, so that no digits cancel in lse - logit.
   peak = jnp.maximum(best_other, label_logit)
   shifted = logits - peak[..., None]
-  log_sum = jnp.log(jnp.sum(jnp.exp(shifted), axis=-1))
-  return TokenTerms(
+  exponentials = jnp.exp(shifted)
+  total = jnp.sum(exponentials, axis=-1)
+  log_sum = jnp.log(total)
+  terms = TokenTerms(
     nll=log_sum - (label_logit - peak),
     uniform_nll=log_sum - jnp.mean(shifted, axis=-1),
     lse=log_sum + peak,
     correct=(label_logit > best_other).astype(jnp.float32),
   )
+  return _Tile(terms, exponentials * (1.0 / total)[..., None])
+
+
+def _tile_gradients(
+  hidden: jax.Array,  # [B,t,D]
+  head: jax.Array,  # [D,V] in the dtype of hidden
+  labels: jax.Array,  # [B,t]
+  probabilities: jax.Array,  # [B,t,V]
+  cotangents: TokenTerms,
+  batch_shards: int,
+) -> tuple[jax.Array, jax.Array]:
+  """Of hidden [B,t,D] in its dtype, and of the head: partial sums [batch_shards,D,V] float32.
+
+  d logits = (g_nll + g_uniform + g_lse) softmax - g_nll [v = label] - g_uniform / V
+  """
+  g, vocab = cotangents, head.shape[1]
+  dlogits = (
+    (g.nll + g.uniform_nll + g.lse)[..., None] * probabilities
+    - jnp.where(_is_label(labels, vocab), g.nll[..., None], 0.0)
+    - g.uniform_nll[..., None] / vocab
+  ).astype(hidden.dtype)
+  hidden_grad = jnp.einsum("btv,dv->btd", dlogits, head, preferred_element_type=jnp.float32)
+  head_grad = jnp.einsum(
+    "gbtd,gbtv->gdv",
+    hidden.reshape(batch_shards, -1, *hidden.shape[1:]),
+    dlogits.reshape(batch_shards, -1, *dlogits.shape[1:]),
+    preferred_element_type=jnp.float32,
+  )
+  return hidden_grad.astype(hidden.dtype), head_grad
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -136,7 +214,7 @@ def _terms(
 
   def step(_: None, xs: tuple[jax.Array, jax.Array]) -> tuple[None, TokenTerms]:
     hidden_tile, label_tile = xs
-    return None, _tile_terms(hidden_tile, head, label_tile)
+    return None, _tile(hidden_tile, head, label_tile).terms
 
   return jax.lax.scan(step, None, (hidden, labels))[1]
 
@@ -154,33 +232,94 @@ def _terms_fwd(
 def _terms_bwd(
   batch_shards: int, residuals: Residuals, cotangents: TokenTerms
 ) -> tuple[jax.Array, jax.Array, None]:
-  """d logits = (g_nll + g_uniform + g_lse) softmax - g_nll [v = label] - g_uniform / V."""
   hidden, head, labels, lse = residuals
-  dtype, (width, vocab) = hidden.dtype, head.shape
-  weights = head.astype(dtype)
+  weights = head.astype(hidden.dtype)
 
   def step(
     head_grad: jax.Array, xs: tuple[jax.Array, jax.Array, jax.Array, TokenTerms]
   ) -> tuple[jax.Array, jax.Array]:
     x, label, lse_tile, g = xs
     probabilities = jnp.exp(_logits(x, weights) - lse_tile[..., None])
-    dlogits = (
-      (g.nll + g.uniform_nll + g.lse)[..., None] * probabilities
-      - jnp.where(_is_label(label, vocab), g.nll[..., None], 0.0)
-      - g.uniform_nll[..., None] / vocab
-    ).astype(dtype)
-    x_grad = jnp.einsum("btv,dv->btd", dlogits, weights, preferred_element_type=jnp.float32)
-    head_grad += jnp.einsum(
-      "gbtd,gbtv->gdv",
-      x.reshape(batch_shards, -1, *x.shape[1:]),
-      dlogits.reshape(batch_shards, -1, *dlogits.shape[1:]),
-      preferred_element_type=jnp.float32,
-    )
-    return head_grad, x_grad.astype(dtype)
+    x_grad, of_tile = _tile_gradients(x, weights, label, probabilities, g, batch_shards)
+    return head_grad + of_tile, x_grad
 
-  start = jnp.zeros((batch_shards, width, vocab), jnp.float32)
+  start = jnp.zeros((batch_shards, *head.shape), jnp.float32)
   head_grad, hidden_grad = jax.lax.scan(step, start, (hidden, labels, lse, cotangents))
   return hidden_grad, jnp.sum(head_grad, axis=0).astype(head.dtype), None
 
 
 _terms.defvjp(_terms_fwd, _terms_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _sum(
+  hidden: jax.Array,  # [tiles,B,t,D]
+  head: jax.Array,  # [D,V]
+  labels: jax.Array,  # [tiles,B,t]
+  weights: jax.Array,  # [tiles,B,t]
+  label_smoothing: float,
+  z_loss: float,
+  batch_shards: int,
+) -> tuple[jax.Array, TokenTerms]:
+  terms = _terms(hidden, head, labels, batch_shards)
+  return jnp.sum(_objective(terms, weights, label_smoothing, z_loss)), terms
+
+
+def _objective(
+  terms: TokenTerms, weights: jax.Array, label_smoothing: float, z_loss: float
+) -> jax.Array:
+  """What each token adds; nothing, NaN included, where its weight is 0."""
+  value = (1.0 - label_smoothing) * terms.nll
+  if label_smoothing:
+    value += label_smoothing * terms.uniform_nll
+  if z_loss:
+    value += z_loss * jnp.square(terms.lse)
+  return jnp.where(weights > 0, weights * value, 0.0)
+
+
+def _sum_fwd(
+  hidden: jax.Array,
+  head: jax.Array,
+  labels: jax.Array,
+  weights: jax.Array,
+  label_smoothing: float,
+  z_loss: float,
+  batch_shards: int,
+) -> tuple[tuple[jax.Array, TokenTerms], tuple[jax.Array, jax.Array]]:
+  matrix = head.astype(hidden.dtype)
+
+  def step(
+    head_grad: jax.Array, xs: tuple[jax.Array, jax.Array, jax.Array]
+  ) -> tuple[jax.Array, tuple[TokenTerms, jax.Array]]:
+    x, label, weight = xs
+    terms, probabilities = _tile(x, matrix, label)
+    slopes = TokenTerms(
+      nll=(1.0 - label_smoothing) * weight,
+      uniform_nll=label_smoothing * weight,
+      lse=2.0 * z_loss * terms.lse * weight,
+      correct=weight,  # has no gradient
+    )
+    x_grad, of_tile = _tile_gradients(x, matrix, label, probabilities, slopes, batch_shards)
+    return head_grad + of_tile, (terms, x_grad)
+
+  start = jnp.zeros((batch_shards, *head.shape), jnp.float32)
+  head_grad, (terms, hidden_grad) = jax.lax.scan(step, start, (hidden, labels, weights))
+  total = jnp.sum(_objective(terms, weights, label_smoothing, z_loss))
+  return (total, terms), (hidden_grad, jnp.sum(head_grad, axis=0).astype(head.dtype))
+
+
+def _sum_bwd(
+  label_smoothing: float,
+  z_loss: float,
+  batch_shards: int,
+  gradients: tuple[jax.Array, jax.Array],
+  cotangents: tuple[jax.Array, TokenTerms],
+) -> tuple[jax.Array, jax.Array, None, None]:
+  del label_smoothing, z_loss, batch_shards
+  slope, _ = cotangents  # the terms came with stop_gradient
+  hidden_grad, head_grad = gradients
+  scale = lambda x: (slope * x.astype(jnp.float32)).astype(x.dtype)
+  return scale(hidden_grad), scale(head_grad), None, None
+
+
+_sum.defvjp(_sum_fwd, _sum_bwd)
