@@ -45,8 +45,7 @@ def executed_flops(model_flops: float, remat: str) -> float:
   """FLOPs of one example with what is computed twice: a whole forward pass where remat is full.
 
   The model's are forward and backward, of which the forward pass is a third. Products that "dots"
-  and "offload" make again (those of attention) are left out, as is the head, whose logits are
-  always made again.
+  and "offload" make again (those of attention) are left out.
   """
   return model_flops * (1 + _AGAIN[remat] / 3)
 

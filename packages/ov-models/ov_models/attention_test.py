@@ -41,6 +41,39 @@ def test_xla_against_a_loop_and_against_jax(mask):
   np.testing.assert_allclose(out, theirs, atol=1e-5)
 
 
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(
+  ("mask", "scores"),
+  [
+    (Mask("causal"), [(128, 128), (128, 256), (44, 300)]),
+    (Mask("prefix", 5), [(128, 128), (128, 256), (44, 300)]),
+    (Mask("prefix", 200), [(128, 200), (128, 256), (44, 300)]),
+  ],
+  ids=["causal", "prefix", "long prefix"],
+)
+def test_long_texts_make_few_scores_that_no_query_sees(mask, scores, padded):
+  q, k, v = qkv(300)
+  allowed = mask.array(300)[None, None]
+  if padded:  # every query sees a token
+    mask = Mask(mask.kind, mask.prefix, keys=jnp.arange(300) < np.array([[300], [1]]))
+    allowed = allowed & np.asarray(mask.keys)[:, None, None, :]
+
+  def by_rows(q, k, v):
+    return attend(q, k, v, mask, "xla")
+
+  def at_once(q, k, v):
+    return attention.attend_xla(q, k, v, jnp.asarray(allowed))
+
+  def value_and_gradients(form):
+    return jax.jit(jax.value_and_grad(lambda *a: (form(*a) ** 2).sum(), (0, 1, 2)))(q, k, v)
+
+  # float32 sums of up to 300 terms in another order.
+  for got, want in zip(*map(jax.tree.leaves, map(value_and_gradients, (by_rows, at_once)))):
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=2e-5)
+  products = [e for e in jax.make_jaxpr(by_rows)(q, k, v).eqns if e.primitive.name == "dot_general"]
+  assert [e.outvars[0].aval.shape[2:] for e in products[::2]] == scores
+
+
 @pytest.mark.parametrize(
   ("mask", "length"), [(FULL, 9), (Mask("causal"), 130), (Mask("prefix", 5), 9)]
 )

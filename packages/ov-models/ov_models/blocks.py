@@ -177,13 +177,11 @@ def take_layer(stacked: Any, layer: int) -> Any:
 def _remat(body: Callable[..., Any], config: TransformerConfig) -> Callable[..., Any]:
   policies = jax.checkpoint_policies
   policy = {
-    "none": None,
+    "none": policies.dots_saveable,
     "full": policies.nothing_saveable,
     "dots": policies.dots_with_no_batch_dims_saveable,
     "offload": policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
   }[config.remat]
-  if policy is None:
-    return body
   # Inside scan the loop itself keeps XLA from merging the two forward passes.
   return jax.checkpoint(body, policy=policy, prevent_cse=not config.scan)
 

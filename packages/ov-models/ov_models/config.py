@@ -56,8 +56,10 @@ class TransformerConfig:
     mlp_dim: F, hidden width of the MLP.
     num_heads: N; D must be a multiple of it.
     dtype: compute dtype of the blocks. Parameters are float32 always.
-    remat: what the backward pass keeps: "none" every activation, "full" only the input of each
-      block, "dots" also the results of weight matmuls, "offload" those in host memory.
+    remat: what the backward pass keeps of a block: "none" its input and the results of all matmuls,
+      so that none is made twice; "dots" not those of attention; "full" the input only; "offload" as
+      "dots", in host memory. Norms, GELU and softmax are always made again: that costs less than
+      to write them down and read them.
     attention: "xla" anywhere, "cudnn" on NVIDIA GPUs, "tpu" a Pallas kernel on TPUs.
     scan: run the stacked layers by `jax.lax.scan` (compile time independent of depth) or unrolled.
   """
