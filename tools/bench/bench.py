@@ -3,8 +3,8 @@
   bazel run //tools/bench -- startup compile --out=bench.json
   bazel run //tools/bench -- --compare old.json new.json
 
-Names what to measure: startup, compile, compile_tpu (which wants OV_EXTRAS=tpu), data, data_memory,
-checkpoint. Prints tables, as Markdown; --out writes every round, --page puts tables and plots into
+Names what to measure, and without a name says what there is; compile_tpu wants OV_EXTRAS=tpu.
+Prints tables, as Markdown; --out writes every round, --page puts tables and plots into
 docs/benchmarks.md. --compare ends with exit code 1 where something became slower or larger.
 """
 
@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> None:
 
 def _measure(names: list[str]) -> None:
   """Measures all before a file is written."""
-  from tools.bench import checkpointing, compiling, harness, results, startup, tables
+  from tools.bench import checkpointing, compiling, evaluation, harness, results, startup, tables
   from tools.bench import input as loading
 
   there = {
@@ -54,6 +54,7 @@ def _measure(names: list[str]) -> None:
     "data": loading.make,
     "data_memory": loading.make_memory,
     "checkpoint": checkpointing.make,
+    "eval": evaluation.make,
   }
   if not names:
     raise UserError(f"name what to measure; there are {', '.join(there)}")

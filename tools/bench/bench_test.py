@@ -21,6 +21,7 @@ _app = functools.partial(program.run, bench)
     ("compile", "stacked/2$", 1),
     ("data", "WebP, 84 px", 1),
     ("checkpoint", "save/Ti, npz", 1),
+    ("eval", "zero-shot/scores$", 1),
   ],
 )
 def test_each_benchmark_writes_its_schema(name, only, rows, tmp_path: Path):
