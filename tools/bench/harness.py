@@ -188,14 +188,14 @@ def measured(work: Callable[[], T]) -> tuple[T, dict[str, float]]:
   `work` must not leave anything running. Memory is told in `grown_mib`, that of devices not.
   """
   Path("/proc/self/clear_refs").write_text("5", "ascii")  # the peak begins anew
-  before, _ = _resident_mib()
+  before, _ = resident_mib()
   watch = Stopwatch()
   found = work()
   cpu, clock = watch.read()
-  return found, {"cpu_s": cpu, "clock_s": clock, "grown_mib": _resident_mib()[1] - before}
+  return found, {"cpu_s": cpu, "clock_s": clock, "grown_mib": resident_mib()[1] - before}
 
 
-def _resident_mib() -> tuple[float, float]:
+def resident_mib() -> tuple[float, float]:
   """Of this process, now and at its peak."""
   lines = Path("/proc/self/status").read_text("utf-8").splitlines()
   fields = {name: value for name, _, value in (line.partition(":") for line in lines)}

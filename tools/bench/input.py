@@ -10,7 +10,7 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tools.bench.harness import Benchmark, Case, Goal, Plot, Ratio, Stopwatch
+from tools.bench.harness import Benchmark, Case, Goal, Plot, Ratio, Stopwatch, measured, rates
 from tools.bench.input_data import (
   BATCH,
   KINDS,
@@ -142,13 +142,7 @@ class _Passes:
 
   def __call__(self) -> dict[str, float]:
     one_pass = self._opened()
-    watch = Stopwatch()
-    images = sum(len(batch["image"]) for batch in one_pass())
-    return _rates(images, *watch.read())
-
-
-def _rates(images: int, cpu: float, clock: float) -> dict[str, float]:
-  return {"images_per_cpu_s": images / cpu, "images_per_s": images / clock}
+    return rates("images", *measured(lambda: sum(len(batch["image"]) for batch in one_pass())))
 
 
 def _ours(data: Data, kind: Kind, px: int) -> Callable[[], Batches]:
@@ -164,9 +158,9 @@ def _decode_only(kind: Kind) -> dict[str, float]:
   from tools.bench import input_peers
 
   pictures = encoded(kind)
-  watch = Stopwatch()
-  images = input_peers.full_decode(pictures, kind.records, THREADS)
-  return _rates(images, *watch.read())
+  return rates(
+    "images", *measured(lambda: input_peers.full_decode(pictures, kind.records, THREADS))
+  )
 
 
 def _spread(data: Data, processes: int, threads: int) -> dict[str, float]:
@@ -182,9 +176,11 @@ def _spread(data: Data, processes: int, threads: int) -> dict[str, float]:
     for number in range(processes)
   ]
   found, clock = _in_processes("one_pass", arguments)
-  cpu = sum(one["cpu_s"] for one in found)
-  rates = _rates(round(sum(one["images"] for one in found)), cpu, clock)
-  return {**rates, "resident_mib": max(one["resident_mib"] for one in found)}
+  images, cpu = (sum(one[what] for one in found) for what in ("images", "cpu_s"))
+  return {
+    **rates("images", images, {"cpu_s": cpu, "clock_s": clock}),
+    "resident_mib": max(one["resident_mib"] for one in found),
+  }
 
 
 def _first_batch(data: Data, indexed: bool) -> dict[str, float]:

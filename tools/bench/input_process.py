@@ -9,7 +9,6 @@ answers with one line of JSON.
 from collections.abc import Callable, Sequence
 import contextlib
 import json
-import os
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ from typing import Any
 
 from ov_data import shards
 from tools.bench import input_data, startup
-from tools.bench.harness import Stopwatch
+from tools.bench.harness import Stopwatch, resident_mib
 
 
 def run(
@@ -86,7 +85,7 @@ def one_pass(rows: tuple[int, int], **loader: Any) -> dict[str, float]:
   watch = Stopwatch()
   opened = input_data.open_loader(rows=slice(*rows), passes=1, **loader)
   images = sum(len(batch["image"]) for batch in opened)
-  return {"cpu_s": watch.read()[0], "images": images, "resident_mib": resident_mib()}
+  return {"cpu_s": watch.read()[0], "images": images, "resident_mib": resident_mib()[0]}
 
 
 def many_steps(steps: int, **loader: Any) -> dict[str, float]:
@@ -94,7 +93,7 @@ def many_steps(steps: int, **loader: Any) -> dict[str, float]:
   opened = input_data.open_loader(**loader)
   for _ in range(steps):
     next(opened)
-  return {"resident_mib": resident_mib()}
+  return {"resident_mib": resident_mib()[0]}
 
 
 def resume(position: int, copies: int, **loader: Any) -> dict[str, float]:
@@ -114,14 +113,7 @@ def resume(position: int, copies: int, **loader: Any) -> dict[str, float]:
   cpu, clock = watch.read()
   if batch["index"][0] != position or not batch["valid"].all() or opened.epochs[0] > 1:
     raise RuntimeError(f"{opened.num_examples} records, batch {batch['index']}: not at {position}")
-  return {"cpu_s": cpu, "clock_s": clock, "resident_mib": resident_mib()}
-
-
-def resident_mib() -> float:
-  """Memory of this process that is in the machine's, now."""
-  with open("/proc/self/statm", encoding="ascii") as file:
-    pages = int(file.read().split()[1])
-  return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+  return {"cpu_s": cpu, "clock_s": clock, "resident_mib": resident_mib()[0]}
 
 
 _TASKS: dict[str, Callable[..., dict[str, float]]] = {
