@@ -5,7 +5,7 @@ import math
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, Sharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from ov_sharding.batch import replicated
 
@@ -16,8 +16,10 @@ def state_shardings(state: Any, params: Any, param_shardings: Any, mesh: Mesh) -
   """Shardings for a state that holds copies of the params: moments, averages, the params.
 
   A leaf whose path ends with the path of a param (the longest such one) and that has its shape
-  takes its sharding: `opt/0/mu/encoder/kernel` follows `encoder/kernel`. All other leaves are
-  replicated; those with more than one element are logged, for they cost memory on every device.
+  takes its sharding: `opt/0/mu/encoder/kernel` follows `encoder/kernel`. One that has as many
+  dimensions, but other lengths (means over rows, a scale for each block), is split along those of
+  them that the param's mesh axes divide. All other leaves are replicated; those with more than one
+  element are logged, for they cost memory on every device.
 
   Args:
     state: tree of arrays or `jax.ShapeDtypeStruct`s, for example an optimizer state.
@@ -50,6 +52,8 @@ def state_shardings(state: Any, params: Any, param_shardings: Any, mesh: Mesh) -
         shape_of_param, sharding = known[keys[start:]]
         if shape == shape_of_param:
           return sharding
+        if len(shape) == len(shape_of_param) and isinstance(sharding, NamedSharding):
+          return _split_where_even(shape, sharding)
         break
     if math.prod(shape) > 1:
       logger.warning("%s %s follows no param: replicated", "/".join(keys), shape)
@@ -72,6 +76,15 @@ def bytes_per_device(shapes: Any, shardings: Any) -> int:
     return math.prod(sharding.shard_shape(array.shape)) * array.dtype.itemsize
 
   return sum(jax.tree.leaves(jax.tree.map(size, shapes, shardings)))
+
+
+def _split_where_even(shape: tuple[int, ...], sharding: NamedSharding) -> NamedSharding:
+  """The sharding without the mesh axes of dimensions that they do not divide."""
+  entries = [*sharding.spec, *[None] * (len(shape) - len(sharding.spec))]
+  axes = [() if e is None else (e,) if isinstance(e, str) else tuple(e) for e in entries]
+  parts = [math.prod(sharding.mesh.shape[axis] for axis in names) for names in axes]
+  even = [e if n % p == 0 else None for n, e, p in zip(shape, entries, parts, strict=True)]
+  return NamedSharding(sharding.mesh, PartitionSpec(*even))
 
 
 def _keys(path: tuple[Any, ...]) -> tuple[str, ...]:

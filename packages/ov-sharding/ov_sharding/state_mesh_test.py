@@ -74,7 +74,7 @@ def test_the_longest_path_decides():
 
 
 def test_other_shapes_are_replicated_and_reported(caplog):
-  # The factored moments of Adafactor keep the path of the param, but are rows and columns of it.
+  # The factored moments of optax keep the path of the param, and lose a dimension.
   shapes, shardings, mesh = shapes_and_shardings()
   state = {
     "row": {"encoder": {"kernel": jax.ShapeDtypeStruct((8,), jnp.float32)}},
@@ -88,6 +88,18 @@ def test_other_shapes_are_replicated_and_reported(caplog):
     "histogram (100,) follows no param: replicated",
     "row/encoder/kernel (8,) follows no param: replicated",
   ]
+
+
+def test_as_many_dimensions_of_other_lengths_are_split_where_that_is_even(caplog):
+  shapes, shardings, mesh = shapes_and_shardings()
+  leaf = lambda *shape: {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)}
+  state = {"rows": leaf(8, 1), "columns": leaf(1, 16), "scales": leaf(8, 4), "odd": leaf(6, 3)}
+  got = state_shardings(state, shapes, shardings, mesh)  # of the param: P("tensor", "fsdp")
+  assert got["rows"]["kernel"].spec == P("tensor", None)
+  assert got["columns"]["kernel"].spec == P(None, "fsdp")
+  assert got["scales"]["kernel"].spec == P("tensor", "fsdp")
+  assert got["odd"]["kernel"].spec == P("tensor", None)
+  assert not caplog.records
 
 
 def test_trees_must_agree():
