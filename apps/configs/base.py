@@ -175,7 +175,8 @@ def optimizer_config() -> dict:
     "b1": 0.9,
     "b2": 0.95,
     "eps": 1e-8,
-    "mu_dtype": "bfloat16",
+    "mu_dtype": "bfloat16",  # of the first moment: bfloat16 | float32 | int8
+    "second_moment": "full",  # full | factored | int8: 4, about 0, 1 bytes a parameter
     "weight_decay": 0.2,
     "decay_regex": r"(^|/)kernel$",
     "grad_clip_norm": placeholder(float),  # None: no clipping

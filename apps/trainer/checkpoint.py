@@ -277,6 +277,13 @@ def restore_arrays(checkpoint: epath.Path, abstract: PyTree, *, partial: bool = 
     CheckpointError: listing every path that is missing, unexpected, or of other shape or dtype.
   """
   differences = _differences(saved_arrays(checkpoint), flatten_paths(abstract), partial)
+  if differences and all(line.startswith("opt/") for line in differences):
+    raise CheckpointError(
+      f"{checkpoint} holds another optimizer state than this run would, in {len(differences)} "
+      f"arrays, such as {differences[0]}. Keep config.optimizer.mu_dtype, second_moment and frozen "
+      "as they were (saved in its metadata), choose another workdir, or take over the parameters "
+      "only with init_from."
+    )
   if differences:
     shown = "\n  ".join(differences[:20] + ["..."] * (len(differences) > 20))
     raise CheckpointError(

@@ -5,7 +5,8 @@
 The chain, in this order (entry number = key of its state in checkpoints):
 
   0  clip_by_global_norm(grad_clip_norm), or identity
-  1  scale_by_adam(b1, b2, eps, mu_dtype)          no state for frozen parameters
+  1  scale_by_adam(b1, b2, eps, mu_dtype)          no state for frozen parameters; see `moments`
+                                                   for what keeps less than float32 of v
   2  add_decayed_weights(weight_decay)             only where the path matches `decay_regex`
   3  scale(learning_rate)
   4  scale_by_multipliers                          lr_multipliers times layer-wise decay
@@ -34,6 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from apps.trainer import moments
 from apps.trainer.schedules import Schedule, ScheduleConfig, make_schedule
 
 PyTree = Any
@@ -47,9 +49,13 @@ class OptimizerConfig:
     learning_rate: peak rate, already scaled to the batch (`schedules.scaled_learning_rate`).
     schedule: its multiplier over the steps.
     b1, b2, eps: of Adam.
-    mu_dtype: dtype in which the first moment is kept; "float32" costs 2 more bytes a parameter.
-      With "bfloat16" the product b1 * mu may or may not be rounded to it, as the compiler likes
-      (xla_allow_excess_precision); that moves single updates by up to 0.4%.
+    mu_dtype: dtype in which the first moment is kept; "float32" costs 2 more bytes a parameter,
+      "int8" (codes with a scale for each block) 1 less. With "bfloat16" the product b1 * mu may or
+      may not be rounded to it, as the compiler likes (xla_allow_excess_precision); that moves
+      single updates by up to 0.4%.
+    second_moment: how the second moment is kept: "full", 4 bytes a parameter; "factored", means of
+      rows and columns, next to nothing; "int8", codes with a scale for each block, 1 byte. Small
+      arrays are kept in full.
     weight_decay: decoupled, times the scheduled learning rate.
     decay_regex: which parameters decay.
     grad_clip_norm: global L2 norm to which gradients are scaled down; None for no clipping.
@@ -70,6 +76,7 @@ class OptimizerConfig:
   b2: float = 0.95
   eps: float = 1e-8
   mu_dtype: str = "bfloat16"
+  second_moment: str = "full"
   weight_decay: float = 0.2
   decay_regex: str = r"(^|/)kernel$"
   grad_clip_norm: float | None = None
@@ -89,7 +96,11 @@ class OptimizerConfig:
     require(0 <= self.b1 < 1, "b1", "in [0, 1)")
     require(0 <= self.b2 < 1, "b2", "in [0, 1)")
     require(self.eps > 0, "eps", "> 0")
-    require(self.mu_dtype in ("bfloat16", "float32"), "mu_dtype", "'bfloat16' or 'float32'")
+    for name, allowed in (
+      ("mu_dtype", ("bfloat16", "float32", "int8")),
+      ("second_moment", ("full", "factored", "int8")),
+    ):
+      require(getattr(self, name) in allowed, name, f"one of {', '.join(allowed)}")
     require(self.weight_decay >= 0, "weight_decay", ">= 0")
     clip, layer, ema = self.grad_clip_norm, self.layer_decay, self.ema_decay
     require(clip is None or clip > 0, "grad_clip_norm", "> 0, or None for no clipping")
@@ -142,10 +153,7 @@ def make_optimizer(config: OptimizerConfig, abstract_params: PyTree, total_steps
   clip = optax.clip_by_global_norm(config.grad_clip_norm) if config.grad_clip_norm else None
   tx = optax.chain(
     optax.masked(clip, trainable) if clip else optax.identity(),
-    optax.masked(
-      optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=jnp.dtype(config.mu_dtype)),
-      trainable,
-    ),
+    optax.masked(_scale_by_adam(config), trainable),
     optax.add_decayed_weights(config.weight_decay, mask=tree(decayed)),
     optax.scale(config.learning_rate),
     _scale_by_multipliers(tree(multipliers)),
@@ -194,12 +202,26 @@ def flatten_paths(tree: PyTree) -> dict[str, Any]:
   return {path_str(path): leaf for path, leaf in leaves}
 
 
+def _scale_by_adam(config: OptimizerConfig) -> optax.GradientTransformation:
+  rates = config.b1, config.b2, config.eps
+  if config.second_moment == "full" and config.mu_dtype != "int8":
+    return optax.scale_by_adam(*rates, mu_dtype=jnp.dtype(config.mu_dtype))
+  return moments.scale_by_adam(
+    *rates, config.mu_dtype, config.second_moment, stacked=lambda path: _is_stacked(path_str(path))
+  )
+
+
+def _is_stacked(path: str) -> bool:
+  """Whether the first axis of a parameter counts layers."""
+  return "blocks/" in path
+
+
 def _multipliers(config: OptimizerConfig, shapes: dict[str, Any]) -> dict[str, np.ndarray]:
   """Path -> factor, float32 [] or, for stacked blocks, [L, 1, ...]."""
   depths = {
     path[: path.index("blocks/")]: leaf.shape[0]
     for path, leaf in shapes.items()
-    if "blocks/" in path and re.search(config.layer_decay_regex, path)
+    if _is_stacked(path) and re.search(config.layer_decay_regex, path)
   }  # tower prefix, e.g. "encoder/" -> L
   if config.layer_decay is not None and not depths:
     raise ValueError(
@@ -215,7 +237,7 @@ def _multipliers(config: OptimizerConfig, shapes: dict[str, Any]) -> dict[str, n
     if rate is None or not decays or tower is None:
       return np.asarray(factor, np.float32)
     depth = depths[tower]
-    if "blocks/" in path:
+    if _is_stacked(path):
       by_layer = rate ** (depth - np.arange(depth, dtype=np.float32))
       return np.asarray(factor * by_layer, np.float32).reshape(depth, *[1] * (leaf.ndim - 1))
     if re.search(config.input_regex, path[len(tower) :]):
