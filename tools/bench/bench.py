@@ -44,13 +44,23 @@ def main(arguments: list[str]) -> None:
 
 def _measure(names: list[str]) -> None:
   """Measures all before a file is written."""
-  from tools.bench import checkpointing, compiling, evaluation, harness, results, startup, tables
+  from tools.bench import (
+    checkpointing,
+    compiling,
+    evaluation,
+    harness,
+    results,
+    startup,
+    stepping,
+    tables,
+  )
   from tools.bench import input as loading
 
   there = {
     "startup": startup.make,
     "compile": compiling.make_cpu,
     "compile_tpu": compiling.make_tpu,
+    "step": stepping.make,
     "data": loading.make,
     "data_memory": loading.make_memory,
     "checkpoint": checkpointing.make,

@@ -19,6 +19,7 @@ _app = functools.partial(program.run, bench)
     ("startup", "alone|help/(tpu|export)|import/launch", 4),
     ("startup", "first step/from", 1),
     ("compile", "stacked/2$", 1),
+    ("step", "84 px", 1),
     ("data", "WebP, 84 px", 1),
     ("checkpoint", "save/Ti, npz", 1),
     ("eval", "zero-shot/scores$", 1),

@@ -109,7 +109,7 @@ def _compile(target: str, depth: int, scan: bool) -> Mapping[str, float]:
 
 
 def plan_of(config: ConfigDict, target: str) -> "Plan":
-  """The step of a configuration of one stage, abstract, on "cpu" or a TPU slice."""
+  """The step of a configuration of one stage, abstract, on one "cpu" or "gpu" or a TPU slice."""
   import jax
 
   from apps.trainer.stages import resolve_stages
@@ -117,7 +117,8 @@ def plan_of(config: ConfigDict, target: str) -> "Plan":
   from tools.preflight import compile as preflight
   from tools.preflight import configs, topology
 
-  devices = jax.devices("cpu")[:1] if target == "cpu" else topology.parse(target).devices()
+  here = target in ("cpu", "gpu")
+  devices = jax.devices(target)[:1] if here else topology.parse(target).devices()
   mesh = ov_sharding.make_mesh(ov_sharding.MeshConfig(), devices)
   (stage,) = resolve_stages(config)
   tokenizer = preflight.stand_in_tokenizer(config)
