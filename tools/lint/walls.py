@@ -9,9 +9,11 @@ LIBRARY = {
   "ov_losses": {"jax", "flax", "einops", "numpy"},
   "ov_sharding": {"jax", "flax", "einops", "numpy"},
   "ov_eval": {"jax", "numpy", "scipy"},
-  "ov_data": {"numpy", "pillow", "tokenizers", "protobuf", "google_crc32c"},
+  "ov_data": {
+    "cykooz_resizer", "google_crc32c", "numpy", "pillow", "protobuf", "simplejpeg", "tokenizers",
+  },
   "ov_convert": {"jax", "numpy", "safetensors"},
-}
+}  # fmt: skip
 # Those that it may import inside functions only, so that it is imported and installed without them.
 DEFERRED = {
   "ov_data": {"tensorflow_cpu", "tensorflow_datasets", "etils"},

@@ -7,6 +7,7 @@ import zlib
 import numpy as np
 from PIL import Image, ImageOps
 import pytest
+import simplejpeg
 
 from ov_data import decode
 from ov_data.hashing import Uniforms
@@ -116,6 +117,50 @@ def test_scaled_decoding_keeps_antialiasing(size):
   box = decode.Crop().box(512, 384, Uniforms(1))
   aliased = Image.open(io.BytesIO(data)).resize((size, size), Image.Resampling.NEAREST, box)
   assert _difference(aliased, full).mean() > 6
+
+
+def _exif(orientation):
+  exif = Image.Exif()
+  exif[0x0112] = orientation
+  return exif
+
+
+JPEGS = {  # of an odd size, so that no scale divides it
+  "4:2:0": dict(),
+  "4:4:4": dict(subsampling=0, quality=95),
+  "4:2:2": dict(subsampling=1),
+  "progressive": dict(progressive=True),
+  "restart markers": dict(restart_marker_blocks=3),
+  "grey": dict(mode="L"),
+  "turned": dict(exif=_exif(6)),
+  "several pictures": dict(format="MPO", save_all=True, append_images=[_photo(60, 60)]),
+}
+
+
+@pytest.mark.parametrize("kind", JPEGS)
+def test_jpegs_skip_pillow_and_come_out_equal(kind, monkeypatch):
+  options = {"format": "JPEG", "mode": "RGB", **JPEGS[kind]}
+  data = _encode(_photo(203, 157, seed=1).convert(options.pop("mode")), **options)
+  sizes = (8, 20, 40, 70, 150)  # decoded at 1/8, 1/4, 1/2, 1/1
+  want = []
+  with monkeypatch.context() as patch:
+    patch.setattr(simplejpeg, "decode_jpeg", _fail)
+    want = [decode.random_crop(data, size, Uniforms(5), decode.Crop()) for size in sizes]
+  monkeypatch.setattr(decode, "_pixels", _fail)
+  for size, pixels in zip(sizes, want):
+    got = decode.random_crop(data, size, Uniforms(5), decode.Crop())
+    np.testing.assert_array_equal(got, pixels)
+
+
+def _fail(*_, **__):
+  raise ValueError("not wanted here")
+
+
+def test_cmyk_jpegs_are_decoded_by_pillow(monkeypatch):
+  monkeypatch.setattr(simplejpeg, "decode_jpeg", _fail)
+  data = _encode(_photo().convert("CMYK"), "JPEG")
+  want = decode.random_crop(_encode(_photo()), 24, Uniforms(0), decode.Crop())
+  assert _difference(decode.random_crop(data, 24, Uniforms(0), decode.Crop()), want).mean() < 6
 
 
 def test_crop_is_a_function_of_its_key():
@@ -254,15 +299,11 @@ def test_limits():
 @pytest.mark.parametrize("format", decode.FORMATS)
 def test_damage_never_raises_anything_else(format):
   # Cut and flipped at random: an image or a DecodeError, never another exception.
-  rng = np.random.default_rng(1)
   data = _encode(_photo(), format)
   failures = 0
-  for _ in range(60):
-    damaged = bytearray(data[: rng.integers(1, len(data) + 1)])
-    for _ in range(rng.integers(0, 4)):
-      damaged[rng.integers(len(damaged))] = rng.integers(256)
+  for damaged in _damaged(data, 60):
     try:
-      decode.whole(bytes(damaged), 8)
+      decode.whole(damaged, 8)
     except decode.DecodeError as error:
       assert error.reason in (
         "unknown format",
@@ -273,6 +314,33 @@ def test_damage_never_raises_anything_else(format):
       )
       failures += 1
   assert failures > 10
+
+
+def _damaged(data, count):
+  rng = np.random.default_rng(1)
+  for _ in range(count):
+    damaged = bytearray(data[: rng.integers(1, len(data) + 1)] if rng.random() < 0.7 else data)
+    for _ in range(rng.integers(0, 4)):
+      damaged[rng.integers(len(damaged))] = rng.integers(256)
+    yield bytes(damaged)
+
+
+@pytest.mark.parametrize("options", [dict(), dict(progressive=True)], ids=["plain", "progressive"])
+@pytest.mark.filterwarnings("ignore")  # of Pillow, about EXIF
+def test_damaged_jpegs_are_what_pillow_makes_of_them(options, monkeypatch):
+  # The same pixels, or refused for the same reason.
+  def crop(data):
+    try:
+      return decode.random_crop(data, 24, Uniforms(2), decode.Crop()).tobytes()
+    except decode.DecodeError as error:
+      return error.reason
+
+  data = list(_damaged(_encode(_photo(), "JPEG", **options), 300))
+  got = [crop(jpeg) for jpeg in data]
+  monkeypatch.setattr(simplejpeg, "decode_jpeg", _fail)
+  assert got == [crop(jpeg) for jpeg in data]
+  assert {"truncated image", "broken image", "unknown format"} <= set(got)
+  assert sum(isinstance(pixels, bytes) for pixels in got) > 30
 
 
 def test_whole_rejects_an_unknown_fit():

@@ -139,7 +139,7 @@ def _turn(
     """What `decode.random_crop` does before its resize."""
     image, width, height = decode._open(jpegs[number], decode.DEFAULT_LIMITS)
     box = decode.Crop().box(width, height, Uniforms(number))
-    decode._pixels(image, keep=min((box[2] - box[0]) / size, (box[3] - box[1]) / size))
+    decode._scaled(jpegs[number], image, min((box[2] - box[0]) / size, (box[3] - box[1]) / size))
 
   turn = {"bare": _time(partial(pool.map, decode_in_full, jpegs))}
   for size, loader in loaders.items():
