@@ -65,7 +65,13 @@ METRICS: dict[str, Metric] = {
   "temporary_mib": Metric("temporaries MiB", exact=True),
   "peak_mib": Metric("peak MiB", exact=True),
   "kept_mib": Metric("MiB kept per image", exact=True),
+  "host_mib": Metric("MiB per image on the host", exact=True),
   "batch": Metric("largest batch", exact=True, more=True),
+  "batch_16": Metric("batch on 16 GB", exact=True, more=True),
+  "batch_24": Metric("24 GB", exact=True, more=True),
+  "batch_40": Metric("40 GB", exact=True, more=True),
+  "batch_80": Metric("80 GB", exact=True, more=True),
+  "batch_141": Metric("141 GB", exact=True, more=True),
   "instructions": Metric("HLO instructions", exact=True),
 }
 

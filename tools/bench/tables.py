@@ -62,7 +62,9 @@ def _cell(metric: str, figure: dict[str, Any] | None) -> str:
 
 
 def _number(value: float) -> str:
-  """Three digits and more; whole numbers from 1,000 on, as counts are."""
+  """Three digits and more; whole numbers from 1,000 on, and counts."""
+  if isinstance(value, int):
+    return f"{value:,}"
   if value >= 100:
     return f"{value:,.0f}" if value >= 1000 or value == int(value) else f"{value:.1f}"
   return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 0.1 else f"{value:.3g}"
