@@ -4,12 +4,14 @@
 
 Of tiny models, with all that a step does. What is counted comes before the backend has optimised
 the program: operations of StableHLO, and FLOPs and bytes of the unoptimised program as XLA's cost
-analysis counts them, loop bodies once. The CPU backend fuses and splits by instruction set and
-number of cores, so its instructions are no measure.
+analysis counts them, loop bodies once; and the bytes of what goes into the step and of what its
+forward pass keeps of an image, by rematerialisation policy. The CPU backend fuses and splits by
+instruction set and number of cores, so its instructions are no measure.
 """
 
 from collections import Counter
 import json
+import math
 from pathlib import Path
 import re
 from typing import Any
@@ -29,6 +31,7 @@ STEPS = {
   "caption, bfloat16, full remat": ("openvision2.py", f"{_TINY},dtype=bfloat16,remat=full"),
   "clip": ("openvision.py", f"{_PAIR},remat=none"),
 }
+POLICIES = ("none", "dots", "full")
 
 
 def figures(name: str) -> dict[str, Any]:
@@ -37,6 +40,7 @@ def figures(name: str) -> dict[str, Any]:
 
   from apps.trainer.loop import build_step
   import ov_models
+  from tools.preflight.compile import tree_bytes
 
   jax.clear_caches()  # the text must not depend on what was traced before
   plan = plan_of(load_config(*STEPS[name]), "cpu")
@@ -48,9 +52,33 @@ def figures(name: str) -> dict[str, Any]:
   return {
     "flops": int(cost["flops"]),
     "bytes accessed": int(cost["bytes accessed"]),
+    "bytes of the state": tree_bytes(plan.parts.abstract),
+    "of these donated": _donated(lowered),
+    "bytes of the batch": tree_bytes(plan.batch),
+    "bytes kept of an image": {policy: _kept(name, policy) for policy in POLICIES},
     "operations": sum(operations.values()),
     "by name": dict(sorted(operations.items())),
   }
+
+
+def _donated(lowered: Any) -> int:
+  """Bytes of the arguments that the step may write its results over."""
+  import jax
+
+  given = [leaf for leaf in jax.tree.leaves(lowered.args_info) if leaf.donated]
+  return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in given)
+
+
+def _kept(name: str, policy: str) -> int:
+  """Bytes on the device that the forward pass leaves to the backward pass, for each image."""
+  from tools.preflight import estimate
+
+  def of_batch(images: int) -> Any:
+    config = load_config(*STEPS[name])
+    config.model.remat, config.batch_size = policy, images
+    return plan_of(config, "cpu")
+
+  return int(estimate.kept_bytes(of_batch)[0])
 
 
 def main() -> None:
