@@ -18,6 +18,22 @@ from ov_losses.compiled import MIB
 from ov_losses.naive import naive_loss
 
 
+def value_and_gradients(form: str, tile: int | None = None) -> jax.stages.Wrapped:
+  """Jitted: hidden, head, labels, mask -> loss and its gradients by the first two.
+
+  Args:
+    form: which loss, "naive" or "tiled".
+    tile: token columns at a time, for "tiled".
+  """
+
+  def loss(hidden: jax.Array, head: jax.Array, labels: jax.Array, mask: jax.Array) -> jax.Array:
+    if form == "naive":
+      return naive_loss(hidden, head, labels, mask)
+    return caption_cross_entropy(hidden, head, labels, mask, tile=tile).loss
+
+  return jax.jit(jax.value_and_grad(loss, (0, 1)))
+
+
 def temporary_bytes(
   form: str,
   batch: int,
@@ -40,12 +56,6 @@ def temporary_bytes(
     tile: token columns at a time, for "tiled".
     device: one to compile for, also of a topology; default: the first of this process.
   """
-
-  def loss(hidden: jax.Array, head: jax.Array, labels: jax.Array, mask: jax.Array) -> jax.Array:
-    if form == "naive":
-      return naive_loss(hidden, head, labels, mask)
-    return caption_cross_entropy(hidden, head, labels, mask, tile=tile).loss
-
   sharding = jax.sharding.SingleDeviceSharding(device or jax.devices()[0])
   arguments = (
     jax.ShapeDtypeStruct((batch, tokens, width), dtype, sharding=sharding),
@@ -53,7 +63,7 @@ def temporary_bytes(
     jax.ShapeDtypeStruct((batch, tokens), jnp.int32, sharding=sharding),
     jax.ShapeDtypeStruct((batch, tokens), jnp.bool_, sharding=sharding),
   )
-  return compiled.temporary_bytes(jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*arguments))
+  return compiled.temporary_bytes(value_and_gradients(form, tile).lower(*arguments))
 
 
 def main() -> None:
