@@ -51,8 +51,8 @@ def make(scratch: Path) -> Benchmark:
     "loss",
     f"Value and gradient of a loss: of {CAPTIONS} captions of {TOKENS} tokens over {WORDS:,} "
     f"words; between {PAIRS:,} pictures and {PAIRS:,} texts of {EMBEDDING} numbers, on one device "
-    f"and on {DEVICES} simulated ones, of which the temporaries are those of one and the seconds of "
-    "all.",
+    f"and on {DEVICES} simulated ones, of which the temporaries are those of one and the seconds "
+    "of all.",
     cases,
     ratios=ratios,
     dtype="float32",
