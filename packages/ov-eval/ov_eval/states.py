@@ -161,7 +161,18 @@ class Confusion:
 
 
 def _sum(values: np.ndarray) -> Fraction:
-  return sum(map(Fraction, values.tolist()), Fraction())
+  """The exact sum of finite float64: of the integers m in m * 2^e, for each e."""
+  if not np.isfinite(values).all():
+    raise OverflowError("the square of a value is beyond float64; expected values below 1e154.")
+  parts, exponents = np.frexp(values)
+  integers = np.ldexp(parts, 53).astype(np.int64)  # all bits of a float64
+  total = Fraction()
+  for exponent in np.unique(exponents).tolist():
+    some = integers[exponents == exponent]
+    # Halves, so that no sum of int64 runs over.
+    high, low = int((some >> 32).sum()), int((some & (2**32 - 1)).sum())
+    total += ((high << 32) + low) * Fraction(2) ** (exponent - 53)
+  return total
 
 
 def _quantile(level: float) -> float:

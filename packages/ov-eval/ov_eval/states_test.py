@@ -1,3 +1,4 @@
+from fractions import Fraction
 import math
 
 import numpy as np
@@ -39,6 +40,20 @@ def test_float_sums_would_have_differed():
   values = np.array([1e16, 1.0, -1e16, 1.0])
   assert Mean.of(values).value == 0.5
   assert float(np.sum(values)) != 2.0
+
+
+def test_sums_are_those_of_fractions():
+  rng = np.random.default_rng(6)
+  values = rng.standard_normal(1000) * 2.0 ** rng.integers(-500, 500, 1000)
+  edges = [0.0, -0.0, 5e-324, -5e-324, 2.0**511, 1 - 2.0**-53, -1.0, np.finfo(float).tiny]
+  values = np.concatenate([values, edges])
+  state = Mean.of(values)
+  assert state.total == sum(map(Fraction, values.tolist()))
+  assert state.xx == sum(Fraction(x * x) for x in values.tolist())
+  many = np.full(100_000, -(1 - 2.0**-53))  # more than fits into int64 at once
+  assert Mean.of(many).total == 100_000 * Fraction(many[0])
+  with np.errstate(over="ignore"), pytest.raises(OverflowError, match="values below 1e154"):
+    Mean.of([1.0, 1e200])
 
 
 def test_interval_agrees_with_bootstrap_over_examples():
