@@ -25,6 +25,13 @@ from ov_data import word_pieces
 
 MAX_CHARS = 16_384  # of a text; what follows is cut off before tokenising
 _MAX_WORD_CHARS = 100  # a longer word is [UNK]
+# A call with more texts is spread over the threads of the library. For fewer, waking them costs more
+# than it saves: the loader has threads of its own.
+_FEW_TEXTS = 64
+# What `_normalizer` makes of ASCII.
+_NORMAL_ASCII = str.maketrans(
+  {i: chr(i).lower() if chr(i).isprintable() else " " for i in range(128)}
+)
 
 TOKENIZER_FILE = "tokenizer.json"
 _PACKING_FILE = "packing.json"  # written last: a folder without it is incomplete
@@ -68,6 +75,7 @@ class Tokenizer:
     backend.no_truncation()
     backend.encode_special_tokens = True  # "[eos]" in a caption is text, not the end of it
     self._backend = backend
+    self._ascii_backend = _without_normalizer(backend)
     vocabulary = backend.get_vocab(with_added_tokens=True)
     found = {
       role: next((vocabulary[n] for n in names if n in vocabulary), None)
@@ -204,9 +212,7 @@ class Tokenizer:
     if content < 2:
       specials = "[bos], [eos] and [CLS]" if append_cls else "[bos] and [eos]"
       raise ValueError(f"length={length} has no room for {specials}; raise it.")
-    encodings = self._backend.encode_batch_fast(
-      [_clean(t) for t in texts], add_special_tokens=False
-    )
+    encodings = self._encodings([_clean(text) for text in texts])
     ids = np.full((len(encodings), length), self.pad_id, np.int32)
     for row, encoding in zip(ids, encodings):
       words = encoding.ids[: content - 2]
@@ -216,6 +222,18 @@ class Tokenizer:
     if cls_id is not None:
       ids[:, -1] = cls_id
     return ids, ids != self.pad_id
+
+  def _encodings(self, texts: list[str]) -> list[tokenizers.Encoding]:
+    """Batches of one do release the interpreter lock, a plain `encode` does not."""
+    if len(texts) > _FEW_TEXTS:
+      return self._backend.encode_batch_fast(texts, add_special_tokens=False)
+    encodings = []
+    for text in texts:
+      backend = self._backend
+      if self._ascii_backend is not None and text.isascii():
+        backend, text = self._ascii_backend, text.translate(_NORMAL_ASCII)
+      encodings += backend.encode_batch_fast([text], add_special_tokens=False)
+    return encodings
 
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
     """Text of one row, up to its first [eos]; special and unused ids are passed over."""
@@ -356,6 +374,19 @@ def _normalizer() -> normalizers.Normalizer:
       ),
     ]
   )
+
+
+def _without_normalizer(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer | None:
+  """A copy for texts that have been through `_NORMAL_ASCII`, which takes half of the time; None
+  where that would not be the same, because the normaliser is another or tokens were added."""
+  content = json.loads(backend.to_str())
+  own = tokenizers.Tokenizer(models.WordPiece())
+  own.normalizer = _normalizer()
+  if content["added_tokens"] or content["normalizer"] != json.loads(own.to_str())["normalizer"]:
+    return None
+  copy = tokenizers.Tokenizer.from_str(json.dumps({**content, "normalizer": None}))
+  copy.encode_special_tokens = True
+  return copy
 
 
 def _word_piece_backend(vocabulary: dict[str, int]) -> tokenizers.Tokenizer:

@@ -5,11 +5,13 @@ import json
 import os
 import pathlib
 import pickle
+import string
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import tokenizers
 
 from ov_data import tokenizer as tokenizer_lib
 from ov_data.tokenizer import Tokenizer, canonicalise_text
@@ -203,6 +205,45 @@ def test_odd_input_never_raises(words: Tokenizer):
 def test_bytes_encode_as_their_text(words: Tokenizer):
   both, _ = words.encode_batch(["a large étoile", "a large étoile".encode()], 12)
   np.testing.assert_array_equal(both[0], both[1])
+
+
+def _alone(tokenizer: Tokenizer, text: str, length: int) -> list[int]:
+  """What the library makes of a text with the normaliser of the file, packed."""
+  ids = tokenizer.encode(text)[: length - 2]
+  row = [tokenizer.bos_id, *ids, tokenizer.eos_id]
+  return row + [tokenizer.pad_id] * (length - len(row))
+
+
+def test_ascii_texts_take_a_short_cut_to_the_same_ids(tmp_path: pathlib.Path):
+  characters = [chr(i) for i in range(128)]
+  words = [f"{a}{b}" for a in "ab" for b in "abc"]
+  tokens = ["[PAD]", "[bos]", "[eos]", "[UNK]", *string.punctuation, "a", "##a", "##b", "b", *words]
+  path = _write_vocabulary(tmp_path / "vocab.txt", list(dict.fromkeys(tokens)))
+  tokenizer = Tokenizer.from_vocab(path)
+  tokenizer.save(tmp_path / "saved")
+  rng = np.random.default_rng(0)
+  texts = [f"ab{c}Ba" for c in characters] + ["", "[eos]", " a ", "b" * 101]
+  texts += ["".join(rng.choice([*characters, *words], 12)) for _ in range(500)]
+  for other in (tokenizer, Tokenizer.load(tmp_path / "saved")):
+    want = [_alone(other, text, 16) for text in texts]
+    many, _ = other.encode_batch(texts, 16)
+    few = [other.encode_batch(texts[i : i + 8], 16)[0] for i in range(0, len(texts), 8)]
+    assert many.tolist() == np.concatenate(few).tolist() == want
+  assert tokenizer._ascii_backend is not None
+
+
+def test_foreign_text_preparation_has_no_short_cut():
+  # This one keeps upper case, and knows a token that may contain a space.
+  backend = tokenizers.Tokenizer(
+    tokenizers.models.WordPiece(
+      {"[PAD]": 0, "[bos]": 1, "[eos]": 2, "[UNK]": 3, "A": 4, "a": 5}, unk_token="[UNK]"
+    )
+  )
+  backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+  assert Tokenizer(backend).encode_batch(["A a"], 4)[0].tolist() == [[1, 4, 5, 2]]
+  backend.normalizer = tokenizer_lib._normalizer()
+  backend.add_tokens(["a a"])
+  assert Tokenizer(backend).encode_batch(["A a a"], 5)[0].tolist() == [[1, 6, 5, 2, 0]]
 
 
 def test_threads_agree(words: Tokenizer):
