@@ -12,7 +12,7 @@ import ov_data
 import ov_eval
 import ov_models
 from tools.bench.compiling import plan_of
-from tools.bench.harness import measured, rates
+from tools.bench.harness import measured, rates, timed
 
 _WIDTH = 192  # of the space of Ti/16
 
@@ -65,16 +65,16 @@ class Towers:
 
   def pictures(self) -> dict[str, float]:
     """Embeds the pictures."""
-    found, figures = measured(
+    found, seconds = timed(
       lambda: ov_eval.collect_embeddings(
         lambda batch: self._embed_images(self._params, batch["image"]), self._batches
       )
     )
-    return figures | rates("images", len(found.index), figures)
+    return seconds | rates("images", len(found.index), seconds)
 
   def texts(self) -> dict[str, float]:
     """The vectors of the classes, from their prompts."""
-    _, figures = measured(
+    _, seconds = timed(
       lambda: ov_eval.class_embeddings(
         lambda ids: self._embed_texts(self._params, ids),
         self._processor.encode_prompts,
@@ -84,7 +84,7 @@ class Towers:
         canonical=False,
       )
     )
-    return figures | rates("texts", len(self._names) * len(self._templates), figures)
+    return seconds | rates("texts", len(self._names) * len(self._templates), seconds)
 
 
 class Scores:

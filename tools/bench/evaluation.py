@@ -25,10 +25,10 @@ WRITER = "img=Ti/16,txt_decoder_name=Ti,res=160,batch_size=16"
 # Of ImageNet's validation set, with CLIP's templates and the bare name.
 PICTURES, CLASSES, TEMPLATES = 50_000, 1000, 81
 CHUNK = 256  # texts at a time, as in the evaluators
-BATCH, SOME_PICTURES, SOME_CLASSES = 64, 256, 6  # what is embedded of them
+BATCH, SOME_PICTURES, SOME_CLASSES = 64, 256, 3  # what is embedded of them
 # The largest set for which retrieval is published (COCO), at the width of B/16.
 IMAGES, CAPTIONS_EACH, WIDTH = 5000, 5, 512
-LENGTHS, CAPTIONS = (16, 32, 64), 8  # tokens of a written caption, captions at a time
+LENGTHS, CAPTIONS = (16, 32, 64), 4  # tokens of a written caption, captions at a time
 SCORED = 32  # captions whose likelihood is measured
 
 Run = Callable[[], dict[str, float]]

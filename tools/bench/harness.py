@@ -188,17 +188,20 @@ class Stopwatch:
     return now[0] - before[0], now[1] - before[1]
 
 
-def measured(work: Callable[[], T]) -> tuple[T, dict[str, float]]:
-  """What `work` gives; its seconds, and by how many MiB this process grew meanwhile at most.
-
-  `work` must not leave anything running. Memory is told in `grown_mib`, that of devices not.
-  """
-  Path("/proc/self/clear_refs").write_text("5", "ascii")  # the peak begins anew
-  before, _ = resident_mib()
+def timed(work: Callable[[], T]) -> tuple[T, dict[str, float]]:
+  """What `work` gives, and its seconds; it must not leave anything running."""
   watch = Stopwatch()
   found = work()
   cpu, clock = watch.read()
-  return found, {"cpu_s": cpu, "clock_s": clock, "grown_mib": resident_mib()[1] - before}
+  return found, {"cpu_s": cpu, "clock_s": clock}
+
+
+def measured(work: Callable[[], T]) -> tuple[T, dict[str, float]]:
+  """Like `timed`, and by how many MiB this process grew at most; without memory of devices."""
+  Path("/proc/self/clear_refs").write_text("5", "ascii")  # the peak begins anew
+  before, _ = resident_mib()
+  found, seconds = timed(work)
+  return found, {**seconds, "grown_mib": max(0.0, resident_mib()[1] - before)}
 
 
 def resident_mib() -> tuple[float, float]:

@@ -12,7 +12,7 @@ from apps.trainer.augment import normalise
 import ov_eval
 import ov_models
 from tools.bench.compiling import plan_of
-from tools.bench.harness import measured, rates
+from tools.bench.harness import measured, rates, timed
 
 _BOS, _EOS = 1, 2
 
@@ -95,12 +95,12 @@ class Writer:
     return -(of_targets * mask).sum(axis=1), mask.sum(axis=1)
 
   def _write(self, length: int, write: Callable[[], jax.Array]) -> dict[str, float]:
-    ids, figures = measured(lambda: np.asarray(write()))
+    ids, seconds = timed(lambda: np.asarray(write()))
     if ids.shape[1] != length or (ids == _EOS).any():
       raise RuntimeError(f"captions of {ids.shape} end early; expected {length} words each")
     if not np.array_equal(ids, self.written.setdefault(length, ids)):
       raise RuntimeError(f"two ways to write {length} tokens gave other captions; expected equal")
-    return figures | rates("tokens", ids.size, figures)
+    return seconds | rates("tokens", ids.size, seconds)
 
   def _write_again(self, params: Any, images: jax.Array, length: int) -> jax.Array:
     """ids int32 [B, length]: the likeliest word at each place, ends of captions disregarded."""
