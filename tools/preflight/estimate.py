@@ -10,12 +10,14 @@ taken for the order of execution. Every array lives from where it is made to its
 three things that compilers do: element-wise operations join those that use them and need no array
 of their own, unless a product reads it, or two places use it and it is costly to make; the state of
 a loop, its stacked results and the new train state are written in place; a result takes the place
-of an operand of its size that ends there.
+of an operand of its size that ends there. Gradients of stacked layers have their place from the
+start, for it is filled with zeros before the loop.
 A program is traced for two sizes of batch, and every array is taken to grow evenly between.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 import dataclasses
+import itertools
 import math
 from typing import Any
 
@@ -247,6 +249,7 @@ class _Walk:
       if array in read:
         array.bytes = size
         begin([array])
+    begin(itertools.chain.from_iterable(map(_prepared, operations)))
     for place, operation in enumerate(operations):
       fresh = [array for array in operation.results if array in last and array not in joined]
       if not fresh:
@@ -363,6 +366,17 @@ def _replaced(operation: _Operation, result: _Array, ending: Sequence[_Array]) -
   elif operation.name not in _JOINS:
     return []
   return [array for array in ending if (array.bytes == result.bytes).all()][:1]
+
+
+def _prepared(operation: _Operation) -> list[_Array]:
+  """What is made long before the operation: zeros, where a loop over layers puts gradients.
+
+  They depend on nothing, so a compiler may; only what does not grow with the batch is counted so.
+  """
+  if operation.name != "scan":
+    return []
+  stacked = operation.results[operation.equations[0].params["num_carry"] :]
+  return [array for array in stacked if (array.bytes == array.bytes[0]).all()]
 
 
 def _inside(operation: _Operation) -> Iterator[tuple[list[core.Jaxpr], list[np.ndarray]]]:

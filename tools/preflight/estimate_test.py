@@ -57,6 +57,21 @@ def test_arrays_of_small_programs(function, arrays):
   assert _most(function, (8, 8)) // 256 == arrays
 
 
+def test_what_a_loop_stacks_has_its_place_early_unless_it_grows():
+  def function(x, w):
+    y = (x @ w) @ w  # [n, 8]
+    return jax.lax.scan(lambda c, _: (c, (c.T @ c, c)), y, None, length=5)[1]
+
+  programs = [
+    jax.make_jaxpr(function)(*(jax.ShapeDtypeStruct((n, 8), jnp.float32) for n in (rows, 8))).jaxpr
+    for rows in (8, 16)
+  ]
+  found = estimate.live_bytes(programs)
+  # At the first product and the second: five [8, 8], not the five [n, 8] that come later.
+  np.testing.assert_array_equal(found[:, 1], [5 * 256 + 256, 5 * 256 + 512])
+  np.testing.assert_array_equal(found[:, 2], [5 * 256 + 512, 5 * 256 + 1024])
+
+
 def test_arrays_on_the_host_do_not_count():
   def there_and_back(x):
     host = jax.device_put(x @ x, jax.memory.Space.Host)
