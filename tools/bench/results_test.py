@@ -21,7 +21,7 @@ TOY = Benchmark(
 )
 VALUES: dict[str, dict[str, list[float]]] = {
   "a": {"cpu_s": [3, 1, 2], "instructions": [1234, 1234, 1234]},
-  "b": {"cpu_s": [6, 2, 4]},
+  "b": {"cpu_s": [6, 2, 4], "instructions": [12, 12, 12]},
   "a : b": {"cpu_s": [0.5, 0.5, 0.5]},
 }
 
@@ -85,6 +85,7 @@ def test_tables(found: dict[str, Any]):
   text = tables.render(found)
   lines = [" ".join(line.split()) for line in text.splitlines()]
   assert "| a | 2.00 (1.00 to 3.00) | 1,234 |" in lines
+  assert "| b | 4.00 (2.00 to 6.00) | 12 |" in lines
   assert "| a : b | 0.50 |" in lines
   assert "| a, CPU s | at most 3.00 | 2.00 | 0.67 | reached |" in lines
   assert "| a : b, CPU s | at most 0.25 | 0.50 | 2.00 | not reached |" in lines

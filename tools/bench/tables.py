@@ -55,6 +55,8 @@ def _table(title: str, rows: list[dict[str, Any]]) -> str:
 def _cell(metric: str, figure: dict[str, Any] | None) -> str:
   if figure is None:
     return ""
+  if METRICS[metric].exact and isinstance(figure["median"], int):  # a count, however small
+    return f"{figure['median']:,}"
   if figure["low"] == figure["high"]:
     return _number(figure["median"])
   low, high = _number(figure["low"]), _number(figure["high"])
@@ -62,9 +64,7 @@ def _cell(metric: str, figure: dict[str, Any] | None) -> str:
 
 
 def _number(value: float) -> str:
-  """Three digits and more; whole numbers from 1,000 on, and counts."""
-  if isinstance(value, int):
-    return f"{value:,}"
+  """Three digits and more; whole numbers from 1,000 on, as counts are."""
   if value >= 100:
     return f"{value:,.0f}" if value >= 1000 or value == int(value) else f"{value:.1f}"
   return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 0.1 else f"{value:.3g}"
