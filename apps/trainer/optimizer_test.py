@@ -6,6 +6,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from apps.trainer.optimizer import (
@@ -75,6 +76,19 @@ def test_moments_have_the_published_dtypes_and_checkpoint_keys():
   assert adam["1/inner_state/mu/encoder/cls"].dtype == jnp.bfloat16
   assert adam["1/inner_state/nu/encoder/cls"].dtype == jnp.float32
   assert {"1/inner_state/count", "5/count"} <= adam.keys()
+
+
+def test_the_default_keeps_adam_of_optax_to_the_bit():
+  params = make_params()
+  plain = optax.scale_by_adam(0.9, 0.95, 1e-8, mu_dtype=jnp.bfloat16)
+  config = OptimizerConfig(1.0, CONSTANT, weight_decay=0.0)
+  for steps in (1, 5):
+    updates, state = one_update(config, params, params, steps)
+    expected_state = plain.init(params)
+    for _ in range(steps):
+      expected, expected_state = jax.jit(plain.update)(params, expected_state)
+    chex.assert_trees_all_equal(state[1].inner_state, expected_state)
+    chex.assert_trees_all_equal(updates, {p: -u for p, u in flatten_paths(expected).items()})
 
 
 def test_only_kernels_decay():
