@@ -21,7 +21,7 @@ _app = functools.partial(program.run, bench)
     ("compile", "stacked/2$", 1),
     ("step", "84 px", 1),
     ("loss", "devices, ring", 1),
-    ("memory", "2 B/16 @ 224, full", 1),
+    ("memory", "2 B/16 @ 224, full", 2),
     ("memory_state", "2 B/16", 9),
     ("memory_compiled", "L/14 @ 84, full", 3),
     ("data", "WebP, 84 px", 1),

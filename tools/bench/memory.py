@@ -12,6 +12,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ml_collections import ConfigDict
+
 from tools.bench.compiling import ROOT, load_config, plan_of
 from tools.bench.harness import Benchmark, Case, Goal, Plot, Ratio
 
@@ -30,11 +32,12 @@ CARDS = (16, 24, 40, 80, 141)  # GB of 10^9 bytes, as sold
 RESERVE = 0.08  # of a card, for its runtime, libraries and gaps between arrays
 DTYPE = "bfloat16"
 CLOSE = 0.8  # of what a compiler takes: less leads into running out of memory
-# Adam's moments: how the first and the second are kept; the second row is the default.
+# Adam's moments: how the first and the second are kept.
 MOMENTS = (
   ("float32", "full"), ("bfloat16", "full"), ("bfloat16", "int8"), ("int8", "int8"),
   ("bfloat16", "factored"), ("int8", "factored"),
 )  # fmt: skip
+DEFAULT = 1
 FSDP = (2, 4, 8)
 # Small enough for the compiler of a CPU: float32, for it has no products in bfloat16.
 COMPILED = ("S", 16, 160)
@@ -44,11 +47,13 @@ COMPILED_BATCH = 32
 def make(scratch: Path) -> Benchmark:
   """The largest batches."""
   del scratch
-  cases = [
-    Case(f"{model}, {policy}", functools.partial(_batches, model, policy), warm_up=False)
-    for model in _models()
-    for policy in POLICIES
-  ]
+  cases = []
+  for model in _models():
+    for policy in POLICIES:
+      run = functools.partial(_batches, f"{model}, {policy}", MOMENTS[DEFAULT])
+      cases.append(Case(f"{model}, {policy}", run, warm_up=False))
+    run = functools.partial(_batches, f"{model}, full", MOMENTS[-1])
+    cases.append(Case(f"{model}, full, moments {_moments(MOMENTS[-1])}", run, warm_up=False))
   return Benchmark(
     "memory",
     "Train steps of `apps/configs/openvision2.py` and `openvision.py` on one device, by "
@@ -74,13 +79,13 @@ def make_state(scratch: Path) -> Benchmark:
   cases = []
   lines: dict[str, list[tuple[float, str]]] = {}
   for model in large:
-    for first, second in MOMENTS:
-      run = functools.partial(_state, model, {"mu_dtype": first, "second_moment": second}, 1)
-      cases.append(Case(f"{model}, moments {first} and {second}", run, warm_up=False))
-    whole = f"{model}, moments bfloat16 and full"
+    for moments in MOMENTS:
+      run = functools.partial(_state, model, moments, 1)
+      cases.append(Case(f"{model}, moments {_moments(moments)}", run, warm_up=False))
+    whole = f"{model}, moments {_moments(MOMENTS[DEFAULT])}"
     lines[model.removeprefix("OpenVision 2 ")] = [(1, whole)]
     for devices in FSDP:
-      run = functools.partial(_state, model, {}, devices)
+      run = functools.partial(_state, model, MOMENTS[DEFAULT], devices)
       cases.append(Case(f"{model}, fsdp={devices}", run, warm_up=False))
       lines[model.removeprefix("OpenVision 2 ")].append((devices, f"{model}, fsdp={devices}"))
   return Benchmark(
@@ -107,7 +112,7 @@ def make_compiled(scratch: Path) -> Benchmark:
   for recipe, policies in (("OpenVision 2", ("none", "dots", "full")), ("OpenVision", ("dots",))):
     for policy in policies:
       name = f"{recipe} {_size(*COMPILED)}, {policy}"
-      of_batch = functools.partial(_plan, name, "float32")
+      of_batch = functools.partial(_plan, name, MOMENTS[DEFAULT], "float32")
       pair(
         f"{name}, on this CPU",
         functools.partial(_estimated, of_batch),
@@ -137,13 +142,23 @@ def _size(name: str, patch: int, resolution: int) -> str:
   return f"{name}/{patch} @ {resolution}"
 
 
-def _plan(name: str, dtype: str, images: int) -> "Plan":
+def _moments(kinds: tuple[str, str]) -> str:
+  return " and ".join(kinds)
+
+
+def _plan(name: str, moments: tuple[str, str], dtype: str, images: int) -> "Plan":
   """The step of "OpenVision 2 L/14 @ 224, dots" on one device."""
   model, _, policy = name.partition(", ")
-  recipe, argument = _recipe(model)
   return plan_of(
-    load_config(recipe, f"{argument},dtype={dtype},remat={policy},batch_size={images}"), "cpu"
+    _config(model, moments, f"dtype={dtype},remat={policy},batch_size={images}"), "cpu"
   )
+
+
+def _config(model: str, moments: tuple[str, str], arguments: str) -> ConfigDict:
+  recipe, argument = _recipe(model)
+  config = load_config(recipe, f"{argument},{arguments}")
+  config.optimizer.mu_dtype, config.optimizer.second_moment = moments
+  return config
 
 
 def _recipe(model: str) -> tuple[str, str]:
@@ -153,10 +168,10 @@ def _recipe(model: str) -> tuple[str, str]:
   return recipe, argument.format(*size.split("/"), resolution)
 
 
-def _batches(model: str, policy: str) -> Mapping[str, float]:
+def _batches(name: str, moments: tuple[str, str]) -> Mapping[str, float]:
   from tools.preflight import estimate
 
-  of_batch = functools.partial(_plan, f"{model}, {policy}", DTYPE)
+  of_batch = functools.partial(_plan, name, moments, DTYPE)
   on_device, on_host = estimate.kept_bytes(of_batch)
   found = estimate.estimate(of_batch)
   values = {"state_mib": found.state / MIB, "kept_mib": on_device / MIB}
@@ -165,17 +180,14 @@ def _batches(model: str, policy: str) -> Mapping[str, float]:
   return values | {f"batch_{card}": found.largest(card * 10**9 * (1 - RESERVE)) for card in CARDS}
 
 
-def _state(model: str, changes: dict[str, str], fsdp: int) -> Mapping[str, float]:
+def _state(model: str, moments: tuple[str, str], fsdp: int) -> Mapping[str, float]:
   from tools.preflight.compile import tree_bytes
 
-  recipe, argument = _recipe(model)
-  config = load_config(recipe, f"{argument},batch_size=8,fsdp_parallelism={fsdp}")
-  config.optimizer.update(changes)
-  plan = _on_devices(config, 8)
+  plan = _on_devices(_config(model, moments, f"batch_size=8,fsdp_parallelism={fsdp}"), 8)
   return {"state_mib": tree_bytes(plan.parts.abstract) / MIB}
 
 
-def _on_devices(config: Any, devices: int) -> "Plan":
+def _on_devices(config: ConfigDict, devices: int) -> "Plan":
   """The step of a configuration on devices that are not there."""
   import jax
 
@@ -232,7 +244,8 @@ def _estimated_slice(golden: dict[str, Any]) -> Mapping[str, float]:
   recipe = f"{golden['recipe']}.py"
   config = load_config(recipe, golden["arguments"])
   plan = _on_devices(config, topology.parse(golden["topology"]).chips)
-  alone = estimate.estimate(functools.partial(_plan, f"{golden['name']}, full", DTYPE))
+  name = f"{golden['name']}, full"
+  alone = estimate.estimate(functools.partial(_plan, name, MOMENTS[DEFAULT], DTYPE))
   images = config.batch_size // plan.mesh.size
   temporaries = alone.temporaries(images, share=1 / config.mesh.fsdp)
   return {
