@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 import pytest
 import simplejpeg
 
-from ov_data import decode
+from ov_data import decode, throughput_report
 from ov_data.hashing import Uniforms
 
 
@@ -161,6 +161,39 @@ def test_cmyk_jpegs_are_decoded_by_pillow(monkeypatch):
   data = _encode(_photo().convert("CMYK"), "JPEG")
   want = decode.random_crop(_encode(_photo()), 24, Uniforms(0), decode.Crop())
   assert _difference(decode.random_crop(data, 24, Uniforms(0), decode.Crop()), want).mean() < 6
+
+
+@pytest.mark.parametrize("size", [20, 60, 120, 160])
+def test_fine_rings_come_out_grey(size):
+  # Rings that grow finer from the middle to the edge, where they are 2.9 pixels apart (2.05 in the
+  # corners). Where a ring is finer than a new pixel grey is right, and moire is wrong. The triangle
+  # leaves 1% of it, rounded; what a scaled decode leaves comes from the borders of blocks, and is
+  # at most 28 of 127, 2.3 in the mean. Interpolation after it leaves 42 to 75, 3.5 to 18.
+  side, period = 512, 2.9
+  y, x = np.mgrid[:side, :side] - (side - 1) / 2
+  plate = 127.5 + 127.5 * np.cos(np.pi * (x * x + y * y) / (period * side / 2))
+  image = Image.fromarray(plate.astype(np.uint8)).convert("RGB")
+  data = _encode(image, "JPEG", quality=95)
+  pixels = decode.random_crop(data, size, Uniforms(0), decode.Crop(area=(1, 1), aspect=(1, 1)))
+  pixel = side / size
+  y, x = (np.mgrid[:size, :size] - (size - 1) / 2) * pixel
+  too_fine = np.hypot(x, y) > period * side / 2 / (0.9 * pixel)
+  difference = _difference(pixels, 127)[too_fine]
+  assert difference.max() < 32 and difference.mean() < 3
+  plain = image.resize((size, size), Image.Resampling.NEAREST)
+  assert _difference(plain, 127)[too_fine].mean() > 60
+
+
+@pytest.mark.parametrize(
+  "size, mean, largest", [(20, 1.5, 9), (40, 1.5, 11), (84, 1.8, 14), (160, 3.8, 32), (224, 0.4, 2)]
+)
+def test_pixels_are_near_those_of_a_full_decode(size, mean, largest):
+  # Noise with the spectrum of photos, and more of it at high frequencies. Bounds are 1.5 times what
+  # is found: decoded at 1/8, 1/4 or 1/8, 1/2, 1/2 or 1/1, and 1/1 where only rounding differs.
+  rng = np.random.default_rng(0)
+  jpegs = [throughput_report.encode(throughput_report.photo_like_noise(rng)) for _ in range(4)]
+  found = throughput_report.difference(jpegs, size)
+  assert found[0] < mean and found[2] < largest
 
 
 def test_crop_is_a_function_of_its_key():

@@ -28,6 +28,8 @@ def test_prints_a_row_for_each_size(capsys):
     (row,) = (row for row in rows if row.startswith(f"Loader, {size} px"))
     wall, cpu, bare = map(float, row.split()[3:6])
     assert wall > 0 and cpu > 0 and 0 < bare < 10
+  compared = [row for row in rows if "mean difference" in row]
+  assert [int(row.split()[0]) for row in compared] == [*throughput_report.COMPARED_SIZES]
 
 
 def test_photos_are_looked_for(tmp_path):

@@ -25,8 +25,8 @@ from ov_data import word_pieces
 
 MAX_CHARS = 16_384  # of a text; what follows is cut off before tokenising
 _MAX_WORD_CHARS = 100  # a longer word is [UNK]
-# A call with more texts is spread over the threads of the library. For fewer, waking them costs more
-# than it saves: the loader has threads of its own.
+# More texts in a call are spread over the library's threads. For fewer, waking them costs more than
+# it saves: the loader has threads of its own.
 _FEW_TEXTS = 64
 # What `_normalizer` makes of ASCII.
 _NORMAL_ASCII = str.maketrans(
