@@ -3,12 +3,13 @@
 From the same params come the same loss and the same gradients. Everything is written out where the
 step of this repository has something better: layers that are unrolled, one array a layer; logits of
 all tokens, [B, T, V] float32, against one-hot targets; similarities and softmaxes as they stand in
-the papers; gradients from automatic differentiation alone; an optimizer of seven transformations.
+the papers; gradients from automatic differentiation alone; an optimizer of six transformations.
 
 OpenVision: https://arxiv.org/abs/2505.04601. OpenVision 2: https://arxiv.org/abs/2509.01644.
 """
 
 from collections.abc import Callable
+import re
 from typing import Any
 
 import jax
@@ -94,23 +95,9 @@ def clip_loss(
   return loss
 
 
-def make(parts: Parts, state: dict[str, Any]) -> tuple[jax.stages.Wrapped, dict[str, Any]]:
-  """The step for the parts of one of ours, and its state with the params of `state`."""
-  params = unstack(state["params"])
-  tx = make_optimizer(params, parts.optimizer.learning_rate)
-  state = {"params": params, "opt": tx.init(params), "step": state["step"]}
-  return make_step(loss_of(parts.task), tx), state
-
-
-def loss_of(task: Any) -> Loss:
-  """The loss of a task of caption_train or clip_train, of normalised images."""
-  if isinstance(task.model, ov_models.CaptionerConfig):
-    return caption_loss(task.model, task.pad_id, task.caption_weight)
-  return clip_loss(task.model, task.pad_id, task.weights.clip, task.weights.caption)
-
-
-def make_step(loss: Loss, tx: optax.GradientTransformation) -> jax.stages.Wrapped:
-  """state, batch -> state, metrics; state = {params, opt, step} is donated."""
+def make_step(parts: Parts) -> jax.stages.Wrapped:
+  """The jitted step for the parts of one of ours; the state is donated."""
+  loss, tx = loss_of(parts.task), make_optimizer(parts.optimizer.learning_rate)
 
   def step(state: dict[str, Any], batch: Batch) -> tuple[dict[str, Any], dict[str, jax.Array]]:
     key = jax.random.fold_in(jax.random.key(0), state["step"])
@@ -125,19 +112,34 @@ def make_step(loss: Loss, tx: optax.GradientTransformation) -> jax.stages.Wrappe
   return jax.jit(step, donate_argnums=0)
 
 
-def make_optimizer(params: Params, learning_rate: optax.Schedule) -> optax.GradientTransformation:
+def new_state(parts: Parts, params: Params) -> dict[str, Any]:
+  """The state of that step, from our params."""
+  params, tx = unstack(params), make_optimizer(parts.optimizer.learning_rate)
+  return {"params": params, "opt": tx.init(params), "step": jnp.zeros((), jnp.int32)}
+
+
+def make_optimizer(learning_rate: optax.Schedule) -> optax.GradientTransformation:
   """AdamW with decay on kernels, the first moment in bfloat16."""
-  everything = jax.tree.map(lambda _: True, params)
-  kernels = jax.tree_util.tree_map_with_path(lambda path, _: "kernel" in str(path[-1]), params)
+
+  def mask(matches: str) -> Callable[[Params], Params]:
+    leaf = lambda path, _: bool(re.search(matches, jax.tree_util.keystr(path)))
+    return lambda params: jax.tree_util.tree_map_with_path(leaf, params)
+
   return optax.chain(
     optax.identity(),
-    optax.masked(optax.scale_by_adam(0.9, 0.95, 1e-8, mu_dtype=jnp.bfloat16), everything),
-    optax.add_decayed_weights(0.2, mask=kernels),
-    optax.scale(1.0),
-    optax.masked(optax.scale_by_schedule(learning_rate), everything),
-    optax.masked(optax.set_to_zero(), jax.tree.map(lambda _: False, params)),
+    optax.masked(optax.scale_by_adam(0.9, 0.95, 1e-8, mu_dtype=jnp.bfloat16), mask("")),
+    optax.add_decayed_weights(0.2, mask=mask(r"'kernel'\]$")),
+    optax.masked(optax.scale_by_schedule(learning_rate), mask("")),
+    optax.masked(optax.set_to_zero(), mask("^frozen")),
     optax.scale(-1.0),
   )
+
+
+def loss_of(task: Any) -> Loss:
+  """The loss of a task of caption_train or clip_train, of normalised images."""
+  if isinstance(task.model, ov_models.CaptionerConfig):
+    return caption_loss(task.model, task.pad_id, task.caption_weight)
+  return clip_loss(task.model, task.pad_id, task.weights.clip, task.weights.caption)
 
 
 def _image_tower(config: ov_models.ViTConfig, params: Params, images: jax.Array) -> jax.Array:

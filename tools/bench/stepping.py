@@ -8,6 +8,7 @@ TensorFlow is not imported.
 from collections.abc import Callable, Mapping
 import dataclasses
 import math
+import os
 from pathlib import Path
 import types
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -57,8 +58,8 @@ class Setting:
   """What is measured on one kind of device.
 
   Attributes:
-    models: kind and size of what is compared with naive and torch. The first captioner is varied,
-      and compared with the pair of towers of its size.
+    models: (kind, size, peers it is compared with). The first, a captioner, is varied, and
+      compared with the pair of towers of its size.
     variants: of VARIANTS.
     rate: the metric by which images are counted.
     steps: timed together.
@@ -67,7 +68,7 @@ class Setting:
     notes: for the reader of the table.
   """
 
-  models: tuple[tuple[str, str], ...]
+  models: tuple[tuple[str, str, tuple[str, ...]], ...]
   resolution: int
   batch: int
   dtype: str
@@ -79,7 +80,11 @@ class Setting:
 
 
 CPU = Setting(
-  models=(("caption", "Ti/16"), ("caption", "S/16"), ("clip", "Ti/16")),
+  models=(
+    ("caption", "Ti/16", ("naive", "torch")),
+    ("caption", "S/16", ("naive",)),
+    ("clip", "Ti/16", ("naive", "torch")),
+  ),
   resolution=160, batch=32, dtype="float32",
   variants=("no jitter", "remat dots", "remat full", "keep 1", "all logits", "bfloat16", "84 px",
             "224 px"),
@@ -91,7 +96,7 @@ CPU = Setting(
   ),
 )  # fmt: skip
 GPU = Setting(
-  models=(("caption", "L/14"), ("clip", "L/14")),
+  models=(("caption", "L/14", ("naive", "torch")), ("clip", "L/14", ("naive", "torch"))),
   resolution=224, batch=64, dtype="bfloat16",
   variants=("no jitter", "remat dots", "remat full", "keep 1", "all logits", "cudnn", "float32",
             "batch 128", "84 px"),
@@ -107,6 +112,8 @@ def make(scratch: Path) -> Benchmark:
   Raises:
     FileNotFoundError: the interpreter that OV_CLIENTS_PYTHON names is not there.
   """
+  # Else jax takes most of a card before PyTorch comes.
+  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   import jax
 
   from tools.bench import torch_peer
@@ -120,8 +127,10 @@ def benchmark(setting: Setting, peer: "TorchPeer | None") -> Benchmark:
   """Ours and the peers; without `peer` the rows of PyTorch are left out."""
   from apps.trainer.meter import peak_flops
 
-  forms = ("ours", "naive", "torch") if peer else ("ours", "naive")
-  compared = [[Row(form, *model) for form in forms] for model in setting.models]
+  compared = [
+    [Row(form, kind, size) for form in ("ours", *peers) if peer or form != "torch"]
+    for kind, size, peers in setting.models
+  ]
   base = compared[0][0]
   varied = [base._replace(variant=name) for name in setting.variants]
   ratios = [Ratio(ours.name, other.name) for ours, *others in compared for other in others]
@@ -137,6 +146,7 @@ def benchmark(setting: Setting, peer: "TorchPeer | None") -> Benchmark:
   sides = {int(row.variant.split()[0]): row.name for row in varied if row.variant.endswith(" px")}
   points = sorted((sides | {setting.resolution: base.name}).items())
   notes = [*setting.notes, "Only ours jitters colours in the step; the predecessor did on the host"]
+  states: States = {}
   if peer is None:
     notes += ["Without PyTorch: OV_CLIENTS_PYTHON names no python that has torch and timm"]
   return Benchmark(
@@ -144,7 +154,7 @@ def benchmark(setting: Setting, peer: "TorchPeer | None") -> Benchmark:
     f"Train steps of `apps/configs/openvision2.py` (caption) and `openvision.py` (clip) at "
     f"{setting.resolution} px, text models of the size of the image tower, no remat; GFLOP are "
     "those of the model for one image, forward and backward.",
-    [Case(row.name, _runner(setting, row, peer)) for row in rows],
+    [Case(row.name, _runner(setting, row, peer, states)) for row in rows],
     ratios=ratios,
     goals=goals,
     dtype=setting.dtype,
@@ -170,19 +180,22 @@ def config_of(setting: Setting, row: Row) -> ConfigDict:
 Run = Callable[[], Mapping[str, float]]
 
 
-def _runner(setting: Setting, row: Row, peer: "TorchPeer | None") -> Run:
+States = dict[Row, Any]  # those that rows of one model hand each other, so that none has its own
+
+
+def _runner(setting: Setting, row: Row, peer: "TorchPeer | None", states: States) -> Run:
   """Runs steps of a row; the first time it also compiles, and makes what the step needs."""
   ready: list[Run] = []
 
   def run() -> Mapping[str, float]:
     if not ready:
-      ready.append(_prepare(setting, row, peer))
+      ready.append(_prepare(setting, row, peer, states))
     return ready[0]()
 
   return run
 
 
-def _prepare(setting: Setting, row: Row, peer: "TorchPeer | None") -> Run:
+def _prepare(setting: Setting, row: Row, peer: "TorchPeer | None", states: States) -> Run:
   import jax
 
   from apps.trainer.meter import peak_flops
@@ -193,7 +206,7 @@ def _prepare(setting: Setting, row: Row, peer: "TorchPeer | None") -> Run:
     steps = _torch_steps(plan, row, peer, setting.steps)
     facts = {}
   else:
-    steps, temporary = _jax_steps(plan, row, setting.steps)
+    steps, temporary = _jax_steps(plan, row, setting.steps, states)
     facts = {"temporary_mib": temporary / 2**20}
   peak = peak_flops()
 
@@ -210,41 +223,43 @@ def _prepare(setting: Setting, row: Row, peer: "TorchPeer | None") -> Run:
 Steps = Callable[[], tuple[float, float]]  # runs them: seconds of the CPU and on the clock
 
 
-def _jax_steps(plan: "Plan", row: Row, count: int) -> tuple[Steps, int]:
+def _jax_steps(plan: "Plan", row: Row, count: int, states: States) -> tuple[Steps, int]:
   """And the bytes of temporaries that the compiler gives them."""
   import jax
 
   import ov_models
 
-  state, batch = made_state(plan), made_batch(plan)
+  model, batch = row._replace(variant=""), made_batch(plan)
+  if model not in states:
+    states[model] = made_state(plan)
   if row.form == "naive":
     from tools.bench import naive
 
-    step, state = naive.make(plan.parts, state)
+    states[model] = naive.new_state(plan.parts, states[model]["params"])
+    step = naive.make_step(plan.parts)
     batch = {name: array for name, array in batch.items() if name not in ("valid", "index")}
   else:
     step = _our_step(plan, row)
   with ov_models.on_mesh(plan.mesh):
-    compiled = step.lower(state, batch).compile()
-  held = [state]
-
-  def steps() -> tuple[float, float]:
-    state = held.pop()
-    watch = Stopwatch()
-    for _ in range(count):
-      state, metrics = compiled(state, batch)
-    jax.block_until_ready((state, metrics))
-    seconds = watch.read()
-    held.append(state)
-    if not math.isfinite(metrics["loss"]):
-      raise RuntimeError(f"{row.name}: the loss is {metrics['loss']}")
-    return seconds
-
+    compiled = step.lower(states[model], batch).compile()
   memory = compiled.memory_analysis()
   if memory is None:
     raise RuntimeError(
       f"the compiler of {jax.default_backend()} does not tell what memory it takes"
     )
+
+  def steps() -> tuple[float, float]:
+    state = states.pop(model)  # it is donated
+    watch = Stopwatch()
+    for _ in range(count):
+      state, metrics = compiled(state, batch)
+    jax.block_until_ready((state, metrics))
+    seconds = watch.read()
+    states[model] = state
+    if not math.isfinite(metrics["loss"]):
+      raise RuntimeError(f"{row.name}: the loss is {metrics['loss']}")
+    return seconds
+
   return steps, memory.temp_size_in_bytes
 
 

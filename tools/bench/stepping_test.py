@@ -45,7 +45,12 @@ def _flat(tree, path=()):
 
 def test_steps_of_all_jax_forms_are_measured(monkeypatch):
   setting = dataclasses.replace(
-    CPU, models=(("caption", "Ti/16"),), resolution=32, batch=16, variants=("all logits",), steps=2
+    CPU,
+    models=(("caption", "Ti/16", ("naive",)),),
+    resolution=32,
+    batch=16,
+    variants=("all logits",),
+    steps=2,
   )
   real = stepping.config_of
 
