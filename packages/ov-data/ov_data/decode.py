@@ -2,10 +2,10 @@
 
 Training decodes no more than it needs: a JPEG is decoded at 1/2, 1/4 or 1/8 (in the DCT domain)
 as long as the crop still has at least `size` pixels, and what remains is one antialiased bilinear
-resize of the crop. (At 3/8, 5/8, 6/8 and 7/8 libjpeg-turbo has no SIMD code and takes longer than
-for the whole picture.) Evaluation decodes in full with Pillow and resizes in float, as the
-published models were evaluated. All heavy work happens in compiled code with the interpreter lock
-released.
+resize of the crop. (At 3/8, 5/8, 6/8 and 7/8 libjpeg-turbo has no SIMD code and takes as long as
+for the whole picture, or longer.) Evaluation decodes in full with Pillow and resizes in float, as
+the published models were evaluated. All heavy work happens in compiled code with the interpreter
+lock released.
 
 Transparent pixels are laid over white, as a browser shows them; of an animation the first frame is
 used; 16-bit samples keep their upper 8 bits; EXIF orientation is applied.
