@@ -88,8 +88,8 @@ def make_train_step(
   from its key (token masks) depend on the number of microbatches. Where the loss compares rows,
   `two_phase` keeps that true.
 
-  A step whose loss, gradient norm or update norm is not finite changes nothing: the old state comes
-  back with the metric nonfinite = 1, and the caller decides.
+  A step whose loss or gradient norm is not finite changes nothing: the old state comes back with the
+  metric nonfinite = 1, and the caller decides.
 
   Args:
     loss_fn: see the module docstring; the key it gets is different for every step and microbatch.
@@ -160,13 +160,16 @@ def make_train_step(
     if ema_decay is not None:
       new["ema"] = optimizer_lib.ema_update(state["ema"], new["params"], ema_decay, step)
 
+    # What Adam makes of finite gradients is finite; and known before the update, this leaves fewer
+    # copies of the state alive at once than a look at the update would.
+    grad_norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(out.loss + grad_norm)
+    new = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, state)
     norms = {
-      "grad_norm": optax.tree.norm(grads),
+      "grad_norm": grad_norm,
       "param_norm": optax.tree.norm(new["params"]),
       "update_norm": optax.tree.norm(updates),
     }
-    finite = jnp.isfinite(out.loss + norms["grad_norm"] + norms["update_norm"])
-    new = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, state)
     metrics = {
       **out.metrics,
       **norms,
