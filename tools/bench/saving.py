@@ -15,7 +15,7 @@ from apps.trainer.checkpoint import Checkpoints, find_checkpoint
 from apps.trainer.optimizer import flatten_paths
 from tools.bench.checkpointing import OURS
 from tools.bench.compiling import plan_of
-from tools.bench.harness import Stopwatch, measured
+from tools.bench.harness import Stopwatch, measured, timed
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -69,9 +69,9 @@ class Saved:
     """Until the disk has it; `blocked_s` is how long the caller waits."""
     if form == OURS:
       with Checkpoints(self._path(form)) as checkpoints:
-        blocked, figures = measured(lambda: self._save(checkpoints))
+        blocked, figures = timed(lambda: self._save(checkpoints))
     else:
-      blocked, figures = measured(lambda: self._save_file(form))
+      blocked, figures = timed(lambda: self._save_file(form))
     sizes = {"file_mib": self._saved_bytes(form) / 2**20, "state_mib": self._bytes / 2**20}
     return figures | sizes | self._rate(figures) | {"blocked_s": blocked}
 
