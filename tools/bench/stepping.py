@@ -62,7 +62,7 @@ class Setting:
       compared with the pair of towers of its size.
     variants: of VARIANTS.
     rate: the metric by which images are counted.
-    steps: timed together.
+    steps: timed together, after one that is not.
     goals: of every model beside a peer, or of the first captioner itself: (peer or "", metric,
       limit).
     notes: for the reader of the table.
@@ -86,8 +86,7 @@ CPU = Setting(
     ("clip", "Ti/16", ("naive", "torch")),
   ),
   resolution=160, batch=32, dtype="float32",
-  variants=("no jitter", "remat dots", "remat full", "keep 1", "all logits", "bfloat16", "84 px",
-            "224 px"),
+  variants=("remat dots", "remat full", "keep 1", "bfloat16", "84 px", "224 px"),
   rate="images_per_cpu_s", steps=1,
   goals=(("naive", "cpu_s", 0.6),),
   notes=(
@@ -250,6 +249,8 @@ def _jax_steps(plan: "Plan", row: Row, count: int, states: States) -> tuple[Step
 
   def steps() -> tuple[float, float]:
     state = states.pop(model)  # it is donated
+    # What the system took back since the last turn is paid for once, by whoever comes first.
+    state, metrics = jax.block_until_ready(compiled(state, batch))
     watch = Stopwatch()
     for _ in range(count):
       state, metrics = compiled(state, batch)
@@ -301,7 +302,12 @@ def _torch_steps(plan: "Plan", row: Row, peer: "TorchPeer", count: int) -> Steps
   device = "cuda" if jax.default_backend() == "gpu" else "cpu"
   sizes = sizes_of(task.model, plan.config.batch_size, device)
   peer.build(row.name, sizes, ov_models.num_params(task.model))
-  return lambda: peer.run(row.name, count)
+
+  def steps() -> tuple[float, float]:
+    peer.run(row.name, 1)  # as above
+    return peer.run(row.name, count)
+
+  return steps
 
 
 def made_state(plan: "Plan") -> Any:
