@@ -88,8 +88,8 @@ def make_train_step(
   from its key (token masks) depend on the number of microbatches. Where the loss compares rows,
   `two_phase` keeps that true.
 
-  A step whose loss or gradient norm is not finite changes nothing: the old state comes back with the
-  metric nonfinite = 1, and the caller decides.
+  A step whose loss or gradient norm is not finite changes nothing: the old state comes back with
+  the metric nonfinite = 1, and the caller decides.
 
   Args:
     loss_fn: see the module docstring; the key it gets is different for every step and microbatch.
