@@ -139,7 +139,8 @@ def test_text_and_json(whole: Assessment):
     "model_flops_per_image",
   ):  # fmt: skip
     assert math.isfinite(row[name]) and row[name] > 0
-  assert row["largest"][0]["source"].count(":") == 1
+  sources = [one["source"] for one in row["largest"]]  # none for what the compiler moved
+  assert any(sources) and {source.count(":") for source in sources if source} == {1}
 
 
 def test_a_compiler_that_does_not_tell_what_lives(monkeypatch: pytest.MonkeyPatch):
