@@ -19,19 +19,14 @@ from typing import Any, Literal
 
 import numpy as np
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers
+from tokenizers import pre_tokenizers
 
-from ov_data import word_pieces
+from ov_data import bert, word_pieces
 
 MAX_CHARS = 16_384  # of a text; what follows is cut off before tokenising
-_MAX_WORD_CHARS = 100  # a longer word is [UNK]
 # More texts in a call are spread over the library's threads. For fewer, waking them costs more than
 # it saves: the loader has threads of its own.
 _FEW_TEXTS = 64
-# What `_normalizer` makes of ASCII.
-_NORMAL_ASCII = str.maketrans(
-  {i: chr(i).lower() if chr(i).isprintable() else " " for i in range(128)}
-)
 
 TOKENIZER_FILE = "tokenizer.json"
 _PACKING_FILE = "packing.json"  # written last: a folder without it is incomplete
@@ -75,7 +70,7 @@ class Tokenizer:
     backend.no_truncation()
     backend.encode_special_tokens = True  # "[eos]" in a caption is text, not the end of it
     self._backend = backend
-    self._ascii_backend = _without_normalizer(backend)
+    self._ascii_backend = bert.without_normalizer(backend)
     vocabulary = backend.get_vocab(with_added_tokens=True)
     found = {
       role: next((vocabulary[n] for n in names if n in vocabulary), None)
@@ -119,7 +114,7 @@ class Tokenizer:
     if "[UNK]" not in vocabulary:
       raise ValueError(f"vocabulary {path}: no [UNK] token among its {len(vocabulary)} lines.")
     try:
-      return cls(_word_piece_backend(vocabulary), append_cls=append_cls)
+      return cls(bert.backend(vocabulary), append_cls=append_cls)
     except ValueError as error:
       raise ValueError(f"vocabulary {path}: {error}") from None
 
@@ -171,18 +166,16 @@ class Tokenizer:
       raise ValueError(
         f"vocab_size={vocab_size}: expected more than the {len(_TRAINED_SPECIALS)} special tokens."
       )
-    normalizer, splitter = _normalizer(), pre_tokenizers.BertPreTokenizer()
+    normalizer, splitter = bert.normalizer(), pre_tokenizers.BertPreTokenizer()
     counts: Counter[str] = Counter()
     for text in texts:
       split = splitter.pre_tokenize_str(normalizer.normalize_str(_clean(text)))
-      counts.update(word for word, _ in split if len(word) <= _MAX_WORD_CHARS)
+      counts.update(word for word, _ in split if len(word) <= bert.MAX_WORD_CHARS)
     if not counts:
       raise ValueError("the texts to train a tokenizer on hold no word.")
     learn = word_pieces.word_pieces if kind == "pieces" else word_pieces.frequent_words
     tokens = [*_TRAINED_SPECIALS, *learn(counts, room, min_frequency)]
-    return cls(
-      _word_piece_backend({token: i for i, token in enumerate(tokens)}), append_cls=append_cls
-    )
+    return cls(bert.backend({token: i for i, token in enumerate(tokens)}), append_cls=append_cls)
 
   def encode(self, text: str | bytes) -> list[int]:
     """Ids of the text alone, without special tokens."""
@@ -231,7 +224,7 @@ class Tokenizer:
     for text in texts:
       backend = self._backend
       if self._ascii_backend is not None and text.isascii():
-        backend, text = self._ascii_backend, text.translate(_NORMAL_ASCII)
+        backend, text = self._ascii_backend, text.translate(bert.NORMAL_ASCII)
       encodings += backend.encode_batch_fast([text], add_special_tokens=False)
     return encodings
 
@@ -347,61 +340,6 @@ def _clean(text: str | bytes) -> str:
   if text.isascii():
     return text
   return text.encode("utf-8", "replace").decode("utf-8")  # lone surrogates become "?"
-
-
-def _normalizer() -> normalizers.Normalizer:
-  """The text preparation of TensorFlow Text's BertTokenizer(lower_case=True).
-
-  That is NFKC_Casefold, NFD, removal of marks (Mn), control and format characters to spaces.
-  Compared over the 26,391 assigned characters outside the large CJK, Hangul and historic blocks,
-  ids differ for about 100 that captions do not hold (later punctuation, historic letters); Hugging
-  Face's own BERT normaliser differs for 3,964. Words are limited to 100 characters, there 100
-  bytes: longer unbroken runs of non-Latin script are [UNK] there.
-  """
-  return normalizers.Sequence(
-    [
-      normalizers.NFKD(),
-      normalizers.Replace("\u0345", "\u03b9"),  # iota subscript, a letter once case is folded
-      normalizers.Replace(
-        tokenizers.Regex(r"[\p{Default_Ignorable_Code_Point}\p{Mn}]"),
-        "",
-      ),
-      normalizers.Replace(tokenizers.Regex("[ßẞ]"), "ss"),
-      normalizers.Replace("ς", "σ"),
-      normalizers.Replace(tokenizers.Regex(r"[\p{Cc}\p{Cf}]"), " "),
-      normalizers.BertNormalizer(
-        clean_text=False, handle_chinese_chars=True, strip_accents=False, lowercase=True
-      ),
-    ]
-  )
-
-
-def _without_normalizer(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer | None:
-  """A copy for texts that have been through `_NORMAL_ASCII`, which takes half of the time; None
-  where that would not be the same, because the normaliser is another or tokens were added."""
-  content = json.loads(backend.to_str())
-  own = tokenizers.Tokenizer(models.WordPiece())
-  own.normalizer = _normalizer()
-  if content["added_tokens"] or content["normalizer"] != json.loads(own.to_str())["normalizer"]:
-    return None
-  copy = tokenizers.Tokenizer.from_str(json.dumps({**content, "normalizer": None}))
-  copy.encode_special_tokens = True
-  return copy
-
-
-def _word_piece_backend(vocabulary: dict[str, int]) -> tokenizers.Tokenizer:
-  backend = tokenizers.Tokenizer(
-    models.WordPiece(
-      vocabulary,
-      unk_token="[UNK]",
-      max_input_chars_per_word=_MAX_WORD_CHARS,
-      continuing_subword_prefix=word_pieces.PREFIX,
-    )
-  )
-  backend.normalizer = _normalizer()
-  backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-  backend.decoder = decoders.WordPiece(prefix=word_pieces.PREFIX, cleanup=True)
-  return backend
 
 
 def _missing_special(role: str, vocabulary: dict[str, int]) -> str:

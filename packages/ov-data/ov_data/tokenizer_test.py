@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import tokenizers
 
-from ov_data import tokenizer as tokenizer_lib
-from ov_data.tokenizer import Tokenizer, canonicalise_text
+from ov_data import bert
+from ov_data.tokenizer import MAX_CHARS, Tokenizer, canonicalise_text
 
 _GOLDEN = json.loads(
   (pathlib.Path(__file__).parent / "testdata" / "tokens.json").read_text("utf-8")
@@ -241,7 +241,7 @@ def test_foreign_text_preparation_has_no_short_cut():
   )
   backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
   assert Tokenizer(backend).encode_batch(["A a"], 4)[0].tolist() == [[1, 4, 5, 2]]
-  backend.normalizer = tokenizer_lib._normalizer()
+  backend.normalizer = bert.normalizer()
   backend.add_tokens(["a a"])
   assert Tokenizer(backend).encode_batch(["A a a"], 5)[0].tolist() == [[1, 6, 5, 2, 0]]
 
@@ -431,4 +431,4 @@ def test_canonicalise_text(text: str, keep: str, expected: str):
 
 def test_cap_is_far_above_what_fits(words: Tokenizer):
   """A caption is cut only behind every token that could still be used."""
-  assert tokenizer_lib.MAX_CHARS > 100 * 128
+  assert MAX_CHARS > 100 * 128
