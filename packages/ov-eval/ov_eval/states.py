@@ -163,7 +163,10 @@ class Confusion:
 def _sum(values: np.ndarray) -> Fraction:
   """The exact sum of finite float64: of the integers m in m * 2^e, for each e."""
   if not np.isfinite(values).all():
-    raise OverflowError("the square of a value is beyond float64; expected values below 1e154.")
+    raise OverflowError(
+      f"the product of two values is {values[~np.isfinite(values)][0]} in float64; expected values "
+      "and weights below 1e154."
+    )
   parts, exponents = np.frexp(values)
   integers = np.ldexp(parts, 53).astype(np.int64)  # all bits of a float64
   total = Fraction()
