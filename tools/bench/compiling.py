@@ -8,7 +8,7 @@ that need not be there. Nothing runs.
 from collections.abc import Mapping
 import functools
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 
@@ -112,14 +112,20 @@ def plan_of(config: ConfigDict, target: str) -> "Plan":
   """The step of a configuration of one stage, abstract, on one "cpu" or "gpu" or a TPU slice."""
   import jax
 
-  from apps.trainer.stages import resolve_stages
   import ov_sharding
-  from tools.preflight import compile as preflight
-  from tools.preflight import configs, topology
+  from tools.preflight import topology
 
   here = target in ("cpu", "gpu")
   devices = jax.devices(target)[:1] if here else topology.parse(target).devices()
-  mesh = ov_sharding.make_mesh(ov_sharding.MeshConfig(), devices)
+  return plan_on(config, ov_sharding.make_mesh(ov_sharding.MeshConfig(), devices))
+
+
+def plan_on(config: ConfigDict, mesh: Any) -> "Plan":
+  """The same on a mesh, which may be an abstract one."""
+  from apps.trainer.stages import resolve_stages
+  from tools.preflight import compile as preflight
+  from tools.preflight import configs
+
   (stage,) = resolve_stages(config)
   tokenizer = preflight.stand_in_tokenizer(config)
   return preflight.make_plan(stage, configs.task_of(config), tokenizer, mesh)

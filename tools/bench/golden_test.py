@@ -9,14 +9,13 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from apps.trainer.loop import build_step
-from apps.trainer.state import init_state
 import ov_models
 from tools.bench import golden
 from tools.bench.compiling import load_config, plan_of
+from tools.bench.stepping import made_batch, made_state
 
 GOLDEN = json.loads((Path(__file__).parent / "testdata/golden.json").read_text("utf-8"))
 
@@ -40,18 +39,8 @@ def test_step_is_as_it_was(name):
 def test_steps_share_one_program_and_ask_the_host_for_nothing():
   plan = plan_of(load_config(*golden.STEPS["caption"]), "cpu")
   step = build_step(plan.config, plan.parts, plan.mesh, plan.index)
-  task, tx = plan.parts.task, plan.parts.optimizer.tx
-  state = init_state(task.init, jax.random.key(0), tx, plan.parts.shardings)
-  draw = np.random.default_rng(0)
-
-  def batch() -> dict[str, jax.Array]:
-    arrays = {
-      name: draw.integers(0, 2 if leaf.dtype == bool else 200, leaf.shape).astype(leaf.dtype)
-      for name, leaf in plan.batch.items()
-    }
-    return jax.device_put(arrays, {name: leaf.sharding for name, leaf in plan.batch.items()})
-
-  batches = [batch() for _ in range(3)]
+  state = made_state(plan)
+  batches = [made_batch(plan, seed) for seed in range(3)]
   programs: list[str] = []
 
   def on_event(event: str, seconds: float, **facts: str | int) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 
-from tools.bench.compiling import ROOT, load_config, plan_of
+from tools.bench.compiling import ROOT, load_config, plan_of, plan_on
 from tools.bench.harness import Benchmark, Case, Goal, Plot, Ratio
 
 if TYPE_CHECKING:
@@ -191,19 +191,10 @@ def _on_devices(config: ConfigDict, devices: int) -> "Plan":
   """The step of a configuration on devices that are not there."""
   import jax
 
-  from apps.trainer.stages import resolve_stages
   import ov_sharding
-  from tools.preflight import compile as preflight
-  from tools.preflight import configs
 
   sizes = ov_sharding.MeshConfig(**config.mesh).resolve(devices).sizes
-  (stage,) = resolve_stages(config)
-  return preflight.make_plan(
-    stage,
-    configs.task_of(config),
-    preflight.stand_in_tokenizer(config),
-    jax.sharding.AbstractMesh(sizes, ov_sharding.AXES),
-  )
+  return plan_on(config, jax.sharding.AbstractMesh(sizes, ov_sharding.AXES))
 
 
 def _estimated(of_batch: Any) -> Mapping[str, float]:

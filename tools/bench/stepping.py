@@ -320,13 +320,13 @@ def made_state(plan: "Plan") -> Any:
   return init_state(parts.task.init, jax.random.key(0), parts.optimizer.tx, parts.shardings)
 
 
-def made_batch(plan: "Plan") -> dict[str, Any]:
+def made_batch(plan: "Plan", seed: int = 0) -> dict[str, Any]:
   """Random pixels and texts; every position of a text has a word."""
   import jax
   import numpy as np
 
   task: Any = plan.parts.task
-  draw, vocab = np.random.default_rng(0), task.model.decoder.vocab_size
+  draw, vocab = np.random.default_rng(seed), task.model.decoder.vocab_size
 
   def array(name: str, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
     if name == "valid":

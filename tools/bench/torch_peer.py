@@ -8,7 +8,7 @@ import json
 import os
 from pathlib import Path
 import subprocess
-from typing import IO, Any
+from typing import Any
 
 from ov_convert import client_env
 import ov_models
@@ -58,8 +58,8 @@ class TorchPeer:
     """The answer to a line of clients/time_training.py; RuntimeError where there is none."""
     if self._process is None:
       self._process = self._start()
-    stdin: IO[str] = self._process.stdin  # type: ignore[assignment]  # it is a pipe
-    stdout: IO[str] = self._process.stdout  # type: ignore[assignment]
+    stdin, stdout = self._process.stdin, self._process.stdout
+    assert stdin is not None and stdout is not None  # they are pipes
     stdin.write(json.dumps(question) + "\n")
     stdin.flush()
     for line in stdout:
