@@ -10,7 +10,7 @@ from tools.bench.harness import Benchmark, Case, Ratio
 TOY = Benchmark("toy", "A toy.", [Case("a", dict), Case("b", dict)], [Ratio("a", "b")])
 OLD: dict[str, dict[str, list[float]]] = {
   "a": {"cpu_s": [1.0, 1.1, 1.2, 1.0, 1.1], "clock_s": [1] * 5, "instructions": [10] * 5},
-  "b": {"cpu_s": [2.0] * 5, "images_per_cpu_s": [50.0] * 5, "batch": [64] * 5},
+  "b": {"cpu_s": [2.0] * 5, "images_per_cpu_s": [50.0] * 5, "batch_80": [64] * 5},
   "a : b": {"cpu_s": [0.5] * 5},
 }
 
@@ -41,7 +41,7 @@ def _file(folder: Path, name: str, values: dict[str, Any], **machine: Any) -> st
       True,
       "slower  toy: b, images per CPU s: 50 -> 40 (-20.0%)",
     ),
-    ("b", "batch", [32] * 5, True, "smaller toy: b, largest batch: 64 -> 32 (-50.0%)"),
+    ("b", "batch_80", [32] * 5, True, "smaller toy: b, 80 GB: 64 -> 32 (-50.0%)"),
   ],
 )
 def test_beyond_noise(row, metric, values, worse, line, tmp_path: Path):

@@ -92,9 +92,8 @@ def _benchmark(benchmark: Benchmark, values: Values, rounds: int) -> dict[str, A
   goals = []
   for goal in benchmark.goals:
     value = summary(values[goal.row][goal.metric])["median"]
-    goals.append({
-      **dataclasses.asdict(goal), "value": value, "reached": goal.reached(value)
-    })  # fmt: skip
+    outcome = {"value": value, "reached": goal.reached(value)}
+    goals.append(dataclasses.asdict(goal) | outcome)
   return {
     "name": benchmark.name,
     "about": benchmark.about,
