@@ -4,6 +4,7 @@ import functools
 import json
 from pathlib import Path
 
+from absl import flags
 import pytest
 
 from tools.bench import bench, results, tables
@@ -38,6 +39,7 @@ def test_each_benchmark_writes_its_schema(name, only, rows, tmp_path: Path):
   found = results.read(str(tmp_path / "out.json"))
   (benchmark,) = found["benchmarks"]
   assert benchmark["name"] == name and benchmark["rounds"] == 1
+  assert found["command"].startswith(f"tools/bazel run //tools/bench -- {name}")
   assert len(benchmark["rows"]) == rows
   for row in benchmark["rows"]:
     assert row["metrics"]
@@ -91,3 +93,10 @@ def test_mistakes_are_told_in_one_line(arguments, message, tmp_path: Path):
 def test_what_compiling_for_a_tpu_wants_is_told(tmp_path: Path):
   done = _app("compile_tpu", cwd=tmp_path)
   assert done.returncode == 2 and "compiling for v4-8 needs libtpu" in done.stderr
+
+
+def test_the_command_of_a_table_brings_the_compiler_it_needs():
+  flags.FLAGS.mark_as_parsed()
+  plain = "tools/bazel run //tools/bench -- "
+  assert bench.command_of(["compile"]) == f"{plain}compile"
+  assert bench.command_of(["compile", "compile_tpu"]) == f"OV_EXTRAS=tpu {plain}compile compile_tpu"
