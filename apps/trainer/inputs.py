@@ -12,7 +12,6 @@ from apps.trainer.progress import Terminal
 from apps.trainer.task import Task
 from apps.trainer.workdir import Workdir, open_workdir
 import ov_data
-from ov_data import example
 import ov_sharding
 
 _TOKENIZER_RECORDS = 200_000  # at most so many records teach a new tokenizer
@@ -262,7 +261,7 @@ def _captions(config: ConfigDict) -> Iterator[str]:
     count = min(len(dataset), _TOKENIZER_RECORDS)
     for record in np.linspace(0, len(dataset) - 1, count).astype(int):
       try:
-        features = example.parse(dataset.read(int(record), image=False), source.caption_keys)
+        features = dataset.features(int(record), source.caption_keys)
       except ValueError:  # a broken record; the loader counts it when its turn comes
         continue
       for key in source.caption_keys:

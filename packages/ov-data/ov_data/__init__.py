@@ -3,13 +3,14 @@
 from ov_data.decode import Crop, DecodeError, Limits
 from ov_data.loader import Loader, TooManyBadRecords
 from ov_data.order import Order
+from ov_data.record_source import RecordSource, Skip
 from ov_data.records import RecordError
 from ov_data.shards import find_shards
 from ov_data.sources import Dataset, Source
 from ov_data.text_processor import TextProcessor
 from ov_data.texts import TextSpec
 from ov_data.tokenizer import Tokenizer
-from ov_data.writer import ShardWriter, Skip, Summary, write_dataset
+from ov_data.writer import ShardWriter, Summary, write_dataset
 
 __all__ = [
   "Crop",
@@ -19,6 +20,7 @@ __all__ = [
   "Loader",
   "Order",
   "RecordError",
+  "RecordSource",
   "ShardWriter",
   "Skip",
   "Source",

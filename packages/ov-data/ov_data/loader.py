@@ -19,7 +19,7 @@ from typing import Any, Literal, Self
 
 import numpy as np
 
-from ov_data import decode, example, fs
+from ov_data import decode, fs
 from ov_data.example import FeatureError
 from ov_data.hashing import Uniforms
 from ov_data.index import Progress
@@ -228,8 +228,8 @@ class Loader:
 
   @property
   def damaged(self) -> Counter[str]:
-    """Records that the index left out, by reason; they have no position."""
-    return Counter(reason for d in self.datasets for i in d.indexes for _, reason in i.damage)
+    """Inputs that were found and give no record, by reason; they have no position."""
+    return Counter(skip.reason for dataset in self.datasets for skip in dataset.skips)
 
   @property
   def fingerprint(self) -> str:
@@ -328,12 +328,7 @@ class Loader:
     position = int(batch["index"][row])
     source = dataset.source
     keys = (source.image_key, *self._texts.keys(source.caption_keys), *self._extra_keys)
-    try:
-      features = example.parse(dataset.read(record), keys)
-    except (RecordError, FeatureError):
-      raise
-    except ValueError:
-      raise FeatureError("not a tf.train.Example") from None
+    features = dataset.features(record, keys)
     texts = self._texts.choose(features, source.caption_keys, position)
     image = features.get(source.image_key)
     if not isinstance(image, list) or not image:

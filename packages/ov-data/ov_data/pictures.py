@@ -4,14 +4,18 @@ Nothing but names is read until a picture's turn comes. A picture that is missin
 row, as a broken record does.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 import errno
 import functools
 import hashlib
 import json
 from typing import Any
 
+import numpy as np
+
 from ov_data import example, fs
+from ov_data.example import Feature
+from ov_data.record_source import Skip
 from ov_data.records import MAX_RECORD_BYTES
 
 
@@ -24,6 +28,7 @@ class Pictures:
   features: those that follow from the facts.
   image_key: the feature for the bytes of the file.
   class_names: what labels mean, if there are any.
+  skips: files that were found and are not used.
   """
 
   def __init__(
@@ -34,8 +39,10 @@ class Pictures:
     features: Callable[[Any], Mapping[str, Any]],
     image_key: str,
     class_names: tuple[str, ...] | None = None,
+    skips: Sequence[Skip] = (),
   ):
     self.class_names = class_names
+    self.skips = skips
     self._root = root
     self._names = names
     self._facts = facts
@@ -57,21 +64,16 @@ class Pictures:
     """The file of a picture, and 0."""
     return fs.join(self._root, self._names[record]), 0
 
-  def read(self, record: int, *, image: bool = True) -> bytes:
-    """The picture as a serialised `tf.train.Example`.
-
-    Args:
-      record: its number.
-      image: False leaves out the bytes of the file, which is then not opened.
-
-    Raises:
-      example.FeatureError: the file is missing, or too large to be a picture.
-      OSError: it cannot be read.
-    """
+  def features(self, record: int, keys: Collection[str] | None = None) -> dict[str, Feature]:
+    """Read a record; see `RecordSource.features`."""
     features = {"key": self._names[record], **self._features(self._facts[record])}
-    if image:
+    if keys is None or self._image_key in keys:
       features[self._image_key] = self._bytes(record)
-    return example.serialise({key: encoded(value) for key, value in features.items()})
+    return {
+      key: _feature(encoded(value))
+      for key, value in features.items()
+      if keys is None or key in keys
+    }
 
   def _bytes(self, record: int) -> bytes:
     path, _ = self.locate(record)
@@ -83,6 +85,13 @@ class Pictures:
       if error.errno != errno.EFBIG:
         raise
       raise example.FeatureError("image file over 1 GiB") from None
+
+
+def _feature(value: Any) -> Feature:
+  """The value as `ov_data.example.parse` would return it."""
+  if isinstance(value, int):
+    return np.array([value], np.int64)
+  return [value] if isinstance(value, bytes) else value
 
 
 def encoded(value: Any) -> Any:

@@ -2,7 +2,7 @@
 
 import bisect
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent import futures
 import dataclasses
 import functools
@@ -12,8 +12,10 @@ import json
 import re
 import threading
 
-from ov_data import fs, records
+from ov_data import example, fs, records
+from ov_data.example import Feature, FeatureError
 from ov_data.index import Progress, ShardIndex, load_indexes
+from ov_data.record_source import Skip
 from ov_data.splits import Split
 
 _NUMBERED = re.compile(r"(?P<stem>.*?)[-.](?P<number>\d{5,})-of-(?P<count>\d{5,})(?P<rest>.*)")
@@ -65,6 +67,16 @@ class Shards:
   def __len__(self) -> int:
     return self._firsts[-1]
 
+  @property
+  def class_names(self) -> None:
+    """None: shards carry no list of classes."""
+    return None
+
+  @property
+  def skips(self) -> list[Skip]:
+    """The damaged stretches of the shards."""
+    return [Skip(f"{i.path} at byte {at}", why) for i in self.indexes for at, why in i.damage]
+
   @functools.cached_property
   def fingerprint(self) -> str:
     """16 hex digits of shard names, sizes, edge checksums and record counts; not of the place."""
@@ -89,6 +101,14 @@ class Shards:
     else:
       framed = self._read_framed(*self._place(record))
     return records.unframe(framed, offset - records.HEADER_BYTES)
+
+  def features(self, record: int, keys: Collection[str] | None = None) -> dict[str, Feature]:
+    """Read a record; see `RecordSource.features`."""
+    data = self.read(record)
+    try:
+      return example.parse(data, keys)
+    except ValueError:
+      raise FeatureError("not a tf.train.Example") from None
 
   def _place(self, record: int) -> tuple[ShardIndex, int]:
     shard = bisect.bisect_right(self._firsts, record) - 1

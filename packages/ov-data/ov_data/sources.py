@@ -6,14 +6,16 @@ lie as files: a folder of class folders, or one of Karpathy's split files (datas
 the like). Local and gs://.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 import contextlib
 import dataclasses
 import functools
 
 from ov_data import example, folders, fs, karpathy
+from ov_data.example import Feature
 from ov_data.index import Progress, ShardIndex
 from ov_data.pictures import Pictures
+from ov_data.record_source import RecordSource, Skip
 from ov_data.shards import TFDS_INFO, Shards
 from ov_data.splits import Split
 
@@ -79,7 +81,7 @@ class Dataset:
     self.source = source
     split = Split.parse(source.split)
     pictures = _open_pictures(source, split)
-    self._records: Pictures | Shards = (
+    self._records: RecordSource = (
       Shards(source.paths, split, progress, run, cached_runs) if pictures is None else pictures
     )
     if not len(self._records):
@@ -90,39 +92,44 @@ class Dataset:
 
   @property
   def indexes(self) -> list[ShardIndex]:
-    """Of the shards; none where pictures lie as files."""
+    """The indexes of the shards; empty for image files."""
     return self._records.indexes if isinstance(self._records, Shards) else []
 
   @property
   def class_names(self) -> tuple[str, ...] | None:
-    """What the numbers under "label" mean, where the source is a folder of class folders."""
-    return None if isinstance(self._records, Shards) else self._records.class_names
+    """The names that the numbers under "label" stand for, if the source is a folder of classes."""
+    return self._records.class_names
+
+  @property
+  def skips(self) -> Sequence[Skip]:
+    """Inputs that were found and give no record: damaged records, files that are no images."""
+    return self._records.skips
 
   @property
   def fingerprint(self) -> str:
-    """16 hex digits of what is read, not of its place: of shards their names, sizes, edge checksums
-    and record counts; of pictures their names, and the captions of a split file."""
+    """16 hex digits of what is read, independent of its location. For shards they cover names,
+    sizes, edge checksums and record counts; for images their names, labels and captions."""
     return self._records.fingerprint
 
   def locate(self, record: int) -> tuple[str, int]:
-    """The file that holds a record, and the offset of the record's data in it."""
+    """Return the file that holds a record, and the offset of the record's data in it."""
     return self._records.locate(record)
 
-  def read(self, record: int, *, image: bool = True) -> bytes:
-    """A record, a serialised `tf.train.Example`. Safe to call from many threads.
+  def features(self, record: int, keys: Collection[str] | None = None) -> dict[str, Feature]:
+    """Read a record; see `RecordSource.features`. Safe to call from many threads."""
+    return self._records.features(record, keys)
 
-    Args:
-      record: its number.
-      image: False spares reading a picture that lies as a file; records of shards are whole.
+  def read(self, record: int) -> bytes:
+    """Read a record as a serialised `tf.train.Example`. Safe to call from many threads.
 
     Raises:
-      records.RecordError: the checksums are not those of the bytes.
-      example.FeatureError: a picture's file is missing or too large.
+      records.RecordError: the checksums do not fit the bytes.
+      example.FeatureError: an image file is missing or too large.
       OSError: the file cannot be read.
     """
     if isinstance(self._records, Shards):
       return self._records.read(record)
-    return self._records.read(record, image=image)
+    return example.serialise(self._records.features(record))
 
   @functools.cached_property
   def present_keys(self) -> frozenset[str]:
@@ -130,7 +137,7 @@ class Dataset:
     keys: set[str] = set()
     for record in range(min(_PROBES, len(self))):
       with contextlib.suppress(ValueError):  # broken; counted when its turn comes
-        keys.update(example.parse(self.read(record)))
+        keys.update(self.features(record))
     return frozenset(keys)
 
   def check_keys(self, extra_keys: Sequence[str] = (), *, captions: bool = True) -> None:

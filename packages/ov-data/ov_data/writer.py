@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Any, BinaryIO, cast
 
 from ov_data import example, fs, index, processes, records, scenes, sources
+from ov_data.record_source import Skip
 
 FORMAT = "ov_data dataset 1"
 MANIFEST = "dataset.json"
@@ -29,15 +30,6 @@ _SCENES_IN_SHARD = 2500  # about 6 MB at 64 px
 _REPORT_EVERY = 50  # examples
 
 Features = Mapping[str, example.Writable]
-
-
-@dataclasses.dataclass(frozen=True)
-class Skip:
-  """Something that gives no example: its name, a short countable reason, and details."""
-
-  key: str
-  reason: str
-  detail: str = ""
 
 
 # The examples of one shard: (split, number of the shard) -> features, or what was skipped.
