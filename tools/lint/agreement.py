@@ -13,6 +13,8 @@ from tools.lint.walls import is_client_script
 OPTIONAL = {"wandb"}
 # The name that users install, for what the lock has under another.
 SAME = {"tensorflow": "tensorflow_cpu"}
+# Distributions with a file that a package reads and does not import.
+READ = {"ov_eval": {"open_clip_torch"}}
 # The macro ov_py_test brings it.
 IMPLIED = "@pypi//:pytest"
 
@@ -44,6 +46,8 @@ def _check_target(tree: Tree, target: Target) -> list[Fault]:
         optional = found.top in OPTIONAL and found.deferred
         if not optional and not deps & set(labels):
           faults.append(Fault(path, found.line, _missing(target, found, labels)))
+  rooms = {module_name(path).split(".")[0] for path in target.srcs if not is_test(path)}
+  used |= {f"@pypi//:{name}" for room in rooms for name in READ.get(room, ())}
   for dep in sorted(set(target.deps) - used - {IMPLIED}):
     text = f"{target.label} depends on {dep}, which none of its srcs imports"
     faults.append(Fault(target.build, target.line, text))
@@ -108,6 +112,7 @@ def _imported(tree: Tree, package: str) -> tuple[set[str], set[str]]:
           (later if found.deferred else now).update(distributions_of(found))
         elif tree.is_own(found) and found.top != module_name(path).split(".")[0]:
           (later if found.deferred else now).add(found.top)
+  later |= READ.get(package.replace("-", "_"), set())
   return now, later - now
 
 

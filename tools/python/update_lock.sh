@@ -17,9 +17,14 @@ compile() {  # compile NAME [uv options]: NAME.in -> NAME.lock
     --no-annotate --custom-compile-command tools/python/update_lock.sh "$@"
 }
 
-compile requirements "$@"
+without() {  # without NAME...: overrides that leave these distributions out of a lock
+  printf "%s ; python_version < '3'\n" "$@"
+}
+
+# open_clip_torch is there for a file of names: what the package imports stays out.
+compile requirements --override <(without torch torchvision timm ftfy regex) "$@"
 # What both environments have, they have in one version. torch comes by itself: see requirements-clients.in.
-compile requirements-clients --constraint requirements.lock --override <(echo "torch ; python_version < '3'") "$@"
+compile requirements-clients --constraint requirements.lock --override <(without torch) "$@"
 # An extra holds only what it adds to requirements.lock, at versions that agree with it.
 held=()
 for name in $(grep -oE '^[a-z0-9][a-z0-9._-]*==' requirements.lock | sed 's/==//' | sort -u); do

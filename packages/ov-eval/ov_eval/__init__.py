@@ -26,6 +26,7 @@ from ov_eval.generative import (
 )
 from ov_eval.knn import knn, majority
 from ov_eval.likelihood import CaptionNLL, caption_nll
+from ov_eval.lists import normalise_name, read_prompts
 from ov_eval.probe import FewShot, Probe, few_shot, linear_probe
 from ov_eval.processes import across_processes, gather
 from ov_eval.results import Result, ResultFile, read_results, with_context, write_results
@@ -83,7 +84,9 @@ __all__ = [
   "knn",
   "linear_probe",
   "majority",
+  "normalise_name",
   "prompts_hash",
+  "read_prompts",
   "read_results",
   "retrieval",
   "template_set",

@@ -1,22 +1,26 @@
 """Class names and prompt templates of zero-shot classification, as data with names.
 
-Two sets that people compare against, the 1000 names of ImageNet and the 80 templates of CLIP, come
-from an installed open_clip or from a file; nothing is downloaded.
+Two sets that people compare against, the 1000 names of ImageNet and the 80 templates of CLIP, are
+read from an installed open_clip (its file of names only: PyTorch is not imported) or from a file;
+nothing is downloaded. How files are read: see `ov_eval.lists`.
 """
 
 from collections.abc import Sequence
 import dataclasses
-import importlib
-import json
+import importlib.machinery
+import importlib.util
 from pathlib import Path
 from typing import Any
 
 from ov_eval.generative import canonicalise, prompts_hash
+from ov_eval.lists import normalise_name, read_list
 
 
 @dataclasses.dataclass(frozen=True)
 class ClassSet:
-  """Names of classes in order of class number. Names may repeat; the lower number then wins.
+  """Names of classes in order of class number, each through `normalise_name`.
+
+  Names may repeat (two of ImageNet's do); a label given as text then means the lower number.
 
   Raises:
     ValueError: for fewer than two classes, or an empty name.
@@ -26,9 +30,10 @@ class ClassSet:
   classes: tuple[str, ...]
 
   def __post_init__(self) -> None:
+    object.__setattr__(self, "classes", tuple(map(normalise_name, self.classes)))
     if len(self.classes) < 2:
       raise ValueError(f"{self.name!r} names {len(self.classes)} classes; expected at least two.")
-    if empty := [number for number, text in enumerate(self.classes) if not text.strip()]:
+    if empty := [number for number, text in enumerate(self.classes) if not text]:
       raise ValueError(f"{self.name!r} has no name for class {empty[0]}; give every class one.")
 
   @property
@@ -86,7 +91,7 @@ def template_set(name_or_path: str) -> TemplateSet:
 
   Args:
     name_or_path: `plain`, `photo`, `openai_best`, `openai_80` (the 80 of CLIP), `openvision_81`
-      (those and the bare name), or a file: .json with a list, else one template a line.
+      (those and the bare name), or a file: .json with a list, else one template a line; see `lists`.
 
   Raises:
     ValueError: for an unknown name, a file of another form, or a set that needs open_clip where
@@ -100,14 +105,10 @@ def template_set(name_or_path: str) -> TemplateSet:
     templates = tuple(function("{}") for function in functions)
     if name_or_path == "openvision_81":
       templates += ("{}",)
-    if len(templates) != _CLIP_TEMPLATES[name_or_path]:
-      raise ValueError(
-        f"open_clip gave {len(templates)} templates for {name_or_path!r}; its list has changed, "
-        f"give the templates as a file."
-      )
+    _check_count(name_or_path, "templates", len(templates), _CLIP_TEMPLATES[name_or_path])
     return TemplateSet(name_or_path, templates)
   known = ", ".join([*_TEMPLATES, *_CLIP_TEMPLATES])
-  return TemplateSet(name_or_path, _read(name_or_path, f"a set of templates ({known})"))
+  return TemplateSet(name_or_path, read_list(name_or_path, f"a set of templates ({known})"))
 
 
 def class_set(name_or_path: str) -> ClassSet:
@@ -115,14 +116,16 @@ def class_set(name_or_path: str) -> ClassSet:
 
   Args:
     name_or_path: `imagenet` (the 1000 names that go with CLIP's templates), or a file: .json with
-      a list, else one name a line.
+      a list, else one name a line; see `lists`.
 
   Raises:
     ValueError: as `template_set`.
   """
   if name_or_path == "imagenet":
-    return ClassSet("imagenet", tuple(_open_clip("IMAGENET_CLASSNAMES", "imagenet")))
-  return ClassSet(name_or_path, _read(name_or_path, "a set of classes (imagenet)"))
+    names = tuple(_open_clip("IMAGENET_CLASSNAMES", "imagenet"))
+    _check_count("imagenet", "class names", len(names), 1000)
+    return ClassSet("imagenet", names)
+  return ClassSet(name_or_path, read_list(name_or_path, "a set of classes (imagenet)"))
 
 
 def class_texts(
@@ -150,27 +153,34 @@ def class_texts(
 
 
 def _open_clip(attribute: str, wanted: str) -> Any:
-  """A list out of open_clip, an optional library that this package does not depend on."""
+  """Return a list of open_clip, an optional library that this package does not import."""
   try:
-    return getattr(importlib.import_module("open_clip.zero_shot_metadata"), attribute)
-  except (ImportError, AttributeError) as error:
+    return getattr(_open_clip_names(), attribute)
+  except (ImportError, AttributeError, OSError, ValueError) as error:
     raise ValueError(
-      f"{wanted!r} is read from open_clip, which could not be used ({error}). Install it "
-      f"(pip install open_clip_torch), or give a file instead: one a line, or a JSON list."
+      f"{wanted!r} is read from a file of open_clip, which could not be used ({error}). Install it "
+      "(pip install --no-deps open_clip_torch; PyTorch is not needed), or give a file instead: one "
+      "a line, or a JSON list."
     ) from error
 
 
-def _read(path: str, kind: str) -> tuple[str, ...]:
-  file = Path(path).expanduser()
-  if not file.is_file():
-    raise ValueError(f"{path!r} is neither {kind} nor a file; give one of them.")
-  text = file.read_text(encoding="utf-8")
-  if file.suffix != ".json":
-    return tuple(line.strip() for line in text.splitlines() if line.strip())
-  try:
-    value = json.loads(text)
-  except json.JSONDecodeError as error:
-    raise ValueError(f"{path} is not JSON: {error}.") from error
-  if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
-    raise ValueError(f"{path}: expected a JSON list of texts, got {type(value).__name__}.")
-  return tuple(value)
+def _check_count(wanted: str, what: str, found: int, expected: int) -> None:
+  if found != expected:
+    raise ValueError(
+      f"open_clip gave {found} {what} for {wanted!r}, expected {expected}; its list has changed, "
+      f"give the {what} as a file."
+    )
+
+
+def _open_clip_names() -> Any:
+  """Load open_clip's file of names alone: the package itself would import PyTorch."""
+  spec = importlib.util.find_spec("open_clip")
+  if spec is None or not spec.submodule_search_locations:
+    raise ImportError("No module named 'open_clip'")
+  file = Path(next(iter(spec.submodule_search_locations))) / "zero_shot_metadata.py"
+  loader = importlib.machinery.SourceFileLoader("ov_eval_open_clip_names", str(file))
+  found = importlib.util.spec_from_loader(loader.name, loader)
+  assert found is not None
+  module = importlib.util.module_from_spec(found)
+  loader.exec_module(module)
+  return module

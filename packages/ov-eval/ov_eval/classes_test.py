@@ -3,7 +3,6 @@
 import json
 import string
 import sys
-import types
 
 import pytest
 
@@ -73,52 +72,116 @@ def test_named_sets_never_change(name, count, first, hash):
   assert (len(found.templates), found.templates[0], found.hash) == (count, first, hash)
 
 
-def _install(monkeypatch, **content):
-  """An open_clip of which only the module of names exists."""
-  module = types.ModuleType("open_clip.zero_shot_metadata")
-  vars(module).update(content)
-  monkeypatch.setitem(sys.modules, "open_clip", types.ModuleType("open_clip"))
-  monkeypatch.setitem(sys.modules, "open_clip.zero_shot_metadata", module)
+def _install(monkeypatch, folder, content):
+  """An open_clip of which only the file of names can be loaded."""
+  package = folder / "open_clip"
+  package.mkdir(parents=True)
+  (package / "__init__.py").write_text("raise AssertionError('the package must not be imported')")
+  (package / "zero_shot_metadata.py").write_text(content)
+  monkeypatch.syspath_prepend(folder)
 
 
-def test_sets_of_an_installed_open_clip(monkeypatch):
-  functions = tuple(lambda c, i=i: f"photo {i} of a {c}." for i in range(80))
-  names = [f"name {i}" for i in range(1000)]
-  _install(monkeypatch, OPENAI_IMAGENET_TEMPLATES=functions, IMAGENET_CLASSNAMES=names)
+def test_sets_of_an_installed_open_clip(monkeypatch, tmp_path):
+  content = """
+OPENAI_IMAGENET_TEMPLATES = tuple(lambda c, i=i: f"photo {i} of a {c}." for i in range(80))
+IMAGENET_CLASSNAMES = [f"name {i}" for i in range(1000)]
+"""
+  _install(monkeypatch, tmp_path, content)
   eighty, more = template_set("openai_80"), template_set("openvision_81")
   assert eighty.templates == tuple(f"photo {i} of a {{}}." for i in range(80))
   assert more.templates == (*eighty.templates, "{}") and more.hash != eighty.hash
   classes = class_set("imagenet")
-  assert classes.classes == tuple(names) and classes.name == "imagenet"
+  assert classes.classes == tuple(f"name {i}" for i in range(1000)) and classes.name == "imagenet"
   texts = class_texts(classes, more)
   assert len(texts) == 81_000
   assert texts[81 * 999 + 79] == "photo 79 of a name 999" and texts[-1] == "name 999"
 
 
-def test_an_open_clip_with_another_list_is_refused(monkeypatch):
-  _install(monkeypatch, OPENAI_IMAGENET_TEMPLATES=(lambda c: f"a {c}",) * 79)
-  with pytest.raises(ValueError, match="gave 79 templates for 'openai_80'"):
+def test_an_open_clip_with_another_list_is_refused(monkeypatch, tmp_path):
+  _install(monkeypatch, tmp_path, "OPENAI_IMAGENET_TEMPLATES = (lambda c: f'a {c}',) * 79")
+  with pytest.raises(ValueError, match="gave 79 templates for 'openai_80', expected 80"):
     template_set("openai_80")
-  with pytest.raises(ValueError, match="'imagenet' is read from open_clip.*or give a file"):
+  with pytest.raises(ValueError, match="'imagenet' is read from a file of open_clip.*give a file"):
     class_set("imagenet")  # the attribute is missing
+  names = tmp_path / "open_clip" / "zero_shot_metadata.py"
+  names.write_text("IMAGENET_CLASSNAMES = ['a', 'b', 'c']  # another size, so that it is read anew")
+  with pytest.raises(ValueError, match="gave 3 class names for 'imagenet', expected 1000"):
+    class_set("imagenet")
 
 
 @pytest.mark.parametrize("read", [lambda: template_set("openai_80"), lambda: class_set("imagenet")])
 def test_without_open_clip_the_message_says_what_to_do(monkeypatch, read):
   monkeypatch.setitem(sys.modules, "open_clip", None)  # as if it were not installed
-  with pytest.raises(ValueError, match="pip install open_clip_torch"):
+  with pytest.raises(ValueError, match="pip install --no-deps open_clip_torch"):
     read()
 
 
-def test_files_of_lines_and_json(tmp_path):
-  lines = tmp_path / "names.txt"
-  lines.write_text("tench\n\n  goldfish \ncrème\n", encoding="utf-8")
-  assert class_set(str(lines)).classes == ("tench", "goldfish", "crème")
+def test_the_sets_of_the_locked_open_clip_need_no_pytorch(monkeypatch):
+  monkeypatch.setitem(sys.modules, "torch", None)  # importing it would fail
+  classes, eighty, more = (
+    class_set("imagenet"),
+    template_set("openai_80"),
+    template_set("openvision_81"),
+  )
+  # Counts and hashes of the lists of open_clip 3.3.0, computed from an imported open_clip.
+  assert (len(classes.classes), classes.hash) == (1000, "6ef5246539bb")
+  assert (len(eighty.templates), eighty.hash) == (80, "e30aa9d7fb28")
+  assert (len(more.templates), more.hash) == (81, "ad137a297e9b")
+  assert (classes.classes[0], classes.classes[-1]) == ("tench", "toilet paper")
+
+
+@pytest.mark.parametrize(
+  ("name", "data", "expected"),
+  [
+    ("a.txt", "tench\n  goldfish \ncr\u00e8me\n".encode(), ("tench", "goldfish", "crème")),
+    ("a.txt", b"one\r\ntwo\rthree", ("one", "two", "three")),
+    ("a.txt", b"\xef\xbb\xbfone\ntwo\n\n \n", ("one", "two")),  # byte order mark, end of file
+    # What some programs take for a line end is whitespace of a name here.
+    ("a.txt", "one\u2028more\ntwo\x0b words\n".encode(), ("one more", "two words")),
+    ("a.txt", b"crane\nlemur\ncrane\n", ("crane", "lemur", "crane")),  # ImageNet has such
+    ("a.json", b'\xef\xbb\xbf["one", " two\\nwords "]', ("one", "two words")),
+  ],
+)
+def test_class_files_are_one_to_one_with_class_numbers(tmp_path, name, data, expected):
+  path = tmp_path / name
+  path.write_bytes(data)
+  assert class_set(str(path)).classes == expected
+
+
+def test_templates_of_a_file(tmp_path):
   listed = tmp_path / "templates.json"
   listed.write_text(json.dumps(["a {}", " the {}"]))
   found = template_set(str(listed))
-  assert found.templates == ("a {}", " the {}") and found.name == str(listed)
+  assert found.templates == ("a {}", "the {}") and found.name == str(listed)
   assert found.hash == TemplateSet("another name", found.templates).hash
+
+
+@pytest.mark.parametrize("read", [class_set, template_set])
+@pytest.mark.parametrize(
+  ("name", "data", "message"),
+  [
+    ("a.txt", b"a {}\n\nb {}\n", "line 2 is empty.*write a name there, or remove it"),
+    ("a.txt", b"\na {}\nb {}\n", "line 1 is empty"),
+    ("a.txt", b"a {}\r\nb {}\r\n \t\r\nc {}", "line 3 is empty"),
+    (
+      "a.txt",
+      b"a {}\nb {}\ncr\xe8me {}\n",
+      "line 3: byte 0xe8 is not UTF-8; save the file as UTF-8",
+    ),
+    ("a.txt", b"\xff\xfea\0\n\0", "line 1: byte 0xff is not UTF-8"),
+    ("a.json", b'["a {}", "", "b {}"]', "entry 1 is empty"),
+    ("a.json", b'["a {}", "\\n", "b {}"]', "entry 1 is empty"),
+    ("a.json", b'["a {}", 7]', "entry 1: expected a text in quotes, got int"),
+    ("a.json", b'["a {}", "\xe8"]', "line 1: byte 0xe8 is not UTF-8"),
+    ("a.json", b"[" * 100_000, "nested too deeply"),
+  ],
+)
+def test_lists_that_would_shift_numbers_are_refused(tmp_path, read, name, data, message):
+  path = tmp_path / name
+  path.write_bytes(data)
+  with pytest.raises(ValueError, match=message) as error:
+    read(str(path))
+  assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -126,11 +189,11 @@ def test_files_of_lines_and_json(tmp_path):
   [
     (template_set, None, "neither a set of templates .plain, photo, .*, openvision_81. nor a file"),
     (class_set, None, "neither a set of classes .imagenet. nor a file"),
-    (class_set, "[1, 2]", "expected a JSON list of texts, got list"),
+    (class_set, "[1, 2]", "entry 0: expected a text in quotes, got int"),
     (class_set, '{"a": 1}', "expected a JSON list of texts, got dict"),
     (class_set, "[", "is not JSON"),
     (class_set, '["one"]', "names 1 classes; expected at least two"),
-    (class_set, '["one", " "]', "no name for class 1"),
+    (class_set, '["one", " "]', "entry 1 is empty"),
     (template_set, "[]", "holds no template"),
     (template_set, '["a {}", "a photo"]', "'a photo' .*has no {}"),
   ],
