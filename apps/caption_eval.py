@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 import numpy as np
 
-from apps.label_data import class_numbers, read_class_prompts, with_labels
+from apps.label_data import LabelledPictures
 from apps.trainer.augment import normalise
 from apps.trainer.held_out import HeldOut, HostBatch
 from apps.trainer.report import ClassTable, Sample
@@ -121,18 +121,14 @@ class LikelihoodClassifier:
 
   def __init__(self, held_out: HeldOut):
     self._held_out = held_out
-    self._config = wanted = held_out.config.eval.zero_shot
-    self._data = held_out.open(wanted, extra_keys=(wanted.label_key,), caption_keys=(), texts={})
-    folders = self._data.folders(wanted.label_key)
-    self._classes = read_class_prompts(wanted, folders)
-    self._numbers = class_numbers(self._classes.names, folders)
+    self._pictures = LabelledPictures(held_out)
 
   def __call__(self, params: Params) -> Evaluation:
     task, tokenizer = self._held_out.task, self._held_out.tokenizer
     rows = ov_sharding.batch_sharding(self._held_out.mesh)
-    names, prompts = self._classes.names, self._classes.prompts
-    texts = [text for name in names for text in prompts[name]]
-    of_prompt = [i for i, name in enumerate(names) for _ in prompts[name]]
+    classes = self._pictures.classes
+    texts = [text for own in classes.prompts for text in own]
+    of_prompt = [i for i, own in enumerate(classes.prompts) for _ in own]
     ids, _ = tokenizer.encode_batch(texts, task.model.decoder.max_len)
     ids = ids[:, : int((ids != tokenizer.pad_id).sum(1).max())]  # no columns of padding
 
@@ -143,18 +139,13 @@ class LikelihoodClassifier:
       of_chunk, count = _score_prompts(task.model, task.pad_id, rows, params, tokens, chunk)
       return ov_sharding.local_rows(of_chunk), np.asarray(count)
 
-    batches = self._held_out.batches("pictures classified", self._data)
     found = ov_eval.classify_by_likelihood(
-      encode,
-      score,
-      with_labels(batches, self._config.label_key, self._numbers),
-      ids,
-      np.array(of_prompt),
+      encode, score, self._pictures.batches("pictures classified"), ids, np.array(of_prompt)
     )
     results = self._held_out.told(
-      found.results(), "zero_shot_by_likelihood", self._data, **self._classes.description
+      found.results(), "zero_shot_by_likelihood", self._pictures.examples, **classes.description
     )
-    return Evaluation(tuple(results), classes=ClassTable(tuple(names), found.confusion.counts))
+    return Evaluation(tuple(results), classes=ClassTable(classes.names, found.confusion.counts))
 
 
 def _on_device(batch: HostBatch, mesh: jax.sharding.Mesh) -> jax.Array:

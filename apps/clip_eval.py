@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from apps import clip_gallery, features
-from apps.label_data import class_numbers, read_class_prompts, with_labels
+from apps.label_data import LabelledPictures
 from apps.trainer.held_out import HeldOut
 from apps.trainer.report import ClassTable
 from apps.trainer.task import Evaluation, Params
@@ -57,41 +57,36 @@ class ZeroShotEvaluator:
 
   def __init__(self, held_out: HeldOut):
     self._held_out = held_out
-    self._config = wanted = held_out.config.eval.zero_shot
     self._embedder = _Embedder(held_out)
-    self._data = held_out.open(wanted, extra_keys=(wanted.label_key,), caption_keys=(), texts={})
-    folders = self._data.folders(wanted.label_key)
-    self._classes = read_class_prompts(wanted, folders)
-    self._numbers = class_numbers(self._classes.names, folders)
+    self._pictures = LabelledPictures(held_out)
 
   def __call__(self, params: Params) -> Evaluation:
-    names = self._classes.names
+    classes = self._pictures.classes
     matrix = self._class_matrix(params)
     pictures: dict[int, np.ndarray] = {}
-    batches = self._held_out.batches("pictures classified", self._data)
     found, predictions = ov_eval.classify_by_embedding(
       self._embedder.images(params, pictures),
       matrix,
-      with_labels(batches, self._config.label_key, self._numbers),
+      self._pictures.batches("pictures classified"),
     )
-    self._held_out.write_predictions("zero_shot", predictions.records(names))
+    self._held_out.write_predictions("zero_shot", predictions.records(list(classes.names)))
     worst = ov_eval.worst_mistakes(predictions, self._held_out.config.eval.gallery)
-    gallery = clip_gallery.mistakes(worst, names, pictures)
+    gallery = clip_gallery.mistakes(worst, list(classes.names), pictures)
     results = self._held_out.told(
-      found.results(), "zero_shot", self._data, **self._classes.description
+      found.results(), "zero_shot", self._pictures.examples, **classes.description
     )
     return Evaluation(
       tuple(results),
-      classes=ClassTable(tuple(names), found.confusion.counts),
+      classes=ClassTable(classes.names, found.confusion.counts),
       galleries=(gallery,) if gallery.rows else (),
     )
 
   def _class_matrix(self, params: Params) -> np.ndarray:
     """One vector for each class: the mean of the unit vectors of its texts, unit norm again."""
-    prompts = self._classes.prompts
-    texts = [text for of_class in prompts.values() for text in of_class]
+    prompts = self._pictures.classes.prompts
+    texts = [text for of_class in prompts for text in of_class]
     vectors = self._embedder.texts(params, texts, prompts=True)
-    ends = np.cumsum([len(texts) for texts in prompts.values()])
+    ends = np.cumsum([len(texts) for texts in prompts])
     means = np.stack([part.mean(0) for part in np.split(vectors, ends[:-1])])
     return means / (np.linalg.norm(means, axis=1, keepdims=True) + 1e-8)
 

@@ -1,8 +1,8 @@
 """Labelled held-out pictures and the texts of their classes, for every evaluator of them."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+import concurrent.futures
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,28 +10,59 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from apps.trainer.errors import UserError
+from apps.trainer.held_out import HeldOut
+import ov_data
 import ov_eval
+
+_CHECKED_RECORDS = 256  # evenly spread records whose labels are checked before a run starts
 
 
 @dataclasses.dataclass(frozen=True)
 class ClassPrompts:
-  """Classes with their texts.
+  """Classes with their texts, in order of class number.
 
   Attributes:
-    prompts: {class: texts}.
+    names: of the classes; may repeat, as two of ImageNet's do.
+    prompts: the texts of each class.
     description: what the results say about them: names of the sets and a hash of all texts.
   """
 
-  prompts: Mapping[str, tuple[str, ...]]
+  names: tuple[str, ...]
+  prompts: tuple[tuple[str, ...], ...]
   description: Mapping[str, str]
 
-  @property
-  def names(self) -> list[str]:
-    return list(self.prompts)
+
+class LabelledPictures:
+  """The pictures of `config.eval.zero_shot` with their classes.
+
+  Attributes:
+    examples: the pictures.
+    classes: their classes.
+  """
+
+  def __init__(self, held_out: HeldOut):
+    """Open the pictures, read the classes, and check that labels are among them.
+
+    Raises:
+      ValueError: pictures or classes cannot be used, or do not fit each other.
+    """
+    config = held_out.config.eval.zero_shot
+    self._held_out, self._label_key = held_out, config.label_key
+    self.examples = held_out.open(config, extra_keys=(config.label_key,), caption_keys=(), texts={})
+    folders = self.examples.folders(config.label_key)
+    self.classes = read_class_prompts(config, folders)
+    self._numbers = class_numbers(self.classes.names, folders)
+    for dataset in self.examples.loader.datasets:
+      check_labels(dataset, config.label_key, self._numbers, config.classes)
+
+  def batches(self, what: str) -> Iterator[dict[str, Any]]:
+    """Return the batches of one pass with `label` int [B], with a bar called `what`."""
+    batches = self._held_out.batches(what, self.examples)
+    return with_labels(batches, self._label_key, self._numbers)
 
 
 def read_class_prompts(zero_shot: ConfigDict, folders: Sequence[str] | None) -> ClassPrompts:
-  """The classes of `config.eval.zero_shot`.
+  """Read the classes of `config.eval.zero_shot`.
 
   Args:
     zero_shot: `classes` is "folders", a JSON file {class: [prompt, ...]}, which needs no templates,
@@ -47,8 +78,10 @@ def read_class_prompts(zero_shot: ConfigDict, folders: Sequence[str] | None) -> 
       "config.eval.zero_shot.classes='folders', but the pictures do not lie in folders of classes; "
       "give a file with the names of the classes, one a line"
     )
-  prompts = _prompts_of_json(path) if path.endswith(".json") else None
-  if prompts is not None:
+  is_json = path.endswith(".json") and Path(path).is_file()
+  ready = ov_eval.read_prompts(path) if is_json else None
+  if ready is not None:
+    names, prompts = tuple(ready), tuple(ready.values())
     description = {"classes": Path(path).name, "templates": "prompts of the class file"}
   else:
     if zero_shot.classes == "folders":
@@ -58,35 +91,19 @@ def read_class_prompts(zero_shot: ConfigDict, folders: Sequence[str] | None) -> 
     templates = ov_eval.template_set(zero_shot.templates)
     texts = ov_eval.class_texts(classes, templates)
     count = len(templates.templates)
-    prompts = {
-      name: tuple(texts[i * count : (i + 1) * count]) for i, name in enumerate(classes.classes)
-    }
+    names = classes.classes
+    prompts = tuple(tuple(texts[i * count : (i + 1) * count]) for i in range(len(names)))
     description = {"classes": classes.name, "templates": templates.name}
-  if len(prompts) < 2:
-    raise ValueError(f"{path} names {len(prompts)} classes; expected at least two")
-  texts = [text for name in prompts for text in (name, *prompts[name])]
-  return ClassPrompts(prompts, description | {"templates_hash": ov_eval.prompts_hash(texts)})
+  if len(names) < 2:
+    raise ValueError(f"{path} names {len(names)} classes; expected at least two")
+  texts = [text for name, own in zip(names, prompts, strict=True) for text in (name, *own)]
+  return ClassPrompts(names, prompts, description | {"templates_hash": ov_eval.prompts_hash(texts)})
 
 
-def _prompts_of_json(path: str) -> dict[str, tuple[str, ...]] | None:
-  """{class: texts} of a file; None where it is a list of names."""
-  try:
-    content = json.loads(Path(path).read_text(encoding="utf-8"))
-  except ValueError as error:
-    raise ValueError(f"{path} is no JSON: {error}") from error
-  if isinstance(content, list):
-    return None
-  if not isinstance(content, dict) or not all(
-    isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts)
-    for texts in content.values()
-  ):
-    raise ValueError(f"{path}: expected an object of class names with lists of prompts")
-  return {name: tuple(texts) for name, texts in content.items()}
+def class_numbers(names: Sequence[str], folders: Sequence[str] | None) -> dict[str | int, int]:
+  """Map labels to class numbers: a number is an int, a name a string.
 
-
-def class_numbers(names: Sequence[str], folders: Sequence[str] | None) -> dict[str, int]:
-  """From a label as text, a name or a number, to the number of its class.
-
+  A string that is no name but a number means that number. Of equal names the lower number is meant.
   Where pictures lie in folders of classes, their numbers go by the sorted names of the folders.
   These are looked for among the classes, whose order may be another; if none is there (ImageNet's
   folders are called n01440764 and so on), the classes must be as many and in the same order.
@@ -98,27 +115,63 @@ def class_numbers(names: Sequence[str], folders: Sequence[str] | None) -> dict[s
   Raises:
     ValueError: some folders are classes and some are not.
   """
-  numbers = {name: i for i, name in enumerate(names)}
+  count = len(names)
+  numbers = {name: count - 1 - i for i, name in enumerate(reversed(names))}
   if folders is None:
-    return {str(i): i for i in range(len(names))} | numbers
-  plain = {ov_eval.canonicalise(name): i for name, i in numbers.items()}
+    return {**{str(i): i for i in range(count)}, **{i: i for i in range(count)}, **numbers}
+  plain = {ov_eval.canonicalise(name): count - 1 - i for i, name in enumerate(reversed(names))}
   found = [plain.get(ov_eval.canonicalise(folder)) for folder in folders]
   missing = [folder for folder, i in zip(folders, found, strict=True) if i is None]
-  if len(missing) == len(folders) == len(names):
-    found = list(range(len(names)))
+  if len(missing) == len(folders) == count:
+    found = list(range(count))
   elif missing:
     raise ValueError(
       f"{len(missing)} of {len(folders)} folders of pictures, such as {missing[0]!r}, are none of "
-      f"the {len(names)} classes {', '.join(list(names)[:5])}, ...; name the classes like the "
+      f"the {count} classes {', '.join(list(names)[:5])}, ...; name the classes like the "
       "folders, or give as many as there are folders, in the order of these"
     )
-  return numbers | {str(k): i for k, i in enumerate(found) if i is not None}
+  return {**numbers, **{k: i for k, i in enumerate(found) if i is not None}}
+
+
+def check_labels(
+  dataset: ov_data.Dataset, key: str, numbers: Mapping[str | int, int], classes: str
+) -> None:
+  """Check the labels of records that are spread over a data set, before anything is trained.
+
+  Args:
+    dataset: whose records hold a label.
+    key: of the label.
+    numbers: see `class_numbers`.
+    classes: what the class list is called, for the message.
+
+  Raises:
+    ValueError: a label is none of the classes; names the record, the label and the classes.
+  """
+  spread = np.linspace(0, len(dataset) - 1, min(len(dataset), _CHECKED_RECORDS)).astype(int)
+
+  def problem(record: int) -> str | None:
+    try:
+      features = dataset.features(record, (key,))
+    except ValueError:  # a broken record; the loader counts it when its turn comes
+      return None
+    if key not in features or class_number(features[key], numbers) is not None:
+      return None
+    file, offset = dataset.locate(record)
+    return f"{file} at byte {offset}: {_no_class(features[key], key, numbers)} of {classes}"
+
+  with concurrent.futures.ThreadPoolExecutor(16) as pool:  # a read is a request each on gs://
+    problems = list(filter(None, pool.map(problem, spread.tolist())))
+  if problems:
+    raise ValueError(
+      f"{problems[0]} ({len(problems)} of {len(spread)} records looked at); give a list with a "
+      "name for each class of the data, in the order of their numbers"
+    )
 
 
 def with_labels(
-  batches: Iterable[Mapping[str, Any]], key: str, numbers: Mapping[str, int]
+  batches: Iterable[Mapping[str, Any]], key: str, numbers: Mapping[str | int, int]
 ) -> Iterator[dict[str, Any]]:
-  """Batches with `label` int [B], the number of each row's class.
+  """Yield batches with `label` int [B], the number of each row's class.
 
   Args:
     batches: their rows hold the name or number of a class under `key`.
@@ -131,18 +184,43 @@ def with_labels(
   for batch in batches:
     labels = np.zeros(len(batch["valid"]), np.int64)
     for row in np.flatnonzero(batch["valid"]).tolist():
-      value = label_text(batch[key][row])
-      if value not in numbers:
-        raise UserError(
-          f"a record is labelled {value!r} under {key!r}, which is no class; there are "
-          f"{len(set(numbers.values()))}: {', '.join(list(numbers)[:5])}, ..."
-        )
-      labels[row] = numbers[value]
+      number = class_number(batch[key][row], numbers)
+      if number is None:
+        raise UserError(f"a record: {_no_class(batch[key][row], key, numbers)}")
+      labels[row] = number
     yield {**batch, "label": labels}
 
 
+def class_number(value: Any, numbers: Mapping[str | int, int]) -> int | None:
+  """Return the number of the class that a label means; None for none of `class_numbers`."""
+  value = _first(value)
+  if isinstance(value, int | np.integer):
+    return numbers.get(int(value))
+  return numbers.get(label_text(value))
+
+
 def label_text(value: Any, folders: Sequence[str] | None = None) -> str:
-  """A label as text: bytes, text, number (of one of `folders`), or the first of a list of them."""
-  value = value[0] if isinstance(value, list | tuple) and value else value
+  """Return a label as text, through `ov_eval.normalise_name`.
+
+  Args:
+    value: bytes, text, a number, or a list or array of which the first counts.
+    folders: the names that numbers stand for, where pictures lie in folders of classes.
+  """
+  value = _first(value)
   text = value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
-  return folders[int(text)] if folders is not None and text.isdigit() else text
+  if folders is not None and text.isdigit():
+    return folders[int(text)]
+  return ov_eval.normalise_name(text)
+
+
+def _first(value: Any) -> Any:
+  return value[0] if isinstance(value, list | tuple | np.ndarray) and len(value) else value
+
+
+def _no_class(value: Any, key: str, numbers: Mapping[str | int, int]) -> str:
+  names = sorted((name for name in numbers if isinstance(name, str)), key=lambda n: numbers[n])
+  shown = ", ".join([name for name in names if not name.isdigit()][:5] or names[:5])
+  return (
+    f"the label {label_text(value)!r} under {key!r} is none of the {len(set(numbers.values()))} "
+    f"classes ({shown}, ...)"
+  )

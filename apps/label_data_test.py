@@ -6,8 +6,16 @@ from ml_collections import ConfigDict
 import numpy as np
 import pytest
 
-from apps.label_data import class_numbers, label_text, read_class_prompts, with_labels
+from apps.label_data import (
+  check_labels,
+  class_numbers,
+  label_text,
+  read_class_prompts,
+  with_labels,
+)
 from apps.trainer.errors import UserError
+import ov_data
+from ov_data import example, records
 
 NAMES = ["dog", "cat", "hot dog"]
 
@@ -23,12 +31,36 @@ def test_names_and_numbers_of_records():
   assert labels([b"cat", "hot dog", 0, b"2", [1]], numbers) == [1, 2, 0, 2, 1]
 
 
+def test_labels_are_compared_in_the_normal_form_of_names():
+  numbers = class_numbers(["dog", "hot dog"], None)
+  assert labels([b" dog\n", "hot\u2028 dog"], numbers) == [0, 1]
+
+
+def test_of_equal_names_the_lower_number_is_meant_and_numbers_do_not_shift():
+  numbers = class_numbers(["crane", "lemur", "crane", "dog"], None)
+  assert labels(["crane", "dog", 2, "3"], numbers) == [0, 3, 2, 3]
+  assert class_numbers(["crane", "lemur", "crane"], ("a", "b", "c")) == {
+    "crane": 0,
+    "lemur": 1,
+    0: 0,
+    1: 1,
+    2: 2,
+  }
+
+
+def test_imagenets_equal_names_stay_two_classes():
+  found = read_class_prompts(settings("imagenet", "openvision_81"), None)
+  assert len(found.names) == len(found.prompts) == 1000 > len(set(found.names)) == 998
+  assert {len(own) for own in found.prompts} == {81}
+  assert class_numbers(found.names, None)[999] == 999
+
+
 def test_rows_that_are_not_valid_are_not_looked_at():
   assert labels(["cat", None], class_numbers(NAMES, None), [True, False]) == [1, 0]
 
 
-def test_classes_called_by_digits_go_by_name():
-  assert labels(["7", "0"], class_numbers(["7", "0"], None)) == [0, 1]
+def test_texts_go_by_name_and_numbers_by_number():
+  assert labels(["7", "0", 0, 1], class_numbers(["7", "0"], None)) == [0, 1, 0, 1]
 
 
 def test_numbers_of_folders_follow_their_names():
@@ -47,7 +79,8 @@ def test_folders_that_do_not_fit_are_named(folders):
 
 
 def test_a_label_that_is_no_class_is_named():
-  with pytest.raises(UserError, match="labelled .horse. under .key., which is no class; there"):
+  said = "label .horse. under .key. is none of the 3 classes .dog, cat, hot dog, ..."
+  with pytest.raises(UserError, match=said):
     labels(["horse"], class_numbers(NAMES, None))
 
 
@@ -64,10 +97,12 @@ def test_prompts_of_files(tmp_path):
   names = tmp_path / "names.txt"
   names.write_text("dog\ncat\n")
   found = read_class_prompts(settings(names), None)
-  assert found.prompts == {"dog": ("a photo of a dog",), "cat": ("a photo of a cat",)}
+  assert found.names == ("dog", "cat")
+  assert found.prompts == (("a photo of a dog",), ("a photo of a cat",))
   ready = tmp_path / "prompts.json"
   ready.write_text(json.dumps({"dog": ["one dog", "a dog"], "cat": ["a cat"]}))
-  assert read_class_prompts(settings(ready), None).prompts["dog"] == ("one dog", "a dog")
+  found = read_class_prompts(settings(ready), None)
+  assert found.names == ("dog", "cat") and found.prompts == (("one dog", "a dog"), ("a cat",))
   hashes = {
     read_class_prompts(settings(names, t), None).description["templates_hash"]
     for t in ("photo", "plain", "openai_best")
@@ -77,7 +112,7 @@ def test_prompts_of_files(tmp_path):
 
 def test_folders_can_name_the_classes():
   found = read_class_prompts(settings("folders"), ("hot_dog", "cat"))
-  assert found.names == ["hot dog", "cat"]
+  assert found.names == ("hot dog", "cat")
   with pytest.raises(ValueError, match="do not lie in folders"):
     read_class_prompts(settings("folders"), None)
 
@@ -85,8 +120,10 @@ def test_folders_can_name_the_classes():
 @pytest.mark.parametrize(
   ("content", "said"),
   [
-    ('{"dog": "a dog"}', "object of class names"),
-    ("{", "no JSON"),
+    ('{"dog": "a dog"}', "class 'dog' has 'a dog'; expected a list of prompts"),
+    ('{"dog": ["a dog"], "dog": ["one dog"], "cat": ["a cat"]}', "holds 'dog' twice"),
+    ('["dog", "", "cat"]', "entry 1 is empty"),
+    ("{", "not JSON"),
     ('{"dog": ["x"]}', "1 classes"),
   ],
 )
@@ -95,3 +132,27 @@ def test_broken_class_files(tmp_path, content, said):
   path.write_text(content)
   with pytest.raises(ValueError, match=said):
     read_class_prompts(settings(path), None)
+
+
+def shards(folder, values):
+  """Records with these labels, and one without a label."""
+  path = folder / "a.tfrecord"
+  made = [example.serialise({"label": value, "jpg": b""}) for value in values]
+  path.write_bytes(b"".join(map(records.frame, [*made, example.serialise({"jpg": b""})])))
+  return ov_data.Dataset(ov_data.Source(str(path)))
+
+
+def test_labels_of_records_are_checked_before_anything_is_trained(tmp_path):
+  dataset = shards(tmp_path, [b"dog", 1, b"cat", b"2"])
+  check_labels(dataset, "label", class_numbers(NAMES, None), "names.txt")
+  with pytest.raises(
+    ValueError, match=r"a.tfrecord at byte \d+: the label '2' under 'label' is none"
+  ):
+    check_labels(dataset, "label", class_numbers(["dog", "cat"], None), "names.txt")
+
+
+def test_a_number_beyond_the_classes_is_an_early_error(tmp_path):
+  dataset = shards(tmp_path, [0, 1, 2, 3])
+  said = "label '3' .* none of the 3 classes .* of names.txt .1 of 5 .*a name for each class"
+  with pytest.raises(ValueError, match=said):
+    check_labels(dataset, "label", class_numbers(NAMES, None), "names.txt")

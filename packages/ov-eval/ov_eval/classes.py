@@ -91,7 +91,8 @@ def template_set(name_or_path: str) -> TemplateSet:
 
   Args:
     name_or_path: `plain`, `photo`, `openai_best`, `openai_80` (the 80 of CLIP), `openvision_81`
-      (those and the bare name), or a file: .json with a list, else one template a line; see `lists`.
+      (those and the bare name), or a file: .json with a list, else one template a line, as `lists`
+      reads it.
 
   Raises:
     ValueError: for an unknown name, a file of another form, or a set that needs open_clip where

@@ -33,7 +33,7 @@ def read_list(path: str, kind: str) -> tuple[str, ...]:
     As many entries as the list has.
 
   Raises:
-    ValueError: there is no such file, it is not UTF-8, not a list of strings, or has an empty entry.
+    ValueError: there is no such file, it is not UTF-8 or no list of strings, or an entry is empty.
   """
   file = Path(path).expanduser()
   if not file.is_file():
