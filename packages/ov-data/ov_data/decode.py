@@ -3,12 +3,16 @@
 Training decodes no more than it needs: a JPEG is decoded at 1/2, 1/4 or 1/8 (in the DCT domain)
 as long as the crop still has at least `size` pixels, and what remains is one antialiased bilinear
 resize of the crop. (At 3/8, 5/8, 6/8 and 7/8 libjpeg-turbo has no SIMD code and takes as long as
-for the whole picture, or longer.) Evaluation decodes in full with Pillow and resizes in float, as
-the published models were evaluated. All heavy work happens in compiled code with the interpreter
-lock released.
+for the whole image, or longer.) Evaluation decodes at full size and resizes in float, as the
+published models were evaluated. All heavy work happens in compiled code with the interpreter lock
+released.
 
-Transparent pixels are laid over white, as a browser shows them; of an animation the first frame is
-used; 16-bit samples keep their upper 8 bits; EXIF orientation is applied.
+JPEGs are decoded with the fast integer DCT, as TensorFlow does by default: the pixels equal those
+that the published models were trained and evaluated on.
+
+Of metadata only the EXIF orientation is read, and applied. Transparent pixels are laid over white,
+as a browser shows them; of an animation the first frame is used; 16-bit samples keep their upper 8
+bits.
 """
 
 import contextlib
@@ -18,38 +22,55 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 import simplejpeg
 
 from ov_data import resample
 from ov_data.hashing import Uniforms
+from ov_data.image_header import FORMATS as FORMATS
+from ov_data.image_header import JPEG_END, DecodeError, Header, read_header
 from ov_data.resample import Box
 
 Pixels = NDArray[np.uint8]  # [h, w, 3]
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-_JPEGS = ("JPEG", "MPO")  # the second is a JPEG with others behind it, of which the first counts
 # From which factor between crop and target on a JPEG is decoded at 1/8, 1/4, 1/2. Of an 8 x 8 block
 # the first two keep so little that they are given a quarter more pixels than the crop needs.
 _SCALES = ((10, 8), (5, 4), (2, 2))
-_ORIENTATION = 0x0112  # EXIF tag
-_SIDEWAYS = (5, 6, 7, 8)  # its values that swap width and height
-
-
-class DecodeError(ValueError):
-  """An image that cannot be used; `reason` is one of few short phrases, fit for counting."""
-
-  def __init__(self, reason: str, detail: object = ""):
-    super().__init__(f"{reason}: {detail}" if detail else reason)
-    self.reason = reason
+_SIDEWAYS = (5, 6, 7, 8)  # values of the EXIF orientation that swap width and height
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-  """What an encoded image may cost; checked before a pixel is decoded."""
+  """What an encoded image may cost; checked before a pixel is decoded.
+
+  Attributes:
+    max_bytes: size of the encoded image.
+    max_pixels: width x height, for instance 8000 x 8000.
+    max_side: pixels of the longer side.
+    max_aspect: longer side / shorter side.
+    max_scans: passes over the pixels of a JPEG. Each takes time, however few bytes it has.
+    max_scan_pixels: scans x width x height; 10 ns each.
+  """
 
   max_bytes: int = 64 << 20
-  max_pixels: int = 64_000_000  # width x height, for instance 8000 x 8000
+  max_pixels: int = 64_000_000
+  max_side: int = 65_535
+  max_aspect: float = 1000.0
+  max_scans: int = 100
+  max_scan_pixels: int = 1_000_000_000
+
+  def check(self, header: Header) -> None:
+    """Raise DecodeError if the image is over a limit."""
+    width, height, scans = header.width, header.height, header.scans
+    size = f"{width} x {height}"
+    if width * height > self.max_pixels:
+      raise DecodeError("too many pixels", f"{size} > {self.max_pixels}")
+    if max(width, height) > self.max_side:
+      raise DecodeError("too long a side", f"{size}, at most {self.max_side}")
+    if max(width, height) > self.max_aspect * min(width, height):
+      raise DecodeError("too extreme an aspect ratio", f"{size}, at most {self.max_aspect:g} to 1")
+    if scans > self.max_scans or scans > 1 and scans * width * height > self.max_scan_pixels:
+      raise DecodeError("too many scans", f"{scans} of {size} pixels")
 
 
 DEFAULT_LIMITS = Limits()
@@ -98,12 +119,28 @@ def random_crop(
   Raises:
     DecodeError: the bytes are no usable image.
   """
-  image, width, height = _open(data, limits)
-  left, top, right, bottom = crop.box(width, height, uniforms)
-  pixels = _scaled(data, image, keep=min((right - left) / size, (bottom - top) / size))
-  down, across = pixels.shape[0] / height, pixels.shape[1] / width  # 1, or less where scaled
-  box = (left * across, top * down, right * across, bottom * down)
+  pixels, box = scaled(data, size, uniforms, crop, limits)
   return resample.triangle(pixels, box, size)
+
+
+def scaled(
+  data: bytes, size: int, uniforms: Uniforms, crop: Crop, limits: Limits = DEFAULT_LIMITS
+) -> tuple[Pixels, Box]:
+  """Do the first half of `random_crop`: draw the crop and decode, a JPEG no larger than needed.
+
+  Returns:
+    The whole image as uint8 [h, w, 3], and the crop in its pixels.
+
+  Raises:
+    DecodeError: the bytes are no usable image.
+  """
+  header = _checked_header(data, limits)
+  width, height = _upright_size(header)
+  left, top, right, bottom = crop.box(width, height, uniforms)
+  keep = min((right - left) / size, (bottom - top) / size)
+  pixels = _decoded(data, header, next((scale for least, scale in _SCALES if keep >= least), 1))
+  down, across = pixels.shape[0] / height, pixels.shape[1] / width  # 1, or less where scaled
+  return pixels, (left * across, top * down, right * across, bottom * down)
 
 
 def whole(
@@ -120,8 +157,9 @@ def whole(
   Raises:
     DecodeError: the bytes are no usable image.
   """
-  image, width, height = _open(data, limits)
-  image = _pixels(image)
+  header = _checked_header(data, limits)
+  width, height = _upright_size(header)
+  pixels = _decoded(data, header)
   box = (0.0, 0.0, float(width), float(height))
   if fit == "center":
     # The published preprocessing rounds in float32; so do we, or some sides would be 1 pixel off.
@@ -134,73 +172,97 @@ def whole(
   elif fit != "squash":
     raise ValueError(f"fit={fit!r}: expected 'center' or 'squash'")
   channels = [
-    np.asarray(channel.convert("F").resize((size, size), Image.Resampling.BILINEAR, box))
-    for channel in image.split()
+    Image.fromarray(pixels[..., channel].astype(np.float32)).resize(
+      (size, size), Image.Resampling.BILINEAR, box
+    )
+    for channel in range(3)
   ]
-  return np.stack(channels, axis=-1).astype(np.uint8)
+  return np.stack([np.asarray(c) for c in channels], axis=-1).astype(np.uint8)
 
 
 def full(data: bytes, limits: Limits = DEFAULT_LIMITS) -> Image.Image:
-  """The encoded image at its own size, upright, as RGB: to check it or to store it anew.
+  """Decode an image at its own size, upright, as RGB: to check it or to store it anew.
+
+  Args:
+    data: the encoded image.
+    limits: what it may cost.
+
+  Returns:
+    The image. JPEGs are decoded with the accurate DCT.
 
   Raises:
     DecodeError: the bytes are no usable image.
   """
-  return _pixels(_open(data, limits)[0])
+  return Image.fromarray(_decoded(data, _checked_header(data, limits), fast=False))
 
 
-def _open(data: bytes, limits: Limits) -> tuple[Image.Image, int, int]:
-  """The image before decoding, and its width and height as a viewer sees them."""
+def _checked_header(data: bytes, limits: Limits) -> Header:
   if len(data) > limits.max_bytes:
     raise DecodeError("too many bytes", f"{len(data)} > {limits.max_bytes}")
-  try:
-    image = Image.open(io.BytesIO(data), formats=FORMATS)
-  except UnidentifiedImageError:
-    raise DecodeError("unknown format", f"{data[:8]!r} is none of {', '.join(FORMATS)}") from None
-  except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-    raise DecodeError("too many pixels", error) from None
-  except Exception as error:  # Pillow's parsers raise many kinds on broken headers
-    raise DecodeError(_reason(error, "broken header"), error) from None
-  if image.width * image.height > limits.max_pixels:
-    raise DecodeError("too many pixels", f"{image.width} x {image.height}")
-  sideways = _orientation(image) in _SIDEWAYS
-  return image, *((image.height, image.width) if sideways else image.size)
+  header = read_header(data)
+  limits.check(header)
+  return header
 
 
-def _scaled(data: bytes, image: Image.Image, keep: float) -> Pixels:
-  """Decodes to upright RGB, uint8 [h, w, 3]. A JPEG may be smaller, by up to a factor `keep`.
+def _upright_size(header: Header) -> tuple[int, int]:
+  """Return width and height as a viewer sees them."""
+  if header.orientation in _SIDEWAYS:
+    return header.height, header.width
+  return header.width, header.height
 
-  Pillow decodes what is no JPEG, has other colours than grey and RGB, or is not flawless: then it
-  also says why. simplejpeg calls the same libjpeg-turbo, without copies on the way; its pixels are
-  equal.
+
+def _decoded(data: bytes, header: Header, scale: int = 1, fast: bool = True) -> Pixels:
+  """Decode to upright RGB, uint8 [h, w, 3].
+
+  simplejpeg decodes JPEGs that are flawless. Pillow decodes everything else, and gives the reason
+  where that fails. Both call libjpeg-turbo.
+
+  Args:
+    data: the encoded image.
+    header: of the same bytes, within the limits.
+    scale: 1, 2, 4 or 8; a JPEG may be returned smaller by up to this factor.
+    fast: whether a JPEG is decoded with the fast DCT.
+
+  Raises:
+    DecodeError: the bytes are no usable image.
   """
-  scale = next((scale for least, scale in _SCALES if keep >= least), 1)
-  if image.format in _JPEGS and image.mode in ("RGB", "L"):
-    height, width = -(-image.height // scale), -(-image.width // scale)
+  if header.format == "JPEG":
+    height, width = -(-header.height // scale), -(-header.width // scale)
     with contextlib.suppress(ValueError):
-      # What was checked against the limits is what will be allocated.
-      if simplejpeg.decode_jpeg_header(data)[:2] == (image.height, image.width):
-        pixels = simplejpeg.decode_jpeg(data, min_height=height, min_width=width)
-        return _upright(pixels, _orientation(image))
-  return np.asarray(_pixels(image, scale))
+      jpeg = data if header.has_end else data + JPEG_END
+      # The size that was checked against the limits is the size that will be allocated.
+      if simplejpeg.decode_jpeg_header(jpeg)[:2] == (header.height, header.width):
+        if header.components in (1, 3):
+          pixels = simplejpeg.decode_jpeg(jpeg, fastdct=fast, min_height=height, min_width=width)
+          return _upright(pixels, header.orientation)
+        if not header.has_end:  # raises ValueError if pixels are missing, which Pillow does not see
+          simplejpeg.decode_jpeg(jpeg, "CMYK")
+          header = dataclasses.replace(header, has_end=True)
+    if not header.has_end:
+      raise DecodeError("truncated image", f"{len(data)} bytes")
+  return _upright(_pillow(data, header, scale, fast), header.orientation)
 
 
-def _pixels(image: Image.Image, scale: int = 1) -> Image.Image:
-  """Decodes to upright RGB with Pillow, a JPEG at 1/scale."""
-  orientation = _orientation(image)
+def _pillow(data: bytes, header: Header, scale: int, fast: bool) -> Pixels:
+  """Decode to RGB with Pillow, a JPEG at 1/scale."""
+  clean = header.without_metadata(data)
   try:
-    if image.format in _JPEGS and scale > 1:
+    image = Image.open(io.BytesIO(clean), formats=(header.format,))
+    if image.size != (header.width, header.height):
+      raise DecodeError("broken header", f"{image.size} is not {header.width} x {header.height}")
+    if scale > 1:
       image.draft(None, (image.width // scale, image.height // scale))
     image.load()
+    return np.asarray(_rgb(image))
+  except (DecodeError, MemoryError):
+    raise
   except Exception as error:  # OSError, SyntaxError, struct.error ... of the many formats
-    raise DecodeError(_reason(error, "broken image"), error) from None
-  if orientation != 1:
-    image = ImageOps.exif_transpose(image)
-  return _rgb(image)
+    truncated = "truncated" in str(error).lower()
+    raise DecodeError("truncated image" if truncated else "broken image", error) from None
 
 
 def _upright(pixels: Pixels, orientation: int) -> Pixels:
-  """What `ImageOps.exif_transpose` does, as a view."""
+  """Apply an EXIF orientation; returns a view."""
   if orientation in _SIDEWAYS:
     pixels = pixels.swapaxes(0, 1)
   if orientation in (2, 3, 6, 7):
@@ -208,10 +270,6 @@ def _upright(pixels: Pixels, orientation: int) -> Pixels:
   if orientation in (3, 4, 7, 8):
     pixels = pixels[::-1]
   return pixels
-
-
-def _reason(error: Exception, otherwise: str) -> str:
-  return "truncated image" if "truncated" in str(error).lower() else otherwise
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -224,13 +282,3 @@ def _rgb(image: Image.Image) -> Image.Image:
     white = Image.new("RGBA", image.size, "white")
     image = Image.alpha_composite(white, image)
   return image.convert("RGB")
-
-
-def _orientation(image: Image.Image) -> int:
-  """1 (upright) to 8; anything unreadable counts as upright."""
-  if "exif" not in image.info:  # and reading on for one would decode a PNG
-    return 1
-  try:
-    return image.getexif().get(_ORIENTATION, 1)
-  except Exception:  # broken EXIF must not cost the picture
-    return 1
