@@ -1,7 +1,8 @@
 """Records and pictures to numpy batches: read, order, decode, tokenise, write. Knows no JAX."""
 
+from ov_data.bad_records import TooManyBadRecords
 from ov_data.decode import Crop, DecodeError, Limits
-from ov_data.loader import Loader, TooManyBadRecords
+from ov_data.loader import Loader
 from ov_data.order import Order
 from ov_data.record_source import RecordSource, Skip
 from ov_data.records import RecordError

@@ -354,7 +354,7 @@ def _bmp(data: bytes) -> Header:
 
 
 _READERS: dict[bytes, Callable[[bytes], Header]] = {
-  b"\xff\xd8": _jpeg,
+  b"\xff\xd8\xff": _jpeg,
   b"\x89PNG\r\n\x1a\n": _png,
   b"RIFF": _webp,
   b"GIF87a": _gif,

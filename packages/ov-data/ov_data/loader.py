@@ -10,9 +10,9 @@ lock. A few batches are under way at a time; they come out in order. All randomn
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent import futures
+import contextlib
 import dataclasses
 import hashlib
-import logging
 import os
 import time
 from typing import Any, Literal, Self
@@ -20,38 +20,24 @@ from typing import Any, Literal, Self
 import numpy as np
 
 from ov_data import decode, fs
+from ov_data.bad_records import PROCESS_ERRORS, BadRecords, Problem
 from ov_data.example import FeatureError
 from ov_data.hashing import Uniforms
 from ov_data.index import Progress
 from ov_data.order import Order, Places
-from ov_data.records import RecordError
 from ov_data.sources import Dataset, Source
 from ov_data.texts import Choice, Chosen, TextReader, TextSpec, Tokenizer
 
 _CROP_SALT = 1
 _TASK_ROWS = 8  # rows of a batch that one task fills
 _REMOTE_THREADS = 8  # for each core: they mostly wait for the network
-_GRACE_ROWS = 200  # bad records are weighed against at least so many
-
-log = logging.getLogger("ov_data")
-
-
-class TooManyBadRecords(RuntimeError):
-  """More of the data are broken than the run was told to accept."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Problem:
-  reason: str
-  place: str  # file and offset
-  detail: str
 
 
 @dataclasses.dataclass(frozen=True)
 class _Pending:
   batch: dict[str, Any]
   rows: int  # that hold a record, broken or not
-  tasks: list[futures.Future[list[_Problem]]]
+  tasks: list[futures.Future[list[Problem]]]
 
 
 class Loader:
@@ -64,7 +50,8 @@ class Loader:
               feature holds several; None in rows that are not valid
 
   A broken record keeps its row: `valid` False, padding for texts, black image. So shapes, order and
-  resuming never depend on what is broken.
+  resuming never depend on what is broken. A record is broken if anything fails while it is read,
+  decoded or tokenized, unless the process or the whole storage is at fault.
 
   Args:
     sources: one, or several that are mixed by weight.
@@ -86,7 +73,8 @@ class Loader:
       that hold the same texts only those of the first.
     extra_keys: further features to deliver.
     crop, limits: see ov_data.decode.
-    max_bad_fraction: share of broken records past which `TooManyBadRecords` stops the run.
+    max_bad_fraction: fraction of broken records past which `TooManyBadRecords` stops the run. It
+      also stops where the first 200 records, or all, are broken.
     threads: that decode; all cores by default, more where data are remote.
     prefetch: batches under way beside the one that is handed out.
     progress: is told of the indexing, (bytes done, bytes in all).
@@ -128,7 +116,6 @@ class Loader:
     self.lanes = lanes
     self.passes = passes
     self.position = position  # of the next batch to be handed out
-    self.skipped: Counter[str] = Counter()  # broken records among the rows handed out, by reason
     self.wait_seconds = 0.0  # that the caller of next() has waited for data
     self._texts = TextReader(tokenizer, texts, text_len, captions, seed)
     self._seed = seed
@@ -136,8 +123,6 @@ class Loader:
     self._extra_keys = tuple(extra_keys)
     self._crop = crop or decode.Crop()
     self._limits = limits
-    self._max_bad_fraction = max_bad_fraction
-    self._seen = self._bad = 0  # rows, since the start or the last restore
     self._prefetch = prefetch
     self._pending: deque[_Pending] = deque()
     self._check_arguments()
@@ -168,6 +153,7 @@ class Loader:
       lanes=lanes,
       lane_rows=lane_rows,
     )
+    self._bad = BadRecords(max_bad_fraction, self.num_examples)
     self._pool = futures.ThreadPoolExecutor(threads or self._default_threads(), "ov-data")
 
   @classmethod
@@ -180,8 +166,7 @@ class Loader:
 
   def __iter__(self) -> Iterator[dict[str, Any]]:
     if self.passes is not None:
-      self._start(0)
-      self.skipped.clear()
+      self._start(0, {})
     return self
 
   def __next__(self) -> dict[str, Any]:
@@ -194,7 +179,7 @@ class Loader:
     problems = [problem for task in pending.tasks for problem in task.result()]
     self.wait_seconds += time.perf_counter() - start
     self.position += self.batch_size
-    self._account(problems, pending.rows)
+    self._bad.add(problems, pending.rows)
     return pending.batch
 
   def __enter__(self) -> Self:
@@ -225,6 +210,11 @@ class Loader:
     return tuple(
       float(self.position * share / size) for share, size in zip(weights, self.order.sizes)
     )
+
+  @property
+  def skipped(self) -> Counter[str]:
+    """Broken records among the rows handed out, by reason."""
+    return self._bad.counts
 
   @property
   def damaged(self) -> Counter[str]:
@@ -266,16 +256,15 @@ class Loader:
           "be lost or repeated. Use the same data and order, or start at a position of your choice "
           f"with Loader(position=...); it was at {state['position']}."
         )
-    self._start(state["position"])
-    self.skipped = Counter(state["skipped"])
+    self._start(state["position"], state["skipped"])
 
-  def _start(self, position: int) -> None:
+  def _start(self, position: int, skipped: Mapping[str, int]) -> None:
     for pending in self._pending:
       for task in pending.tasks:
         task.cancel()
     self._pending.clear()
     self.position = position
-    self._seen = self._bad = 0
+    self._bad.restart(skipped)
 
   def _end(self) -> int:
     return (self.passes or 0) * len(self.datasets[0])
@@ -304,24 +293,41 @@ class Loader:
     ]
     return _Pending(batch, rows, tasks)
 
-  def _fill(self, batch: dict[str, Any], first: int, stop: int, places: Places) -> list[_Problem]:
+  def _fill(self, batch: dict[str, Any], first: int, stop: int, places: Places) -> list[Problem]:
     """Loads the rows first to stop of a batch, in place."""
-    problems, chosen, good = [], [], []
-    for row in range(first, stop):
+    problems: list[Problem] = []
+    chosen: dict[int, Chosen] = {}
+
+    def caught(row: int) -> contextlib.AbstractContextManager[None]:
       dataset = self.datasets[places.source[row]]
-      record = int(places.record[row])
-      try:
-        texts = self._fill_row(batch, row, dataset, record)
-      except (RecordError, FeatureError, decode.DecodeError) as error:
-        shard, offset = dataset.locate(record)
-        problems.append(_Problem(error.reason, f"{shard} at byte {offset}", str(error)))
-        continue
-      chosen.append(texts)
-      good.append(row)
-    if good:
-      self._texts.write(batch, good, chosen)
-      batch["valid"][good] = True
+      return self._bad.caught(problems, lambda: dataset.locate(int(places.record[row])))
+
+    for row in range(first, stop):
+      with caught(row):
+        dataset = self.datasets[places.source[row]]
+        chosen[row] = self._fill_row(batch, row, dataset, int(places.record[row]))
+    try:
+      self._texts.write(batch, [*chosen], [*chosen.values()])
+      batch["valid"][[*chosen]] = True
+    except PROCESS_ERRORS:
+      raise
+    except BaseException:  # one of the texts; the others are written without it
+      for row, texts in chosen.items():
+        with caught(row):
+          self._texts.write(batch, [row], [texts])
+          batch["valid"][row] = True
+    for row in range(first, stop) if problems else ():
+      if not batch["valid"][row]:
+        self._clear_row(batch, row)
     return problems
+
+  def _clear_row(self, batch: dict[str, Any], row: int) -> None:
+    """Undoes what was written before something failed."""
+    batch["image"][row] = 0
+    for key, blank in self._texts.blank(1).items():
+      batch[key][row] = blank[0]
+    for key in self._extra_keys:
+      batch[key][row] = None
 
   def _fill_row(self, batch: dict[str, Any], row: int, dataset: Dataset, record: int) -> Chosen:
     """Writes image and extra features of one row; returns its texts."""
@@ -345,23 +351,6 @@ class Loader:
       uniforms = Uniforms(self._seed, _CROP_SALT, position)
       return decode.random_crop(data, self.image_size, uniforms, self._crop, self._limits)
     return decode.whole(data, self.image_size, self._fit, self._limits)
-
-  def _account(self, problems: Sequence[_Problem], rows: int) -> None:
-    """Counts and logs what was broken in a batch that is handed out."""
-    self._seen += rows
-    self._bad += len(problems)
-    for problem in problems:
-      self.skipped[problem.reason] += 1
-      count = self.skipped[problem.reason]
-      if count <= 4 or not count & (count - 1):  # then at 8, 16, 32 ...
-        log.warning("skipped %s (%d so far): %s", problem.place, count, problem.detail)
-    if self._bad > self._max_bad_fraction * max(self._seen, _GRACE_ROWS):
-      counts = ", ".join(f"{count} x {reason}" for reason, count in self.skipped.most_common())
-      raise TooManyBadRecords(
-        f"{self._bad} of {self._seen} records are broken, more than max_bad_fraction="
-        f"{self._max_bad_fraction} allows ({counts}); the last: {problems[-1].place}: "
-        f"{problems[-1].detail}. Repair the data, or raise max_bad_fraction."
-      )
 
   def _default_threads(self) -> int:
     remote = any(fs.is_remote(path) for source in self.sources for path in source.places)

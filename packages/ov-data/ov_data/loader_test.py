@@ -1,7 +1,9 @@
+import errno
 import io
 import json
 import os
 import pathlib
+import struct
 import subprocess
 import sys
 import threading
@@ -10,9 +12,9 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from ov_data import example, loader, records
+from ov_data import bad_records, decode, example, records
 from ov_data.loader import Loader
-from ov_data.sources import Source
+from ov_data.sources import Dataset, Source
 
 
 class Words:
@@ -241,7 +243,7 @@ def test_too_many_broken_records_stop_the_run(tmp_path):
   )
   with _loader(Source(str(tmp_path / "b")), batch_size=40, max_bad_fraction=0.1) as batches:
     with pytest.raises(
-      loader.TooManyBadRecords, match=r"more than max_bad_fraction=0.1 .* x unknown"
+      bad_records.TooManyBadRecords, match=r"more than max_bad_fraction=0.1 .* x unknown"
     ):
       _take(batches, 15)
     assert batches.position <= 240  # soon: 20 of the first 200 are what is allowed
@@ -314,14 +316,80 @@ def test_passes_need_one_source(data):
     _loader([data, data], passes=1)
 
 
-def test_unexpected_errors_reach_the_caller_and_threads_end(data):
-  class Broken(Words):
-    def encode_batch(self, texts, length):
-      raise RuntimeError("out of order")
+class _Panic(BaseException):
+  """What a library in Rust raises."""
 
-  with pytest.raises(RuntimeError, match="out of order"), _loader(data, tokenizer=Broken()) as bad:
-    next(bad)
+
+@pytest.mark.parametrize("error", [struct.error("odd"), RecursionError(), _Panic("panicked")])
+@pytest.mark.parametrize("where", ["decode", "tokenize"])
+def test_any_exception_costs_one_record(data, error, where, monkeypatch, caplog):
+  whole, encode = decode.whole, Words.encode_batch
+
+  def fails_on_5(image, *arguments):
+    if image == _jpeg(5):
+      raise error
+    return whole(image, *arguments)
+
+  def fails_on_word_5(self, texts, length):
+    if "5" in texts:
+      raise error
+    return encode(self, texts, length)
+
+  with _loader(data, shuffle="none", passes=1, fit="center") as batches:
+    want = next(batches)
+  if where == "decode":
+    monkeypatch.setattr(decode, "whole", fails_on_5)
+  else:
+    monkeypatch.setattr(Words, "encode_batch", fails_on_word_5)
+  with _loader(data, shuffle="none", passes=1, fit="center") as batches:
+    for _ in range(2):  # the second pass counts anew, and logs no traceback again
+      got = [*batches][0]
+      assert batches.skipped == {f"unexpected {type(error).__name__}": 1}
+    shard, offset = batches.locate(5)
+  assert got["valid"].tolist() == [n != 5 for n in range(8)]
+  for key in ("image", "ids", "mask"):
+    blank = np.zeros_like(want[key][5])
+    np.testing.assert_array_equal(got[key], [*want[key][:5], blank, *want[key][6:]])
+  tracebacks = [record for record in caplog.records if record.exc_info]
+  assert [record.exc_info[1] for record in tracebacks] == [error]
+  assert f"{shard} at byte {offset}" in tracebacks[0].message
+
+
+@pytest.mark.parametrize("fraction", [0.1, 1.0])
+def test_a_bug_that_hits_every_record_ends_the_run(data, fraction, monkeypatch):
+  monkeypatch.setattr(decode, "random_crop", _raise_runtime_error)
+  expected = pytest.raises(bad_records.TooManyBadRecords, match="x unexpected RuntimeError")
+  with _loader(data, max_bad_fraction=fraction) as batches, expected:
+    _take(batches, 8)
   assert not [thread for thread in threading.enumerate() if thread.name.startswith("ov-data")]
+
+
+def _raise_runtime_error(*_):
+  raise RuntimeError("out of order")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), KeyboardInterrupt(), OSError(errno.EMFILE, "x")])
+def test_failures_of_the_process_reach_the_caller(data, error, monkeypatch):
+  def fail(*_):
+    raise error
+
+  monkeypatch.setattr(decode, "random_crop", fail)
+  with _loader(data) as batches, pytest.raises(type(error)):
+    next(batches)
+
+
+def test_an_unreadable_file_costs_one_record(data, monkeypatch):
+  features = Dataset.features
+
+  def fails_on_3(self, record, keys=None):
+    if record == 3:
+      raise OSError(errno.EIO, "Input/output error")
+    return features(self, record, keys)
+
+  with _loader(data, shuffle="none") as batches:
+    monkeypatch.setattr(Dataset, "features", fails_on_3)
+    assert next(batches)["valid"].tolist() == [n != 3 for n in range(8)]
+    assert batches.skipped == {"unreadable file": 1}
 
 
 def test_a_vanished_shard_is_an_error_not_a_bad_record(data, tmp_path):
