@@ -146,7 +146,10 @@ class ClipTask:
     if self.model.text is not None:
       cls = self.model.text.pool == "last"
       instead = self.caption_keys if long_texts else ()
-      specs["alt_ids"] = TextSpec(self.alt_keys, self.token_len, append_cls=cls, fallback=instead)
+      # An alt text of punctuation alone is trained on, as in the released code.
+      specs["alt_ids"] = TextSpec(
+        self.alt_keys, self.token_len, append_cls=cls, fallback=instead, needs_words=False
+      )
       if self.sentence_positive:
         specs["sentence_ids"] = TextSpec(
           self.caption_keys,

@@ -51,6 +51,8 @@ class TextSpec:
   pick: "whole", or "sentence" for one sentence, see `split_sentences`.
   append_cls: whether the last column is [CLS], whatever the tokenizer's own setting.
   fallback: keys to draw from, always a whole text, where `keys` hold none.
+  needs_words: whether a text of nothing but `.`, `!` and `|` is replaced by one of `fallback`. Where
+    there is none either, it is used as it is.
   """
 
   keys: tuple[str, ...]
@@ -58,6 +60,7 @@ class TextSpec:
   pick: Literal["whole", "sentence"] = "whole"
   append_cls: bool = False
   fallback: tuple[str, ...] = ()
+  needs_words: bool = True
 
   def __post_init__(self) -> None:
     for name in ("keys", "fallback"):
@@ -223,11 +226,15 @@ class TextReader:
     return self._draw(choices, self._uniforms(position)).decode(errors="replace")
 
   def _one(self, features: Features, spec: TextSpec, position: int) -> str:
-    for keys, pick in ((spec.keys, spec.pick), (spec.fallback, "whole")):
+    for keys, pick, needs_words in (
+      (spec.keys, spec.pick, spec.needs_words),
+      (spec.fallback, "whole", False),
+      (spec.keys, "whole", False),
+    ):
       choices = [
         texts
         for key in keys
-        if (texts := [text for text in _texts(features, key) if text.strip(_EMPTY)])
+        if (texts := [t for t in _texts(features, key) if not needs_words or t.strip(_EMPTY)])
       ]
       if not choices:
         continue

@@ -103,6 +103,30 @@ def test_without_a_sentence_the_fallback_stands_for_it(load, tokenizer, tmp_path
   assert all(rows["valid"])
 
 
+@pytest.mark.parametrize("text", ["...", "!", " | ", "?", "—", "🙂"])
+@pytest.mark.parametrize("pick", ["whole", "sentence"])
+def test_texts_of_punctuation_are_trained_on(load, tokenizer, tmp_path, text, pick):
+  # As in the released code, which replaces only long captions without a sentence.
+  source = Source(_write(tmp_path / "d", [{"txt": text}] * 4).path)
+  want, _ = tokenizer.encode_batch([text], 8)
+  for specs in (None, {"ids": TextSpec(("txt",), 8, pick=pick)}):
+    rows, loader = load(source, 1, specs=specs, text_len=8)
+    assert all(rows["valid"]) and not loader.skipped
+    np.testing.assert_array_equal(rows["ids"], np.repeat(want, 4, 0))
+
+
+def test_only_texts_that_need_words_are_replaced(load, tokenizer, tmp_path):
+  source = _write(tmp_path / "d", [{"txt": "...", "long": "dog"}] * 4)
+  specs = {
+    "kept": TextSpec(("txt",), 8, fallback=("long",), needs_words=False),
+    "replaced": TextSpec(("txt",), 8, fallback=("long",)),
+  }
+  rows, _ = load(source, 1, specs=specs)
+  for name, text in (("kept", "..."), ("replaced", "dog")):
+    want, _ = tokenizer.encode_batch([text], 8)
+    np.testing.assert_array_equal(rows[name], np.repeat(want, 4, 0))
+
+
 def test_a_sentence_is_one_of_the_caption_that_was_drawn(load, tokenizer, tmp_path):
   captions = ["one two. one three", "four five! four six", "seven. seven eight"]
   source = _write(tmp_path / "d", [{"txt": "alt", "long": captions}] * 4)
