@@ -1,7 +1,7 @@
-"""Pictures that lie as files, read as if they were records: see folders.py and karpathy.py.
+"""Images in files, read as if they were records: see image_files.py.
 
-Nothing but names is read until a picture's turn comes. A picture that is missing then costs its
-row, as a broken record does.
+Nothing but names and captions is read until an image's turn comes. An image that is missing then
+costs its row, as a broken record does.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -15,6 +15,7 @@ import numpy as np
 
 from ov_data import example, fs
 from ov_data.example import Feature
+from ov_data.layouts import text_rules
 from ov_data.record_source import Skip
 from ov_data.records import MAX_RECORD_BYTES
 
@@ -95,9 +96,11 @@ def _feature(value: Any) -> Feature:
 
 
 def encoded(value: Any) -> Any:
-  """Strings as bytes: names of files may hold what is no UTF-8, captions lone surrogates."""
+  """Return strings as bytes: names may hold what is no UTF-8, captions lone surrogates."""
   if isinstance(value, str):
-    return value.encode("utf-8", "surrogateescape" if is_encodable(value) else "replace")
+    if not is_encodable(value):
+      value = text_rules.repaired(value)
+    return value.encode("utf-8", "surrogateescape")
   return [encoded(item) for item in value] if isinstance(value, list) else value
 
 

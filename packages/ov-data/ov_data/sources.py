@@ -1,9 +1,9 @@
 """A data set by name: which records, under which features.
 
 A path is a directory of TFRecord shards, a glob, a sharded name (`data/train@8`, `data/train@`),
-one file, a tuple of any of these, or a directory written by TensorFlow Datasets; or pictures that
-lie as files: a folder of class folders, or one of Karpathy's split files (dataset_coco.json and
-the like). Local and gs://.
+one file, a tuple of any of these, or a directory written by TensorFlow Datasets; or images in
+files, in one of the layouts of `ov_data.layouts`: class folders, captions.jsonl, metadata.jsonl,
+captions next to the images, COCO's and Karpathy's JSON files. Local and gs://.
 """
 
 from collections.abc import Collection, Sequence
@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import functools
 
-from ov_data import example, folders, fs, karpathy
+from ov_data import example, fs, image_files, layouts
 from ov_data.example import Feature
 from ov_data.index import Progress, ShardIndex
 from ov_data.pictures import Pictures
@@ -33,11 +33,12 @@ class Source:
   image_key: the feature with the encoded image, for instance "jpg" or "image/encoded".
   caption_keys: the features with captions, each holding one or several; one is drawn for each
     example and epoch, first among the keys, then among the captions of that key.
-  image_root: the folder of the pictures of a split file; that of the file itself by default.
+  image_root: the folder of the images that a list names; that of the list by default.
+  format: the layout of images in files, one of `ov_data.layouts.FORMATS`; "auto" guesses it.
 
-  Pictures that lie as files are given the features of records: the file's bytes as `image_key`,
-  its name as "key"; in class folders "class" (the folder) and "label" (its number, from 0, in the
-  sorted names of the folders); with a split file all its sentences under each of `caption_keys`.
+  Images in files get the features of records: the file's bytes as `image_key`, its name as "key";
+  all captions under each of `caption_keys`; of labelled ones the name under "class" and its number
+  under "label". Class folders are numbered from 0 in the order of their names.
   """
 
   path: str | tuple[str, ...]
@@ -46,6 +47,7 @@ class Source:
   image_key: str = "jpg"
   caption_keys: tuple[str, ...] = ("txt",)
   image_root: str | None = None
+  format: str = "auto"
 
   @property
   def paths(self) -> tuple[str, ...]:
@@ -161,25 +163,31 @@ class Dataset:
 
 
 def _open_pictures(source: Source, split: Split) -> Pictures | None:
-  """The source as pictures in files; None where it must be shards."""
-  split_files = [path for path in source.paths if path.endswith(".json")]
-  if source.image_root is not None and not split_files:
+  """Open the source as images in files; return None where it must be shards."""
+  lists = [path for path in source.paths if path.endswith((".json", ".jsonl"))]
+  takes_root = lists or (len(source.paths) == 1 and _holds_list(source))
+  if source.image_root is not None and not takes_root:
     raise ValueError(
-      f"image_root={source.image_root!r} goes with a split file such as dataset_coco.json, and "
-      f"path={source.path!r} is none; leave it out"
+      f"image_root={source.image_root!r} goes with a split file such as dataset_coco.json or "
+      f"another list of images, and path={source.path!r} is none; leave it out"
     )
-  if split_files and len(source.paths) > 1:
+  if lists and len(source.paths) > 1:
     raise ValueError(
       f"path={source.path!r}: only shards are read as one; give each split file its own Source"
     )
   if len(source.paths) != 1:
     return None
   path = source.paths[0]
-  if split_files:
-    root = path.rpartition("/")[0] or ("/" if path.startswith("/") else ".")
-    return karpathy.open_split_file(
-      path, source.image_root or root, split, source.image_key, source.caption_keys
-    )
-  if not fs.is_dir(path) or fs.exists(fs.join(path, TFDS_INFO)):
+  if fs.is_dir(path) and fs.exists(fs.join(path, TFDS_INFO)):
     return None
-  return folders.open_folders(path, split, source.image_key)
+  return image_files.open_image_files(
+    path, split, source.image_key, source.caption_keys, source.image_root, source.format
+  )
+
+
+def _holds_list(source: Source) -> bool:
+  """Return whether the path is a folder with captions.jsonl, labels.jsonl or a metadata file."""
+  path = source.paths[0]
+  if not fs.is_dir(path):
+    return source.format in layouts.FORMATS and layouts.LAYOUTS[source.format].takes_images
+  return any(fs.exists(fs.join(path, name)) for name in layouts.LISTS)

@@ -179,7 +179,7 @@ def test_pictures_without_a_class(tmp_path, caplog):
   _classes(tmp_path, {"cat": 1, "dog": 1})
   with caplog.at_level(logging.WARNING, "ov_data"):
     assert sorted(_keys(Dataset(Source(str(tmp_path))))) == ["cat/0.png", "dog/0.png"]
-  assert f"1 pictures in {tmp_path} are in no class folder and left out, 1.jpg" in caplog.text
+  assert f"{tmp_path}: left out 1: image in no class folder; the first is 1.jpg" in caplog.text
 
 
 def test_shards_go_before_pictures(tmp_path):

@@ -1,0 +1,123 @@
+"""Layouts of image collections: one reader each, for the loader and for the converter."""
+
+from collections.abc import Callable
+import dataclasses
+
+from ov_data import fs
+from ov_data.layouts import (
+  classes,
+  coco,
+  imagefolder,
+  img2dataset,
+  jsonl,
+  karpathy,
+  text_rules,
+  webdataset,
+)
+from ov_data.layouts.guess import guess_format
+from ov_data.layouts.items import Blob, Item, Listing, Notes, Place, read_blob
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """A kind of image collection.
+
+  Attributes:
+    read: lists its items.
+    takes_images: whether it is a list that may name images in another folder.
+    in_files: whether every image is a file, so that the loader can read it.
+  """
+
+  read: Callable[[Place], Listing]
+  takes_images: bool = False
+  in_files: bool = True
+
+
+LAYOUTS = {
+  "jsonl": Layout(jsonl.read, takes_images=True),
+  "imagefolder": Layout(imagefolder.read, takes_images=True),
+  "img2dataset": Layout(img2dataset.read),
+  "classes": Layout(classes.read),
+  "coco": Layout(coco.read, takes_images=True),
+  "karpathy": Layout(karpathy.read, takes_images=True),
+  "webdataset": Layout(webdataset.read, in_files=False),
+}
+FORMATS = tuple(LAYOUTS)
+LISTS = (*jsonl.LISTS, *imagefolder.METADATA)  # files by which a folder names its images
+
+
+def read(path: str, format: str = "auto", images: str = "") -> Listing:
+  """List the items of a collection.
+
+  Args:
+    path: a folder, a .jsonl or .json file, a tar file, or a glob or {000..099} range of tars.
+    format: one of FORMATS, or "auto".
+    images: folder of the images that a list names; "" is the folder of the list.
+
+  Returns:
+    The items, at least one or one skip.
+
+  Raises:
+    ValueError: the layout cannot be guessed, a list is malformed (names file and line), or nothing
+      was found. The message says what to do.
+    OSError: a file or folder cannot be read.
+  """
+  if format not in ("auto", *FORMATS):
+    raise ValueError(f"format={format!r}: expected auto or one of {', '.join(FORMATS)}.")
+  if images and not fs.is_dir(images):
+    raise ValueError(f"--images={images}: no such folder.")
+  place = Place(path, images)
+  if format == "auto":
+    format = guess_format(place, f"--format={'|'.join(FORMATS)}")
+  layout = LAYOUTS[format]
+  if images and not layout.takes_images:
+    raise ValueError(
+      f"--images={images}: format {format} has its images in {path}; leave --images out."
+    )
+  if format in ("classes", "img2dataset", "imagefolder") and not fs.is_dir(path):
+    if format != "imagefolder" or not fs.exists(path):
+      raise ValueError(f"{path}: no such folder; format {format} is a folder of images.")
+  listing = layout.read(place)
+  if not listing.items and not listing.skips:
+    raise ValueError(f"{path}: no images found (read as {format}).")
+  return listing
+
+
+def describe(path: str, listing: Listing) -> str:
+  """Return one line on what was found, with counts and an example."""
+  items = listing.items
+  text = f"reading {path} as {listing.format}: {len(items):,} images"
+  with_captions = sum(bool(item.captions) for item in items)
+  if with_captions or listing.format != "classes":
+    text += f", {with_captions:,} with captions"
+  labels = {item.label for item in items if item.label is not None}
+  if labels:
+    text += (
+      f", {sum(item.label is not None for item in items):,} with one of {len(labels):,} labels"
+    )
+  splits = dict.fromkeys(item.split for item in items if item.split)
+  if splits:
+    text += f", splits {', '.join(splits)}"
+  if items:
+    item = next((item for item in items if item.captions), items[0])
+    value = item.captions[0] if item.captions else item.label
+    text += f"; for example {item.key}"
+    text += "" if value is None else f': "{value[:80]}"'
+  return text_rules.printable(text)
+
+
+__all__ = [
+  "FORMATS",
+  "LAYOUTS",
+  "LISTS",
+  "Blob",
+  "Item",
+  "Layout",
+  "Listing",
+  "Notes",
+  "Place",
+  "describe",
+  "guess_format",
+  "read",
+  "read_blob",
+]

@@ -1,0 +1,96 @@
+"""The layout `classes`: folders of images, the name of a folder is the label.
+
+photos/dog/1.jpg             or, with folders of splits, photos/train/dog/1.jpg
+photos/cat/deep/2.png
+"""
+
+from collections.abc import Mapping, Sequence
+
+from ov_data.layouts import text_rules
+from ov_data.layouts.items import Blob, Item, Listing, Notes, Place
+from ov_data.layouts.tree import SPLIT, Tree, inside, is_image, is_unsupported_image
+from ov_data.record_source import Skip
+
+UNSUPPORTED = "unsupported image type"
+_UNSORTED = "image in no class folder"
+
+
+def read(place: Place) -> Listing:
+  """List the images below class folders.
+
+  Folders named like splits are splits and no classes if class folders are in them, and if there
+  are several or no other folders with images.
+
+  Raises:
+    OSError: a folder cannot be listed.
+  """
+  tree = place.tree
+  skips: list[Skip] = []
+  notes = tree_notes(tree)
+  splits = split_folders(tree)
+  found: list[tuple[str, str, str]] = []  # split, folder of the class, file
+  for folder, name in tree.files():
+    file = inside(folder, name)
+    if is_unsupported_image(name):
+      skips.append(Skip(file, UNSUPPORTED, "convert it to JPEG, PNG or WebP"))
+    elif not is_image(name):
+      notes.add("files that are no images", file)
+    else:
+      split, _, below = folder.partition("/") if splits else ("", "", folder)
+      class_folder = below.partition("/")[0]
+      if not class_folder or (splits and split not in splits):
+        skips.append(Skip(file, _UNSORTED))
+      else:
+        found.append((split, class_folder, file))
+  folders = _class_folders(tree, splits)
+  labels = {folder: text_rules.label_text(folder) for folder in folders}
+  items = []
+  for split, folder, file in found:
+    if label := labels[folder]:
+      items.append(Item(file, Blob(tree.root, file), label=label, split=split))
+    else:
+      skips.append(Skip(file, "empty label"))
+  names = tuple(dict.fromkeys(filter(None, (labels[folder] for folder in folders))))
+  return Listing("classes", items, skips, notes, names)
+
+
+def tree_notes(tree: Tree) -> Notes:
+  """Return the notes on what was passed over while the folders were listed."""
+  notes = Notes()
+  for name in tree.hidden:
+    notes.add("hidden files and folders", name)
+  for name in tree.links:
+    notes.add("links to folders that were not followed", name)
+  return notes
+
+
+def images_by_folder(tree: Tree) -> dict[str, list[str]]:
+  """Return the images below every folder of the root that has some, relative to that folder."""
+  filled: dict[str, list[str]] = {}
+  for folder, name in tree.files():
+    if folder and is_image(name):
+      top, _, below = folder.partition("/")
+      filled.setdefault(top, []).append(inside(below, name))
+  return filled
+
+
+def split_names(filled: Mapping[str, Sequence[str]]) -> tuple[list[str], bool]:
+  """Return the folders named like splits, and whether any of them holds folders of images."""
+  splits = [name for name in filled if SPLIT.fullmatch(name.lower())]
+  return splits, any("/" in below for name in splits for below in filled[name])
+
+
+def split_folders(tree: Tree) -> frozenset[str]:
+  """Return the folders that are splits and no classes."""
+  filled = images_by_folder(tree)
+  splits, nested = split_names(filled)
+  is_split = nested and (len(splits) > 1 or len(splits) == len(filled))
+  return frozenset(splits if is_split else ())
+
+
+def _class_folders(tree: Tree, splits: frozenset[str]) -> list[str]:
+  """Return the sorted names of the class folders of all splits, empty ones included."""
+  if not splits:
+    return tree.top
+  pairs = (folder.split("/") for folder in tree.folders if folder.count("/") == 1)
+  return sorted({name for split, name in pairs if split in splits})

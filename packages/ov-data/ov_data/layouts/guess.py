@@ -1,0 +1,183 @@
+"""Finds out which layout a path has; asks for a choice where it could be several."""
+
+import os
+import stat
+
+from ov_data import fs
+from ov_data.layouts import classes, imagefolder, img2dataset, json_lists, jsonl, tar_members
+from ov_data.layouts.items import Place
+from ov_data.layouts.tree import Tree, is_image
+
+_COMPRESSED_TARS = (
+  ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst",
+)  # fmt: skip
+_TO_LISTS = (
+  'write captions.jsonl next to the images, one {"file": "a.jpg", "captions": ["..."]} a line'
+)
+_REMEDIES = {
+  **dict.fromkeys(
+    _COMPRESSED_TARS, "is a compressed tar; decompress it (gunzip, unxz, zstd -d) and give the .tar"
+  ),
+  **dict.fromkeys((".zip", ".7z", ".rar"), "is an archive; unpack it and give the folder"),
+  **dict.fromkeys((".gz", ".bz2", ".xz", ".zst"), "is compressed; decompress it first"),
+  ".csv": f"is a table; name it metadata.csv with a column file_name, or {_TO_LISTS}",
+  ".tsv": f"is a table; {_TO_LISTS}",
+  ".xlsx": f"is a table; {_TO_LISTS}",
+  ".txt": f"is a text file; {_TO_LISTS}",
+  ".parquet": f"is a Parquet table, which is not supported; {_TO_LISTS}",
+  ".arrow": f"is an Arrow table, which is not supported; {_TO_LISTS}",
+  ".tfrecord": "holds record shards already; train on it as it is",
+}
+
+
+def guess_format(place: Place, formats: str, *, strict: bool = True) -> str:
+  """Return the name of the layout.
+
+  Args:
+    place: what to look at.
+    formats: how the formats are chosen, for messages: "--format=jsonl|classes".
+    strict: whether images next to class folders, and class folders of several splits, need a
+      choice. Otherwise they are class folders.
+
+  Raises:
+    ValueError: it is none, or could be several; says what was found and how to choose.
+    OSError: it cannot be read.
+  """
+  path = place.path
+  lower = path.lower()
+  if fs.is_dir(path):
+    return _folder(place, formats, strict)
+  if not os.path.lexists(path) and not fs.is_remote(path):
+    if any(c in path for c in "*?[{"):
+      return "webdataset"
+    raise ValueError(f"{path}: no such file or folder.")
+  if not fs.is_remote(path):
+    _check_regular(path)
+  name = fs.basename(lower)
+  if name in imagefolder.METADATA:
+    return "imagefolder"
+  if lower.endswith(".jsonl"):
+    return "jsonl"
+  if lower.endswith(".json"):
+    return "coco" if json_lists.is_coco(place.content) else "karpathy"
+  if lower.endswith(".tar"):
+    return "webdataset"
+  raise ValueError(f"{path} {_remedy(path)}.")
+
+
+def _check_regular(path: str) -> None:
+  try:
+    mode = os.stat(path).st_mode
+  except OSError as error:
+    raise ValueError(f"{path}: {error.strerror}; a link that leads nowhere?") from None
+  if not stat.S_ISREG(mode):
+    raise ValueError(f"{path}: neither a folder nor a regular file; give one of these.")
+
+
+def _remedy(path: str) -> str:
+  """Return what kind of file this is and what to do with it."""
+  lower = path.lower()
+  for suffix, remedy in _REMEDIES.items():
+    if lower.endswith(suffix):
+      return remedy
+  if is_image(lower):
+    return "is one image; give the folder it is in"
+  kind = None if fs.is_remote(path) else tar_members.compression(path)
+  if kind is not None:
+    return f"is compressed with {kind}; decompress or unpack it first"
+  return "is a file of an unknown type; expected a folder, .jsonl, .json or .tar"
+
+
+def _folder(place: Place, formats: str, strict: bool) -> str:
+  tree, path = place.tree, place.path
+  top = tree.folders[""]
+  has_list = any(name in top for name in jsonl.LISTS)
+  metadata = [
+    name for name in imagefolder.METADATA if any(name in n for n in tree.folders.values())
+  ]
+  if has_list and metadata:
+    raise _ambiguous(
+      path, f"holds {jsonl.LISTS[0]} or {jsonl.LISTS[1]}, and {metadata[0]}",
+      ("jsonl", "imagefolder"),
+    )  # fmt: skip
+  if has_list:
+    return "jsonl"
+  if metadata:
+    return "imagefolder"
+  images = sum(is_image(name) for _, name in tree.files())
+  tars = sum(name.lower().endswith(".tar") for _, name in tree.files())
+  if tars and images:
+    raise _ambiguous(
+      path, f"holds {tars:,} tar files and {images:,} images", ("webdataset", "classes")
+    )
+  if tars:
+    return "webdataset"
+  if not images:
+    raise ValueError(f"{path}: {_found(tree)}; choose what it is with {formats}.")
+  return _images(path, tree, formats, strict)
+
+
+def _images(path: str, tree: Tree, formats: str, strict: bool) -> str:
+  """Return the layout of a folder of images without lists."""
+  filled = classes.images_by_folder(tree)
+  strays = [name for name in tree.folders[""] if is_image(name)]
+  if img2dataset.is_download(tree):
+    return "img2dataset"
+  if img2dataset.has_sidecars(tree):
+    if not filled:
+      return "img2dataset"
+    raise _ambiguous(
+      path,
+      f"has captions in files next to images, and folders that could be classes ({_some(filled)})",
+      ("img2dataset", "classes"),
+    )
+  if not filled:
+    raise ValueError(
+      f"pictures lie in {path} itself, which says neither class nor caption; expected a folder for "
+      "each class, captions.jsonl or metadata.jsonl, or captions in files of the images' names; "
+      f"choose with {formats}."
+    )
+  if not strict:
+    return "classes"
+  splits, nested = classes.split_names(filled)
+  if nested or splits == [*filled]:
+    raise _ambiguous(
+      path,
+      f"holds folders named like splits ({_some(splits)})",
+      ("classes",),
+      "makes them splits of the output if class folders are in them",
+    )
+  if strays:
+    raise _ambiguous(
+      path,
+      f"holds {len(strays):,} images, {strays[0]} the first, next to folders of images "
+      f"({_some(filled)})",
+      ("classes",),
+      "leaves them out and counts them",
+    )
+  return "classes"
+
+
+def _ambiguous(path: str, found: str, choices: tuple[str, ...], effect: str = "") -> ValueError:
+  options = " or ".join(f"--format={choice}" for choice in choices)
+  effect = f", which {effect}" if effect else ""
+  return ValueError(
+    f"{path} is ambiguous: it {found}; choose {options} (format of a Source){effect}."
+  )
+
+
+def _found(tree: Tree) -> str:
+  """Return what a folder without images, lists and tars holds instead."""
+  names = [name for _, name in tree.files()]
+  for suffix, remedy in _REMEDIES.items():
+    if found := [name for name in names if name.lower().endswith(suffix)]:
+      return f"found no images, but {len(found):,} files such as {found[0]}, which {remedy}"
+  return (
+    f"found none of {', '.join((*jsonl.LISTS, *imagefolder.METADATA[:2]))}, *.tar, or images "
+    f"({len(names):,} files in {len(tree.folders):,} folders)"
+  )
+
+
+def _some(names: object) -> str:
+  listed = [str(name) for name in names]  # type: ignore[attr-defined]
+  return ", ".join(listed[:4]) + (" ..." if len(listed) > 4 else "")

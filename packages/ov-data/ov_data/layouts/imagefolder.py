@@ -1,0 +1,108 @@
+"""The layout `imagefolder` of Hugging Face datasets: images, and a metadata file in their folder.
+
+photos/train/metadata.jsonl    {"file_name": "1.png", "text": "a red car"}
+photos/train/1.png
+
+metadata.csv has the same columns. A folder named like a split is one.
+"""
+
+from collections.abc import Iterator
+import csv
+import posixpath
+from typing import Any
+
+from ov_data import fs
+from ov_data.layouts import text_rules
+from ov_data.layouts.items import Listing, Place, open_list
+from ov_data.layouts.jsonl import Rows, parent, unnamed
+from ov_data.layouts.tree import SPLIT, inside
+
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+_CAPTIONS = ("text", "caption", "captions")
+
+
+def read(place: Place) -> Listing:
+  """List what the metadata files name, in the root and in all folders below it.
+
+  Raises:
+    ValueError: a metadata file is malformed, of an unsupported type, or there is none.
+    OSError: a file cannot be read.
+  """
+  if place.images:
+    place = Place(place.images) if fs.is_dir(place.path) else place
+  if not fs.is_dir(place.path):  # a metadata file
+    place = Place(parent(place.path))
+  found = [
+    (folder, name) for folder, name in place.tree.files() if name in METADATA
+  ]  # of each folder
+  if not found:
+    raise ValueError(
+      f"{place.path}: found no metadata.jsonl or metadata.csv; expected one with a column "
+      "file_name."
+    )
+  rows = Rows("lines put together with an earlier one of the same file")
+  for folder, name in found:
+    path = fs.join(place.path, inside(folder, name))
+    if name.endswith(".parquet"):
+      raise ValueError(
+        f"{path}: Parquet is not supported; write metadata.jsonl in its place, for instance with "
+        "pandas.read_parquet(path).to_json('metadata.jsonl', orient='records', lines=True)."
+      )
+    lines = _csv_rows(path) if name.endswith(".csv") else None
+    for where, row in lines or text_rules.json_lines(open_list(path), path):
+      file = row.get("file_name")
+      if not isinstance(file, str) or not file:
+        raise ValueError(
+          f'{where}: expected "file_name": "name of an image", found {text_rules.short(file)}.'
+        )
+      if not row.keys() & {*_CAPTIONS, "label"}:
+        raise ValueError(
+          f"{where}: expected one of {', '.join(_CAPTIONS)}, label; found "
+          f"{text_rules.printable(', '.join(sorted(row)))[:80]}."
+        )
+      captions = text_rules.listed_captions(row, _CAPTIONS, where)
+      name_in_root = inside(folder, posixpath.normpath(file))
+      if file.startswith("/") or posixpath.normpath(file).startswith(".."):
+        name_in_root = file  # refused by name
+      rows.add(name_in_root, captions, text_rules.listed_label(row, where), where,
+               _split(name_in_root))  # fmt: skip
+  items, skips = rows.items(place.path)
+  return Listing("imagefolder", items, skips + unnamed(place, rows.files), rows.notes)
+
+
+def _split(name: str) -> str:
+  """Return the first folder of the name if that is called like a split."""
+  top, _, below = name.partition("/")
+  return top if below and SPLIT.fullmatch(top.lower()) else ""
+
+
+def _csv_rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+  """Yield ("file, line n", row by column) of a CSV file; an empty field is no value.
+
+  Raises:
+    ValueError: the header lacks file_name, or a row has another number of fields.
+  """
+  # One decoder for all bytes: what is no UTF-8 in a name must reach the file system unchanged.
+  lines = (line.decode("utf-8", "surrogateescape") for line in open_list(path))
+  reader = csv.reader(_without_mark(lines), strict=True)
+  try:
+    header = [column.strip() for column in next(reader, [])]
+    if "file_name" not in header or len(set(header)) < len(header):
+      raise ValueError(
+        f"{path}, line 1: expected a header with file_name and each column once, found "
+        f"{text_rules.printable(', '.join(header))[:80]}."
+      )
+    for values in reader:
+      where = f"{path}, line {reader.line_num}"
+      if not values:
+        continue
+      if len(values) != len(header):
+        raise ValueError(f"{where}: {len(values)} fields; the header has {len(header)}.")
+      yield where, {key: value or None for key, value in zip(header, values)}
+  except csv.Error as error:
+    raise ValueError(f"{path}, line {reader.line_num}: not CSV ({error}).") from None
+
+
+def _without_mark(lines: Iterator[str]) -> Iterator[str]:
+  for number, line in enumerate(lines):
+    yield line.removeprefix("\ufeff") if number == 0 else line

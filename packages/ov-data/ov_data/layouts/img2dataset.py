@@ -1,0 +1,128 @@
+"""The layout `img2dataset`, the `files` output of that tool: captions next to each image.
+
+photos/00000/000000001.jpg    000000001.txt    000000001.json
+photos/00000_stats.json       photos/00000.parquet
+
+Folders may have any names and depth. The Parquet files repeat the JSON files and are not read.
+"""
+
+from concurrent import futures
+import re
+
+from ov_data import fs
+from ov_data.layouts import sidecars, text_rules
+from ov_data.layouts.classes import UNSUPPORTED, tree_notes
+from ov_data.layouts.items import Blob, Item, Listing, Notes, Place, read_text
+from ov_data.layouts.tree import Tree, inside, is_image, is_unsupported_image
+from ov_data.record_source import Skip
+
+_STATS = re.compile(r"\d+_stats\.json")
+_SHARD = re.compile(r"\d{5,}")
+_TABLE = re.compile(r"\d+\.parquet")
+_SIDECARS = (*sidecars.TEXTS, "json")
+_WORKERS = 16  # threads that read captions
+
+
+def read(place: Place) -> Listing:
+  """List the images and read their captions.
+
+  Raises:
+    OSError: a folder cannot be listed.
+  """
+  tree = place.tree
+  notes = tree_notes(tree)
+  skips: list[Skip] = []
+  images: list[tuple[str, dict[str, str]]] = []  # file, its captions' files by suffix
+  for folder in sorted(tree.folders):
+    for stem, names in _stems(tree, folder, skips, notes).items():
+      found = [name for name in names if is_image(name)]
+      texts = {_split(name)[1]: name for name in names if not is_image(name)}
+      images += [(inside(folder, name), texts) for name in found]
+      if not found:
+        skips.append(Skip(inside(folder, stem), "no image", f"has {', '.join(sorted(texts))}"))
+  with futures.ThreadPoolExecutor(_WORKERS, "ov-captions") as pool:
+    results = pool.map(lambda image: _item(tree, *image), images)
+    items = []
+    for result, own_notes in results:
+      notes.merge(own_notes)
+      if isinstance(result, Skip):
+        skips.append(result)
+      else:
+        items.append(result)
+  return Listing("img2dataset", items, skips, notes)
+
+
+def has_sidecars(tree: Tree) -> bool:
+  """Return whether some image has a text or JSON file of its name next to it."""
+  for names in tree.folders.values():
+    stems = {_split(name)[0] for name in names if is_image(name)}
+    if any(_split(n)[0] in stems and _split(n)[1] in _SIDECARS for n in names):
+      return True
+  return False
+
+
+def is_download(tree: Tree) -> bool:
+  """Return whether the folders of images are numbered as img2dataset does it."""
+  tops = {folder.partition("/")[0] for folder, name in tree.files() if is_image(name)}
+  has_tables = any(_STATS.fullmatch(name) for name in tree.folders[""])
+  return all(not top or _SHARD.fullmatch(top) for top in tops) and (
+    has_tables or has_sidecars(tree)
+  )
+
+
+def count_failures(folder: str, names: list[str], notes: Notes) -> None:
+  """Count the downloads that failed, from the NNNNN_stats.json among the names."""
+  for name in names:
+    if not _STATS.fullmatch(name):
+      continue
+    path = fs.join(folder, name)
+    try:
+      stats = text_rules.parse_json(read_text(path, text_rules.MAX_JSON_BYTES), path)
+      failed = stats["count"] - stats["successes"]
+      if failed > 0:
+        notes.add("failed downloads", path, int(failed))
+    except (ValueError, LookupError, TypeError, OverflowError):
+      notes.add("statistics of downloads that cannot be read", path)
+
+
+def _stems(tree: Tree, folder: str, skips: list[Skip], notes: Notes) -> dict[str, list[str]]:
+  """Return the images of a folder with their captions' files, by stem; count other files."""
+  stems: dict[str, list[str]] = {}
+  names = tree.folders[folder]
+  count_failures(fs.join(tree.root, folder) if folder else tree.root, names, notes)
+  for name in names:
+    stem, suffix = _split(name)
+    if is_unsupported_image(name):
+      skips.append(Skip(inside(folder, name), UNSUPPORTED, "convert it to JPEG, PNG or WebP"))
+    elif is_image(name) or suffix in _SIDECARS:
+      if not _STATS.fullmatch(name):
+        stems.setdefault(stem, []).append(name)
+    elif not _TABLE.fullmatch(name):
+      notes.add("files that are no images", inside(folder, name))
+  return stems
+
+
+def _split(name: str) -> tuple[str, str]:
+  stem, _, suffix = name.rpartition(".")
+  return stem, suffix.lower()
+
+
+def _item(tree: Tree, file: str, texts: dict[str, str]) -> tuple[Item | Skip, Notes]:
+  notes = Notes()
+  folder = file.rpartition("/")[0]
+  contents: dict[str, bytes] = {}
+  problem: text_rules.TextError | None = None
+  for suffix, name in texts.items():
+    limit = text_rules.MAX_JSON_BYTES if suffix == "json" else text_rules.MAX_CAPTION_BYTES
+    try:
+      contents[suffix] = read_text(fs.join(tree.root, inside(folder, name)), limit)
+    except text_rules.TextError as error:
+      problem = problem or error
+  meta = contents.pop("json", None)
+  try:
+    captions = sidecars.captions(file, contents, meta, notes)
+    if problem and not captions:
+      raise problem
+  except text_rules.TextError as error:
+    return Skip(file, error.reason, error.detail), notes
+  return Item(file, Blob(tree.root, file), captions), notes

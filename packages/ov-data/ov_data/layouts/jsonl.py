@@ -1,0 +1,136 @@
+"""The layout `jsonl`: captions.jsonl and labels.jsonl, one JSON object a line.
+
+{"file": "images/a.jpg", "captions": ["...", ...]}
+{"file": "images/a.jpg", "label": "dress"}
+"""
+
+import posixpath
+
+from ov_data import fs
+from ov_data.layouts import text_rules
+from ov_data.layouts.items import (
+  Blob,
+  Item,
+  Listing,
+  Notes,
+  Place,
+  clean_captions,
+  name_problem,
+  open_list,
+)
+from ov_data.layouts.tree import inside, is_image, is_unsupported_image
+from ov_data.record_source import Skip
+
+LISTS = ("captions.jsonl", "labels.jsonl")
+UNNAMED = "image that no line names"
+
+
+def read(place: Place) -> Listing:
+  """List what the lines name; lines of the same file are put together.
+
+  Where a folder is given, both lists are read, and images in it that no line names are skips.
+
+  Raises:
+    ValueError: a line is malformed, or there is no list; names file and line.
+    OSError: a list cannot be read.
+  """
+  is_folder = fs.is_dir(place.path)
+  paths = [place.path]
+  if is_folder:
+    paths = [path for name in LISTS if fs.exists(path := fs.join(place.path, name))]
+    if not paths:
+      raise ValueError(f"{place.path}: holds neither of {', '.join(LISTS)}.")
+  root = place.images or parent(paths[0])
+  rows = Rows("lines put together with an earlier one of the same file")
+  for path in paths:
+    for where, row in text_rules.json_lines(open_list(path), path):
+      file = row.get("file")
+      if not isinstance(file, str) or not file:
+        hint = "; for file_name use format imagefolder" if "file_name" in row else ""
+        raise ValueError(
+          f'{where}: expected "file": "name of an image", found {text_rules.short(file)}{hint}.'
+        )
+      if not row.keys() & {"captions", "caption", "label"}:
+        raise ValueError(
+          f'{where}: expected "captions" or "label", found '
+          f"{text_rules.printable(', '.join(sorted(row)))[:80]}."
+        )
+      captions = text_rules.listed_captions(row, ("captions", "caption"), where)
+      rows.add(file, captions, text_rules.listed_label(row, where), where)
+  items, skips = rows.items(root)
+  if is_folder:
+    skips += unnamed(place if not place.images else Place(root), rows.files)
+  return Listing("jsonl", items, skips, rows.notes)
+
+
+def parent(path: str) -> str:
+  """Return the folder of a file."""
+  return path.rpartition("/")[0] or ("/" if path.startswith("/") else ".")
+
+
+class Rows:
+  """Captions and label of each file that a list names, put together from all its lines.
+
+  merged: what the notes say of a second line of one file.
+  """
+
+  def __init__(self, merged: str):
+    self.notes = Notes()
+    self.files: set[str] = set()  # normalised names
+    self._merged = merged
+    self._names: dict[str, str] = {}  # normalised name -> as first written
+    self._captions: dict[str, list[str]] = {}
+    self._labels: dict[str, str] = {}
+    self._splits: dict[str, str] = {}
+
+  def add(
+    self, file: str, captions: list[str], label: str | None, where: str, split: str = ""
+  ) -> None:
+    """Add a line.
+
+    Raises:
+      ValueError: the file has another label already; begins with `where`.
+    """
+    name = posixpath.normpath(file)
+    if name in self._names:
+      self.notes.add(self._merged, where)
+    self.files.add(name)
+    self._names.setdefault(name, file)
+    self._splits.setdefault(name, split)
+    self._captions.setdefault(name, []).extend(captions)
+    if label is not None and self._labels.setdefault(name, label) != label:
+      raise ValueError(
+        f"{where}: {text_rules.printable(file)} was labelled {self._labels[name]!r} before, now "
+        f"{label!r}; give each image one label."
+      )
+
+  def items(self, root: str) -> tuple[list[Item], list[Skip]]:
+    """Return an item for each file in `root`, and what cannot be one."""
+    items, skips = [], []
+    for name, file in self._names.items():
+      problem = name_problem(file)
+      if problem:
+        skips.append(Skip(file, problem))
+        continue
+      label = self._labels.get(name)
+      try:
+        captions = clean_captions(self._captions[name], file, self.notes)
+        label = None if label is None else text_rules.checked_label(label)
+      except text_rules.TextError as error:
+        if error.reason != "empty label" or not captions:
+          skips.append(Skip(file, error.reason, error.detail))
+          continue
+        self.notes.add("empty labels next to captions", file)
+        label = None
+      items.append(Item(file, Blob(root, file), captions, label, self._splits[name]))
+    return items, skips
+
+
+def unnamed(place: Place, files: set[str]) -> list[Skip]:
+  """Return the images of a folder that are not among `files`."""
+  return [
+    Skip(file, UNNAMED)
+    for folder, name in place.tree.files()
+    if (is_image(name) or is_unsupported_image(name))
+    and (file := inside(folder, name)) not in files
+  ]

@@ -1,0 +1,158 @@
+"""Rules for text from outside: names, captions, labels, JSON.
+
+Names of files keep every byte: what is no UTF-8 is carried by `surrogateescape` and escaped where a
+name is printed. Captions are repaired: an invalid byte, a lone surrogate or a NUL character becomes
+U+FFFD. Labels are one line: runs of white space become one blank, invalid bytes are escaped.
+"""
+
+from collections.abc import Iterable, Iterator
+import json
+import re
+from typing import Any
+
+MAX_CAPTION_BYTES = 1 << 20
+MAX_JSON_BYTES = 16 << 20  # of one JSON file with the facts of one image, or of one line
+_MAX_LABEL_BYTES = 1000
+
+_BYTE_ORDER_MARK = "\ufeff"
+_UTF_16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+_ESCAPED_BYTES = re.compile("[\udc80-\udcff]+")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+class TextError(ValueError):
+  """A caption or label that cannot be used; `reason` is a short phrase, fit for counting."""
+
+  def __init__(self, reason: str, detail: str = ""):
+    super().__init__(f"{reason}: {detail}" if detail else reason)
+    self.reason = reason
+    self.detail = detail
+
+
+def decode(data: bytes) -> str:
+  """Return a text file's content, without its byte order mark; invalid bytes as surrogates."""
+  if data[:2] in _UTF_16_MARKS:
+    return data.decode("utf-16", "replace")
+  return data.decode("utf-8", "surrogateescape").removeprefix(_BYTE_ORDER_MARK)
+
+
+def repaired_bytes(text: str) -> str:
+  """Return the text with U+FFFD for bytes that are no UTF-8."""
+  return _ESCAPED_BYTES.sub(
+    lambda found: found[0].encode("utf-8", "surrogateescape").decode("utf-8", "replace"), text
+  )
+
+
+def repaired(text: str) -> str:
+  """Return the text with U+FFFD for invalid bytes, lone surrogates and NUL characters."""
+  return _SURROGATE.sub("\ufffd", repaired_bytes(text)).replace("\0", "\ufffd")
+
+
+def label_text(text: str) -> str:
+  r"""Return a label as one line: white space collapsed, invalid bytes and surrogates as "\xe9"."""
+  text = " ".join(text.replace(_BYTE_ORDER_MARK, "").split())
+  return _UNPRINTABLE.sub(lambda found: _escaped(found[0]), text)
+
+
+def checked_label(value: str | int) -> str:
+  """Return the label as one line.
+
+  Raises:
+    TextError: nothing is left of it, or it is too long.
+  """
+  label = label_text(str(value))
+  if not label:
+    raise TextError("empty label")
+  if len(label.encode()) > _MAX_LABEL_BYTES:
+    raise TextError("label too long", f"{len(label.encode())} bytes, at most {_MAX_LABEL_BYTES}")
+  return label
+
+
+def printable(text: str) -> str:
+  r"""Return the text for a report: what no terminal can show as "\xe9", "\n"."""
+  return _UNPRINTABLE.sub(lambda found: _escaped(found[0]), text)
+
+
+def _escaped(character: str) -> str:
+  code = ord(character)
+  if 0xDC80 <= code <= 0xDCFF:  # stands for one byte
+    return f"\\x{code - 0xDC00:02x}"
+  return character.encode("unicode_escape").decode()
+
+
+def parse_json(data: bytes, where: str) -> Any:
+  """Parse JSON in UTF-8, with or without byte order mark; invalid bytes become surrogates.
+
+  Args:
+    data: the text.
+    where: its file (and line), for the message.
+
+  Raises:
+    ValueError: it is no JSON; one line that begins with `where`.
+  """
+  if data[:2] in _UTF_16_MARKS:
+    raise ValueError(f"{where}: encoded as UTF-16; save it as UTF-8.")
+  try:
+    return json.loads(decode(data))
+  except RecursionError:
+    raise ValueError(f"{where}: not usable JSON (nested too deeply).") from None
+  except ValueError as error:
+    raise ValueError(f"{where}: not JSON ({error}); is the file complete?") from None
+
+
+def json_lines(lines: Iterable[bytes], path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+  """Yield ("file, line n", object) for every line that is not empty.
+
+  Raises:
+    ValueError: a line is no JSON object, or too long; names file and line.
+  """
+  for number, line in enumerate(lines, 1):
+    where = f"{path}, line {number}"
+    if not line.strip():
+      continue
+    if len(line) > MAX_JSON_BYTES:
+      raise ValueError(f"{where}: {len(line):,} bytes; expected at most {MAX_JSON_BYTES:,} a line.")
+    row = parse_json(line, where)
+    if not isinstance(row, dict):
+      raise ValueError(f"{where}: expected a JSON object, found {short(row)}.")
+    yield where, row
+
+
+def short(value: object, length: int = 60) -> str:
+  """Return the beginning of a value's repr for a message."""
+  try:
+    text = repr(value)
+  except (RecursionError, ValueError):  # nested too deeply; an integer of thousands of digits
+    text = f"a {type(value).__name__}"
+  return printable(text if len(text) <= length else text[:length] + "...")
+
+
+def listed_captions(row: dict[str, Any], keys: Iterable[str], where: str) -> list[str]:
+  """Return the captions under several keys of a JSON object; null is none.
+
+  Raises:
+    ValueError: one is neither a string nor a list of strings; begins with `where`.
+  """
+  captions: list[str] = []
+  for key in keys:
+    value = row.get(key)
+    values = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(values, list) or not all(isinstance(text, str) for text in values):
+      raise ValueError(f'{where}: expected "{key}": "text" or ["text", ...], found {short(value)}.')
+    captions += values
+  return captions
+
+
+def listed_label(row: dict[str, Any], where: str) -> str | None:
+  """Return the label of a JSON object as it stands there; None without one.
+
+  Raises:
+    ValueError: it is neither a string nor an integer; begins with `where`.
+  """
+  label = row.get("label")
+  if label is None or isinstance(label, str):
+    return label
+  if isinstance(label, bool) or not isinstance(label, int):
+    raise ValueError(f'{where}: expected "label": "name" or an integer, found {short(label)}.')
+  return str(label)

@@ -1,0 +1,136 @@
+"""The files of a folder, listed once: hidden files and what systems leave behind passed over."""
+
+from collections.abc import Iterator
+from concurrent import futures
+import dataclasses
+import os
+import re
+
+from ov_data import fs
+
+IMAGE_SUFFIXES = (
+  ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp",
+)  # fmt: skip
+OTHER_IMAGE_SUFFIXES = (
+  ".apng", ".arw", ".avif", ".cr2", ".dng", ".exr", ".heic", ".heif", ".ico", ".j2k", ".jp2",
+  ".jxl", ".nef", ".pbm", ".pgm", ".ppm", ".psd", ".svg", ".tga", ".tif", ".tiff",
+)  # fmt: skip
+SPLIT = re.compile(r"(train|training|val|valid|validation|dev|test)[-_]?\d*")  # train2014
+_NO_FOLDERS = frozenset({"", "__MACOSX", "lost+found"})  # left by archives and file systems
+_FILE_SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".parquet", ".tar")
+_WORKERS = 16  # threads that list folders
+
+
+@dataclasses.dataclass(frozen=True)
+class Tree:
+  """The files below a folder.
+
+  Attributes:
+    root: the folder.
+    folders: the sorted names of the files in each folder below it; "" is the root.
+    top: the sorted names of the folders in the root.
+    hidden: what was passed over as hidden: names, relative to the root.
+    links: links to folders that were not followed.
+  """
+
+  root: str
+  folders: dict[str, list[str]]
+  top: list[str]
+  hidden: list[str]
+  links: list[str]
+
+  def files(self) -> Iterator[tuple[str, str]]:
+    """Yield (folder, name) of every file, folders in sorted order."""
+    for folder in sorted(self.folders):
+      for name in self.folders[folder]:
+        yield folder, name
+
+
+def walk(root: str) -> Tree:
+  """List a folder and all folders below it.
+
+  Links to folders are followed in the root alone, and not upwards: deeper ones may lead in circles.
+  A name that ends as an image does is a file, whatever it is.
+
+  Raises:
+    OSError: a folder cannot be listed.
+  """
+  folders: dict[str, list[str]] = {}
+  hidden: list[str] = []
+  links: list[str] = []
+  top: list[str] = []
+  level = [""]
+  with futures.ThreadPoolExecutor(_WORKERS, "ov-list") as pool:
+    while level:
+      below: list[str] = []
+      listed = pool.map(lambda folder: _list(root, folder), level)
+      for folder, (files, subfolders, linked, passed) in zip(level, listed):
+        folders[folder] = sorted(files)
+        hidden += [inside(folder, name) for name in passed]
+        links += [inside(folder, name) for name in linked]
+        below += [inside(folder, name) for name in sorted(subfolders)]
+      if level == [""]:
+        top = list(below)
+      level = below
+  return Tree(root, folders, top, sorted(hidden), sorted(links))
+
+
+def inside(folder: str, name: str) -> str:
+  """Return the name of a file in a folder of the tree, relative to its root."""
+  return f"{folder}/{name}" if folder else name
+
+
+def is_image(name: str) -> bool:
+  """Return whether the name ends as that of an image which can be read."""
+  return name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def is_unsupported_image(name: str) -> bool:
+  """Return whether the name ends as that of an image which cannot be read."""
+  return name.lower().endswith(OTHER_IMAGE_SUFFIXES)
+
+
+def is_hidden(name: str) -> bool:
+  """Return whether a file or folder is hidden, or was left by an archive or a file system."""
+  return name.startswith(".") or name in _NO_FOLDERS
+
+
+def _list(root: str, folder: str) -> tuple[list[str], list[str], list[str], list[str]]:
+  """Return the names of files, folders, links that are not followed, and hidden ones."""
+  files: list[str] = []
+  folders: list[str] = []
+  links: list[str] = []
+  hidden: list[str] = []
+  path = fs.join(root, folder) if folder else root
+  if fs.is_remote(root):
+    for name in fs.listdir(path):
+      if is_hidden(name):
+        hidden.append(name)
+      elif name.lower().endswith((*IMAGE_SUFFIXES, *_FILE_SUFFIXES)):
+        files.append(name)
+      else:
+        (folders if fs.is_dir(fs.join(path, name)) else files).append(name)
+    return files, folders, links, hidden
+  with os.scandir(path) as entries:
+    for entry in entries:
+      if is_hidden(entry.name):
+        hidden.append(entry.name)
+      elif is_image(entry.name) or not _is_folder(entry):
+        files.append(entry.name)
+      elif entry.is_symlink() and (folder or _leads_up(entry.path, root)):
+        links.append(entry.name)
+      else:
+        folders.append(entry.name)
+  return files, folders, links, hidden
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+  if entry.is_symlink():
+    return os.path.isdir(entry.path)  # False where the link leads nowhere, or round
+  return entry.is_dir()
+
+
+def _leads_up(link: str, root: str) -> bool:
+  """Return whether a link leads to the root or to a folder that holds it."""
+  target, real_root = os.path.realpath(link), os.path.realpath(root)
+  return os.path.commonpath([target, real_root]) == target

@@ -1,0 +1,194 @@
+"""The layout `webdataset`: tars in which files of one name up to the first dot belong together.
+
+000001.jpg    000001.txt    000001.json    000001.cls
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+import dataclasses
+import glob
+import os
+import re
+
+from ov_data.layouts import sidecars, text_rules
+from ov_data.layouts.classes import UNSUPPORTED
+from ov_data.layouts.img2dataset import count_failures
+from ov_data.layouts.items import Blob, Item, Listing, Notes, Place, name_problem, read_blob
+from ov_data.layouts.tar_members import DAMAGE, Member, Passed, read_members
+from ov_data.layouts.tree import (
+  IMAGE_SUFFIXES,
+  inside,
+  is_hidden,
+  is_image,
+  is_unsupported_image,
+)
+from ov_data.record_source import Skip
+
+_LABEL = "cls"
+_IMAGES = tuple(suffix[1:] for suffix in IMAGE_SUFFIXES)  # the first of these is used
+
+
+def read(place: Place) -> Listing:
+  """List the images of all tars and read their captions and labels.
+
+  Raises:
+    ValueError: no tar file, one that is missing or compressed, or none that can be read.
+    OSError: a tar cannot be read.
+  """
+  notes = Notes()
+  paths = _tars(place, notes)
+  items: list[Item] = []
+  skips: list[Skip] = []
+  unreadable: list[ValueError] = []
+  for path, name in zip(paths, _unique_names(paths)):
+    if os.path.exists(stats := os.path.splitext(path)[0] + "_stats.json"):  # of img2dataset
+      count_failures(os.path.dirname(stats) or ".", [os.path.basename(stats)], notes)
+    try:
+      _Tar(path, name, items, skips, notes).read()
+    except ValueError as error:
+      unreadable.append(error)
+      skips.append(Skip(name, DAMAGE, str(error)))
+  if len(unreadable) == len(paths):
+    raise unreadable[0]
+  return Listing("webdataset", items, skips, notes)
+
+
+def expand_ranges(path: str) -> list[str]:
+  """data-{008..010}.tar -> data-008.tar, data-009.tar, data-010.tar"""
+  match = re.search(r"\{(\d+)\.\.(\d+)\}", path)
+  if not match:
+    return [path]
+  low, high = match.groups()
+  return [
+    expanded
+    for i in range(int(low), int(high) + 1)
+    for expanded in expand_ranges(
+      path[: match.start()] + str(i).zfill(len(low)) + path[match.end() :]
+    )
+  ]
+
+
+def _tars(place: Place, notes: Notes) -> list[str]:
+  path = place.path
+  if os.path.isdir(path):
+    paths = []
+    for folder, name in place.tree.files():
+      if name.lower().endswith(".tar"):
+        paths.append(os.path.join(path, inside(folder, name)))
+      elif not name.endswith(("_stats.json", ".parquet")):
+        notes.add("files next to the tars not used", inside(folder, name))
+  elif os.path.lexists(path):
+    paths = [path]
+  else:
+    paths = [p for part in expand_ranges(path) for p in (sorted(glob.glob(part)) or [part])]
+    paths = list(dict.fromkeys(paths))
+  missing = [p for p in paths if not os.path.exists(p)]
+  if not paths or missing:
+    what = f"{len(missing)} of {len(paths)} files are missing, {missing[0]} first" if paths else ""
+    raise ValueError(f"{path}: {what or 'no tar file matches'}.")
+  return paths
+
+
+def _unique_names(paths: Sequence[str]) -> list[str]:
+  """Return the name of each file, with as many folders in front as make it unique."""
+  parts = [os.path.normpath(path).split(os.sep) for path in paths]
+  lengths = [1] * len(paths)
+  while True:
+    names = ["/".join(p[-n:]) for p, n in zip(parts, lengths)]
+    counts = Counter(names)
+    longer = [
+      n + 1 if counts[name] > 1 and n < len(p) else n for name, p, n in zip(names, parts, lengths)
+    ]
+    if longer == lengths:
+      return names
+    lengths = longer
+
+
+@dataclasses.dataclass
+class _Tar:
+  """Reads the items of one tar.
+
+  path, name: of the file; the name begins the keys.
+  items, skips, notes: get what is found.
+  """
+
+  path: str
+  name: str
+  items: list[Item]
+  skips: list[Skip]
+  notes: Notes
+
+  def read(self) -> None:
+    samples: dict[tuple[int, str], dict[str, Member]] = {}
+    for found in read_members(self.path):
+      if isinstance(found, Passed):
+        key = f"{self.name}/{found.name}" if found.name else self.name
+        self.skips.append(Skip(key, found.reason, found.detail))
+        continue
+      folder, _, base = found.name.rpartition("/")
+      stem, _, suffix = base.partition(".")
+      if problem := name_problem(found.name):
+        self._skip(found, problem)
+      elif not stem or is_hidden(base) or "__MACOSX" in folder.split("/"):
+        self.notes.add("hidden files and folders", f"{self.name}/{found.name}")
+      else:
+        sample = samples.setdefault((found.archive, inside(folder, stem)), {})
+        if (earlier := sample.get(suffix.lower())) is not None:
+          self._skip(earlier, "repeated name in the tar", "a later one of this name is used; ")
+        sample[suffix.lower()] = found
+    keys: set[str] = set()
+    for (archive, stem), members in samples.items():
+      key = f"{self.name}/{stem}"
+      if key in keys:
+        key += f" (archive {archive + 1})"
+      keys.add(key)
+      self._add(key, members)
+
+  def _skip(self, member: Member, reason: str, detail: str = "") -> None:
+    where = f"{detail}at byte {member.header:,}"
+    self.skips.append(Skip(f"{self.name}/{member.name}", reason, where))
+
+  def _add(self, key: str, members: dict[str, Member]) -> None:
+    images = [suffix for suffix in _IMAGES if suffix in members]
+    if not images:
+      self.skips.append(_no_image(key, members))
+      return
+    for other in images[1:]:
+      self._skip(members[other], "another image under the same key", f".{images[0]} is used; ")
+    used = {*images, *sidecars.TEXTS, "json", _LABEL}
+    for suffix in sorted(members.keys() - used):
+      self.notes.add("members of other types not used", f"{self.name}/{members[suffix].name}")
+    texts = {
+      suffix: self._bytes(members[suffix], text_rules.MAX_CAPTION_BYTES)
+      for suffix in sidecars.TEXTS
+      if suffix in members
+    }
+    meta = self._bytes(members["json"], text_rules.MAX_JSON_BYTES) if "json" in members else None
+    label = None
+    try:
+      captions = sidecars.captions(key, texts, meta, self.notes)
+      if _LABEL in members:
+        content = self._bytes(members[_LABEL], text_rules.MAX_CAPTION_BYTES)
+        label = text_rules.checked_label(text_rules.decode(content))
+    except text_rules.TextError as error:
+      if error.reason != "empty label" or not captions:
+        self.skips.append(Skip(key, error.reason, error.detail))
+        return
+      self.notes.add("empty labels next to captions", key)
+    image = members[images[0]]
+    blob = Blob("", self.path, image.offset, image.size, image.checksum)
+    self.items.append(Item(key, blob, captions, label))
+
+  def _bytes(self, member: Member, limit: int) -> bytes:
+    """Return its bytes, one more than the limit at most."""
+    return read_blob(Blob("", self.path, member.offset, member.size), limit + 1)
+
+
+def _no_image(key: str, members: dict[str, Member]) -> Skip:
+  has = f"has {', '.join(sorted(members))}"
+  if unsupported := [suffix for suffix in members if is_unsupported_image(f".{suffix}")]:
+    return Skip(key, UNSUPPORTED, f".{unsupported[0]}; convert it to JPEG, PNG or WebP")
+  if any(is_image(f".{suffix}") for suffix in members):
+    detail = f"{has}; a key ends at the first dot, so rename the members (s0.jpg, s0.txt)"
+    return Skip(key, "dotted member name", detail)
+  return Skip(key, "no image", has)
