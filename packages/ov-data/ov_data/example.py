@@ -26,7 +26,7 @@ class FeatureError(ValueError):
     self.reason = reason
 
 
-def _example_class() -> Any:
+def _example_class(key_type: int) -> Any:
   field = descriptor_pb2.FieldDescriptorProto
   file = descriptor_pb2.FileDescriptorProto(
     name="ov_data/example.proto", package="ov_data", syntax="proto3"
@@ -52,8 +52,8 @@ def _example_class() -> Any:
     )
   features = file.message_type.add(name="Features")
   entry = features.nested_type.add(name="FeatureEntry")
-  entry.options.map_entry = True
-  entry.field.add(name="key", number=1, label=field.LABEL_OPTIONAL, type=field.TYPE_STRING)
+  entry.options.map_entry = key_type == field.TYPE_STRING  # keys of maps cannot be bytes
+  entry.field.add(name="key", number=1, label=field.LABEL_OPTIONAL, type=key_type)
   entry.field.add(
     name="value",
     number=2,
@@ -81,11 +81,15 @@ def _example_class() -> Any:
   return message_factory.GetMessageClass(pool.FindMessageTypeByName("ov_data.Example"))
 
 
-_Example = _example_class()
+_Example = _example_class(descriptor_pb2.FieldDescriptorProto.TYPE_STRING)
+# The same bytes with names that need not be UTF-8, as a list of entries.
+_RawExample = _example_class(descriptor_pb2.FieldDescriptorProto.TYPE_BYTES)
 
 
 def parse(data: bytes, keys: Collection[str] | None = None) -> dict[str, Feature]:
-  """The features of a serialised Example; only those in `keys`, where given and present.
+  """Return the features of a serialised Example; only those in `keys`, where given and present.
+
+  Names that are not valid UTF-8 are decoded with surrogateescape, as those of files.
 
   Raises:
     ValueError: the bytes are no Example.
@@ -94,22 +98,36 @@ def parse(data: bytes, keys: Collection[str] | None = None) -> dict[str, Feature
   try:
     example.ParseFromString(data)
   except message.DecodeError as error:
+    if "UTF-8" in str(error):
+      return _parse_raw(data, keys)
     raise ValueError(f"{len(data)} bytes are no tf.train.Example: {error}") from None
   features = example.features.feature
   return {key: _value(features[key]) for key in features if keys is None or key in keys}
 
 
-def serialise(features: Mapping[str, Writable]) -> bytes:
-  """An Example from named values: bytes or str (as UTF-8), ints, floats, or lists of one of them.
+def _parse_raw(data: bytes, keys: Collection[str] | None) -> dict[str, Feature]:
+  example = _RawExample.FromString(data)
+  features = {e.key.decode("utf-8", "surrogateescape"): e.value for e in example.features.feature}
+  return {key: _value(features[key]) for key in features if keys is None or key in keys}
 
-  The same features give the same bytes, whatever their order.
+
+def serialise(features: Mapping[str, Writable]) -> bytes:
+  """Return an Example of named values: bytes or str, ints, floats, or lists of one of them.
+
+  The same features give the same bytes, whatever their order. Strings are stored as UTF-8; what
+  surrogateescape has made of other bytes, in file names for instance, becomes these bytes again.
 
   Raises:
     TypeError: a value of another type, named with its key.
+    ValueError: a string with another lone surrogate, or a key that is no valid UTF-8.
   """
   example = _Example()
   for key, value in features.items():
-    _set(example.features.feature[key], key, value)
+    try:
+      feature = example.features.feature[key]
+    except UnicodeEncodeError:
+      raise ValueError(f"feature name {key!r} is not valid UTF-8; choose another name") from None
+    _set(feature, key, value)
   return example.SerializeToString(deterministic=True)
 
 
@@ -122,12 +140,22 @@ def _value(feature: Any) -> Feature:
   return list(feature.bytes_list.value)
 
 
+def _encoded(key: str, text: str) -> bytes:
+  try:
+    return text.encode("utf-8", "surrogateescape")
+  except UnicodeEncodeError as error:
+    raise ValueError(
+      f"feature {key!r} has the lone surrogate {text[error.start]!r} at character {error.start}, "
+      "which UTF-8 cannot store; replace it"
+    ) from None
+
+
 def _set(feature: Any, key: str, value: Writable) -> None:
   scalar = isinstance(value, bytes | str | int | float | np.generic | Mapping)
   values: Any = [value] if scalar else value
   if len(values) == 0 or all(isinstance(item, bytes | str) for item in values):
     feature.bytes_list.value.extend(
-      item.encode() if isinstance(item, str) else item for item in values
+      _encoded(key, item) if isinstance(item, str) else item for item in values
     )
     feature.bytes_list.SetInParent()
     return

@@ -46,3 +46,20 @@ def test_errors_name_the_key():
     example.serialise({"meta": {"a": 1}})
   with pytest.raises(ValueError, match="4 bytes are no tf.train.Example"):
     example.parse(b"\xff\xff\xff\xff")
+
+
+def test_strings_that_are_no_utf8():
+  assert example.parse(example.serialise({"key": "caf\udce9.jpg"})) == {"key": [b"caf\xe9.jpg"]}
+  with pytest.raises(ValueError, match=r"feature 'txt' has the lone surrogate .* at character 2"):
+    example.serialise({"txt": ["ab", "ab\ud83d"]})
+  with pytest.raises(ValueError, match="feature name .* is not valid UTF-8"):
+    example.serialise({"caf\udce9": "x"})
+
+
+def test_names_that_are_no_utf8():
+  data = example.serialise({"name": "b", "txt": ["a", "c"], "n": 7, "none": []})
+  data = data.replace(b"name", b"n\xe9me")
+  found = example.parse(data)
+  assert found.pop("n").tolist() == [7]
+  assert found == {"n\udce9me": [b"b"], "txt": [b"a", b"c"], "none": []}
+  assert example.parse(data, ("txt",)) == {"txt": [b"a", b"c"]}

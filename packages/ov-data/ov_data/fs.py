@@ -9,16 +9,50 @@ import contextlib
 import errno
 import glob as local_glob
 import os
+import shutil
 import stat
 import threading
 from typing import Any, BinaryIO
 import uuid
 
+_AGAIN = "and give the same command again"
+_REMEDIES = {
+  errno.ENOSPC: f"free some space, {_AGAIN}",
+  errno.EDQUOT: f"the quota is used up; free some space, {_AGAIN}",
+  errno.EFBIG: "the file system or a limit of the shell (ulimit -f) forbids files of this size",
+  errno.EROFS: "the file system is mounted read-only; choose another directory",
+  errno.EACCES: "choose another directory, or change its permissions",
+  errno.EPERM: "choose another directory, or change its permissions",
+  errno.EIO: "the disk or the network file system fails; choose another one",
+}
+_KINDS = (
+  (stat.S_ISDIR, "directory"),
+  (stat.S_ISFIFO, "pipe"),
+  (stat.S_ISSOCK, "socket"),
+  (stat.S_ISCHR, "device"),
+  (stat.S_ISBLK, "device"),
+)
 _NO_FILE = (errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR, errno.ENXIO)
 
 
 def is_remote(path: str) -> bool:
   return "://" in path
+
+
+def printable(text: str) -> str:
+  """Return the text in one line that every UTF-8 terminal and file accepts.
+
+  File names that are not valid UTF-8 reach Python as lone surrogates (surrogateescape). They and
+  control characters become escapes such as `\\udce9` and `\\n`.
+  """
+  plain = text.encode("utf-8", "backslashreplace").decode()
+  return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in plain)
+
+
+def check_name(path: str) -> None:
+  """Raise ValueError if no file can have this path."""
+  if "\0" in path:
+    raise ValueError(f"path {printable(path)!r} has a NUL byte in it, which no file name can have")
 
 
 def join(directory: str, name: str) -> str:
@@ -57,6 +91,15 @@ def glob(pattern: str) -> list[str]:
   return sorted(_call(pattern, "glob") if is_remote(pattern) else local_glob.glob(pattern))
 
 
+def make_folder(path: str) -> None:
+  """Create a directory and its parents; one that exists is fine."""
+  if is_remote(path):
+    _call(path, "makedirs")
+  else:
+    with writing(path):
+      os.makedirs(path, exist_ok=True)
+
+
 def open_read(path: str) -> contextlib.AbstractContextManager[BinaryIO]:
   """The file, to be read from front to back."""
   return _open_remote(path, "rb") if is_remote(path) else open(path, "rb")
@@ -78,12 +121,12 @@ def read_regular(path: str, most: int) -> bytes:
     _check_size(path, size(path), most)
     return read_bytes(path)
   try:
-    with open(path, "rb", opener=_open_without_waiting) as file:
+    with open(path, "rb", 0, opener=_open_without_waiting) as file:
       status = os.fstat(file.fileno())
       if not stat.S_ISREG(status.st_mode):
         raise FileNotFoundError(f"{path}: no regular file")
       _check_size(path, status.st_size, most)
-      return file.read(most)
+      return file.readall()
   except OSError as error:
     if error.errno in _NO_FILE:
       raise FileNotFoundError(f"{path}: {error.strerror}") from None
@@ -103,22 +146,56 @@ def write_atomic(path: str, data: bytes) -> None:
     _call(part, "rename", path, overwrite=True)
     return
   try:
-    with open(part, "wb") as file:
-      file.write(data)
-    os.replace(part, path)
+    with writing(path):
+      with open(part, "wb") as file:
+        file.write(data)
+      os.replace(part, path)
   except OSError:
     with contextlib.suppress(OSError):
       os.remove(part)
     raise
 
 
+@contextlib.contextmanager
+def writing(path: str) -> Iterator[None]:
+  """Add path, free space and remedy to errors of writing to a local path, such as a full disk."""
+  try:
+    yield
+  except OSError as error:
+    if error.errno not in _REMEDIES:
+      raise
+    reason = os.strerror(error.errno)
+    if error.errno == errno.ENOSPC:
+      reason += f" ({_free_bytes(path):,} bytes free)"
+    raise OSError(error.errno, f"{reason}; {_REMEDIES[error.errno]}", path) from error
+
+
+def _free_bytes(path: str) -> int:
+  while not os.path.exists(path) and path != os.path.dirname(path):
+    path = os.path.dirname(path) or "."
+  return shutil.disk_usage(path).free
+
+
 class Reader:
-  """Reads at any offset, from many threads at once. The file stays open while this object lives."""
+  """Reads at any offset, from many threads at once. The file stays open while this object lives.
+
+  Raises:
+    OSError: the path cannot be opened, or is a directory, pipe or device.
+  """
 
   def __init__(self, path: str):
     self.path = path
     self._local = threading.local()  # a remote handle keeps a position: one for each thread
-    self._descriptor = -1 if is_remote(path) else os.open(path, os.O_RDONLY)
+    self._descriptor = -1 if is_remote(path) else _open_without_waiting(path, os.O_RDONLY)
+    if self._descriptor >= 0:
+      mode = os.fstat(self._descriptor).st_mode
+      if not stat.S_ISREG(mode):
+        kind = next((kind for is_kind, kind in _KINDS if is_kind(mode)), "special file")
+        raise OSError(f"{path} is a {kind}; expected a regular file. Move it away, or leave it out")
+
+  def size(self) -> int:
+    """Return the bytes in the file."""
+    return os.fstat(self._descriptor).st_size if self._descriptor >= 0 else size(self.path)
 
   def read(self, offset: int, length: int) -> bytes:
     """Up to `length` bytes; fewer only at the end of the file."""

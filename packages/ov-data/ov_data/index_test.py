@@ -1,16 +1,24 @@
+"""Indexes of shards: sidecars that are used, refused and rebuilt; damage; the command."""
+
 import json
 import os
 import pathlib
+import subprocess
+import sys
 
+import google_crc32c
 import numpy as np
 import pytest
 
 from ov_data import fs, index, records
+from ov_data.index import __main__ as command
+from ov_data.index import build, sidecar
 
 
 def _write(path, count=5, seed=0):
   rng = np.random.default_rng(seed)
   data = [rng.bytes(100 + 10 * number) for number in range(count)]
+  pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
   pathlib.Path(path).write_bytes(b"".join(map(records.frame, data)))
   return data
 
@@ -25,8 +33,8 @@ def cache(tmp_path, monkeypatch):
 def builds(monkeypatch):
   """How often a shard was scanned."""
   paths = []
-  build = index._build
-  monkeypatch.setattr(index, "_build", lambda path, *a: (paths.append(path), build(path, *a))[1])
+  original = build._build
+  monkeypatch.setattr(build, "_build", lambda path, *a: (paths.append(path), original(path, *a))[1])
   return paths
 
 
@@ -65,22 +73,139 @@ def test_survives_copying(tmp_path, builds):
   assert len(builds) == 1 and copied.path.endswith("copy/a.tfrecord")
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "format", "empty"])
-def test_a_broken_sidecar_is_replaced(tmp_path, builds, damage):
+def _sealed(header, payload=b""):
+  content = json.dumps(header).encode() + b"\n" + payload
+  return content + google_crc32c.value(content).to_bytes(4, "little")
+
+
+def _as_format_1(whole):
+  """The sidecar as version 1 wrote it: without a checksum over the header."""
+  line, _, payload = whole[:-4].partition(b"\n")
+  header = {**json.loads(line), "format": "ov_data index 1", "damage": []}
+  header["checksum"] = google_crc32c.value(payload)
+  return json.dumps(header).encode() + b"\n" + payload
+
+
+def _change(**values):
+  def change(whole):
+    line, _, payload = whole[:-4].partition(b"\n")
+    return _sealed({**json.loads(line), **values}, payload)
+
+  return change
+
+
+def _offsets(change):
+  def changed(whole):
+    line, _, payload = whole[:-4].partition(b"\n")
+    offsets = change(np.frombuffer(payload, "<u8", 5).copy())
+    return _sealed(json.loads(line), offsets.tobytes() + payload[40:])
+
+  return changed
+
+
+@pytest.mark.parametrize(
+  "break_it",
+  [
+    lambda whole: whole[:-1] + bytes([whole[-1] ^ 1]),
+    lambda whole: whole[:-5],
+    lambda whole: whole + b"\0",
+    lambda whole: b"",
+    lambda whole: bytes(len(whole)),
+    lambda whole: whole.replace(b"index 2", b"index 9"),
+    lambda whole: whole.replace(b'"records": 5', b'"records": 0'),
+    lambda whole: whole.replace(b'"damage": []', b'"damage":  [')[:-1] + b"]",
+    _as_format_1,
+    lambda whole: _as_format_1(whole).replace(b'"records": 5', b'"records": 0'),
+    lambda whole: b"[" * 200_000,
+    lambda whole: _sealed([]),
+    lambda whole: _sealed(None),
+    _change(records=0),
+    _change(records=6),
+    _change(records="5"),
+    _change(records=5.0),
+    _change(records=True),
+    _change(records=-5),
+    _change(records=10**30),
+    _change(damage=7),
+    _change(damage=[[1]]),
+    _change(damage=[[0, 10**9, "x", None]]),
+    _change(damage=[[0, 1, 5, None]]),
+    _change(fingerprint="x"),
+    _change(size=None),
+    _offsets(lambda o: o[::-1]),
+    _offsets(lambda o: o + np.uint64(10)),
+    _offsets(lambda o: o * np.uint64(1 << 40)),
+    _offsets(lambda o: np.full(5, 12, np.uint64)),
+    _offsets(lambda o: o - np.uint64(13)),
+  ],
+)
+def test_a_broken_sidecar_is_replaced(tmp_path, builds, break_it):
   path = str(tmp_path / "a.tfrecord")
   _write(path)
   index.load_index(path)
-  sidecar = pathlib.Path(path + ".ovidx")
-  whole = sidecar.read_bytes()
-  broken = {
-    "flip": whole[:-1] + bytes([whole[-1] ^ 1]),
-    "cut": whole[:-5],
-    "format": whole.replace(b"index 1", b"index 0"),
-    "empty": b"",
-  }[damage]
-  sidecar.write_bytes(broken)
+  side = pathlib.Path(path + ".ovidx")
+  whole = side.read_bytes()
+  side.write_bytes(break_it(whole))
   assert len(index.load_index(path)) == 5
-  assert len(builds) == 2 and sidecar.read_bytes() == whole
+  assert len(builds) == 2 and side.read_bytes() == whole
+
+
+def test_every_flipped_bit_of_a_sidecar_is_noticed(tmp_path):
+  path = str(tmp_path / "a.tfrecord")
+  _write(path, count=2)
+  whole = sidecar.serialise(index.load_index(path))
+  for byte in range(len(whole)):
+    with pytest.raises(ValueError):
+      sidecar.parse(path, whole[:byte] + bytes([whole[byte] ^ 1]) + whole[byte + 1 :])
+
+
+def test_a_damaged_sidecar_is_logged(tmp_path, caplog):
+  path = str(tmp_path / "a.tfrecord")
+  _write(path)
+  index.load_index(path)
+  side = pathlib.Path(path + ".ovidx")
+  side.write_bytes(side.read_bytes().replace(b'"records": 5', b'"records": 0'))
+  index.load_index(path)
+  assert f"the index at {side} is damaged (checksum) and is built again" in caplog.text
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda p: os.symlink("nowhere", p)])
+def test_a_sidecar_that_is_no_file_is_passed_over(tmp_path, make):
+  path = str(tmp_path / "a.tfrecord")
+  _write(path)
+  make(path + ".ovidx")
+  assert len(index.load_index(path)) == 5
+
+
+@pytest.mark.parametrize(
+  "make, message",
+  [
+    (os.mkfifo, "is a pipe; expected a regular file"),
+    (os.mkdir, "is a directory; expected a regular file"),
+    (lambda p: os.symlink("/dev/zero", p), "is a device; expected a regular file"),
+    (lambda p: os.symlink("nowhere", p), "No such file"),
+  ],
+)
+def test_a_shard_that_is_no_file_is_named(tmp_path, make, message):
+  path = str(tmp_path / "a.tfrecord")
+  make(path)
+  with pytest.raises(OSError, match=message):
+    index.load_index(path)
+
+
+def test_names_that_are_no_utf8(tmp_path, monkeypatch):
+  path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.tfrecord")
+  _write(path)
+  write = fs.write_atomic
+  monkeypatch.setattr(
+    fs, "write_atomic", lambda p, d: _refuse(p) if p.startswith(path) else write(p, d)
+  )
+  assert len(index.load_index(path)) == 5  # stored in the cache, under a hash of the name
+  assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def _refuse(path):
+  raise PermissionError(path)
 
 
 def test_read_only_directory_uses_the_cache(tmp_path, builds, cache, monkeypatch):
@@ -88,12 +213,9 @@ def test_read_only_directory_uses_the_cache(tmp_path, builds, cache, monkeypatch
   _write(path)
   write = fs.write_atomic
 
-  def refuse(target, data):
-    if target.startswith(path):
-      raise PermissionError(target)
-    write(target, data)
-
-  monkeypatch.setattr(fs, "write_atomic", refuse)
+  monkeypatch.setattr(
+    fs, "write_atomic", lambda p, d: _refuse(p) if p.startswith(path) else write(p, d)
+  )
   index.load_index(path)
   index.load_index(path)
   assert len(builds) == 1 and len(list(cache.iterdir())) == 1
@@ -111,8 +233,8 @@ def test_damage_is_reported_and_the_rest_is_usable(tmp_path, caplog):
   os.truncate(cut, os.path.getsize(cut) - 7)
   indexes = index.load_indexes([good, flipped, cut])
   assert [len(i) for i in indexes] == [5, 4, 4]
-  assert indexes[1].damage == ((second, "data checksum"),)
-  assert indexes[2].damage[0][1] == "truncated record"
+  assert indexes[1].damage == ((second, len(data[1]), "data checksum", 1),)
+  assert indexes[2].damage[0].reason == "truncated record"
   assert f"{flipped}: damaged at byte {second}: data checksum" in caplog.text
   assert f"{cut}: 1 damaged, 4 usable records" in caplog.text
   assert index.load_index(flipped).damage == indexes[1].damage  # from the sidecar, too
@@ -141,10 +263,53 @@ def test_missing_shard(tmp_path):
     index.load_indexes([str(tmp_path / "absent.tfrecord")])
 
 
-def test_command_line(tmp_path, capsys):
-  _write(tmp_path / "train-0.tfrecord")
-  _write(tmp_path / "val-0.tfrecord")
-  index.main([str(tmp_path)])  # all splits
+def _command(*arguments):
+  env = {**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
+  command = [sys.executable, "-m", "ov_data.index", *arguments]
+  return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+
+
+def test_command(tmp_path):
+  _write(tmp_path / "d/train-0.tfrecord")
+  _write(tmp_path / "d/val-0.tfrecord")
+  done = _command(str(tmp_path / "d"))  # all splits
+  assert (done.returncode, done.stderr) == (0, "")
+  assert done.stdout == f"{tmp_path}/d: 10 records in 2 shards, 0 damaged\n"
+  assert (tmp_path / "d/train-0.tfrecord.ovidx").exists()
+
+
+def test_command_with_folders_of_splits(tmp_path, capsys):
+  for split in ("train", "val"):
+    _write(tmp_path / "d[1]" / split / "0.tfrecord")
+  assert command.main([str(tmp_path / "d[1]")]) == 0
   assert "10 records in 2 shards, 0 damaged" in capsys.readouterr().out
-  with pytest.raises(SystemExit, match="no shards at"):
-    index.main([str(tmp_path / "nowhere")])
+
+
+def test_command_reports_damage(tmp_path, capsys):
+  path = tmp_path / "d/train-00000-of-00001.tfrecord"
+  _write(path)
+  os.truncate(path, path.stat().st_size - 7)
+  assert command.main([str(tmp_path / "d")]) == 1
+  assert "4 records in 1 shards, 1 damaged" in capsys.readouterr().out
+  os.truncate(path, 0)
+  split = {"examples": 5, "shards": 1, "fingerprint": ""}
+  content = {"format": "ov_data dataset 1", "splits": {"train": split}}
+  (tmp_path / "d/dataset.json").write_text(json.dumps(content))
+  assert command.main([str(tmp_path / "d")]) == 1
+  assert "counts 5 records in split 'train', its shards hold 0" in capsys.readouterr().err
+
+
+def test_mistakes_of_the_command_take_one_line(tmp_path):
+  (tmp_path / "a.tar").write_bytes(b"")
+  os.mkfifo(tmp_path / "b.tfrecord")
+  os.mkdir(tmp_path / "empty")
+  paths = [tmp_path / name for name in ("nowhere", "a.tar", "b.tfrecord", "empty", "*.tfrecord")]
+  done = _command(*map(str, paths))
+  assert done.returncode == 2 and not done.stdout
+  lines = done.stderr.splitlines()
+  assert len(lines) == 5 and all(line.startswith("ov_data.index: error: ") for line in lines)
+  assert "no shards at" in lines[0] and "no such file or directory" in lines[0]
+  assert "is a tar file (a.tar)" in lines[1] and "convert" in lines[1]
+  assert "b.tfrecord is a pipe" in lines[2]
+  assert "no *.tfrecord* file in it" in lines[3]
+  assert _command().returncode == 2 and "usage" in _command().stderr

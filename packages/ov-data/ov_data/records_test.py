@@ -1,4 +1,7 @@
+import gzip
 import io
+import time
+import zlib
 
 import numpy as np
 import pytest
@@ -44,12 +47,83 @@ def test_flipped_data_byte_costs_one_record():
   assert entries[1].offset == 26 + 12
 
 
-def test_flipped_length_ends_the_scan():
-  _, shard = _shard([10, 20, 30])
+def _entries(shard):
+  return list(records.scan(io.BytesIO(bytes(shard))))
+
+
+def _sound(shard):
+  shard = bytes(shard)
+  return [shard[e.offset : e.offset + e.length] for e in _entries(shard) if e.damage is None]
+
+
+def test_damaged_length_costs_one_record():
+  data, shard = _shard([10, 20, 30])
   damaged = bytearray(shard)
   damaged[26] ^= 1
-  entries = list(records.scan(io.BytesIO(bytes(damaged))))
-  assert [e.damage for e in entries] == [None, "length checksum"]
+  entries = _entries(damaged)
+  assert [e.damage for e in entries] == [None, "length checksum", None]
+  assert (entries[1].offset, entries[1].length, entries[1].records) == (26, 36, None)
+  assert _sound(damaged) == [data[0], data[2]]
+
+
+@pytest.mark.parametrize("first, stop", [(26, 27), (0, 5), (300, 4500), (5000, 5001), (36, 90000)])
+def test_only_records_that_damage_touches_are_lost(first, stop):
+  data, shard = _shard([10, 0, 300, 5000, 70000, 3, 40])
+  ends = np.cumsum([len(d) + 16 for d in data])
+  damaged = bytearray(shard)
+  damaged[first:stop] = bytes(b ^ 0x55 for b in damaged[first:stop])
+  untouched = [d for d, end in zip(data, ends) if end <= first or end - len(d) - 16 >= stop]
+  assert _sound(damaged) == untouched
+  covered = [(e.offset, e.offset + e.length) for e in _entries(damaged) if e.damage]
+  assert all(start < len(shard) and end <= len(shard) for start, end in covered)
+
+
+@pytest.mark.parametrize("first, stop", [(30, 60), (38, 39), (70, 5400), (27, 28)])
+def test_records_after_missing_bytes_are_found(first, stop):
+  """Bytes were lost, so that the length of the damaged record reaches into its neighbours."""
+  data, shard = _shard([10, 40, 300, 5000, 30, 3])
+  ends = np.cumsum([len(d) + 16 for d in data])
+  untouched = [d for d, end in zip(data, ends) if end <= first or end - len(d) - 16 >= stop]
+  assert _sound(shard[:first] + shard[stop:]) == untouched
+
+
+def test_nothing_is_found_in_random_bytes_or_zeros():
+  noise = np.random.default_rng(1).bytes(3 << 20)
+  for shard in (noise, bytes(1 << 20), b"\xff" * 1000):
+    assert _sound(shard) == []
+    assert [e.damage for e in _entries(shard)] == ["length checksum"]
+
+
+@pytest.mark.parametrize("length", [0, 1 << 19, 1 << 29])
+def test_work_on_crafted_headers_is_bounded(length):
+  """Every 12 bytes claim to be the header of a record; a naive search takes quadratic time."""
+  header = records.frame(bytes(length))[:12] if length < 1 << 20 else None
+  if header is None:
+    packed = length.to_bytes(8, "little")
+    header = packed + records.masked_crc32c(packed).to_bytes(4, "little")
+  shard = b"\1" + header * (1 << 17)
+  start = time.process_time()
+  assert _sound(shard) == []
+  assert time.process_time() - start < 10  # 0.1 to 1 s; quadratic work takes minutes
+
+
+def test_many_damaged_stretches_are_bounded():
+  shard = (records.frame(b"x" * 30) + b"\1" * 12) * 30_000
+  start = time.process_time()
+  assert len(_sound(shard)) == 10_001  # the bound on searches; the rest is one stretch
+  assert time.process_time() - start < 20
+
+
+@pytest.mark.parametrize(
+  "head, reason",
+  [
+    (gzip.compress(b"x" * 99), "gzip-compressed shard"),
+    (zlib.compress(b"x" * 99), "zlib-compressed shard"),
+    (b"<html>404 Not Found</html>", "length checksum"),
+  ],
+)
+def test_other_content_is_named(head, reason):
+  assert [e.damage for e in _entries(head)] == [reason]
 
 
 @pytest.mark.parametrize("cut, reason", [(3, "truncated record"), (40, "truncated header")])

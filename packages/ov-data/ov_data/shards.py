@@ -9,20 +9,20 @@ import functools
 import hashlib
 import itertools
 import json
-import re
 import threading
 
-from ov_data import example, fs, records
+from ov_data import example, fs, manifest, records
 from ov_data.example import Feature, FeatureError
-from ov_data.index import Progress, ShardIndex, load_indexes
+from ov_data.index import Damage, Progress, ShardIndex, load_indexes
+from ov_data.manifest import TFDS_INFO
 from ov_data.record_source import Skip
+from ov_data.shard_names import find_shards, is_shard
 from ov_data.splits import Split
 
-_NUMBERED = re.compile(r"(?P<stem>.*?)[-.](?P<number>\d{5,})-of-(?P<count>\d{5,})(?P<rest>.*)")
-_IS_SHARD = re.compile(r".*\.tfrec(ord)?s?([-.].*)?")
-_NOT_SHARD = (".ovidx", ".part", ".json", ".txt", ".tmp")
+__all__ = ["TFDS_INFO", "Shards", "find_shards", "is_shard"]
+
 _OPEN_FILES = 256
-TFDS_INFO = "dataset_info.json"  # in every directory of TensorFlow Datasets
+_COMPRESSED = ("gzip-compressed shard", "zlib-compressed shard")
 
 
 class Shards:
@@ -36,7 +36,9 @@ class Shards:
       and the last `cached_runs` runs are kept.
 
   Raises:
-    ValueError: no shards, missing shards, an unknown split, or not one usable record.
+    ValueError: no shards, missing shards, an unknown split, not one usable record, or other numbers
+      of records than in the manifest of the shards, see `ov_data.manifest`.
+    OSError: a shard is no regular file, or cannot be read.
   """
 
   def __init__(
@@ -47,17 +49,16 @@ class Shards:
     run: int = 1,
     cached_runs: int = 64,
   ):
-    if len(paths) == 1 and fs.exists(fs.join(paths[0], TFDS_INFO)):
+    for path in paths:
+      fs.check_name(path)
+    if len(paths) == 1 and manifest.is_tfds(paths[0]):
       indexes = _open_tfds(paths[0], split.name, progress)
     else:
       shards = [shard for path in paths for shard in find_shards(path, split.name)]
       indexes = load_indexes(shards, progress)
-    if not any(map(len, indexes)):
-      damage = [f"{i.path} at byte {at}: {why}" for i in indexes for at, why in i.damage]
-      raise ValueError(
-        f"no usable record in the {len(indexes)} shard(s) of {', '.join(paths)}; "
-        + (f"first damage: {damage[0]}" if damage else "they are empty")
-      )
+    lost = manifest.check_counts(indexes)
+    _check_usable(indexes, paths)
+    self._skips = [skip for index in indexes for skip in _skips(index, lost.get(index.path, 0))]
     self.indexes = _cut(indexes, split) if split.slices else indexes
     self._firsts = list(itertools.accumulate(map(len, self.indexes), initial=0))
     self._reader = functools.lru_cache(_OPEN_FILES)(fs.Reader)
@@ -73,9 +74,9 @@ class Shards:
     return None
 
   @property
-  def skips(self) -> list[Skip]:
-    """The damaged stretches of the shards."""
-    return [Skip(f"{i.path} at byte {at}", why) for i in self.indexes for at, why in i.damage]
+  def skips(self) -> Sequence[Skip]:
+    """The records that are damaged, over all opened shards."""
+    return self._skips
 
   @functools.cached_property
   def fingerprint(self) -> str:
@@ -134,45 +135,55 @@ class Shards:
     return framed
 
 
-def find_shards(path: str, split: str | None = None) -> list[str]:
-  """The shards that a path (and the name of a split) means, sorted.
+def _check_usable(indexes: Sequence[ShardIndex], paths: Sequence[str]) -> None:
+  """Raise ValueError where shards are compressed, or hold no record that can be used."""
+  compressed = [i.path for i in indexes if i.damage and i.damage[0].reason in _COMPRESSED]
+  if any(map(len, indexes)) and not compressed:
+    return
+  damage = [(index, item) for index in indexes for item in index.damage]
+  problem = f"no usable record in the {len(indexes)} shard(s) of {', '.join(paths)}"
+  if not damage:
+    raise ValueError(f"{problem}; they are empty. Copy or write them again")
+  index, first = next((pair for pair in damage if pair[0].path in compressed), damage[0])
+  where = f"{index.path} at byte {first.offset}: {first.reason}"
+  if compressed:
+    if any(map(len, indexes)):
+      problem = f"{len(compressed)} of {len(indexes)} shards cannot be read"
+    raise ValueError(
+      f"{problem}; first damage: {where}. Uncompress the shards (gunzip, zlib-flate -uncompress)"
+    )
+  raise ValueError(
+    f"{problem}; first damage: {where}. Are they TFRecord files? Copy or write them again"
+  )
 
-  Raises:
-    ValueError: nothing there, some of the shards missing, or several splits and none chosen.
+
+def _skips(index: ShardIndex, lost: int) -> list[Skip]:
+  """Return one `Skip` for each damaged record of a shard.
+
+  Args:
+    index: of the shard.
+    lost: number of its records that are damaged, if a manifest tells; stretches of damage with an
+      unknown number of records share those that are left, the longest has the rest.
   """
-  whole = True
-  if "*" in path or "?" in path:
-    whole = False
-    shards = [p for p in fs.glob(path) if is_shard(p)]
-    hint = "no file matches"
-  elif match := re.fullmatch(r"(.+)@(\d*)", path):
-    shards = _sharded_name(match[1], match[2])
-    hint = f"no file is named {match[1]}-?????-of-{match[2].zfill(5) if match[2] else '?????'}"
-  elif fs.is_dir(path):
-    inside = fs.listdir(path)
-    if split in inside:
-      return find_shards(fs.join(path, split))
-    names = [name for name in inside if is_shard(name)]
-    shards = [fs.join(path, name) for name in names if _in_split(name, split)]
-    if not split and len(splits := sorted({_stem(name) for name in names})) > 1:
-      raise ValueError(
-        f"{path} holds several splits ({', '.join(splits)}); choose one with split=..., "
-        "or name the shards with a glob"
-      )
-    hint = f"no *.tfrecord* file of split {split!r} in it" if split else "no *.tfrecord* file in it"
-  else:
-    whole = False
-    shards = [path] if fs.exists(path) else []
-    hint = "no such file or directory"
-  if not shards:
-    raise ValueError(f"no shards at {path}: {hint}")
-  if whole:
-    _check_complete(shards)
-  return shards
+  counts = [item.records or 1 for item in index.damage]
+  unknown = [number for number, item in enumerate(index.damage) if item.records is None]
+  if unknown and lost > sum(counts):
+    longest = max(unknown, key=lambda number: index.damage[number].length)
+    counts[longest] += lost - sum(counts)
+  return [
+    Skip(f"{index.path} at byte {item.offset}", item.reason, _detail(item, count))
+    for item, count in zip(index.damage, counts)
+    for _ in range(count)
+  ]
+
+
+def _detail(damage: Damage, count: int) -> str:
+  records_text = "1 record" if count == 1 else f"{count} records"
+  return f"{records_text} in bytes {damage.offset} to {damage.offset + damage.length}"
 
 
 def _open_tfds(path: str, split: str | None, progress: Progress | None) -> list[ShardIndex]:
-  """A directory of TensorFlow Datasets: its own table says which records make a split."""
+  """Open a directory of TensorFlow Datasets: its own table says which records make a split."""
   try:
     import tensorflow_datasets as tfds
   except ImportError as error:
@@ -180,7 +191,20 @@ def _open_tfds(path: str, split: str | None, progress: Progress | None) -> list[
       f"{path} is a TensorFlow Datasets directory, and that library is missing ({error}); "
       "pip install 'ov-data[tensorflow]', or name its shards with a glob"
     ) from None
-  splits = tfds.builder_from_directory(path).info.splits
+  try:
+    info = tfds.builder_from_directory(path).info
+    splits, file_format = info.splits, getattr(info.file_format, "value", "tfrecord")
+  except Exception as error:  # of protobuf, etils and TensorFlow, none of them a ValueError
+    reason = " ".join(str(error).split())[:200]
+    raise ValueError(
+      f"{path} cannot be opened as a TensorFlow Datasets directory ({type(error).__name__}: "
+      f"{reason}); copy {TFDS_INFO} and features.json again, or name its shards with a glob"
+    ) from error
+  if file_format != "tfrecord":
+    raise ValueError(
+      f"{path} holds {file_format} files; expected TFRecord. Write the data set with "
+      "file_format='tfrecord'"
+    )
   if split is None and len(splits) == 1:
     split = next(iter(splits))
   if split not in splits:
@@ -200,40 +224,6 @@ def _cut(indexes: Sequence[ShardIndex], split: Split) -> list[ShardIndex]:
     )
     first += len(index)
   return [part for part in parts if len(part)]
-
-
-def is_shard(name: str) -> bool:
-  """Whether a file of that name is a shard."""
-  return bool(_IS_SHARD.fullmatch(fs.basename(name))) and not name.endswith(_NOT_SHARD)
-
-
-def _stem(name: str) -> str:
-  match = _NUMBERED.fullmatch(name)
-  return match["stem"] if match else name.partition(".tfrec")[0].rstrip("-0123456789")
-
-
-def _in_split(name: str, split: str | None) -> bool:
-  return not split or name.startswith((split + "-", split + "."))
-
-
-def _sharded_name(stem: str, count: str) -> list[str]:
-  count = count.zfill(5) if count else "?????"
-  return [p for p in fs.glob(f"{stem}-?????-of-{count}*") if not p.endswith(_NOT_SHARD)]
-
-
-def _check_complete(shards: Sequence[str]) -> None:
-  """Every family a-00000-of-00004, a-00001-of-00004 ... must be whole."""
-  families: dict[tuple[str, int, str], set[int]] = {}
-  for shard in shards:
-    if match := _NUMBERED.fullmatch(shard):
-      family = (match["stem"], int(match["count"]), match["rest"])
-      families.setdefault(family, set()).add(int(match["number"]))
-  for (stem, count, _), numbers in families.items():
-    if missing := sorted(set(range(count)) - numbers):
-      raise ValueError(
-        f"{stem}: {len(missing)} of {count} shards are missing (number {missing[0]} is the first); "
-        "complete the copy, or name the shards to use with a glob"
-      )
 
 
 class _Cache:

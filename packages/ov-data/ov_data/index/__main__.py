@@ -1,0 +1,63 @@
+"""Build the indexes of shards ahead of a run, and verify every checksum on the way.
+
+    python -m ov_data.index DIR_OR_GLOB...
+
+Exit codes: 0 all records are sound; 1 some are damaged or missing; 2 the shards cannot be opened.
+"""
+
+from collections.abc import Sequence
+import io
+import logging
+import sys
+
+from ov_data import fs, manifest, shard_names
+from ov_data.index.build import load_indexes
+
+SOUND, DAMAGED, MISTAKE = 0, 1, 2
+
+
+def main(arguments: Sequence[str]) -> int:
+  """Index every folder, shard or glob in `arguments`; return the exit code."""
+  if not arguments or set(arguments) & {"-h", "--help"}:
+    print("usage: python -m ov_data.index DIR_OR_GLOB...", file=sys.stderr)
+    return SOUND if arguments else MISTAKE
+  code = SOUND
+  for argument in arguments:
+    try:
+      code = max(code, _index(argument))
+    except (ValueError, OSError, ImportError) as error:
+      print(f"ov_data.index: error: {fs.printable(' '.join(str(error).split()))}", file=sys.stderr)
+      code = MISTAKE
+  return code
+
+
+def _index(argument: str) -> int:
+  def show(done: int, total: int) -> None:
+    if sys.stderr.isatty():
+      print(f"\r{done / 1e9:.2f} of {total / 1e9:.2f} GB", end="", file=sys.stderr)
+
+  indexes = load_indexes(shard_names.find_all(argument), show)
+  damage = sum(len(index.damage) for index in indexes)
+  if sys.stderr.isatty():
+    print(file=sys.stderr)
+  print(
+    f"{fs.printable(argument)}: {sum(map(len, indexes))} records in {len(indexes)} shards, "
+    f"{damage} damaged"
+  )
+  try:
+    manifest.check_counts(indexes)
+  except ValueError as error:
+    print(f"ov_data.index: {fs.printable(str(error))}", file=sys.stderr)
+    return DAMAGED
+  return DAMAGED if damage else SOUND
+
+
+if __name__ == "__main__":
+  for stream in (sys.stdout, sys.stderr):
+    if isinstance(stream, io.TextIOWrapper):
+      stream.reconfigure(errors="backslashreplace")
+  logging.basicConfig(format="%(message)s")
+  try:
+    sys.exit(main(sys.argv[1:]))
+  except KeyboardInterrupt:
+    sys.exit(130)

@@ -1,0 +1,209 @@
+"""How many records a data set should have, from its manifest, and whether its shards hold them.
+
+A folder of shards may have `dataset.json` (of `ov_data.writer`) or `dataset_info.json` (of
+TensorFlow Datasets). Both count the records. Shards that arrived empty, or were cut between two
+records, have no other sign of what is missing.
+"""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import json
+from typing import Any
+
+from ov_data import fs
+from ov_data.index import ShardIndex
+from ov_data.shard_names import NUMBERED
+
+FORMAT = "ov_data dataset 1"
+MANIFEST = "dataset.json"
+TFDS_INFO = "dataset_info.json"  # in every directory of TensorFlow Datasets
+
+_MOST_BYTES = 256 << 20
+_SHOWN = 4  # shards in a message
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardSet:
+  """Shards NAME-00000-of-00004, NAME-00001-of-00004 ... of one split.
+
+  Attributes:
+    manifest: the file that counts them.
+    split: its name.
+    total: records in all shards.
+    records: those of each shard; None where the manifest knows only the total.
+    sizes: bytes of each shard, if known.
+  """
+
+  manifest: str
+  split: str
+  total: int
+  records: tuple[int, ...] | None
+  sizes: tuple[int, ...] | None
+
+
+# (stem, number of shards, ending) of file names -> what the manifest says
+_Sets = dict[tuple[str, int, str], ShardSet]
+
+
+def read_json(path: str) -> Any:
+  """Return the content of a JSON file.
+
+  Raises:
+    FileNotFoundError: there is no regular file of that name.
+    ValueError: it is no JSON that can be parsed.
+    OSError: it cannot be read.
+  """
+  try:
+    return json.loads(fs.read_regular(path, _MOST_BYTES))
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f"{path} is damaged ({type(error).__name__}: {error})") from None
+
+
+def is_tfds(folder: str) -> bool:
+  """Return whether a folder was written by TensorFlow Datasets."""
+  return _tfds_info(folder) is not None
+
+
+def check_counts(indexes: Sequence[ShardIndex]) -> dict[str, int]:
+  """Compare the records of shards with the manifests in their folders.
+
+  A record that the index knows to be damaged counts as one that is there.
+
+  Args:
+    indexes: of shards, from any folders; those without a manifest are not compared.
+
+  Returns:
+    The number of records lost to damage, by the paths of damaged shards that a manifest counts.
+
+  Raises:
+    ValueError: records are missing, or there are more than the manifest says; names the shards.
+  """
+  folders: dict[str, list[ShardIndex]] = {}
+  for index in {index.path: index for index in indexes}.values():
+    folders.setdefault(index.path[: -len(fs.basename(index.path))] or "./", []).append(index)
+  lost: dict[str, int] = {}
+  for folder, inside in folders.items():
+    sets = {**_tfds_sets(folder), **_own_sets(folder)}
+    opened: dict[tuple[str, int, str], dict[int, ShardIndex]] = {}
+    for index in inside if sets else ():
+      if match := NUMBERED.fullmatch(fs.basename(index.path)):
+        key = (match["stem"], int(match["count"]), match["rest"])
+        opened.setdefault(key, {})[int(match["number"])] = index
+    for key in opened.keys() & sets.keys():
+      lost |= _compare(sets[key], key[1], opened[key])
+  return lost
+
+
+def _compare(known: ShardSet, count: int, opened: Mapping[int, ShardIndex]) -> dict[str, int]:
+  if known.records is None:
+    if len(opened) < count:
+      return {}
+    difference = known.total - sum(map(len, opened.values()))
+    if _is_explained(difference, list(opened.values())):
+      damaged = [index.path for index in opened.values() if index.damage]
+      return {damaged[0]: difference} if len(damaged) == 1 else {}
+    fewest = sorted(opened.values(), key=len)[:_SHOWN]
+    problems = [f"{fs.basename(index.path)} holds {len(index)}" for index in fewest]
+    expected = f"{known.total} records in split {known.split!r}, its shards hold "
+    expected += f"{known.total - difference}; those with the fewest are "
+  else:
+    lost, problems = {}, []
+    for number, index in sorted(opened.items()):
+      difference = known.records[number] - len(index)
+      torn = known.sizes is not None and index.size != known.sizes[number]
+      if not _is_explained(difference, [index], torn):
+        found = "is empty" if not index.size else f"holds {len(index)}"
+        problems.append(f"{fs.basename(index.path)} {found} of {known.records[number]}")
+      elif index.damage:
+        lost[index.path] = difference
+    if not problems:
+      return lost
+    expected = f"other numbers of records in {len(problems)} shard(s) of split {known.split!r}: "
+  more = ", ..." if len(problems) > _SHOWN else ""
+  raise ValueError(
+    f"{known.manifest} counts {expected}{', '.join(problems[:_SHOWN])}{more}. Copy these shards "
+    f"again or write the data set anew; without {fs.basename(known.manifest)} the shards are read "
+    "as they are"
+  )
+
+
+def _is_explained(difference: int, indexes: Sequence[ShardIndex], torn: bool = False) -> bool:
+  """Return whether damage that is known explains why so many records are not there.
+
+  Args:
+    difference: records in the manifest less usable records.
+    indexes: of the shards compared.
+    torn: whether bytes of them are missing.
+  """
+  damage = [damage for index in indexes for damage in index.damage]
+  certain = sum(item.records or 1 for item in damage)
+  open_ended = any(item.records is None for item in damage) and not torn
+  return difference >= 0 and (difference <= certain or open_ended)
+
+
+def _own_sets(folder: str) -> _Sets:
+  """Return what `dataset.json` counts; nothing if another program wrote that file."""
+  path = fs.join(folder, MANIFEST)
+  try:
+    content = read_json(path)
+    own = isinstance(content, dict) and str(content.get("format")).startswith("ov_data dataset")
+    return dict(_own_set(path, *item) for item in content["splits"].items()) if own else {}
+  except FileNotFoundError:
+    return {}
+  except (ValueError, LookupError, TypeError, AttributeError) as error:
+    reason = str(error) if str(path) in str(error) else f"{path} is damaged ({error})"
+    raise ValueError(
+      f"{reason}; copy it again, or remove it to read the shards without comparing their counts"
+    ) from None
+
+
+def _own_set(path: str, split: str, facts: Any) -> tuple[tuple[str, int, str], ShardSet]:
+  shards, total = _natural(facts["shards"]), _natural(facts["examples"])
+  records, sizes = (
+    None if facts.get(name) is None else tuple(map(_natural, facts[name]))
+    for name in ("records", "bytes")
+  )
+  if any(values is not None and len(values) != shards for values in (records, sizes)):
+    raise ValueError(f"split {split!r} has {shards} shards and other numbers of counts")
+  if records is not None and sum(records) != total:
+    raise ValueError(f"split {split!r} has {total} examples and {sum(records)} in its shards")
+  return (split, shards, ".tfrecord"), ShardSet(path, split, total, records, sizes)
+
+
+def _tfds_sets(folder: str) -> _Sets:
+  """Return what `dataset_info.json` of TensorFlow Datasets counts, for its usual file names."""
+  info = _tfds_info(folder)
+  sets: _Sets = {}
+  if info is None:
+    return sets
+  for split in info["splits"]:
+    try:
+      name, lengths = split["name"], tuple(int(n) for n in split["shardLengths"])
+      template = split.get("filepathTemplate") or "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+      stem = template.removesuffix("-{SHARD_X_OF_Y}")
+      for key, value in (("DATASET", info["name"]), ("SPLIT", name), ("FILEFORMAT", "tfrecord")):
+        stem = stem.replace(f"{{{key}}}", value)
+    except (LookupError, TypeError, ValueError, AttributeError):
+      continue  # TensorFlow Datasets itself reports what is wrong there
+    path = fs.join(folder, TFDS_INFO)
+    sets[stem, len(lengths), ""] = ShardSet(path, name, sum(lengths), lengths, None)
+  return sets
+
+
+def _tfds_info(folder: str) -> dict[str, Any] | None:
+  """Return the content of `dataset_info.json`; None if there is none of TensorFlow Datasets."""
+  try:
+    info = read_json(fs.join(folder, TFDS_INFO))
+  except FileNotFoundError:
+    return None
+  # Hugging Face writes a file of that name too, with a dict of splits, or with the features.
+  if not isinstance(info, dict) or "features" in info:
+    return None
+  splits = info.setdefault("splits", [])
+  return info if isinstance(splits, list) else None
+
+
+def _natural(value: Any) -> int:
+  if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+    raise TypeError(f"{value!r:.40} is no number of records")
+  return value
