@@ -7,6 +7,7 @@ The same command goes on where a stopped run ended. `--check` says what a run wo
 `--compile` compiles its train steps ahead.
 """
 
+import functools
 from typing import TYPE_CHECKING
 
 from absl import flags
@@ -19,9 +20,11 @@ if TYPE_CHECKING:
 
 flags.adopt_module_key_flags(launch)  # --help lists them
 
+_BASE = "caption_config"  # of apps/configs/base.py
+
 
 def main() -> None:
-  launch.launch(_app, "caption_config", "apps/configs/caption_demo.py or openvision2.py")
+  launch.launch(_app, _BASE, "apps/configs/caption_demo.py or openvision2.py")
 
 
 def _app() -> "App":
@@ -33,4 +36,4 @@ def _app() -> "App":
 
 
 if __name__ == "__main__":
-  run_app(main)
+  run_app(main, explain=functools.partial(launch.explain_flags, _BASE))

@@ -9,6 +9,7 @@ The same command goes on where a stopped run ended. `--check` says what a run wo
 checkpoint.
 """
 
+import functools
 from typing import TYPE_CHECKING
 
 from absl import flags
@@ -21,9 +22,11 @@ if TYPE_CHECKING:
 
 flags.adopt_module_key_flags(launch)  # --help lists them
 
+_BASE = "clip_config"  # of apps/configs/base.py
+
 
 def main() -> None:
-  launch.launch(_app, "clip_config", "apps/configs/clip_demo.py or openvision.py")
+  launch.launch(_app, _BASE, "apps/configs/clip_demo.py or openvision.py")
 
 
 def _app() -> "App":
@@ -35,4 +38,4 @@ def _app() -> "App":
 
 
 if __name__ == "__main__":
-  run_app(main)
+  run_app(main, explain=functools.partial(launch.explain_flags, _BASE))

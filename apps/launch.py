@@ -1,6 +1,9 @@
 """What the main of every training app does: flags, devices, demo data, then check or run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+import itertools
+from pathlib import Path
+import re
 import sys
 from typing import TYPE_CHECKING
 
@@ -8,6 +11,8 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from apps.configs import base as configs_base
+from apps.configs import published
+from apps.trainer.config import leaves, nearest_leaf
 from apps.trainer.errors import UserError, user_errors
 
 if TYPE_CHECKING:
@@ -19,6 +24,9 @@ _COMPILE = flags.DEFINE_bool(
   "compile", False, "Compile the train step of every stage for the cache, and stop."
 )
 _CHECK = flags.DEFINE_bool("check", False, "Resolve everything, read one batch, and stop.")
+
+# Sections that hold fields of another library's config, by name.
+_FREE = ("model.encoder_options.", "model.text_options.", "model.decoder_options.")
 
 
 def launch(make_app: Callable[[], "App"], base: str, recipes: str) -> None:
@@ -38,9 +46,12 @@ def launch(make_app: Callable[[], "App"], base: str, recipes: str) -> None:
   if config is None or not _WORKDIR.value:
     raise UserError("give --config=apps/configs/NAME.py and --workdir=DIRECTORY")
   with user_errors():
+    if missing := _missing_file(sys.argv[1:]):
+      raise ValueError(missing)
     config.lock()  # where the file could not be loaded, this says so
-  with user_errors():
     _check_kind(config, base, recipes)
+    if problems := _unknown_settings(leaves(config), base):
+      raise ValueError(f"the configuration file: {problems[0]}")
   # Heavy imports wait until the flags are known to be right.
   import jax
 
@@ -67,6 +78,68 @@ def launch(make_app: Callable[[], "App"], base: str, recipes: str) -> None:
       code = run_training(config, workdir, app, terminal, hosts)
   if code:
     sys.exit(code)
+
+
+def explain_flags(base: str, argv: Sequence[str]) -> str | None:
+  """Say what is wrong with the names of flags, and what the names of the published code are here.
+
+  Args:
+    base: as of `launch`.
+    argv: the command line.
+
+  Returns:
+    One line; None where every name is known.
+  """
+  if missing := _missing_file(argv):
+    return missing
+  settings: dict[str, str] = {}
+  for arg, following in itertools.zip_longest(argv, argv[1:], fillvalue="--"):
+    if match := re.fullmatch(r"--?(?:no)?config\.([^=]+)(?:=(.*))?", arg, re.DOTALL):
+      value = match[2] if match[2] is not None or following.startswith("-") else following
+      settings[match[1]] = value or ""
+  problems = _unknown_settings(settings, base, values=settings)
+  flags_of = {row.name: row for row in published.FLAGS}
+  for arg in argv:
+    name = re.sub("^--?(no)?", "--", arg).partition("=")[0]
+    if name in flags_of:
+      problems.append(f"{name} of the published code is not needed here: {flags_of[name].note}")
+  return "; ".join(problems) or None
+
+
+def _missing_file(argv: Sequence[str]) -> str | None:
+  """A message where the file of --config is not there."""
+  for arg in argv:
+    if match := re.fullmatch(r"--?config=([^:]+)(:.*)?", arg, re.DOTALL):
+      path = Path(match[1]).expanduser()
+      if not path.is_file():
+        here = Path(__file__).parent / "configs" / path.name
+        hint = (
+          f"did you mean --config=apps/configs/{path.name}?"
+          if here.is_file()
+          else ("recipes are in apps/configs")
+        )
+        return f"--config={match[1]}: there is no such file; {hint}"
+  return None
+
+
+def _unknown_settings(
+  names: Iterable[str], base: str, values: dict[str, str] | None = None
+) -> list[str]:
+  """One message for each of the names that is no setting of the app."""
+  known = list(leaves(getattr(configs_base, base)()))
+  problems = []
+  for name in names:
+    if name in known or any(name.startswith(part) for part in _FREE):
+      continue
+    value = (values or {}).get(name)
+    said = published.explain_setting(name, value, caption=base == "caption_config")
+    if said is None:
+      near = nearest_leaf(name, known)
+      said = f"--config.{name}: there is no such setting; " + (
+        f"did you mean --config.{near}?" if near else "apps/configs/base.py lists all"
+      )
+    problems.append(said)
+  return problems
 
 
 def _check_kind(config: ConfigDict, base: str, recipes: str) -> None:

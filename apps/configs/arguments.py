@@ -1,8 +1,8 @@
 """The argument string of a config file: `--config=path.py:key=value,key=value`.
 
-The grammar is the one OpenVision users know: comma-separated `key=value`, a bare key is True,
-and a single token that is no key is the value of the first declared key. Values take the type of
-the default. A key may have older spellings; these still work and say what the current name is.
+The grammar is that of the published code: comma-separated `key=value`, a bare key is True, and a
+single token that is no key is the value of the first declared key. Values take the type of the
+default and hold no comma. A key may have other spellings; these work and log the current name.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-_TRUE, _FALSE = ("true", "1", ""), ("false", "0")
+# "" is false in the published code, too: `runlocal=` is the empty value of a shell variable.
+_BOOLS = {"true": True, "false": False, "": False}
 
 
 def parse_arguments(
@@ -21,31 +22,38 @@ def parse_arguments(
   *,
   aliases: Mapping[str, str] | None = None,
   ignored: Mapping[str, str] | None = None,
+  refused: Mapping[str, str] | None = None,
+  values: Mapping[str, Mapping[str, str]] | None = None,
 ) -> ConfigDict:
-  """Parses the text after the colon of `--config=file.py:text`.
+  """Parse the text after the colon of `--config=file.py:text`.
 
   Args:
     text: the argument string; None or "" gives the defaults.
     defaults: key -> default value; the type of the default decides how a value is read.
     aliases: older spelling -> current key.
-    ignored: key -> why it no longer does anything; accepted with a warning.
+    ignored: key -> why it does nothing; accepted with a warning.
+    refused: key of another recipe -> what to do instead, for the error message.
+    values: key -> {older value: current one}.
 
   Returns:
     A ConfigDict with exactly the keys of `defaults`.
 
   Raises:
-    ValueError: unknown key, or a value that cannot be read as the type of its default.
+    ValueError: a key that is unknown or of another recipe, or a value that cannot be read as the
+      type of its default.
   """
-  aliases, ignored = aliases or {}, ignored or {}
-  values = dict(defaults)
+  aliases, ignored, refused = aliases or {}, ignored or {}, refused or {}
+  result = dict(defaults)
   parts = [part.strip() for part in (text or "").split(",") if part.strip()]
   first = next(iter(defaults))
-  known = set(defaults) | set(aliases) | set(ignored)
+  known = {*defaults, *aliases, *ignored, *refused}
   if len(parts) == 1 and "=" not in parts[0] and parts[0] not in known:
     parts = [f"{first}={parts[0]}"]
   for part in parts:
     key, _, value = part.partition("=")
     key = key.strip()
+    if key in refused:
+      raise ValueError(f"config argument {key!r} is not one of this recipe: {refused[key]}")
     if key in ignored:
       logging.warning("config argument %r has no effect: %s", key, ignored[key])
       continue
@@ -53,21 +61,52 @@ def parse_arguments(
       logging.warning("config argument %r is now called %r", key, aliases[key])
       key = aliases[key]
     if key not in defaults:
-      near = difflib.get_close_matches(key, known, n=1)
+      near = difflib.get_close_matches(key, known - set(refused), n=1)
       hint = f"did you mean {near[0]!r}? " if near else ""
+      if not hint and "=" not in part:
+        hint = "a value holds no comma (several names are joined with +); "
       raise ValueError(f"unknown config argument {key!r}; {hint}known: {', '.join(defaults)}")
-    values[key] = _read(key, value.strip(), defaults[key], bare="=" not in part)
-  return ConfigDict(values)
+    value = value.strip()
+    if (current := (values or {}).get(key, {}).get(value)) is not None:
+      logging.warning("config argument %s=%s is now called %s=%s", key, value, key, current)
+      value = current
+    result[key] = _read(key, value, defaults[key], bare="=" not in part)
+  return ConfigDict(result)
+
+
+def check_published(a: ConfigDict) -> None:
+  """Check the arguments whose values mean something else in the published code.
+
+  Args:
+    a: arguments of a recipe.
+
+  Raises:
+    ValueError: a value that has no counterpart here; says what to do.
+  """
+  if a.get("use_openclip_tokenizer"):
+    raise ValueError(
+      "config argument use_openclip_tokenizer=true: no tokenizer of open_clip is built in; give "
+      "the tokenizer.json of one as vocab_path"
+    )
+  if not a.get("img_head", True):
+    raise ValueError(
+      "config argument img_head=false: the image tower always has its head; leave it out, or train "
+      "without a text tower with loss=cappa"
+    )
+  if a.init.lower() in ("true", "false"):
+    raise ValueError(
+      f"config argument init={a.init}: expected a path, such as init=/runs/a; init= for none"
+    )
 
 
 def _read(key: str, value: str, default: Any, *, bare: bool) -> Any:
-  """Reads `value` as the type of `default`."""
+  """Read `value` as the type of `default`."""
   kind = type(default)
   if kind is bool:
-    if bare or value.lower() in _TRUE:
+    if bare:
       return True
-    if value.lower() in _FALSE:
-      return False
+    if value.lower() in _BOOLS:
+      return _BOOLS[value.lower()]
     raise ValueError(f"config argument {key}={value!r}: expected true or false")
   if bare:
     raise ValueError(f"config argument {key!r} needs a value: {key}=<{kind.__name__}>")

@@ -16,6 +16,21 @@ def test_values_take_the_type_of_their_default():
   assert isinstance(got.lr, float)
 
 
+@pytest.mark.parametrize(
+  ("text", "expected"),
+  [
+    ("local", True),
+    ("local,res=84", True),
+    ("local=TRUE", True),
+    ("local=False", False),
+    ("local=", False),  # an empty shell variable
+    ("res=84,local=true,local=false", False),  # the last one counts
+  ],
+)
+def test_booleans(text, expected):
+  assert parse_arguments(text, DEFAULTS).local is expected
+
+
 def test_a_lone_value_is_that_of_the_first_key():
   assert parse_arguments("224", DEFAULTS).res == 224
 
@@ -30,6 +45,8 @@ def test_only_the_first_equals_sign_splits():
     ("rez=224", "did you mean 'res'"),
     ("res=big", "expected int, such as 112"),
     ("jitter=maybe", "expected true or false"),
+    ("jitter=1", "expected true or false"),
+    ("img=a,b/16", "unknown config argument 'b/16'; a value holds no comma"),
     ("res,img=B/16", "'res' needs a value"),
   ],
 )
@@ -45,3 +62,10 @@ def test_older_names_work_with_a_hint(caplog):
   assert got.res == 84
   assert "'resolution' is now called 'res'" in caplog.text
   assert "it never did" in caplog.text
+  got = parse_arguments("img=old", DEFAULTS, values={"img": {"old": "L/14"}})
+  assert got.img == "L/14" and "img=old is now called img=L/14" in caplog.text
+
+
+def test_keys_of_another_recipe_have_a_remedy():
+  with pytest.raises(ValueError, match="'txt' is not one of this recipe: give img"):
+    parse_arguments("txt=a", DEFAULTS, refused={"txt": "give img"})

@@ -49,13 +49,16 @@ def _shared() -> dict:
       "dir": "",  # another place than workdir/checkpoints, such as gs://bucket/run
     },
     "init_from": {
-      "path": "",  # workdir or checkpoint of another run, whose params start this one
+      # Workdir or checkpoint of another run or of the published code, whose params start this one.
+      "path": "",
       "step": placeholder(int),  # None: its newest checkpoint
       "part": "params",  # or "ema"
       "include": (),  # regular expressions on parameter paths; () takes all
       "exclude": (),
+      "patch_resize": "pseudoinverse",  # of patch kernels of another size; or "bilinear"
       "more": (),  # then from other runs, e.g. {"path": ..., "include": ("^text/",)}
     },
+    "ft_from": "",  # the published name of init_from.path
     "hosts": {
       "slow_after": 60,  # seconds that a process may hold the others back before it is named
       "gone_after": 30,  # seconds without a sign of life of a process until the others end

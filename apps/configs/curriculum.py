@@ -23,6 +23,15 @@ STAGES = (
 
 _LOCAL_BATCH = 8  # of a trial; the published ones need a pod
 _OF_STAGE = ("res", "img", "batch_size", *STAGES[0])  # arguments of a recipe that stages set
+_PER_STAGE = "the stages set it; {}, or train one stage with openvision.py or openvision2.py"
+_REFUSED = {
+  **dict.fromkeys(
+    ("imagenet_epoch", "virtual_warmup_epoch", "vitual_warmup_epoch"),
+    _PER_STAGE.format("epochs_scale is a factor on all of them"),
+  ),
+  "base_lr": _PER_STAGE.format("it follows batch_scale"),
+  "img": "give model=NAME to openvision_curriculum.py or openvision2_curriculum.py",
+}
 
 
 class Family(NamedTuple):
@@ -31,7 +40,7 @@ class Family(NamedTuple):
   Attributes:
     resolve: arguments of the recipe -> configuration of one stage.
     defaults: of those arguments.
-    aliases, ignored: see `parse_arguments`.
+    aliases, ignored, refused, values: see `parse_arguments`.
     towers: arguments that name a tower of the encoder's size.
     models: encoder with patch -> pixels of its stages.
   """
@@ -40,6 +49,8 @@ class Family(NamedTuple):
   defaults: Mapping[str, Any]
   aliases: Mapping[str, str]
   ignored: Mapping[str, str]
+  refused: Mapping[str, str]
+  values: Mapping[str, Mapping[str, str]]
   towers: tuple[str, ...]
   models: Mapping[str, tuple[int, ...]]
 
@@ -63,7 +74,14 @@ def make_curriculum(family: Family, arg: str | None, model: str = "") -> ConfigD
   }
   shared = {key: value for key, value in family.defaults.items() if key not in _OF_STAGE}
   shared |= dict.fromkeys(family.towers, "")  # "": of the encoder's size
-  a = parse_arguments(arg, own | shared, aliases=family.aliases, ignored=family.ignored)
+  a = parse_arguments(
+    arg,
+    own | shared,
+    aliases={old: new for old, new in family.aliases.items() if new in shared},
+    ignored=family.ignored,
+    refused={**_REFUSED, **family.refused},
+    values=family.values,
+  )
   name = model or a.model
   if name not in family.models:
     raise ValueError(f"model={name!r}: expected one of {', '.join(family.models)}")

@@ -10,7 +10,8 @@ import os
 
 from ml_collections import ConfigDict
 
-from apps.configs.arguments import parse_arguments
+from apps.configs import published
+from apps.configs.arguments import check_published, parse_arguments
 from apps.configs.base import clip_config
 from apps.configs.objectives import use_objective
 from apps.trainer.schedules import (
@@ -46,27 +47,31 @@ DEFAULTS = {
   "fsdp_parallelism": 1,
   "tensor_parallelism": 1,
   "init": "",  # workdir or checkpoint whose params start this run
+  "use_sovit": False,  # the shared space of So400m; So400m itself has it anyway
+  "img_head": True,
+  "use_openclip_tokenizer": False,
   "runlocal": False,  # one step on little data
 }
-ALIASES = {"vitual_warmup_epoch": "virtual_warmup_epoch", "load_pretrain": "init"}
-IGNORED = {
-  "img_head": "the image tower always has its head",
-  "use_sovit": "So400m has its own width of the shared space",
-  "txt": "the vocabulary is vocab_path",
-  "txt_key": "txt_key1 and txt_key2 name the texts",
-  "concat": "it had none in the published code",
-  "prob": "it had none in the published code",
-  "use_openclip_tokenizer": "give any tokenizer.json as vocab_path",
-}
+ALIASES = published.arguments("openvision", "renamed")
+IGNORED = published.arguments("openvision", "ignored")
+REFUSED = published.arguments("openvision", "refused")
+VALUES = {"remat": published.REMAT}
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
   """The configuration of one stage; see the scripts' recipes in apps/configs/README.md."""
-  return resolve(parse_arguments(arg, DEFAULTS, aliases=ALIASES, ignored=IGNORED))
+  return resolve(
+    parse_arguments(arg, DEFAULTS, aliases=ALIASES, ignored=IGNORED, refused=REFUSED, values=VALUES)
+  )
 
 
 def resolve(a: ConfigDict) -> ConfigDict:
-  """The configuration that arguments with the keys of DEFAULTS stand for."""
+  """The configuration that arguments with the keys of DEFAULTS stand for.
+
+  Raises:
+    ValueError: a value that the published code takes, and that has no counterpart here.
+  """
+  check_published(a)
   config = clip_config()
   config.batch_size = a.batch_size or batch_size_from_factor(a.batch_factor)
   config.accumulate = a.accumulate
@@ -83,6 +88,8 @@ def resolve(a: ConfigDict) -> ConfigDict:
     dtype=a.dtype,
     remat=a.remat,
   )
+  if a.use_sovit:
+    config.model.embed_dim = 1152
   if a.mask_ratio:
     config.model.encoder_options = ConfigDict({"mask_ratio": a.mask_ratio})
   config.optimizer.learning_rate = scaled_learning_rate(a.base_lr, config.batch_size)

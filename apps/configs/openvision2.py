@@ -10,7 +10,8 @@ import os
 
 from ml_collections import ConfigDict
 
-from apps.configs.arguments import parse_arguments
+from apps.configs import published
+from apps.configs.arguments import check_published, parse_arguments
 from apps.configs.base import caption_config
 from apps.trainer.schedules import (
   batch_size_from_factor,
@@ -41,23 +42,29 @@ DEFAULTS = {
   "fsdp_parallelism": 1,
   "tensor_parallelism": 1,
   "init": "",  # workdir or checkpoint whose params start this run
+  "use_openclip_tokenizer": False,
   "runlocal": False,  # one step on little data
 }
-ALIASES = {"vitual_warmup_epoch": "virtual_warmup_epoch", "load_pretrain": "init"}
-IGNORED = {
-  "img_head": "OpenVision 2 has no image head",
-  "txt": "there is no text tower",
-  "use_openclip_tokenizer": "give any tokenizer.json as vocab_path",
-}
+ALIASES = published.arguments("openvision2", "renamed")
+IGNORED = published.arguments("openvision2", "ignored")
+REFUSED = published.arguments("openvision2", "refused")
+VALUES = {"remat": published.REMAT}
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
   """The configuration of one stage; see the scripts' recipes in apps/configs/README.md."""
-  return resolve(parse_arguments(arg, DEFAULTS, aliases=ALIASES, ignored=IGNORED))
+  return resolve(
+    parse_arguments(arg, DEFAULTS, aliases=ALIASES, ignored=IGNORED, refused=REFUSED, values=VALUES)
+  )
 
 
 def resolve(a: ConfigDict) -> ConfigDict:
-  """The configuration that arguments with the keys of DEFAULTS stand for."""
+  """The configuration that arguments with the keys of DEFAULTS stand for.
+
+  Raises:
+    ValueError: a value that the published code takes, and that has no counterpart here.
+  """
+  check_published(a)
   config = caption_config()
   config.batch_size = a.batch_size or batch_size_from_factor(a.batch_factor)
   config.total_steps = virtual_epoch_steps(a.imagenet_epoch, config.batch_size)

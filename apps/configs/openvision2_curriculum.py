@@ -18,6 +18,8 @@ FAMILY = Family(
   openvision2.DEFAULTS,
   openvision2.ALIASES,
   openvision2.IGNORED,
+  openvision2.REFUSED,
+  openvision2.VALUES,
   ("txt_decoder_name",),
   {
     "L/14": (84, 224, 336),

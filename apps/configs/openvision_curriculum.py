@@ -16,6 +16,8 @@ FAMILY = Family(
   {**openvision.DEFAULTS, "dtype": "bfloat16"},
   openvision.ALIASES,
   openvision.IGNORED,
+  openvision.REFUSED,
+  openvision.VALUES,
   ("txt_name", "txt_decoder_name"),
   {
     "Ti/16": _SMALL,

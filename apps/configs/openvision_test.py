@@ -2,7 +2,7 @@
 
 import pytest
 
-from apps.configs import clip_demo, openvision
+from apps.configs import clip_demo, openvision, openvision2
 from apps.configs.base import clip_config
 from apps.configs.objectives import OBJECTIVES, use_objective
 
@@ -36,8 +36,57 @@ def test_text_keys_of_the_published_data():
 
 
 def test_arguments_without_effect_are_accepted_with_a_reason(caplog):
-  openvision.get_config("use_sovit=true,concat=false,prob=1.0")
-  assert "So400m has its own width" in caplog.text
+  config = openvision.get_config("concat=false,prob=1.0,load_pretrain=False")
+  assert config.init_from.path == "" and config.to_dict() == openvision.get_config().to_dict()
+  assert "'load_pretrain' has no effect: it has no effect in the published code" in caplog.text
+
+
+@pytest.mark.parametrize("value", ["False", "True", "", "/runs/a"])
+@pytest.mark.parametrize("recipe", [openvision, openvision2])
+def test_load_pretrain_is_no_path(recipe, value):
+  assert recipe.get_config(f"load_pretrain={value}").init_from.path == ""
+
+
+def test_the_shared_space_of_so400m_can_be_asked_for():
+  assert openvision.get_config("use_sovit=true,img=L/14").model.embed_dim == 1152
+  assert openvision.get_config("use_sovit=false").model.embed_dim == 0
+
+
+@pytest.mark.parametrize("recipe", [openvision, openvision2])
+def test_older_values_of_remat(recipe):
+  published = ("none", "full", "minimal", "minimal_offloaded", "minimal_flash")
+  found = [recipe.get_config(f"remat={value}").model.remat for value in published]
+  assert found == ["none", "full", "dots", "offload", "dots"]
+
+
+@pytest.mark.parametrize(
+  ("recipe", "text", "said"),
+  [
+    (
+      openvision2,
+      "txt_name=L/16",
+      "'txt_name' is not one of this recipe: OpenVision 2 has no text",
+    ),
+    (openvision2, "output_token_len=128", "token_len is the length of the caption here"),
+    (openvision2, "txt_key1=txt", "give its name as txt_key"),
+    (openvision2, "concat=False", "OpenVision 2 has one text; leave it out"),
+    (openvision, "keep_ratio=0.35", "sees every image token; leave it out"),
+    (openvision, "use_openclip_tokenizer=True", "tokenizer.json of one as vocab_path"),
+    (openvision2, "use_openclip_tokenizer", "tokenizer.json of one as vocab_path"),
+    (openvision, "img_head=False", "the image tower always has its head"),
+    (openvision, "init=False", "init=False: expected a path, such as init=/runs/a"),
+    (
+      openvision,
+      "txt_key1=txt,llava_caption",
+      "'llava_caption'; a value holds no comma .*joined with",
+    ),
+    (openvision, "runlocal=1", "runlocal='1': expected true or false"),
+    (openvision2, "color_jitter=yes", "color_jitter='yes': expected true or false"),
+  ],
+)
+def test_published_arguments_that_mean_something_else_have_a_remedy(recipe, text, said):
+  with pytest.raises(ValueError, match=said):
+    recipe.get_config(text)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

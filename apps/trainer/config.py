@@ -1,6 +1,7 @@
 """From the configuration tree to the typed configs of the parts; impossible values end here."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+import difflib
 import json
 from typing import Any
 
@@ -107,6 +108,31 @@ def check_values(config: ConfigDict) -> None:
       "training goes on from the newest checkpoint"
     )
   init_sources(config)
+
+
+def leaves(tree: Mapping[str, Any], path: str = "") -> Iterator[str]:
+  """Yield the dotted names of all settings, those of whole sections too."""
+  for key, value in tree.items():
+    yield f"{path}{key}"
+    if isinstance(value, Mapping | ConfigDict):
+      yield from leaves(value, f"{path}{key}.")
+
+
+def nearest_leaf(name: str, names: Sequence[str]) -> str | None:
+  """Return the setting that a misspelt name most likely means.
+
+  Args:
+    name: dotted, such as "optimiser.learning_rate".
+    names: all settings.
+
+  Returns:
+    The nearest of `names`, else the nearest with an equal last part; None where nothing is near.
+  """
+  if near := difflib.get_close_matches(name, names, n=1, cutoff=0.75):
+    return near[0]
+  last = {known.rpartition(".")[2]: known for known in reversed(names)}
+  near = difflib.get_close_matches(name.rpartition(".")[2], last, n=1, cutoff=0.75)
+  return last[near[0]] if near else None
 
 
 def to_json(config: ConfigDict) -> str:

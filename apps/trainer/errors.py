@@ -24,6 +24,10 @@ AGAIN = 75  # exit code: no mistake, and starting again may help; launchers do
 
 # What the set-up of a run raises for a wrong value, a missing file or a malformed record.
 _SET_UP_ERRORS = (ValueError, OSError, LookupError)
+# What parsing the flags raises; a config file is executed there.
+_PARSE_ERRORS = (
+  flags.Error, AttributeError, ImportError, NameError, SyntaxError, TypeError, *_SET_UP_ERRORS
+)  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -42,6 +46,9 @@ def _message(error: BaseException) -> str:
   if isinstance(error, AttributeError) and isinstance(error.__context__, KeyError):
     name = ". ".join(str(error.__context__.args[0]).splitlines())  # and one that is meant, perhaps
     return f"the configuration (see apps/configs/base.py) has no setting {name}"
+  if isinstance(error, ImportError | NameError):  # of a config file
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{frame.filename}, line {frame.lineno}: {error}"
   return str(error)
 
 
@@ -68,7 +75,12 @@ def report(error: BaseException) -> int:
   return exit_code(error)
 
 
-def run_app(main: Callable[..., None], *, arguments: bool = False) -> None:
+def run_app(
+  main: Callable[..., None],
+  *,
+  arguments: bool = False,
+  explain: Callable[[Sequence[str]], str | None] | None = None,
+) -> None:
   """Runs an absl app in which a UserError ends the program with one line and exit code 2.
 
   Relative paths, the config file's included, are read from where the user stands: `bazel run`
@@ -78,6 +90,8 @@ def run_app(main: Callable[..., None], *, arguments: bool = False) -> None:
     main: called without arguments; or, where `arguments` is set, with the list of those that are
       no flags.
     arguments: whether there may be such; otherwise they are refused.
+    explain: gets the command line when its flags cannot be parsed; returns a message with the
+      remedy, or None for the message of the parser.
   """
   logging.set_verbosity(logging.WARNING)  # libraries' chatter; --verbosity=0 shows it
   if "BUILD_WORKING_DIRECTORY" in os.environ:
@@ -93,8 +107,10 @@ def run_app(main: Callable[..., None], *, arguments: bool = False) -> None:
     def parse_flags(args: Sequence[str]) -> list[str]:
       try:  # config files run here
         return flags.FLAGS(args)
-      except (flags.Error, AttributeError, *_SET_UP_ERRORS, SyntaxError, TypeError) as error:
-        raise UserError(_message(error)) from error
+      except _PARSE_ERRORS as error:
+        in_file = isinstance(error, ImportError | NameError) or "Traceback" in str(error)
+        said = None if in_file or explain is None else explain(args)
+        raise UserError(said or _message(error)) from error
 
     rest = guarded(parse_flags, argv)
     if len(rest) > 1 and not arguments:

@@ -10,6 +10,8 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
+from apps.trainer.config import leaves, nearest_leaf
+
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
@@ -48,7 +50,14 @@ def resolve_stages(config: ConfigDict) -> list[Stage]:
       raise ValueError(f"config.stages[{index}].name={name!r} stands twice; names must differ")
     own = ConfigDict(config.to_dict())
     own.stages = ()
-    own.lock()  # a misspelt name is an error
+    own.lock()
+    known = list(leaves(own))
+    if unknown := [key for key in change if key not in known]:
+      near = nearest_leaf(unknown[0], known)
+      raise ValueError(
+        f"config.stages[{index}] ({name}): there is no setting {unknown[0]!r}"
+        + (f"; did you mean {near!r}?" if near else "; apps/configs/base.py lists all")
+      )
     try:
       own.update_from_flattened_dict(change)
     except (KeyError, TypeError) as error:

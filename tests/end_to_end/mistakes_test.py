@@ -59,9 +59,20 @@ def corrupt_pictures(data):
 CASES = {
   "no flags": ((), "give --config"),
   "unknown flag": ((*runner.TINY, "--wrokdir=x"), "wrokdir"),
-  "missing config": (("--config=nowhere.py",), "nowhere.py"),
+  "missing config": (("--config=nowhere.py",), "nowhere.py: there is no such file; recipes are in"),
   "unknown config argument": ((f"--config={runner.DEMO}:runlokal=1",), "did you mean 'runlocal'"),
-  "unknown setting": ((*runner.TINY, "--config.batchsize=2"), "batchsize"),
+  "unknown setting": (
+    (*runner.TINY, "--config.batchsize=2"),
+    "config.batchsize: there is no such setting; did you mean --config.batch_size",
+  ),
+  "settings of the published code": (
+    (*runner.TINY, "--config.wandb.entity=me", "--config.model.image.dtype=bfloat16"),
+    "WANDB_ENTITY=me here .*; --config.model.image.dtype is called --config.model.dtype=bfloat16",
+  ),
+  "flag of the published code": (
+    (*runner.TINY, "--cleanup"),
+    "--cleanup of the published code is not needed",
+  ),
   "value of another type": ((*runner.TINY, "--config.batch_size=many"), "many"),
   "value out of range": ((*runner.TINY, "--config.log_every=0"), "config.log_every=0"),
   "unknown variant": ((*runner.TINY, "--config.model.encoder=Tiny/16"), "Tiny"),
