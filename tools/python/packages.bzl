@@ -13,6 +13,7 @@ PACKAGES = [
     "packages/ov-sharding",
     "tests/clients",
     "tests/end_to_end",
+    "tests/fuzz",
     "tests/golden",
     "tests/multiprocess",
     "tests/sharding",

@@ -94,20 +94,16 @@ def parse(data: bytes, keys: Collection[str] | None = None) -> dict[str, Feature
   Raises:
     ValueError: the bytes are no Example.
   """
-  example = _Example()
   try:
-    example.ParseFromString(data)
+    try:
+      features = _Example.FromString(data).features.feature
+    except message.DecodeError as error:
+      if "UTF-8" not in str(error):
+        raise
+      entries = _RawExample.FromString(data).features.feature
+      features = {e.key.decode("utf-8", "surrogateescape"): e.value for e in entries}
   except message.DecodeError as error:
-    if "UTF-8" in str(error):
-      return _parse_raw(data, keys)
     raise ValueError(f"{len(data)} bytes are no tf.train.Example: {error}") from None
-  features = example.features.feature
-  return {key: _value(features[key]) for key in features if keys is None or key in keys}
-
-
-def _parse_raw(data: bytes, keys: Collection[str] | None) -> dict[str, Feature]:
-  example = _RawExample.FromString(data)
-  features = {e.key.decode("utf-8", "surrogateescape"): e.value for e in example.features.feature}
   return {key: _value(features[key]) for key in features if keys is None or key in keys}
 
 
