@@ -1,19 +1,24 @@
-"""Converts an image collection into record shards for training.
+"""Convert an image collection into record shards for training.
 
   bazel run //tools/data:convert -- --input=/data/photos --output=/data/photos_shards
 
 --input is one of
   a folder with captions.jsonl   {"file": "images/a.jpg", "captions": ["...", ...]} a line
-  a folder with labels.jsonl     {"file": "images/a.jpg", "label": "dress"} a line
+  and/or labels.jsonl            {"file": "images/a.jpg", "label": "dress"} a line
+  an imagefolder                 metadata.jsonl or metadata.csv with file_name and text
+  img2dataset's files            00000/000000001.jpg with 000000001.txt or .json
   a folder of class folders      dress/a.jpg, shoes/b.png, ...
   COCO's captions_*.json         with --images=FOLDER
+  Karpathy's dataset_*.json      with --images=FOLDER
   WebDataset tars                a folder, a glob, or name-{000..099}.tar; jpg|png|webp + txt|json
 
-Every picture is decoded once; what cannot be used is left out, counted by reason and listed in
-skipped.jsonl. A stopped run goes on where it was when the same command is given again.
+Every image is decoded once. What cannot be used is left out, counted by reason and listed in
+skipped.jsonl. An interrupted conversion resumes when the same command is given again.
 """
 
+from collections import Counter
 import dataclasses
+import io
 import os
 from pathlib import Path
 import sys
@@ -22,41 +27,48 @@ import tempfile
 from absl import flags
 
 from apps.trainer.errors import UserError, run_app, user_errors
-from ov_data import fs, writer
-from tools.data import common_flags, inputs, progress, shards
+from ov_data import fs, layouts, writer
+from tools.data import common_flags, progress, shards
 
 _INPUT = flags.DEFINE_string("input", None, "Folder, list or tars; see above.")
-_FORMAT = flags.DEFINE_enum("format", "auto", ("auto", *inputs.FORMATS), "What the input is.")
-_IMAGES = flags.DEFINE_string("images", "", "Folder of the pictures, if not that of the list.")
-_HOLDOUT = flags.DEFINE_float("holdout", 0.0, "Share of the pictures in the split 'heldout'.")
-_MAX_SIDE = flags.DEFINE_integer("max_side", 0, "Larger pictures are shrunk to this many pixels.")
-_REENCODE = flags.DEFINE_bool("reencode", False, "Store every picture as a new JPEG.")
-_QUALITY = flags.DEFINE_integer("quality", 92, "Of the JPEGs that are written anew.")
-_TEMPLATE = flags.DEFINE_string(
-  "caption_template", "", "Caption for pictures that have only a label: 'a photo of a {}'."
+_FORMAT = flags.DEFINE_enum("format", "auto", ("auto", *layouts.FORMATS), "What the input is.")
+_IMAGES = flags.DEFINE_string(
+  "images", "", "Folder of the images that a list names, if not its own."
 )
-_REQUIRE_CAPTION = flags.DEFINE_bool("require_caption", False, "Leave out what has no caption.")
-_LIMIT = flags.DEFINE_integer("limit", 0, "Only so many pictures, to try things out.")
+_HOLDOUT = flags.DEFINE_float("holdout", 0.0, "Fraction of the images in the split 'heldout'.")
+_MAX_SIDE = flags.DEFINE_integer("max_side", 0, "Larger images are shrunk to this many pixels.")
+_REENCODE = flags.DEFINE_bool("reencode", False, "Store every image as a new JPEG.")
+_QUALITY = flags.DEFINE_integer("quality", 92, "Quality of the JPEGs that are written.")
+_TEMPLATE = flags.DEFINE_string(
+  "caption_template", "", "Caption for images that have only a label: 'a photo of a {}'."
+)
+_REQUIRE_CAPTION = flags.DEFINE_bool("require_caption", False, "Leave out images without caption.")
+_LIMIT = flags.DEFINE_integer("limit", 0, "Only so many images, to try things out.")
 _SHARD_MB = flags.DEFINE_integer("shard_mb", 64, "About the size of a shard.")
 
 CLASSES = "classes.txt"  # beside the shards: label number i stands on line i + 1
 
 
 def main() -> None:
+  for stream in (sys.stdout, sys.stderr):
+    if isinstance(stream, io.TextIOWrapper):
+      stream.reconfigure(errors="backslashreplace")  # a file name may hold any bytes
   if not _INPUT.value or not common_flags.OUTPUT.value:
     raise UserError("give --input=FOLDER and --output=FOLDER; --helpshort lists all flags")
   try:
     with user_errors():
       summary = convert(_INPUT.value, Path(common_flags.OUTPUT.value).expanduser())
   except KeyboardInterrupt:
-    raise UserError("stopped; the same command goes on from here") from None
+    raise UserError("stopped; the same command resumes from here") from None
   print(summary)
   if not sum(summary.examples.values()):
-    raise UserError(f"not one picture could be used; {summary.directory}/{writer.SKIPPED} says why")
+    raise UserError(
+      f"no image could be used; {summary.directory}/{writer.SKIPPED} lists the reasons"
+    )
 
 
 def convert(source: str, output: Path) -> writer.Summary:
-  """Does what the flags say.
+  """Convert as the flags say.
 
   Raises:
     ValueError, OSError: a mistake in flags or input, in words for the user.
@@ -70,9 +82,13 @@ def convert(source: str, output: Path) -> writer.Summary:
     caption_template=_TEMPLATE.value,
     require_caption=_REQUIRE_CAPTION.value,
   )
-  print(f"listing {source}", file=sys.stderr)
   images = os.path.expanduser(_IMAGES.value or "")
-  found = inputs.read(os.path.expanduser(source), _FORMAT.value or "auto", images)
+  for path in (source, images):
+    if fs.is_remote(path):
+      raise ValueError(f"{path}: only local files can be converted; copy it to a disk first.")
+  print(f"listing {source}", file=sys.stderr)
+  found = layouts.read(os.path.expanduser(source), _FORMAT.value or "auto", images)
+  _report(source, found)
   if _LIMIT.value:
     found = shards.sample(found, _LIMIT.value, common_flags.SEED.value)
   with tempfile.TemporaryDirectory() as folder:
@@ -86,7 +102,7 @@ def convert(source: str, output: Path) -> writer.Summary:
     )
     recipe = {
       "kind": f"converted {found.format}",
-      "version": 1,
+      "version": 2,
       "items": len(found.items),
       "digest": shards.digest(found),
       "options": dataclasses.asdict(options),
@@ -107,6 +123,18 @@ def convert(source: str, output: Path) -> writer.Summary:
   if plan.classes:
     fs.write_atomic(str(output / CLASSES), "".join(f"{c}\n" for c in plan.classes).encode())
   return summary
+
+
+def _report(source: str, found: layouts.Listing) -> None:
+  """Print what the input is taken for, and what is left out of it already."""
+  print(layouts.describe(source, found), file=sys.stderr)
+  reasons = Counter(skip.reason for skip in found.skips)
+  for reason, count in reasons.items():
+    first = next(skip for skip in found.skips if skip.reason == reason)
+    key = layouts.text_rules.printable(first.key)
+    print(f"left out: {count:,} {reason} (the first: {key})", file=sys.stderr)
+  if found.notes.counts:
+    print(f"note: {found.notes}", file=sys.stderr)
 
 
 if __name__ == "__main__":

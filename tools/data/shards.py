@@ -1,112 +1,184 @@
-"""From items to the examples of shards: who goes where, and what is written of each."""
+"""Examples of record shards from the items of an image collection."""
 
 from collections.abc import Iterator, Sequence
 import dataclasses
+import errno
 import hashlib
 import io
 import json
+import logging
 import math
 import os
 from pathlib import Path
 import pickle
+import re
 
 from PIL import Image
 
 from ov_data import decode
+from ov_data.layouts import Blob, Item, Listing, read_blob, text_rules
 from ov_data.writer import Features, Skip
-from tools.data.inputs import Blob, Inputs, Item, read_blob
 
 _KEPT_FORMATS = ("JPEG", "PNG", "WEBP")  # stored as they are
-_MAX_TEXT_BYTES = 1 << 20
+_NOT_REGULAR = (errno.EINVAL, errno.EISDIR, errno.ENXIO)  # pipes and devices, folders, sockets
+_UNEXPECTED = "unexpected error"
+_ENOUGH = 20  # items that all failed unexpectedly are a bug
 HELD_OUT = "heldout"
+TRAIN = "train"
+
+log = logging.getLogger("ov_data")
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
   """What is done to each item."""
 
-  max_side: int = 0  # larger pictures are made smaller; 0 keeps every size
-  reencode: bool = False  # every picture becomes a JPEG; else only those that have to
+  max_side: int = 0  # larger images are shrunk to it; 0 keeps every size
+  reencode: bool = False  # every image becomes a JPEG; otherwise only those that have to
   quality: int = 92  # of JPEGs written here
   caption_template: str = ""  # makes a caption of the label where there is none: "a photo of a {}"
-  require_caption: bool = False  # leave out what has no caption
+  require_caption: bool = False  # leave out items without caption
 
   def __post_init__(self) -> None:
     if self.max_side < 0 or 0 < self.max_side < 16:
       raise ValueError(f"max_side={self.max_side}: expected 0 (keep), or at least 16 pixels.")
     if not 1 <= self.quality <= 100:
       raise ValueError(f"quality={self.quality}: expected 1 to 100.")
-    if self.caption_template and self.caption_template.count("{}") != 1:
-      raise ValueError(f"caption_template={self.caption_template!r}: expected one {{}} in it.")
+    if self.caption_template and not re.fullmatch(r"[^{}]*\{\}[^{}]*", self.caption_template):
+      raise ValueError(
+        f"caption_template={self.caption_template!r}: expected one {{}} and no other brace in it."
+      )
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """The items of every shard, in a folder of one file each: workers read what they make."""
+  """The items of every shard, in a folder of one file each: workers read what they make.
+
+  Attributes:
+    folder: of the lists of items.
+    options: see there.
+    classes: the number of each label.
+    shards: the number of shards of each split.
+    tars: size and modification time of each tar file when its members were listed.
+  """
 
   folder: str
   options: Options
-  classes: dict[str, int]  # label -> number
-  shards: dict[str, int]  # split -> number of shards
+  classes: dict[str, int]
+  shards: dict[str, int]
+  tars: dict[str, tuple[int, int]]
 
   def __call__(self, split: str, number: int) -> Iterator[Features | Skip]:
-    """The examples of a shard (what `ov_data.writer` calls make_shard)."""
+    """Yield the examples of a shard (what `ov_data.writer` calls make_shard).
+
+    Raises:
+      ValueError: a tar file changed since it was listed.
+      RuntimeError: all items fail with errors that nothing expects.
+    """
     items, skips = pickle.loads(Path(self.folder, f"{split}-{number}").read_bytes())
-    yield from skips
-    for item in items:
-      yield _example(item, self.options, self.classes)
+    for path in {item.image.path for item in items if item.image.size is not None}:
+      if _stamp(path) != self.tars[path]:
+        raise ValueError(f"{path} changed while it was converted; give the command again.")
+    yield from map(_escaped, skips)
+    failed = 0
+    for count, item in enumerate(items, 1):
+      result = _guarded(item, self.options, self.classes)
+      if isinstance(result, Skip):
+        failed += result.reason == _UNEXPECTED
+        result = _escaped(result)
+      if failed == count and len(items) >= 3 and min(len(items), _ENOUGH) <= count:
+        raise RuntimeError(f"each of the first {count} images failed; the last: {result}")
+      yield result
 
 
 def plan(
-  inputs: Inputs, folder: str, options: Options, *, holdout: float, shard_bytes: int, seed: int
+  listing: Listing, folder: str, options: Options, *, holdout: float, shard_bytes: int, seed: int
 ) -> Plan:
-  """Deals the items to splits and shards.
+  """Distribute the items over splits and shards.
 
-  Split and order follow from a hash of (seed, key) alone: they do not depend on the order of the
-  input, and adding items moves none from one split to the other.
+  The order, and what is held out, follow from a hash of (seed, key) alone: they do not depend on
+  the order of the input, and new items move none from one split to another.
 
   Args:
-    inputs: what to convert.
+    listing: what to convert. Its own splits are kept.
     folder: for the lists of the shards.
     options: see there.
-    holdout: share of the items in the split "heldout"; the others are "train".
-    shard_bytes: about the size of a shard, before any change of the pictures.
+    holdout: fraction of the items in the split "heldout"; the others are "train".
+    shard_bytes: about the size of a shard, before any change of the images.
     seed: of the hash.
 
   Raises:
-    ValueError: holdout is no share.
+    ValueError: holdout is no fraction, or the input has splits of its own.
   """
   if not 0 <= holdout < 1:
-    raise ValueError(f"holdout={holdout}: expected a share from 0 to less than 1.")
-  border = int(holdout * 2**64)
-  ranked = _ranked(inputs.items, seed)
-  splits = {"train": [item for item in ranked if _rank(seed, item.key) >= border]}
-  if held_out := ranked[: len(ranked) - len(splits["train"])]:
-    splits[HELD_OUT] = held_out
+    raise ValueError(f"holdout={holdout}: expected a fraction from 0 to less than 1.")
+  splits: dict[str, list[Item]] = {}
+  for item in _ranked(listing.items, seed):
+    splits.setdefault(item.split or TRAIN, []).append(item)
+  splits = {name: splits[name] for name in sorted(splits, key=lambda s: (s != TRAIN, s))}
+  for name in splits:
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+      raise ValueError(f"split {name!r}: expected letters, digits, _ and - only; rename it.")
+  if holdout and splits.keys() - {TRAIN}:
+    raise ValueError(
+      f"holdout={holdout}: the input has the splits {', '.join(splits)} already; leave --holdout "
+      "out."
+    )
+  splits = splits or {TRAIN: []}
+  if holdout:
+    border = int(holdout * 2**64)
+    ranked = splits[TRAIN]
+    splits[TRAIN] = [item for item in ranked if _rank(seed, item.key) >= border]
+    if held_out := ranked[: len(ranked) - len(splits[TRAIN])]:
+      splits[HELD_OUT] = held_out
   shards: dict[str, int] = {}
   for split, items in splits.items():
     total = sum(_size(item.image) for item in items)
     shards[split] = max(1, min(math.ceil(total / shard_bytes), len(items)))
     for number in range(shards[split]):
-      skips = inputs.skips if split == "train" and number == 0 else []
+      skips = listing.skips if split == next(iter(splits)) and number == 0 else []
       part = (items[number :: shards[split]], skips)
       Path(folder, f"{split}-{number}").write_bytes(pickle.dumps(part))
-  classes = sorted({item.label for item in inputs.items if item.label is not None})
-  return Plan(folder, options, {label: i for i, label in enumerate(classes)}, shards)
+  classes = sorted({item.label for item in listing.items if item.label is not None})
+  numbers = {label: number for number, label in enumerate(classes)}
+  return Plan(folder, options, numbers, shards, _tars(listing))
 
 
-def sample(inputs: Inputs, count: int, seed: int) -> Inputs:
-  """`count` of the items, by the same hash as in `plan`."""
-  return dataclasses.replace(inputs, items=_ranked(inputs.items, seed)[:count])
+def sample(listing: Listing, count: int, seed: int) -> Listing:
+  """Return `count` of the items, by the same hash as in `plan`."""
+  return dataclasses.replace(listing, items=_ranked(listing.items, seed)[:count])
 
 
-def digest(inputs: Inputs) -> str:
-  """Changes with the items: their keys, captions, labels and sizes; not with where they lie."""
+def digest(listing: Listing) -> str:
+  """Return 16 hex digits that change with everything that is written into records.
+
+  They cover keys, captions, labels and splits by content, images in files by size and modification
+  time, images in tars by their header and the size and modification time of the tar.
+  """
   total = hashlib.sha256()
-  for item in sorted(inputs.items, key=lambda item: item.key):
-    facts = (item.key, item.captions, item.label, _size(item.image))
+  tars = _tars(listing)
+  for item in sorted(listing.items, key=lambda item: item.key):
+    image = item.image
+    stamp = _stamp(image.path) if image.size is None else tars[image.path]
+    place = (image.offset, image.size, image.checksum, *stamp)
+    facts = (item.key, item.captions, item.label, item.split, place)
     total.update(json.dumps(facts).encode())
   return total.hexdigest()[:16]
+
+
+def _tars(listing: Listing) -> dict[str, tuple[int, int]]:
+  """Return size and modification time of each tar."""
+  paths = {item.image.path for item in listing.items if item.image.size is not None}
+  return {path: _stamp(path) for path in paths}
+
+
+def _stamp(path: str) -> tuple[int, int]:
+  """Return size and modification time in nanoseconds, 0 for a file that is not there."""
+  try:
+    status = os.stat(path)
+  except (OSError, ValueError):  # counted when the item is read
+    return 0, 0
+  return status.st_size, status.st_mtime_ns
 
 
 def _ranked(items: list[Item], seed: int) -> list[Item]:
@@ -119,19 +191,31 @@ def _rank(seed: int, key: str) -> int:
 
 
 def _size(blob: Blob) -> int:
-  if blob.size is not None:
-    return blob.size
+  return _stamp(blob.path)[0] if blob.size is None else blob.size
+
+
+def _escaped(skip: Skip) -> Skip:
+  return Skip(text_rules.printable(skip.key), skip.reason, text_rules.printable(skip.detail))
+
+
+_logged: set[type[Exception]] = set()  # types of errors that this process has logged
+
+
+def _guarded(item: Item, options: Options, classes: dict[str, int]) -> Features | Skip:
+  """Return the example of an item; no error of one item ends the conversion."""
   try:
-    return os.path.getsize(blob.path)
-  except OSError:  # told when its turn comes
-    return 0
+    return _example(item, options, classes)
+  except MemoryError:
+    raise
+  except Exception as error:
+    if type(error) not in _logged:
+      _logged.add(type(error))
+      log.exception("%s: %s", _UNEXPECTED, text_rules.printable(item.key))
+    return Skip(item.key, _UNEXPECTED, f"{type(error).__name__}: {error}")
 
 
 def _example(item: Item, options: Options, classes: dict[str, int]) -> Features | Skip:
-  try:
-    captions = _captions(item)
-  except ValueError as error:
-    return Skip(item.key, "unreadable caption", str(error))
+  captions = item.captions
   if not captions and item.label is not None and options.caption_template:
     captions = (options.caption_template.format(item.label),)
   if not captions and (item.label is None or options.require_caption):
@@ -141,7 +225,8 @@ def _example(item: Item, options: Options, classes: dict[str, int]) -> Features 
   except FileNotFoundError:
     return Skip(item.key, "missing image", item.image.path)
   except OSError as error:
-    return Skip(item.key, "unreadable file", str(error))
+    what = "not a regular file" if error.errno in _NOT_REGULAR else "unreadable file"
+    return Skip(item.key, what, str(error))
   except decode.DecodeError as error:
     return Skip(item.key, error.reason, str(error))
   features: dict[str, bytes | str | int | Sequence[str]] = {
@@ -157,22 +242,8 @@ def _example(item: Item, options: Options, classes: dict[str, int]) -> Features 
   return features
 
 
-def _captions(item: Item) -> tuple[str, ...]:
-  captions = list(item.captions)
-  if item.text is not None:
-    captions.append(read_blob(item.text, _MAX_TEXT_BYTES).decode("utf-8").strip())
-  elif item.meta is not None:
-    meta = json.loads(read_blob(item.meta, _MAX_TEXT_BYTES))
-    found = meta.get("captions", meta.get("caption", [])) if isinstance(meta, dict) else None
-    found = [found] if isinstance(found, str) else found
-    if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
-      raise ValueError(f"expected a caption in the JSON, found {str(found)[:60]}")
-    captions += [text.strip() for text in found]
-  return tuple(dict.fromkeys(text for text in captions if text))
-
-
 def _image(blob: Blob, options: Options) -> tuple[bytes, int, int]:
-  """The bytes to store, after a complete decode, with width and height as a viewer sees them."""
+  """Return the bytes to store, after a complete decode, and width and height as displayed."""
   limits = decode.DEFAULT_LIMITS
   data = read_blob(blob, limits.max_bytes + 1)
   image = decode.full(data, limits)
@@ -187,5 +258,5 @@ def _image(blob: Blob, options: Options) -> tuple[bytes, int, int]:
 
 
 def _format(data: bytes) -> str | None:
-  with Image.open(io.BytesIO(data)) as image:
+  with Image.open(io.BytesIO(data), formats=decode.FORMATS) as image:
     return image.format

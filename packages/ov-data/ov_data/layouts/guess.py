@@ -6,7 +6,7 @@ import stat
 from ov_data import fs
 from ov_data.layouts import classes, imagefolder, img2dataset, json_lists, jsonl, tar_members
 from ov_data.layouts.items import Place
-from ov_data.layouts.tree import Tree, is_image
+from ov_data.layouts.tree import Tree, inside, is_image, is_unsupported_image
 
 _COMPRESSED_TARS = (
   ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst",
@@ -168,7 +168,12 @@ def _ambiguous(path: str, found: str, choices: tuple[str, ...], effect: str = ""
 
 def _found(tree: Tree) -> str:
   """Return what a folder without images, lists and tars holds instead."""
-  names = [name for _, name in tree.files()]
+  names = [inside(folder, name) for folder, name in tree.files()]
+  if found := [name for name in names if is_unsupported_image(name)]:
+    return (
+      f"found {len(found):,} images of unsupported types such as {found[0]}; convert them to JPEG, "
+      "PNG or WebP"
+    )
   for suffix, remedy in _REMEDIES.items():
     if found := [name for name in names if name.lower().endswith(suffix)]:
       return f"found no images, but {len(found):,} files such as {found[0]}, which {remedy}"

@@ -1,8 +1,8 @@
 """Members of an uncompressed tar and where their bytes are; resumes after damage.
 
 A header is used only if its checksum is right. After a damaged one, the next block is searched that
-has the magic and a right checksum. Archives that follow each other in one file are all read, as
-`tar --ignore-zeros` does.
+has the magic and a right checksum (in an old archive without magic, the checksum). Archives that
+follow each other in one file are all read, as `tar --ignore-zeros` does.
 """
 
 from collections.abc import Iterator
@@ -94,6 +94,7 @@ class _Reader:
     self._extra: dict[str, str] = {}  # of PAX headers and long names, for the next member
     self._archive = 0
     self._ended = False  # zeros were read since the last header
+    self._has_magic = True
 
   def members(self) -> Iterator[Member | Passed]:
     at, good, damaged = 0, 0, False
@@ -120,6 +121,7 @@ class _Reader:
         at = after
         continue
       good += 1
+      self._has_magic = block[_MAGIC_AT:].startswith(_MAGIC)
       if result is not None:
         yield result
       at = after
@@ -206,17 +208,24 @@ class _Reader:
     return self._size
 
   def _next_header(self, at: int) -> int:
-    """Return the offset of the next block with magic and right checksum, or the end."""
+    """Return the offset of the next block that is a header, or the end."""
     while at < self._size:
       chunk = self._read(at, _CHUNK)
-      found = chunk.find(_MAGIC)
-      while found >= 0:
-        block_at = found - _MAGIC_AT
-        if block_at >= 0 and block_at % _BLOCK == 0 and _is_header(chunk[block_at:][:_BLOCK]):
-          return at + block_at
-        found = chunk.find(_MAGIC, found + 1)
+      starts = _after_magic(chunk) if self._has_magic else range(0, len(chunk), _BLOCK)
+      for start in starts:
+        if _is_header(chunk[start : start + _BLOCK]):
+          return at + start
       at += _CHUNK
     return self._size
+
+
+def _after_magic(chunk: bytes) -> Iterator[int]:
+  """Yield the offsets of the blocks that have the magic."""
+  found = chunk.find(_MAGIC)
+  while found >= 0:
+    if found >= _MAGIC_AT and (found - _MAGIC_AT) % _BLOCK == 0:
+      yield found - _MAGIC_AT
+    found = chunk.find(_MAGIC, found + 1)
 
 
 def printable_name(name: str) -> str:
@@ -225,6 +234,8 @@ def printable_name(name: str) -> str:
 
 
 def _is_header(block: bytes) -> bool:
+  if not block[148:156].strip(b" \0").isdigit():  # the checksum
+    return False
   try:
     return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape").size >= 0
   except (tarfile.HeaderError, ValueError):

@@ -13,7 +13,7 @@ import re
 from ov_data.layouts import sidecars, text_rules
 from ov_data.layouts.classes import UNSUPPORTED
 from ov_data.layouts.img2dataset import count_failures
-from ov_data.layouts.items import Blob, Item, Listing, Notes, Place, name_problem, read_blob
+from ov_data.layouts.items import Blob, Item, Listing, Notes, Place, name_problem
 from ov_data.layouts.tar_members import DAMAGE, Member, Passed, read_members
 from ov_data.layouts.tree import (
   IMAGE_SUFFIXES,
@@ -118,7 +118,16 @@ class _Tar:
   skips: list[Skip]
   notes: Notes
 
+  def __post_init__(self) -> None:
+    self._file = -1  # while samples are read
+
   def read(self) -> None:
+    """Add all samples.
+
+    Raises:
+      ValueError: the file is no tar that can be read.
+      OSError: it cannot be read.
+    """
     samples: dict[tuple[int, str], dict[str, Member]] = {}
     for found in read_members(self.path):
       if isinstance(found, Passed):
@@ -137,12 +146,18 @@ class _Tar:
           self._skip(earlier, "repeated name in the tar", "a later one of this name is used; ")
         sample[suffix.lower()] = found
     keys: set[str] = set()
-    for (archive, stem), members in samples.items():
-      key = f"{self.name}/{stem}"
-      if key in keys:
-        key += f" (archive {archive + 1})"
-      keys.add(key)
-      self._add(key, members)
+    self._file = os.open(self.path, os.O_RDONLY)
+    try:
+      for (archive, stem), members in samples.items():
+        key = f"{self.name}/{stem}"
+        if archive:
+          self.notes.add("samples of a further archive in the same file", key)
+        if key in keys:
+          key += f" (archive {archive + 1})"
+        keys.add(key)
+        self._add(key, members)
+    finally:
+      os.close(self._file)
 
   def _skip(self, member: Member, reason: str, detail: str = "") -> None:
     where = f"{detail}at byte {member.header:,}"
@@ -181,7 +196,7 @@ class _Tar:
 
   def _bytes(self, member: Member, limit: int) -> bytes:
     """Return its bytes, one more than the limit at most."""
-    return read_blob(Blob("", self.path, member.offset, member.size), limit + 1)
+    return os.pread(self._file, min(member.size, limit + 1), member.offset)
 
 
 def _no_image(key: str, members: dict[str, Member]) -> Skip:
