@@ -8,6 +8,7 @@ The tokenizer is part of a trained model. `save` writes it as one folder togethe
 and their ids, and `load` refuses a folder that no longer reproduces them.
 """
 
+import codecs
 from collections import Counter
 from collections.abc import Iterable, Sequence
 import hashlib
@@ -88,6 +89,8 @@ class Tokenizer:
   def from_vocab(cls, path: str | os.PathLike[str], *, append_cls: bool = False) -> "Tokenizer":
     """From a WordPiece vocabulary: UTF-8 text, one token a line, the line number is the id.
 
+    A byte order mark at the beginning is no part of the first token.
+
     Text is prepared as by TensorFlow Text's BertTokenizer(lower_case=True), which the OpenVision
     models were trained with. Note that this is not what Hugging Face's BERT normaliser does: it
     also folds compatibility characters ("½" to "1/2" with U+2044, "…" to "...", "™" to "tm").
@@ -96,7 +99,7 @@ class Tokenizer:
       ValueError: not UTF-8, an empty or a repeated line, or no [PAD], [bos], [eos], [UNK].
       FileNotFoundError: no such file.
     """
-    data = pathlib.Path(path).read_bytes()
+    data = pathlib.Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)
     try:
       text = data.decode("utf-8")
     except UnicodeDecodeError as error:

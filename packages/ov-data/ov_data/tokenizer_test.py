@@ -408,6 +408,16 @@ def test_wrong_vocabulary_files(tmp_path: pathlib.Path):
     Tokenizer.from_file(path)
 
 
+def test_vocabulary_with_byte_order_mark(tmp_path: pathlib.Path):
+  plain = _write_vocabulary(tmp_path / "plain.txt", ["[PAD]", "[bos]", "[eos]", "[UNK]", "a"])
+  marked = tmp_path / "marked.txt"
+  marked.write_bytes(b"\xef\xbb\xbf" + plain.read_bytes())
+  ids = [
+    Tokenizer.from_vocab(path).encode_batch(["a b"], 5)[0].tolist() for path in (plain, marked)
+  ]
+  assert ids[0] == ids[1] == [[1, 4, 3, 2, 0]]
+
+
 def test_vocabulary_with_windows_line_ends(tmp_path: pathlib.Path):
   path = tmp_path / "vocab.txt"
   path.write_bytes(b"\r\n".join(t.encode() for t in [*_SPECIALS, "dog"]) + b"\r\n")
