@@ -1,7 +1,7 @@
-"""The demo's data: drawn scenes, written as record shards into the workdir.
+"""Data of the demo: drawn scenes, written as record shards into the workdir.
 
 data            scenes of one or two objects; splits train and heldout
-data/labelled   pictures with a class, of one object or two; splits train and heldout
+data/labelled   images with a class, of one object or two; splits train and heldout
 data/classes.json   {class: [prompt, ...]} of those labels
 """
 
@@ -14,11 +14,11 @@ from ml_collections import ConfigDict
 from apps.trainer.errors import user_errors
 from apps.trainer.progress import Terminal
 from apps.trainer.workdir import Workdir
-from ov_data import scenes, writer
+from ov_data import fs, scenes, writer
 
 
 def prepare(config: ConfigDict, workdir: Workdir, terminal: Terminal) -> None:
-  """Makes the workdir and, where `config.input.demo` asks for it, data; points `config` at them.
+  """Create the workdir and, if `config.input.demo` sets examples, data; point `config` at them.
 
   Raises:
     UserError: the workdir cannot be written, or holds demo data of other settings.
@@ -46,7 +46,7 @@ def prepare(config: ConfigDict, workdir: Workdir, terminal: Terminal) -> None:
 
 
 def _make(config: ConfigDict, folder: Path, terminal: Terminal) -> None:
-  """Scenes of both splits, labelled pictures, and the prompts of their classes."""
+  """Write scenes of both splits, labelled images, and the prompts of their classes."""
   demo = config.input.demo
   sizes = {"train": demo.train_examples, "heldout": demo.eval_examples}
   with terminal.count("drawing scenes", sum(sizes.values())) as advance:
@@ -66,4 +66,5 @@ def _make(config: ConfigDict, folder: Path, terminal: Terminal) -> None:
     label=demo.classes,
     workers=0,
   )
-  (folder / "classes.json").write_text(json.dumps(scenes.class_prompts(demo.classes), indent=1))
+  prompts = json.dumps(scenes.class_prompts(demo.classes), indent=1)
+  fs.write_atomic(str(folder / "classes.json"), prompts.encode())

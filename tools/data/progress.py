@@ -1,4 +1,4 @@
-"""A progress bar with rate and time left; a line now and then where the output is no terminal."""
+"""A progress bar with rate and time left; a line every 15 seconds where the output is a file."""
 
 import threading
 import time

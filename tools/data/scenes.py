@@ -1,16 +1,16 @@
-"""Makes the demo data: drawn scenes with exact captions, as record shards.
+"""Write the demo data: drawn scenes with exact captions, as record shards.
 
 bazel run //tools/data:scenes -- --output=/tmp/scenes --train=60000 --heldout=1000
-bazel run //tools/data:scenes -- --sheet=/tmp/scenes.png      (a picture of 24 of them)
+bazel run //tools/data:scenes -- --sheet=/tmp/scenes.png      (an image of 24 of them)
 """
 
-from pathlib import Path
+import io
 from typing import cast
 
 from absl import flags
 
 from apps.trainer.errors import UserError, run_app, user_errors
-from ov_data import scenes, writer
+from ov_data import fs, outputs, scenes, writer
 from tools.data import common_flags, progress
 
 _TRAIN = flags.DEFINE_integer("train", 20_000, "Number of training scenes.")
@@ -18,37 +18,53 @@ _HELDOUT = flags.DEFINE_integer("heldout", 1_000, "Number of scenes with unseen 
 _VAL = flags.DEFINE_integer("val", 0, "Number of further scenes of the kind of the training ones.")
 _SIZE = flags.DEFINE_integer("image_size", 64, "Pixels, 32 to 256.")
 _OBJECTS = flags.DEFINE_integer("num_objects", None, "1 or 2 in every scene; default: mixed.")
-_SHEET = flags.DEFINE_string("sheet", None, "Writes a picture of 24 scenes to this PNG file.")
+_SHEET = flags.DEFINE_string("sheet", None, "Local PNG file for an image of 24 scenes.")
 _SHEET_SPLIT = flags.DEFINE_enum("sheet_split", "train", scenes.SPLITS, "Which scenes it shows.")
+
+
+def _check_sheet(value: str) -> None:
+  path = outputs.check_file(common_flags.local_path(value))
+  if path.suffix.lower() != ".png":
+    raise ValueError(f"{path.name}: expected a file name that ends with .png")
+
+
+common_flags.validate("sheet", _check_sheet)
 
 
 def main() -> None:
   if not common_flags.OUTPUT.value and not _SHEET.value:
     raise UserError("give --output=FOLDER, or --sheet=FILE.png for a look at the scenes")
-  with user_errors():
-    if _SHEET.value:
-      split = cast(scenes.Split, _SHEET_SPLIT.value)
-      sample = [
-        scenes.sample_scene(common_flags.SEED.value, i, split, _OBJECTS.value) for i in range(24)
-      ]
-      scenes.contact_sheet(sample, columns=6, image_size=_SIZE.value).save(
-        Path(_SHEET.value).expanduser()
+  try:
+    with user_errors():
+      _write()
+  except KeyboardInterrupt:
+    raise UserError("stopped; the same command resumes from here") from None
+
+
+def _write() -> None:
+  if _SHEET.value:
+    split = cast(scenes.Split, _SHEET_SPLIT.value)
+    sample = [
+      scenes.sample_scene(common_flags.SEED.value, i, split, _OBJECTS.value) for i in range(24)
+    ]
+    buffer = io.BytesIO()
+    scenes.contact_sheet(sample, columns=6, image_size=_SIZE.value).save(buffer, "PNG")
+    fs.write_atomic(str(common_flags.local_path(_SHEET.value)), buffer.getvalue())
+  if common_flags.OUTPUT.value:
+    sizes = {"train": _TRAIN.value, "heldout": _HELDOUT.value, "val": _VAL.value}
+    sizes = {split: size for split, size in sizes.items() if size}
+    with progress.Counter("drawing", sum(sizes.values())) as counter:
+      summary = writer.make_scenes_dataset(
+        common_flags.local_path(common_flags.OUTPUT.value),
+        sizes,
+        seed=common_flags.SEED.value,
+        image_size=_SIZE.value,
+        num_objects=_OBJECTS.value,
+        workers=common_flags.WORKERS.value,
+        progress=counter,
+        overwrite=common_flags.OVERWRITE.value,
       )
-    if common_flags.OUTPUT.value:
-      sizes = {"train": _TRAIN.value, "heldout": _HELDOUT.value, "val": _VAL.value}
-      sizes = {split: size for split, size in sizes.items() if size}
-      with progress.Counter("drawing", sum(sizes.values())) as counter:
-        summary = writer.make_scenes_dataset(
-          Path(common_flags.OUTPUT.value).expanduser(),
-          sizes,
-          seed=common_flags.SEED.value,
-          image_size=_SIZE.value,
-          num_objects=_OBJECTS.value,
-          workers=common_flags.WORKERS.value,
-          progress=counter,
-          overwrite=common_flags.OVERWRITE.value,
-        )
-      print(summary)
+    print(summary)
 
 
 if __name__ == "__main__":

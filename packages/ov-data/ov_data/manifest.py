@@ -16,6 +16,7 @@ from ov_data.shard_names import NUMBERED
 
 FORMAT = "ov_data dataset 1"
 MANIFEST = "dataset.json"
+SKIPPED = "skipped.jsonl"
 TFDS_INFO = "dataset_info.json"  # in every directory of TensorFlow Datasets
 
 _MOST_BYTES = 256 << 20

@@ -39,7 +39,7 @@ def map_in_processes(
     report: gets, in some thread of this process, what the function reports from its own.
 
   Raises:
-    RuntimeError: a worker died; otherwise whatever the function raised, with its traceback.
+    ChildProcessError: a worker died; otherwise whatever the function raised, with its traceback.
   """
   if workers <= 0 or not items:
     for item in items:
@@ -95,20 +95,29 @@ class _Worker:
           pipe.close()
 
   def call(self, item: Any) -> Any:
-    try:
+    with self._alive(item):
       self._send(item)
-      while True:
+    while True:
+      with self._alive(item):
         kind, value = pickle.load(self._process.stdout)  # type: ignore[arg-type]
-        if kind == "report":
-          self._report(value)
-        elif kind == "error":
-          raise value
-        else:
-          return value
+      if kind == "error":
+        raise value
+      if kind == "result":
+        return value
+      self._report(value)
+
+  @contextlib.contextmanager
+  def _alive(self, item: Any) -> Iterator[None]:
+    """Report the end of the process, which is all that a broken pipe can mean in this block."""
+    try:
+      yield
     except (EOFError, BrokenPipeError, pickle.UnpicklingError):
       code = self._process.wait()
       hint = " (killed; too little memory for so many workers?)" if code == -9 else ""
-      raise RuntimeError(f"a worker process ended with code {code}{hint} at {item!r}.") from None
+      raise ChildProcessError(
+        f"a worker process ended with code {code}{hint} at {item!r}; give the same command again"
+        f"{', with fewer workers' if hint else ''}"
+      ) from None
 
   def _send(self, value: Any) -> None:
     assert self._process.stdin

@@ -1,4 +1,4 @@
-"""Writes data sets: sharded TFRecords with their indexes, and a manifest when all is complete.
+"""Write data sets: sharded TFRecords with their indexes, and a manifest when all is complete.
 
     train-00000-of-00002.tfrecord    train-00000-of-00002.tfrecord.ovidx
     train-00001-of-00002.tfrecord    train-00001-of-00002.tfrecord.ovidx
@@ -6,26 +6,29 @@
     dataset.json                     written last: a directory without it is incomplete
 
 The content of a shard depends on its number and the recipe alone, so that shards are made in any
-order by any number of processes, and an interrupted run goes on with those that are missing.
+order by any number of processes, and an interrupted run resumes with those that are missing.
+Directories are local. They are checked before any work, and locked while they are written.
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+import contextlib
 import dataclasses
 import json
 import os
-import pathlib
-import shutil
+from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, cast
 
-from ov_data import example, fs, index, processes, records, scenes, sources
+from ov_data import example, fs, index, outputs, processes, records, scenes, unfinished
+from ov_data.manifest import FORMAT, MANIFEST, SKIPPED
 from ov_data.record_source import Skip
+from ov_data.shards import Shards
+from ov_data.splits import Split
 
-FORMAT = "ov_data dataset 1"
-MANIFEST = "dataset.json"
-SKIPPED = "skipped.jsonl"
-_PROGRESS_DIR = "dataset.progress"  # one JSON file for each finished shard, until the manifest
+__all__ = ["MANIFEST", "SKIPPED", "Features", "MakeShard", "ShardWriter", "Skip", "Summary"]
+__all__ += ["make_scenes_dataset", "shard_count", "shard_name", "write_dataset"]
+
 _SCENES_IN_SHARD = 2500  # about 6 MB at 64 px
 _REPORT_EVERY = 50  # examples
 
@@ -48,29 +51,38 @@ class Summary:
 
   def __str__(self) -> str:
     parts = [f"{n:,} {split}" for split, n in self.examples.items()]
-    text = f"{self.directory}: {', '.join(parts)} examples"
+    text = f"{fs.printable(self.directory)}: {', '.join(parts)} examples"
     if self.skipped:
-      reasons = ", ".join(f"{n:,} {reason}" for reason, n in sorted(self.skipped.items()))
+      counts = sorted(self.skipped.items())
+      reasons = ", ".join(f"{n:,} {fs.printable(reason)}" for reason, n in counts)
       text += f"; skipped {sum(self.skipped.values()):,} ({reasons}; listed in {SKIPPED})"
     return text
 
 
 class ShardWriter:
-  """One shard: appears whole, with its index, when the `with` block ends without an error."""
+  """One shard: appears whole, with its index, when the `with` block ends without an error.
+
+  Raises:
+    ValueError: the path is remote, a directory, or in a directory that does not exist.
+    OSError: it cannot be written; names path, free space and remedy.
+  """
 
   def __init__(self, path: str | os.PathLike[str]):
-    self.path = os.fspath(path)
+    self.path = str(outputs.check_file(path))
     self.examples = 0
     self.kinds: dict[str, str] = {}  # feature -> "bytes", "int64" or "float"
     self._part = f"{self.path}.{os.getpid()}.part"
 
   def __enter__(self) -> "ShardWriter":
-    self._file: BinaryIO = open(self._part, "wb")
+    with fs.writing(self.path):
+      self._file: BinaryIO = open(self._part, "wb")
     return self
 
   def write(self, features: Features) -> None:
-    """Appends one example; strings are stored as UTF-8, lists as several values."""
-    self._file.write(records.frame(example.serialise(features)))
+    """Append one example; strings are stored as UTF-8, lists as several values."""
+    record = records.frame(example.serialise(features))
+    with fs.writing(self.path):
+      self._file.write(record)
     self.examples += 1
     for key, value in features.items():
       self.kinds.setdefault(key, _kind(value))
@@ -81,12 +93,24 @@ class ShardWriter:
     error: BaseException | None,
     trace: TracebackType | None,
   ) -> None:
-    self._file.close()
-    if kind is not None:
-      os.remove(self._part)
-      return
-    os.replace(self._part, self.path)
-    index.load_index(self.path)  # reads the shard back, verifies it and stores the index
+    try:
+      with fs.writing(self.path):
+        self._file.close()
+        if kind is None:
+          os.replace(self._part, self.path)
+    except OSError:
+      if kind is None:  # otherwise the first error counts
+        raise
+    finally:
+      with contextlib.suppress(FileNotFoundError):
+        os.remove(self._part)
+    if kind is None:
+      found = index.load_index(self.path)  # reads the shard back, verifies it, stores the index
+      if len(found) != self.examples:
+        raise OSError(
+          f"{self.path}: {self.examples} records were written and {len(found)} can be read back; "
+          "the disk or the file system fails"
+        )
 
 
 def write_dataset(
@@ -99,10 +123,10 @@ def write_dataset(
   progress: Callable[[int], None] = lambda n: None,
   overwrite: bool = False,
 ) -> Summary:
-  """Makes all shards that are not there yet, then the manifest.
+  """Write all shards that are not there yet, then the manifest.
 
   Args:
-    directory: local; made if need be.
+    directory: local; created if need be.
     shards: number of shards of each split. It should not depend on the machine.
     make_shard: yields the examples of a shard; a pure function of its arguments, picklable by
       reference (an object of a module-level class, for instance).
@@ -112,28 +136,34 @@ def write_dataset(
     overwrite: replaces a data set of another recipe instead of refusing.
 
   Raises:
-    ValueError: the directory holds the data of another recipe, or shards of unknown origin.
+    ValueError: the directory is remote, holds the data of another recipe or shards of unknown
+      origin, is being written by another process, or could not be read as a data set.
+    OSError: it cannot be written; names path, free space and remedy.
   """
-  path = pathlib.Path(directory)
+  path = outputs.local_path(directory)
+  outputs.check_readable(path, shards)
   # A data set is what the recipe says; whoever reads JSON back gets lists for tuples.
-  recipe = json.loads(json.dumps({**recipe, "shards": shards}))
-  _claim(path, recipe, overwrite)
-  if (path / MANIFEST).exists():
-    return _read_summary(path)
-  names = {(s, i): shard_name(s, i, n) for s, n in shards.items() for i in range(n)}
-  for partial in path.glob("*.part"):  # of an earlier run that was killed
-    partial.unlink()
-  done = {name: log for name in names.values() if (log := _read_log(path, name)) is not None}
-  progress(sum(log["examples"] + len(log["skipped"]) for log in done.values()))
-  resumed = len(done)
-  job = _Job(str(path), make_shard, names)
-  missing = [shard for shard, name in names.items() if name not in done]
-  workers = min(os.cpu_count() or 1, 16) if workers is None else workers
-  if len(missing) == 1:
-    workers = 0
-  for shard, log in processes.map_in_processes(job, missing, workers, progress):
-    done[names[shard]] = log
-  return _finish(path, recipe, names, done, resumed)
+  wanted: dict[str, Any] = json.loads(json.dumps({**recipe, "shards": shards}))
+  if content := unfinished.find_complete(path, wanted):
+    return _summary(path, content)
+  outputs.check_directory(path)
+  with outputs.locked(path):
+    unfinished.claim(path, wanted, overwrite)
+    if content := unfinished.find_complete(path, wanted):  # by now, by another process
+      return _summary(path, content)
+    names = {(s, i): shard_name(s, i, n) for s, n in shards.items() for i in range(n)}
+    logs = {name: unfinished.read_log(path, name, wanted) for name in names.values()}
+    done = {name: log for name, log in logs.items() if log is not None}
+    progress(sum(log["examples"] + len(log["skipped"]) for log in done.values()))
+    resumed = len(done)
+    job = _Job(str(path), make_shard, names, wanted)
+    missing = [shard for shard, name in names.items() if name not in done]
+    workers = min(os.cpu_count() or 1, 16) if workers is None else workers
+    if len(missing) == 1:
+      workers = 0
+    for shard, log in processes.map_in_processes(job, missing, workers, progress):
+      done[names[shard]] = log
+    return _finish(path, wanted, names, done, resumed)
 
 
 def shard_name(split: str, number: int, count: int) -> str:
@@ -147,14 +177,15 @@ def shard_count(examples: int, bytes_each: int, shard_bytes: int = 64 << 20) -> 
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
-  """Makes one shard and logs it, in whatever process."""
+  """Writes one shard and logs it, in whatever process."""
 
   directory: str
   make_shard: MakeShard
   names: dict[tuple[str, int], str]
+  recipe: dict[str, Any]
 
   def __call__(self, shard: tuple[str, int], report: processes.Report) -> dict[str, Any]:
-    path = pathlib.Path(self.directory)
+    path = Path(self.directory)
     name = self.names[shard]
     skipped: list[dict[str, str]] = []
     with ShardWriter(path / name) as writer:
@@ -164,7 +195,7 @@ class _Job:
         else:
           writer.write(features)
     log = {"examples": writer.examples, "features": writer.kinds, "skipped": skipped}
-    fs.write_atomic(str(path / _PROGRESS_DIR / f"{name}.json"), json.dumps(log).encode())
+    unfinished.write_log(path, name, self.recipe, log)
     return log
 
 
@@ -179,93 +210,70 @@ def _reported(items: Iterable[Any], report: processes.Report) -> Iterator[Any]:
   report(count)
 
 
-def _claim(path: pathlib.Path, recipe: Mapping[str, Any], overwrite: bool) -> None:
-  """Makes sure that what lies in the directory belongs to this recipe; clears it if told to."""
-  progress = path / _PROGRESS_DIR
-  for place in (path / MANIFEST, progress / "recipe.json"):
-    if place.exists():
-      found = _read_json(place).get("recipe", {})
-      if found == recipe:
-        progress.mkdir(exist_ok=True) if place != path / MANIFEST else None
-        return
-      if not overwrite:
-        raise ValueError(
-          f"{path} holds another data set: {_difference(found, recipe)}. Choose another directory, "
-          "or replace it with overwrite."
-        )
-      break
-  else:
-    if any(path.glob("*.tfrecord*")) and not overwrite:
-      raise ValueError(
-        f"{path} holds record files but neither {MANIFEST} nor unfinished work of this writer. "
-        "Choose another directory, or replace them with overwrite."
-      )
-  for old in [*path.glob("*.tfrecord*"), path / MANIFEST, path / SKIPPED]:
-    old.unlink(missing_ok=True)
-  shutil.rmtree(progress, ignore_errors=True)
-  progress.mkdir(parents=True)
-  fs.write_atomic(str(progress / "recipe.json"), json.dumps({"recipe": recipe}).encode())
-
-
-def _difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-  keys = [k for k in {**wanted, **found} if found.get(k) != wanted.get(k)]
-  shown = [f"{k} was {str(found.get(k))[:60]}, now {str(wanted.get(k))[:60]}" for k in keys]
-  return "; ".join(shown)
-
-
-def _read_log(path: pathlib.Path, name: str) -> dict[str, Any] | None:
-  """What is known of a finished shard; None if it has to be made (again)."""
-  log = path / _PROGRESS_DIR / f"{name}.json"
-  return _read_json(log) if log.exists() and (path / name).exists() else None
-
-
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-  try:
-    return cast(dict[str, Any], json.loads(path.read_bytes()))
-  except ValueError as error:
-    raise ValueError(f"{path} is damaged ({error}); remove it to start again.") from None
-
-
 def _finish(
-  path: pathlib.Path,
+  path: Path,
   recipe: Mapping[str, Any],
   names: Mapping[tuple[str, int], str],
   logs: Mapping[str, dict[str, Any]],
   resumed: int,
 ) -> Summary:
   ordered = [(split, logs[name]) for (split, _), name in names.items()]
-  examples = dict.fromkeys(recipe["shards"], 0)
   features: dict[str, str] = {}
-  skipped = [skip for _, log in ordered for skip in log["skipped"]]
-  for split, log in ordered:
-    examples[split] += log["examples"]
+  for _, log in ordered:
     features |= log["features"]
-  fingerprints = {split: _fingerprint(path, split) if n else "" for split, n in examples.items()}
+  skipped = [skip for _, log in ordered for skip in log["skipped"]]
   if skipped:
     lines = [json.dumps(skip, ensure_ascii=False) + "\n" for skip in skipped]
-    fs.write_atomic(str(path / SKIPPED), "".join(lines).encode())
+    _write_json(path / SKIPPED, "".join(lines))
   manifest = {
     "format": FORMAT,
     "recipe": recipe,
     "features": dict(sorted(features.items())),
     "splits": {
-      split: {
-        "examples": examples[split],
-        "shards": recipe["shards"][split],
-        "fingerprint": fingerprints[split],
-      }
-      for split in examples
+      split: _facts(path, split, [name for (s, _), name in names.items() if s == split], logs)
+      for split in recipe["shards"]
     },
     "skipped": dict(Counter(skip["reason"] for skip in skipped)),
   }
-  text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
-  fs.write_atomic(str(path / MANIFEST), text.encode())
-  shutil.rmtree(path / _PROGRESS_DIR, ignore_errors=True)
-  return dataclasses.replace(_read_summary(path), resumed=resumed)
+  _write_json(path / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+  unfinished.clear(path)
+  return dataclasses.replace(_summary(path, manifest), resumed=resumed)
 
 
-def _read_summary(path: pathlib.Path) -> Summary:
-  manifest = _read_json(path / MANIFEST)
+def _facts(
+  path: Path, split: str, names: list[str], logs: Mapping[str, dict[str, Any]]
+) -> dict[str, Any]:
+  """Return what the manifest records of a split.
+
+  Raises:
+    ValueError: the shards hold other numbers of records than were written.
+  """
+  counts = [logs[name]["examples"] for name in names]
+  fingerprint = ""
+  if sum(counts):
+    shards = Shards([str(path)], Split(split))
+    found = {fs.basename(i.path): len(i) for i in shards.indexes}
+    if changed := [name for name, count in zip(names, counts) if found.get(name) != count]:
+      raise ValueError(
+        f"{path}: {', '.join(changed[:4])} changed while the data set was written; remove them and "
+        "give the same command again"
+      )
+    fingerprint = shards.fingerprint
+  return {
+    "examples": sum(counts),
+    "shards": len(names),
+    "fingerprint": fingerprint,
+    "records": counts,
+    "bytes": [fs.size(str(path / name)) for name in names],
+  }
+
+
+def _write_json(path: Path, text: str) -> None:
+  """Write JSON as UTF-8; lone surrogates, of file names for instance, become escapes of JSON."""
+  fs.write_atomic(str(path), text.encode("utf-8", "backslashreplace"))
+
+
+def _summary(path: Path, manifest: Mapping[str, Any]) -> Summary:
   splits = manifest["splits"]
   return Summary(
     str(path),
@@ -274,10 +282,6 @@ def _read_summary(path: pathlib.Path) -> Summary:
     {name: split["fingerprint"] for name, split in splits.items()},
     resumed=sum(split["shards"] for split in splits.values()),
   )
-
-
-def _fingerprint(path: pathlib.Path, split: str) -> str:
-  return sources.Dataset(sources.Source(str(path), split)).fingerprint
 
 
 def _kind(value: example.Writable) -> str:
@@ -317,8 +321,7 @@ def make_scenes_dataset(
   progress: Callable[[int], None] = lambda n: None,
   overwrite: bool = False,
 ) -> Summary:
-  """The demo data set: scenes of `ov_data.scenes` as records with jpg, txt,
-  description, alt and truth.
+  """Write the demo data set: scenes of `ov_data.scenes` with jpg, txt, description, alt, truth.
 
   Args:
     directory: see `write_dataset`, also for workers, progress, overwrite.
@@ -329,7 +332,8 @@ def make_scenes_dataset(
     label: the kind of class under `label`, in scenes that have it; see `scenes.class_prompts`.
 
   Raises:
-    ValueError: an unknown split, class or size, no scenes, or a directory with other data.
+    ValueError: an unknown split, class or size, no scenes, or a directory with other data; see also
+      `write_dataset`.
   """
   if not sizes or min(sizes.values()) < 1 or not set(sizes) <= set(scenes.SPLITS):
     raise ValueError(f"sizes={dict(sizes)}: expected 1 or more of {', '.join(scenes.SPLITS)}.")

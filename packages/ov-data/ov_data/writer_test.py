@@ -125,7 +125,10 @@ def test_another_recipe_is_refused_then_replaced(tmp_path: pathlib.Path):
   writer.write_dataset(tmp_path, _SHARDS, _Numbers(), {"seed": 1}, workers=0)
   with pytest.raises(ValueError, match="another data set: seed was 1, now 2"):
     writer.write_dataset(tmp_path, _SHARDS, _Numbers(), {"seed": 2}, workers=0)
-  with pytest.raises(ValueError, match="shards was .*another directory"):
+  with pytest.raises(
+    ValueError,
+    match=r"shards\.train was 3, now 2; shards\.test was 1, now not set.*another directory",
+  ):
     writer.write_dataset(tmp_path, {"train": 2}, _Numbers(), {"seed": 1}, workers=0)
   summary = writer.write_dataset(
     tmp_path, {"train": 1}, _Numbers(), {"seed": 2}, workers=0, overwrite=True
@@ -208,5 +211,25 @@ def test_processes():
 
 
 def test_a_dead_process_is_reported():
-  with pytest.raises(RuntimeError, match="ended with code 9 at 3"):
+  with pytest.raises(ChildProcessError, match="ended with code 9 at 3"):
     list(processes.map_in_processes(_die, [1, 3, 2, 4, 5], 2))
+
+
+def _raise(item: type[BaseException], report: processes.Report) -> None:
+  report(1)
+  raise item("from the function")
+
+
+@pytest.mark.parametrize("kind", [EOFError, BrokenPipeError, KeyError, UnicodeError])
+def test_errors_of_the_function_are_not_taken_for_a_dead_process(kind: type[BaseException]):
+  with pytest.raises(kind, match="from the function"):
+    list(processes.map_in_processes(_raise, [kind, kind], 2))
+
+
+def _closed(count: int) -> None:
+  raise BrokenPipeError("the terminal is closed")
+
+
+def test_errors_of_reporting_end_the_run():
+  with pytest.raises(BrokenPipeError, match="the terminal is closed"):
+    list(processes.map_in_processes(_die, [1, 2], 2, _closed))

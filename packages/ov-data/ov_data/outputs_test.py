@@ -1,0 +1,240 @@
+"""Output directories: checks before the work, errors of writing, one writer at a time."""
+
+from collections.abc import Iterator
+import errno
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+import pytest
+
+from ov_data import fs, outputs, shards, sources, writer
+
+
+def _make_shard(split: str, number: int) -> Iterator[writer.Features]:
+  for i in range(3):
+    yield {"key": f"{split}-{number}-{i}"}
+
+
+def _write(
+  path: object, splits: dict[str, int] | None = None, **arguments: object
+) -> writer.Summary:
+  return writer.write_dataset(
+    path, splits or {"train": 2}, _make_shard, {"seed": 1}, workers=0, **arguments
+  )  # fmt: skip
+
+
+@pytest.mark.parametrize("scheme", ["gs", "s3", "http", "https", "hdfs", "abfss", "GS"])
+@pytest.mark.parametrize("as_path", [False, True])
+def test_remote_outputs_are_refused(tmp_path, monkeypatch, scheme, as_path):
+  monkeypatch.chdir(tmp_path)
+  url = f"{scheme}://bucket/shards"
+  path = pathlib.Path(url) if as_path else url  # which has one slash only
+  message = f"output {url}: expected a local path; write to a local directory and copy it to {url}"
+  with pytest.raises(ValueError, match=message):
+    _write(path)
+  with pytest.raises(ValueError, match="expected a local path"):
+    writer.make_scenes_dataset(path, {"train": 5}, workers=0)
+  with pytest.raises(ValueError, match="expected a local path"):
+    writer.ShardWriter(path)
+  assert not list(tmp_path.iterdir())
+
+
+def test_file_urls_and_nul(tmp_path):
+  with pytest.raises(ValueError, match=f"leave out the scheme: {tmp_path}"):
+    _write(f"file://{tmp_path}")
+  with pytest.raises(ValueError, match="has a NUL byte"):
+    _write(f"{tmp_path}/a\0b")
+
+
+@pytest.mark.parametrize(
+  "name",
+  ["photos@512", "what?", "a*b", "b[1]", "{}", "{a,b}", "x.json", "train", "a b\n", "caf\udce9"],
+)
+def test_outputs_with_special_names_can_be_read(tmp_path, name):
+  summary = _write(tmp_path / name, {"train": 2, "val": 1})
+  assert summary.examples == {"train": 6, "val": 3}
+  assert len(sources.Dataset(sources.Source(str(tmp_path / name), "train"))) == 6
+  assert len(sources.Dataset(sources.Source(f"{tmp_path / name}/val-*"))) == 3
+  assert str(summary).isprintable() and str(summary).encode()
+
+
+def test_impossible_directories(tmp_path, monkeypatch):
+  (tmp_path / "file").write_text("x")
+  os.symlink("nowhere", tmp_path / "link")
+  os.mkfifo(tmp_path / "pipe")
+  for path, message in (
+    ("file", "file is not a directory"),
+    ("file/below", "file is not a directory"),
+    ("pipe", "pipe is not a directory"),
+    ("link", "link is a link whose target is missing"),
+    ("link/below", "link is a link whose target is missing"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      _write(tmp_path / path)
+  with pytest.raises(OSError, match="name too long"):
+    _write(tmp_path / ("x" * 300))
+  with pytest.raises(ValueError, match="there is no directory .*absent; create it"):
+    writer.ShardWriter(tmp_path / "absent/a.tfrecord")
+  with pytest.raises(ValueError, match="is a directory; expected the name of a file"):
+    writer.ShardWriter(tmp_path)
+  monkeypatch.setattr(os, "access", lambda path, mode: False)
+  with pytest.raises(PermissionError, match="cannot be written: .*choose another directory"):
+    _write(tmp_path / "new")
+  assert sorted(os.listdir(tmp_path)) == ["file", "link", "pipe"]
+
+
+def test_directories_that_would_not_be_read(tmp_path):
+  (tmp_path / "a/train").mkdir(parents=True)
+  with pytest.raises(ValueError, match="has a folder 'train', which readers take for the split"):
+    _write(tmp_path / "a")
+  (tmp_path / "b").mkdir()
+  (tmp_path / "b/dataset_info.json").write_text('{"splits": []}')
+  with pytest.raises(ValueError, match="TensorFlow Datasets"):
+    _write(tmp_path / "b")
+  for splits in ({"a/b": 1}, {"a[1]": 1}, {"": 1}, {"train": 1, "train-hard": 1}):
+    with pytest.raises(ValueError, match="expected a name without"):
+      _write(tmp_path / "c", splits)
+  assert not (tmp_path / "c").exists()
+
+
+class _Full:
+  """A file on a disk that is full after some bytes."""
+
+  def __init__(self, file, room, error):
+    self._file, self._room, self._error = file, room, error
+
+  def write(self, data):
+    self._room -= len(data)
+    if self._room < 0:
+      raise OSError(self._error, os.strerror(self._error))
+    return self._file.write(data)
+
+  def __getattr__(self, name):
+    return getattr(self._file, name)
+
+
+@pytest.mark.parametrize(
+  "code, message",
+  [
+    (errno.ENOSPC, r"No space left on device \([\d,]+ bytes free\); free some space"),
+    (errno.EDQUOT, "quota is used up"),
+    (errno.EROFS, "mounted read-only; choose another directory"),
+    (errno.EACCES, "choose another directory, or change its permissions"),
+  ],
+)
+def test_errors_of_writing_name_path_and_remedy(tmp_path, code, message):
+  shard = tmp_path / "a.tfrecord"
+  with pytest.raises(OSError, match=message) as caught, writer.ShardWriter(shard) as out:
+    out._file = _Full(out._file, 100, code)
+    for number in range(9):
+      out.write({"key": str(number)})
+  assert str(shard) in str(caught.value) and "\n" not in str(caught.value)
+  assert caught.value.errno == code
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_while_files_are_replaced(tmp_path, monkeypatch):
+  def full(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+  monkeypatch.setattr(os, "replace", full)
+  with pytest.raises(OSError, match=rf"free some space.*{tmp_path}/x\.json"):
+    fs.write_atomic(str(tmp_path / "x.json"), b"x")
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_shard_that_cannot_be_read_back(tmp_path):
+  with (
+    pytest.raises(OSError, match="3 records were written and 2 can be read back"),
+    writer.ShardWriter(tmp_path / "a.tfrecord") as out,
+  ):
+    for number in range(3):
+      out.write({"key": str(number)})
+    out._file.seek(20)
+    out._file.write(b"\xff")
+
+
+_HOLD = (
+  "import sys, time; from ov_data import outputs; import pathlib\n"
+  "with outputs.locked(pathlib.Path(sys.argv[1])):\n"
+  "  print('locked', flush=True)\n"
+  "  time.sleep(60)\n"
+)
+
+
+@pytest.fixture
+def other_writer(tmp_path):
+  """A process that writes to tmp_path/d."""
+  env = {**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
+  command = [sys.executable, "-c", _HOLD, str(tmp_path / "d")]
+  with subprocess.Popen(command, env=env, stdout=subprocess.PIPE) as process:
+    assert process.stdout and process.stdout.readline() == b"locked\n"
+    yield process
+    process.kill()
+
+
+def test_a_second_writer_is_refused_until_the_first_ends(tmp_path, other_writer):
+  folder = tmp_path / "d"
+  message = rf"d is being written by process {other_writer.pid} on .*wait until it ends"
+  with pytest.raises(ValueError, match=message):
+    _write(folder)
+  with pytest.raises(ValueError, match=message), outputs.locked(folder):
+    pass
+  with pytest.raises(ValueError, match=message):
+    _write(folder, overwrite=True)
+  _write(tmp_path / "e")  # another directory
+  other_writer.kill()
+  other_writer.wait()
+  assert (folder / outputs.LOCK).exists()  # left by a killed process, and not in the way
+  assert _write(folder).examples == {"train": 6}
+  assert not (folder / outputs.LOCK).exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[" * 99_999, b"\xff", b'{"pid": 1}'])
+def test_a_damaged_lock_file(tmp_path, content):
+  tmp_path.joinpath(outputs.LOCK).write_bytes(content)
+  assert _write(tmp_path).examples == {"train": 6}
+
+
+def test_a_failed_writer_leaves_no_lock(tmp_path):
+  with pytest.raises(ZeroDivisionError):
+    writer.write_dataset(tmp_path, {"train": 1}, lambda *_: 1 / 0, {}, workers=0)
+  assert not (tmp_path / outputs.LOCK).exists()
+
+
+def test_two_writers_at_once_make_one_data_set(tmp_path):
+  """Of two processes that start together, one writes and the other is refused or finds all done."""
+  program = (
+    "import sys; from ov_data import writer;"
+    "print(writer.make_scenes_dataset(sys.argv[1], {'train': 300}, image_size=32, workers=0))"
+  )
+  env = {**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
+  command = [sys.executable, "-c", program, str(tmp_path / "d")]
+  processes = [
+    subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for _ in range(2)
+  ]
+  outcomes = []
+  for process in processes:
+    out, err = process.communicate()
+    outcomes.append(process.returncode == 0 and "300 train" in out)
+    assert outcomes[-1] or "is being written by process" in err
+  assert any(outcomes)
+  assert len(shards.find_shards(str(tmp_path / "d"), "train")) == 1
+
+
+def test_foreign_partial_files_are_kept(tmp_path):
+  (tmp_path / "download.part").write_text("mine")
+  (tmp_path / "train-00000-of-00002.tfrecord.123.part").write_text("of a killed writer")
+  _write(tmp_path)
+  assert [p.name for p in tmp_path.glob("*.part")] == ["download.part"]
+
+
+def test_checking_takes_no_time(tmp_path):
+  start = time.perf_counter()
+  for _ in range(100):
+    outputs.check_directory(tmp_path / "a/b/c")
+  assert time.perf_counter() - start < 2

@@ -1,0 +1,189 @@
+"""What an interrupted writer has finished: one checksummed log for each shard, and the recipe.
+
+    dataset.progress/recipe.json
+    dataset.progress/train-00000-of-00002.tfrecord.json
+
+A log is believed if its checksum fits, it is of the same recipe, and the shard still has the size
+and edge checksum that were logged. Otherwise the shard is written again.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+import hashlib
+import json
+import logging
+from pathlib import Path
+import re
+import shutil
+from typing import Any
+
+import google_crc32c
+
+from ov_data import fs, index, manifest, shard_names, shards
+from ov_data.index.build import fingerprint_of
+from ov_data.splits import Split
+
+FOLDER = "dataset.progress"
+_RECIPE = "recipe.json"
+_PART = re.compile(r".+\.(tfrecord|ovidx|json|jsonl)\.[0-9a-f]+\.part", re.S)
+_EXCERPT = 60  # characters of a value in a message
+
+log = logging.getLogger("ov_data")
+
+
+def claim(path: Path, recipe: Mapping[str, Any], overwrite: bool) -> None:
+  """Make sure that what is in the directory belongs to this recipe; clear it if `overwrite`.
+
+  Raises:
+    ValueError: the directory holds the data of another recipe, or shards of unknown origin.
+  """
+  progress = path / FOLDER
+  if find_complete(path, recipe):
+    return
+  for place in (path / manifest.MANIFEST, progress / _RECIPE):
+    try:
+      content = manifest.read_json(str(place))
+    except FileNotFoundError:
+      continue
+    except ValueError as error:
+      if overwrite:
+        break
+      raise ValueError(f"{error}; choose another directory, or replace it with overwrite") from None
+    found = content.get("recipe") if isinstance(content, dict) else None
+    if found == recipe and place.parent == progress:
+      _remove_parts(path)
+      return
+    if not overwrite:
+      if found == recipe:
+        raise ValueError(
+          f"{path} was complete, and now {_change(path, content)}. Copy the shards again, or "
+          "replace the data set with overwrite."
+        )
+      raise ValueError(
+        f"{path} holds another data set: {difference(found or {}, recipe)}. Choose another "
+        "directory, or replace it with overwrite."
+      )
+    break
+  else:
+    if any(map(shard_names.is_shard, _names(path))) and not overwrite:
+      raise ValueError(
+        f"{path} holds record files but neither {manifest.MANIFEST} nor unfinished work of this "
+        "writer. Choose another directory, or replace them with overwrite."
+      )
+  for name in (manifest.MANIFEST, manifest.SKIPPED):  # first: they describe what is cleared
+    (path / name).unlink(missing_ok=True)
+  shutil.rmtree(progress, ignore_errors=True)
+  for name in _names(path):
+    if shard_names.is_shard(name.removesuffix(index.SUFFIX)):
+      (path / name).unlink(missing_ok=True)
+  _remove_parts(path)
+  fs.make_folder(str(progress))
+  content = json.dumps({"recipe": recipe}).encode()
+  fs.write_atomic(str(progress / _RECIPE), content)
+
+
+def find_complete(path: Path, recipe: Mapping[str, Any]) -> dict[str, Any] | None:
+  """Return the manifest of a complete data set of this recipe; None if there is none."""
+  try:
+    content = manifest.read_json(str(path / manifest.MANIFEST))
+  except (FileNotFoundError, ValueError):
+    return None
+  if not isinstance(content, dict) or content.get("recipe") != recipe or _change(path, content):
+    return None
+  return content
+
+
+def _change(path: Path, content: Mapping[str, Any]) -> str:
+  """Return how the shards differ from those that the manifest describes; "" if they do not."""
+  try:
+    for name, split in content["splits"].items():
+      if split["examples"]:
+        found = shards.Shards([str(path)], Split(name)).fingerprint
+        if found != split["fingerprint"]:
+          return f"the shards of split {name!r} are not those that were written"
+    Counter(content["skipped"])
+  except (ValueError, OSError) as error:
+    return f"its shards cannot be read: {error}"
+  except (LookupError, TypeError, AttributeError) as error:
+    return f"its {manifest.MANIFEST} is damaged ({type(error).__name__}: {error})"
+  return ""
+
+
+def write_log(path: Path, name: str, recipe: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+  """Store what is known of a finished shard."""
+  size, edges = fingerprint_of(str(path / name))
+  content = {"facts": facts, "recipe": _digest(recipe), "bytes": size, "edges": edges}
+  fs.write_atomic(str(_log_path(path, name)), json.dumps([_checksum(content), content]).encode())
+
+
+def read_log(path: Path, name: str, recipe: Mapping[str, Any]) -> dict[str, Any] | None:
+  """Return what is known of a finished shard; None if it has to be written (again)."""
+  try:
+    checksum, content = manifest.read_json(str(_log_path(path, name)))
+    if checksum != _checksum(content) or content["recipe"] != _digest(recipe):
+      raise ValueError("the log is damaged or of another recipe")
+    if (content["bytes"], content["edges"]) != fingerprint_of(str(path / name)):
+      raise ValueError("the shard has changed since")
+  except FileNotFoundError:
+    return None
+  except (ValueError, LookupError, TypeError, OSError) as error:
+    log.warning("%s is written again: %s", path / name, error)
+    return None
+  facts: dict[str, Any] = content["facts"]
+  return facts
+
+
+def clear(path: Path) -> None:
+  """Remove the logs: the data set is complete."""
+  shutil.rmtree(path / FOLDER, ignore_errors=True)
+
+
+def difference(found: Any, wanted: Any, name: str = "") -> str:
+  """Return where two recipes differ: the names of the values, and both values there."""
+  if isinstance(found, dict) and isinstance(wanted, dict):
+    keys = [key for key in {**wanted, **found} if found.get(key, ...) != wanted.get(key, ...)]
+    prefix = f"{name}." if name else ""
+    return "; ".join(
+      difference(found.get(k, ...), wanted.get(k, ...), f"{prefix}{k}") for k in keys
+    )
+  if isinstance(found, list) and isinstance(wanted, list) and len(found) == len(wanted):
+    first = next(n for n, (a, b) in enumerate(zip(found, wanted)) if a != b)
+    return difference(found[first], wanted[first], f"{name}[{first}]")
+  return f"{name or 'recipe'} was {_excerpt(found, wanted)}, now {_excerpt(wanted, found)}"
+
+
+def _excerpt(value: Any, other: Any) -> str:
+  """Return a value in at most about 60 characters, around where it begins to differ."""
+  if value is ...:
+    return "not set"
+  text, other = fs.printable(str(value)), fs.printable(str(other))
+  same = next(
+    (n for n, (a, b) in enumerate(zip(text, other)) if a != b), min(len(text), len(other))
+  )
+  start = max(0, same - _EXCERPT // 2) if len(text) > _EXCERPT else 0
+  stop = start + _EXCERPT
+  return f"{'...' if start else ''}{text[start:stop]}{'...' if stop < len(text) else ''}"
+
+
+def _names(path: Path) -> list[str]:
+  return fs.listdir(str(path)) if path.is_dir() else []
+
+
+def _remove_parts(path: Path) -> None:
+  """Remove the partial files of an earlier writer that was killed."""
+  for folder in (path, path / FOLDER):
+    for name in _names(folder):
+      if _PART.fullmatch(name):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _log_path(path: Path, name: str) -> Path:
+  return path / FOLDER / f"{name}.json"
+
+
+def _digest(recipe: Mapping[str, Any]) -> str:
+  return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _checksum(content: Any) -> int:
+  return google_crc32c.value(json.dumps(content, sort_keys=True).encode())
