@@ -179,6 +179,20 @@ def test_a_truncated_shard_is_used_as_far_as_it_goes(shards, tmp_path, cache):
   assert "truncated" in (tmp_path / "run" / "report.html").read_text()
 
 
+@pytest.mark.parametrize("kept", [0, 1])
+def test_check_compares_records_with_the_manifest(kept, shards, tmp_path, cache):
+  """A shard that arrived empty, or cut between two records, has no other sign of what it lacks."""
+
+  def cut(data):
+    return data[: kept * (16 + int.from_bytes(data[:8], "little"))]
+
+  folder = spoil(shards, tmp_path, cut)
+  (folder / "dataset.json").write_bytes((shards / "dataset.json").read_bytes())
+  flags = own_data(folder, "--check", f"--workdir={tmp_path / 'run'}")
+  said = rf"split 'train' has 60 records, but train-00000-of-00001\.tfrecord holds {kept} of 60"
+  runner.expect_one_line(*reversed(runner.run(*flags, cache=cache)), said)
+
+
 def test_check_says_what_a_run_would_be(tmp_path, cache):
   workdir = tmp_path / "run"
   code, printed = runner.run(*runner.TINY, "--check", f"--workdir={workdir}", cache=cache)

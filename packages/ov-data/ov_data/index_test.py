@@ -296,7 +296,7 @@ def test_command_reports_damage(tmp_path, capsys):
   content = {"format": "ov_data dataset 1", "splits": {"train": split}}
   (tmp_path / "d/dataset.json").write_text(json.dumps(content))
   assert command.main([str(tmp_path / "d")]) == 1
-  assert "counts 5 records in split 'train', its shards hold 0" in capsys.readouterr().err
+  assert "split 'train' has 5 records, but its shards hold 0" in capsys.readouterr().err
 
 
 def test_mistakes_of_the_command_take_one_line(tmp_path):

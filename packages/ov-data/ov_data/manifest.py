@@ -96,36 +96,46 @@ def check_counts(indexes: Sequence[ShardIndex]) -> dict[str, int]:
 
 
 def _compare(known: ShardSet, count: int, opened: Mapping[int, ShardIndex]) -> dict[str, int]:
-  if known.records is None:
-    if len(opened) < count:
-      return {}
-    difference = known.total - sum(map(len, opened.values()))
-    if _is_explained(difference, list(opened.values())):
-      damaged = [index.path for index in opened.values() if index.damage]
-      return {damaged[0]: difference} if len(damaged) == 1 else {}
-    fewest = sorted(opened.values(), key=len)[:_SHOWN]
-    problems = [f"{fs.basename(index.path)} holds {len(index)}" for index in fewest]
-    expected = f"{known.total} records in split {known.split!r}, its shards hold "
-    expected += f"{known.total - difference}; those with the fewest are "
+  """Compare one set of shards; see `check_counts`."""
+  if known.records is not None:
+    lost, problems = _compare_each(known.records, known.sizes, opened)
+  elif len(opened) == count:
+    lost, problems = _compare_total(known.total, list(opened.values()))
   else:
-    lost, problems = {}, []
-    for number, index in sorted(opened.items()):
-      difference = known.records[number] - len(index)
-      torn = known.sizes is not None and index.size != known.sizes[number]
-      if not _is_explained(difference, [index], torn):
-        found = "is empty" if not index.size else f"holds {len(index)}"
-        problems.append(f"{fs.basename(index.path)} {found} of {known.records[number]}")
-      elif index.damage:
-        lost[index.path] = difference
-    if not problems:
-      return lost
-    expected = f"other numbers of records in {len(problems)} shard(s) of split {known.split!r}: "
-  more = ", ..." if len(problems) > _SHOWN else ""
+    return {}
+  if not problems:
+    return lost
+  more = f" and {len(problems) - _SHOWN} more differ" if len(problems) > _SHOWN else ""
   raise ValueError(
-    f"{known.manifest} counts {expected}{', '.join(problems[:_SHOWN])}{more}. Copy these shards "
-    f"again or write the data set anew; without {fs.basename(known.manifest)} the shards are read "
-    "as they are"
+    f"{known.manifest}: split {known.split!r} has {known.total} records, but "
+    f"{', '.join(problems[:_SHOWN])}{more}. Copy these shards again or write the data set anew; "
+    f"without {fs.basename(known.manifest)} they are read as they are"
   )
+
+
+def _compare_each(
+  records: Sequence[int], sizes: Sequence[int] | None, opened: Mapping[int, ShardIndex]
+) -> tuple[dict[str, int], list[str]]:
+  """Return the records lost to damage by shard, and which shards lack records without damage."""
+  lost, problems = {}, []
+  for number, index in sorted(opened.items()):
+    difference = records[number] - len(index)
+    if not _is_explained(difference, [index], sizes is not None and index.size != sizes[number]):
+      problems.append(f"{fs.basename(index.path)} holds {len(index)} of {records[number]}")
+    elif index.damage:
+      lost[index.path] = difference
+  return lost, problems
+
+
+def _compare_total(total: int, indexes: Sequence[ShardIndex]) -> tuple[dict[str, int], list[str]]:
+  """Do the same where only the total of all shards is known."""
+  found = sum(map(len, indexes))
+  damaged = [index.path for index in indexes if index.damage]
+  if _is_explained(total - found, indexes):
+    return ({damaged[0]: total - found} if len(damaged) == 1 else {}), []
+  fewest = sorted(indexes, key=len)[:_SHOWN]
+  shown = ", ".join(f"{fs.basename(index.path)} with {len(index)}" for index in fewest)
+  return {}, [f"its shards hold {found}; those with the fewest are {shown}"]
 
 
 def _is_explained(difference: int, indexes: Sequence[ShardIndex], torn: bool = False) -> bool:

@@ -263,3 +263,10 @@ def test_tensorflow_datasets_directory(tmp_path):
   assert example.parse(whole.read(3))["meta/captions"] == [b"3a", b"3b"]
   assert _texts(Dataset(Source(str(tmp_path), split="full[25%:]"))) == texts[5:]
   _fails("has the splits full; split='train'", path=str(tmp_path), split="train")
+
+  shard = tmp_path / "pairs-full.tfrecord-00001-of-00002"  # as it arrives where a copy was cut off
+  shard.write_bytes(b"".join(serialised(number) for number in range(10, 17)))
+  message = r"dataset_info\.json: split 'full' has 20 records, but .*00001-of-00002 holds 7 of 10"
+  for split in (None, "full", "full[:2]"):
+    _fails(message, path=str(tmp_path), split=split)
+  _fails(message, path=f"{tmp_path}/pairs-full.tfrecord-*")
