@@ -57,7 +57,7 @@ def main() -> None:
     raise UserError("give --input=FOLDER and --output=FOLDER; --helpshort lists all flags")
   try:
     with user_errors():
-      summary = convert(_INPUT.value, Path(common_flags.OUTPUT.value).expanduser())
+      summary = convert(_INPUT.value, common_flags.local_path(common_flags.OUTPUT.value))
   except KeyboardInterrupt:
     raise UserError("stopped; the same command resumes from here") from None
   print(summary)
@@ -75,6 +75,7 @@ def convert(source: str, output: Path) -> writer.Summary:
   """
   if _SHARD_MB.value < 1 or _LIMIT.value < 0:
     raise ValueError("--shard_mb must be at least 1 and --limit not negative.")
+  shards.check_holdout(_HOLDOUT.value)
   options = shards.Options(
     max_side=_MAX_SIDE.value,
     reencode=_REENCODE.value,
@@ -120,8 +121,13 @@ def convert(source: str, output: Path) -> writer.Summary:
         progress=counter,
         overwrite=common_flags.OVERWRITE.value,
       )
+  if found.notes.counts:
+    print(f"note: {found.notes}")
   if plan.classes:
-    fs.write_atomic(str(output / CLASSES), "".join(f"{c}\n" for c in plan.classes).encode())
+    text = "".join(f"{label}\n" for label in plan.classes).encode()
+    path = output / CLASSES
+    if not path.exists() or path.read_bytes() != text:  # a complete data set may be read-only
+      fs.write_atomic(str(path), text)
   return summary
 
 

@@ -219,8 +219,9 @@ def test_one_damaged_header_costs_one_image(tmp_path: Path):
 def test_an_unreadable_tar_among_others_is_counted(tmp_path: Path):
   tar(tmp_path / "in/0.tar", {"0.jpg": jpeg(1), "0.txt": "x"})
   write(tmp_path / "in/1.tar", b"")
+  write(tmp_path / "in/2.tar.gz", b"")
   assert _converted(tmp_path / "in", tmp_path / "out") == {"0.tar/0": [b"x"]}
-  assert skipped(tmp_path / "out") == {"1.tar": "broken tar file"}
+  assert skipped(tmp_path / "out") == {"1.tar": "broken tar file", "2.tar.gz": "compressed tar"}
 
 
 def test_compressed_tars_are_refused(tmp_path: Path):

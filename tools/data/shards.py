@@ -110,8 +110,7 @@ def plan(
   Raises:
     ValueError: holdout is no fraction, or the input has splits of its own.
   """
-  if not 0 <= holdout < 1:
-    raise ValueError(f"holdout={holdout}: expected a fraction from 0 to less than 1.")
+  check_holdout(holdout)
   splits: dict[str, list[Item]] = {}
   for item in _ranked(listing.items, seed):
     splits.setdefault(item.split or TRAIN, []).append(item)
@@ -142,6 +141,12 @@ def plan(
   classes = sorted({item.label for item in listing.items if item.label is not None})
   numbers = {label: number for number, label in enumerate(classes)}
   return Plan(folder, options, numbers, shards, _tars(listing))
+
+
+def check_holdout(holdout: float) -> None:
+  """Raise ValueError where it is no fraction."""
+  if not 0 <= holdout < 1:
+    raise ValueError(f"holdout={holdout}: expected a fraction from 0 to less than 1.")
 
 
 def sample(listing: Listing, count: int, seed: int) -> Listing:

@@ -8,15 +8,13 @@ from ov_data.layouts import classes, imagefolder, img2dataset, json_lists, jsonl
 from ov_data.layouts.items import Place
 from ov_data.layouts.tree import Tree, inside, is_image, is_unsupported_image
 
-_COMPRESSED_TARS = (
-  ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst",
-)  # fmt: skip
 _TO_LISTS = (
   'write captions.jsonl next to the images, one {"file": "a.jpg", "captions": ["..."]} a line'
 )
 _REMEDIES = {
   **dict.fromkeys(
-    _COMPRESSED_TARS, "is a compressed tar; decompress it (gunzip, unxz, zstd -d) and give the .tar"
+    tar_members.COMPRESSED_TARS,
+    "is a compressed tar; decompress it (gunzip, unxz, zstd -d) and give the .tar",
   ),
   **dict.fromkeys((".zip", ".7z", ".rar"), "is an archive; unpack it and give the folder"),
   **dict.fromkeys((".gz", ".bz2", ".xz", ".zst"), "is compressed; decompress it first"),

@@ -12,6 +12,10 @@ import stat
 import tarfile
 from typing import BinaryIO
 
+COMPRESSED_TARS = (
+  ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst",
+)  # fmt: skip
+DAMAGE = "broken tar file"
 _BLOCK = 512
 _CHUNK = 1 << 20
 _MAX_EXTRA = 1 << 20  # bytes of a long name or of PAX headers
@@ -62,9 +66,6 @@ class Passed:
   detail: str
 
 
-DAMAGE = "broken tar file"
-
-
 def read_members(path: str) -> Iterator[Member | Passed]:
   """Yield the members in order.
 
@@ -101,7 +102,7 @@ class _Reader:
     while at < self._size:
       block = self._read(at, _BLOCK)
       if not block.strip(b"\0"):
-        self._ended = self._ended or good > 0
+        self._ended = self._ended or (good > 0 and len(block) == _BLOCK)
         at = self._skip_zeros(at)
         continue
       try:

@@ -14,7 +14,7 @@ from ov_data.layouts import sidecars, text_rules
 from ov_data.layouts.classes import UNSUPPORTED
 from ov_data.layouts.img2dataset import count_failures
 from ov_data.layouts.items import Blob, Item, Listing, Notes, Place, name_problem
-from ov_data.layouts.tar_members import DAMAGE, Member, Passed, read_members
+from ov_data.layouts.tar_members import COMPRESSED_TARS, DAMAGE, Member, Passed, read_members
 from ov_data.layouts.tree import (
   IMAGE_SUFFIXES,
   inside,
@@ -36,9 +36,9 @@ def read(place: Place) -> Listing:
     OSError: a tar cannot be read.
   """
   notes = Notes()
-  paths = _tars(place, notes)
   items: list[Item] = []
   skips: list[Skip] = []
+  paths = _tars(place, skips, notes)
   unreadable: list[ValueError] = []
   for path, name in zip(paths, _unique_names(paths)):
     if os.path.exists(stats := os.path.splitext(path)[0] + "_stats.json"):  # of img2dataset
@@ -68,13 +68,15 @@ def expand_ranges(path: str) -> list[str]:
   ]
 
 
-def _tars(place: Place, notes: Notes) -> list[str]:
+def _tars(place: Place, skips: list[Skip], notes: Notes) -> list[str]:
   path = place.path
   if os.path.isdir(path):
     paths = []
     for folder, name in place.tree.files():
       if name.lower().endswith(".tar"):
         paths.append(os.path.join(path, inside(folder, name)))
+      elif name.lower().endswith(COMPRESSED_TARS):
+        skips.append(Skip(inside(folder, name), "compressed tar", "decompress it"))
       elif not name.endswith(("_stats.json", ".parquet")):
         notes.add("files next to the tars not used", inside(folder, name))
   elif os.path.lexists(path):
@@ -152,7 +154,7 @@ class _Tar:
         key = f"{self.name}/{stem}"
         if archive:
           self.notes.add("samples of a further archive in the same file", key)
-        if key in keys:
+        while key in keys:
           key += f" (archive {archive + 1})"
         keys.add(key)
         self._add(key, members)
