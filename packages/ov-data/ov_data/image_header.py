@@ -116,7 +116,7 @@ def _unknown(data: bytes) -> DecodeError:
       "AVIF" if brand in (b"avif", b"avis") else "HEIC" if brand[:2] in (b"he", b"mi") else "video"
     )
   if kind:
-    return DecodeError("unsupported format", f"{kind}; expected {', '.join(FORMATS)}")
+    return DecodeError(f"unsupported {kind}", f"expected {', '.join(FORMATS)}")
   return DecodeError("unknown format", f"{data[:8]!r} is none of {', '.join(FORMATS)}")
 
 
@@ -157,12 +157,14 @@ def _jpeg(data: bytes) -> Header:
     if marker == 0xDA:
       break
     if marker in _JPEG_OTHER_FRAMES:
-      raise DecodeError("unsupported JPEG", f"{_JPEG_OTHER_FRAMES[marker]} coding")
+      kind = f"{_JPEG_OTHER_FRAMES[marker]} JPEG"
+      raise DecodeError(f"unsupported {kind}", "expected baseline, extended or progressive")
     if marker in _JPEG_FRAMES:
       frame = marker
       precision, height, width, components = struct.unpack_from(">BHHB", data, position + 4)
       if precision != 8:
-        raise DecodeError("unsupported JPEG", f"{precision} bits per sample, expected 8")
+        reason = "unsupported 12-bit JPEG" if precision == 12 else "broken header"
+        raise DecodeError(reason, f"{precision} bits per sample, expected 8")
       if not height:
         raise DecodeError("unsupported JPEG", "the number of rows follows after the pixels")
     elif 0xE0 <= marker <= 0xEF or marker == 0xFE:

@@ -326,18 +326,18 @@ def _with_frame(marker):
 
 
 UNSUPPORTED = {
-  "unsupported JPEG: 12 bits per sample, expected 8": _with_precision(12),
-  "unsupported JPEG: lossless coding": _with_frame(0xC3),
-  "unsupported JPEG: hierarchical coding": _with_frame(0xC5),
+  "unsupported 12-bit JPEG: 12 bits per sample, expected 8": _with_precision(12),
+  "unsupported lossless JPEG: expected baseline": _with_frame(0xC3),
+  "unsupported hierarchical JPEG": _with_frame(0xC5),
   "unsupported PNG: Apple's own form": b"\x89PNG\r\n\x1a\n"
   + _chunk(b"CgBI", bytes(4))
   + _encode()[8:],
-  "unsupported format: TIFF; expected JPEG, PNG": _encode("TIFF"),
-  "unsupported format: AVIF": b"\0\0\0\x20ftypavif" + bytes(40),
-  "unsupported format: HEIC": b"\0\0\0\x20ftypheic" + bytes(40),
-  "unsupported format: JPEG 2000": _encode("JPEG2000"),
-  "unsupported format: gzip": b"\x1f\x8b" + bytes(20),
-  "unsupported format: SVG": b"<svg xmlns=''/>",
+  "unsupported TIFF: expected JPEG, PNG": _encode("TIFF"),
+  "unsupported AVIF": b"\0\0\0\x20ftypavif" + bytes(40),
+  "unsupported HEIC": b"\0\0\0\x20ftypheic" + bytes(40),
+  "unsupported JPEG 2000": _encode("JPEG2000"),
+  "unsupported gzip": b"\x1f\x8b" + bytes(20),
+  "unsupported SVG": b"<svg xmlns=''/>",
   "unknown format: b'<html>40' is none of": b"<html>404</html>",
   "empty file": b"",
   "truncated image: 3 bytes": b"\xff\xd8\xff",
