@@ -25,6 +25,7 @@ _REMEDIES = {
   errno.EPERM: "choose another directory, or change its permissions",
   errno.EIO: "the disk or the network file system fails; choose another one",
 }
+_UNIMPLEMENTED = 12  # of TensorFlow's error codes: a scheme that it cannot read
 _KINDS = (
   (stat.S_ISDIR, "directory"),
   (stat.S_ISFIFO, "pipe"),
@@ -52,7 +53,7 @@ def printable(text: str) -> str:
 def check_name(path: str) -> None:
   """Raise ValueError if no file can have this path."""
   if "\0" in path:
-    raise ValueError(f"path {printable(path)!r} has a NUL byte in it, which no file name can have")
+    raise ValueError(f"path '{printable(path)}' has a NUL byte in it, which no file name can have")
 
 
 def join(directory: str, name: str) -> str:
@@ -253,4 +254,6 @@ def _as_os_error(path: str) -> Iterator[None]:
       raise
     kinds = {5: FileNotFoundError, 7: PermissionError, 16: PermissionError}
     text = " ".join(str(error).split())  # in one line
+    if code == _UNIMPLEMENTED:
+      text += "; use gs:// or copy the data to a local directory"
     raise kinds.get(code, OSError)(f"{path}: {text}") from error

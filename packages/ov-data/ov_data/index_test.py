@@ -309,7 +309,7 @@ def test_mistakes_of_the_command_take_one_line(tmp_path):
   lines = done.stderr.splitlines()
   assert len(lines) == 5 and all(line.startswith("ov_data.index: error: ") for line in lines)
   assert "no shards at" in lines[0] and "no such file or directory" in lines[0]
-  assert "is a tar file (a.tar)" in lines[1] and "convert" in lines[1]
+  assert "a.tar is a tar file, not a TFRecord shard" in lines[1] and "convert" in lines[1]
   assert "b.tfrecord is a pipe" in lines[2]
   assert "no *.tfrecord* file in it" in lines[3]
   assert _command().returncode == 2 and "usage" in _command().stderr

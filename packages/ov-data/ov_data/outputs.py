@@ -27,7 +27,7 @@ def local_path(path: str | os.PathLike[str]) -> Path:
   Raises:
     ValueError: it is in a bucket or another remote store, or no file can have that name.
   """
-  text = os.fspath(path)
+  text = os.fsdecode(path)
   fs.check_name(text)
   if match := _SCHEME.match(text):
     rest = text[match.end() :]

@@ -8,11 +8,13 @@ Format: https://www.tensorflow.org/tutorials/load_data/tfrecord#tfrecords_format
 """
 
 from collections.abc import Iterator
+import contextlib
 import dataclasses
 import functools
 import os
 import struct
 from typing import BinaryIO
+import zlib
 
 import google_crc32c
 import numpy as np
@@ -21,6 +23,20 @@ from numpy.typing import NDArray
 HEADER_BYTES = 12  # length and its checksum, before the data
 FOOTER_BYTES = 4  # checksum of the data, after it
 MAX_RECORD_BYTES = 1 << 30  # a longer length field is taken as damage, not as an allocation request
+
+_FOREIGN = {  # first bytes of files that are often taken for shards
+  b"\x1f\x8b": "gzip-compressed shard",
+  b"\x28\xb5\x2f\xfd": "zstd-compressed shard",
+  b"BZh": "bzip2-compressed shard",
+  b"\xfd7zXZ\0": "xz-compressed shard",
+  b"PK\3\4": "zip archive",
+  b"version http": "Git LFS pointer",
+  b"<!DOCTYPE": "web page",
+  b"<!doctype": "web page",
+  b"<html": "web page",
+  b"<?xml": "XML file",
+}
+FOREIGN_REASONS = frozenset((*_FOREIGN.values(), "zlib-compressed shard"))
 
 _HEADER = struct.Struct("<QI")
 _FOOTER = struct.Struct("<I")
@@ -116,7 +132,7 @@ def scan(stream: BinaryIO, size: int | None = None) -> Iterator[Entry]:
         raise RecordError(position, "truncated record")
     except RecordError as error:
       first = suspect.offset - HEADER_BYTES if suspect else position
-      found = size if "compressed" in error.reason else search.next_record(first + 1)
+      found = size if error.reason in FOREIGN_REASONS else search.next_record(first + 1)
       if suspect and found < position:
         yield Entry(first, found - first, suspect.damage, None)
       else:
@@ -242,8 +258,11 @@ def _data_length(header: bytes, offset: int) -> int:
 
 def _foreign_format(header: bytes) -> str:
   """Return why the first header of a shard is none."""
-  if header.startswith(b"\x1f\x8b"):
-    return "gzip-compressed shard"
+  for start, reason in _FOREIGN.items():
+    if header.startswith(start):
+      return reason
   if header[0] == 0x78 and not int.from_bytes(header[:2], "big") % 31:
-    return "zlib-compressed shard"
+    with contextlib.suppress(zlib.error):
+      zlib.decompressobj().decompress(header)
+      return "zlib-compressed shard"
   return "length checksum"

@@ -119,7 +119,10 @@ def test_many_damaged_stretches_are_bounded():
   [
     (gzip.compress(b"x" * 99), "gzip-compressed shard"),
     (zlib.compress(b"x" * 99), "zlib-compressed shard"),
-    (b"<html>404 Not Found</html>", "length checksum"),
+    (b"<html>404 Not Found</html>", "web page"),
+    (b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS pointer"),
+    (b"\x78\x9c" + b"\xff" * 20, "length checksum"),  # begins like zlib, and is not
+    (b"something else", "length checksum"),
   ],
 )
 def test_other_content_is_named(head, reason):

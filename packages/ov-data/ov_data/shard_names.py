@@ -36,12 +36,10 @@ def find_shards(path: str, split: str | None = None) -> list[str]:
   if fs.is_dir(path):
     return _in_folder(path, split)
   if fs.exists(path):
-    if not is_shard(path) and (what := foreign.describe([path])):
+    if not is_shard(path) and (what := foreign.describe([path], with_name=False)):
       raise ValueError(f"{path} is {what}")
     return [path]
-  hint = "no such file or directory"
-  if fs.is_link(path):
-    hint = "it is a link whose target is missing"
+  hint = _no_such_file(path)
   if match := re.fullmatch(r"(.+)@(\d*)", path, re.S):
     if shards := _sharded_name(match[1], match[2].zfill(5) if match[2] else "?????"):
       _check_complete(shards)
@@ -101,6 +99,17 @@ def _in_folder(path: str, split: str | None) -> list[str]:
     raise ValueError(f"no shards at {path}: {hint}")
   _check_complete(shards)
   return shards
+
+
+def _no_such_file(path: str) -> str:
+  if fs.is_link(path):
+    return "it is a link whose target is missing"
+  hint = "no such file or directory"
+  if match := re.match(r"([a-z][a-z0-9]+):/(?!/)", path):
+    hint += f"; did you mean {match[1]}://{path[match.end() :]}"
+  if re.search(r"\{.*(,|\.\.).*\}", path):
+    hint += "; braces have no meaning here, use a glob such as train-* or train@8"
+  return hint
 
 
 def _no_match(path: str, found: Sequence[str]) -> str:

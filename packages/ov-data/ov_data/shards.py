@@ -22,7 +22,6 @@ from ov_data.splits import Split
 __all__ = ["TFDS_INFO", "Shards", "find_shards", "is_shard"]
 
 _OPEN_FILES = 256
-_COMPRESSED = ("gzip-compressed shard", "zlib-compressed shard")
 
 
 class Shards:
@@ -49,6 +48,8 @@ class Shards:
     run: int = 1,
     cached_runs: int = 64,
   ):
+    if not all(paths) or not paths:
+      raise ValueError(f"path={paths!r} is empty; name a folder, a file or a glob")
     for path in paths:
       fs.check_name(path)
     if len(paths) == 1 and manifest.is_tfds(paths[0]):
@@ -136,24 +137,26 @@ class Shards:
 
 
 def _check_usable(indexes: Sequence[ShardIndex], paths: Sequence[str]) -> None:
-  """Raise ValueError where shards are compressed, or hold no record that can be used."""
-  compressed = [i.path for i in indexes if i.damage and i.damage[0].reason in _COMPRESSED]
-  if any(map(len, indexes)) and not compressed:
+  """Raise ValueError where a shard is no TFRecord file, or none holds a record."""
+  bad = [i for i in indexes if not len(i) and any(d.records is None for d in i.damage)]
+  if any(map(len, indexes)) and not bad:
     return
-  damage = [(index, item) for index in indexes for item in index.damage]
+  damaged = bad or [index for index in indexes if index.damage]
   problem = f"no usable record in the {len(indexes)} shard(s) of {', '.join(paths)}"
-  if not damage:
+  if any(map(len, indexes)):
+    problem = f"{len(bad)} of {len(indexes)} shards have no usable record"
+  if not damaged:
     raise ValueError(f"{problem}; they are empty. Copy or write them again")
-  index, first = next((pair for pair in damage if pair[0].path in compressed), damage[0])
-  where = f"{index.path} at byte {first.offset}: {first.reason}"
-  if compressed:
-    if any(map(len, indexes)):
-      problem = f"{len(compressed)} of {len(indexes)} shards cannot be read"
-    raise ValueError(
-      f"{problem}; first damage: {where}. Uncompress the shards (gunzip, zlib-flate -uncompress)"
-    )
+  first = damaged[0].damage[0]
+  remedy = "Are they TFRecord files? Copy or write them again"
+  if first.reason.endswith("compressed shard"):
+    remedy = "Uncompress them (gunzip, zlib-flate -uncompress, unzstd)"
+  elif first.reason == "Git LFS pointer":
+    remedy = "Fetch the files with git lfs pull"
+  if any(map(len, indexes)):
+    remedy += ", or leave them out with a glob"
   raise ValueError(
-    f"{problem}; first damage: {where}. Are they TFRecord files? Copy or write them again"
+    f"{problem}; first damage: {damaged[0].path} at byte {first.offset}: {first.reason}. {remedy}"
   )
 
 

@@ -268,21 +268,24 @@ def test_a_glob_without_shards_says_what_is_there(tmp_path):
   os.symlink("nowhere", tmp_path / "link.tfrecord")
   _fails(f"{here}/link.tfrecord", "a link whose target is missing")
   _fails(f"{here}/a\0b", "has a NUL byte")
+  _fails(f"{here}/train-{{00000..00001}}", "braces have no meaning here")
+  _fails("gs:/bucket/x", "did you mean gs://bucket/x")
+  _fails("", "is empty; name a folder")
 
 
 @pytest.mark.parametrize(
   "name, what",
   [
-    ("a.tar", "a tar file .*tools/data:convert"),
-    ("a.tar.gz", "a compressed tar file .*uncompress"),
+    ("a.tar", "a tar file.*tools/data:convert"),
+    ("a.tar.gz", "a compressed tar file.*uncompress"),
     ("a.tgz", "a compressed tar file"),
-    ("a.zip", "an archive .*unpack"),
-    ("a.csv", r"a table of text .*captions\.jsonl.*tools/data:convert"),
-    ("a.tsv", "a table of text"),
-    ("a.jsonl", "a list of JSON lines .*tools/data:convert"),
-    ("a.parquet", r"a Parquet file .*captions\.jsonl"),
+    ("a.zip", "an archive.*unpack"),
+    ("a.csv", r"a table.*captions\.jsonl.*tools/data:convert"),
+    ("a.tsv", "a table"),
+    ("a.jsonl", "a list of JSON lines.*tools/data:convert"),
+    ("a.parquet", r"a Parquet file.*captions\.jsonl"),
     ("data-00000-of-00001.arrow", "an Arrow file"),
-    ("set-train.array_record-00000-of-00001", "an ArrayRecord file .*TFRecord"),
+    ("set-train.array_record-00000-of-00001", "an ArrayRecord file.*TFRecord"),
   ],
 )
 def test_other_formats_are_named(tmp_path, name, what):
@@ -314,12 +317,26 @@ def test_compressed_shards(tmp_path):
   (tmp_path / "a.tfrecord.gz").write_bytes(gzip.compress(_frames(0, 3)[0]))
   _fails(tmp_path, r"no usable record .*at byte 0: gzip-compressed shard\. Uncompress")
   _write(tmp_path / "a.tfrecord")
-  _fails(tmp_path, r"1 of 2 shards cannot be read; first damage: .*a\.tfrecord\.gz .*Uncompress")
+  message = r"1 of 2 shards have no usable record; first damage: .*a\.tfrecord\.gz .*Uncompress"
+  _fails(tmp_path, message + ".*or leave them out with a glob")
 
 
-def test_a_file_that_is_no_shard(tmp_path):
-  (tmp_path / "a.tfrecord").write_text("<html>404 Not Found</html>")
-  _fails(tmp_path, "no usable record .*length checksum.*Are they TFRecord files")
+@pytest.mark.parametrize(
+  "content, message",
+  [
+    (b"<html>404 Not Found</html>", "web page.*Are they TFRecord files"),
+    (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer.*git lfs pull"),
+    (b"x" * 999, "length checksum.*Are they TFRecord files"),
+  ],
+)
+def test_files_that_are_no_shards(tmp_path, content, message):
+  """One of them among shards would lose an unknown number of records."""
+  (tmp_path / "train-00000-of-00002.tfrecord").write_bytes(content)
+  _fails(f"{tmp_path}/train-00000*", f"no usable record in the 1 shard.*{message}")
+  _write(tmp_path / "train-00001-of-00002.tfrecord")
+  _fails(tmp_path, f"1 of 2 shards have no usable record; .*{message}")
+  assert len(_open(f"{tmp_path}/*-00001-*")) == 10
+  assert len(list(tmp_path.glob("*.ovidx"))) == 1  # none next to what is no shard
 
 
 def test_file_names_that_are_no_utf8(tmp_path):

@@ -42,6 +42,8 @@ def load_index(path: str) -> ShardIndex:
     if index is not None and (index.size, index.fingerprint) == (size, fingerprint):
       return index
   index = _build(path, size, fingerprint)
+  if index.damage and not len(index):
+    return index  # no shard at all: leave no file next to it
   data = sidecar.serialise(index)
   for place in (beside, _cache_path(path)):
     try:
