@@ -116,7 +116,7 @@ def class_numbers(names: Sequence[str], folders: Sequence[str] | None) -> dict[s
     ValueError: some folders are classes and some are not.
   """
   count = len(names)
-  numbers = {name: count - 1 - i for i, name in enumerate(reversed(names))}
+  numbers: dict[str | int, int] = {name: count - 1 - i for i, name in enumerate(reversed(names))}
   if folders is None:
     return {**{str(i): i for i in range(count)}, **{i: i for i in range(count)}, **numbers}
   plain = {ov_eval.canonicalise(name): count - 1 - i for i, name in enumerate(reversed(names))}

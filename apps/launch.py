@@ -12,8 +12,8 @@ from ml_collections import ConfigDict, config_flags
 
 from apps.configs import base as configs_base
 from apps.configs import published
-from apps.trainer.config import leaves, nearest_leaf
 from apps.trainer.errors import UserError, user_errors
+from apps.trainer.names import leaves, nearest_leaf
 
 if TYPE_CHECKING:
   from apps.trainer.loop import App

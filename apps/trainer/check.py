@@ -1,11 +1,11 @@
 """What a run would be, without training.
 
-`--check` shows sizes, memory, steps and the first batch; `--compile` compiles the train steps.
+`--check` opens what the run opens and shows sizes, memory, steps and the first batch; `--compile`
+compiles the train steps.
 """
 
 from pathlib import Path
 import tempfile
-from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -13,47 +13,50 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from apps.trainer import inputs
-from apps.trainer.compile_cache import CompileCache, Program, megabytes, short_key
-from apps.trainer.config import check_values, to_json
+from apps.trainer.checkpoint import read_metadata, saved_checkpoint
+from apps.trainer.compile_cache import Program, megabytes, short_key
+from apps.trainer.config import to_json
 from apps.trainer.errors import user_errors
-from apps.trainer.held_out import HeldOut
-from apps.trainer.loop import App, Parts, build_parts, build_step
+from apps.trainer.parts import App, build_step
+from apps.trainer.prepare import Prepared, open_model, open_training_data, prepare
 from apps.trainer.progress import Terminal
-from apps.trainer.stages import resolve_stages
-from apps.trainer.task import abstract_batch
+from apps.trainer.task import Evaluate, abstract_batch
 from apps.trainer.workdir import Workdir
 import ov_models
 import ov_sharding
 
 
 def check_run(config: ConfigDict, workdir: Workdir, app: App, terminal: Terminal) -> None:
-  """Resolves every stage, builds its abstract state, reads one batch each; trains nothing.
+  """Open everything that the run opens, read one batch of each stage, and train nothing.
 
   Raises:
     UserError: what would stop the run, in one line.
   """
   with user_errors(), tempfile.TemporaryDirectory() as scratch:
-    check_values(config)
-    CompileCache(config.compile_cache, config.compile_store, terminal.phase)
     print(to_json(config), end="")
-    stages = resolve_stages(config)
-    mesh = ov_sharding.make_mesh(ov_sharding.MeshConfig(**config.mesh))
     kept = workdir.path / "tokenizer"
-    where = workdir if kept.exists() else Workdir(Path(scratch))
-    tokenizer = inputs.open_tokenizer(config, where, terminal)
+    home = workdir if kept.exists() else Workdir(Path(scratch))
+    prepared = prepare(config, workdir, app, terminal, tokenizer_home=home)
+    for plan in prepared.init:
+      terminal.phase(plan.report.text())
+    if prepared.saved is not None:
+      verb = "evaluates" if config.eval_only else "resumes from"
+      terminal.phase(f"{prepared.checkpoints}: the run {verb} step {prepared.saved:,}")
     table = Table("", title=f"{workdir.place}: {_devices()}")
     columns = []
-    for stage in stages:
+    for index, (stage, _, evaluate) in enumerate(prepared.stages):
       table.add_column(stage.name, justify="right")
-      parts = build_parts(stage.config, app.make_task, tokenizer, mesh)
-      # Opens the held-out data.
-      app.make_evaluate(HeldOut(stage.config, parts.task, tokenizer, mesh, terminal))
-      columns.append(_facts(stage.config, parts, tokenizer, mesh, stage.index))
+      columns.append(_facts(prepared, index) | {"evaluators": describe_evaluators(evaluate)})
     for name in columns[0]:
-      table.add_row(name, *(column[name] for column in columns))
+      table.add_row(name, *(column.get(name, "") for column in columns))
     Console().print(table)
     print("check passed")
+
+
+def describe_evaluators(evaluate: Evaluate | None) -> str:
+  """Name the evaluators of a stage, in one line."""
+  parts = getattr(evaluate, "parts", () if evaluate is None else (evaluate,))
+  return ", ".join(type(part).__name__ for part in parts) or "none"
 
 
 def compile_run(config: ConfigDict, workdir: Workdir, app: App, terminal: Terminal) -> None:
@@ -66,16 +69,11 @@ def compile_run(config: ConfigDict, workdir: Workdir, app: App, terminal: Termin
     UserError: settings that cannot be, or a store that cannot be written.
   """
   with user_errors():
-    check_values(config)
-    cache = CompileCache(config.compile_cache, config.compile_store, terminal.phase)
-    stages = resolve_stages(config)
-    mesh = ov_sharding.make_mesh(ov_sharding.MeshConfig(**config.mesh))
-    tokenizer = inputs.open_tokenizer(config, workdir, terminal)
+    stages, parts_of, mesh, _, cache = open_model(config, workdir, app, terminal)
     table = Table("stage", "seconds", "", "program", "size", "peak of a device", title=_devices())
     with cache:
       cache.fetch()
-      for stage in stages:
-        parts = build_parts(stage.config, app.make_task, tokenizer, mesh)
+      for stage, parts in zip(stages, parts_of, strict=True):
         step = build_step(stage.config, parts, mesh, stage.index)
         rows, sharding = stage.config.batch_size, ov_sharding.batch_sharding(mesh)
         batch = abstract_batch(parts.task, rows, sharding)
@@ -110,33 +108,42 @@ def _devices() -> str:
   return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
 
 
-def _facts(
-  config: ConfigDict, parts: Parts, tokenizer: Any, mesh: jax.sharding.Mesh, index: int
-) -> dict[str, str]:
-  task = parts.task
-  with inputs.train_loader(config, task, tokenizer, mesh, index) as loader:
-    batch = next(loader)
-    records = loader.num_examples
+def _facts(prepared: Prepared, index: int) -> dict[str, str]:
+  """Sizes of a stage, and what the first batch is; nothing of data that the run does not open."""
+  stage, parts, _ = prepared.stages[index]
+  config, task = stage.config, parts.task
   state = ov_sharding.bytes_per_device(parts.abstract, parts.shardings)
   params = ov_sharding.bytes_per_device(parts.abstract["params"], parts.shardings["params"])
-  arrays = {k: v for k, v in batch.items() if isinstance(v, np.ndarray)}
-  in_batch = sum(v.nbytes for v in arrays.values()) / mesh.local_mesh.size
   examples = config.total_steps * config.batch_size
-  return {
+  facts = {
     "parameters": f"{ov_models.num_params(task.abstract_params()):,}",
     "params per device": _mebibytes(params),
     "optimizer and counters per device": _mebibytes(state - params),
-    "batch per device": _mebibytes(in_batch),
     "image": f"{task.image_size} px",
     "text positions": f"{task.text_len:,}",
-    "tokenizer entries": f"{tokenizer.vocab_size:,}",
+    "tokenizer entries": f"{prepared.tokenizer.vocab_size:,}",
     "batch": f"{config.batch_size:,}",
     "steps": f"{config.total_steps:,}",
     "examples": f"{examples:,}",
     "text tokens": f"{examples * task.text_len:,}",
+    "model FLOPs per example": f"{task.flops_per_example:.3g}",
+  }
+  if config.eval_only:
+    return facts
+  with open_training_data(prepared, index) as loader:
+    saved = prepared.saved or 0
+    if index == prepared.first and saved > stage.first_step:
+      checkpoint = saved_checkpoint(prepared.checkpoints, prepared.saved)
+      assert checkpoint is not None
+      loader.restore(read_metadata(checkpoint)["loader"])
+    batch = next(loader)
+    records = loader.num_examples
+  arrays = [value for value in batch.values() if isinstance(value, np.ndarray)]
+  in_batch = sum(array.nbytes for array in arrays) / prepared.mesh.local_mesh.size
+  return facts | {
+    "batch per device": _mebibytes(in_batch),
     "records": f"{records:,}",
     "epochs": f"{examples / records:.2f}",
-    "model FLOPs per example": f"{task.flops_per_example:.3g}",
     "first batch": f"{int(batch['valid'].sum())} of {len(batch['valid'])} rows good",
   }
 

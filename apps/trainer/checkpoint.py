@@ -243,6 +243,29 @@ def find_checkpoint(path: epath.PathLike, step: int | None = None) -> epath.Path
   return by_step[found]
 
 
+def saved_checkpoint(directory: epath.PathLike, step: int | None = None) -> epath.Path | None:
+  """Return the checkpoint that a run in `directory` resumes from; reads only.
+
+  Args:
+    directory: of the checkpoints of a run; need not exist.
+    step: which one; the newest intact one by default.
+
+  Raises:
+    CheckpointError: the one asked for is missing or damaged.
+  """
+  root = absolute_path(directory)
+  steps = _steps(root)
+  if step is not None and step not in steps:
+    raise CheckpointError(
+      f"config.eval.checkpoint_step={step}: {root} holds the steps "
+      f"{', '.join(map(str, steps)) or '(none)'}; config.checkpoint.keep_last and keep_every say "
+      "which a run keeps"
+    )
+  if step is not None or any(_fault(root / str(s)) is None for s in reversed(steps)):
+    return find_checkpoint(root, step)
+  return None
+
+
 def read_metadata(checkpoint: epath.Path) -> dict[str, Any]:
   """The JSON saved with a checkpoint directory of `find_checkpoint`.
 
@@ -274,6 +297,26 @@ def restore_arrays(checkpoint: epath.Path, abstract: PyTree, *, partial: bool = 
       either way.
 
   Raises:
+    CheckpointError: as `check_restorable`.
+  """
+  check_restorable(checkpoint, abstract, partial=partial)
+  reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+  restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
+  return reader.restore(
+    checkpoint / "state",
+    args=ocp.args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=partial),
+  )
+
+
+def check_restorable(checkpoint: epath.Path, abstract: PyTree, *, partial: bool = False) -> None:
+  """Compare a checkpoint directory with the tree that `restore_arrays` would read; reads no array.
+
+  Args:
+    checkpoint: of `find_checkpoint`.
+    abstract: ShapeDtypeStructs.
+    partial: see `restore_arrays`.
+
+  Raises:
     CheckpointError: listing every path that is missing, unexpected, or of other shape or dtype.
   """
   differences = _differences(saved_arrays(checkpoint), flatten_paths(abstract), partial)
@@ -291,12 +334,6 @@ def restore_arrays(checkpoint: epath.Path, abstract: PyTree, *, partial: bool = 
       "Resume with the config it was trained with (saved in its metadata), choose another workdir, "
       "or take over the parameters only with init_from."
     )
-  reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
-  restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
-  return reader.restore(
-    checkpoint / "state",
-    args=ocp.args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=partial),
-  )
 
 
 def library_versions() -> dict[str, str]:

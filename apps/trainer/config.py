@@ -1,9 +1,8 @@
 """From the configuration tree to the typed configs of the parts; impossible values end here."""
 
-from collections.abc import Iterator, Mapping, Sequence
-import difflib
+from collections.abc import Sequence
 import json
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -28,25 +27,58 @@ def augment_config(config: ConfigDict) -> AugmentConfig:
   return AugmentConfig(jitter_probability=0.0, gray_probability=0.0)
 
 
-def init_sources(config: ConfigDict) -> list[dict[str, Any]]:
-  """Arguments of `init_from.init_from` for each source of `config.init_from`, in order.
+class InitSettings(NamedTuple):
+  """One source of `config.init_from`.
+
+  Attributes:
+    setting: what its path is called, for messages.
+    path: of the checkpoint.
+    step: which checkpoint; None takes the newest.
+    part: the trained parameters or their average.
+    options: of `init_from.plan_init`.
+  """
+
+  setting: str
+  path: str
+  step: int | None
+  part: Literal["params", "ema"]
+  options: dict[str, Any]
+
+
+def init_sources(config: ConfigDict) -> list[InitSettings]:
+  """Return the sources of `config.init_from`, the one of `config.ft_from` included, in order.
 
   Raises:
-    ValueError: an entry of `config.init_from.more` is not as described there.
+    ValueError: `ft_from` and `init_from.path` are both set, or an entry of `config.init_from.more`
+      is not as described there.
   """
-  wanted = config.init_from.to_dict()
-  more = [dict(source) for source in wanted.pop("more")]
+  shared = config.init_from.to_dict()
+  more = [dict(source) for source in shared.pop("more")]
+  setting = "config.init_from.path"
+  if config.ft_from:
+    if shared["path"]:
+      raise ValueError(
+        f"config.ft_from={config.ft_from} and config.init_from.path={shared['path']} are two names "
+        "of one setting; give one of them"
+      )
+    setting, shared["path"] = "config.ft_from", config.ft_from
   for index, source in enumerate(more):
     name = f"config.init_from.more[{index}]"
-    if unknown := sorted(set(source) - set(wanted)):
-      raise ValueError(f"{name} has {', '.join(unknown)}; it may have {', '.join(wanted)}")
+    if unknown := sorted(set(source) - set(shared)):
+      raise ValueError(f"{name} has {', '.join(unknown)}; it may have {', '.join(shared)}")
     if not source.get("path"):
       raise ValueError(f"{name} has no path; give the workdir or a checkpoint of a run")
     for regexes in ("include", "exclude"):
       if isinstance(source.get(regexes, ()), str):
         raise ValueError(f"{name}.{regexes}={source[regexes]!r}; expected a tuple of them")
-  sources = ([wanted] if wanted["path"] else []) + more
-  return [{"source": source.pop("path"), **source} for source in sources]
+  sources = [(setting, shared)] if shared["path"] else []
+  sources += [(f"config.init_from.more[{i}].path", source) for i, source in enumerate(more)]
+  return [
+    InitSettings(
+      name, source.pop("path"), source.pop("step", None), source.pop("part", "params"), source
+    )
+    for name, source in sources
+  ]
 
 
 def check_values(config: ConfigDict) -> None:
@@ -98,6 +130,8 @@ def check_values(config: ConfigDict) -> None:
   for name, allowed in (
     ("input.shuffle", ("global", "block", "none")),
     ("eval.method", ("greedy", "sample", "beam")),
+    ("init_from.part", ("params", "ema")),
+    ("init_from.patch_resize", ("pseudoinverse", "bilinear")),
   ):
     value = _leaf(config, name)
     if value is not None and value not in allowed:
@@ -108,31 +142,6 @@ def check_values(config: ConfigDict) -> None:
       "training goes on from the newest checkpoint"
     )
   init_sources(config)
-
-
-def leaves(tree: Mapping[str, Any], path: str = "") -> Iterator[str]:
-  """Yield the dotted names of all settings, those of whole sections too."""
-  for key, value in tree.items():
-    yield f"{path}{key}"
-    if isinstance(value, Mapping | ConfigDict):
-      yield from leaves(value, f"{path}{key}.")
-
-
-def nearest_leaf(name: str, names: Sequence[str]) -> str | None:
-  """Return the setting that a misspelt name most likely means.
-
-  Args:
-    name: dotted, such as "optimiser.learning_rate".
-    names: all settings.
-
-  Returns:
-    The nearest of `names`, else the nearest with an equal last part; None where nothing is near.
-  """
-  if near := difflib.get_close_matches(name, names, n=1, cutoff=0.75):
-    return near[0]
-  last = {known.rpartition(".")[2]: known for known in reversed(names)}
-  near = difflib.get_close_matches(name.rpartition(".")[2], last, n=1, cutoff=0.75)
-  return last[near[0]] if near else None
 
 
 def to_json(config: ConfigDict) -> str:

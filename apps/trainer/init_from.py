@@ -1,4 +1,4 @@
-"""Starts a run from the parameters of another one, whatever its resolution, patch or text length.
+"""Start a run from the parameters of another one, whatever its resolution, patch or text length.
 
   params, report = init_from(workdir_of_the_other_run, state["params"])
   state = state_lib.replace_params(state, params)
@@ -15,8 +15,9 @@ Parameters go by their path. Of a path that both have:
     vocabulary)
 
 What only the new model has stays fresh, what only the old one has is not used; the report names
-all of it. Towers can come from several runs: one call for each, with `include`. Optimizer state,
-step and data position are not touched.
+all of it. The other run may be one of the published code, see `init_source`. Towers can come from
+several runs: one call for each, with `include`. Optimizer state, step and data position are not
+touched.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,18 +25,13 @@ import dataclasses
 import json
 import math
 import re
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from etils import epath
 import jax
 import jax.numpy as jnp
 
-from apps.trainer.checkpoint import (
-  find_checkpoint,
-  read_metadata,
-  restore_arrays,
-  saved_arrays,
-)
+from apps.trainer.init_source import InitSource, Part, open_source
 from apps.trainer.optimizer import flatten_paths, path_str
 import ov_models
 
@@ -52,6 +48,8 @@ class InitReport:
 
   Attributes:
     source: the checkpoint directory.
+    tokenizer: fingerprint of the tokenizer of the source; None where that is not known.
+    notes: what else there is to know about the source.
     taken: paths copied as they were.
     resampled: path -> what was done.
     fresh: path -> why it keeps the value it had.
@@ -59,14 +57,22 @@ class InitReport:
   """
 
   source: str
+  tokenizer: str | None
+  notes: tuple[str, ...]
   taken: tuple[str, ...]
   resampled: dict[str, str]
   fresh: dict[str, str]
   unused: tuple[str, ...]
 
   def text(self) -> str:
-    """A few lines for the terminal; what is as expected is only counted."""
+    """Return a few lines for the terminal; what is as expected is only counted."""
     lines = [f"initialised from {self.source}: {len(self.taken)} arrays taken"]
+    lines += [f"  note: {note}" for note in self.notes]
+    if self.tokenizer is None and (rows := self.rows_of_tokens):
+      lines.append(
+        f"  note: {', '.join(rows)} fit the vocabulary of that run only, and the checkpoint does "
+        "not name it: config.tokenizer.path must be that vocabulary"
+      )
     lines += [f"  resampled {path}: {how}" for path, how in self.resampled.items()]
     for why in _CHOSEN:
       if count := list(self.fresh.values()).count(why):
@@ -75,9 +81,39 @@ class InitReport:
     lines += [f"  unused {path}" for path in self.unused]
     return "\n".join(lines)
 
+  @property
+  def rows_of_tokens(self) -> list[str]:
+    """The paths that were taken and have a row or column for each token."""
+    return [path for path in (*self.taken, *self.resampled) if _OF_TOKENS.search(path)]
+
   def save(self, path: epath.PathLike) -> None:
-    """Writes everything as JSON."""
+    """Write everything as JSON."""
     epath.Path(path).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+
+
+class InitPlan(NamedTuple):
+  """What `init_from` will do; nothing is read yet.
+
+  Attributes:
+    source: where parameters come from.
+    resample: path -> function from the array of the source to that of the model.
+    report: what becomes of every parameter.
+  """
+
+  source: InitSource
+  resample: dict[str, Resample]
+  report: InitReport
+
+  def apply(self, params: PyTree) -> PyTree:
+    """Return `params`, the arrays that the plan was made for, with those of the source in place."""
+    new = flatten_paths(params)
+    wanted = {path: self.source.arrays[path] for path in (*self.report.taken, *self.resample)}
+    read = self.source.read({path: _target(old, new[path]) for path, old in wanted.items()})
+    for path, function in self.resample.items():
+      read[path] = jax.jit(function, out_shardings=new[path].sharding)(read[path])
+    return jax.tree_util.tree_map_with_path(
+      lambda p, leaf: read[path_str(p)].astype(leaf.dtype) if path_str(p) in read else leaf, params
+    )
 
 
 def init_from(
@@ -85,21 +121,17 @@ def init_from(
   params: PyTree,
   *,
   step: int | None = None,
-  part: Literal["params", "ema"] = "params",
-  include: Sequence[str] = (),
-  exclude: Sequence[str] = (),
-  patch_resize: Literal["pseudoinverse", "bilinear"] = "pseudoinverse",
+  part: Part = "params",
+  **options: Any,
 ) -> tuple[PyTree, InitReport]:
-  """Copies what fits from a checkpoint into fresh parameters.
+  """Copy what fits from a checkpoint into fresh parameters.
 
   Args:
-    source: workdir, checkpoints directory or one checkpoint, see `checkpoint.find_checkpoint`.
+    source: workdir, folder of checkpoints or one checkpoint, see `init_source.open_source`.
     params: arrays of the new model, fresh or from another source, with their final shardings.
     step: which checkpoint, by default the newest.
     part: the trained parameters or their average.
-    include: regexes of paths to take; none means all.
-    exclude: regexes of paths to leave fresh.
-    patch_resize: see `resize_patches`.
+    **options: of `plan_init`.
 
   Returns:
     Arrays in the tree and the shardings of `params`, and the report.
@@ -108,22 +140,46 @@ def init_from(
     ValueError: if a regex matches no parameter, or nothing at all fits.
     CheckpointError: if there is no intact checkpoint.
   """
-  checkpoint = find_checkpoint(source, step)
-  new = flatten_paths(params)
-  saved = saved_arrays(checkpoint)
-  old = {p.removeprefix(f"{part}/"): a for p, a in saved.items() if p.startswith(f"{part}/")}
-  if not old:
-    parts = sorted({path.split("/")[0] for path in saved})
-    raise ValueError(f"{checkpoint} holds no {part!r}; it holds {', '.join(parts)}.")
+  plan = plan_init(open_source(source, step, part), params, **options)
+  return plan.apply(params), plan.report
+
+
+def plan_init(
+  source: InitSource,
+  params: PyTree,
+  *,
+  include: Sequence[str] = (),
+  exclude: Sequence[str] = (),
+  patch_resize: Literal["pseudoinverse", "bilinear"] = "pseudoinverse",
+) -> InitPlan:
+  """Compare a source with a model, without reading arrays.
+
+  Args:
+    source: opened by `open_source`.
+    params: arrays of the new model, or their shapes and dtypes.
+    include: regexes of paths to take; none means all.
+    exclude: regexes of paths to leave fresh.
+    patch_resize: see `resize_patches`.
+
+  Returns:
+    What is taken, resampled and left fresh.
+
+  Raises:
+    ValueError: if a regex is broken or matches no parameter, or nothing at all fits.
+  """
+  if patch_resize not in ("pseudoinverse", "bilinear"):
+    raise ValueError(f"init_from patch_resize={patch_resize!r}; expected pseudoinverse or bilinear")
+  new, old = flatten_paths(params), source.arrays
   for name, regexes in (("include", include), ("exclude", exclude)):
     for regex in regexes:
-      if not any(re.search(regex, path) for path in new):
+      if not any(_matches(name, regex, path) for path in new):
         raise ValueError(
           f"init_from {name}={regex!r} matches no parameter; paths are such as {_some(new)}."
         )
 
   taken: list[str] = []
-  resample: dict[str, tuple[str, Resample]] = {}
+  resampled: dict[str, str] = {}
+  functions: dict[str, Resample] = {}
   fresh: dict[str, str] = {}
   for path, leaf in new.items():
     if include and not any(re.search(regex, path) for regex in include):
@@ -139,30 +195,26 @@ def init_from(
       if isinstance(fit, str):
         fresh[path] = fit
       else:
-        resample[path] = (f"{_shape(old[path])} -> {_shape(leaf)}, {fit[0]}", fit[1])
-  if not taken and not resample:
+        resampled[path] = f"{_shape(old[path])} -> {_shape(leaf)}, {fit[0]}"
+        functions[path] = fit[1]
+  if not taken and not resampled:
     raise ValueError(
-      f"nothing in {checkpoint} fits the model: it holds {_some(old)}; the model has {_some(new)}."
+      f"nothing in {source.name} fits the model: it holds {_some(old)}; the model has {_some(new)}."
     )
-
-  read = _read(checkpoint, part, {p: old[p] for p in (*taken, *resample)}, new)
-  for path, (_, function) in resample.items():
-    read[path] = jax.jit(function, out_shardings=new[path].sharding)(read[path])
-  result = jax.tree_util.tree_map_with_path(
-    lambda p, leaf: read[path_str(p)].astype(leaf.dtype) if path_str(p) in read else leaf, params
-  )
   report = InitReport(
-    source=str(checkpoint),
+    source=source.name,
+    tokenizer=source.tokenizer,
+    notes=source.notes,
     taken=tuple(taken),
-    resampled={path: how for path, (how, _) in resample.items()},
+    resampled=resampled,
     fresh=fresh,
     unused=tuple(path for path in old if path not in new),
   )
-  return result, report
+  return InitPlan(source, functions, report)
 
 
 def check_tokenizer(report: InitReport, fingerprint: str) -> None:
-  """Whether the rows of tokens that were taken mean the same tokens here.
+  """Check that the rows of tokens that were taken mean the same tokens here.
 
   Args:
     report: of `init_from`.
@@ -171,14 +223,13 @@ def check_tokenizer(report: InitReport, fingerprint: str) -> None:
   Raises:
     ValueError: they come from a run with another tokenizer; says what to do.
   """
-  rows = [path for path in (*report.taken, *report.resampled) if _OF_TOKENS.search(path)]
-  theirs = read_metadata(epath.Path(report.source)).get("tokenizer", fingerprint)
-  if rows and theirs != fingerprint:
+  rows = report.rows_of_tokens
+  if rows and report.tokenizer not in (None, fingerprint):
     raise ValueError(
-      f"{', '.join(rows)} of {report.source} belong to another tokenizer ({theirs}) than this "
-      f"run's ({fingerprint}), so token numbers would mean other words; start in a new workdir "
-      "with config.tokenizer.path set to the tokenizer folder of that run, or leave them fresh "
-      f"with config.init_from.exclude=({_OF_TOKENS.pattern!r},)"
+      f"{', '.join(rows)} of {report.source} belong to another tokenizer ({report.tokenizer}) than "
+      f"this run's ({fingerprint}), so token numbers would mean other words; start in a new "
+      "workdir with config.tokenizer.path set to the tokenizer folder of that run, or leave them "
+      f"fresh with config.init_from.exclude=({_OF_TOKENS.pattern!r},)"
     )
 
 
@@ -223,25 +274,19 @@ def _fit(
   return f"the source has {list(old)}, the model {list(new)}"
 
 
-def _read(
-  checkpoint: epath.Path, part: str, old: dict[str, Any], new: dict[str, jax.Array]
-) -> dict[str, jax.Array]:
-  """Arrays by path; equal shapes where the new ones live, others whole on every device."""
+def _matches(name: str, regex: str, path: str) -> bool:
+  try:
+    return re.search(regex, path) is not None
+  except re.error as error:
+    raise ValueError(f"init_from {name}={regex!r} is no regular expression: {error}") from error
 
-  def target(path: str, saved: Any) -> jax.ShapeDtypeStruct:
-    sharding = new[path].sharding
-    if saved.shape != new[path].shape and isinstance(sharding, jax.sharding.NamedSharding):
-      sharding = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
-    return jax.ShapeDtypeStruct(saved.shape, saved.dtype, sharding=sharding)
 
-  tree: dict[str, Any] = {}
-  for path, saved in old.items():
-    *parents, last = path.split("/")
-    node = tree
-    for key in parents:
-      node = node.setdefault(key, {})
-    node[last] = target(path, saved)
-  return flatten_paths(restore_arrays(checkpoint, {part: tree}, partial=True)[part])
+def _target(old: jax.ShapeDtypeStruct, new: jax.Array) -> jax.ShapeDtypeStruct:
+  """Where an array is read to: equal shapes as the new one, others replicated."""
+  sharding = new.sharding
+  if old.shape != new.shape and isinstance(sharding, jax.sharding.NamedSharding):
+    sharding = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+  return jax.ShapeDtypeStruct(old.shape, old.dtype, sharding=sharding)
 
 
 def _shape(array: Any) -> str:

@@ -44,7 +44,7 @@ def train_loader(
 ) -> ov_data.Loader:
   """Endless batches for the rows of this process; every stage shuffles differently."""
   inputs = config.input
-  _check_divides("batch_size", config.batch_size, mesh, config.accumulate)
+  check_batch_size(config, mesh)
   return ov_data.Loader(
     training_sources(config),
     image_size=task.image_size,
@@ -61,6 +61,11 @@ def train_loader(
     threads=inputs.num_threads or None,
     **_texts(task.text_specs),
   )
+
+
+def check_batch_size(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
+  """Raise ValueError unless the devices and micro-batches divide `config.batch_size`."""
+  _check_divides("batch_size", config.batch_size, mesh, config.accumulate)
 
 
 def eval_loader(
@@ -139,8 +144,9 @@ def open_tokenizer(config: ConfigDict, workdir: Workdir, terminal: Terminal) -> 
   """
   folder, path = workdir.path / "tokenizer", os.path.expanduser(config.tokenizer.path)
   given = _read_tokenizer(path) if path else None
-  if not path and config.eval_only and config.init_from.path:
-    given, path = _tokenizer_of(config.init_from.path), f"{config.init_from.path}/tokenizer"
+  run = config.ft_from or config.init_from.path
+  if not path and config.eval_only and run:
+    given, path = _tokenizer_of(run), f"{run}/tokenizer"
   if not folder.exists() and jax.process_index() == 0:
     if given is None:
       terminal.phase(
@@ -246,6 +252,11 @@ def _tokenizer_of(run: str) -> ov_data.Tokenizer | None:
 
 
 def _read_tokenizer(path: str) -> ov_data.Tokenizer:
+  if not os.path.exists(path):
+    raise ValueError(
+      f"config.tokenizer.path={path}: there is no such file or folder; give a vocabulary (a token "
+      "a line), a tokenizer.json or a saved tokenizer, or leave it empty to train one on captions"
+    )
   if os.path.isdir(path):
     return ov_data.Tokenizer.load(path)
   if path.endswith(".json"):

@@ -174,10 +174,14 @@ def _scalar(name: str, value: Any) -> float | int:
     raise TypeError(f"metric {name!r} is {value!r}; expected one number") from error
 
 
-def _open_wandb(project: str, workdir: Path, config: Mapping[str, Any] | None) -> Any:
-  """A run whose id lies in the workdir, so that resuming continues it."""
+def check_wandb() -> None:
+  """Check that Weights & Biases can be used.
+
+  Raises:
+    UserError: it is not installed or has no key; says what to do.
+  """
   try:
-    import wandb
+    import wandb  # noqa: F401
   except ImportError as error:
     raise UserError(
       "Weights & Biases was asked for but is not installed; pip install wandb, or drop the setting"
@@ -188,6 +192,13 @@ def _open_wandb(project: str, workdir: Path, config: Mapping[str, Any] | None) -
       "Weights & Biases was asked for but WANDB_API_KEY is not set; "
       "export it, or set WANDB_MODE=offline"
     )
+
+
+def _open_wandb(project: str, workdir: Path, config: Mapping[str, Any] | None) -> Any:
+  """Open a run whose id is stored in the workdir, so that resuming continues it."""
+  check_wandb()
+  import wandb
+
   id_file = workdir / "wandb_run_id"
   if not id_file.exists():
     id_file.write_text(uuid.uuid4().hex, encoding="utf-8")

@@ -10,7 +10,7 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from apps.trainer.config import leaves, nearest_leaf
+from apps.trainer.names import leaves, nearest_leaf
 
 
 @dataclasses.dataclass(frozen=True)

@@ -78,7 +78,7 @@ def load_config(recipe: str, arguments: str) -> ConfigDict:
 def _compile(target: str, depth: int, scan: bool) -> Mapping[str, float]:
   import jax
 
-  from apps.trainer.loop import build_step
+  from apps.trainer.parts import build_step
   import ov_models
   from tools.preflight import hlo
 

@@ -38,7 +38,7 @@ def figures(name: str) -> dict[str, Any]:
   """Of one of STEPS, without compiling it."""
   import jax
 
-  from apps.trainer.loop import build_step
+  from apps.trainer.parts import build_step
   import ov_models
   from tools.preflight.compile import tree_bytes
 

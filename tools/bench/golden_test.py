@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from apps.trainer.loop import build_step
+from apps.trainer.parts import build_step
 import ov_models
 from tools.bench import golden
 from tools.bench.compiling import load_config, plan_of

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from apps.trainer.augment import normalise
-from apps.trainer.loop import Parts
+from apps.trainer.parts import Parts
 import ov_models
 from ov_models import masking
 from ov_models.attention import Mask

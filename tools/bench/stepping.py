@@ -266,7 +266,7 @@ def _jax_steps(plan: "Plan", row: Row, count: int, states: States) -> tuple[Step
 
 def _our_step(plan: "Plan", row: Row) -> Any:
   """The jitted step of an app, in the row "all logits" with another loss."""
-  from apps.trainer.loop import build_step
+  from apps.trainer.parts import build_step
 
   parts = plan.parts
   if row.variant == "all logits":

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from apps.trainer.loop import MakeTask
+from apps.trainer.parts import MakeTask
 from apps.trainer.stages import Stage
 import ov_models
 import ov_sharding

@@ -3,8 +3,8 @@
   plan = make_plan(stage, make_task, tokenizer, mesh)
   compiled = compile_step(plan)       # Compiled; its `memory` is None where it does not fit
 
-The step, its shardings and its donation are those of the training loop: `loop.build_parts` and
-`loop.build_step`. Nothing is allocated.
+The step, its shardings and its donation are those of the training loop: `parts.build_parts` and
+`parts.build_step`. Nothing is allocated.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from apps.trainer.loop import MakeTask, Parts, build_parts, build_step
+from apps.trainer.parts import MakeTask, Parts, build_parts, build_step
 from apps.trainer.stages import Stage
 from apps.trainer.step import TwoPhase
 from apps.trainer.task import abstract_batch

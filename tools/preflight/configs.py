@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ml_collections import ConfigDict
 
 if TYPE_CHECKING:
-  from apps.trainer.loop import MakeTask
+  from apps.trainer.parts import MakeTask
 
 
 def load(name: str) -> ConfigDict:

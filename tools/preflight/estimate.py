@@ -27,7 +27,7 @@ import numpy as np
 
 from apps.trainer.augment import make_preprocess
 from apps.trainer.config import augment_config
-from apps.trainer.loop import build_step
+from apps.trainer.parts import build_step
 import ov_models
 from tools.preflight.compile import Plan, tree_bytes
 

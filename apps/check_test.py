@@ -1,0 +1,226 @@
+"""`--check` ends with the line that the run would end with, before anything is trained."""
+
+import json
+import shutil
+
+import jax.numpy as jnp
+import pytest
+
+from apps import demo_data
+from apps.caption_task import CaptionTask
+from apps.configs import caption_demo
+from apps.evaluators import make_evaluators
+from apps.trainer.check import check_run
+from apps.trainer.checkpoint import Checkpoints
+from apps.trainer.errors import UserError
+from apps.trainer.hosts import Hosts
+from apps.trainer.loop import run_training
+from apps.trainer.parts import App
+from apps.trainer.progress import Terminal
+from apps.trainer.workdir import Workdir
+from ov_data import writer
+
+APP = App(CaptionTask.from_config, make_evaluators)
+BLOCK = {"width": 32, "depth": 1, "mlp_dim": 64, "num_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("data")
+  sizes = {"train": 40, "heldout": 8}
+  writer.make_scenes_dataset(folder, sizes, image_size=32, num_objects=1, workers=0)
+  return folder
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+  """A workdir with a checkpoint of another model."""
+  workdir = tmp_path_factory.mktemp("trained")
+  save(workdir, 4, {"stage": "main", "tokenizer": "a1"})
+  return workdir
+
+
+def save(workdir, step, metadata):
+  state = {"params": {"encoder": {"cls": jnp.zeros(32)}}, "step": jnp.int32(step)}
+  with Checkpoints(workdir / "checkpoints") as checkpoints:
+    checkpoints.save(step, state, metadata)
+
+
+def make_config(data, settings):
+  config = caption_demo.get_config("runlocal")
+  config.model.update(encoder="mu/16", image_size=32)
+  config.model.encoder_options, config.model.decoder_options = {}, BLOCK
+  config.input.demo.train_examples = 0
+  config.input.update(data_dir=str(data), split="train")
+  config.input.update(eval_data_dir=str(data), eval_split="heldout")
+  config.update(batch_size=8, total_steps=4, tensorboard=False, compile_cache="")
+  config.optimizer.schedule.warmup_steps = 0
+  config.eval.update(batch_size=8, caption_examples=4)
+  config.lock()
+  config.update_from_flattened_dict(settings)
+  return config
+
+
+def check(data, path, settings):
+  config = make_config(data, settings)
+  demo_data.prepare(config, Workdir(path), Terminal(active=False))
+  check_run(config, Workdir(path), APP, Terminal(active=False))
+
+
+def train(data, path, settings):
+  config, terminal = make_config(data, settings), Terminal(active=False)
+  demo_data.prepare(config, Workdir(path), terminal)
+  with Hosts(terminal.phase, **config.hosts) as hosts:
+    run_training(config, Workdir(path), APP, terminal, hosts)
+
+
+ELSEWHERE = "no such file or directory|there is no such"
+MISTAKES = {
+  "init_from": ({"init_from.path": "{tmp}/no"}, "config.init_from.path=.*no such folder; expected"),
+  "ft_from": ({"ft_from": "{tmp}/no"}, "config.ft_from=.*no such folder; expected the workdir"),
+  "a file to start from": ({"ft_from": "{tmp}/file"}, "config.ft_from=.*is a file; expected"),
+  "both names": (
+    {"ft_from": "/a", "init_from.path": "/b"},
+    "config.ft_from=/a and config.init_from.path=/b are two names of one setting",
+  ),
+  "further source": (
+    {"init_from.more": ({"path": "{tmp}/no"},)},
+    r"init_from.more\[0\].path=.*no such",
+  ),
+  "step of a source": (
+    {"init_from.path": "{trained}", "init_from.step": 7},
+    r"no checkpoint of step 7 .* there are \[4\]",
+  ),
+  "part of a source": (
+    {"init_from.path": "{trained}", "init_from.part": "avg"},
+    "part='avg'; expected",
+  ),
+  "average": ({"init_from.path": "{trained}", "init_from.part": "ema"}, "holds no 'ema'; it holds"),
+  "regex of a source": (
+    {"init_from.path": "{trained}", "init_from.include": ("^encdoer",)},
+    "include='.encdoer' matches no parameter",
+  ),
+  "broken regex": (
+    {"init_from.path": "{trained}", "init_from.exclude": ("(",)},
+    "is no regular expression",
+  ),
+  "way of resizing": ({"init_from.patch_resize": "cubic"}, "patch_resize='cubic'; expected one of"),
+  "nothing that fits": (
+    {"init_from.path": "{trained}", "init_from.include": ("norm/scale$",)},
+    "nothing in .* fits the model",
+  ),
+  "vocabulary": ({"tokenizer.path": "{tmp}/vocab.txt"}, "tokenizer.path=.*: there is no such file"),
+  "broken vocabulary": ({"tokenizer.path": "{tmp}/file"}, "PAD|token"),
+  "training data": ({"input.data_dir": "{tmp}/no"}, ELSEWHERE),
+  "held-out data": ({"input.eval_data_dir": "{tmp}/no"}, ELSEWHERE),
+  "list of classes": ({"eval.zero_shot.classes": "{tmp}/no.txt"}, "neither a set of classes"),
+  "templates": (
+    {"eval.zero_shot.classes": "{tmp}/classes.txt", "eval.zero_shot.templates": "{tmp}/no.txt"},
+    "neither a set of templates",
+  ),
+  "classes of other data": (
+    {"eval.zero_shot.classes": "{tmp}/classes.txt"},
+    "none of the 2 classes",
+  ),
+  "probes": ({"eval.features.train_dir": "{tmp}/no"}, ELSEWHERE),
+  "truth": ({"eval.truth_key": "nothing"}, "'nothing' is in none of the first"),
+  "wandb": ({"wandb_project": "x"}, "not installed|WANDB_API_KEY"),
+  "place of checkpoints": (
+    {"checkpoint.dir": "{tmp}/file/below"},
+    "config.checkpoint.dir=.* cannot be",
+  ),
+  "compile cache": (
+    {"compile_cache": "{tmp}/file/below"},
+    "config.compile_cache=.* cannot be written",
+  ),
+  "compile store": (
+    {"compile_store": "s3://b/x", "compile_cache": "{tmp}"},
+    "compile_store=s3://b/x",
+  ),
+  "predictions": (
+    {"eval.per_example": "{tmp}/file"},
+    "config.eval.per_example=.* cannot be written",
+  ),
+  "step to evaluate": (
+    {"eval.checkpoint_step": 3, "eval_only": True},
+    "checkpoint_step=3: .* holds the steps .none.",
+  ),
+  "nothing to evaluate": ({"eval_only": True}, "holds no checkpoint; give the --workdir of a run"),
+  "batch of a later stage": (
+    {"stages": ({"name": "a"}, {"name": "b", "batch_size": 9, "accumulate": 2})},
+    "batch_size=9 is not a multiple of 2",
+  ),
+  "data of a later stage": (
+    {"stages": ({"name": "a"}, {"name": "b", "input.data_dir": "{tmp}/no"})},
+    ELSEWHERE,
+  ),
+  "setting of a stage": (
+    {"stages": ({"name": "a", "model.imagesize": 84},)},
+    "no setting 'model.imagesize'; did you mean 'model.image_size'",
+  ),
+}
+
+
+def filled(value, places):
+  if isinstance(value, str):
+    return value.format(**places) if value != "(" else value
+  if isinstance(value, tuple):
+    return tuple(filled(part, places) for part in value)
+  return {k: filled(v, places) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_check_and_run_end_with_the_same_line(name, data, trained, tmp_path, monkeypatch, capsys):
+  monkeypatch.delenv("WANDB_API_KEY", raising=False)
+  monkeypatch.delenv("WANDB_MODE", raising=False)
+  (tmp_path / "file").write_text("word\n")
+  (tmp_path / "classes.txt").write_text("cat\ndog\n")
+  settings, said = MISTAKES[name]
+  settings = filled(settings, {"tmp": tmp_path, "trained": trained})
+  messages = []
+  for number, action in enumerate((check, train)):
+    workdir = tmp_path / f"run{number}"
+    with pytest.raises(UserError, match=said) as error:
+      action(data, workdir, settings)
+    messages.append(str(error.value).replace(str(workdir), "WORKDIR"))
+    assert not list(workdir.glob("checkpoints/[0-9]*"))
+  assert messages[0] == messages[1]
+
+
+@pytest.mark.parametrize(
+  ("metadata", "said"),
+  [
+    ({"stage": "other"}, "checkpoint 2 belongs to stage 'other', the config puts that step"),
+    ({"stage": "main"}, "does not fit this run in .* arrays"),
+  ],
+)
+def test_a_checkpoint_that_cannot_be_resumed(metadata, said, data, tmp_path):
+  save(tmp_path, 2, metadata)
+  for action in (check, train):
+    with pytest.raises(UserError, match=said):
+      action(data, tmp_path, {})
+
+
+def test_check_says_what_it_opened_and_leaves_nothing(data, tmp_path, capsys):
+  check(data, tmp_path / "run", {})
+  printed = capsys.readouterr().out
+  assert "CaptionLikelihood" in printed and "check passed" in printed
+  assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_an_evaluation_needs_no_training_data(data, tmp_path, capsys):
+  workdir = tmp_path / "run"
+  train(data, workdir, {"total_steps": 1, "eval.caption_examples": 0})
+  check(data, workdir, {"eval_only": True, "input.data_dir": "", "eval.caption_examples": 0})
+  assert "check passed" in capsys.readouterr().out
+  # The position of another data set does not fit the checkpoint.
+  more = tmp_path / "more"
+  shutil.copytree(data, more)
+  (shard,) = more.glob("train-*.tfrecord")
+  shard.rename(more / "train-00000-of-00002.tfrecord")
+  shutil.copy(more / "train-00000-of-00002.tfrecord", more / "train-00001-of-00002.tfrecord")
+  for index in more.glob("*.json"):
+    index.unlink()
+  with pytest.raises(UserError, match="data position was saved with fingerprint="):
+    check(more, workdir, {"total_steps": 2})
+  assert json.loads((workdir / "config.json").read_text())["total_steps"] == 1

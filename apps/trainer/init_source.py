@@ -1,0 +1,140 @@
+"""Parameters that a run may start from: a checkpoint of this code or of the published code.
+
+  source = open_source("/data/released/checkpoint.npz", step=None, part="params")
+  source.arrays["encoder/cls"]  # shape and dtype; nothing is on a device yet
+
+Both are folders. A workdir of this code has `checkpoints/<step>/state`, one of the published code
+`checkpoint.npz/<step>/default`; the folder of a published repository has `jax_orbax_weight` around
+the latter.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from etils import epath
+import jax
+import numpy as np
+
+from apps.trainer.checkpoint import (
+  CheckpointError,
+  absolute_path,
+  find_checkpoint,
+  read_metadata,
+  restore_arrays,
+  saved_arrays,
+)
+from apps.trainer.optimizer import flatten_paths
+from ov_convert import orbax_folder
+from ov_convert.name_map import unflatten
+import ov_models
+
+Part = Literal["params", "ema"]
+Read = Callable[[Mapping[str, jax.ShapeDtypeStruct]], dict[str, jax.Array]]
+
+_EXPECTED = (
+  "expected the workdir of a run, its checkpoints folder or one step of it, or of the published "
+  "code a workdir, its checkpoint.npz folder or one step of it"
+)
+
+
+class InitSource(NamedTuple):
+  """One checkpoint, opened.
+
+  Attributes:
+    name: its folder.
+    arrays: path -> shape and dtype of every parameter, by the names of this code.
+    read: gets the shape, dtype and sharding of some paths; returns their arrays.
+    tokenizer: fingerprint of the tokenizer of its run; None where the checkpoint does not say.
+    notes: what a reader of the report must know.
+  """
+
+  name: str
+  arrays: Mapping[str, jax.ShapeDtypeStruct]
+  read: Read
+  tokenizer: str | None
+  notes: tuple[str, ...] = ()
+
+
+def open_source(path: epath.PathLike, step: int | None = None, part: Part = "params") -> InitSource:
+  """Open a checkpoint, whichever code wrote it.
+
+  Args:
+    path: a workdir, its folder of checkpoints, or one checkpoint; local or gs://.
+    step: which checkpoint; the newest by default.
+    part: the trained parameters or their average.
+
+  Returns:
+    The source; parameters of the published code are in host memory.
+
+  Raises:
+    CheckpointError: there is no intact checkpoint.
+    ValueError: the checkpoint holds another model, or no such part.
+  """
+  root = absolute_path(path)
+  if not root.exists():
+    raise CheckpointError(f"{root}: there is no such folder; {_EXPECTED}")
+  if not root.is_dir():
+    raise CheckpointError(f"{root} is a file; {_EXPECTED}")
+  if _is_own(root) or not _is_published(root):
+    return _open_own(root, step, part)
+  return _open_published(root, step, part)
+
+
+def _is_own(root: epath.Path) -> bool:
+  folder = root / "checkpoints"
+  return (root / "state").is_dir() or (
+    folder.is_dir() and any(child.name.isdigit() for child in folder.iterdir())
+  )
+
+
+def _is_published(root: epath.Path) -> bool:
+  names = ("jax_orbax_weight", "checkpoint.npz", "default", "_METADATA")
+  return any((root / name).exists() for name in names) or any(
+    child.name.isdigit() and (child / "default").is_dir() for child in root.iterdir()
+  )
+
+
+def _open_own(root: epath.Path, step: int | None, part: Part) -> InitSource:
+  checkpoint = find_checkpoint(root, step)
+  saved = saved_arrays(checkpoint)
+  arrays = {p.removeprefix(f"{part}/"): a for p, a in saved.items() if p.startswith(f"{part}/")}
+  if not arrays:
+    parts = sorted({path.split("/")[0] for path in saved})
+    raise ValueError(f"{checkpoint} holds no {part!r}; it holds {', '.join(parts)}.")
+
+  def read(targets: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    tree = {part: unflatten(targets)}
+    return flatten_paths(restore_arrays(checkpoint, tree, partial=True)[part])
+
+  return InitSource(str(checkpoint), arrays, read, read_metadata(checkpoint).get("tokenizer"))
+
+
+def _open_published(root: epath.Path, step: int | None, part: Part) -> InitSource:
+  if part != "params":
+    raise ValueError(f"{root} is of the published code and holds no {part!r}; take params.")
+  folder = root if "://" in str(root) else Path(str(root))
+  try:
+    # Kernels that are not split by heads are the same for any number of heads.
+    found = orbax_folder.read(folder, step=step, num_heads=1)
+  except FileNotFoundError as error:
+    raise CheckpointError(f"{error} {_EXPECTED}") from error
+  params: Any = found.params
+  if isinstance(found.config, ov_models.ViTConfig):
+    params = {"encoder": params}
+  elif isinstance(found.config, ov_models.TextConfig):
+    params = {"text": params}
+  flat: dict[str, np.ndarray] = flatten_paths(params)
+
+  def read(targets: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    def place(path: str, target: jax.ShapeDtypeStruct) -> jax.Array:
+      array = flat[path]
+      if target.sharding is None:
+        return jax.device_put(array)
+      return jax.make_array_from_callback(array.shape, target.sharding, lambda index: array[index])
+
+    return {path: place(path, target) for path, target in targets.items()}
+
+  arrays = {path: jax.ShapeDtypeStruct(a.shape, a.dtype) for path, a in flat.items()}
+  name = str(orbax_folder.find(folder, step))
+  return InitSource(name, arrays, read, None, ("a checkpoint of the published code", *found.notes))

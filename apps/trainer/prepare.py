@@ -1,0 +1,280 @@
+"""Open everything that a run opens, before anything expensive.
+
+`prepare` is what a run and `--check` share: a mistake ends either of them with the same line.
+"""
+
+from collections.abc import Callable, Sequence
+import contextlib
+import os
+from pathlib import Path
+import tempfile
+from typing import Any, NamedTuple
+
+from etils import epath
+import jax
+from ml_collections import ConfigDict
+
+from apps.trainer import inputs
+from apps.trainer.checkpoint import (
+  absolute_path,
+  check_restorable,
+  read_metadata,
+  saved_checkpoint,
+)
+from apps.trainer.compile_cache import CompileCache
+from apps.trainer.config import check_values, init_sources, to_json
+from apps.trainer.held_out import HeldOut
+from apps.trainer.init_from import InitPlan, check_tokenizer, plan_init
+from apps.trainer.init_source import open_source
+from apps.trainer.parts import App, Parts, build_parts
+from apps.trainer.progress import Terminal
+from apps.trainer.sinks import check_wandb
+from apps.trainer.stages import Stage, resolve_stages
+from apps.trainer.task import Evaluate
+from apps.trainer.workdir import Workdir
+import ov_data
+import ov_sharding
+
+Waiting = Callable[[], contextlib.AbstractContextManager[None]]
+
+
+class PreparedStage(NamedTuple):
+  """One stage, opened.
+
+  Attributes:
+    stage: its configuration and steps.
+    parts: its task, optimizer and abstract state.
+    evaluate: None without held-out data, and for stages that will not run.
+  """
+
+  stage: Stage
+  parts: Parts
+  evaluate: Evaluate | None
+
+
+class Prepared(NamedTuple):
+  """A run, opened; nothing is allocated on devices.
+
+  Attributes:
+    stages: all stages.
+    first: index of the stage to train, or to evaluate, first.
+    mesh: the devices.
+    tokenizer: of the run.
+    cache: its compile cache, not entered yet.
+    checkpoints: where they are kept.
+    saved: step of the checkpoint to resume from or to evaluate; None where there is none.
+    init: what the first stage takes from other runs; empty where it resumes.
+  """
+
+  stages: list[PreparedStage]
+  first: int
+  mesh: jax.sharding.Mesh
+  tokenizer: ov_data.Tokenizer
+  cache: CompileCache
+  checkpoints: str
+  saved: int | None
+  init: list[InitPlan]
+
+
+class Model(NamedTuple):
+  """The model of every stage, and what it depends on."""
+
+  stages: list[Stage]
+  parts: list[Parts]
+  mesh: jax.sharding.Mesh
+  tokenizer: ov_data.Tokenizer
+  cache: CompileCache
+
+
+def open_model(config: ConfigDict, workdir: Workdir, app: App, terminal: Terminal) -> Model:
+  """Check all values and build the abstract state of every stage.
+
+  Args:
+    config: of the run.
+    workdir: keeps the tokenizer, or gets it.
+    app: makes the tasks.
+    terminal: shows the phases.
+
+  Raises:
+    ValueError, OSError: settings or a tokenizer that cannot be used.
+  """
+  check_values(config)
+  cache = CompileCache(config.compile_cache, config.compile_store, terminal.phase)
+  stages = resolve_stages(config)
+  mesh = ov_sharding.make_mesh(ov_sharding.MeshConfig(**config.mesh))
+  devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+  terminal.phase(f"{devices}, mesh {dict(mesh.shape)}")
+  tokenizer = inputs.open_tokenizer(config, workdir, terminal)
+  parts = [build_parts(stage.config, app.make_task, tokenizer, mesh) for stage in stages]
+  return Model(stages, parts, mesh, tokenizer, cache)
+
+
+def prepare(
+  config: ConfigDict,
+  workdir: Workdir,
+  app: App,
+  terminal: Terminal,
+  waiting: Waiting = contextlib.nullcontext,
+  *,
+  tokenizer_home: Workdir | None = None,
+) -> Prepared:
+  """Open everything that a run opens, but its training data of the first stage.
+
+  Args:
+    config: of the run.
+    workdir: of the run.
+    app: makes tasks and evaluators.
+    terminal: shows the phases.
+    waiting: entered while an evaluation waits for its next batch.
+    tokenizer_home: keeps the tokenizer in place of `workdir`.
+
+  Raises:
+    ValueError, OSError, UserError: what would stop the run, in one line.
+  """
+  _check_places(config, workdir)
+  model = open_model(config, tokenizer_home or workdir, app, terminal)
+  tasks = [parts.task for parts in model.parts]
+  inputs.check_text_processor(workdir, [task.text_processor(model.tokenizer) for task in tasks])
+  checkpoints = config.checkpoint.dir or workdir.checkpoints
+  saved = saved_checkpoint(checkpoints, config.eval.checkpoint_step)
+  step = int(saved.name) if saved is not None else None
+  first = _first_stage(model.stages, step, config.eval_only)
+  init: list[InitPlan] = []
+  if saved is not None and int(saved.name) > 0:
+    _check_resumes(saved, model, first)
+  else:  # nothing was trained here yet
+    init = _plan_init(config, model, checkpoints, terminal)
+  stages = []
+  seen = set()
+  for stage, parts in zip(model.stages, model.parts, strict=True):
+    evaluate = None
+    if stage.index == first or (stage.index > first and not config.eval_only):
+      inputs.check_batch_size(stage.config, model.mesh)
+      data = to_json(stage.config.input)
+      if stage.index > first and data not in seen:  # the first is opened to be read
+        open_training_data(model, stage.index).close()
+      seen.add(data)
+      held_out = HeldOut(stage.config, parts.task, model.tokenizer, model.mesh, terminal, waiting)
+      evaluate = app.make_evaluate(held_out)
+      if config.eval_only and evaluate is None:
+        raise ValueError(
+          "eval_only: nothing to evaluate; set config.input.eval_data_dir or data of config.eval"
+        )
+    stages.append(PreparedStage(stage, parts, evaluate))
+  return Prepared(
+    stages, first, model.mesh, model.tokenizer, model.cache, str(checkpoints), step, init
+  )
+
+
+def open_training_data(run: Model | Prepared, index: int) -> ov_data.Loader:
+  """Open the training data of a stage.
+
+  Args:
+    run: whose stage.
+    index: of the stage.
+
+  Raises:
+    ValueError, OSError: data that cannot be used.
+  """
+  if isinstance(run, Model):
+    stage, parts = run.stages[index], run.parts[index]
+  else:
+    stage, parts, _ = run.stages[index]
+  return inputs.train_loader(stage.config, parts.task, run.tokenizer, run.mesh, index)
+
+
+def check_stage(metadata: dict[str, Any], step: int, stage: Stage) -> None:
+  """Check that a checkpoint belongs to the stage that would resume from it.
+
+  Args:
+    metadata: of the checkpoint.
+    step: of the checkpoint.
+    stage: into which the configuration puts that step.
+
+  Raises:
+    ValueError: it belongs to another stage.
+  """
+  if metadata["stage"] != stage.name:
+    raise ValueError(
+      f"checkpoint {step} belongs to stage {metadata['stage']!r}, the config puts that step"
+      f" into {stage.name!r}; keep the stages of a run as they were, or choose another --workdir"
+    )
+
+
+def check_writable(path: epath.PathLike, setting: str) -> None:
+  """Check that a folder can be made and written, without leaving anything there.
+
+  Args:
+    path: of the folder; one in a bucket is not tried.
+    setting: what the path is called, for the message.
+
+  Raises:
+    OSError: it cannot; names the setting and the obstacle.
+  """
+  if "://" in str(path):
+    return
+  folder = Path(os.path.abspath(os.path.expanduser(path)))
+  while not folder.exists():
+    folder = folder.parent
+  try:
+    with tempfile.TemporaryDirectory(prefix=".write_test_", dir=folder):
+      pass
+  except OSError as error:
+    raise OSError(
+      f"{setting}={path} cannot be written: {folder}: {error.strerror}; choose another folder"
+    ) from error
+
+
+def _check_places(config: ConfigDict, workdir: Workdir) -> None:
+  """Check the folders that a run writes, and the services that it reports to."""
+  if jax.process_index() == 0:
+    check_writable(workdir.path, "--workdir")
+    for setting, path in (
+      ("checkpoint.dir", config.checkpoint.dir),
+      ("compile_cache", config.compile_cache),
+      ("eval.per_example", config.eval.per_example),
+    ):
+      if path:
+        check_writable(path, f"config.{setting}")
+    if config.wandb_project and not config.eval_only:
+      check_wandb()
+
+
+def _first_stage(stages: Sequence[Stage], saved: int | None, eval_only: bool) -> int:
+  """Index of the stage to resume (the last where all are done), or that saved the step."""
+  step = saved or 0
+  here = [s.index for s in stages if step < s.last_step or (eval_only and step == s.last_step)]
+  return here[0] if here else stages[-1].index
+
+
+def _check_resumes(saved: epath.Path, model: Model, first: int) -> None:
+  """Check that the first stage can resume from a checkpoint, or start from its parameters."""
+  stage, metadata, step = model.stages[first], read_metadata(saved), int(saved.name)
+  if step > stage.first_step:
+    check_stage(metadata, step, stage)
+    check_restorable(saved, model.parts[first].abstract)
+  else:
+    plan_init(open_source(saved), model.parts[first].abstract["params"])
+
+
+def _plan_init(
+  config: ConfigDict, model: Model, checkpoints: epath.PathLike, terminal: Terminal
+) -> list[InitPlan]:
+  """What the first stage takes from each source of `config.init_from`."""
+  sources = init_sources(model.stages[0].config)
+  if config.eval_only and not sources:
+    raise ValueError(
+      f"eval_only: {absolute_path(checkpoints)} holds no checkpoint; give the --workdir of a run, "
+      "or --config.init_from.path"
+    )
+  plans = []
+  for wanted in sources:
+    terminal.phase(f"opening {wanted.setting}={wanted.path}")
+    try:
+      source = open_source(wanted.path, wanted.step, wanted.part)
+      plan = plan_init(source, model.parts[0].abstract["params"], **wanted.options)
+      check_tokenizer(plan.report, model.tokenizer.fingerprint)
+    except (ValueError, OSError) as error:
+      raise ValueError(f"{wanted.setting}={wanted.path}: {error}") from error
+    plans.append(plan)
+  return plans

@@ -1,0 +1,90 @@
+"""`--config.ft_from=CHECKPOINT` starts both apps from a checkpoint of the published code."""
+
+import os
+from pathlib import Path
+import re
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from apps.trainer.checkpoint import find_checkpoint
+from ov_convert import orbax_folder
+from tests.end_to_end import runner
+
+GOLDEN = Path(os.environ.get("OV_GOLDEN", "")) / "openvision1_checkpoint"
+pytestmark = pytest.mark.skipif(
+  not GOLDEN.is_dir(), reason="$OV_GOLDEN names no folder with openvision1_checkpoint"
+)
+# The sizes of the golden checkpoint; with a rate of 0 a step changes no parameter.
+SIZES = (
+  "--config.model.encoder=Ti/8",
+  "--config.model.encoder_options={'width': 64, 'depth': 2, 'mlp_dim': 128, 'num_heads': 2}",
+  "--config.model.vocab_size=128",
+  "--config.total_steps=1",
+  "--config.optimizer.learning_rate=0.0",
+  "--config.optimizer.schedule.warmup_steps=0",
+)
+CLIP = (
+  *runner.tiny_clip(),
+  *SIZES,
+  "--config.model.text_options={'width': 48, 'depth': 2, 'mlp_dim': 96, 'num_heads': 2}",
+  "--config.model.decoder_options={'width': 40, 'depth': 2, 'mlp_dim': 80, 'num_heads': 2}",
+  "--config.model.token_len=16",
+  "--config.model.caption_len=12",
+  "--config.model.embed_dim=24",
+)
+CAPTION = (*runner.TINY, *SIZES)
+NO_EVALUATION = ("--config.eval.caption_examples=0",)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+  return tmp_path_factory.mktemp("home")
+
+
+def flat(tree):
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {jax.tree_util.keystr(p, simple=True, separator="/"): np.asarray(x) for p, x in leaves}
+
+
+def trained_params(workdir):
+  return flat(ocp.PyTreeCheckpointer().restore(find_checkpoint(workdir) / "state")["params"])
+
+
+def test_two_towers_take_everything(tmp_path, cache):
+  workdir = tmp_path / "run"
+  flags = (*CLIP, f"--workdir={workdir}", f"--config.ft_from={GOLDEN}")
+  code, printed = runner.run(*flags, "--check", app=runner.CLIP_TRAIN, cache=cache)
+  assert code == 0, printed
+  taken = r"initialised from .*/checkpoint.npz/5/default: 65 arrays taken"
+  assert re.search(taken, printed) and "a checkpoint of the published code" in printed
+  assert not (workdir / "checkpoints").exists()
+
+  code, printed = runner.run(*flags, app=runner.CLIP_TRAIN, cache=cache)
+  assert code == 0 and re.search(taken, printed), printed
+  expected = flat(orbax_folder.read(GOLDEN, num_heads=2).params)
+  found = trained_params(workdir)
+  assert found.keys() == expected.keys()
+  for path, array in expected.items():
+    np.testing.assert_array_equal(found[path], array, err_msg=path)
+
+
+def test_a_captioner_takes_the_image_tower(tmp_path, cache):
+  workdir = tmp_path / "run"
+  # The folder of one step, by the argument of the general setting.
+  flags = (
+    *CAPTION,
+    *NO_EVALUATION,
+    f"--workdir={workdir}",
+    f"--config.init_from.path={GOLDEN / 'checkpoint.npz' / '5'}",
+    "--config.init_from.include=('^encoder/',)",
+  )
+  code, printed = runner.run(*flags, cache=cache)
+  assert code == 0 and "20 arrays taken" in printed, printed
+  expected = flat(orbax_folder.read(GOLDEN, num_heads=2).params["encoder"])
+  found = trained_params(workdir)
+  assert len(expected) == 20
+  for path, array in expected.items():
+    np.testing.assert_array_equal(found[f"encoder/{path}"], array, err_msg=path)
