@@ -180,11 +180,11 @@ def test_karpathy_splits_become_splits(tmp_path: Path):
   images = []
   for i, split in enumerate(["train", "restval", "test"]):
     write(tmp_path / f"v/{i}.jpg", jpeg(i))
-    sentences = [{"raw": f"{split} {n}"} for n in range(2)]
+    sentences = [*({"raw": f"{split} {n}"} for n in range(2)), {"raw": 3}, "x"]
     images.append({"filepath": "v", "filename": f"{i}.jpg", "split": split, "sentences": sentences})
   path = write(tmp_path / "dataset_coco.json", json.dumps({"images": images}))
   found = layouts.read(str(path))
-  assert found.format == "karpathy"
+  assert found.format == "karpathy" and found.notes.counts == {"sentences without text": 6}
   assert convert_listing(found, tmp_path / "out").examples == {"train": 1, "restval": 1, "test": 1}
   assert _texts(tmp_path / "out", "restval") == {"v/1.jpg": [b"restval 0", b"restval 1"]}
 

@@ -61,6 +61,8 @@ def open_image_files(
     root = image_root or jsonl.parent(path)
     place = Place(path, image_root or "")
     format = _list_format(place) if format == "auto" else format
+    if image_root and not layouts.LAYOUTS[format].takes_images:
+      raise ValueError(f"image_root={image_root!r}: format {format} has its images next to {path}.")
     if format == "karpathy":
       return _split_file(place, root, split, image_key, caption_keys)
     listing = _read_list(place, format)

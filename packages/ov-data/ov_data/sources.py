@@ -14,6 +14,7 @@ import functools
 from ov_data import example, fs, image_files, layouts
 from ov_data.example import Feature
 from ov_data.index import Progress, ShardIndex
+from ov_data.layouts import jsonl
 from ov_data.pictures import Pictures
 from ov_data.record_source import RecordSource, Skip
 from ov_data.shards import TFDS_INFO, Shards
@@ -186,8 +187,8 @@ def _open_pictures(source: Source, split: Split) -> Pictures | None:
 
 
 def _holds_list(source: Source) -> bool:
-  """Return whether the path is a folder with captions.jsonl, labels.jsonl or a metadata file."""
+  """Return whether the path is a folder with captions.jsonl or labels.jsonl."""
   path = source.paths[0]
   if not fs.is_dir(path):
     return source.format in layouts.FORMATS and layouts.LAYOUTS[source.format].takes_images
-  return any(fs.exists(fs.join(path, name)) for name in layouts.LISTS)
+  return any(fs.exists(fs.join(path, name)) for name in jsonl.LISTS)

@@ -35,7 +35,7 @@ class Layout:
 
 LAYOUTS = {
   "jsonl": Layout(jsonl.read, takes_images=True),
-  "imagefolder": Layout(imagefolder.read, takes_images=True),
+  "imagefolder": Layout(imagefolder.read),
   "img2dataset": Layout(img2dataset.read),
   "classes": Layout(classes.read),
   "coco": Layout(coco.read, takes_images=True),
@@ -43,7 +43,6 @@ LAYOUTS = {
   "webdataset": Layout(webdataset.read, in_files=False),
 }
 FORMATS = tuple(LAYOUTS)
-LISTS = (*jsonl.LISTS, *imagefolder.METADATA)  # files by which a folder names its images
 
 
 def read(path: str, format: str = "auto", images: str = "") -> Listing:
@@ -109,7 +108,6 @@ def describe(path: str, listing: Listing) -> str:
 __all__ = [
   "FORMATS",
   "LAYOUTS",
-  "LISTS",
   "Blob",
   "Item",
   "Layout",

@@ -1,6 +1,8 @@
 """Finds out which layout a path has; asks for a choice where it could be several."""
 
+from collections.abc import Mapping, Sequence
 import os
+import re
 import stat
 
 from ov_data import fs
@@ -11,6 +13,8 @@ from ov_data.layouts.tree import Tree, inside, is_image, is_unsupported_image
 _TO_LISTS = (
   'write captions.jsonl next to the images, one {"file": "a.jpg", "captions": ["..."]} a line'
 )
+_LIST = re.compile(r"captions_.*\.json|dataset_(coco|flickr8k|flickr30k)\.json")
+_TABLES = (".csv", ".tsv", ".jsonl", ".parquet", ".xlsx")
 _REMEDIES = {
   **dict.fromkeys(
     tar_members.COMPRESSED_TARS,
@@ -102,6 +106,12 @@ def _folder(place: Place, formats: str, strict: bool) -> str:
     return "jsonl"
   if metadata:
     return "imagefolder"
+  for folder, name in tree.files():
+    if name in jsonl.LISTS or _LIST.fullmatch(name):
+      raise ValueError(
+        f"{path}: {inside(folder, name)} could be the list of its images; give that file or its "
+        f"folder, or choose what this folder is with {formats}."
+      )
   images = sum(is_image(name) for _, name in tree.files())
   tars = sum(name.lower().endswith(".tar") for _, name in tree.files())
   if tars and images:
@@ -137,6 +147,13 @@ def _images(path: str, tree: Tree, formats: str, strict: bool) -> str:
     )
   if not strict:
     return "classes"
+  if text := _captions_elsewhere(tree, filled):
+    raise _ambiguous(
+      path,
+      f"holds {text}, which could have the captions of its images",
+      ("classes",),
+      f"does not read it; or {_TO_LISTS}",
+    )
   splits, nested = classes.split_names(filled)
   if nested or splits == [*filled]:
     raise _ambiguous(
@@ -154,6 +171,20 @@ def _images(path: str, tree: Tree, formats: str, strict: bool) -> str:
       "leaves them out and counts them",
     )
   return "classes"
+
+
+def _captions_elsewhere(tree: Tree, filled: Mapping[str, Sequence[str]]) -> str | None:
+  """Return a file that could hold captions of images in class folders; None if there is none."""
+  top = tree.folders[""]
+  suffixes = (*_TABLES, ".txt", ".json") if len(filled) == 1 else _TABLES
+  if table := next((name for name in top if name.lower().endswith(suffixes)), None):
+    return table
+  stems = {name.rpartition(".")[0] for _, name in tree.files() if is_image(name)}
+  for folder, name in tree.files():
+    stem, _, suffix = name.rpartition(".")
+    if folder and stem in stems and suffix.lower() in img2dataset.SIDECARS:
+      return inside(folder, name)  # in another folder than the image
+  return None
 
 
 def _ambiguous(path: str, found: str, choices: tuple[str, ...], effect: str = "") -> ValueError:

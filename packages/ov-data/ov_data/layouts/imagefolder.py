@@ -28,8 +28,6 @@ def read(place: Place) -> Listing:
     ValueError: a metadata file is malformed, of an unsupported type, or there is none.
     OSError: a file cannot be read.
   """
-  if place.images:
-    place = Place(place.images) if fs.is_dir(place.path) else place
   if not fs.is_dir(place.path):  # a metadata file
     place = Place(parent(place.path))
   found = [

@@ -19,7 +19,7 @@ from ov_data.record_source import Skip
 _STATS = re.compile(r"\d+_stats\.json")
 _SHARD = re.compile(r"\d{5,}")
 _TABLE = re.compile(r"\d+\.parquet")
-_SIDECARS = (*sidecars.TEXTS, "json")
+SIDECARS = (*sidecars.TEXTS, "json")
 _WORKERS = 16  # threads that read captions
 
 
@@ -56,7 +56,7 @@ def has_sidecars(tree: Tree) -> bool:
   """Return whether some image has a text or JSON file of its name next to it."""
   for names in tree.folders.values():
     stems = {_split(name)[0] for name in names if is_image(name)}
-    if any(_split(n)[0] in stems and _split(n)[1] in _SIDECARS for n in names):
+    if any(_split(n)[0] in stems and _split(n)[1] in SIDECARS for n in names):
       return True
   return False
 
@@ -94,7 +94,7 @@ def _stems(tree: Tree, folder: str, skips: list[Skip], notes: Notes) -> dict[str
     stem, suffix = _split(name)
     if is_unsupported_image(name):
       skips.append(Skip(inside(folder, name), UNSUPPORTED, "convert it to JPEG, PNG or WebP"))
-    elif is_image(name) or suffix in _SIDECARS:
+    elif is_image(name) or suffix in SIDECARS:
       if not _STATS.fullmatch(name):
         stems.setdefault(stem, []).append(name)
     elif not _TABLE.fullmatch(name):

@@ -92,6 +92,7 @@ class Rows:
       ValueError: the file has another label already; begins with `where`.
     """
     name = posixpath.normpath(file)
+    label = None if label is None else text_rules.label_text(label)
     if name in self._names:
       self.notes.add(self._merged, where)
     self.files.add(name)

@@ -29,7 +29,10 @@ def read(place: Place) -> Listing:
   skips: list[Skip] = []
   seen: set[str] = set()
   root = place.images or parent(place.path)
-  for name, split, sentences in entries(place):
+  for (name, split, sentences), image in zip(entries(place), place.content["images"]):
+    listed = image.get("sentences") or []
+    if unused := (len(listed) if isinstance(listed, list) else 1) - len(sentences):
+      notes.add("sentences without text", name, unused)
     if name in seen:
       skips.append(Skip(name, "repeated file name"))
       continue
