@@ -158,7 +158,7 @@ def _check_classes(path: str, root: str, split: Split, tree: Tree) -> None:
     )
   if len(filled) == 1:
     raise ValueError(
-      f"all pictures in {root} lie in one folder, {', '.join(filled)}, which says neither class "
+      f"all images in {root} are in one folder, {', '.join(filled)}, which gives neither class "
       f"nor caption; {_EXPECTED}"
     )
 
@@ -251,7 +251,7 @@ def _check_some_exist(path: str, root: str, names: Sequence[str]) -> None:
   probes = [fs.join(root, names[i]) for i in range(0, len(names), len(names) // _PROBES + 1)]
   if probes and not any(map(fs.exists, probes)):
     raise ValueError(
-      f"none of {len(probes)} pictures of {path} is there, for instance {probes[0]}; set "
+      f"none of {len(probes)} images of {path} exists, for instance {probes[0]}; set "
       f"image_root to the folder that holds {names[0].partition('/')[0]}"
     )
 

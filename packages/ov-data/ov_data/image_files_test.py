@@ -75,7 +75,7 @@ def test_a_list_by_its_file_with_another_root(tmp_path: Path):
   _lines(tmp_path / "lists/some.jsonl", {"file": "a.png", "caption": "x"})
   source = Source(f"{tmp_path}/lists/some.jsonl", image_root=f"{tmp_path}/images")
   assert _rows(source)[0]["txt"] == [b"x"]
-  with pytest.raises(ValueError, match="none of 1 pictures .* is there"):
+  with pytest.raises(ValueError, match="none of 1 images .* exists"):
     Dataset(Source(f"{tmp_path}/lists/some.jsonl"))
 
 

@@ -75,7 +75,8 @@ def read(path: str, format: str = "auto", images: str = "") -> Listing:
     )
   if format in ("classes", "img2dataset", "imagefolder") and not fs.is_dir(path):
     if format != "imagefolder" or not fs.exists(path):
-      raise ValueError(f"{path}: no such folder; format {format} is a folder of images.")
+      what = "not a folder" if fs.exists(path) else "no such folder"
+      raise ValueError(f"{path}: {what}; format {format} is a folder of images.")
   listing = layout.read(place)
   if not listing.items and not listing.skips:
     raise ValueError(f"{path}: no images found (read as {format}).")

@@ -90,9 +90,9 @@ def test_folders_that_are_no_classes(tmp_path):
   # The layouts of COCO, and of pictures beside a list; neither may pass as labelled data.
   path = _classes(tmp_path / "coco", {"annotations": 0, "train2014": 2, "val2014": 1})
   _fails(r"holds the splits train2014, val2014; choose", path)
-  _fails(r"pictures lie in .*/val2014 itself", path, "val2014")
+  _fails(r"images are in .*/val2014 itself", path, "val2014")
   path = _classes(tmp_path / "list", {"images": 2, "other": 0})
-  _fails(r"all pictures in .*/list lie in one folder, images, which says neither", path)
+  _fails(r"all images in .*/list are in one folder, images, which gives neither", path)
 
 
 def test_classes_may_be_called_like_splits(tmp_path):
@@ -173,9 +173,9 @@ def test_a_new_picture_changes_the_order_of_no_others(tmp_path):
 
 def test_pictures_without_a_class(tmp_path, caplog):
   _picture(tmp_path / "1.jpg")
-  _fails("pictures lie in .* itself, which says neither class nor caption", tmp_path)
+  _fails("images are in .* itself, which gives neither class nor caption", tmp_path)
   (tmp_path / "empty").mkdir()
-  _fails("pictures lie in .* itself", tmp_path)
+  _fails("images are in .* itself", tmp_path)
   _classes(tmp_path, {"cat": 1, "dog": 1})
   with caplog.at_level(logging.WARNING, "ov_data"):
     assert sorted(_keys(Dataset(Source(str(tmp_path))))) == ["cat/0.png", "dog/0.png"]

@@ -141,8 +141,8 @@ def _images(path: str, tree: Tree, formats: str, strict: bool) -> str:
     )
   if not filled:
     raise ValueError(
-      f"pictures lie in {path} itself, which says neither class nor caption; expected a folder for "
-      "each class, captions.jsonl or metadata.jsonl, or captions in files of the images' names; "
+      f"the images are in {path} itself, which gives neither class nor caption; expected a folder "
+      "for each class, captions.jsonl or metadata.jsonl, or captions in files of the images' names; "
       f"choose with {formats}."
     )
   if not strict:

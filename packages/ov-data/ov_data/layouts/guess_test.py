@@ -68,7 +68,7 @@ def test_layouts_are_told_apart(tmp_path: Path, names: tuple, contents: dict, ex
       {},
       "annotations/captions_train2017.json could be the list of its images; give that file",
     ),
-    (("1.jpg", "2.jpg"), {}, "itself, which says neither class nor caption"),
+    (("1.jpg", "2.jpg"), {}, "itself, which gives neither class nor caption"),
     (("a.txt",), {}, "found no images, but 1 files such as a.txt, which is a text file"),
     (("d/0.tar.gz",), {}, "0.tar.gz, which is a compressed tar; decompress it"),
     (("data/train-0.parquet",), {}, "train-0.parquet, which is a Parquet table"),

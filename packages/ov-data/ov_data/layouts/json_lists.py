@@ -21,7 +21,8 @@ def load(path: str) -> dict[str, Any]:
     text = text_rules.decode(fs.read_regular(path, _MAX_BYTES))
     content = json.loads(text, object_hook=_without_tokens)
   except FileNotFoundError:
-    raise ValueError(f"no split file at {path}: no such file") from None
+    what = "not a regular file" if fs.exists(path) else "no such file"
+    raise ValueError(f"no split file at {path}: {what}") from None
   except OSError as error:
     if error.errno != errno.EFBIG:
       raise
@@ -29,7 +30,7 @@ def load(path: str) -> dict[str, Any]:
   except json.JSONDecodeError as error:
     raise ValueError(
       f"{path}, line {error.lineno} column {error.colno}: not JSON ({error.msg}); is the file "
-      "whole?"
+      "complete?"
     ) from None
   except ValueError as error:  # a number of thousands of digits
     raise ValueError(f"{path}: not a split file ({error})") from None

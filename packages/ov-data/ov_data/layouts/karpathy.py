@@ -75,7 +75,7 @@ def _image_name(path: str, number: int, image: Any) -> str:
   if isinstance(folder, str) and folder:
     name = f"{folder[:-1] if folder.endswith('/') else folder}/{name}"
   if not {"", ".."}.isdisjoint(name.split("/")):
-    raise ValueError(f"{path}: image {number} leaves the folder of pictures: {name[:200]!r}")
+    raise ValueError(f"{path}: image {number} leaves the folder of images: {name[:200]!r}")
   if "\0" in name or not _is_file_name(name):
     raise ValueError(f"{path}: image {number} has a name that no file can have: {name[:200]!r}")
   return name

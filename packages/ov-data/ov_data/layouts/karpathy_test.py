@@ -133,16 +133,16 @@ def test_image_root(coco, tmp_path, monkeypatch):
   listed.parent.mkdir()
   pathlib.Path(coco).rename(listed)
   _fails(
-    r"none of 5 pictures .* is there, for instance .*/lists/train2014/0\.jpg; set image_root to "
+    r"none of 5 images .* exists, for instance .*/lists/train2014/0\.jpg; set image_root to "
     "the folder that holds train2014$",
     listed,
   )
-  _fails(r"none of 2 pictures", listed, "train", image_root=str(tmp_path / "absent"))
+  _fails(r"none of 2 images", listed, "train", image_root=str(tmp_path / "absent"))
   dataset = Dataset(Source(str(listed), "train", image_root=str(tmp_path)))
   assert dataset.locate(0) == (f"{tmp_path}/val2014/1.jpg", 0)
   monkeypatch.chdir(listed.parent)
   assert len(Dataset(Source("dataset_coco.json", image_root=".."))) == 5
-  _fails("none of 5 pictures", "dataset_coco.json")  # ./ by default
+  _fails("none of 5 images", "dataset_coco.json")  # ./ by default
   _fails(r"image_root='\.\.' goes with a split file", tmp_path, image_root="..")
 
 
@@ -229,7 +229,7 @@ def test_names_that_leave_the_folder(tmp_path, image, split):
   _picture(tmp_path / "secret.jpg")
   _picture(tmp_path / "lists" / "a.jpg")
   path = _split_file(tmp_path / "lists", [_PAIR, {**_PAIR, "split": "train", **image}])
-  _fails("image 1 leaves the folder of pictures: ", path, split)
+  _fails("image 1 leaves the folder of images: ", path, split)
 
 
 def test_names_that_no_file_can_have(tmp_path):

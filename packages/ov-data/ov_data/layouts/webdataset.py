@@ -85,9 +85,12 @@ def _tars(place: Place, skips: list[Skip], notes: Notes) -> list[str]:
     paths = [p for part in expand_ranges(path) for p in (sorted(glob.glob(part)) or [part])]
     paths = list(dict.fromkeys(paths))
   missing = [p for p in paths if not os.path.exists(p)]
-  if not paths or missing:
-    what = f"{len(missing)} of {len(paths)} files are missing, {missing[0]} first" if paths else ""
-    raise ValueError(f"{path}: {what or 'no tar file matches'}.")
+  if not paths or missing == [path]:
+    raise ValueError(f"{path}: no tar file matches.")
+  if missing:
+    raise ValueError(
+      f"{path}: {len(missing)} of {len(paths)} files are missing, {missing[0]} first."
+    )
   return paths
 
 
