@@ -277,7 +277,8 @@ def _captions(config: ConfigDict) -> Iterator[str]:
         continue
       for key in source.caption_keys:
         for text in features.get(key, ()):
-          yield text.decode("utf-8", "replace")
+          if isinstance(text, bytes):
+            yield text.decode("utf-8", "replace")
 
 
 def _check_divides(name: str, size: int, mesh: jax.sharding.Mesh, accumulate: int) -> None:

@@ -289,6 +289,8 @@ def test_misspelt_keys_fail_at_once(data):
     _loader(Source(data.path, image_key="png"))
   with pytest.raises(ValueError, match="'attributes' is in none"):
     _loader(data, extra_keys=("attributes",))
+  with pytest.raises(ValueError, match="'label' holds numbers in the first 16 records"):
+    _loader(Source(data.path, caption_keys=("txt", "label")))
 
 
 @pytest.mark.parametrize(

@@ -134,32 +134,45 @@ class Dataset:
       return self._records.read(record)
     return example.serialise(self._records.features(record))
 
-  @functools.cached_property
+  @property
   def present_keys(self) -> frozenset[str]:
     """Features of the first records; empty if none of these can be read."""
-    keys: set[str] = set()
+    return frozenset(self._probed)
+
+  @functools.cached_property
+  def _probed(self) -> dict[str, bool]:
+    """The features of the first records, and whether they hold bytes."""
+    found: dict[str, bool] = {}
     for record in range(min(_PROBES, len(self))):
-      with contextlib.suppress(ValueError):  # broken; counted when its turn comes
-        keys.update(self.features(record))
-    return frozenset(keys)
+      with contextlib.suppress(ValueError, OSError):  # counted when its turn comes
+        for key, value in self.features(record).items():
+          found[key] = isinstance(value, list) or found.get(key, False)
+    return found
 
   def check_keys(self, extra_keys: Sequence[str] = (), *, captions: bool = True) -> None:
-    """Looks at the first records, so that a misspelt key fails before training.
+    """Look at the first records, so that a misspelt key fails before training.
 
     Args:
-      extra_keys: to look for, besides the image key of the source.
+      extra_keys: features to look for, in addition to the image key of the source.
       captions: whether to look for its caption keys too.
 
     Raises:
-      ValueError: a key that none of them has; names the keys that are there.
+      ValueError: a key that none of them has, or images or captions that are numbers; names the
+        keys that are there.
     """
     caption_keys = self.source.caption_keys if captions else ()
+    place = f"the first {min(_PROBES, len(self))} records of {self.source.path}"
+    there = f"they have {', '.join(sorted(self._probed))}"
     for key in (self.source.image_key, *caption_keys, *extra_keys):
-      if self.present_keys and key not in self.present_keys:
+      if self._probed and key not in self._probed:
         raise ValueError(
-          f"feature {key!r} is in none of the first {min(_PROBES, len(self))} records of "
-          f"{self.source.path}; they have {', '.join(sorted(self.present_keys))}. Set image_key "
-          "and caption_keys to what is there."
+          f"feature {key!r} is in none of {place}; {there}. Set image_key and caption_keys to what "
+          "is there."
+        )
+      if key not in extra_keys and not self._probed.get(key, True):
+        raise ValueError(
+          f"feature {key!r} holds numbers in {place}, and images and captions are bytes; {there}. "
+          "Set image_key and caption_keys to others."
         )
 
 
