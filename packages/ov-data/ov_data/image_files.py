@@ -144,7 +144,7 @@ def _check_classes(path: str, root: str, split: Split, tree: Tree) -> None:
     split: which is asked for.
     tree: the files in `root`.
   """
-  filled = classes.images_by_folder(tree)
+  filled = tree.images_by_top
   splits, nested = classes.split_names(filled)
   missing = split.name if root == path else None
   if nested or (splits and splits == [*filled]):

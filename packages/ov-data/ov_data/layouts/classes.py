@@ -28,28 +28,31 @@ def read(place: Place) -> Listing:
   skips: list[Skip] = []
   notes = tree_notes(tree)
   splits = split_folders(tree)
-  found: list[tuple[str, str, str]] = []  # split, folder of the class, file
-  for folder, name in tree.files():
-    file = inside(folder, name)
-    if is_unsupported_image(name):
-      skips.append(Skip(file, UNSUPPORTED, "convert it to JPEG, PNG or WebP"))
-    elif not is_image(name):
-      notes.add("files that are no images", file)
-    else:
-      split, _, below = folder.partition("/") if splits else ("", "", folder)
-      class_folder = below.partition("/")[0]
-      if not class_folder or (splits and split not in splits):
-        skips.append(Skip(file, _UNSORTED))
+  found: list[tuple[str, str, list[str]]] = []  # split, folder of the class, its images
+  for folder in sorted(tree.folders):
+    images = []
+    for name in tree.folders[folder]:
+      if is_image(name):
+        images.append(inside(folder, name))
+      elif is_unsupported_image(name):
+        remedy = "convert it to JPEG, PNG or WebP"
+        skips.append(Skip(inside(folder, name), UNSUPPORTED, remedy))
       else:
-        found.append((split, class_folder, file))
+        notes.add("files that are no images", inside(folder, name))
+    split, _, below = folder.partition("/") if splits else ("", "", folder)
+    class_folder = below.partition("/")[0]
+    if class_folder and (not splits or split in splits):
+      found.append((split, class_folder, images))
+    else:
+      skips += [Skip(file, _UNSORTED) for file in images]
   folders = _class_folders(tree, splits)
   labels = {folder: text_rules.label_text(folder) for folder in folders}
   items = []
-  for split, folder, file in found:
+  for split, folder, images in found:
     if label := labels[folder]:
-      items.append(Item(file, Blob(tree.root, file), label=label, split=split))
+      items += [Item(file, Blob(tree.root, file), label=label, split=split) for file in images]
     else:
-      skips.append(Skip(file, "empty label"))
+      skips += [Skip(file, "empty label") for file in images]
   names = tuple(dict.fromkeys(filter(None, (labels[folder] for folder in folders))))
   return Listing("classes", items, skips, notes, names)
 
@@ -64,16 +67,6 @@ def tree_notes(tree: Tree) -> Notes:
   return notes
 
 
-def images_by_folder(tree: Tree) -> dict[str, list[str]]:
-  """Return the images below every folder of the root that has some, relative to that folder."""
-  filled: dict[str, list[str]] = {}
-  for folder, name in tree.files():
-    if folder and is_image(name):
-      top, _, below = folder.partition("/")
-      filled.setdefault(top, []).append(inside(below, name))
-  return filled
-
-
 def split_names(filled: Mapping[str, Sequence[str]]) -> tuple[list[str], bool]:
   """Return the folders named like splits, and whether any of them holds folders of images."""
   splits = [name for name in filled if SPLIT.fullmatch(name.lower())]
@@ -82,7 +75,7 @@ def split_names(filled: Mapping[str, Sequence[str]]) -> tuple[list[str], bool]:
 
 def split_folders(tree: Tree) -> frozenset[str]:
   """Return the folders that are splits and no classes."""
-  filled = images_by_folder(tree)
+  filled = tree.images_by_top
   splits, nested = split_names(filled)
   is_split = nested and (len(splits) > 1 or len(splits) == len(filled))
   return frozenset(splits if is_split else ())

@@ -112,7 +112,7 @@ def _folder(place: Place, formats: str, strict: bool) -> str:
         f"{path}: {inside(folder, name)} could be the list of its images; give that file or its "
         f"folder, or choose what this folder is with {formats}."
       )
-  images = sum(is_image(name) for _, name in tree.files())
+  images = sum(map(is_image, top)) + sum(map(len, tree.images_by_top.values()))
   tars = sum(name.lower().endswith(".tar") for _, name in tree.files())
   if tars and images:
     raise _ambiguous(
@@ -127,7 +127,7 @@ def _folder(place: Place, formats: str, strict: bool) -> str:
 
 def _images(path: str, tree: Tree, formats: str, strict: bool) -> str:
   """Return the layout of a folder of images without lists."""
-  filled = classes.images_by_folder(tree)
+  filled = tree.images_by_top
   strays = [name for name in tree.folders[""] if is_image(name)]
   if img2dataset.is_download(tree):
     return "img2dataset"
@@ -142,7 +142,7 @@ def _images(path: str, tree: Tree, formats: str, strict: bool) -> str:
   if not filled:
     raise ValueError(
       f"the images are in {path} itself, which gives neither class nor caption; expected a folder "
-      "for each class, captions.jsonl or metadata.jsonl, or captions in files of the images' names; "
+      "for each class, captions.jsonl, metadata.jsonl, or captions in files of the images' names; "
       f"choose with {formats}."
     )
   if not strict:

@@ -20,6 +20,7 @@ _STATS = re.compile(r"\d+_stats\.json")
 _SHARD = re.compile(r"\d{5,}")
 _TABLE = re.compile(r"\d+\.parquet")
 SIDECARS = (*sidecars.TEXTS, "json")
+_SIDECAR_SUFFIXES = tuple(f".{suffix}" for suffix in SIDECARS)
 _WORKERS = 16  # threads that read captions
 
 
@@ -55,19 +56,17 @@ def read(place: Place) -> Listing:
 def has_sidecars(tree: Tree) -> bool:
   """Return whether some image has a text or JSON file of its name next to it."""
   for names in tree.folders.values():
-    stems = {_split(name)[0] for name in names if is_image(name)}
-    if any(_split(n)[0] in stems and _split(n)[1] in SIDECARS for n in names):
+    texts = {_split(name)[0] for name in names if name.lower().endswith(_SIDECAR_SUFFIXES)}
+    if texts and any(is_image(name) and _split(name)[0] in texts for name in names):
       return True
   return False
 
 
 def is_download(tree: Tree) -> bool:
   """Return whether the folders of images are numbered as img2dataset does it."""
-  tops = {folder.partition("/")[0] for folder, name in tree.files() if is_image(name)}
-  has_tables = any(_STATS.fullmatch(name) for name in tree.folders[""])
-  return all(not top or _SHARD.fullmatch(top) for top in tops) and (
-    has_tables or has_sidecars(tree)
-  )
+  if not all(_SHARD.fullmatch(top) for top in tree.images_by_top):
+    return False
+  return any(_STATS.fullmatch(name) for name in tree.folders[""]) or has_sidecars(tree)
 
 
 def count_failures(folder: str, names: list[str], notes: Notes) -> None:

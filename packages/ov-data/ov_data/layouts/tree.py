@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from concurrent import futures
 import dataclasses
+import functools
 import os
 import re
 
@@ -38,6 +39,17 @@ class Tree:
   top: list[str]
   hidden: list[str]
   links: list[str]
+
+  @functools.cached_property
+  def images_by_top(self) -> dict[str, list[str]]:
+    """The images below every folder of the root that has some, relative to that folder."""
+    filled: dict[str, list[str]] = {}
+    for folder in sorted(self.folders):
+      images = [name for name in self.folders[folder] if is_image(name)]
+      if folder and images:
+        top, _, below = folder.partition("/")
+        filled.setdefault(top, []).extend(inside(below, name) for name in images)
+    return filled
 
   def files(self) -> Iterator[tuple[str, str]]:
     """Yield (folder, name) of every file, folders in sorted order."""
