@@ -122,7 +122,7 @@ def test_split_file_of_another_kind(shards, tmp_path, cache):
   path = tmp_path / "captions_val2014.json"
   path.write_text(json.dumps({"images": [{"file_name": "a.jpg"}], "annotations": []}))
   flags = own_data(shards, tmp_path / "run", f"--config.eval.retrieval.dir={path}")
-  expect(flags, "not COCO's own captions", cache)
+  expect(flags, r"COCO's own captions_\*\.json need image_root", cache)
 
 
 def test_texts_prepared_in_another_way_than_the_params_know(tmp_path, cache):
