@@ -10,6 +10,8 @@ import dataclasses
 import json
 from typing import Any
 
+import google_crc32c
+
 from ov_data import fs
 from ov_data.index import ShardIndex
 from ov_data.shard_names import NUMBERED
@@ -19,6 +21,7 @@ MANIFEST = "dataset.json"
 SKIPPED = "skipped.jsonl"
 TFDS_INFO = "dataset_info.json"  # in every directory of TensorFlow Datasets
 
+_OWN_KEYS = frozenset(("format", "recipe", "features", "splits", "skipped"))
 _MOST_BYTES = 256 << 20
 _SHOWN = 4  # shards in a message
 
@@ -58,6 +61,13 @@ def read_json(path: str) -> Any:
     return json.loads(fs.read_regular(path, _MOST_BYTES))
   except (ValueError, RecursionError) as error:
     raise ValueError(f"{path} is damaged ({type(error).__name__}: {error})") from None
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+  """Return the content of a manifest with its checksum."""
+  content = {key: value for key, value in content.items() if key != "checksum"}
+  canonical = json.dumps(content, sort_keys=True).encode()
+  return {**content, "checksum": google_crc32c.value(canonical)}
 
 
 def is_tfds(folder: str) -> bool:
@@ -157,8 +167,15 @@ def _own_sets(folder: str) -> _Sets:
   path = fs.join(folder, MANIFEST)
   try:
     content = read_json(path)
-    own = isinstance(content, dict) and str(content.get("format")).startswith("ov_data dataset")
-    return dict(_own_set(path, *item) for item in content["splits"].items()) if own else {}
+    if not isinstance(content, dict):
+      return {}
+    if not str(content.get("format")).startswith("ov_data dataset"):
+      if len(_OWN_KEYS & content.keys()) < len(_OWN_KEYS) - 1:
+        return {}
+      raise ValueError(f"format={content.get('format')!r:.40}")
+    if "checksum" in content and content != sealed(content):
+      raise ValueError("checksum")
+    return dict(_own_set(path, *item) for item in content["splits"].items())
   except FileNotFoundError:
     return {}
   except (ValueError, LookupError, TypeError, AttributeError) as error:

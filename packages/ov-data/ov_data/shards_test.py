@@ -166,6 +166,7 @@ _SPLIT = {"examples": 10, "shards": 1, "fingerprint": ""}
     {"splits": {"train": {**_SPLIT, "records": [9]}}},
     {"splits": {"train": {**_SPLIT, "bytes": [-1]}}},
     {},
+    {"format": "ov_date dataset 1", "recipe": {}, "features": {}, "splits": {}, "skipped": {}},
   ],
 )
 def test_a_damaged_manifest_is_an_error_in_one_line(tmp_path, content):

@@ -162,6 +162,20 @@ def test_a_complete_data_set_that_lost_a_shard(tmp_path: Path, lose: Callable[[P
   assert _texts(path) == _EXPECTED
 
 
+def test_any_changed_digit_of_a_manifest_is_noticed(tmp_path: Path):
+  path = tmp_path / "d"
+  _write(path, _Texts())
+  text = (path / "dataset.json").read_text()
+  for old, new in (
+    ('"examples": 12', '"examples": 13'),
+    ("records", "recoRds"),
+    ("bytes", "byteS"),
+  ):
+    (path / "dataset.json").write_text(text.replace(old, new))
+    with pytest.raises(ValueError, match=r"dataset\.json is damaged \(checksum\)"):
+      sources.Dataset(sources.Source(str(path), "train"))
+
+
 @pytest.mark.parametrize("change", [("examples", "x"), ("fingerprint", 5), ("shards", None)])
 def test_a_complete_data_set_with_a_damaged_manifest(tmp_path: Path, change: tuple[str, object]):
   path = tmp_path / "d"

@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Any, BinaryIO, cast
 
 from ov_data import example, fs, index, outputs, processes, records, scenes, unfinished
-from ov_data.manifest import FORMAT, MANIFEST, SKIPPED
+from ov_data.manifest import FORMAT, MANIFEST, SKIPPED, sealed
 from ov_data.record_source import Skip
 from ov_data.shards import Shards
 from ov_data.splits import Split
@@ -235,7 +235,8 @@ def _finish(
     },
     "skipped": dict(Counter(skip["reason"] for skip in skipped)),
   }
-  _write_json(path / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+  text = json.dumps(sealed(manifest), indent=1, ensure_ascii=False)
+  _write_json(path / MANIFEST, text + "\n")
   unfinished.clear(path)
   return dataclasses.replace(_summary(path, manifest), resumed=resumed)
 
