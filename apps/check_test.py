@@ -201,6 +201,15 @@ def test_a_checkpoint_that_cannot_be_resumed(metadata, said, data, tmp_path):
       action(data, tmp_path, {})
 
 
+def test_a_run_of_the_published_code_is_not_resumed(data, tmp_path):
+  (tmp_path / "checkpoint.npz").mkdir()
+  for action in (check, train):
+    with pytest.raises(
+      UserError, match="cannot be resumed here; .*--config.ft_from=.*checkpoint.npz"
+    ):
+      action(data, tmp_path, {})
+
+
 def test_check_says_what_it_opened_and_leaves_nothing(data, tmp_path, capsys):
   check(data, tmp_path / "run", {})
   printed = capsys.readouterr().out

@@ -59,6 +59,7 @@ def launch(make_app: Callable[[], "App"], base: str, recipes: str) -> None:
   from apps.trainer.check import check_run, compile_run
   from apps.trainer.hosts import Hosts
   from apps.trainer.loop import run_training
+  from apps.trainer.prepare import check_writable
   from apps.trainer.progress import Terminal
   from apps.trainer.workdir import open_workdir
   import ov_sharding
@@ -71,6 +72,8 @@ def launch(make_app: Callable[[], "App"], base: str, recipes: str) -> None:
     Hosts(terminal.phase, **config.hosts) as hosts,
     open_workdir(_WORKDIR.value, writes=not _CHECK.value) as workdir,
   ):
+    with user_errors():
+      check_writable(workdir.path, "--workdir")
     demo_data.prepare(config, workdir, terminal)
     if _CHECK.value or _COMPILE.value:
       (check_run if _CHECK.value else compile_run)(config, workdir, app, terminal)

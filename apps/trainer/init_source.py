@@ -72,7 +72,15 @@ def open_source(path: epath.PathLike, step: int | None = None, part: Part = "par
     ValueError: the checkpoint holds another model, or no such part.
   """
   root = absolute_path(path)
-  if not root.exists():
+  try:
+    exists = root.exists()
+  except Exception as error:  # of whichever library reads the bucket
+    what = " ".join(str(error).split())
+    raise CheckpointError(
+      f"{root} cannot be opened: {what}; see that the network reaches it, and that the credentials "
+      "of this machine may read it"
+    ) from error
+  if not exists:
     raise CheckpointError(f"{root}: there is no such folder; {_EXPECTED}")
   if not root.is_dir():
     raise CheckpointError(f"{root} is a file; {_EXPECTED}")

@@ -131,7 +131,7 @@ def prepare(
   Raises:
     ValueError, OSError, UserError: what would stop the run, in one line.
   """
-  _check_places(config, workdir)
+  _check_places(config)
   model = open_model(config, tokenizer_home or workdir, app, terminal)
   tasks = [parts.task for parts in model.parts]
   inputs.check_text_processor(workdir, [task.text_processor(model.tokenizer) for task in tasks])
@@ -143,7 +143,7 @@ def prepare(
   if saved is not None and int(saved.name) > 0:
     _check_resumes(saved, model, first)
   else:  # nothing was trained here yet
-    init = _plan_init(config, model, checkpoints, terminal)
+    init = _plan_init(config, model, workdir, checkpoints, terminal)
   stages = []
   seen = set()
   for stage, parts in zip(model.stages, model.parts, strict=True):
@@ -225,10 +225,9 @@ def check_writable(path: epath.PathLike, setting: str) -> None:
     ) from error
 
 
-def _check_places(config: ConfigDict, workdir: Workdir) -> None:
+def _check_places(config: ConfigDict) -> None:
   """Check the folders that a run writes, and the services that it reports to."""
   if jax.process_index() == 0:
-    check_writable(workdir.path, "--workdir")
     for setting, path in (
       ("checkpoint.dir", config.checkpoint.dir),
       ("compile_cache", config.compile_cache),
@@ -258,10 +257,19 @@ def _check_resumes(saved: epath.Path, model: Model, first: int) -> None:
 
 
 def _plan_init(
-  config: ConfigDict, model: Model, checkpoints: epath.PathLike, terminal: Terminal
+  config: ConfigDict,
+  model: Model,
+  workdir: Workdir,
+  checkpoints: epath.PathLike,
+  terminal: Terminal,
 ) -> list[InitPlan]:
   """What the first stage takes from each source of `config.init_from`."""
   sources = init_sources(model.stages[0].config)
+  if not sources and (published := workdir.path / "checkpoint.npz").is_dir():
+    raise ValueError(
+      f"{published} is of a run of the published code, which cannot be resumed here; give another "
+      f"--workdir, and --config.ft_from={published} to start from its parameters"
+    )
   if config.eval_only and not sources:
     raise ValueError(
       f"eval_only: {absolute_path(checkpoints)} holds no checkpoint; give the --workdir of a run, "

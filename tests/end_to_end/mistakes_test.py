@@ -103,6 +103,7 @@ CASES = {
     (*runner.TINY, "--workdir=s3://b/x"),
     "gs://BUCKET/FOLDER; no other",
   ),
+  "file as workdir": ((*runner.TINY, f"--workdir={__file__}"), "--workdir=.* cannot be written"),
   "bucket without a folder": ((*runner.TINY, "--workdir=gs://bucket/"), "a folder for each run"),
   "nothing to evaluate": ((*runner.TINY, "--config.eval_only=True"), "holds no checkpoint"),
   "wandb without a key": (

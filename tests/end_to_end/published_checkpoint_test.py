@@ -1,8 +1,12 @@
 """`--config.ft_from=CHECKPOINT` starts both apps from a checkpoint of the published code."""
 
+import importlib.util
 import os
 from pathlib import Path
 import re
+import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -12,6 +16,7 @@ import pytest
 from apps.trainer.checkpoint import find_checkpoint
 from ov_convert import orbax_folder
 from tests.end_to_end import runner
+from tests.end_to_end.fake_bucket import FakeBucket
 
 GOLDEN = Path(os.environ.get("OV_GOLDEN", "")) / "openvision1_checkpoint"
 pytestmark = pytest.mark.skipif(
@@ -88,3 +93,30 @@ def test_a_captioner_takes_the_image_tower(tmp_path, cache):
   assert len(expected) == 20
   for path, array in expected.items():
     np.testing.assert_array_equal(found[f"encoder/{path}"], array, err_msg=path)
+
+
+_OPEN = """
+import sys
+from apps.trainer.init_source import open_source
+source = open_source(sys.argv[1])
+print(source.name, len(source.arrays))
+"""
+
+
+@pytest.mark.skipif(
+  importlib.util.find_spec("tensorflow") is None or shutil.which("openssl") is None,
+  reason="a bucket needs TensorFlow, and the fake one a certificate made by openssl",
+)
+def test_a_checkpoint_in_a_bucket(tmp_path):
+  with FakeBucket("bucket", tmp_path) as bucket:
+    for file in GOLDEN.rglob("*"):
+      if file.is_file():
+        bucket.put(f"released/{file.relative_to(GOLDEN).as_posix()}", file.read_bytes())
+    done = subprocess.run(
+      [sys.executable, "-c", _OPEN, "gs://bucket/released/checkpoint.npz"],
+      env=runner.environment(tmp_path / "home", **bucket.environment()),
+      capture_output=True,
+      text=True,
+      timeout=240,
+    )
+  assert done.stdout.strip() == "gs://bucket/released/checkpoint.npz/5/default 65", done.stderr

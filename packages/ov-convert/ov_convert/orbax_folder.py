@@ -39,7 +39,8 @@ def read(
 
   Args:
     folder: of a run (with `checkpoint.npz` in it), `checkpoint.npz` itself, a step of it, or
-      `default`. Parts of a model are models too: towers alone, without decoder.
+      `default`; local, or a path of etils.epath into a bucket. Parts of a model are models too:
+      towers alone, without decoder.
     step: which one of `checkpoint.npz`; the newest by default.
     image_size: S, pixels. Learned positions, which no published model has, fix it instead.
     num_heads: of towers whose kernels are 2-D and whose sizes are not published.
@@ -67,7 +68,7 @@ def read(
 
 def find(folder: Folder, step: int | None = None) -> pathlib.Path:
   """The folder of one checkpoint that orbax reads; see `read`."""
-  path = pathlib.Path(folder)
+  path = _as_path(folder)
   if not path.is_dir():
     raise FileNotFoundError(f"{path}: there is no such folder.")
   for below in ("jax_orbax_weight", "checkpoint.npz"):  # the former in published repositories
@@ -95,8 +96,8 @@ def restore(path: pathlib.Path) -> dict[str, np.ndarray]:
   # Imported here: only who reads such checkpoints needs orbax.
   import orbax.checkpoint as ocp
 
-  path = path.absolute()
-  if (size := (path / "_METADATA").stat().st_size) > MAX_HEADER_BYTES:
+  path = path if "://" in str(path) else path.absolute()
+  if (size := _size(path / "_METADATA")) > MAX_HEADER_BYTES:
     raise ValueError(f"{path}/_METADATA has {size} bytes; read are up to {MAX_HEADER_BYTES}.")
   tree = _read(path, lambda: ocp.PyTreeCheckpointHandler().metadata(path).tree)
   if not isinstance(tree, dict) or not isinstance(tree.get("params"), dict):
@@ -270,6 +271,17 @@ class _Sizes:
       "mask": "causal",
       "position": "none",
     }
+
+
+def _as_path(folder: Folder) -> Any:
+  """Return a path; one of another kind, such as etils.epath into a bucket, as it is."""
+  return folder if isinstance(folder, pathlib.PurePath) else pathlib.Path(folder)
+
+
+def _size(file: Any) -> int:
+  """Return the bytes of a file, local or of etils.epath."""
+  stat = file.stat()
+  return stat.st_size if hasattr(stat, "st_size") else stat.length
 
 
 def _read(path: pathlib.Path, read: Callable[[], Any]) -> Any:
