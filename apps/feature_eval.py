@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from apps import features
-from apps.label_data import label_text
+from apps.label_data import check_labels, label_text
 from apps.trainer.held_out import Examples, HeldOut
 from apps.trainer.task import Evaluation
 import ov_eval
@@ -31,6 +31,9 @@ class FeatureEvaluator:
     }
     self._train = held_out.open_path(wanted.train_dir, wanted.train_split, **options)
     self._test = held_out.open_path(wanted.dir or wanted.train_dir, wanted.split, **options)
+    for examples in (self._train, self._test):
+      for dataset in examples.loader.datasets:
+        check_labels(dataset, wanted.label_key)
 
   def __call__(self, params: Any) -> Evaluation:
     """kNN, linear probe, few-shot probes, and what guessing the commonest class would give."""

@@ -134,18 +134,22 @@ def class_numbers(names: Sequence[str], folders: Sequence[str] | None) -> dict[s
 
 
 def check_labels(
-  dataset: ov_data.Dataset, key: str, numbers: Mapping[str | int, int], classes: str
+  dataset: ov_data.Dataset,
+  key: str,
+  numbers: Mapping[str | int, int] | None = None,
+  classes: str = "",
 ) -> None:
   """Check the labels of records that are spread over a data set, before anything is trained.
 
   Args:
     dataset: whose records hold a label.
     key: of the label.
-    numbers: see `class_numbers`.
+    numbers: see `class_numbers`; None takes any label.
     classes: what the class list is called, for the message.
 
   Raises:
-    ValueError: a label is none of the classes; names the record, the label and the classes.
+    ValueError: a record has no label, or one that is none of the classes; names the record, the
+      label and the classes.
   """
   spread = np.linspace(0, len(dataset) - 1, min(len(dataset), _CHECKED_RECORDS)).astype(int)
 
@@ -154,17 +158,19 @@ def check_labels(
       features = dataset.features(record, (key,))
     except ValueError:  # a broken record; the loader counts it when its turn comes
       return None
-    if key not in features or class_number(features[key], numbers) is not None:
-      return None
     file, offset = dataset.locate(record)
+    if not len(features.get(key, ())):
+      return f"{file} at byte {offset}: the record has no label under {key!r}"
+    if numbers is None or class_number(features[key], numbers) is not None:
+      return None
     return f"{file} at byte {offset}: {_no_class(features[key], key, numbers)} of {classes}"
 
   with concurrent.futures.ThreadPoolExecutor(16) as pool:  # a read is a request each on gs://
     problems = list(filter(None, pool.map(problem, spread.tolist())))
   if problems:
     raise ValueError(
-      f"{problems[0]} ({len(problems)} of {len(spread)} records looked at); give a list with a "
-      "name for each class of the data, in the order of their numbers"
+      f"{problems[0]} ({len(problems)} of {len(spread)} records looked at); every record needs a "
+      "label, and the class list a name for each class of the data, in the order of their numbers"
     )
 
 
@@ -194,6 +200,8 @@ def with_labels(
 def class_number(value: Any, numbers: Mapping[str | int, int]) -> int | None:
   """Return the number of the class that a label means; None for none of `class_numbers`."""
   value = _first(value)
+  if value is None:
+    return None
   if isinstance(value, int | np.integer):
     return numbers.get(int(value))
   return numbers.get(label_text(value))
@@ -205,8 +213,13 @@ def label_text(value: Any, folders: Sequence[str] | None = None) -> str:
   Args:
     value: bytes, text, a number, or a list or array of which the first counts.
     folders: the names that numbers stand for, where pictures lie in folders of classes.
+
+  Raises:
+    UserError: the list is empty: the record has no label.
   """
   value = _first(value)
+  if value is None:
+    raise UserError("a record has no label; label every record, or leave out those without")
   text = value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
   if folders is not None and text.isdigit():
     return folders[int(text)]
@@ -214,10 +227,14 @@ def label_text(value: Any, folders: Sequence[str] | None = None) -> str:
 
 
 def _first(value: Any) -> Any:
-  return value[0] if isinstance(value, list | tuple | np.ndarray) and len(value) else value
+  if isinstance(value, list | tuple | np.ndarray):
+    return value[0] if len(value) else None
+  return value
 
 
 def _no_class(value: Any, key: str, numbers: Mapping[str | int, int]) -> str:
+  if _first(value) is None:
+    return f"there is no label under {key!r}"
   names = sorted((name for name in numbers if isinstance(name, str)), key=lambda n: numbers[n])
   shown = ", ".join([name for name in names if not name.isdigit()][:5] or names[:5])
   return (

@@ -84,6 +84,13 @@ def test_a_label_that_is_no_class_is_named():
     labels(["horse"], class_numbers(NAMES, None))
 
 
+def test_a_record_without_a_label_is_named():
+  with pytest.raises(UserError, match="there is no label under .key."):
+    labels([[]], class_numbers(NAMES, None))
+  with pytest.raises(UserError, match="a record has no label"):
+    label_text([])
+
+
 def test_label_texts():
   assert [label_text(v) for v in (b"a", "b", 3, [b"c", b"d"])] == ["a", "b", "3", "c"]
   assert label_text(1, ("x", "y")) == "y"
@@ -135,10 +142,11 @@ def test_broken_class_files(tmp_path, content, said):
 
 
 def shards(folder, values):
-  """Records with these labels, and one without a label."""
+  """Records with these labels; None for no label."""
   path = folder / "a.tfrecord"
-  made = [example.serialise({"label": value, "jpg": b""}) for value in values]
-  path.write_bytes(b"".join(map(records.frame, [*made, example.serialise({"jpg": b""})])))
+  labelled = [{} if value is None else {"label": value} for value in values]
+  made = [example.serialise({"jpg": b"", **label}) for label in labelled]
+  path.write_bytes(b"".join(map(records.frame, made)))
   return ov_data.Dataset(ov_data.Source(str(path)))
 
 
@@ -153,6 +161,13 @@ def test_labels_of_records_are_checked_before_anything_is_trained(tmp_path):
 
 def test_a_number_beyond_the_classes_is_an_early_error(tmp_path):
   dataset = shards(tmp_path, [0, 1, 2, 3])
-  said = "label '3' .* none of the 3 classes .* of names.txt .1 of 5 .*a name for each class"
+  said = "label '3' .* none of the 3 classes .* of names.txt .1 of 4 .*a name for each class"
   with pytest.raises(ValueError, match=said):
     check_labels(dataset, "label", class_numbers(NAMES, None), "names.txt")
+
+
+def test_records_without_a_label_are_an_early_error(tmp_path):
+  dataset = shards(tmp_path, [b"dog", None, b"cat"])
+  for numbers in (None, class_numbers(NAMES, None)):
+    with pytest.raises(ValueError, match="the record has no label under 'label' .1 of 3 records"):
+      check_labels(dataset, "label", numbers, "names.txt")
