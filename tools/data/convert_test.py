@@ -206,9 +206,14 @@ def test_shards_are_filled_evenly_and_mixed(tmp_path: Path):
   assert list(read_rows(tmp_path / "out")) != [item.key for item in many.items]
 
 
-def test_sample_is_spread(tmp_path: Path):
-  keys = [item.key for item in shards.sample(_many(tmp_path, 100), 10, 0).items]
-  assert len(set(keys)) == 10 and keys != [f"{i}.jpg" for i in range(10)]
+def test_sample_is_spread_over_the_splits(tmp_path: Path):
+  some = shards.sample(_many(tmp_path, 300), 100, 0)
+  keys = [item.key for item in some.items]
+  assert len(set(keys)) == 100 and keys != [f"{i}.jpg" for i in range(100)]
+  summary = convert_listing(some, tmp_path / "out", holdout=0.2)
+  # 100 draws with p = 0.2: mean 20, standard deviation 4.
+  assert summary.examples["train"] + summary.examples["heldout"] == 100
+  assert 4 <= summary.examples["heldout"] <= 36
 
 
 def _captions(path: Path, text: str) -> Path:

@@ -150,8 +150,9 @@ def check_holdout(holdout: float) -> None:
 
 
 def sample(listing: Listing, count: int, seed: int) -> Listing:
-  """Return `count` of the items, by the same hash as in `plan`."""
-  return dataclasses.replace(listing, items=_ranked(listing.items, seed)[:count])
+  """Return `count` of the items, by another hash than in `plan`: each split gets its fraction."""
+  items = sorted(listing.items, key=lambda item: (_rank(seed, f"sample/{item.key}"), item.key))
+  return dataclasses.replace(listing, items=items[:count])
 
 
 def digest(listing: Listing) -> str:

@@ -14,6 +14,7 @@ _TO_LISTS = (
   'write captions.jsonl next to the images, one {"file": "a.jpg", "captions": ["..."]} a line'
 )
 _LIST = re.compile(r"captions_.*\.json|dataset_(coco|flickr8k|flickr30k)\.json")
+_NO_CAPTIONS = re.compile(r"(classes|readme|license).*\.txt|skipped\.jsonl|dataset\.json")
 _TABLES = (".csv", ".tsv", ".jsonl", ".parquet", ".xlsx")
 _REMEDIES = {
   **dict.fromkeys(
@@ -177,8 +178,9 @@ def _captions_elsewhere(tree: Tree, filled: Mapping[str, Sequence[str]]) -> str 
   """Return a file that could hold captions of images in class folders; None if there is none."""
   top = tree.folders[""]
   suffixes = (*_TABLES, ".txt", ".json") if len(filled) == 1 else _TABLES
-  if table := next((name for name in top if name.lower().endswith(suffixes)), None):
-    return table
+  for name in top:
+    if name.lower().endswith(suffixes) and not _NO_CAPTIONS.fullmatch(name.lower()):
+      return name
   stems = {name.rpartition(".")[0] for _, name in tree.files() if is_image(name)}
   for folder, name in tree.files():
     stem, _, suffix = name.rpartition(".")

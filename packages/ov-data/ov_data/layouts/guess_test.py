@@ -42,6 +42,7 @@ _CAPTIONS = {"captions.jsonl": [{"file": "a/1.jpg", "captions": ["c"]}]}
     (("00000/1.jpg", "00001/2.jpg"), {}, "classes"),  # digits alone do not make a download
     (("bus/1.jpg", "train/2.jpg"), {}, "classes"),
     ((".git/1.jpg", "dog/1.jpg"), {}, "classes"),
+    (("dog/1.jpg", "classes.txt", "skipped.jsonl", "dataset.json"), {}, "classes"),  # own output
   ],
 )
 def test_layouts_are_told_apart(tmp_path: Path, names: tuple, contents: dict, expected: str):
@@ -58,7 +59,7 @@ def test_layouts_are_told_apart(tmp_path: Path, names: tuple, contents: dict, ex
     (("cat/1.jpg", "stray.jpg"), {}, r"1 images, stray.jpg the first, next to .*--format=classes"),
     (("train/1.png",), {**_METADATA, **_CAPTIONS}, "--format=jsonl or --format=imagefolder"),
     (("0.tar", "cat/1.jpg"), {}, "--format=webdataset or --format=classes"),
-    (("Images/1.jpg", "captions.txt"), {}, "holds captions.txt, which could have the captions"),
+    (("Images/1.jpg", "Captions.TXT"), {}, "holds Captions.TXT, which could have the captions"),
     (("images/1.jpg", "styles.csv"), {}, r"holds styles.csv, .*, which does not read it; or write"),
     (("cat/1.jpg", "dog/2.jpg", "all.jsonl"), {}, "holds all.jsonl, which could"),
     (("images/1.jpg", "texts/1.txt"), {}, "holds texts/1.txt, which could"),
