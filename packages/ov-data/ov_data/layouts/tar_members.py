@@ -20,6 +20,7 @@ _BLOCK = 512
 _CHUNK = 1 << 20
 _MAX_EXTRA = 1 << 20  # bytes of a long name or of PAX headers
 _MAGIC, _MAGIC_AT = b"ustar", 257
+_GNU_MAGIC = b"ustar  \0"
 _COMPRESSED = {
   b"\x1f\x8b": "gzip",
   b"BZh": "bzip2",
@@ -28,6 +29,7 @@ _COMPRESSED = {
   b"PK\x03\x04": "zip",
 }
 _REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
+_NO_FILES = (b"V", b"D")  # the label of a volume and the names in a folder, of GNU tar
 _KINDS = {
   tarfile.SYMTYPE: "symbolic link in the tar",
   tarfile.GNUTYPE_SPARSE: "sparse file in the tar",
@@ -148,10 +150,12 @@ class _Reader:
       (self._global if header.type == tarfile.XGLTYPE else self._extra).update(records)
       return None, _padded(data + header.size)
     extra, self._extra = {**self._global, **self._extra}, {}
-    name = extra.get("path", header.name)
+    name = extra.get("path", _name(header, block))
     size = int(extra["size"]) if "size" in extra else header.size
     if header.type == tarfile.DIRTYPE:
       return None, data
+    if header.type in _NO_FILES:
+      return None, _padded(data + size)
     if header.type == tarfile.GNUTYPE_SPARSE:
       continued = block[482]
       while continued and data + _BLOCK <= self._size:
@@ -232,6 +236,13 @@ def _after_magic(chunk: bytes) -> Iterator[int]:
 def printable_name(name: str) -> str:
   """Return a member's name for a message."""
   return name.encode("utf-8", "backslashreplace").decode()[:100]
+
+
+def _name(header: tarfile.TarInfo, block: bytes) -> str:
+  """Return the name in a header. GNU tar has times where others have a prefix of the name."""
+  if block[_MAGIC_AT:].startswith(_GNU_MAGIC):
+    return block[:100].split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
+  return header.name
 
 
 def _is_header(block: bytes) -> bool:

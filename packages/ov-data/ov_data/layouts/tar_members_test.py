@@ -137,7 +137,17 @@ def test_links_and_special_files(tmp_path: Path):
   }
 
 
-@pytest.mark.parametrize("form", ["gnu", "posix"])
+def test_a_label_of_gnu_tar_is_no_member(tmp_path: Path):
+  (tmp_path / "d").mkdir()
+  (tmp_path / "d/plain").write_bytes(b"plain")
+  command = "tar --label=photos --listed-incremental=state -cf out.tar d"
+  assert os.system(f"cd {tmp_path} && {command}") == 0
+  assert _read(tmp_path, (tmp_path / "out.tar").read_bytes()) == ({"d/plain": b"plain"}, [])
+
+
+@pytest.mark.parametrize(
+  "form", ["gnu", "posix", "posix --sparse-version=0.0", "posix --sparse-version=0.1"]
+)
 def test_sparse_members_are_counted(tmp_path: Path, form: str):
   with open(tmp_path / "holes", "wb") as file:
     for i in range(30):  # more pieces than a header holds
