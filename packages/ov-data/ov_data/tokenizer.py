@@ -133,7 +133,8 @@ class Tokenizer:
     try:
       backend = tokenizers.Tokenizer.from_buffer(text)
     except Exception as error:  # the library raises bare Exception
-      raise ValueError(f"{path} is no tokenizer.json: {error}") from None
+      reason = " ".join(str(error).split())[:200]
+      raise ValueError(f"{path} is no tokenizer.json: {reason}") from None
     try:
       return cls(backend, append_cls=append_cls)
     except ValueError as error:

@@ -149,7 +149,8 @@ def difference(found: Any, wanted: Any, name: str = "") -> str:
   if isinstance(found, list) and isinstance(wanted, list) and len(found) == len(wanted):
     first = next(n for n, (a, b) in enumerate(zip(found, wanted)) if a != b)
     return difference(found[first], wanted[first], f"{name}[{first}]")
-  return f"{name or 'recipe'} was {_excerpt(found, wanted)}, now {_excerpt(wanted, found)}"
+  name = fs.printable(name)[:_EXCERPT] or "recipe"
+  return f"{name} was {_excerpt(found, wanted)}, now {_excerpt(wanted, found)}"
 
 
 def _excerpt(value: Any, other: Any) -> str:
