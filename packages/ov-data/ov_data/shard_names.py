@@ -58,17 +58,18 @@ def find_shards(path: str, split: str | None = None) -> list[str]:
 
 
 def find_all(path: str) -> list[str]:
-  """Return the shards of all splits that a path means; of a folder also those in its folders.
+  """Return the shards of all splits that a path means; of a folder without any, of its folders.
 
   Raises:
     ValueError: as `find_shards`.
   """
   if not fs.is_dir(path):
     return find_shards(path)
-  inside = [fs.join(path, name) for name in fs.listdir(path)]
-  shards = [name for name in inside if is_shard(name)]
-  for folder in inside:
-    if not is_shard(folder) and fs.is_dir(folder):
+  names = fs.listdir(path)
+  shards = [fs.join(path, name) for name in names if is_shard(name)]
+  if not shards:
+    folders = [fs.join(path, name) for name in names if not name.endswith(_NOT_SHARD)]
+    for folder in filter(fs.is_dir, folders):
       shards += [fs.join(folder, name) for name in fs.listdir(folder) if is_shard(name)]
   if not shards:
     _in_folder(path, None)  # raises: says what is there instead

@@ -358,10 +358,15 @@ def test_records_whose_feature_names_are_no_utf8(tmp_path):
 
 
 def test_find_all_counts_every_split(tmp_path):
-  _write(tmp_path / "train-00000-of-00001.tfrecord")
-  _write(tmp_path / "val" / "0.tfrecord")
-  names = [pathlib.Path(path).name for path in shard_names.find_all(str(tmp_path))]
-  assert names == ["train-00000-of-00001.tfrecord", "0.tfrecord"]
+  _write(tmp_path / "a" / "train-00000-of-00001.tfrecord")
+  _write(tmp_path / "a" / "val-00000-of-00001.tfrecord")
+  _write(tmp_path / "b" / "train" / "0.tfrecord")
+  _write(tmp_path / "b" / "val" / "0.tfrecord")
+  for folder in ("a", "b"):
+    assert len(shard_names.find_all(str(tmp_path / folder))) == 2
+  (tmp_path / "c" / "train").mkdir(parents=True)
+  with pytest.raises(ValueError, match=r"no shards at .*no \*\.tfrecord\* file in it"):
+    shard_names.find_all(str(tmp_path / "c"))
 
 
 def test_fingerprint_is_that_of_the_first_version(tmp_path):

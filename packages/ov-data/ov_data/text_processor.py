@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 import tokenizers
 
+from ov_data import outputs
 from ov_data.tokenizer import TOKENIZER_FILE, Tokenizer, canonicalise_text
 
 Pool = Literal["last", "first", "argmax", "mean", "map"]
@@ -110,8 +111,12 @@ class TextProcessor:
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
   def save(self, folder: str | os.PathLike[str]) -> None:
-    """Writes the folder of `Tokenizer.save`, and text_processor.json beside its files."""
-    path = pathlib.Path(folder)
+    """Write the folder of `Tokenizer.save`, and text_processor.json next to its files.
+
+    Raises:
+      ValueError: the folder is not local.
+    """
+    path = outputs.local_path(folder)
     (path / _FILE).unlink(missing_ok=True)  # of another tokenizer, should this be interrupted
     self.tokenizer.save(path)
     content = {

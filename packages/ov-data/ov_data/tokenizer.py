@@ -22,7 +22,7 @@ import numpy as np
 import tokenizers
 from tokenizers import pre_tokenizers
 
-from ov_data import bert, word_pieces
+from ov_data import bert, outputs, word_pieces
 
 MAX_CHARS = 16_384  # of a text; what follows is cut off before tokenising
 # More texts in a call are spread over the library's threads. For fewer, waking them costs more than
@@ -266,8 +266,12 @@ class Tokenizer:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
   def save(self, folder: str | os.PathLike[str]) -> None:
-    """Writes tokenizer.json, and packing.json with the packing and the golden vectors."""
-    path = pathlib.Path(folder)
+    """Write tokenizer.json, and packing.json with the packing and the golden vectors.
+
+    Raises:
+      ValueError: the folder is not local.
+    """
+    path = outputs.local_path(folder)
     path.mkdir(parents=True, exist_ok=True)
     packing = {
       "format": 1,

@@ -339,6 +339,14 @@ def test_save_and_load(tmp_path: pathlib.Path):
     assert sorted(p.name for p in folder.iterdir()) == ["packing.json", "tokenizer.json"]
 
 
+def test_remote_folders_are_refused(tmp_path: pathlib.Path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  for folder in ("gs://bucket/tokenizer", pathlib.Path("gs://bucket/tokenizer")):
+    with pytest.raises(ValueError, match="output gs://bucket/tokenizer: expected a local path"):
+      Tokenizer.train(_CAPTIONS, 200).save(folder)
+  assert not list(tmp_path.iterdir())
+
+
 def test_load_refuses_a_changed_tokenizer(tmp_path: pathlib.Path):
   Tokenizer.train(_CAPTIONS, 200).save(tmp_path)
   file = tmp_path / "tokenizer.json"
