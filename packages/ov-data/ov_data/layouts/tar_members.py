@@ -1,8 +1,9 @@
 """Members of an uncompressed tar and where their bytes are; resumes after damage.
 
-A header is used only if its checksum is right. After a damaged one, the next block is searched that
-has the magic and a right checksum (in an old archive without magic, the checksum). Archives that
-follow each other in one file are all read, as `tar --ignore-zeros` does.
+A header is used only if its checksum is right. After a damaged one, the next one is searched that
+has the magic and a right checksum, also where bytes were lost or inserted. (In an old archive
+without magic, it is the next block with a right checksum.) Archives that follow each other in one
+file are all read, as `tar --ignore-zeros` does.
 """
 
 from collections.abc import Iterator
@@ -98,6 +99,7 @@ class _Reader:
     self._archive = 0
     self._ended = False  # zeros were read since the last header
     self._has_magic = True
+    self._search_from = 0
 
   def members(self) -> Iterator[Member | Passed]:
     at, good, damaged = 0, 0, False
@@ -115,7 +117,7 @@ class _Reader:
         result, after = self._member(header, block, at)
       except (tarfile.HeaderError, ValueError) as error:
         self._extra = {}
-        after = self._next_header(at + _BLOCK)
+        after = self._next_header(at)
         if not good and after >= self._size:
           self._refuse(error)
         damaged = after >= self._size
@@ -124,6 +126,8 @@ class _Reader:
         at = after
         continue
       good += 1
+      # Bytes that were lost or inserted in the data move the next header by a few bytes.
+      self._search_from = max(at + _BLOCK, after - _BLOCK + 1)
       self._has_magic = block[_MAGIC_AT:].startswith(_MAGIC)
       if result is not None:
         yield result
@@ -144,18 +148,18 @@ class _Reader:
       key = "path" if header.type == tarfile.GNUTYPE_LONGNAME else "linkpath"
       text = self._extra_data(header, data).split(b"\0", 1)[0]
       self._extra[key] = text.decode("utf-8", "surrogateescape")
-      return None, _padded(data + header.size)
+      return None, data + _padded(header.size)
     if header.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE):
       records = _pax_records(self._extra_data(header, data))
       (self._global if header.type == tarfile.XGLTYPE else self._extra).update(records)
-      return None, _padded(data + header.size)
+      return None, data + _padded(header.size)
     extra, self._extra = {**self._global, **self._extra}, {}
     name = extra.get("path", _name(header, block))
     size = int(extra["size"]) if "size" in extra else header.size
     if header.type == tarfile.DIRTYPE:
       return None, data
     if header.type in _NO_FILES:
-      return None, _padded(data + size)
+      return None, data + _padded(size)
     if header.type == tarfile.GNUTYPE_SPARSE:
       continued = block[482]
       while continued and data + _BLOCK <= self._size:
@@ -163,7 +167,7 @@ class _Reader:
     has_data = header.type in _REGULAR or header.type == tarfile.GNUTYPE_SPARSE or (
       header.type not in tarfile.SUPPORTED_TYPES
     )  # fmt: skip
-    after = _padded(data + size) if has_data else data
+    after = data + _padded(size) if has_data else data
     if size < 0 or (has_data and data + size > self._size):
       raise ValueError(f"{printable_name(name)} has {size:,} bytes, which lead past the end")
     if "GNU.sparse.major" in extra or "GNU.sparse.map" in extra or "GNU.sparse.size" in extra:
@@ -212,24 +216,25 @@ class _Reader:
       at += len(chunk)
     return self._size
 
-  def _next_header(self, at: int) -> int:
-    """Return the offset of the next block that is a header, or the end."""
+  def _next_header(self, damaged: int) -> int:
+    """Return the offset of the next header after a damaged one, or the end."""
+    at = self._search_from if self._has_magic else damaged + _BLOCK
     while at < self._size:
-      chunk = self._read(at, _CHUNK)
-      starts = _after_magic(chunk) if self._has_magic else range(0, len(chunk), _BLOCK)
+      chunk = self._read(at, _CHUNK + _BLOCK - 1)
+      starts = _before_magic(chunk) if self._has_magic else range(0, _CHUNK, _BLOCK)
       for start in starts:
-        if _is_header(chunk[start : start + _BLOCK]):
+        if at + start != damaged and _is_header(chunk[start : start + _BLOCK]):
+          self._search_from = at + start + 1
           return at + start
       at += _CHUNK
     return self._size
 
 
-def _after_magic(chunk: bytes) -> Iterator[int]:
-  """Yield the offsets of the blocks that have the magic."""
-  found = chunk.find(_MAGIC)
+def _before_magic(chunk: bytes) -> Iterator[int]:
+  """Yield where blocks begin that have the magic."""
+  found = chunk.find(_MAGIC, _MAGIC_AT)
   while found >= 0:
-    if found >= _MAGIC_AT and (found - _MAGIC_AT) % _BLOCK == 0:
-      yield found - _MAGIC_AT
+    yield found - _MAGIC_AT
     found = chunk.find(_MAGIC, found + 1)
 
 
@@ -254,8 +259,9 @@ def _is_header(block: bytes) -> bool:
     return False
 
 
-def _padded(at: int) -> int:
-  return -(-at // _BLOCK) * _BLOCK
+def _padded(size: int) -> int:
+  """Return the bytes of all blocks that hold so many."""
+  return -(-size // _BLOCK) * _BLOCK
 
 
 def _pax_records(data: bytes) -> dict[str, str]:

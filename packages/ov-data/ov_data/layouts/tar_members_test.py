@@ -67,6 +67,31 @@ def test_one_damaged_header_costs_one_member(tmp_path: Path, number: int):
   assert f"damaged at byte {at:,}" in passed[0].detail
 
 
+@pytest.mark.parametrize("change", [-400, -3, -1, 1, 2, 300, 1000])
+@pytest.mark.parametrize("number", [3, 8])
+def test_lost_and_inserted_bytes_cost_no_other_member(tmp_path: Path, change: int, number: int):
+  data = _tar(_TEN)
+  at = data.index(f"{number}.bin".encode()) + 512 + 100  # in the data
+  data = data[: at - min(change, 0)][:at] + b"!" * max(change, 0) + data[at - min(change, 0) :]
+  members, passed = _read(tmp_path, data)
+  assert members.keys() == _TEN.keys()
+  assert all(members[name] == _TEN[name] for name in _TEN if name != f"{number}.bin")
+  assert [p.reason for p in passed] == [DAMAGE]
+
+
+def test_members_of_a_tar_in_the_tar_are_not_invented(tmp_path: Path):
+  members = {"a": b"1", "inner.tar": _tar({"x": b"2", "y": b"3"})[:2048], "b": b"4", "c": b"5"}
+  data = bytearray(_tar(members))
+  data[data.rindex(b"b" + bytes(99)) + 100] ^= 1
+  found, passed = _read(tmp_path, bytes(data))
+  assert found.keys() == {"a", "inner.tar", "c"} and len(passed) == 1
+
+
+def test_bytes_in_front_of_an_archive(tmp_path: Path):
+  members, passed = _read(tmp_path, b"HTTP/1.1 200 OK\r\n\r\n" + _tar(_TEN))
+  assert members == _TEN and [p.reason for p in passed] == [DAMAGE]
+
+
 def test_damage_in_an_archive_without_magic(tmp_path: Path):
   data = bytearray(_tar(_TEN, tarfile.USTAR_FORMAT))
   for name in _TEN:
