@@ -91,8 +91,8 @@ def _open_folder(
     format = guessed
   if not layouts.LAYOUTS[format].in_files:
     raise ValueError(
-      f"{root} holds tar files, which the loader does not read; convert them to record shards "
-      f"with tools/data: convert --input={root} --output=FOLDER."
+      f"{root} holds tar files, which the loader does not read; convert them to shards: "
+      f"bazel run //tools/data:convert -- --input={root} --output=FOLDER"
     )
   if format == "classes":
     _check_classes(path, root, split, place.tree)

@@ -135,7 +135,7 @@ def test_captions_next_to_images_are_never_lost_as_classes(tmp_path: Path):
 def test_tars_are_refused_with_the_remedy(tmp_path: Path):
   with tarfile.open(tmp_path / "0.tar", "w"):
     pass
-  with pytest.raises(ValueError, match="convert them to record shards with tools/data: convert"):
+  with pytest.raises(ValueError, match=r"convert them to shards: bazel run //tools/data:convert"):
     Dataset(Source(str(tmp_path)))
 
 
