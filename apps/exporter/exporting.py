@@ -106,7 +106,7 @@ def _one(
   rows: list[parity.Row] = []
   versions: dict[str, str] = {}
   if name == "safetensors":
-    _add_tokenizer(folder, source)
+    add_tokenizer(folder, source)
     rows += judge_ours(folder, source.release)
   terminal.phase(f"{name}: loading it as its library does")
   try:
@@ -119,8 +119,8 @@ def _one(
   return rows, versions
 
 
-def _add_tokenizer(folder: Path, source: Source) -> None:
-  """Our own artefact carries the tokenizer as ov_data reads it."""
+def add_tokenizer(folder: Path, source: Source) -> None:
+  """Writes the tokenizer into a folder of our own format, as ov_data reads it."""
   if source.processor is not None:
     source.processor.save(folder / "tokenizer")
   elif source.tokenizer is not None:

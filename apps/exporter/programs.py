@@ -12,7 +12,8 @@ class Program:
   """A snippet before it is filled in.
 
   Attributes:
-    title, library, install, code: as of Snippet.
+    title, library, code: as of Snippet.
+    install: names of what pip installs, separated by blanks.
     needs: the value without which it is left out; "" for none.
   """
 
@@ -367,23 +368,30 @@ _READS_OR_WRITES = "{{ ' tokenizers' if texts or captions else '' }}"
 _PURPOSES = "{{ purpose if texts or not captions else 'Captions' }}" + (
   "{{ ' and captions' if texts and captions else '' }}"
 )
-_PICTURE, _TRANSFORMERS_PIP = "Features of a picture", "transformers torch pillow"
+_PICTURE = "Features of a picture"
+# A program is run where these libraries, what they depend on, and nothing else is installed. Their
+# versions are in `libraries`.
+_OPEN_CLIP_PIP = "open_clip_torch torch{{ ' transformers' if texts else '' }}"  # for the tokenizer
+# From 5.4 on some versions of transformers read pictures with torchvision only.
+_TRANSFORMERS_PIP = "transformers torch torchvision pillow"
+_ONNX_PIP = "onnxruntime numpy pillow" + _READS
+_STABLEHLO_PIP = "jax flatbuffers safetensors numpy pillow" + _READS_OR_WRITES
+_OWN_PIP = "packages/ov-models packages/ov-data"
+_TORCH_PIP = "torch safetensors numpy pillow" + _READS_OR_WRITES
 PROGRAMS = {
   "open_clip": (
-    Program("{{ purpose }}", "open_clip", "open_clip_torch", _OPEN_CLIP),
-    Program("Features of each patch", "open_clip", "open_clip_torch", _OPEN_CLIP_PATCHES),
+    Program("{{ purpose }}", "open_clip", _OPEN_CLIP_PIP, _OPEN_CLIP),
+    Program("Features of each patch", "open_clip", _OPEN_CLIP_PIP, _OPEN_CLIP_PATCHES),
   ),
-  "timm": (Program(_PICTURE, "timm", "timm", _TIMM),),
+  "timm": (Program(_PICTURE, "timm", "timm torch", _TIMM),),
   "transformers": (
     Program(_PICTURE, "transformers", _TRANSFORMERS_PIP, _TRANSFORMERS),
     Program("{{ purpose }}", "transformers", _TRANSFORMERS_PIP, _TRANSFORMERS_TEXT, "texts"),
   ),
-  "onnx": (Program("{{ purpose }}", "onnx", "onnxruntime pillow" + _READS, _ONNX),),
-  "stablehlo": (
-    Program(_PURPOSES, "stablehlo", "jax safetensors pillow" + _READS_OR_WRITES, _STABLEHLO),
-  ),
+  "onnx": (Program("{{ purpose }}", "onnx", _ONNX_PIP, _ONNX),),
+  "stablehlo": (Program(_PURPOSES, "stablehlo", _STABLEHLO_PIP, _STABLEHLO),),
   "safetensors": (
-    Program(_PURPOSES, "safetensors", "packages/ov-models packages/ov-data", _SAFETENSORS),
-    Program("In PyTorch", "torch", "torch safetensors pillow" + _READS_OR_WRITES, _TORCH),
+    Program(_PURPOSES, "safetensors", _OWN_PIP, _SAFETENSORS),
+    Program("In PyTorch", "torch", _TORCH_PIP, _TORCH),
   ),
 }

@@ -11,6 +11,7 @@ from typing import Any
 
 import jinja2
 
+from apps.exporter import libraries
 from apps.exporter.programs import PROGRAMS, SHARED
 from ov_convert.release import Release
 import ov_models
@@ -28,14 +29,24 @@ class Snippet:
   Attributes:
     title: what it shows.
     library: which environment runs it: a format of //apps:export, or "torch".
-    install: what pip has to install.
+    install: what pip installs: names of `libraries`.
     code: Python.
   """
 
   title: str
   library: str
-  install: str
+  install: tuple[str, ...]
   code: str
+
+  @property
+  def pip_line(self) -> str:
+    """The command that makes an environment for this program."""
+    return libraries.pip_line(self.install)
+
+  @property
+  def tested(self) -> dict[str, libraries.Versions]:
+    """The versions that ran this program, by library."""
+    return libraries.ranges(self.install)
 
 
 def snippets(kind: str, release: Release) -> list[Snippet]:
@@ -46,7 +57,7 @@ def snippets(kind: str, release: Release) -> list[Snippet]:
     if not program.needs or values[program.needs]:
       title, install = _fill(program.title, values), _fill(program.install, values)
       code = _fill(SHARED + program.code, values) + "\n"
-      found.append(Snippet(title, program.library, install, code))
+      found.append(Snippet(title, program.library, tuple(install.split()), code))
   return found
 
 

@@ -130,7 +130,8 @@ def _facts(prepared: Prepared, index: int) -> dict[str, str]:
   }
   if config.eval_only:
     return facts
-  with open_training_data(prepared, index) as loader:
+  first = prepared.loader if index == prepared.first else None
+  with first or open_training_data(prepared, index) as loader:
     saved = prepared.saved or 0
     if index == prepared.first and saved > stage.first_step:
       checkpoint = saved_checkpoint(prepared.checkpoints, prepared.saved)

@@ -21,7 +21,13 @@ from apps.trainer.init_from import InitPlan, plan_init
 from apps.trainer.init_source import open_source
 from apps.trainer.optimizer import summarize_groups
 from apps.trainer.parts import App, build_step
-from apps.trainer.prepare import PreparedStage, check_stage, prepare
+from apps.trainer.prepare import (
+  Prepared,
+  PreparedStage,
+  check_stage,
+  open_training_data,
+  prepare,
+)
 from apps.trainer.progress import Terminal
 from apps.trainer.run import Run
 from apps.trainer.sinks import MetricWriter
@@ -83,7 +89,7 @@ def run_training(
       )
       for stage in stages[prepared.first :]:
         try:
-          signal = _train_stage(run, stage, prepared.init)
+          signal = _train_stage(run, stage, prepared)
         except ov_data.TooManyBadRecords as error:
           raise UserError(str(error)) from error
         if signal:
@@ -101,9 +107,9 @@ def run_training(
       return 0
 
 
-def _train_stage(run: Run, prepared: PreparedStage, init: list[InitPlan]) -> str | None:
+def _train_stage(run: Run, prepared: PreparedStage, whole: Prepared) -> str | None:
   """Train one stage to its end; return the signal that stopped it, if one did."""
-  stage, parts, evaluate = prepared.stage, prepared.parts, prepared.evaluate
+  stage, parts, evaluate = prepared
   config, mesh, say = stage.config, run.mesh, run.terminal.phase
   with user_errors():
     task, optimizer = parts.task, parts.optimizer
@@ -119,11 +125,11 @@ def _train_stage(run: Run, prepared: PreparedStage, init: list[InitPlan]) -> str
     if wanted.frozen or wanted.lr_multipliers or wanted.layer_decay:  # what the regexes matched
       say(f"{stage.name}: parameter groups\n{summarize_groups(optimizer.groups)}")
     train_step = build_step(config, parts, mesh, stage.index)
-    loader = None
-    if not config.eval_only:
+    loader = whole.loader
+    if stage.index > whole.first:
       say(f"{stage.name}: opening the data")
-      loader = inputs.train_loader(config, task, run.tokenizer, mesh, stage.index)
-    state = _start(run, prepared, init, loader)
+      loader = open_training_data(whole, stage.index)
+    state = _start(run, prepared, whole.init, loader)
 
   with (
     loader or contextlib.nullcontext(),
@@ -178,4 +184,5 @@ def _start(
     if jax.process_index() == 0:
       name = f"init_from_{stage.name}{f'_{number}' if number else ''}.json"
       plan.report.save(run.workdir.path / name)
+  init.clear()  # a plan may hold arrays in host memory
   return state

@@ -64,6 +64,7 @@ class Prepared(NamedTuple):
     checkpoints: where they are kept.
     saved: step of the checkpoint to resume from or to evaluate; None where there is none.
     init: what the first stage takes from other runs; empty where it resumes.
+    loader: the training data of the first stage; None for an evaluation.
   """
 
   stages: list[PreparedStage]
@@ -74,6 +75,7 @@ class Prepared(NamedTuple):
   checkpoints: str
   saved: int | None
   init: list[InitPlan]
+  loader: ov_data.Loader | None
 
 
 class Model(NamedTuple):
@@ -118,7 +120,7 @@ def prepare(
   *,
   tokenizer_home: Workdir | None = None,
 ) -> Prepared:
-  """Open everything that a run opens, but its training data of the first stage.
+  """Open everything that a run opens.
 
   Args:
     config: of the run.
@@ -145,14 +147,19 @@ def prepare(
   else:  # nothing was trained here yet
     init = _plan_init(config, model, workdir, checkpoints, terminal)
   stages = []
+  loader = None
   seen = set()
   for stage, parts in zip(model.stages, model.parts, strict=True):
     evaluate = None
     if stage.index == first or (stage.index > first and not config.eval_only):
       inputs.check_batch_size(stage.config, model.mesh)
       data = to_json(stage.config.input)
-      if stage.index > first and data not in seen:  # the first is opened to be read
-        open_training_data(model, stage.index).close()
+      if not config.eval_only and data not in seen:
+        opened = open_training_data(model, stage.index)
+        if loader is None:
+          loader = opened
+        else:  # its stage opens it again
+          opened.close()
       seen.add(data)
       held_out = HeldOut(stage.config, parts.task, model.tokenizer, model.mesh, terminal, waiting)
       evaluate = app.make_evaluate(held_out)
@@ -162,7 +169,7 @@ def prepare(
         )
     stages.append(PreparedStage(stage, parts, evaluate))
   return Prepared(
-    stages, first, model.mesh, model.tokenizer, model.cache, str(checkpoints), step, init
+    stages, first, model.mesh, model.tokenizer, model.cache, str(checkpoints), step, init, loader
   )
 
 
