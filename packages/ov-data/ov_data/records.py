@@ -153,11 +153,12 @@ def scan(stream: BinaryIO, size: int | None = None) -> Iterator[Entry]:
     if missing > 0:
       buffer, start = buffer[start:] + stream.read(max(missing, chunk)), 0
       chunk = min(2 * chunk, _CHUNK_BYTES)
-    try:
-      unframe(buffer[start : start + record_bytes], position)
+    stop = start + HEADER_BYTES + length
+    data = buffer[start + HEADER_BYTES : stop]
+    if buffer[stop : stop + FOOTER_BYTES] == _FOOTER.pack(masked_crc32c(data)):
       yield Entry(data_start, length)
-    except RecordError as error:
-      suspect = Entry(data_start, length, error.reason)
+    else:
+      suspect = Entry(data_start, length, "data checksum")
       search.spend(record_bytes)
     position += record_bytes
     start += record_bytes

@@ -58,7 +58,7 @@ class Shards:
       shards = [shard for path in paths for shard in find_shards(path, split.name)]
       indexes = load_indexes(shards, progress)
     lost = manifest.check_counts(indexes)
-    _check_usable(indexes, paths)
+    _check_usable([index for index in indexes if index.path not in lost], indexes, paths)
     self._skips = [skip for index in indexes for skip in _skips(index, lost.get(index.path, 0))]
     self.indexes = _cut(indexes, split) if split.slices else indexes
     self._firsts = list(itertools.accumulate(map(len, self.indexes), initial=0))
@@ -136,9 +136,17 @@ class Shards:
     return framed
 
 
-def _check_usable(indexes: Sequence[ShardIndex], paths: Sequence[str]) -> None:
-  """Raise ValueError where a shard is no TFRecord file, or none holds a record."""
-  bad = [i for i in indexes if not len(i) and any(d.records is None for d in i.damage)]
+def _check_usable(
+  uncounted: Sequence[ShardIndex], indexes: Sequence[ShardIndex], paths: Sequence[str]
+) -> None:
+  """Raise ValueError where a shard is no TFRecord file, or none holds a record.
+
+  Args:
+    uncounted: the shards whose damage no manifest explains.
+    indexes: all shards.
+    paths: of the source.
+  """
+  bad = [i for i in uncounted if not len(i) and any(d.records is None for d in i.damage)]
   if any(map(len, indexes)) and not bad:
     return
   damaged = bad or [index for index in indexes if index.damage]

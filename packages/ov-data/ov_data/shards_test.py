@@ -122,6 +122,15 @@ def test_a_damaged_stretch_counts_all_its_records(data):
   assert opened.skips[0].detail == f"4 records in bytes {2 * size} to {6 * size}"
 
 
+def test_a_shard_of_which_nothing_is_left(data):
+  """Its records are counted: the manifest knows how many they were."""
+  path = _path(data, 2)
+  path.write_bytes(bytes(path.stat().st_size))
+  opened = _open(f"{data}/*-of-00004*")
+  assert _numbers(opened) == [n for n in range(40) if not 20 <= n < 30]
+  assert [skip.reason for skip in opened.skips] == ["length checksum"] * 10
+
+
 def test_a_shard_cut_within_a_record(data):
   """The record that was cut is damage; records after it are missing."""
   path, size = _path(data, 3), len(_frames(30, 1)[0])

@@ -119,9 +119,12 @@ def write_log(path: Path, name: str, recipe: Mapping[str, Any], facts: Mapping[s
 def read_log(path: Path, name: str, recipe: Mapping[str, Any]) -> dict[str, Any] | None:
   """Return what is known of a finished shard; None if it has to be written (again)."""
   try:
-    checksum, content = manifest.read_json(str(_log_path(path, name)))
-    if checksum != _checksum(content) or content["recipe"] != _digest(recipe):
-      raise ValueError("the log is damaged or of another recipe")
+    sealed = manifest.read_json(str(_log_path(path, name)))
+    if not isinstance(sealed, list) or len(sealed) != 2 or sealed[0] != _checksum(sealed[1]):
+      raise ValueError("its log is damaged, or of another version")
+    content = sealed[1]
+    if content["recipe"] != _digest(recipe):
+      raise ValueError("its log is of another recipe")
     if (content["bytes"], content["edges"]) != fingerprint_of(str(path / name)):
       raise ValueError("the shard has changed since")
   except FileNotFoundError:
