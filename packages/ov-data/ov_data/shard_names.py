@@ -96,7 +96,7 @@ def _in_folder(path: str, split: str | None) -> list[str]:
     elif what := foreign.describe(inside):
       hint += f"; it holds {what}"
     else:
-      hint += _numbered_without_ending(inside)
+      hint += _numbered_without_ending(inside) or _folders_with_shards(path, inside)
     raise ValueError(f"no shards at {path}: {hint}")
   _check_complete(shards)
   return shards
@@ -130,6 +130,15 @@ def _numbered_without_ending(names: Iterable[str]) -> str:
     if match := NUMBERED.fullmatch(fs.basename(name)):
       sharded = f"{match['stem']}@{int(match['count'])}"
       return f"; {fs.basename(name)} lacks that ending: rename the files, or give {sharded}"
+  return ""
+
+
+def _folders_with_shards(path: str, names: Sequence[str]) -> str:
+  """Return which folders in a folder have shards, as the versions of a TFDS data set do."""
+  for name in [name for name in names if not name.startswith(".")][:_SHOWN]:
+    folder = fs.join(path, name)
+    if fs.is_dir(folder) and any(map(is_shard, fs.listdir(folder))):
+      return f"; its folder {fs.printable(name)} has some: give {fs.printable(folder)}"
   return ""
 
 

@@ -366,6 +366,11 @@ def test_records_whose_feature_names_are_no_utf8(tmp_path):
   assert opened.features(0, ("txt",)) == {"txt": [b"a"]}
 
 
+def test_a_folder_of_versions_names_one(tmp_path):
+  _write(tmp_path / "pairs" / "1.0.0" / "pairs-train.tfrecord-00000-of-00001")
+  _fails(tmp_path / "pairs", r"its folder 1\.0\.0 has some: give .*/pairs/1\.0\.0$", "train")
+
+
 def test_find_all_counts_every_split(tmp_path):
   _write(tmp_path / "a" / "train-00000-of-00001.tfrecord")
   _write(tmp_path / "a" / "val-00000-of-00001.tfrecord")

@@ -86,13 +86,14 @@ def load_indexes(paths: Sequence[str], progress: Progress | None = None) -> list
     for damage in index.damage[:3]:
       log.warning(
         "%s: damaged at byte %d: %s (%d bytes)",
-        index.path,
+        fs.printable(index.path),
         damage.offset,
         damage.reason,
         damage.length,
       )
     if index.damage:
-      log.warning("%s: %d damaged, %d usable records", index.path, len(index.damage), len(index))
+      count, path = len(index.damage), fs.printable(index.path)
+      log.warning("%s: %d damaged, %d usable records", path, count, len(index))
   return indexes
 
 
