@@ -1,11 +1,11 @@
-"""Parameters that a run may start from: a checkpoint of this code or of the published code.
+"""Parameters that a run may start from: a checkpoint, of the published code too, or an export.
 
   source = open_source("/data/released/checkpoint.npz", step=None, part="params")
   source.arrays["encoder/cls"]  # shape and dtype; nothing is on a device yet
 
-Both are folders. A workdir of this code has `checkpoints/<step>/state`, one of the published code
+All are folders. A workdir of this code has `checkpoints/<step>/state`, one of the published code
 `checkpoint.npz/<step>/default`; the folder of a published repository has `jax_orbax_weight` around
-the latter.
+the latter. An export is a folder that `//apps:export --format=safetensors` wrote.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,16 +25,17 @@ from apps.trainer.checkpoint import (
   saved_arrays,
 )
 from apps.trainer.optimizer import flatten_paths
-from ov_convert import orbax_folder
+from ov_convert import orbax_folder, torch_module
 from ov_convert.name_map import unflatten
+from ov_convert.release import Imported
 import ov_models
 
 Part = Literal["params", "ema"]
 Read = Callable[[Mapping[str, jax.ShapeDtypeStruct]], dict[str, jax.Array]]
 
 _EXPECTED = (
-  "expected the workdir of a run, its checkpoints folder or one step of it, or of the published "
-  "code a workdir, its checkpoint.npz folder or one step of it"
+  "expected the workdir of a run, its checkpoints folder or one step of it, of the published code "
+  "a workdir, its checkpoint.npz folder or one step of it, or an export of safetensors"
 )
 
 
@@ -84,6 +85,8 @@ def open_source(path: epath.PathLike, step: int | None = None, part: Part = "par
     raise CheckpointError(f"{root}: there is no such folder; {_EXPECTED}")
   if not root.is_dir():
     raise CheckpointError(f"{root} is a file; {_EXPECTED}")
+  if (root / "model.safetensors").is_file() and "://" not in str(root):
+    return _in_memory(str(root), torch_module.read(str(root)), part, "an export")
   if _is_own(root) or not _is_published(root):
     return _open_own(root, step, part)
   return _open_published(root, step, part)
@@ -119,14 +122,20 @@ def _open_own(root: epath.Path, step: int | None, part: Part) -> InitSource:
 
 
 def _open_published(root: epath.Path, step: int | None, part: Part) -> InitSource:
-  if part != "params":
-    raise ValueError(f"{root} is of the published code and holds no {part!r}; take params.")
   folder = root if "://" in str(root) else Path(str(root))
   try:
     # Kernels that are not split by heads are the same for any number of heads.
     found = orbax_folder.read(folder, step=step, num_heads=1)
   except FileNotFoundError as error:
     raise CheckpointError(f"{error} {_EXPECTED}") from error
+  name = str(orbax_folder.find(folder, step))
+  return _in_memory(name, found, part, "a checkpoint of the published code")
+
+
+def _in_memory(name: str, found: Imported, part: Part, note: str) -> InitSource:
+  """A source whose parameters are in host memory."""
+  if part != "params":
+    raise ValueError(f"{name} is {note} and holds no {part!r}; take params.")
   params: Any = found.params
   if isinstance(found.config, ov_models.ViTConfig):
     params = {"encoder": params}
@@ -144,5 +153,4 @@ def _open_published(root: epath.Path, step: int | None, part: Part) -> InitSourc
     return {path: place(path, target) for path, target in targets.items()}
 
   arrays = {path: jax.ShapeDtypeStruct(a.shape, a.dtype) for path, a in flat.items()}
-  name = str(orbax_folder.find(folder, step))
-  return InitSource(name, arrays, read, None, ("a checkpoint of the published code", *found.notes))
+  return InitSource(name, arrays, read, None, (note, *found.notes))

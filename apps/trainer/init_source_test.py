@@ -94,12 +94,21 @@ def test_checkpoints_of_this_code_come_first(published, tmp_path):
   assert list(source.arrays) == ["encoder/cls"] and source.tokenizer == "a1"
 
 
+def test_an_export_of_our_own_format(tmp_path):
+  params = make_params(CONFIG, 5)
+  ov_models.save(tmp_path, CONFIG, params)
+  fresh = jax.tree.map(jax.numpy.asarray, make_params(CONFIG, 0))
+  found, report = init_from(tmp_path, fresh)
+  assert_equal(found, params)
+  assert report.notes == ("an export",) and not report.fresh
+
+
 @pytest.mark.parametrize(
   ("make", "options", "said"),
   [
     (lambda w, tmp: tmp / "nowhere", {}, "there is no such folder; expected the workdir of a run"),
     (lambda w, tmp: tmp, {}, "no intact checkpoint"),
-    (lambda w, tmp: w, {"part": "ema"}, "is of the published code and holds no 'ema'"),
+    (lambda w, tmp: w, {"part": "ema"}, "is a checkpoint of the published code and holds no 'ema'"),
     (lambda w, tmp: w, {"step": 7}, "has no step 7; it has 3, 20"),
   ],
 )
