@@ -216,7 +216,7 @@ def describe(loader: ov_data.Loader) -> dict[str, Any]:
   if shards := sum(len(dataset.indexes) for dataset in loader.datasets):
     facts["shards"] = shards
   for reason, count in loader.damaged.items():
-    facts[f"damaged at indexing: {reason}"] = count
+    facts[f"left out: {reason}"] = count
   return facts
 
 
