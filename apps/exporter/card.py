@@ -216,6 +216,8 @@ def _notes(facts: CardFacts) -> list[str]:
       "Before it makes tokens, open_clip repairs texts: those with typographic quotes, control "
       "characters or HTML entities get other ids than in training."
     )
+  if facts.kind == "timm":
+    notes.append("timm 1.0.16 to 1.0.25 load the folder too, with torch 2.15.")
   if facts.kind == "transformers" and release.encoder.pool == "gap":
     notes.append(
       "The class of the image tower is BEiT, without its relative positions and layer scales: that "

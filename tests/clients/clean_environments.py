@@ -1,125 +1,179 @@
-"""Loads exports in environments that hold one library and what it needs; prints the table of it.
+"""Runs the programs of model cards in environments that hold what the card's pip line installs.
 
-  bazel run //tests/clients:clean_environments -- [--size=Ti/16@160] [--kind=clip,captioner]
+  bazel run //tests/clients:clean_environments -- --size=Ti/16@160 [--format=timm,onnx]
+    [--kind=clip,captioner,image] [--versions=newest,oldest]
 
-Needs a package index. For each model with random weights and each format: the folder is written,
-an environment is made with the pins of requirements-clients.lock and nothing but that library, the
-folder is loaded there by the library's documented call, and its outputs are compared with ours.
+For each model with random weights and each format, the folder and its card are written. Each pip
+line of a card makes two empty environments: one from the line as it stands, and one with the oldest
+versions that it allows. There every program of the card runs, and the outputs of the library are
+compared with ours. Prints one line for each; the exit code is 1 if any failed.
+
+Needs a package index, and up to 6 GB of disk for each environment with PyTorch: PyPI's build for
+Linux brings CUDA libraries. With uv on PATH, environments share their files and take seconds.
 """
 
+from collections.abc import Iterator, Sequence
+import json
+import os
 from pathlib import Path
-import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 
 from absl import app, flags, logging
+import numpy as np
 
-from apps.exporter import probe
-from apps.exporter.source import load_source
-from apps.exporter.targets import judge, judge_ours, target
+from apps.exporter import card, exporting, libraries, probe, snippets
+from apps.exporter.source import Source, load_source
+from apps.exporter.targets import FORMATS, judge, judge_ours, target
 from ov_convert import client_env, parity
-from tests.clients.random_models import SIZES, config_of, make_workdir
-from tools.python import environment
+from tests.clients.random_models import KINDS, SIZES, config_of, make_workdir
 
 _SIZE = flags.DEFINE_list("size", list(SIZES), f"Some of {', '.join(SIZES)}.")
-_KIND = flags.DEFINE_list("kind", ["clip", "captioner"], "clip, captioner, or both.")
-_FORMAT = flags.DEFINE_list("format", [], "Formats; all by default.")
+_KIND = flags.DEFINE_list("kind", list(KINDS), f"Some of {', '.join(KINDS)}.")
+_FORMAT = flags.DEFINE_list("format", list(FORMATS), f"Some of {', '.join(FORMATS)}.")
+_VERSIONS = flags.DEFINE_list("versions", ["newest", "oldest"], "newest, oldest, or both.")
 _PICTURES = flags.DEFINE_string("pictures", None, "Folder of pictures; drawn ones by default.")
 
-TOOLS = Path(__file__).parents[2] / "tools/python"
-TORCH = ("torch==2.13.0", "filelock", "fsspec", "jinja2", "networkx", "sympy", "typing-extensions")
-NEEDS = {
-  "safetensors": (*TORCH, "numpy", "safetensors", "packaging"),
-  "timm": (*TORCH, "numpy", "timm", "torchvision", "pillow", "pyyaml", "huggingface-hub"),
-  "open_clip": (
-    *TORCH, "numpy", "open-clip-torch", "timm", "torchvision", "pillow", "transformers", "ftfy",
-    "regex", "tqdm", "huggingface-hub",
-  ),
-  "transformers": (*TORCH, "numpy", "transformers", "pillow"),
-  "onnx": ("numpy", "onnxruntime"),
-  "stablehlo": ("jax", "flatbuffers", "safetensors", "numpy"),
-}  # fmt: skip
+_PROGRAM_SECONDS = 600
 SHOWN = ("image/pixels", "image/pooled", "image/tokens", "image/embedding", "text/ids",
          "text/embedding", "logits", "caption/ids")  # fmt: skip
 
 
-def make_environment(folder: Path, needs: tuple[str, ...]) -> Path:
-  """A virtual environment with `needs` in the versions of the locks; returns its interpreter."""
-  subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-  python = folder / "bin" / "python3"
-  pins = "\n".join(
-    re.sub(r"\s*\\$|^\s+--hash.*$", "", line)
-    for lock in ("requirements-clients.lock", "requirements.lock")
-    for line in (TOOLS / lock).read_text().splitlines()
-    if lock != "requirements.lock" or line.startswith("jax")
-  )
-  constraints = folder / "constraints.txt"
-  constraints.write_text(pins)
-  for file in TOOLS.glob("openvision_torchvision.p*"):
-    if "torchvision" in needs:
-      (next(folder.glob("lib/python*/site-packages")) / file.name).write_text(file.read_text())
-  first = [need for need in needs if need.startswith("torch==")]
-  alone = [need for need in needs if need == "torchvision"]  # else it would bring CUDA
-  rest = [need for need in needs if need not in (*first, *alone)]
-  pip: list[str | Path] = [python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
-  for wanted in ([*first, "--no-deps"], [*alone, "--no-deps"], rest):
-    if wanted[0] != "--no-deps":
-      subprocess.run([*pip, "-c", constraints, *wanted], check=True)
-  return python
+class Environments:
+  """Virtual environments, one for each set of requirements, made when first asked for.
+
+  Attributes:
+    scratch: folder that holds them.
+  """
+
+  def __init__(self, scratch: Path) -> None:
+    self.scratch = scratch
+    self._pythons: dict[tuple[str, ...], Path] = {}
+    checkout = Path(os.environ.get("BUILD_WORKSPACE_DIRECTORY") or Path(__file__).parents[2])
+    for name in libraries.OWN:  # copies: a build leaves files next to the sources
+      shutil.copytree(checkout / name, scratch / name)
+
+  def python(self, requirements: Sequence[str]) -> Path:
+    """Return the interpreter of an environment that holds `requirements`.
+
+    Raises:
+      subprocess.CalledProcessError: they could not be installed.
+    """
+    key = tuple(requirements)
+    if key not in self._pythons:
+      folder = self.scratch / f"python-{len(self._pythons)}"
+      subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+      python = folder / "bin" / "python3"
+      uv = shutil.which("uv")
+      pip = [uv, "pip", "install", "--python", python] if uv else [python, "-m", "pip", "install"]
+      subprocess.run([*pip, "--quiet", *requirements], check=True, cwd=self.scratch)
+      self._pythons[key] = python
+    return self._pythons[key]
 
 
 def main(argv: list[str]) -> None:
   del argv
   logging.set_verbosity(logging.WARNING)
-  formats = _FORMAT.value or list(NEEDS)
-  failed = []
-  with tempfile.TemporaryDirectory() as scratch:
-    pythons = {}
-    for name in formats:
-      started = time.monotonic()
-      pythons[name] = make_environment(Path(scratch) / f"python-{name}", NEEDS[name])
-      environment.say(f"{name}: environment made in {time.monotonic() - started:.0f} s")
+  failed = 0
+  with tempfile.TemporaryDirectory() as folder:
+    scratch = Path(folder)
+    environments = Environments(scratch)
     for size in _SIZE.value:
       for kind in _KIND.value:
-        failed += try_model(Path(scratch), kind, size, pythons)
+        place = scratch / "models" / kind / size.replace("/", "-")
+        for line, good in try_model(place, kind, size, environments):
+          print(f"{kind} {size} {line}", flush=True)
+          failed += not good
   if failed:
-    sys.exit(f"disagree or do not load: {', '.join(failed)}")
+    sys.exit(f"{failed} lines above do not load, run or agree")
 
 
-def try_model(scratch: Path, kind: str, size: str, pythons: dict[str, Path]) -> list[str]:
-  """One model in all formats: prints a line each, returns those that failed."""
-  failed = []
-  with tempfile.TemporaryDirectory(dir=scratch) as here:
-    folder = Path(here)
-    make_workdir(folder / "workdir", config_of(kind, size))
-    source = load_source(folder / "workdir")
-    pictures = probe.pictures(Path(_PICTURES.value) if _PICTURES.value else None)
-    inputs = probe.write_probe(folder / "probe", source, pictures)
-    ours = probe.our_outputs(source.release, inputs, source.specials)
-    for name, python in pythons.items():
-      chosen, started = target(name), time.monotonic()
-      (folder / name).mkdir()
-      chosen.write(folder / name, source.release)
-      try:
-        rows, versions = judge(chosen, folder / name, folder / "probe", ours, python)
-      except client_env.ClientError as error:
-        rows, versions = [parity.Row("loading", 1.0, None, 0.0, 1.0, str(error))], {}
-      if name == "safetensors":
-        rows += judge_ours(folder / name, source.release)
-      failure = parity.first_failure(rows)
-      if failure:
-        failed.append(f"{kind} {size} {name}: {parity.explain(failure)}")
-      shown = {row.name: row for row in rows}
-      figures = "  ".join(f"{n} {shown[n].max_abs:.1e}" for n in SHOWN if n in shown)
-      libraries = " ".join(f"{library}=={version}" for library, version in versions.items())
-      verdict = "FAILS" if failure else "loads, agrees"
-      seconds = time.monotonic() - started
-      print(
-        f"{kind} {size} {name} [{libraries}]: {verdict}  {figures}  ({seconds:.0f} s)", flush=True
-      )
-  return failed
+def try_model(
+  place: Path, kind: str, size: str, environments: Environments
+) -> Iterator[tuple[str, bool]]:
+  """Yield a line for each format, pip line and choice of versions, and whether all is well."""
+  make_workdir(place / "workdir", config_of(kind, size))
+  source = load_source(place / "workdir")
+  pictures = probe.pictures(Path(_PICTURES.value) if _PICTURES.value else None)
+  (place / snippets.PICTURE).write_bytes(pictures[0])
+  inputs = probe.write_probe(place / "probe", source, pictures)
+  ours = probe.our_outputs(source.release, inputs, source.specials)
+  for name in _FORMAT.value:
+    write_format(place / name, name, source)
+    found = snippets.snippets(name, source.release)
+    for install in dict.fromkeys(program.install for program in found):
+      codes = [program.code for program in found if program.install == install]
+      for versions in _VERSIONS.value:
+        started = time.monotonic()
+        requirements = libraries.requirements(install, versions)
+        try:
+          python = environments.python(requirements)
+        except subprocess.CalledProcessError as error:
+          yield f"{name} {versions} [{' '.join(requirements)}]: not installed: {error}", False
+          continue
+        problems = [p for code in codes if (p := run_program(python, code, place / name))]
+        rows, installed = compare(name, install, place, source, ours, python)
+        if failure := parity.first_failure(rows):
+          problems.append(parity.explain(failure))
+        shown = {row.name: row for row in rows}
+        numbers = "  ".join(f"{n} {shown[n].max_abs:.1e}" for n in SHOWN if n in shown)
+        verdict = "; ".join(problems) or f"{len(codes)} of {len(codes)} programs run, agrees"
+        stated = {
+          name: installed.get(name.replace("-", "_"), "?") for name in libraries.ranges(install)
+        }
+        held = " ".join(f"{library}=={version}" for library, version in stated.items())
+        seconds = f"({time.monotonic() - started:.0f} s)"
+        yield f"{name} {versions} [{held}]: {verdict}  {numbers}  {seconds}", not problems
+
+
+def write_format(folder: Path, name: str, source: Source) -> None:
+  """Writes an export and its card."""
+  folder.mkdir()
+  target(name).write(folder, source.release)
+  if name == "safetensors":
+    exporting.add_tokenizer(folder, source)
+  card.write_card(folder, card.facts_of(name, source, {}, "mit"))
+
+
+def run_program(python: Path, code: str, folder: Path) -> str:
+  """Runs a program of a card, offline; returns its last words if it fails, else ""."""
+  code = code.replace(snippets.FOLDER, str(folder))
+  code = code.replace(snippets.PICTURE, str(folder.parent / snippets.PICTURE))
+  kept = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+  done = subprocess.run(
+    [python, "-c", code], env=kept | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True,
+    timeout=_PROGRAM_SECONDS, check=False,
+  )  # fmt: skip
+  if not done.returncode:
+    return "" if done.stdout.strip() else "a program printed nothing"
+  return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+
+
+def compare(
+  name: str,
+  install: Sequence[str],
+  place: Path,
+  source: Source,
+  ours: dict[str, np.ndarray],
+  python: Path,
+) -> tuple[list[parity.Row], dict[str, str]]:
+  """Returns how the outputs of the library agree with ours, and what is installed there."""
+  listed = (
+    "import importlib.metadata as m, json; "
+    "print(json.dumps({d.name.replace('-', '_').lower(): d.version for d in m.distributions()}))"
+  )
+  printed = subprocess.run([python, "-c", listed], capture_output=True, text=True, check=True)
+  installed = json.loads(printed.stdout)
+  if any(library in libraries.OWN for library in install):
+    return judge_ours(place / name, source.release), installed
+  try:
+    rows, _ = judge(target(name), place / name, place / "probe", ours, python)
+  except client_env.ClientError as error:
+    rows = [parity.Row("loading", 1.0, None, 0.0, 1.0, str(error).splitlines()[-1])]
+  return rows, installed
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ SIZES = {  # name: (image tower, text tower and decoder, pixels)
   "B/16@224": ("B/16", "B", 224),
   "So400m/14@224": ("So400m/14", "So400m", 224),
 }
+KINDS = ("clip", "captioner", "image")
 _SENTENCES = (
   "a photo of a dog on a beach",
   "the café in the old town, at night",
@@ -25,8 +26,15 @@ _SENTENCES = (
 
 
 def config_of(kind: str, size: str) -> Any:
-  """The published model of a size: "clip" is OpenVision, "captioner" OpenVision 2."""
+  """The published model of a size.
+
+  Args:
+    kind: one of KINDS: "clip" is OpenVision, "captioner" OpenVision 2, "image" its image tower.
+    size: one of SIZES.
+  """
   image, other, pixels = SIZES[size]
+  if kind == "image":
+    return ov_models.ViTConfig.from_name(image, image_size=pixels)
   if kind == "clip":
     return ov_models.TwoTowersConfig.openvision(
       image, other, other, image_size=pixels, preset="openvision_released"
@@ -50,6 +58,11 @@ def random_params(config: Any, seed: int = 0) -> Any:
 
 def make_workdir(workdir: Path, config: Any, *, fit: Fit = "center") -> None:
   """A workdir as an import makes it, with a small tokenizer."""
+  preprocess = Preprocess(getattr(config, "encoder", config).image_size, fit)
+  if isinstance(config, ov_models.ViTConfig):
+    found = Imported(config, random_params(config), preprocess, None)
+    write_workdir(workdir, found, "random weights", workdir.parent)
+    return
   tokenizer = ov_data.Tokenizer.train(_SENTENCES, 400)
   text = getattr(config, "text", None)
   length = text.max_len if text else config.decoder.max_len
@@ -57,6 +70,5 @@ def make_workdir(workdir: Path, config: Any, *, fit: Fit = "center") -> None:
     tokenizer.to_json(), length, bool(text and text.pool == "last"),
     tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id, tokenizer.cls_id,
   )  # fmt: skip
-  preprocess = Preprocess(config.encoder.image_size, fit)
   found = Imported(config, random_params(config), preprocess, words)
   write_workdir(workdir, found, "random weights", workdir.parent)

@@ -34,9 +34,10 @@ def main() -> None:
         facts["logit bias"] = float(model.logit_bias)
         scaled = scaled + model.logit_bias
       arrays["logits"] = scaled
-  client_io.write(
-    output, arrays, facts, ["open_clip_torch", "torch", "torchvision", "transformers"]
-  )
+  libraries = ["open_clip_torch", "torch", "torchvision"]
+  if probe.ids is not None:
+    libraries.append("transformers")  # reads the tokenizer; an image tower goes without
+  client_io.write(output, arrays, facts, libraries)
 
 
 def image_arrays(model: Any, pixels: torch.Tensor) -> dict[str, Any]:

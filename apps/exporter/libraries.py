@@ -1,0 +1,102 @@
+"""Library versions that run the programs of model cards: the oldest and the newest that were tried.
+
+`pip_line` puts the oldest ones into a card's `pip install` line. The script
+`//tests/clients:clean_environments` builds an environment from that line, once with the oldest and
+once with the newest versions, and runs the programs there.
+"""
+
+from collections.abc import Iterable, Mapping
+import dataclasses
+import shlex
+from types import MappingProxyType
+
+
+@dataclasses.dataclass(frozen=True)
+class Versions:
+  """The tested range of one library.
+
+  Attributes:
+    oldest: the oldest version that runs the programs; it is a lower bound of the pip line.
+    newest: the newest version that was tried.
+  """
+
+  oldest: str
+  newest: str
+
+
+# Why nothing older: `local-dir:` is new in open_clip 3.0 and timm 1.0.16; timm before 1.0.26 leaves
+# reading safetensors to torch, which torch 2.6 does not do. In transformers 4.56.0 to 4.57.1 the
+# last hidden state comes after the final norm, earlier ones lack `dtype=`. The newest transformers
+# requires torch 2.6. onnxruntime before 1.19 does not import with numpy 2. jax before 0.8.2 cannot
+# call functions that jax 0.10 exports.
+TESTED: Mapping[str, Versions] = MappingProxyType(
+  {
+    "open_clip_torch": Versions("3.0.0", "3.3.0"),
+    "timm": Versions("1.0.26", "1.0.31"),
+    "transformers": Versions("4.57.2", "5.24.0"),
+    "torch": Versions("2.6.0", "2.15.0"),
+    "torchvision": Versions("0.21.0", "0.29.2"),
+    "onnxruntime": Versions("1.19.0", "1.32.0"),
+    "jax": Versions("0.8.2", "0.10.2"),
+    "flatbuffers": Versions("23.5.26", "25.12.19"),
+    "safetensors": Versions("0.5.0", "0.8.0"),
+    "tokenizers": Versions("0.20.0", "0.23.3"),
+    "numpy": Versions("2.0.0", "2.4.6"),
+    "pillow": Versions("11.0.0", "13.0.0"),
+  }
+)
+# What our own packages depend on; they are installed from a checkout, and their pyproject.toml has
+# the lower bounds.
+OWN: Mapping[str, Mapping[str, Versions]] = MappingProxyType(
+  {
+    "packages/ov-models": {
+      "flax": Versions("0.12.4", "0.12.8"),
+      "jax": Versions("0.9.1", "0.10.2"),
+      "numpy": Versions("2.0", "2.4.6"),
+      "safetensors": Versions("0.5", "0.8.0"),
+    },
+    "packages/ov-data": {
+      "cykooz-resizer": Versions("4.0", "4.0.1"),
+      "google-crc32c": Versions("1.5", "1.9.0"),
+      "numpy": Versions("2.0", "2.4.6"),
+      "pillow": Versions("11.0", "13.0.0"),
+      "protobuf": Versions("5.0", "7.36.2"),
+      "simplejpeg": Versions("1.8", "1.9.0"),
+      "tokenizers": Versions("0.20", "0.23.3"),
+    },
+  }
+)
+
+
+def pip_line(names: Iterable[str]) -> str:
+  """Return the command that installs `names`, each from its oldest tested version on."""
+  return "pip install " + " ".join(
+    name if name in OWN else f'"{name}>={TESTED[name].oldest}"' for name in names
+  )
+
+
+def requirements(names: Iterable[str], versions: str) -> list[str]:
+  """Return what pip installs for a test of `pip_line`.
+
+  Args:
+    names: as of `pip_line`.
+    versions: "newest" for the line as it stands; "oldest" for exactly its lower bounds, and those
+      of our own packages.
+
+  Raises:
+    ValueError: `versions` is neither.
+  """
+  if versions == "newest":
+    return shlex.split(pip_line(names))[2:]
+  if versions != "oldest":
+    raise ValueError(f"versions={versions!r}; expected 'newest' or 'oldest'")
+  own = [name for name in names if name in OWN]
+  return own + [f"{name}=={found.oldest}" for name, found in ranges(names).items()]
+
+
+def ranges(names: Iterable[str]) -> dict[str, Versions]:
+  """Return the tested versions of `names`, with those of the dependencies of our own packages."""
+  found: dict[str, Versions] = {}
+  for name in names:
+    found |= OWN[name] if name in OWN else {name: TESTED[name]}
+  return found
