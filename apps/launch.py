@@ -7,7 +7,7 @@ import re
 import sys
 from typing import TYPE_CHECKING
 
-from absl import flags
+from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from apps.configs import base as configs_base
@@ -52,6 +52,9 @@ def launch(make_app: Callable[[], "App"], base: str, recipes: str) -> None:
     _check_kind(config, base, recipes)
     if problems := _unknown_settings(leaves(config), base):
       raise ValueError(f"the configuration file: {problems[0]}")
+    if current := published.REMAT.get(config.model.remat):
+      logging.warning("config.model.remat=%s is now called %s", config.model.remat, current)
+      config.model.remat = current
   # Heavy imports wait until the flags are known to be right.
   import jax
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import os
+import re
 import sys
 import traceback
 from typing import TypeVar
@@ -46,10 +47,23 @@ def _message(error: BaseException) -> str:
   if isinstance(error, AttributeError) and isinstance(error.__context__, KeyError):
     name = ". ".join(str(error.__context__.args[0]).splitlines())  # and one that is meant, perhaps
     return f"the configuration (see apps/configs/base.py) has no setting {name}"
+  if isinstance(error, AttributeError) and "'get_config'" in str(error):
+    return "the file of --config has no function get_config(arg); see apps/configs/caption_demo.py"
   if isinstance(error, ImportError | NameError):  # of a config file
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{frame.filename}, line {frame.lineno}: {error}"
   return str(error)
+
+
+def _setting_of_file(error: BaseException) -> str | None:
+  """The setting that a config file used and that is not there; None for other errors."""
+  while error.__cause__ is not None:
+    error = error.__cause__
+  if not (isinstance(error, AttributeError) and isinstance(error.__context__, KeyError)):
+    return None
+  text = str(error.__context__.args[0])
+  found = re.search(r"[\"'](\w+)[\"']", text) or re.match(r"(\w+)", text)
+  return found[1] if found else None
 
 
 def program() -> str:
@@ -110,6 +124,8 @@ def run_app(
       except _PARSE_ERRORS as error:
         in_file = isinstance(error, ImportError | NameError) or "Traceback" in str(error)
         said = None if in_file or explain is None else explain(args)
+        if said is None and explain is not None and (name := _setting_of_file(error)):
+          said = explain([f"--config.{name}"])
         raise UserError(said or _message(error)) from error
 
     rest = guarded(parse_flags, argv)

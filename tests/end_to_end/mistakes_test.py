@@ -122,6 +122,30 @@ def test_wrong_settings(name, tmp_path, cache):
   runner.expect_one_line(printed, code, said)
 
 
+_FILE = """from apps.configs import caption_demo
+def get_config(arg=None):
+  config = caption_demo.get_config("runlocal")
+  {}
+  return config
+"""
+
+
+@pytest.mark.parametrize(
+  ("content", "said"),
+  [
+    (_FILE.format("config.wandb.project = 'x'"), "--config.wandb is called --config.wandb_project"),
+    (_FILE.format("config.bach_size = 3"), "did you mean --config.batch_size"),
+    ("import nowhere", "own.py, line 1: No module named 'nowhere'"),
+    ("x = 1", "has no function get_config"),
+  ],
+)
+def test_wrong_configuration_files(content, said, tmp_path, cache):
+  path = tmp_path / "own.py"
+  path.write_text(content)
+  flags = (f"--config={path}", f"--workdir={tmp_path / 'run'}")
+  runner.expect_one_line(*reversed(runner.run(*flags, cache=cache)), said)
+
+
 DATA_CASES = {
   "missing directory": (lambda folder, tmp: tmp / "nowhere", "no such file or directory"),
   "no matching shards": (lambda folder, tmp: f"{folder}/valid-*.tfrecord", "no file matches"),
