@@ -16,7 +16,7 @@ from ov_data import fs, manifest
 LOCK = "dataset.lock"
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")  # pathlib makes one slash of two
-_ATTEMPTS = 100
+_ORPHANS_SECONDS = 60  # for workers to notice that the process that started them was killed
 
 log = logging.getLogger("ov_data")
 
@@ -110,11 +110,12 @@ def check_readable(directory: Path, splits: Collection[str]) -> None:
 
 
 @contextlib.contextmanager
-def locked(directory: Path) -> Iterator[None]:
+def locked(directory: Path) -> Iterator[int]:
   """Create the directory and keep other writers out of it until the block ends.
 
-  The lock belongs to the process and ends with it, however it ends: a lock file that a killed
-  process has left is not in the way.
+  Yields the descriptor that holds the lock. Worker processes inherit it, so that the lock lasts
+  until the last of them ends, however the writer itself ends. A lock file that is left over is not
+  in the way.
 
   Raises:
     ValueError: another process writes there; names it.
@@ -124,7 +125,7 @@ def locked(directory: Path) -> Iterator[None]:
   path = directory / LOCK
   descriptor = _acquire(directory, path)
   try:
-    yield
+    yield descriptor
   finally:
     with contextlib.suppress(FileNotFoundError):
       os.unlink(path)
@@ -132,53 +133,59 @@ def locked(directory: Path) -> Iterator[None]:
 
 
 def _acquire(directory: Path, path: Path) -> int:
-  for _ in range(_ATTEMPTS):
+  deadline = time.monotonic() + _ORPHANS_SECONDS
+  while True:
     with fs.writing(str(path)):
       descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     try:
-      fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      os.close(descriptor)
-      if holder := _holder(directory):
-        raise ValueError(_busy(directory, holder)) from None
-      time.sleep(0.01)  # another process looked whether it is locked
-      continue
-    except OSError as error:  # a file system without locks
-      log.warning("%s cannot be locked (%s); start no second writer there", directory, error)
-    try:
-      if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+      if not _lock(descriptor, fcntl.LOCK_EX):
+        holder = _holder(directory)
+        if holder or time.monotonic() > deadline:
+          raise ValueError(_busy(directory, holder or "workers of a killed process"))
+      elif path.exists() and os.path.samestat(os.fstat(descriptor), os.stat(path)):
         content = json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode()
         with fs.writing(str(path)):
           os.ftruncate(descriptor, 0)
           os.pwrite(descriptor, content, 0)
         return descriptor
-    except FileNotFoundError:  # its owner has just finished and removed it
-      pass
     except BaseException:
       os.close(descriptor)
       raise
-    os.close(descriptor)
-  raise ValueError(f"{path} is created and removed all the time; is another writer running?")
+    os.close(descriptor)  # removed by its owner just now, or held by workers that are about to end
+    time.sleep(0.05)
+
+
+def _lock(descriptor: int, kind: int) -> bool:
+  """Lock a file without waiting; return whether no other process holds it."""
+  try:
+    fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+  except BlockingIOError:
+    return False
+  except OSError as error:
+    log.warning("the file system has no locks (%s); start no second writer there", error)
+  return True
 
 
 def _holder(directory: Path) -> str | None:
-  """Return which process writes there; None if none does."""
-  path = directory / LOCK
+  """Return which process writes there; None if none does, or it was killed."""
   try:
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+    descriptor = os.open(directory / LOCK, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
   except OSError:
     return None
   try:
-    fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    if _lock(descriptor, fcntl.LOCK_SH):
+      return None
+    owner = json.loads(os.pread(descriptor, 4096, 0))
+    pid, host = int(owner["pid"]), str(owner["host"])
+    if host == socket.gethostname():
+      os.kill(pid, 0)  # sends nothing; raises where the process has ended
+    return f"process {pid} on {fs.printable(host)}"
+  except ProcessLookupError:
     return None
-  except BlockingIOError:
-    try:
-      owner = json.loads(os.pread(descriptor, 4096, 0))
-      return f"process {int(owner['pid'])} on {fs.printable(str(owner['host']))}"
-    except (ValueError, LookupError, TypeError, RecursionError):
-      return "another process"
-  except OSError:  # a file system without locks
-    return None
+  except PermissionError:
+    return f"process {pid} of another user"
+  except (ValueError, LookupError, TypeError, RecursionError, OverflowError):
+    return "another process"
   finally:
     os.close(descriptor)
 

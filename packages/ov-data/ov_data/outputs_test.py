@@ -193,6 +193,28 @@ def test_a_second_writer_is_refused_until_the_first_ends(tmp_path, other_writer)
   assert not (folder / outputs.LOCK).exists()
 
 
+_ORPHAN = (
+  "import subprocess, sys, pathlib; from ov_data import outputs\n"
+  "with outputs.locked(pathlib.Path(sys.argv[1])) as lock:\n"
+  "  subprocess.Popen(['sleep', sys.argv[2]], pass_fds=[lock])\n"
+  "  sys.stdout.flush(); import os; os.kill(os.getpid(), 9)\n"
+)
+
+
+def test_workers_of_a_killed_writer_keep_others_out(tmp_path, monkeypatch):
+  """What they still write would end up among the shards of the next writer."""
+  env = {**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
+  subprocess.run([sys.executable, "-c", _ORPHAN, str(tmp_path / "d"), "2"], env=env, check=False)
+  start = time.monotonic()
+  outputs.check_directory(tmp_path / "d")  # they are about to end
+  assert _write(tmp_path / "d").examples == {"train": 6}
+  assert time.monotonic() - start > 1
+  subprocess.run([sys.executable, "-c", _ORPHAN, str(tmp_path / "e"), "9"], env=env, check=False)
+  monkeypatch.setattr(outputs, "_ORPHANS_SECONDS", 0.1)
+  with pytest.raises(ValueError, match="e is being written by workers of a killed process"):
+    _write(tmp_path / "e")
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[" * 99_999, b"\xff", b'{"pid": 1}'])
 def test_a_damaged_lock_file(tmp_path, content):
   tmp_path.joinpath(outputs.LOCK).write_bytes(content)

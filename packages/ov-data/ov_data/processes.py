@@ -29,6 +29,7 @@ def map_in_processes(
   items: Sequence[_Item],
   workers: int,
   report: Report = lambda n: None,
+  inherited: Sequence[int] = (),
 ) -> Iterator[tuple[_Item, _Result]]:
   """Calls `function(item, report)` for every item; yields (item, result) as they finish.
 
@@ -37,6 +38,7 @@ def map_in_processes(
     items: picklable arguments.
     workers: processes; 0 calls the function here, one item after the other.
     report: gets, in some thread of this process, what the function reports from its own.
+    inherited: file descriptors that stay open in the workers.
 
   Raises:
     ChildProcessError: a worker died; otherwise whatever the function raised, with its traceback.
@@ -49,7 +51,7 @@ def map_in_processes(
   idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
   with contextlib.ExitStack() as stack:
     for _ in range(workers):
-      idle.put(stack.enter_context(_Worker(function, report)))
+      idle.put(stack.enter_context(_Worker(function, report, inherited)))
 
     def call(item: _Item) -> _Result:
       worker = idle.get()
@@ -73,12 +75,13 @@ def map_in_processes(
 class _Worker:
   """One process, used by one thread at a time."""
 
-  def __init__(self, function: Callable[..., Any], report: Report):
+  def __init__(self, function: Callable[..., Any], report: Report, inherited: Sequence[int]):
     self._report = report
     self._process = subprocess.Popen(
       [sys.executable, "-c", "from ov_data import processes; processes.serve()"],
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
+      pass_fds=inherited,
       env={**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)},
     )
     self._send(function)

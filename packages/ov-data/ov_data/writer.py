@@ -147,7 +147,7 @@ def write_dataset(
   if content := unfinished.find_complete(path, wanted):
     return _summary(path, content)
   outputs.check_directory(path)
-  with outputs.locked(path):
+  with outputs.locked(path) as lock:
     unfinished.claim(path, wanted, overwrite)
     if content := unfinished.find_complete(path, wanted):  # by now, by another process
       return _summary(path, content)
@@ -161,7 +161,7 @@ def write_dataset(
     workers = min(os.cpu_count() or 1, 16) if workers is None else workers
     if len(missing) == 1:
       workers = 0
-    for shard, log in processes.map_in_processes(job, missing, workers, progress):
+    for shard, log in processes.map_in_processes(job, missing, workers, progress, (lock,)):
       done[names[shard]] = log
     return _finish(path, wanted, names, done, resumed)
 
