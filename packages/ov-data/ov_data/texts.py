@@ -51,7 +51,7 @@ class TextSpec:
   pick: "whole", or "sentence" for one sentence, see `split_sentences`.
   append_cls: whether the last column is [CLS], whatever the tokenizer's own setting.
   fallback: keys to draw from, always a whole text, where `keys` hold none.
-  needs_words: whether a text of nothing but `.`, `!` and `|` is replaced by one of `fallback`. Where
+  needs_words: whether a text of nothing but `.`, `!` and `|` is replaced by one of `fallback`. If
     there is none either, it is used as it is.
   """
 

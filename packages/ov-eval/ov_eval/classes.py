@@ -58,7 +58,9 @@ class TemplateSet:
       raise ValueError(f"{self.name!r} holds no template; expected one at least.")
     for template in self.templates:
       if "{}" not in template:
-        raise ValueError(f"template {template[:80]!r} of {self.name!r} has no {{}} for the class name.")
+        raise ValueError(
+          f"template {template[:80]!r} of {self.name!r} has no {{}} for the class name."
+        )
 
   @property
   def hash(self) -> str:
