@@ -89,7 +89,13 @@ def test_imagefolder_with_splits(tmp_path: Path, kind: str):
     ("metadata.csv", "name,text\na,b\n", "line 1: expected a header with file_name"),
     ("metadata.csv", "file_name,text,text\na,b,c\n", "line 1: expected a header"),
     ("metadata.csv", "file_name,text\na.jpg,b\nc.jpg,d,e\n", "line 3: 3 fields; the header has 2"),
-    ("metadata.csv", 'file_name,text\na.jpg,"b\n', r"line \d: not CSV"),
+    ("metadata.csv", 'file_name,text\na.jpg,"b\n', r"line \d: not CSV .*; expected lines that end"),
+    (
+      "metadata.csv",
+      "file_name,text\ra.jpg,b\r",
+      r"line 1: not CSV .*unquoted field\)",
+    ),
+    ("metadata.csv", "file_name;text\na.jpg;b\n", "line 1: .* once, separated by commas, found"),
     ("metadata.csv", "file_name,text\n,b\n", "line 2: expected .file_name"),
     ("metadata.csv", "file_name,url\na.jpg,b\n", "line 2: expected one of text, caption"),
     ("metadata.jsonl", '{"file": "a.jpg", "text": "x"}', "line 1: expected .file_name"),
@@ -103,6 +109,35 @@ def test_imagefolder_mistakes(tmp_path: Path, name: str, text: str, message: str
   for given in (tmp_path, path):
     with pytest.raises(ValueError, match=f"{name}[,:] {message}"):
       layouts.read(str(given))
+
+
+def test_a_csv_with_long_fields_and_blank_lines(tmp_path: Path):
+  for i in range(3):
+    write(tmp_path / f"{i}.jpg", jpeg(i))
+  longest, too_long = "x" * (1 << 20), "y" * (2 << 20)
+  text = f"\nfile_name,text\n0.jpg,{longest}\n\n1.jpg,{too_long}\n2.jpg,fine\n"
+  write(tmp_path / "metadata.csv", text)
+  found = layouts.read(str(tmp_path))
+  assert {item.key: item.captions for item in found.items} == {
+    "0.jpg": (longest,),
+    "2.jpg": ("fine",),
+  }
+  assert [(skip.key, skip.reason) for skip in found.skips] == [("1.jpg", "caption too long")]
+
+
+def test_folders_of_one_label_are_noted(tmp_path: Path):
+  for folder in ("a b", "a  b", "c"):
+    write(tmp_path / folder / "0.jpg", jpeg(0))
+  found = layouts.read(str(tmp_path), "classes")
+  assert found.class_names == ("a b", "c")
+  assert found.notes.counts == {"folders put together with another one of the same label": 1}
+
+
+def test_a_list_that_is_a_link_to_nowhere(tmp_path: Path):
+  write(tmp_path / "0.jpg", jpeg(0))
+  (tmp_path / "captions.jsonl").symlink_to(tmp_path / "moved.jsonl")
+  with pytest.raises(ValueError, match=r"captions.jsonl: no such file; a link that leads nowhere"):
+    layouts.read(str(tmp_path))
 
 
 def test_class_folders_with_splits(tmp_path: Path):

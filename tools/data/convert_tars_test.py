@@ -83,6 +83,11 @@ def test_truncated_tar_keeps_what_is_whole(tmp_path: Path, missing: int):
   assert summary.skipped["broken tar file"] == 1
 
 
+def test_a_range_without_end_is_refused(tmp_path: Path):
+  with pytest.raises(ValueError, match="a range of 100,000,000,000 files; expected at most"):
+    layouts.read(f"{tmp_path}/{{000..99999999999}}.tar")
+
+
 def test_tar_ranges(tmp_path: Path):
   for i in (8, 9, 10):
     tar(tmp_path / f"d-{i:03d}.tar", {f"{i}.jpg": jpeg(i), f"{i}.txt": "x"})

@@ -101,7 +101,7 @@ def describe(path: str, listing: Listing) -> str:
   if items:
     item = next((item for item in items if item.captions), items[0])
     value = item.captions[0] if item.captions else item.label
-    text += f"; for example {item.key}"
+    text += f"; for example {item.key if len(item.key) < 200 else item.key[:200] + '...'}"
     text += "" if value is None else f': "{value[:80]}"'
   return text_rules.printable(text)
 

@@ -47,6 +47,10 @@ def read(place: Place) -> Listing:
       skips += [Skip(file, _UNSORTED) for file in images]
   folders = _class_folders(tree, splits)
   labels = {folder: text_rules.label_text(folder) for folder in folders}
+  first = {label: folder for folder, label in reversed(labels.items())}
+  for folder, label in labels.items():
+    if label and first[label] != folder:
+      notes.add("folders put together with another one of the same label", folder)
   items = []
   for split, folder, images in found:
     if label := labels[folder]:

@@ -107,6 +107,9 @@ def test_a_split_that_has_no_folder(tmp_path):
 
 def test_hidden_nested_and_other_files(tmp_path):
   path = _classes(tmp_path / "d", {"cat": 1, "dog": 1, ".git": 1, "__MACOSX": 1, "lost+found": 1})
+  _classes(
+    tmp_path / "d", dict.fromkeys(("$RECYCLE.BIN", "System Volume Information", "@eaDir"), 1)
+  )
   _picture(tmp_path / "d" / "cat" / "a" / "b" / "c" / "d" / "deep.PNG")
   _picture(tmp_path / "d" / "cat" / ".thumbs" / "1.png")
   _picture(tmp_path / "d" / "cat" / "._0.png")

@@ -82,13 +82,15 @@ def _csv_rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
   """
   # One decoder for all bytes: what is no UTF-8 in a name must reach the file system unchanged.
   lines = (line.decode("utf-8", "surrogateescape") for line in open_list(path))
+  csv.field_size_limit(text_rules.MAX_JSON_BYTES)  # longer captions than allowed are counted
   reader = csv.reader(_without_mark(lines), strict=True)
   try:
-    header = [column.strip() for column in next(reader, [])]
+    header = [column.strip() for column in next(filter(None, reader), [])]
     if "file_name" not in header or len(set(header)) < len(header):
+      separated = ", separated by commas" if len(header) == 1 else ""
       raise ValueError(
-        f"{path}, line 1: expected a header with file_name and each column once, found "
-        f"{text_rules.printable(', '.join(header))[:80]}."
+        f"{path}, line {max(reader.line_num, 1)}: expected a header with file_name and each column "
+        f"once{separated}, found {text_rules.short(', '.join(header), 80)}."
       )
     for values in reader:
       where = f"{path}, line {reader.line_num}"
@@ -98,7 +100,11 @@ def _csv_rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
         raise ValueError(f"{where}: {len(values)} fields; the header has {len(header)}.")
       yield where, {key: value or None for key, value in zip(header, values)}
   except csv.Error as error:
-    raise ValueError(f"{path}, line {reader.line_num}: not CSV ({error}).") from None
+    what = str(error).partition(" - ")[0]  # without the advice to Python programmers
+    raise ValueError(
+      f"{path}, line {reader.line_num}: not CSV ({what}); expected lines that end with a line "
+      'feed, and a field with quotes, commas or line breaks as "a ""big"" dog".'
+    ) from None
 
 
 def _without_mark(lines: Iterator[str]) -> Iterator[str]:

@@ -144,7 +144,7 @@ def _open_without_waiting(path: str, flags: int) -> int:
 
 
 def clean_captions(captions: Iterable[str], key: str, notes: Notes) -> tuple[str, ...]:
-  """Return the captions repaired, stripped, without empty and repeated ones.
+  """Return the captions repaired, stripped, without empty, repeated and unusable ones.
 
   Args:
     captions: as read.
@@ -152,25 +152,31 @@ def clean_captions(captions: Iterable[str], key: str, notes: Notes) -> tuple[str
     notes: counts what is changed and left out.
 
   Raises:
-    TextError: one is too long, or holds nothing but invalid bytes.
+    TextError: none can be used, and one is too long, or holds nothing but invalid bytes.
   """
   kept: dict[str, None] = {}
+  unusable: list[text_rules.TextError] = []
   for caption in captions:
     text = text_rules.repaired(caption).strip()
     if text != caption.strip():
-      notes.add("captions repaired (invalid characters became U+FFFD)", key)
+      detail = "holds nothing but invalid characters"
       if not text.strip("\ufffd"):
-        raise text_rules.TextError("unreadable caption", "holds nothing but invalid characters")
+        unusable.append(text_rules.TextError("unreadable caption", detail))
+        continue
+      notes.add("captions repaired (invalid characters became U+FFFD)", key)
     if not text:
       notes.add("empty captions", key)
     elif text in kept:
       notes.add("repeated captions of one image", key)
     elif (size := len(text.encode())) > text_rules.MAX_CAPTION_BYTES:
-      raise text_rules.TextError(
-        "caption too long", f"{size:,} bytes, at most {text_rules.MAX_CAPTION_BYTES:,}"
-      )
+      detail = f"{size:,} bytes, at most {text_rules.MAX_CAPTION_BYTES:,}"
+      unusable.append(text_rules.TextError("caption too long", detail))
     else:
       kept[text] = None
+  if unusable and not kept:
+    raise unusable[0]
+  for error in unusable:
+    notes.add(f"captions left out next to others of their image ({error.reason})", key)
   return tuple(kept)
 
 
@@ -210,6 +216,8 @@ def open_list(path: str) -> Iterator[bytes]:
     ValueError: it is no regular file, or encoded as UTF-16.
     OSError: it cannot be read.
   """
+  if not fs.exists(path):
+    raise ValueError(f"{path}: no such file; a link that leads nowhere?")
   if not fs.is_remote(path) and not stat.S_ISREG(os.stat(path).st_mode):
     raise ValueError(f"{path}: not a regular file; give a file that holds the list.")
   with fs.open_read(path) as file:

@@ -37,7 +37,8 @@ def read(place: Place) -> Listing:
   is_folder = fs.is_dir(place.path)
   paths = [place.path]
   if is_folder:
-    paths = [path for name in LISTS if fs.exists(path := fs.join(place.path, name))]
+    top = fs.listdir(place.path)
+    paths = [fs.join(place.path, name) for name in LISTS if name in top]
     if not paths:
       raise ValueError(f"{place.path}: holds neither of {', '.join(LISTS)}.")
   root = place.images or parent(paths[0])

@@ -15,10 +15,16 @@ MAX_JSON_BYTES = 16 << 20  # of one JSON file with the facts of one image, or of
 _MAX_LABEL_BYTES = 1000
 
 _BYTE_ORDER_MARK = "\ufeff"
+_UTF_8_MARK = b"\xef\xbb\xbf"
 _UTF_16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _ESCAPED_BYTES = re.compile("[\udc80-\udcff]+")
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+# Also what breaks a line or changes the direction of the text after it.
+_UNPRINTABLE = re.compile(
+  "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+_KEYS_READ = frozenset(("file", "file_name", "text", "caption", "captions", "label"))
 
 
 class TextError(ValueError):
@@ -52,7 +58,7 @@ def repaired(text: str) -> str:
 def label_text(text: str) -> str:
   r"""Return a label as one line: white space collapsed, invalid bytes and surrogates as "\xe9"."""
   text = " ".join(text.replace(_BYTE_ORDER_MARK, "").split())
-  return _UNPRINTABLE.sub(lambda found: _escaped(found[0]), text)
+  return _CONTROL.sub(lambda found: _escaped(found[0]), text)
 
 
 def checked_label(value: str | int) -> str:
@@ -89,16 +95,41 @@ def parse_json(data: bytes, where: str) -> Any:
     where: its file (and line), for the message.
 
   Raises:
-    ValueError: it is no JSON; one line that begins with `where`.
+    ValueError: it is no JSON, or has a key twice that is read; one line that begins with `where`.
   """
   if data[:2] in _UTF_16_MARKS:
     raise ValueError(f"{where}: encoded as UTF-16; save it as UTF-8.")
   try:
-    return json.loads(decode(data))
+    return json.loads(decode(data), object_pairs_hook=_unique)
   except RecursionError:
     raise ValueError(f"{where}: not usable JSON (nested too deeply).") from None
-  except ValueError as error:
-    raise ValueError(f"{where}: not JSON ({error}); is the file complete?") from None
+  except json.JSONDecodeError as error:
+    raise ValueError(f"{where}: not JSON ({_explained(data, error)}") from None
+  except KeyError as error:
+    raise ValueError(f'{where}: has "{error.args[0]}" twice; put both values in one.') from None
+  except ValueError:  # the only other one of json.loads
+    raise ValueError(f"{where}: not JSON (a number of over 4300 digits).") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  """Return the object; raise KeyError where a value would be lost since its key is there twice."""
+  found = dict(pairs)
+  if len(found) < len(pairs):
+    names = [name for name, _ in pairs]
+    for name in _KEYS_READ & found.keys():
+      if names.count(name) > 1:
+        raise KeyError(name)
+  return found
+
+
+def _explained(data: bytes, error: json.JSONDecodeError) -> str:
+  """Return what is wrong and the remedy, with the parenthesis in which the former stands closed."""
+  if not error.pos:
+    return f"begins with {data[:20]!r}); is it another kind of file?"
+  where = f"{error.msg} at character {error.pos + 1})"
+  if error.msg == "Extra data" or data.lstrip()[:1] == b"[":
+    return f"{where}; write one object a line, without commas and brackets around them."
+  return f"{where}; is the file complete?"
 
 
 def json_lines(lines: Iterable[bytes], path: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -109,7 +140,7 @@ def json_lines(lines: Iterable[bytes], path: str) -> Iterator[tuple[str, dict[st
   """
   for number, line in enumerate(lines, 1):
     where = f"{path}, line {number}"
-    if not line.strip():
+    if not line.removeprefix(_UTF_8_MARK).strip():
       continue
     if len(line) > MAX_JSON_BYTES:
       raise ValueError(f"{where}: {len(line):,} bytes; expected at most {MAX_JSON_BYTES:,} a line.")

@@ -55,6 +55,8 @@ def test_labels_are_one_line(label: str, expected: str):
 
 def test_printable_escapes_what_no_terminal_shows():
   assert text_rules.printable("Käse/\udcff\n\0\x1b[31m.jpg") == "Käse/\\xff\\n\\x00\\x1b[31m.jpg"
+  assert text_rules.printable("a\u2028b\u202egpj") == "a\\u2028b\\u202egpj"
+  assert text_rules.printable("família 👨\u200d👩") == "família 👨\u200d👩"
 
 
 def test_clean_captions_counts_what_it_changes():
@@ -71,6 +73,16 @@ def test_clean_captions_counts_what_it_changes():
   with pytest.raises(text_rules.TextError, match="caption too long: 1,048,578 bytes"):
     clean_captions(["é" * (1 << 19) + "ab"], "k", notes)
   assert clean_captions(["é" * (1 << 19)], "k", notes)
+
+
+def test_one_unusable_caption_costs_no_other():
+  notes = Notes()
+  too_long = "x" * (text_rules.MAX_CAPTION_BYTES + 1)
+  assert clean_captions(["a", "\ud83d", too_long, "b"], "k", notes) == ("a", "b")
+  assert notes.counts == {
+    "captions left out next to others of their image (unreadable caption)": 1,
+    "captions left out next to others of their image (caption too long)": 1,
+  }
 
 
 @pytest.mark.parametrize(
@@ -96,7 +108,12 @@ def test_names_in_lists(name: str, problem: str | None):
   ("data", "message"),
   [
     (b"[" * 100_000, "nested too deeply"),
-    (b'{"a": ' + b"1" * 5000 + b"}", "4300 digits"),
+    (b'{"a": ' + b"1" * 5000 + b"}", "over 4300 digits"),
+    (b'{"a": 1},', "Extra data at character 9.*write one object a line"),
+    (b'[{"a": 1},', "write one object a line"),
+    (b"\x1f\x8b\x08", r"begins with b'\\x1f.*another kind of file"),
+    (b"version https://git-lfs.github.com/spec/v1", "begins with b'version https"),
+    (b'{"captions": ["a"], "captions": ["b"]}', 'has "captions" twice'),
     (b'{"a"', "is the file complete"),
     ("{}".encode("utf-16"), "save it as UTF-8"),
   ],
@@ -104,6 +121,16 @@ def test_names_in_lists(name: str, problem: str | None):
 def test_json_that_cannot_be_used(data: bytes, message: str):
   with pytest.raises(ValueError, match=rf"^here: .*{message}"):
     text_rules.parse_json(data, "here")
+
+
+def test_keys_that_are_not_read_may_be_repeated():
+  assert text_rules.parse_json(b'{"exif": 1, "exif": 2, "caption": "a"}', "here")["caption"] == "a"
+
+
+def test_lines_with_a_byte_order_mark_alone_are_empty():
+  assert list(text_rules.json_lines([b"\xef\xbb\xbf\r\n", b'{"a": 1}'], "f")) == [
+    ("f, line 2", {"a": 1})
+  ]
 
 
 @pytest.mark.parametrize("label", [True, 1.5, float("nan"), ["a"], {"a": 1}])

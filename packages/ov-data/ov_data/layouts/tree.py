@@ -17,7 +17,12 @@ OTHER_IMAGE_SUFFIXES = (
   ".jxl", ".nef", ".pbm", ".pgm", ".ppm", ".psd", ".svg", ".tga", ".tif", ".tiff",
 )  # fmt: skip
 SPLIT = re.compile(r"(train|training|val|valid|validation|dev|test)[-_]?\d*")  # train2014
-_NO_FOLDERS = frozenset({"", "__MACOSX", "lost+found"})  # left by archives and file systems
+_NO_FOLDERS = frozenset(
+  {
+    "", "__MACOSX", "__pycache__", "lost+found", "$RECYCLE.BIN", "RECYCLER", "#recycle", "@Recycle",
+    "System Volume Information", "@eaDir", "#snapshot", "@Recently-Snapshot",
+  }
+)  # left by archives, programs, file systems and network storage  # fmt: skip
 _FILE_SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".parquet", ".tar")
 _WORKERS = 16  # threads that list folders
 

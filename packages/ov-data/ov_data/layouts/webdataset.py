@@ -25,6 +25,7 @@ from ov_data.layouts.tree import (
 from ov_data.record_source import Skip
 
 _LABEL = "cls"
+_MAX_RANGE = 1_000_000  # files that {000..099} stands for
 _IMAGES = tuple(suffix[1:] for suffix in IMAGE_SUFFIXES)  # the first of these is used
 
 
@@ -54,11 +55,17 @@ def read(place: Place) -> Listing:
 
 
 def expand_ranges(path: str) -> list[str]:
-  """data-{008..010}.tar -> data-008.tar, data-009.tar, data-010.tar"""
+  """data-{008..010}.tar -> data-008.tar, data-009.tar, data-010.tar
+
+  Raises:
+    ValueError: these are too many.
+  """
   match = re.search(r"\{(\d+)\.\.(\d+)\}", path)
   if not match:
     return [path]
   low, high = match.groups()
+  if (count := int(high) - int(low) + 1) > _MAX_RANGE:
+    raise ValueError(f"{path}: a range of {count:,} files; expected at most {_MAX_RANGE:,}.")
   return [
     expanded
     for i in range(int(low), int(high) + 1)
@@ -86,7 +93,10 @@ def _tars(place: Place, skips: list[Skip], notes: Notes) -> list[str]:
     paths = list(dict.fromkeys(paths))
   missing = [p for p in paths if not os.path.exists(p)]
   if not paths or missing == [path]:
-    raise ValueError(f"{path}: no tar file matches.")
+    raise ValueError(
+      f"{path}: no tar file matches; expected a folder of tars, a tar, a pattern such as "
+      "'name-*.tar', or a range 'name-{000..099}.tar'."
+    )
   if missing:
     raise ValueError(
       f"{path}: {len(missing)} of {len(paths)} files are missing, {missing[0]} first."
