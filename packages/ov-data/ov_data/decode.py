@@ -257,8 +257,10 @@ def _pillow(data: bytes, header: Header, scale: int, fast: bool) -> Pixels:
   except (DecodeError, MemoryError):
     raise
   except Exception as error:  # OSError, SyntaxError, struct.error ... of the many formats
-    truncated = "truncated" in str(error).lower()
-    raise DecodeError("truncated image" if truncated else "broken image", error) from None
+    # A message without the address of the buffer, which would be another in every run.
+    text = str(error).partition(" <_io.")[0] or type(error).__name__
+    reason = "truncated image" if "truncated" in text.lower() else "broken image"
+    raise DecodeError(reason, text) from None
 
 
 def _upright(pixels: Pixels, orientation: int) -> Pixels:

@@ -22,7 +22,8 @@ JPEG_END = b"\xff\xd9"
 _MAX_PARTS = 65_536  # segments, chunks or blocks of one image; sound files have far fewer
 _MAX_GIF_BLOCKS = 1 << 20  # of at most 255 bytes
 _MAX_RLE_BYTES = 4 << 20  # of a run-length BMP, which Pillow decodes in Python
-_PNG_PIXEL_CHUNKS = (b"PLTE", b"tRNS", b"IDAT")
+_PNG_PIXEL_CHUNKS = (b"PLTE", b"IDAT")
+_PNG_TRANSPARENCY = {0: (2,), 2: (6,), 3: range(1, 257)}  # bytes of tRNS by type of color
 _WEBP_PIXEL_CHUNKS = (b"ALPH", b"VP8 ", b"VP8L")
 _ANIMATION = 0x02  # flag of VP8X
 _ALPHA = 0x10
@@ -41,6 +42,7 @@ _OTHER_FORMATS = {
   b"\0\0\0\x0cJXL ": "JPEG XL", b"\xff\x0a": "JPEG XL", b"\0\0\0\x0cjP  ": "JPEG 2000",
   b"\xff\x4f\xff\x51": "JPEG 2000", b"8BPS": "Photoshop", b"\0\0\1\0": "ICO", b"%PDF": "PDF",
   b"<svg": "SVG", b"\x1f\x8b": "gzip", b"PK\3\4": "zip", b"DDS ": "DDS", b"qoif": "QOI",
+  b"version https://git-lfs": "Git LFS pointer",
 }  # fmt: skip
 
 
@@ -234,7 +236,9 @@ def _png(data: bytes) -> Header:
         raise DecodeError("unsupported PNG" if kind == b"CgBI" else "broken header", detail)
       width, height = struct.unpack_from(">II", data, position + 8)
       kept.append((position, after))
-    elif kind in _PNG_PIXEL_CHUNKS:
+    elif kind in _PNG_PIXEL_CHUNKS or (
+      kind == b"tRNS" and length in _PNG_TRANSPARENCY.get(data[25], ())
+    ):
       kept.append((position, after))
     elif kind == b"eXIf":
       turned = orientation(data[position + 8 : after - 4])
