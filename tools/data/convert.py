@@ -27,7 +27,7 @@ import tempfile
 from absl import flags
 
 from apps.trainer.errors import UserError, run_app, user_errors
-from ov_data import fs, layouts, writer
+from ov_data import fs, layouts, outputs, writer
 from tools.data import common_flags, progress, shards
 
 _INPUT = flags.DEFINE_string("input", None, "Folder, list or tars; see above.")
@@ -73,8 +73,11 @@ def convert(source: str, output: Path) -> writer.Summary:
   Raises:
     ValueError, OSError: a mistake in flags or input, in words for the user.
   """
-  if _SHARD_MB.value < 1 or _LIMIT.value < 0:
-    raise ValueError("--shard_mb must be at least 1 and --limit not negative.")
+  if _SHARD_MB.value < 1:
+    raise ValueError(f"shard_mb={_SHARD_MB.value}: expected at least 1.")
+  if _LIMIT.value < 0:
+    raise ValueError(f"limit={_LIMIT.value}: expected 0 (all images) or a number of images.")
+  outputs.check_names(output, (CLASSES,))
   shards.check_holdout(_HOLDOUT.value)
   options = shards.Options(
     max_side=_MAX_SIDE.value,

@@ -11,7 +11,7 @@ import re
 import socket
 import time
 
-from ov_data import fs, manifest
+from ov_data import fs, manifest, unfinished
 
 LOCK = "dataset.lock"
 
@@ -84,12 +84,34 @@ def check_directory(path: str | os.PathLike[str]) -> Path:
   return directory
 
 
+def check_names(directory: Path, more: Collection[str] = ()) -> None:
+  """Check that what is written to a directory is not there already as something else.
+
+  Args:
+    directory: of the output; it need not exist.
+    more: names of files that are written there besides those of every data set.
+
+  Raises:
+    ValueError: a name is taken, for instance by a directory, a pipe or a link that leads nowhere.
+  """
+  for name in (LOCK, manifest.MANIFEST, manifest.SKIPPED, unfinished.FOLDER, *more):
+    path = directory / name
+    fits = path.is_dir() if name == unfinished.FOLDER else path.is_file()
+    if os.path.lexists(path) and (not fits or name == LOCK and path.is_symlink()):
+      raise ValueError(
+        f"{fs.printable(str(path))} is taken by something else than a data set writes there; "
+        "remove it, or choose another output directory"
+      )
+
+
 def check_readable(directory: Path, splits: Collection[str]) -> None:
   """Check that `ov_data.Source(directory, split)` will read what is written there.
 
   Raises:
-    ValueError: a split has an impossible name, or something in the directory goes before shards.
+    ValueError: a split has an impossible name, or something in the directory goes before shards,
+      or takes the name of a file of the data set.
   """
+  check_names(directory)
   for split in splits:
     others = [other for other in splits if other.startswith((f"{split}-", f"{split}."))]
     if not re.fullmatch(r"[^/\[\]\0]+", split) or others:

@@ -100,6 +100,34 @@ def test_directories_that_would_not_be_read(tmp_path):
   assert not (tmp_path / "c").exists()
 
 
+@pytest.mark.parametrize("name", ["dataset.json", "skipped.jsonl", "dataset.lock", "classes.txt"])
+@pytest.mark.parametrize("kind", ["directory", "pipe", "link to nowhere"])
+def test_names_that_are_taken(tmp_path, name, kind):
+  {
+    "directory": os.mkdir,
+    "pipe": os.mkfifo,
+    "link to nowhere": lambda path: os.symlink(tmp_path / "none", path),
+  }[kind](tmp_path / name)
+  with pytest.raises(ValueError, match=f"{name} is taken by something else .* remove it"):
+    outputs.check_names(tmp_path, ("classes.txt",))
+  if name != "classes.txt":
+    with pytest.raises(ValueError, match=f"{name} is taken by something else"):
+      _write(tmp_path)
+  assert os.listdir(tmp_path) == [name]
+
+
+def test_a_file_where_the_progress_is_kept(tmp_path):
+  (tmp_path / "dataset.progress").write_text("")
+  with pytest.raises(ValueError, match="dataset.progress is taken by something else"):
+    _write(tmp_path)
+
+
+def test_a_negative_number_of_workers(tmp_path):
+  with pytest.raises(ValueError, match="workers=-1: expected 0 .* or a number of processes"):
+    writer.write_dataset(tmp_path / "out", {"train": 1}, _make_shard, {}, workers=-1)
+  assert not (tmp_path / "out").exists()
+
+
 class _Full:
   """A file on a disk that is full after some bytes."""
 

@@ -137,9 +137,14 @@ def write_dataset(
 
   Raises:
     ValueError: the directory is remote, holds the data of another recipe or shards of unknown
-      origin, is being written by another process, or could not be read as a data set.
+      origin, is being written by another process, or could not be read as a data set; or workers is
+      negative.
     OSError: it cannot be written; names path, free space and remedy.
   """
+  if workers is not None and workers < 0:
+    raise ValueError(
+      f"workers={workers}: expected 0 (this process alone) or a number of processes."
+    )
   path = outputs.local_path(directory)
   outputs.check_readable(path, shards)
   # A data set is what the recipe says; whoever reads JSON back gets lists for tuples.
