@@ -1,6 +1,7 @@
-"""What is done on the workers of a TPU: sync, setup, run, status, logs, stop, check, clean."""
+"""Verbs on the workers of a TPU: sync, setup, run, status, logs, stop, check, clean, kill."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+import dataclasses
 from pathlib import Path
 import re
 import tempfile
@@ -24,10 +25,16 @@ _APP = re.compile(r"[a-z][a-z0-9_]*")
 _DISK_GB, _SKEW_SECONDS = 20.0, 5.0  # environment and compile cache; what TLS and leases forgive
 
 
-def sync(fleet: Fleet, checkout: Path, say: Callable[[str], None]) -> Result:
-  """Copies the checkout to ~/ov-code: tracked files and new ones, nothing that git ignores."""
+def sync(fleet: Fleet, checkout: Path | None, say: Callable[[str], None]) -> Result:
+  """Copies the checkout to ~/ov-code: tracked files and new ones, nothing that git ignores.
+
+  Args:
+    fleet: the workers.
+    checkout: the folder; None in a dry run outside of one.
+    say: takes lines of progress.
+  """
   with tempfile.TemporaryDirectory() as scratch:
-    if fleet.gcloud.dry_run:  # what is known only when it runs stands in capitals
+    if fleet.gcloud.dry_run or checkout is None:  # known only when it runs: in capitals
       folder, checksum, note = Path("SCRATCH"), "SHA256", ""
     else:
       folder = Path(scratch)
@@ -77,12 +84,23 @@ def _right_devices(fleet: Fleet, flavour: str, answer: Any) -> Any:
   return _failure(f"jax sees {found[1]} {found[0]} devices; expected {fleet.topology.chips} tpu")
 
 
-def run(fleet: Fleet, name: str, restarts: int, checkout: Path, command: list[str]) -> Result:
-  """Starts an app on every worker, in a session that outlives the connection."""
+def run(
+  fleet: Fleet, name: str, restarts: int, checkout: Path | None, command: list[str]
+) -> Result:
+  """Starts an app on every worker, in a session that outlives the connection.
+
+  Args:
+    fleet: the workers.
+    name: of the run.
+    restarts: how often a worker starts the app again after a failure.
+    checkout: where the app must be; None in a dry run outside of a checkout.
+    command: the app and its arguments.
+  """
   if not command:
     raise ValueError("nothing to run; add: -- caption_train --config=... --workdir=...")
   app, *arguments = command
-  if not _APP.fullmatch(app) or not (checkout / "apps" / f"{app}.py").is_file():
+  file = checkout and checkout / "apps" / f"{app}.py"
+  if not _APP.fullmatch(app) or (file and not file.is_file()):
     raise ValueError(f"there is no app {app!r}; expected the name of a file of apps/")
   result = _result(fleet.ask("start", name, str(restarts), app, *arguments))
   if 0 < result.failed < len(result.rows):
@@ -114,8 +132,6 @@ def logs(fleet: Fleet, name: str, out: Path) -> Result:
 
 def stop(fleet: Fleet, name: str, grace: float) -> Result:
   """Ends the recorded process group of a run on all workers, and nothing else."""
-  if grace < 0:
-    raise ValueError(f"--grace={grace:g}; expected 0 seconds or more")
   # All hear SIGTERM before any is waited for: a worker alone waits for the others at its next step.
   told = fleet.ask("terminate", name)
   reached = _those(fleet, told)
@@ -126,6 +142,59 @@ def stop(fleet: Fleet, name: str, grace: float) -> Result:
 def clean(fleet: Fleet) -> Result:
   """Removes what killed processes of libtpu left, where nobody holds the chip."""
   return _result(fleet.ask("clean"))
+
+
+def held(fleet: Fleet) -> dict[int, Any]:
+  """The holders of the chips of each worker, as `worker/chips.py` describes them."""
+  return fleet.ask("held")
+
+
+def holder_rows(answers: Mapping[int, Any]) -> list[dict[str, Any]]:
+  """A row for each process that has a chip open, and for each worker that did not answer."""
+  rows: list[dict[str, Any]] = []
+  for number, answer in sorted(answers.items()):
+    if isinstance(answer, GcloudError):
+      rows.append({"worker": number, "error": str(answer)})
+      continue
+    for holder in answer.get("holders", ()):
+      row = {name: holder[name] for name in ("pid", "user", "command")}
+      rows.append({"worker": number, **row, "kept": holder["kept"] or None})
+  return rows
+
+
+def kill(fleet: Fleet, answers: Mapping[int, Any], grace: float) -> Result:
+  """Ends the holders that were shown: SIGTERM, SIGKILL after `grace` seconds, then a look again.
+
+  Args:
+    fleet: the workers.
+    answers: of `held`. Nothing that it does not name is ended.
+    grace: seconds.
+  """
+  if fleet.gcloud.dry_run:  # what is known only when it runs is in capitals
+    fleet.ask("kill", f"{grace:g}", "PID:START", timeout=grace + _KILL_SECONDS)
+    return Result([])
+  failures = {n: answer for n, answer in answers.items() if isinstance(answer, GcloudError)}
+  wanted = {n: _to_end(answer) for n, answer in answers.items() if n not in failures}
+
+  def end(number: int) -> dict[str, Any]:
+    single = dataclasses.replace(fleet, workers=(number,))
+    command = ("kill", f"{grace:g}", *wanted[number])
+    answer = single.ask(*command, timeout=grace + _KILL_SECONDS)[number]
+    if isinstance(answer, GcloudError):
+      raise answer
+    left = [f"{h['pid']}: {h['kept'] or 'still there'}" for h in answer["holders"]]
+    return {"ended": answer["ended"], "holds the chip": left}
+
+  having = dataclasses.replace(fleet, workers=tuple(n for n, pids in wanted.items() if pids))
+  result = _result({**failures, **having.each(end)})
+  left = sum(bool(row.get("holds the chip")) for row in result.rows)
+  note = f"a chip is still held on {left} of {len(result.rows)} workers" if left else ""
+  text = "; ".join(filter(None, (note, result.text)))
+  return Result(result.rows, text, result.failed + left)
+
+
+def _to_end(answer: Mapping[str, Any]) -> list[str]:
+  return [f"{h['pid']}:{h['start']}" for h in answer.get("holders", ()) if not h["kept"]]
 
 
 def check(fleet: Fleet, bucket: str) -> Result:

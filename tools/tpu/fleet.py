@@ -81,7 +81,7 @@ class Fleet:
 
 
 def open_fleet(gcloud: Gcloud, name: str, worker: str, topology: str) -> Fleet:
-  """Finds out about a TPU; a dry run asks nobody and believes `topology`.
+  """Finds out about a TPU; a dry run asks nobody, and believes `topology` or takes one worker.
 
   Args:
     gcloud: to ask.
@@ -93,8 +93,8 @@ def open_fleet(gcloud: Gcloud, name: str, worker: str, topology: str) -> Fleet:
     ValueError: what the user said and what there is disagree, or the TPU is not ready.
     GcloudError: the cloud does not answer.
   """
-  if gcloud.dry_run and not topology:
-    raise ValueError("--topology is missing; a dry run asks nobody how many workers there are")
+  if gcloud.dry_run and not topology:  # the first worker for all, or the one that is named
+    topology = "v4-8" if worker == "all" else "v4-4096"
   try:
     found = gcloud.describe(name)
   except GcloudError as error:

@@ -2,8 +2,8 @@
 
   tools/bazel run //tools/tpu -- VERB --name=pod --zone=us-central2-b [flags] [-- APP ARGUMENTS]
 
-Verbs: create list sync setup run status logs check clean stop ssh delete. --dry_run prints the
-commands of gcloud that a verb would run.
+Verbs: create list sync setup run status logs check clean kill stop ssh delete. --dry_run prints
+the commands of gcloud that a verb would run.
 """
 
 from collections.abc import Callable
@@ -31,7 +31,9 @@ _PRICE = flags.DEFINE_float("price_per_chip_hour", None, "create: for the remind
 _WORKER = flags.DEFINE_string("worker", "all", "all, or the number of one.")
 _RUN = flags.DEFINE_string("run", "train", "Name of the run: its folder is ~/ov-run/NAME.")
 _RESTARTS = flags.DEFINE_integer("restarts", 0, "run: starts after a failure.", lower_bound=0)
-_GRACE = flags.DEFINE_float("grace", 300.0, "stop: seconds from SIGTERM to SIGKILL.")
+_GRACE = flags.DEFINE_float(
+  "grace", None, "stop, kill: seconds from SIGTERM to SIGKILL; 300, for kill 10."
+)
 _EXTRAS = flags.DEFINE_string("extras", "tpu", "setup: tpu, cuda or cpu; which locks.")
 _LIBTPU = flags.DEFINE_string("libtpu", "", "setup: another libtpu.so, a file or gs://...")
 _BUCKET = flags.DEFINE_string("bucket", "", "check: gs://... that a run will write to.")
@@ -40,7 +42,8 @@ _INTERNAL_IP = flags.DEFINE_bool("internal_ip", False, "Workers have no address 
 _TIMEOUT = flags.DEFINE_float("timeout", None, "Seconds for each call of gcloud.", lower_bound=0.1)
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the commands, run none.")
 _JSON = flags.DEFINE_bool("json", False, "One JSON object on stdout.")
-_YES = flags.DEFINE_bool("yes", False, "Do not ask before create, delete, stop, clean.")
+_STOP_GRACE, _KILL_GRACE, _LONGEST_GRACE = 300.0, 10.0, 86400.0
+_YES = flags.DEFINE_bool("yes", False, "Do not ask before create, delete, stop, clean, kill.")
 
 
 def main(arguments: list[str]) -> None:
@@ -50,9 +53,13 @@ def main(arguments: list[str]) -> None:
   verb, *rest = arguments
   if rest and verb != "run":
     raise UserError(f"unexpected arguments {' '.join(rest)!r}; flags start with --")
+  dry_run = _DRY_RUN.value
+  if "--dry_run" in rest:  # behind --, where it is easily put: no app may start by mistake
+    rest, dry_run = [argument for argument in rest if argument != "--dry_run"], True
+    _say("--dry_run after -- is taken as this tool's; --dry_run=true goes to the app")
   with user_errors():
     place = Place(names.zone(_ZONE.value), _PROJECT.value and names.project(_PROJECT.value))
-    gcloud = Gcloud(place, _TIMEOUT.value, _DRY_RUN.value, _INTERNAL_IP.value)
+    gcloud = Gcloud(place, _TIMEOUT.value, dry_run, _INTERNAL_IP.value)
     try:
       result = _VERBS[verb](gcloud, rest)
     except GcloudError as error:
@@ -72,9 +79,9 @@ def _say(text: str) -> None:
   print(f"tpu: {text}", file=sys.stderr, flush=True)
 
 
-def _confirm(question: str) -> None:
+def _confirm(gcloud: Gcloud, question: str) -> None:
   """Raises ValueError unless the user agrees, by --yes or on the terminal."""
-  if _YES.value or _DRY_RUN.value:
+  if _YES.value or gcloud.dry_run:
     return
   if not sys.stdin.isatty():
     raise ValueError(f"{question} There is no terminal to ask on; add --yes")
@@ -89,7 +96,7 @@ def _create(gcloud: Gcloud, _: list[str]) -> Result:
   wish = provision.Wish(names.name(_NAME.value), topology, version, _SPOT.value, _QUEUED.value)
   _say(f"{topology}, {version}")
   _say(f"cost: {names.cost(topology, _HOURS.value, _PRICE.value)}")
-  _confirm(f"Create {wish.name}?")
+  _confirm(gcloud, f"Create {wish.name}?")
   return provision.create(gcloud, wish, provision.Patience(_ATTEMPTS.value), _say)
 
 
@@ -99,18 +106,37 @@ def _list(gcloud: Gcloud, _: list[str]) -> Result:
 
 def _delete(gcloud: Gcloud, _: list[str]) -> Result:
   name = names.name(_NAME.value)
-  _confirm(f"Delete {name} in {gcloud.place.zone}, and all that is on its disks?")
+  _confirm(gcloud, f"Delete {name} in {gcloud.place.zone}, and all that is on its disks?")
   return provision.delete(gcloud, name, _QUEUED.value)
 
 
 def _fleet(gcloud: Gcloud) -> Fleet:
   if _TOPOLOGY.value:
     names.Topology.parse(_TOPOLOGY.value)
+  elif gcloud.dry_run and _WORKER.value == "all":
+    _say("a dry run asks nobody for the workers: shown is the first; --topology shows all")
   return open_fleet(gcloud, names.name(_NAME.value), _WORKER.value, _TOPOLOGY.value)
 
 
+def _checkout(gcloud: Gcloud) -> Path | None:
+  """The checkout of the current folder; None for a dry run without one, which reads no file."""
+  try:
+    return archive.root(Path.cwd())
+  except ValueError:
+    if gcloud.dry_run:
+      return None
+    raise
+
+
+def _grace(default: float) -> float:
+  grace = default if _GRACE.value is None else _GRACE.value
+  if not 0 <= grace <= _LONGEST_GRACE:
+    raise ValueError(f"--grace={grace:g}; expected seconds from 0 to {_LONGEST_GRACE:g}")
+  return grace
+
+
 def _sync(gcloud: Gcloud, _: list[str]) -> Result:
-  checkout = archive.root(Path.cwd())
+  checkout = _checkout(gcloud)
   return commands.sync(_fleet(gcloud), checkout, _say)
 
 
@@ -122,7 +148,7 @@ def _setup(gcloud: Gcloud, _: list[str]) -> Result:
 
 
 def _run(gcloud: Gcloud, command: list[str]) -> Result:
-  run, checkout = names.run_name(_RUN.value), archive.root(Path.cwd())
+  run, checkout = names.run_name(_RUN.value), _checkout(gcloud)
   return commands.run(_fleet(gcloud), run, _RESTARTS.value, checkout, command)
 
 
@@ -143,14 +169,29 @@ def _check(gcloud: Gcloud, _: list[str]) -> Result:
 
 def _clean(gcloud: Gcloud, _: list[str]) -> Result:
   fleet = _fleet(gcloud)
-  _confirm(f"Remove the lock file and logs of libtpu on {len(fleet.workers)} workers?")
+  _confirm(gcloud, f"Remove the lock file and logs of libtpu on {len(fleet.workers)} workers?")
   return commands.clean(fleet)
 
 
+def _kill(gcloud: Gcloud, _: list[str]) -> Result:
+  grace, fleet = _grace(_KILL_GRACE), _fleet(gcloud)
+  answers = commands.held(fleet)
+  rows = commands.holder_rows(answers)
+  ending = [row for row in rows if "pid" in row and not row["kept"]]
+  failed = sum("error" in row for row in rows)
+  if not ending and not gcloud.dry_run:
+    return Result(rows, "nothing to end" if rows else "no process has a chip open", failed)
+  if rows:
+    print(output.as_text(Result(rows)), file=sys.stderr, flush=True)
+  workers = len({row["worker"] for row in ending})
+  _confirm(gcloud, f"End {len(ending)} processes on {workers} workers?")
+  return commands.kill(fleet, answers, grace)
+
+
 def _stop(gcloud: Gcloud, _: list[str]) -> Result:
-  run, fleet = names.run_name(_RUN.value), _fleet(gcloud)
-  _confirm(f"Stop the run {run} on {len(fleet.workers)} workers of {fleet.name}?")
-  return commands.stop(fleet, run, _GRACE.value)
+  run, grace, fleet = names.run_name(_RUN.value), _grace(_STOP_GRACE), _fleet(gcloud)
+  _confirm(gcloud, f"Stop the run {run} on {len(fleet.workers)} workers of {fleet.name}?")
+  return commands.stop(fleet, run, grace)
 
 
 def _ssh(gcloud: Gcloud, _: list[str]) -> Result:
@@ -172,6 +213,7 @@ _VERBS: dict[str, Callable[[Gcloud, list[str]], Result]] = {
   "logs": _logs,
   "check": _check,
   "clean": _clean,
+  "kill": _kill,
   "stop": _stop,
   "ssh": _ssh,
   "delete": _delete,

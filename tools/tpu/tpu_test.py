@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 from pathlib import Path
+import re
 import shlex
 import signal
 import subprocess
@@ -53,13 +54,17 @@ class World:
       fake_gcloud.script(python, sys.executable)
 
   def __call__(
-    self, *arguments: str, path: str | None = None, stdin: int = subprocess.DEVNULL
+    self,
+    *arguments: str,
+    path: str | None = None,
+    stdin: int = subprocess.DEVNULL,
+    folder: Path | None = None,
   ) -> subprocess.CompletedProcess[str]:
     modules = os.pathsep.join(os.path.abspath(p or ".") for p in sys.path)
     env = {
       **os.environ,
       "PYTHONPATH": modules,
-      "BUILD_WORKING_DIRECTORY": str(self.checkout),
+      "BUILD_WORKING_DIRECTORY": str(folder or self.checkout),
       "PATH": path or f"{self.fake}/bin:{os.environ['PATH']}",
     }
     return subprocess.run(
@@ -112,6 +117,7 @@ _DRY = [
   "logs --name=pod --zone=us-central2-b --topology=v4-16 --run=l14 --out=/tmp/logs",
   "check --name=pod --zone=us-central2-b --topology=v4-16 --bucket=gs://my-bucket/runs",
   "clean --name=pod --zone=us-central2-b --topology=v4-16",
+  "kill --name=pod --zone=us-central2-b --topology=v4-16",
   "stop --name=pod --zone=us-central2-b --topology=v4-16 --run=l14 --grace=120 --internal_ip",
   "ssh --name=pod --zone=us-central2-b --worker=1",
   "delete --name=pod --zone=us-central2-b",
@@ -131,6 +137,86 @@ def test_dry_runs(world: World):
   assert text == (_DATA / "dry_run.txt").read_text(), text
   assert fake_gcloud.calls(world.fake) == []
   assert {line.split()[0] for line in _DRY} == set(tpu._VERBS)
+
+
+def _lines_of_the_readme() -> list[list[str]]:
+  """The commands of README.md's blocks, as a shell takes them."""
+  page = (_DATA.parent / "README.md").read_text()
+  block = "\n".join(re.findall(r"^```sh\n(.*?)^```", page, re.MULTILINE | re.DOTALL))
+  variables, found = {}, []
+  for line in block.replace("\\\n", " ").splitlines():
+    if setting := re.fullmatch(r'(\w+)="(.*)"', line):
+      variables[setting[1]] = setting[2]
+    elif line.strip():
+      filled = re.sub(r"\$(\w+)", lambda match: variables[match[1]], line)
+      tool, words = ["tools/bazel", "run", "//tools/tpu", "--"], shlex.split(filled, comments=True)
+      assert words[: len(tool)] == tool
+      found.append(words[len(tool) :])
+  return found
+
+
+@pytest.mark.parametrize("line", _lines_of_the_readme(), ids=lambda line: line[0])
+@pytest.mark.parametrize("where", ["checkout", "elsewhere"])
+def test_the_lines_of_the_readme_run_dry(world: World, line: list[str], where: str, tmp_path: Path):
+  """With --dry_run behind the verb or at the end of the line, in a checkout or without one."""
+  folder = world.checkout if where == "checkout" else tmp_path
+  printed = []
+  for words in ([line[0], "--dry_run", *line[1:]], [*line, "--dry_run"]):
+    done = world(*words, folder=folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("gcloud compute tpus ") and "dry_run" not in done.stdout
+    printed.append(done.stdout)
+  assert printed[0] == printed[1]
+  assert fake_gcloud.calls(world.fake) == []
+
+
+def test_all_lines_of_the_readme_are_read():
+  assert [line[0] for line in _lines_of_the_readme()][:4] == ["create", "sync", "setup", "check"]
+
+
+def test_a_dry_run_of_one_worker_without_a_topology(world: World):
+  done = world.verb("setup", "--dry_run", "--worker=3")
+  assert done.returncode == 0 and done.stdout.count("--worker=3") == 1, done.stderr
+  assert "count" not in done.stdout  # devices are counted by all workers together
+
+
+_HOLDERS = [
+  {"pid": 41, "user": "anna", "command": "python3 old.py", "start": 7, "kept": ""},
+  {"pid": 42, "user": "root", "command": "agent", "start": 8, "kept": "a process of the system"},
+]
+
+
+def _held(*holders: dict[str, object], verb: str = "held", **more: object) -> dict[str, object]:
+  answer = json.dumps({"holders": holders, "hidden": 0, **more})
+  return {"match": [f"--command=python3 ov-worker.pyz {verb}"], "code": 0, "stdout": answer}
+
+
+def test_kill_shows_and_asks_before_it_ends_anything(world: World):
+  ended = _held(_HOLDERS[1], verb="kill 10 41:7", ended=["41 (SIGTERM)"])
+  fake_gcloud.rules(world.fake, _held(*_HOLDERS), ended)
+  done = world.verb("kill", "--worker=1")
+  assert done.returncode == 2 and "End 1 processes on 1 workers?" in done.stderr
+  assert "41   anna  python3 old.py  -" in done.stderr
+  assert "42   root  agent           a process of the system" in done.stderr
+  assert not any("kill" in " ".join(call) for call in fake_gcloud.calls(world.fake))
+  done = world.verb("kill", "--worker=1", "--yes", "--json")
+  (row,) = json.loads(done.stdout)["rows"]
+  assert row["ended"] == ["41 (SIGTERM)"]
+  # The chip is not free: the exit code says so.
+  assert done.returncode == 1 and row["holds the chip"] == ["42: a process of the system"]
+
+
+def test_kill_has_nothing_to_do_where_no_chip_is_held(world: World):
+  fake_gcloud.rules(world.fake, _held())
+  done = world.verb("kill")
+  assert (done.returncode, done.stdout) == (0, "no process has a chip open\n"), done.stderr
+
+
+@pytest.mark.parametrize("grace", ["-1", "nan", "inf"])
+def test_a_grace_that_is_no_time(world: World, grace: str):
+  for verb in ("kill", "stop"):
+    done = world.verb(verb, f"--grace={grace}", "--yes")
+    assert done.returncode == 2 and "expected seconds from 0 to 86400" in done.stderr
 
 
 def test_a_dry_run_as_json(world: World):

@@ -4,6 +4,8 @@ import ast
 import json
 import os
 from pathlib import Path
+import pwd
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +14,7 @@ from types import ModuleType
 
 import pytest
 
-from tools.tpu.worker import common, machine, main, runs
+from tools.tpu.worker import chips, common, machine, main, runs
 
 
 @pytest.fixture
@@ -54,7 +56,7 @@ def stubborn():
   process.wait()
 
 
-@pytest.mark.parametrize("module", [common, machine, main, runs], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", [chips, common, machine, main, runs], ids=lambda m: m.__name__)
 def test_runs_on_the_python_of_a_fresh_machine(module: ModuleType):
   """Ubuntu 20.04 has 3.8, 22.04 has 3.10; nothing is imported that they lack."""
   tree = ast.parse(Path(str(module.__file__)).read_text(), feature_version=(3, 8))
@@ -207,13 +209,108 @@ def test_clean_only_where_nobody_holds_the_chip(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize("target", ["/dev/vfio/0", "/dev/vfio/12", "/dev/accel3"])
 def test_chips(tmp_path: Path, target: str):
   _process(tmp_path, 7, target)
-  assert [holder["pid"] for holder in machine.holders(str(tmp_path))["holders"]] == [7]
+  assert [holder["pid"] for holder in chips.holders(str(tmp_path))["holders"]] == [7]
 
 
 @pytest.mark.parametrize("target", ["/dev/vfio/vfio", "/dev/accelerator", "/data/dev/accel0x"])
 def test_no_chips(tmp_path: Path, target: str):
   _process(tmp_path, 7, target)
-  assert machine.holders(str(tmp_path)) == {"holders": [], "hidden": 0}
+  assert chips.holders(str(tmp_path)) == {"holders": [], "hidden": 0}
+
+
+@pytest.fixture
+def chip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+  """A file that stands for a chip, and root's view of this machine."""
+  file = tmp_path / "accel0"
+  file.touch()
+  monkeypatch.setattr(os, "geteuid", lambda: 0)
+  monkeypatch.setattr(chips, "_CHIP", re.compile(re.escape(str(file)) + "$"))
+  return file
+
+
+@pytest.fixture
+def hold(chip: Path):
+  """Starts processes that have the chip open, some of them deaf to SIGTERM."""
+  started: list[subprocess.Popen[str]] = []
+
+  def start(deaf: bool = False) -> subprocess.Popen[str]:
+    ignore = "signal.signal(15, signal.SIG_IGN); " if deaf else ""
+    code = (
+      f"import signal, time; f = open({str(chip)!r}); {ignore}print(flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    started.append(process)
+    assert process.stdout
+    process.stdout.readline()
+    return process
+
+  yield start
+  for process in started:
+    process.kill()
+    process.wait()
+
+
+def _wanted(*processes: subprocess.Popen[str]) -> list[str]:
+  pids = {process.pid for process in processes}
+  return [f"{h['pid']}:{h['start']}" for h in chips.held()["holders"] if h["pid"] in pids]
+
+
+def test_kill_ends_holders_of_the_chip_and_nothing_else(home: Path, hold):
+  polite, deaf, other = hold(), hold(deaf=True), hold()
+  shown = {holder["pid"]: holder for holder in chips.held()["holders"]}
+  assert set(shown) == {polite.pid, deaf.pid, other.pid}
+  assert "import signal, time" in shown[deaf.pid]["command"] and shown[deaf.pid]["kept"] == ""
+  assert shown[deaf.pid]["user"] == pwd.getpwuid(os.getuid()).pw_name
+  began = time.monotonic()
+  answer = chips.kill("0.5", *_wanted(polite, deaf))
+  assert time.monotonic() - began >= 0.5  # the deaf one got its grace period
+  assert answer["ended"] == [f"{polite.pid} (SIGTERM)", f"{deaf.pid} (SIGKILL)"]
+  assert [holder["pid"] for holder in answer["holders"]] == [other.pid]
+  assert (polite.wait(), deaf.wait(), other.poll()) == (-15, -9, None)
+
+
+def test_kill_leaves_a_number_that_now_means_another_process(home: Path, hold):
+  process = hold()
+  assert chips.kill("0", f"{process.pid}:1")["ended"] == []
+  assert process.poll() is None
+
+
+def test_kill_leaves_a_holder_that_must_be_kept(home: Path, hold, monkeypatch: pytest.MonkeyPatch):
+  process = hold()
+  monkeypatch.setattr(chips, "_why_kept", lambda *_: "a process of the system")
+  assert chips.kill("0", *_wanted(process))["ended"] == []
+  assert process.poll() is None
+
+
+@pytest.mark.parametrize(
+  "uid, command, cgroup, reason",
+  [
+    (0, "python3 train.py", "0::/user.slice/user-0.slice/session-1.scope", ""),
+    (1001, "python3 train.py", "0::/user.slice/user-1001.slice/session-4.scope", ""),
+    (0, "python3", "0::/system.slice/docker-0a1b.scope", ""),
+    (1001, "python3", "0::/system.slice/ssh.service", ""),
+    (0, "", "0::/", "a process of the system"),  # of the kernel
+    (33, "python3", "0::/", "an account of the system"),
+    (0, "agent", "0::/system.slice/a.service", "first: sudo systemctl stop a.service"),
+    (0, "agent", "1:name=systemd:/system.slice/b.service", "sudo systemctl stop b.service"),
+  ],
+)
+def test_who_is_kept(home: Path, uid: int, command: str, cgroup: str, reason: str):
+  found = chips._why_kept(2**22 + 1, uid, command, cgroup)
+  assert found.endswith(reason) and bool(found) == bool(reason)
+
+
+def test_the_command_itself_the_first_process_and_our_runs_are_kept(
+  home: Path, stubborn: subprocess.Popen[bytes]
+):
+  for pid in (os.getpid(), os.getppid()):
+    assert chips._why_kept(pid, 0, "python3", "") in (
+      "this command itself",
+      "a process of the system",
+    )
+  assert chips._why_kept(1, 0, "init", "") == "a process of the system"
+  _record(home, stubborn)
+  assert chips._why_kept(stubborn.pid, 0, "sh", "") == "run one; first: tpu stop --run=one"
 
 
 def test_links_out_of_the_log_folder_are_not_followed(

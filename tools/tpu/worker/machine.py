@@ -17,14 +17,13 @@ import tarfile
 import time
 from typing import Any
 
-from tools.tpu.worker import common, runs
+from tools.tpu.worker import chips, common, runs
 
 SETUP_LOG = common.HOME / "ov-setup.log"
 COUNT, COUNT_LOG, COUNT_PID = (common.HOME / f"ov-count.{kind}" for kind in ("json", "log", "pid"))
 LOCKS = {"tpu": "requirements-tpu.lock", "cuda": "requirements-cuda.lock"}
 # Files of libtpu that outlive a process which was killed.
 LEFT_OVERS = ("tmp/libtpu_lockfile", "tmp/tpu_logs")
-_CHIP = re.compile(r"/dev/(accel\d+|vfio/\d+)$")
 # Counts devices in the environment of the apps; the file appears when it is complete.
 _COUNT = """
 import json, os, sys, jax, ov_sharding
@@ -137,7 +136,7 @@ def check(bucket: str = "") -> dict[str, Any]:
     "environment": None,
     "libtpu": None,
     "bucket": None,
-    "holders": holders()["holders"],
+    "holders": chips.holders()["holders"],
   }
   if common.PYTHON.exists():
     code = (
@@ -166,30 +165,10 @@ def _try_bucket(bucket: str) -> str:
   return "ok"
 
 
-def holders(root: str = "/") -> dict[str, Any]:
-  """The processes that have a chip open, and how many could not be looked into."""
-  found: list[dict[str, Any]] = []
-  hidden = 0
-  for process in (Path(root) / "proc").iterdir():
-    if not process.name.isdigit():
-      continue
-    try:
-      for descriptor in (process / "fd").iterdir():
-        if _CHIP.search(os.readlink(descriptor)):
-          found.append({"pid": int(process.name), "name": (process / "comm").read_text().strip()})
-          break
-    except PermissionError:
-      hidden += 1
-    except OSError:
-      pass  # it ended meanwhile
-  return {"holders": found, "hidden": hidden}
-
-
 def clean(root: str = "/") -> dict[str, Any]:
   """Removes what a killed process of libtpu leaves, if nobody holds the chip."""
-  if os.geteuid():  # the processes of others are seen, and their files removed, by root only
-    os.execvp("sudo", ["sudo", "-n", sys.executable, os.path.abspath(sys.argv[0]), "clean"])
-  seen = holders(root)
+  chips.as_root("clean")
+  seen = chips.holders(root)
   if seen["holders"]:
     names = ", ".join(f"{h['name']} (pid {h['pid']})" for h in seen["holders"])
     raise common.Refused(f"the chip is held by {names}; nothing was removed")

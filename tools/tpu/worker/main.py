@@ -6,6 +6,7 @@
   python3 ov-worker.pyz start RUN RESTARTS APP ARGUMENTS...
   python3 ov-worker.pyz status RUN | terminate RUN | stop RUN GRACE
   python3 ov-worker.pyz check [BUCKET] | clean
+  python3 ov-worker.pyz held | kill GRACE PID:START...
 
 Prints one JSON object; {"error": "one line"} where it refuses, for gcloud mixes what programs write
 to stderr with words of its own.
@@ -18,10 +19,11 @@ from pathlib import Path
 import sys
 import zipfile
 
-from tools.tpu.worker import common, machine, runs
+from tools.tpu.worker import chips, common, machine, runs
 
 _VERBS = (
   machine.unpack, machine.setup, machine.count, machine.counted, machine.check, machine.clean,
+  chips.held, chips.kill,
   runs.start, runs.supervise, runs.status, runs.terminate, runs.stop,
 )  # fmt: skip
 
@@ -43,6 +45,6 @@ def pack(target: Path) -> None:
     archive.writestr("__main__.py", "from tools.tpu.worker.main import main\n\nmain()\n")
     for name in ("tools", "tools/tpu", folder):
       archive.writestr(f"{name}/__init__.py", "")
-    for module in (common, machine, runs, sys.modules[__name__]):
+    for module in (chips, common, machine, runs, sys.modules[__name__]):
       path = Path(str(module.__file__))
       archive.write(path, f"{folder}/{path.name}")

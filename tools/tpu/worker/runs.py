@@ -120,28 +120,34 @@ def members(record: dict[str, Any] | None) -> list[int]:
   if leader is not None and leader != record["start"]:
     return []  # the number was given away again, which happens only once the group is empty
   numbers = [int(entry) for entry in os.listdir("/proc") if entry.isdigit()]
-  found = {number: _stat(number) for number in numbers}
+  found = {number: stat(number) for number in numbers}
   group = str(record["pgid"])
   return [n for n, fields in found.items() if fields and fields[2] == group and fields[0] != "Z"]
 
 
 def state(pid: int) -> str | None:
   """A letter, Z for what has ended and nobody asked for; None for what is not there."""
-  fields = _stat(pid)
+  fields = stat(pid)
   return fields[0] if fields else None
 
 
-def _stat(pid: int) -> list[str] | None:
-  """Fields of /proc/PID/stat behind the name, which may hold anything; None if there is none."""
+def stat(pid: int, proc: Path = Path("/proc")) -> list[str] | None:
+  """Return the fields of PID/stat after the name, which may hold anything; None without one."""
   try:
-    return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+    return (proc / str(pid) / "stat").read_text(errors="replace").rpartition(")")[2].split()
   except OSError:
     return None
 
 
+def run_of(pid: int) -> str:
+  """Return the name of the run that a process belongs to, or ""."""
+  folders = common.RUNS.iterdir() if common.RUNS.is_dir() else ()
+  return next((folder.name for folder in folders if pid in members(_record(folder))), "")
+
+
 def _start_time(pid: int) -> int | None:
   """In clock ticks since the machine started."""
-  fields = _stat(pid)
+  fields = stat(pid)
   return int(fields[19]) if fields else None
 
 
