@@ -7,6 +7,7 @@ records, have no other sign of what is missing.
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import hashlib
 import json
 from typing import Any
 
@@ -36,6 +37,7 @@ class ShardSet:
     total: records in all shards.
     records: those of each shard; None where the manifest knows only the total.
     sizes: bytes of each shard, if known.
+    fingerprint: of all shards, see `fingerprint`; "" if unknown.
   """
 
   manifest: str
@@ -43,6 +45,7 @@ class ShardSet:
   total: int
   records: tuple[int, ...] | None
   sizes: tuple[int, ...] | None
+  fingerprint: str = ""
 
 
 # (stem, number of shards, ending) of file names -> what the manifest says
@@ -70,6 +73,16 @@ def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
   return {**content, "checksum": google_crc32c.value(canonical)}
 
 
+def fingerprint(indexes: Sequence[ShardIndex]) -> str:
+  """Return 16 hex digits of shard names, sizes, edge checksums and record counts; not of the place.
+
+  Args:
+    indexes: of the shards, in their order.
+  """
+  shards = [(fs.basename(i.path), i.size, i.fingerprint, len(i)) for i in indexes]
+  return hashlib.sha256(json.dumps(shards).encode()).hexdigest()[:16]
+
+
 def is_tfds(folder: str) -> bool:
   """Return whether a folder was written by TensorFlow Datasets."""
   return _tfds_info(folder) is not None
@@ -87,7 +100,8 @@ def check_counts(indexes: Sequence[ShardIndex]) -> dict[str, int]:
     The number of records lost to damage, by the paths of damaged shards that a manifest counts.
 
   Raises:
-    ValueError: records are missing, or there are more than the manifest says; names the shards.
+    ValueError: records are missing, there are more than the manifest says, or a shard was replaced
+      by another one; names the shards where the manifest tells which.
   """
   folders: dict[str, list[ShardIndex]] = {}
   for index in {index.path: index for index in indexes}.values():
@@ -107,6 +121,11 @@ def check_counts(indexes: Sequence[ShardIndex]) -> dict[str, int]:
 
 def _compare(known: ShardSet, count: int, opened: Mapping[int, ShardIndex]) -> dict[str, int]:
   """Compare one set of shards; see `check_counts`."""
+  if strangers := [index for number, index in sorted(opened.items()) if number >= count]:
+    raise ValueError(
+      f"{known.manifest}: split {known.split!r} has {count} shards, numbered from 0, and "
+      f"{fs.printable(fs.basename(strangers[0].path))} is none of them; remove it"
+    )
   if known.records is not None:
     lost, problems = _compare_each(known.records, known.sizes, opened)
   elif len(opened) == count:
@@ -114,6 +133,14 @@ def _compare(known: ShardSet, count: int, opened: Mapping[int, ShardIndex]) -> d
   else:
     return {}
   if not problems:
+    in_order = [index for _, index in sorted(opened.items())]
+    is_whole = len(opened) == count and not any(index.damage for index in in_order)
+    if is_whole and known.fingerprint not in ("", fingerprint(in_order)):
+      raise ValueError(
+        f"{known.manifest}: the shards of split {known.split!r} are not those that were written; "
+        "one was replaced by another or by a copy. Copy them again or write the data set anew; "
+        f"without {fs.basename(known.manifest)} they are read as they are"
+      )
     return lost
   more = f" and {len(problems) - _SHOWN} more differ" if len(problems) > _SHOWN else ""
   raise ValueError(
@@ -130,8 +157,11 @@ def _compare_each(
   lost, problems = {}, []
   for number, index in sorted(opened.items()):
     difference = records[number] - len(index)
-    if not _is_explained(difference, [index], sizes is not None and index.size != sizes[number]):
+    torn = sizes is not None and index.size != sizes[number]
+    if not _is_explained(difference, [index], torn):
       problems.append(f"{fs.basename(index.path)} holds {len(index)} of {records[number]}")
+    elif sizes is not None and torn and not index.damage:
+      problems.append(f"{fs.basename(index.path)} has {index.size} bytes, not {sizes[number]}")
     elif index.damage:
       lost[index.path] = difference
   return lost, problems
@@ -195,7 +225,10 @@ def _own_set(path: str, split: str, facts: Any) -> tuple[tuple[str, int, str], S
     raise ValueError(f"split {split!r} has {shards} shards and other numbers of counts")
   if records is not None and sum(records) != total:
     raise ValueError(f"split {split!r} has {total} examples and {sum(records)} in its shards")
-  return (split, shards, ".tfrecord"), ShardSet(path, split, total, records, sizes)
+  written = facts.get("fingerprint", "")
+  if not isinstance(written, str):
+    raise TypeError(f"{written!r:.40} is no fingerprint")
+  return (split, shards, ".tfrecord"), ShardSet(path, split, total, records, sizes, written)
 
 
 def _tfds_sets(folder: str) -> _Sets:

@@ -127,7 +127,7 @@ def _no_match(path: str, found: Sequence[str]) -> str:
 
 def _numbered_without_ending(names: Iterable[str]) -> str:
   for name in names:
-    if match := NUMBERED.fullmatch(fs.basename(name)):
+    if not name.endswith(_NOT_SHARD) and (match := NUMBERED.fullmatch(fs.basename(name))):
       sharded = f"{match['stem']}@{int(match['count'])}"
       return f"; {fs.basename(name)} lacks that ending: rename the files, or give {sharded}"
   return ""
@@ -207,6 +207,11 @@ def _check_complete(
         f"old ones, or choose with a glob such as {fs.basename(stem)}-*-of-{next(iter(counts))}*"
       )
     for count, numbers in counts.items():
+      if (last := max(numbers)) >= int(count):
+        raise ValueError(
+          f"{before}{last:05d}-of-{count}{rest}: shards are numbered from 0, so this is none of "
+          f"{int(count)}; remove or rename it"
+        )
       missing = [n for n in range(min(int(count), _MOST_SHARDS)) if n not in numbers]
       first = next((n for n in missing if is_meant(f"{before}{n:05d}-of-{count}{rest}")), None)
       if first is not None:

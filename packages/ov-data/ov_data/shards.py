@@ -6,9 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from concurrent import futures
 import dataclasses
 import functools
-import hashlib
 import itertools
-import json
 import threading
 
 from ov_data import example, fs, manifest, records
@@ -82,8 +80,7 @@ class Shards:
   @functools.cached_property
   def fingerprint(self) -> str:
     """16 hex digits of shard names, sizes, edge checksums and record counts; not of the place."""
-    shards = [(fs.basename(i.path), i.size, i.fingerprint, len(i)) for i in self.indexes]
-    return hashlib.sha256(json.dumps(shards).encode()).hexdigest()[:16]
+    return manifest.fingerprint(self.indexes)
 
   def locate(self, record: int) -> tuple[str, int]:
     """The shard that holds a record, and the offset of the record's data in it."""
