@@ -45,24 +45,24 @@ TESTED: Mapping[str, Versions] = MappingProxyType(
     "pillow": Versions("11.0.0", "13.0.0"),
   }
 )
-# What our own packages depend on; they are installed from a checkout, and their pyproject.toml has
-# the lower bounds.
+# What our own packages depend on. They are installed from a checkout; their pyproject.toml has the
+# lower bounds, and these are the first releases within them.
 OWN: Mapping[str, Mapping[str, Versions]] = MappingProxyType(
   {
     "packages/ov-models": {
       "flax": Versions("0.12.4", "0.12.8"),
       "jax": Versions("0.9.1", "0.10.2"),
-      "numpy": Versions("2.0", "2.4.6"),
-      "safetensors": Versions("0.5", "0.8.0"),
+      "numpy": Versions("2.0.0", "2.4.6"),
+      "safetensors": Versions("0.5.0", "0.8.0"),
     },
     "packages/ov-data": {
-      "cykooz-resizer": Versions("4.0", "4.0.1"),
-      "google-crc32c": Versions("1.5", "1.9.0"),
-      "numpy": Versions("2.0", "2.4.6"),
-      "pillow": Versions("11.0", "13.0.0"),
-      "protobuf": Versions("5.0", "7.36.2"),
-      "simplejpeg": Versions("1.8", "1.9.0"),
-      "tokenizers": Versions("0.20", "0.23.3"),
+      "cykooz-resizer": Versions("4.0.1", "4.0.1"),
+      "google-crc32c": Versions("1.5.0", "1.9.0"),
+      "numpy": Versions("2.0.0", "2.4.6"),
+      "pillow": Versions("11.0.0", "13.0.0"),
+      "protobuf": Versions("5.26.0", "7.36.2"),
+      "simplejpeg": Versions("1.8.0", "1.9.0"),
+      "tokenizers": Versions("0.20.0", "0.23.3"),
     },
   }
 )
