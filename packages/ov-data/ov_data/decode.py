@@ -240,10 +240,10 @@ def _decoded(data: bytes, header: Header, scale: int = 1, fast: bool = True) -> 
           header = dataclasses.replace(header, has_end=True)
     if not header.has_end:
       raise DecodeError("truncated image", f"{len(data)} bytes")
-  return _upright(_pillow(data, header, scale, fast), header.orientation)
+  return _upright(_pillow(data, header, scale), header.orientation)
 
 
-def _pillow(data: bytes, header: Header, scale: int, fast: bool) -> Pixels:
+def _pillow(data: bytes, header: Header, scale: int) -> Pixels:
   """Decode to RGB with Pillow, a JPEG at 1/scale."""
   clean = header.without_metadata(data)
   try:
