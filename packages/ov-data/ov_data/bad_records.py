@@ -55,11 +55,16 @@ class BadRecords:
     max_fraction: fraction of bad records past which `add` raises.
     num_examples: records in all; if none of so many is good, `add` raises whatever the fraction.
 
+  Raises:
+    ValueError: max_fraction is no fraction.
+
   Attributes:
     counts: bad records by reason.
   """
 
   def __init__(self, max_fraction: float, num_examples: int):
+    if not 0 <= max_fraction <= 1:
+      raise ValueError(f"max_bad_fraction={max_fraction}: expected a fraction from 0 to 1")
     self.counts: Counter[str] = Counter()
     self._max_fraction = max_fraction
     self._num_examples = num_examples

@@ -67,6 +67,8 @@ class Order:
         f"{len(self.sizes)} sources and {len(self.weights)} weights; expected as "
         "many weights as sources, and at least one"
       )
+    if not -(2**63) <= self.seed < 2**63:
+      raise ValueError(f"seed={self.seed}: expected an integer of 64 bits")
     if min(self.sizes) < 1:
       raise ValueError(f"sizes={self.sizes}: every source needs at least one record")
     if not all(0 < weight < math.inf for weight in self.weights):

@@ -50,6 +50,12 @@ class Source:
   image_root: str | None = None
   format: str = "auto"
 
+  def __post_init__(self) -> None:
+    if isinstance(self.caption_keys, str):
+      raise ValueError(
+        f"caption_keys={self.caption_keys!r}: expected a tuple of names, ({self.caption_keys!r},)"
+      )
+
   @property
   def paths(self) -> tuple[str, ...]:
     """`path` as a tuple."""

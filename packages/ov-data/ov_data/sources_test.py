@@ -270,3 +270,10 @@ def test_tensorflow_datasets_directory(tmp_path):
   for split in (None, "full", "full[:2]"):
     _fails(message, path=str(tmp_path), split=split)
   _fails(message, path=f"{tmp_path}/pairs-full.tfrecord-*")
+
+
+def test_caption_keys_that_are_one_name():
+  with pytest.raises(
+    ValueError, match=r"caption_keys='txt': expected a tuple of names, \('txt',\)"
+  ):
+    Source("data", caption_keys="txt")

@@ -119,8 +119,8 @@ class TextReader:
   ):
     if captions not in ("random", "first", "all"):
       raise ValueError(f"captions={captions!r}: expected 'random', 'first' or 'all'")
-    if specs is None and length is None:
-      raise ValueError("text_len=None: expected the tokens of a caption, or texts=...")
+    if specs is None and (length is None or length < 1):
+      raise ValueError(f"text_len={length}: expected the tokens of a caption, or texts=...")
     if taken := _BATCH_NAMES & set(specs or ()):
       raise ValueError(f"texts: {', '.join(sorted(taken))} are names of the batch itself")
     self._tokenizer = tokenizer

@@ -22,7 +22,7 @@ import numpy as np
 import tokenizers
 from tokenizers import pre_tokenizers
 
-from ov_data import bert, outputs, word_pieces
+from ov_data import bert, fs, outputs, word_pieces
 
 MAX_CHARS = 16_384  # of a text; what follows is cut off before tokenising
 # More texts in a call are spread over the library's threads. For fewer, waking them costs more than
@@ -30,6 +30,7 @@ MAX_CHARS = 16_384  # of a text; what follows is cut off before tokenising
 _FEW_TEXTS = 64
 
 TOKENIZER_FILE = "tokenizer.json"
+_MAX_BYTES = 256 << 20  # of a vocabulary
 _PACKING_FILE = "packing.json"  # written last: a folder without it is incomplete
 
 _TRAINED_SPECIALS = ("[PAD]", "[bos]", "[eos]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -89,7 +90,8 @@ class Tokenizer:
   def from_vocab(cls, path: str | os.PathLike[str], *, append_cls: bool = False) -> "Tokenizer":
     """From a WordPiece vocabulary: UTF-8 text, one token a line, the line number is the id.
 
-    A byte order mark at the beginning is no part of the first token.
+    A byte order mark at the beginning is no part of the first token. Empty lines at the end are
+    ignored.
 
     Text is prepared as by TensorFlow Text's BertTokenizer(lower_case=True), which the OpenVision
     models were trained with. Note that this is not what Hugging Face's BERT normaliser does: it
@@ -99,14 +101,14 @@ class Tokenizer:
       ValueError: not UTF-8, an empty or a repeated line, or no [PAD], [bos], [eos], [UNK].
       FileNotFoundError: no such file.
     """
-    data = pathlib.Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)
+    data = _read(path).removeprefix(codecs.BOM_UTF8)
     try:
       text = data.decode("utf-8")
     except UnicodeDecodeError as error:
       number = data.count(b"\n", 0, error.start) + 1
       raise ValueError(f"vocabulary {path}, line {number}: not UTF-8 ({error.reason}).") from None
     vocabulary: dict[str, int] = {}
-    for i, line in enumerate(text.removesuffix("\n").split("\n")):
+    for i, line in enumerate(text.rstrip("\r\n").split("\n")):
       token = line.removesuffix("\r")
       if not token:
         raise ValueError(f"vocabulary {path}, line {i + 1}: empty; every line is one token.")
@@ -115,7 +117,10 @@ class Tokenizer:
         raise ValueError(f"vocabulary {path}, line {i + 1}: {token!r} stands on line {first} too.")
       vocabulary[token] = i
     if "[UNK]" not in vocabulary:
-      raise ValueError(f"vocabulary {path}: no [UNK] token among its {len(vocabulary)} lines.")
+      raise ValueError(
+        f"vocabulary {path}: no [UNK] token among its {len(vocabulary)} lines; expected one token "
+        "a line, as in vocab.txt of BERT."
+      )
     try:
       return cls(bert.backend(vocabulary), append_cls=append_cls)
     except ValueError as error:
@@ -129,7 +134,7 @@ class Tokenizer:
       ValueError: not such a file, or without tokens for padding, beginning and end.
       FileNotFoundError: no such file.
     """
-    text = pathlib.Path(path).read_bytes()
+    text = _read(path).removeprefix(codecs.BOM_UTF8)
     try:
       backend = tokenizers.Tokenizer.from_buffer(text)
     except Exception as error:  # the library raises bare Exception
@@ -348,6 +353,15 @@ def _clean(text: str | bytes) -> str:
   if text.isascii():
     return text
   return text.encode("utf-8", "replace").decode("utf-8")  # lone surrogates become "?"
+
+
+def _read(path: str | os.PathLike[str]) -> bytes:
+  """Return the content of a local file; FileNotFoundError where it is no regular one."""
+  name = os.fsdecode(path)
+  fs.check_name(name)
+  if fs.is_remote(name):
+    raise FileNotFoundError(f"{name}: expected a local file; copy it to a disk first")
+  return fs.read_regular(name, _MAX_BYTES)
 
 
 def _missing_special(role: str, vocabulary: dict[str, int]) -> str:

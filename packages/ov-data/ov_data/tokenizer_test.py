@@ -416,6 +416,25 @@ def test_wrong_vocabulary_files(tmp_path: pathlib.Path):
     Tokenizer.from_file(path)
 
 
+@pytest.mark.parametrize("read", [Tokenizer.from_vocab, Tokenizer.from_file])
+def test_what_is_no_regular_file_is_never_waited_for(tmp_path: pathlib.Path, read):
+  os.mkfifo(tmp_path / "pipe")
+  for path in (tmp_path / "pipe", "/dev/zero", tmp_path, ""):
+    with pytest.raises(FileNotFoundError):
+      read(path)
+  with pytest.raises(FileNotFoundError, match="gs://a/vocab.txt: expected a local file; copy it"):
+    read("gs://a/vocab.txt")
+
+
+def test_empty_lines_at_the_end_of_a_vocabulary(tmp_path: pathlib.Path):
+  path = _write_vocabulary(tmp_path / "vocab.txt", ["[PAD]", "[bos]", "[eos]", "[UNK]", "a"])
+  path.write_bytes(path.read_bytes() + b"\n\r\n")
+  assert Tokenizer.from_vocab(path).vocab_size == 5
+  path.write_bytes(b"[PAD]\n\n[bos]\n")
+  with pytest.raises(ValueError, match="line 2: empty; every line is one token"):
+    Tokenizer.from_vocab(path)
+
+
 def test_vocabulary_with_byte_order_mark(tmp_path: pathlib.Path):
   plain = _write_vocabulary(tmp_path / "plain.txt", ["[PAD]", "[bos]", "[eos]", "[UNK]", "a"])
   marked = tmp_path / "marked.txt"
