@@ -7,6 +7,7 @@ error. Lines end with `\\n`, `\\r\\n` or `\\r`; empty lines after the last entry
 
 from collections.abc import Iterable
 import json
+import os
 from pathlib import Path
 import re
 from typing import Any
@@ -17,9 +18,9 @@ _LINE_END = re.compile("\r\n|\n|\r")
 def normalise_name(text: str) -> str:
   """Return a name as class lists and labels are compared: without line breaks and outer spaces.
 
-  Every run of whitespace, line breaks included, becomes one space.
+  Every run of whitespace, line breaks included, becomes one space. Byte order marks are dropped.
   """
-  return " ".join(text.split())
+  return " ".join(text.replace("\ufeff", "").split())
 
 
 def read_list(path: str, kind: str) -> tuple[str, ...]:
@@ -35,10 +36,10 @@ def read_list(path: str, kind: str) -> tuple[str, ...]:
   Raises:
     ValueError: there is no such file, it is not UTF-8 or no list of strings, or an entry is empty.
   """
-  file = Path(path).expanduser()
-  if not file.is_file():
-    what = "a file, but a folder" if file.is_dir() else "a file"
-    raise ValueError(f"{path!r} is neither {kind} nor {what}; give one of them.")
+  file = _path(path)
+  if not os.path.isfile(file):
+    what = "a file, but a folder" if os.path.isdir(file) else "a file"
+    raise ValueError(f"{path[:200]!r} is neither {kind} nor {what}; give one of them.")
   if file.suffix == ".json":
     value = read_json(path)
     if not isinstance(value, list):
@@ -65,7 +66,7 @@ def read_json(path: str) -> Any:
     found: dict[str, Any] = {}
     for name, value in pairs:
       if name in found:
-        raise ValueError(f"{path} holds {name!r} twice; give every class one entry.")
+        raise KeyError(name)
       found[name] = value
     return found
 
@@ -78,6 +79,10 @@ def read_json(path: str) -> Any:
     raise ValueError(
       f"{path} is nested too deeply; expected a list or an object of lists."
     ) from None
+  except KeyError as error:
+    raise ValueError(f"{path} holds {error.args[0]!r} twice; give every class one entry.") from None
+  except ValueError:  # the only other one of json.loads
+    raise ValueError(f"{path} is not JSON: a number of over 4300 digits.") from None
 
 
 def read_prompts(path: str) -> dict[str, tuple[str, ...]] | None:
@@ -118,6 +123,11 @@ def _checked(path: str, entries: Iterable[Any], what: str, first: int) -> list[s
       raise ValueError(
         f"{path}, {what} {number}: expected a text in quotes, got {type(entry).__name__}."
       )
+    if any("\ud800" <= character <= "\udfff" for character in entry):
+      raise ValueError(
+        f"{path}, {what} {number}: {entry!r:.80} has half of a surrogate pair; write the character "
+        "itself."
+      )
     if not (name := normalise_name(entry)):
       raise ValueError(
         f"{path}, {what} {number} is empty, but the position of an entry is its number; write a "
@@ -127,8 +137,13 @@ def _checked(path: str, entries: Iterable[Any], what: str, first: int) -> list[s
   return found
 
 
+def _path(path: str) -> Path:
+  """Return the path with `~` expanded; that of an unknown user as it is."""
+  return Path(os.path.expanduser(path))
+
+
 def _read_text(path: str) -> str:
-  data = Path(path).expanduser().read_bytes()
+  data = _path(path).read_bytes()
   try:
     return data.decode("utf-8-sig")
   except UnicodeDecodeError as error:

@@ -2,12 +2,19 @@
 
 import pytest
 
-from ov_eval.lists import normalise_name, read_prompts
+from ov_eval.lists import normalise_name, read_list, read_prompts
 
 
 def test_names_have_one_normal_form():
   assert normalise_name(" a\tred \r\n dog\u2028\u00a0") == "a red dog"
   assert normalise_name("\n \u3000") == ""
+  assert normalise_name("\ufeffcat") == "cat"  # of files that were put together
+
+
+@pytest.mark.parametrize("path", ["none", "~no-such-user/a", "x" * 5000, "a\0b", "/dev/zero", ""])
+def test_paths_that_are_no_file(path):
+  with pytest.raises(ValueError, match="is neither a set nor a file"):
+    read_list(path, "a set")
 
 
 def test_classes_and_prompts_keep_their_order(tmp_path):
@@ -31,6 +38,8 @@ def test_classes_and_prompts_keep_their_order(tmp_path):
     ('{"a": "x"}', "class 'a' has 'x'; expected a list of prompts"),
     ('"a"', "expected an object of class names with lists of prompts, got str"),
     ("{", "is not JSON"),
+    ("[" + "1" * 5000 + "]", "is not JSON: a number of over 4300 digits"),
+    ('{"a\\ud800": ["x"]}', "class 0: .* has half of a surrogate pair"),
   ],
 )
 def test_files_that_would_shift_numbers_are_refused(tmp_path, content, message):
