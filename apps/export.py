@@ -8,12 +8,14 @@ Every folder is loaded in its library before it is handed over. Where one disagr
 in which block, nothing is left behind, and the exit code is 1.
 """
 
+import io
 import json
 from pathlib import Path
 import sys
 
 from absl import flags
 
+from apps.exporter import places
 from apps.trainer.errors import UserError, run_app, user_errors
 
 FORMATS = ("safetensors", "open_clip", "timm", "transformers", "onnx", "stablehlo")
@@ -44,6 +46,8 @@ flags.DEFINE_alias("to-workdir", "to_workdir")
 
 
 def main() -> None:
+  if isinstance(sys.stdout, io.TextIOWrapper):  # paths may hold bytes that are no UTF-8
+    sys.stdout.reconfigure(errors="surrogateescape")
   if _FROM.value or _TO_WORKDIR.value:
     _import()
     return
@@ -54,11 +58,10 @@ def main() -> None:
     )
   if _DRY_RUN.value and not _PUSH.value:
     raise UserError("--dry_run says what --push_to_hub=org/name would do; give that too")
-  out = Path(_OUT.value).expanduser()
   formats = _formats()
+  with user_errors():
+    out = (places.new if _WORKDIR.value else places.existing)("--out=", _OUT.value)
   if _WORKDIR.value:
-    if out.exists():
-      raise UserError(f"--out={out} exists; remove it or choose another folder")
     _export(_WORKDIR.value, formats, out)
   else:
     formats = _exported(out)
@@ -82,11 +85,19 @@ def _formats() -> list[str]:
 
 
 def _exported(out: Path) -> list[str]:
-  """The formats of an export made before."""
+  """Return the formats of an export made before."""
   try:
-    return json.loads((out / "export.json").read_text("utf-8"))["formats"]
-  except (OSError, ValueError, KeyError) as error:
+    content = json.loads((out / "export.json").read_text("utf-8"))
+  except (OSError, ValueError) as error:
     raise UserError(f"--out={out} is no export to upload: {error}; give --workdir too") from error
+  formats = content.get("formats") if isinstance(content, dict) else None
+  known = isinstance(formats, list) and all(name in FORMATS for name in formats)
+  if not formats or not known:
+    raise UserError(
+      f"--out={out} is no export to upload: formats in export.json is {formats!r}; expected some "
+      f"of {', '.join(FORMATS)}: give --workdir too"
+    )
+  return formats
 
 
 def _export(workdir: str, formats: list[str], out: Path) -> None:
@@ -98,6 +109,7 @@ def _export(workdir: str, formats: list[str], out: Path) -> None:
   with user_errors():
     if _PUSH.value:
       hub.check(formats, _PUSH.value, dry_run=_DRY_RUN.value)
+    pictures = places.existing("--pictures=", _PICTURES.value) if _PICTURES.value else None
     source = load_source(
       workdir,
       step=_STEP.value,
@@ -105,7 +117,6 @@ def _export(workdir: str, formats: list[str], out: Path) -> None:
       image_size=_IMAGE_SIZE.value,
       dtype=_DTYPE.value,
     )
-    pictures = Path(_PICTURES.value).expanduser() if _PICTURES.value else None
     agreed = exporting.export(source, formats, out, pictures, _LICENSE.value, Terminal())
   if not agreed:
     sys.exit(1)
@@ -119,7 +130,7 @@ def _import() -> None:
   with user_errors():
     lines = importer.import_model(
       _FROM.value,
-      Path(_TO_WORKDIR.value).expanduser(),
+      places.new("--to_workdir=", _TO_WORKDIR.value),
       image_size=_IMAGE_SIZE.value,
       num_heads=_NUM_HEADS.value,
     )

@@ -92,7 +92,8 @@ def facts_of(kind: str, source: Source, parity: Mapping[str, Any], license_name:
 
 def write_card(folder: Path, facts: CardFacts) -> None:
   """Writes README.md into a folder of one format."""
-  (folder / "README.md").write_text(render(facts), "utf-8")
+  page = render(facts)
+  (folder / "README.md").write_text(page, "utf-8", errors="backslashreplace")
 
 
 def render(facts: CardFacts) -> str:

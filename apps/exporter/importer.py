@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from typing import Any
 
+from apps.exporter import places
 from apps.trainer.checkpoint import Checkpoints
 from ov_convert.reading import inside
 from ov_convert.release import Imported, Words, portable
@@ -53,8 +54,7 @@ def import_model(
       Nothing is left behind.
   """
   kind, path = _parse(spec)
-  if to_workdir.exists() and not (to_workdir.is_dir() and not any(to_workdir.iterdir())):
-    raise ValueError(f"{to_workdir} exists and is not empty; choose another folder")
+  to_workdir = places.new("", str(to_workdir))
   found = _read(kind, path, python, image_size, num_heads)
   origin = f"{kind}:{path.resolve().name}"
   notes = write_workdir(to_workdir, found, origin, path)
@@ -103,10 +103,7 @@ def _parse(spec: str) -> tuple[str, Path]:
   kind, _, name = spec.partition(":")
   if kind not in FORMATS or not name:
     raise ValueError(f"{spec!r} is no FORMAT:PATH; formats are {', '.join(FORMATS)}")
-  path = Path(name).expanduser()
-  if not path.is_dir():
-    raise ValueError(f"{spec}: there is no folder {path}")
-  return kind, path
+  return kind, places.existing(f"{kind}:", name)
 
 
 def _read(

@@ -125,8 +125,8 @@ def test_the_vocabulary_beside_a_checkpoint(tmp_path):
 
   vocabulary.write_text("\n".join(f"word{i}" for i in range(30)))
   lines = import_model(spec, tmp_path / "without", **options)
-  note = "its tokenizer is left out: vocabulary vocab.txt: no [UNK] token among its 30 lines."
-  assert f"  note: {note}" in lines
+  note = "its tokenizer is left out: vocabulary vocab.txt: no [UNK] token among its 30 lines"
+  assert any(line.startswith(f"  note: {note}") for line in lines)
   vocabulary.unlink()
   (tmp_path / "secret.txt").write_text("\n".join(tokens))
   vocabulary.symlink_to("../secret.txt")

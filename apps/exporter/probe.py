@@ -35,14 +35,21 @@ def pictures(folder: Path | None, count: int = _NUM_PICTURES) -> list[bytes]:
   """Encoded pictures: the first of `folder`, else drawn ones.
 
   Raises:
-    ValueError: the folder holds none.
+    ValueError: the folder holds none, or one that cannot be decoded.
   """
   if folder is None:
     return [_drawn(number) for number in range(count)]
-  files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES)[:count]
+  files = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix.lower() in _SUFFIXES)
+  files = files[:count]
   if not files:
     raise ValueError(f"--pictures={folder}: no file that ends in {', '.join(_SUFFIXES)}")
-  return [file.read_bytes() for file in files]
+  encoded = [file.read_bytes() for file in files]
+  for file, data in zip(files, encoded, strict=True):
+    try:
+      decode.full(data)
+    except (ValueError, OSError) as error:
+      raise ValueError(f"{file} cannot be decoded: {error}; remove it from --pictures") from error
+  return encoded
 
 
 def write_probe(folder: Path, source: Source, encoded: Sequence[bytes]) -> dict[str, np.ndarray]:

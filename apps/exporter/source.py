@@ -104,7 +104,8 @@ def load_source(
 def _checkpoints(workdir: Workdir) -> str:
   """Where a run keeps them: in its workdir unless its config says otherwise."""
   if not workdir.path.is_dir():
-    raise ValueError(f"--workdir={workdir.place}: there is no such folder")
+    found = "it is a file, not a folder" if workdir.path.exists() else "there is no such folder"
+    raise ValueError(f"--workdir={workdir.place}: {found}; expected that of a run or an import")
   file = workdir.path / "config.json"
   elsewhere = json.loads(file.read_text()).get("checkpoint", {}).get("dir") if file.exists() else ""
   return elsewhere or workdir.place

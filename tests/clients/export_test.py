@@ -113,7 +113,12 @@ def test_mistakes_are_one_line(clip, cache, tmp_path):
     ([f"--workdir={clip}", out, "--format=timn"], "timn is no format; there are safetensors, open"),
     ([f"--workdir={clip}", out, "--dtype=int8"], "flag --dtype=int8"),
     ([f"--workdir={clip}", out, "--dry_run"], "--dry_run says what --push_to_hub"),
-    ([f"--workdir={clip}", f"--out={clip}"], "exists; remove it or choose another folder"),
+    ([f"--workdir={clip}", f"--out={clip}"], "exists and is not empty; choose another folder"),
+    ([f"--workdir={clip}", "--out=gs://bucket/x"], "--out=gs://bucket/x is remote"),
+    (
+      [f"--from=timm:{tmp_path}", "--to_workdir=gs://bucket/x"],
+      "--to_workdir=gs://bucket/x is remote",
+    ),
     ([f"--workdir={tmp_path}/none", out], "there is no such folder"),
     ([f"--workdir={clip}", out, "--step=7"], "no checkpoint of step 7"),
     ([f"--workdir={clip}", out, "--image_size=7"], "smaller than one patch of 16"),

@@ -128,6 +128,26 @@ def test_published_architectures():
     assert open_clip_config.misfits(model) == []
 
 
+# Fields of text_cfg and vision_cfg that open_clip 2.23 knows; tokenizer_mode came with 3.0.
+_KNOWN_TO_2_23 = {
+  "layers", "width", "heads", "head_width", "mlp_ratio", "patch_size", "image_size", "no_ln_pre",
+  "final_ln_after_pool", "pool_type", "act_kwargs", "norm_kwargs", "context_length", "vocab_size",
+  "hf_tokenizer_name", "embed_cls", "pad_id", "no_causal_mask",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("append_cls", [True, False])
+def test_fields_that_older_versions_lack_are_written_only_where_they_are_not_the_default(
+  append_cls,
+):
+  config = TOWERS if append_cls else with_text(pool="argmax", mask="causal")
+  words = testing.words(append_cls=append_cls)
+  for source in (testing.release(config, words=words), testing.release(VIT)):
+    model = open_clip_config.write(source)["model_cfg"]
+    newer = (model["text_cfg"].keys() | model["vision_cfg"].keys()) - _KNOWN_TO_2_23
+    assert newer == ({"tokenizer_mode"} if append_cls and source.text is not None else set())
+
+
 # The library's arithmetic against ours. 1e-5 of the largest entry: sums of up to 40 products in
 # float32 differ by 2e-6 in the order of their terms.
 RUNS = {
