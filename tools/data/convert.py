@@ -108,7 +108,7 @@ def convert(source: str, output: Path) -> writer.Summary:
       "kind": f"converted {found.format}",
       "version": 2,
       "items": len(found.items),
-      "digest": shards.digest(found),
+      "content of the input": shards.digest(found),
       "options": dataclasses.asdict(options),
       "holdout": _HOLDOUT.value,
       "seed": common_flags.SEED.value,

@@ -115,8 +115,23 @@ def check_counts(indexes: Sequence[ShardIndex]) -> dict[str, int]:
         key = (match["stem"], int(match["count"]), match["rest"])
         opened.setdefault(key, {})[int(match["number"])] = index
     for key in opened.keys() & sets.keys():
+      _check_no_other(sets[key], opened[key], inside)
       lost |= _compare(sets[key], key[1], opened[key])
   return lost
+
+
+def _check_no_other(
+  known: ShardSet, opened: Mapping[int, ShardIndex], inside: Sequence[ShardIndex]
+) -> None:
+  """Raise ValueError for shards read together with a set of which they are no part."""
+  for index in inside:
+    name = fs.basename(index.path)
+    if name.startswith((f"{known.split}-", f"{known.split}.")) and not NUMBERED.fullmatch(name):
+      raise ValueError(
+        f"{known.manifest}: split {known.split!r} has {len(opened)} shards here, and "
+        f"{fs.printable(name)} next to them is none of them; move it to another folder, or name "
+        "the shards with a glob"
+      )
 
 
 def _compare(known: ShardSet, count: int, opened: Mapping[int, ShardIndex]) -> dict[str, int]:

@@ -78,3 +78,12 @@ def test_an_index_without_its_shard_is_not_taken_for_one(tmp_path):
     (data / _name(number)).unlink()
   with pytest.raises(ValueError, match=r"no \*.tfrecord\* file of split 'train' in it$"):
     _open(data)
+
+
+def test_a_shard_that_the_manifest_does_not_list(tmp_path):
+  data = _data(tmp_path)
+  shutil.copy(data / _name(0), data / "train-copy.tfrecord")
+  with pytest.raises(ValueError, match=r"train-copy\.tfrecord next to them is none of them; move"):
+    _open(data)
+  assert len(shards.Shards([f"{data}/train-0*"], Split(None))) == 6
+  assert len(shards.Shards([f"{data}/train-copy.tfrecord"], Split(None))) == 3
