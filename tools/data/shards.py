@@ -108,7 +108,7 @@ def plan(
     seed: of the hash.
 
   Raises:
-    ValueError: holdout is no fraction, or the input has splits of its own.
+    ValueError: holdout is no fraction, or the input has its own splits.
   """
   check_holdout(holdout)
   splits: dict[str, list[Item]] = {}

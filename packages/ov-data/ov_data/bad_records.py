@@ -30,7 +30,7 @@ log = logging.getLogger("ov_data")
 
 
 class TooManyBadRecords(RuntimeError):
-  """More of the data are broken than the run was told to accept."""
+  """More records are broken than `max_bad_fraction` allows, or none is good."""
 
 
 @dataclasses.dataclass(frozen=True)

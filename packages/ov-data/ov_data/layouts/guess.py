@@ -1,6 +1,6 @@
 """Finds out which layout a path has; asks for a choice where it could be several."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import os
 import re
 import stat
@@ -214,6 +214,6 @@ def _found(tree: Tree) -> str:
   )
 
 
-def _some(names: object) -> str:
-  listed = [str(name) for name in names]  # type: ignore[attr-defined]
+def _some(names: Iterable[str]) -> str:
+  listed = [*names]
   return ", ".join(listed[:4]) + (" ..." if len(listed) > 4 else "")
