@@ -8,7 +8,7 @@ LIBRARY = {
   "ov_models": {"jax", "flax", "einops", "numpy", "safetensors"},
   "ov_losses": {"jax", "flax", "einops", "numpy"},
   "ov_sharding": {"jax", "flax", "einops", "numpy"},
-  "ov_eval": {"jax", "numpy", "scipy"},
+  "ov_eval": {"jax", "numpy", "regex", "scipy"},
   "ov_data": {
     "cykooz_resizer", "google_crc32c", "numpy", "pillow", "protobuf", "simplejpeg", "tokenizers",
   },

@@ -22,7 +22,7 @@ without() {  # without NAME...: overrides that leave these distributions out of 
 }
 
 # open_clip_torch is there for a file of names: what the package imports stays out.
-compile requirements --override <(without torch torchvision timm ftfy regex) "$@"
+compile requirements --override <(without torch torchvision timm ftfy) "$@"
 # What both environments have, they have in one version. torch comes by itself: see requirements-clients.in.
 compile requirements-clients --constraint requirements.lock --override <(without torch) "$@"
 # An extra holds only what it adds to requirements.lock, at versions that agree with it.
