@@ -50,7 +50,8 @@ class ViTConfig(TransformerConfig):
   """A vision tower.
 
   Attributes:
-    patch_size: P, pixels; right and bottom pixels that fill no patch are dropped.
+    patch_size: P, pixels; right and bottom pixels that fill no patch are ignored, see
+      `dropped_pixels`.
     image_size: pixels, the size learned positions are made for. Forward takes any size.
     position: "sincos2d" computed and never stored, "learned" a table [1 + T, D].
     pool: "gap" norm of the mean patch, "tok" the normed cls token, "map" attention pooling over
@@ -101,6 +102,15 @@ class ViTConfig(TransformerConfig):
         "give a larger image or a smaller patch_size."
       )
     return height // self.patch_size, width // self.patch_size
+
+  def dropped_pixels(self, height: int, width: int) -> tuple[int, int]:
+    """Rows at the bottom and columns at the right of an image that fill no patch and are ignored.
+
+    (0, 0) where both sides are multiples of `patch_size`. Published models are trained at sizes
+    where it is not: So400m/14 at 384 pixels ignores 6 rows and 6 columns.
+    """
+    rows, columns = self.grid_of(height, width)
+    return height - rows * self.patch_size, width - columns * self.patch_size
 
   @property
   def grid(self) -> tuple[int, int]:

@@ -198,3 +198,29 @@ def test_one_trace_over_several_steps():
 
   for i in range(3):
     step(params, images() + i, jax.random.key(i))
+
+
+@pytest.mark.parametrize(
+  ("name", "sides", "dropped"),
+  [
+    ("So400m/14", (384, 384), (6, 6)),
+    ("L/14", (224, 224), (0, 0)),
+    ("mu/16", (40, 47), (8, 15)),
+    ("mu/16", (16, 31), (0, 15)),
+  ],
+)
+def test_pixels_that_fill_no_patch_are_counted(name, sides, dropped):
+  assert ViTConfig.from_name(name).dropped_pixels(*sides) == dropped
+
+
+def test_pixels_that_fill_no_patch_change_nothing():
+  config = dataclasses.replace(VIT, patch_size=8)  # 20 pixels: 2 patches and 4 pixels
+  assert config.dropped_pixels(20, 20) == (4, 4)
+  whole = images(20)
+  border = whole.at[:, 16:].set(99.0).at[:, :, 16:].set(-99.0)
+  params = random_params(config)
+  chex.assert_trees_all_equal(run(config, whole, params=params), run(config, border, params=params))
+  inside = whole.at[:, 15, 15].set(99.0)
+  assert not np.allclose(
+    run(config, inside, params=params).pooled, run(config, whole, params=params).pooled
+  )
