@@ -12,7 +12,7 @@ that the published models were trained and evaluated on.
 
 Of metadata only the EXIF orientation is read, and applied. Transparent pixels are laid over white,
 as a browser shows them; of an animation the first frame is used; 16-bit samples keep their upper 8
-bits.
+bits. A PNG of which a checksum that matters is wrong is refused; other formats have none.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image
 import simplejpeg
 
-from ov_data import resample
+from ov_data import png_chunks, resample
 from ov_data.hashing import Uniforms
 from ov_data.image_header import FORMATS as FORMATS
 from ov_data.image_header import JPEG_END, DecodeError, Header, read_header
@@ -245,6 +245,8 @@ def _decoded(data: bytes, header: Header, scale: int = 1, fast: bool = True) -> 
 
 def _pillow(data: bytes, header: Header, scale: int) -> Pixels:
   """Decode to RGB with Pillow, a JPEG at 1/scale."""
+  if header.format == "PNG" and (problem := png_chunks.problem(data)):
+    raise DecodeError("broken image", problem)
   clean = header.without_metadata(data)
   try:
     image = Image.open(io.BytesIO(clean), formats=(header.format,))

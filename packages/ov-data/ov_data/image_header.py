@@ -11,10 +11,11 @@ GIF https://www.w3.org/Graphics/GIF/spec-gif89a.txt, EXIF https://www.cipa.jp/e/
 
 from collections.abc import Callable, Iterator
 import dataclasses
-import itertools
 import re
 import struct
 from typing import Literal
+
+from ov_data import png_chunks
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 JPEG_END = b"\xff\xd9"
@@ -221,35 +222,31 @@ def _jpeg_scans(data: bytes, position: int) -> tuple[int, bool]:
 
 
 def _png(data: bytes) -> Header:
-  position, turned = 8, 1
-  width = height = 0
-  kept = [(0, 8)]
-  tail = b""
-  for number in itertools.count():
-    length, kind = (
-      struct.unpack_from(">I4s", data, position) if position + 8 <= len(data) else (0, b"")
-    )
-    after = position + 12 + length
+  turned, width, height = 1, 0, 0
+  kept = [(0, len(png_chunks.SIGNATURE))]
+  is_cut = False
+  for number, chunk in enumerate(png_chunks.walk(data)):
+    kind, start, stop = chunk
+    length = stop - start - 12
+    is_cut = stop > len(data) and kind in _PNG_PIXEL_CHUNKS
     if number == 0:
       if kind != b"IHDR":
         detail = "Apple's own form (CgBI)" if kind == b"CgBI" else f"begins with {kind!r}"
         raise DecodeError("unsupported PNG" if kind == b"CgBI" else "broken header", detail)
-      width, height = struct.unpack_from(">II", data, position + 8)
-      kept.append((position, after))
+      width, height = struct.unpack_from(">II", data, start + 8)
+      kept.append((start, stop))
     elif kind in _PNG_PIXEL_CHUNKS or (
       kind == b"tRNS" and length in _PNG_TRANSPARENCY.get(data[25], ())
     ):
-      kept.append((position, after))
-    elif kind == b"eXIf":
-      turned = orientation(data[position + 8 : after - 4])
-    if kind in (b"IEND", b"") or after > len(data):
-      # Pixels that are all there do not depend on what should follow them.
-      whole = kind not in _PNG_PIXEL_CHUNKS
-      tail = b"\0\0\0\0IEND\xaeB`\x82" if whole else b""
-      break
+      kept.append((start, stop))
+    elif kind == b"eXIf" and stop <= len(data) and png_chunks.is_sound(data, chunk):
+      turned = orientation(data[start + 8 : stop - 4])
     if number >= _MAX_PARTS:
       raise DecodeError("broken header", f"over {_MAX_PARTS} chunks")
-    position = after
+  if len(kept) == 1:
+    raise DecodeError("truncated image", f"{len(data)} bytes end in the header")
+  # Pixels that are all there do not depend on what should follow them.
+  tail = b"" if is_cut else b"\0\0\0\0IEND\xaeB`\x82"
   return Header("PNG", width, height, turned, kept=tuple(kept), tail=tail)
 
 
@@ -361,7 +358,7 @@ def _bmp(data: bytes) -> Header:
 
 _READERS: dict[bytes, Callable[[bytes], Header]] = {
   b"\xff\xd8\xff": _jpeg,
-  b"\x89PNG\r\n\x1a\n": _png,
+  png_chunks.SIGNATURE: _png,
   b"RIFF": _webp,
   b"GIF87a": _gif,
   b"GIF89a": _gif,

@@ -83,7 +83,7 @@ def _jpeg_with_metadata(rng, orientation):
 
 def _png_with_metadata(rng, orientation):
   png = _encode("PNG")
-  exif = _chunk(b"eXIf", _exif(rng, orientation), valid=rng.random() < 0.5)
+  exif = _chunk(b"eXIf", _exif(rng, orientation))
   others = [
     _chunk(b"tEXt", b"Comment\0" + rng.bytes(30), valid=rng.random() < 0.5),
     _chunk(b"tEXt", b"without an end"),
@@ -286,7 +286,8 @@ def _png_of(width, height):
 )
 def test_shapes_that_cost_too_much(width, height, reason):
   data = _png_of(width, min(height, 10_000))
-  data = data[:16] + struct.pack(">II", width, height) + data[24:]
+  header = struct.pack(">II", width, height) + data[24:29]
+  data = data[:8] + _chunk(b"IHDR", header) + data[33:]
   for read in (
     lambda d: decode.whole(d, 16),
     lambda d: decode.random_crop(d, 16, Uniforms(0), decode.Crop()),
@@ -341,8 +342,11 @@ UNSUPPORTED = {
   "unsupported SVG": b"<svg xmlns=''/>",
   "unknown format: b'<html>40' is none of": b"<html>404</html>",
   "empty file": b"",
-  "broken image: cannot identify image file": _encode()[:25] + b"\5" + _encode()[26:],
+  "broken image: cannot identify image file": _encode()[:8]
+  + _chunk(b"IHDR", _encode()[16:25] + b"\5" + _encode()[26:29])
+  + _encode()[33:],
   "truncated image: 3 bytes": b"\xff\xd8\xff",
+  "truncated image: 8 bytes end in the header": _encode("PNG")[:8],
   "truncated image: 20 bytes end in the header": _encode("PNG")[:20],
   "broken header: 0 x 32 pixels": _encode()[:16] + bytes(4) + _encode()[20:],
   "broken image: GIF without a frame": b"GIF89a" + bytes(7) + b";",
