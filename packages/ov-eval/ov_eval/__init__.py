@@ -4,10 +4,10 @@ from ov_eval.caption_scores import (
   Bleu,
   bleu4,
   caption_metrics,
-  caption_words,
   cider,
   cider_scores,
 )
+from ov_eval.caption_text import caption_words
 from ov_eval.captions import (
   AttributeAccuracy,
   CaptionRecord,

@@ -1,40 +1,25 @@
 """Generated captions against true ones: corpus BLEU-4 and CIDEr-D, as COCO's captions are scored.
 
 Scores equal those of COCO's caption evaluation on equal tokens (BLEU up to the 1e-9 that it adds to
-a count). The tokens are `caption_words`, close to its Penn Treebank tokenizer but not that program.
+a count). The tokens are `caption_text.caption_words` by default.
 """
 
 import collections
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 import dataclasses
 import math
-import re
 import statistics
 from typing import Self
-import unicodedata
 
 import numpy as np
 
+from ov_eval.caption_text import Tokenise, caption_words, compared_words
 from ov_eval.captions import CaptionRecord
 from ov_eval.results import Result
 from ov_eval.states import Mean
 
-Tokenise = Callable[[str], Sequence[str]]
 _ORDER = 4  # longest n-gram
 _SIGMA = 6.0  # of CIDEr-D's penalty on the difference in length
-_WORD = re.compile(r"[^\W_]+(?:['.,\-][^\W_]+)*")  # don't, well-lit, 3.5, 1,000
-_CLITIC = re.compile(r"(?<=\w)(n't|'(?:s|re|ve|ll|d|m))$")
-
-
-def caption_words(text: str) -> list[str]:
-  """Lower-case words without punctuation; hyphens stay, clitics are words of their own.
-
-  >>> caption_words("The dog's well-lit; it doesn't cost $3.50!")
-  ['the', 'dog', "'s", 'well-lit', 'it', 'does', "n't", 'cost', '3.50']
-  """
-  plain = unicodedata.normalize("NFKC", text).replace("\u2019", "'").lower()
-  pieces = (_CLITIC.sub(r" \1", word).split() for word in _WORD.findall(plain))
-  return [piece for word in pieces for piece in word]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -114,7 +99,7 @@ def bleu4(
   Args:
     candidates: N captions.
     references: for each at least one true caption.
-    tokenise: text -> tokens.
+    tokenise: text -> tokens; see `caption_text.compared_words`.
 
   Raises:
     ValueError: if the lengths differ or a candidate has no reference.
@@ -227,7 +212,7 @@ def _similarity(candidate: _Vector, reference: _Vector) -> float:
 
 def _tokens(
   candidates: Sequence[str], references: Sequence[Sequence[str]], tokenise: Tokenise
-) -> list[tuple[Sequence[str], list[Sequence[str]]]]:
+) -> list[tuple[list[str], list[list[str]]]]:
   if isinstance(candidates, str) or len(candidates) != len(references):
     raise ValueError(
       f"{len(candidates)} candidates and {len(references)} lists of references; give each its own."
@@ -236,7 +221,7 @@ def _tokens(
   for i, (text, truths) in enumerate(zip(candidates, references, strict=True)):
     if isinstance(truths, str) or not truths:
       raise ValueError(f"references[{i}] is {truths!r}; expected a list of at least one caption.")
-    pairs.append((tokenise(text), [tokenise(truth) for truth in truths]))
+    pairs.append(compared_words(text, truths, tokenise))
   return pairs
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from ov_eval.caption_text import caption_words, compared_words, is_exact
 from ov_eval.likelihood import Batch
 from ov_eval.processes import gather as gather_processes
 from ov_eval.results import Result
@@ -15,12 +16,12 @@ from ov_eval.states import Mean, Share
 
 @dataclasses.dataclass(frozen=True)
 class CaptionRecord:
-  """A generated caption beside the true ones.
+  """A generated caption and the true ones.
 
   Attributes:
     index: of the example in its data set.
     generated: the model's caption.
-    references: true captions, at least one.
+    references: true captions as in the data set, at least one.
     extras: whatever else the caller wants to keep, such as ground truth.
   """
 
@@ -44,22 +45,29 @@ def generate_captions(
   Args:
     generate_fn: batch -> ids int [B, T] for the rows of this process.
     detokenize: ids [T] -> text.
-    batches: each with `valid` bool [B], `index` int [B] and the true `ids` [B, T], or instead of
-      `ids` a list `references` of B sequences of texts.
+    batches: each with `valid` bool [B], `index` int [B] and `references`, a list of B sequences of
+      texts. These are the texts of the data set: ids turned into text again would have lost what
+      the tokenizer does not keep.
     limit: examples over all processes; None takes every one.
     extras: (batch, row) -> what to keep in `CaptionRecord.extras`.
     gather: value -> values of all processes; called once per batch, so that all stop together.
+
+  Raises:
+    ValueError: a batch has no `references`.
   """
   records: list[CaptionRecord] = []
   for batch in batches:
+    if "references" not in batch:
+      raise ValueError(
+        f"a batch has {', '.join(map(str, batch))}, but no references; give the true captions of "
+        "each row as texts."
+      )
     generated = np.asarray(jax.device_get(generate_fn(batch)))
     mine = [
       CaptionRecord(
         index=int(batch["index"][row]),
         generated=detokenize(generated[row]),
-        references=tuple(batch["references"][row])
-        if "references" in batch
-        else (detokenize(np.asarray(batch["ids"][row])),),
+        references=tuple(batch["references"][row]),
         extras=dict(extras(batch, row)) if extras else {},
       )
       for row in np.flatnonzero(batch["valid"]).tolist()
@@ -78,7 +86,7 @@ class AttributeAccuracy:
     overall: over all attributes.
     by_kind: the same per kind, in the order in which kinds are met.
     all_correct: captions with every attribute right.
-    exact_match: captions equal to a reference, up to case and spaces.
+    exact_match: captions with the words of a reference; see `caption_text.is_exact`.
   """
 
   overall: Share
@@ -119,9 +127,7 @@ def attribute_accuracy(
     overall=_share(sums),
     by_kind={kind: _share(pairs) for kind, pairs in of_kind.items()},
     all_correct=Share.of([right == total for right, total in sums]),
-    exact_match=Share.of(
-      [_plain(r.generated) in {_plain(text) for text in r.references} for r in records]
-    ),
+    exact_match=Share.of([is_exact(r.generated, r.references) for r in records]),
   )
 
 
@@ -130,7 +136,9 @@ def _share(pairs: Sequence[tuple[int, ...]]) -> Share:
 
 
 def caption_statistics(records: Sequence[CaptionRecord]) -> list[Result]:
-  """Length in words, and how many captions differ: a model that says one thing shows here.
+  """Length in words, and how many captions differ: this shows a model that repeats one caption.
+
+  Words are those of `caption_text.caption_words`.
 
   Returns:
     `caption_words` and `reference_words` (means), `distinct_captions` and `distinct_references`
@@ -138,16 +146,12 @@ def caption_statistics(records: Sequence[CaptionRecord]) -> list[Result]:
   """
   if not records:
     return []
-  generated = [_plain(r.generated) for r in records]
-  references = [_plain(text) for r in records for text in r.references]
+  generated = [compared_words(r.generated, ())[0] for r in records]
+  references = [caption_words(text) for r in records for text in r.references]
   results = []
-  for name, texts in (("caption", generated), ("reference", references)):
-    words = Mean.of([len(text.split()) for text in texts])
-    results.append(words.result(f"{name}_words", unit="words"))
-    distinct = len(set(texts)) / len(texts)
-    results.append(Result(f"distinct_{name}s", distinct, len(texts), unit="share"))
+  for name, captions in (("caption", generated), ("reference", references)):
+    length = Mean.of([len(words) for words in captions])
+    results.append(length.result(f"{name}_words", unit="words"))
+    distinct = len(set(map(tuple, captions))) / len(captions)
+    results.append(Result(f"distinct_{name}s", distinct, len(captions), unit="share"))
   return results
-
-
-def _plain(text: str) -> str:
-  return " ".join(text.lower().split())

@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 
 from ov_eval.captions import (
   CaptionRecord,
@@ -15,6 +16,11 @@ def _detokenize(ids):
 
 
 def _batches():
+  for batch in _id_batches():
+    yield {**batch, "references": [(_detokenize(ids),) for ids in batch["ids"]]}
+
+
+def _id_batches():
   yield {
     "index": np.array([10, 11, 12]),
     "valid": np.array([True, False, True]),
@@ -57,6 +63,11 @@ def test_extras_and_references_of_the_batch():
     _generate, _detokenize, [batch], extras=lambda batch, row: {"row": row}
   )
   assert record.references == ("one", "two") and record.extras == {"row": 0}
+
+
+def test_references_are_texts_and_never_made_from_ids():
+  with pytest.raises(ValueError, match="a batch has index, valid, ids, but no references"):
+    generate_captions(_generate, _detokenize, _id_batches())
 
 
 def test_records_of_other_processes_join_and_stop_together():
