@@ -10,6 +10,11 @@ The same command goes on where a stopped run ended. `--check` says what a run wo
 import functools
 from typing import TYPE_CHECKING
 
+from apps.trainer import startup
+
+if __name__ == "__main__":
+  startup.set_up()  # before the imports that take time
+
 from absl import flags
 
 from apps import launch

@@ -12,6 +12,11 @@ checkpoint.
 import functools
 from typing import TYPE_CHECKING
 
+from apps.trainer import startup
+
+if __name__ == "__main__":
+  startup.set_up()  # before the imports that take time
+
 from absl import flags
 
 from apps import launch

@@ -14,6 +14,9 @@ from apps.configs import base as configs_base
 from apps.configs import published
 from apps.trainer.errors import UserError, user_errors
 from apps.trainer.names import leaves, nearest_leaf
+from apps.trainer.settings import check_settings
+from apps.trainer.stages import resolve_stages
+from apps.trainer.startup import printable
 
 if TYPE_CHECKING:
   from apps.trainer.loop import App
@@ -46,15 +49,12 @@ def launch(make_app: Callable[[], "App"], base: str, recipes: str) -> None:
   if config is None or not _WORKDIR.value:
     raise UserError("give --config=apps/configs/NAME.py and --workdir=DIRECTORY")
   with user_errors():
+    for argument in sys.argv:
+      if re.search("[\ud800-\udfff]", argument):  # how Python keeps bytes that are no text
+        raise ValueError(f"{argument}: this is not valid UTF-8; paths and settings must be")
     if missing := _missing_file(sys.argv[1:]):
       raise ValueError(missing)
-    config.lock()  # where the file could not be loaded, this says so
-    _check_kind(config, base, recipes)
-    if problems := _unknown_settings(leaves(config), base):
-      raise ValueError(f"the configuration file: {problems[0]}")
-    if current := published.REMAT.get(config.model.remat):
-      logging.warning("config.model.remat=%s is now called %s", config.model.remat, current)
-      config.model.remat = current
+    check_config(config, base, recipes)
   # Heavy imports wait until the flags are known to be right.
   import jax
 
@@ -72,7 +72,8 @@ def launch(make_app: Callable[[], "App"], base: str, recipes: str) -> None:
   app = make_app()
   code = 0
   with (
-    Hosts(terminal.phase, **config.hosts) as hosts,
+    Hosts(terminal.phase, place=printable(_WORKDIR.value), **config.hosts) as hosts,
+    hosts.told(),
     open_workdir(_WORKDIR.value, writes=not _CHECK.value) as workdir,
   ):
     with user_errors():
@@ -84,6 +85,40 @@ def launch(make_app: Callable[[], "App"], base: str, recipes: str) -> None:
       code = run_training(config, workdir, app, terminal, hosts)
   if code:
     sys.exit(code)
+
+
+def check_config(config: ConfigDict, base: str, recipes: str) -> None:
+  """Check a configuration as far as is possible without devices and data.
+
+  Args:
+    config: of the run; a value of the published code is replaced by its current name.
+    base: as of `launch`.
+    recipes: as of `launch`.
+
+  Raises:
+    ValueError: a setting that is missing, unknown, of another type or out of range.
+  """
+  if not isinstance(config, ConfigDict):
+    raise ValueError(
+      f"get_config of the file of --config returned a {type(config).__name__}; expected a "
+      "ConfigDict, such as caption_config() of apps/configs/base.py"
+    )
+  config.lock()  # where the file could not be loaded, this says so
+  known = getattr(configs_base, base)()
+  check_settings(config)
+  _check_kind(config, known, recipes)
+  if problems := _unknown_settings(leaves(config), base):
+    raise ValueError(f"the configuration file: {problems[0]}")
+  given = set(leaves(config))
+  if missing := [name for name in leaves(known) if name not in given]:
+    raise ValueError(
+      f"the configuration has no setting {missing[0]}; start from {base}() of apps/configs/base.py "
+      "and change single settings, such as config.optimizer.learning_rate"
+    )
+  if current := published.REMAT.get(config.model.remat):
+    logging.warning("config.model.remat=%s is now called %s", config.model.remat, current)
+    config.model.remat = current
+  resolve_stages(config)
 
 
 def explain_flags(base: str, argv: Sequence[str]) -> str | None:
@@ -148,8 +183,8 @@ def _unknown_settings(
   return problems
 
 
-def _check_kind(config: ConfigDict, base: str, recipes: str) -> None:
-  expected, given = set(getattr(configs_base, base)().model), set(config.model)
+def _check_kind(config: ConfigDict, known: ConfigDict, recipes: str) -> None:
+  expected, given = set(known.model), set(config.get("model", ()))
   if given != expected:
     raise ValueError(
       f"this configuration is for another app: config.model has {_some(given - expected)} and "

@@ -1,7 +1,18 @@
-"""Mistakes of the user, told in one line; everything else keeps its traceback."""
+"""Errors that end a program: a line for users, a traceback for bugs, and the exit code.
+
+| Exit code | Meaning |
+|---|---|
+| 0 | done |
+| 1 | a bug, with a traceback |
+| 2 | something the user must change first; launchers do not start the run again |
+| 75 | may pass by itself, such as a full disk; launchers start the run again |
+| 130, 143 | stopped by SIGINT (Ctrl-C) or SIGTERM |
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
+import errno
+import logging as standard_logging
 import os
 import re
 import sys
@@ -9,6 +20,9 @@ import traceback
 from typing import TypeVar
 
 from absl import app, flags, logging
+
+from apps.trainer import startup
+from apps.trainer.startup import printable, program
 
 _T = TypeVar("_T")
 
@@ -18,26 +32,125 @@ class UserError(Exception):
 
 
 class Unreachable(UserError):
-  """What may pass by itself, such as a network that is away; starting again may help."""
+  """An error that may pass by itself, such as a network failure; starting again may help."""
 
 
 AGAIN = 75  # exit code: no mistake, and starting again may help; launchers do
 
-# What the set-up of a run raises for a wrong value, a missing file or a malformed record.
-_SET_UP_ERRORS = (ValueError, OSError, LookupError)
-# What parsing the flags raises; a config file is executed there.
+# Raised by the set-up of a run for a wrong value, a missing file or a malformed record.
+_SET_UP_ERRORS = (
+  ValueError, OSError, LookupError, TypeError, re.error, MemoryError, OverflowError, RecursionError
+)  # fmt: skip
+# Raised while flags are parsed; a config file is executed there.
 _PARSE_ERRORS = (
-  flags.Error, AttributeError, ImportError, NameError, SyntaxError, TypeError, *_SET_UP_ERRORS
+  flags.Error, AttributeError, ImportError, NameError, SyntaxError, *_SET_UP_ERRORS
+)  # fmt: skip
+# Their text alone does not say what happened: 'x' of a KeyError, "" of a MemoryError.
+_NAMED = (LookupError, TypeError, re.error, MemoryError, OverflowError, RecursionError)
+
+_AGAIN_IS = "give the same command again"
+_NO_SPACE = f"free space and {_AGAIN_IS}"
+_NO_RIGHT = f"make it writable and {_AGAIN_IS}, or choose another folder"
+_REMEDIES = {
+  errno.ENOSPC: _NO_SPACE,
+  errno.EDQUOT: _NO_SPACE,
+  errno.EROFS: _NO_RIGHT,
+  errno.EACCES: _NO_RIGHT,
+  errno.EPERM: _NO_RIGHT,
+  errno.ENOENT: f"restore it and {_AGAIN_IS}; another program may have deleted or moved it",
+  errno.EIO: f"check the disk and {_AGAIN_IS}",
+  errno.ESTALE: f"check the network file system and {_AGAIN_IS}",
+}
+# Errors that the user must act on before a new start can help; any other may pass by itself.
+_LASTING = (
+  errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
+  errno.ENAMETOOLONG, errno.ELOOP,
 )  # fmt: skip
 
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-  """Turns the errors of a set-up phase into UserError; the cause stays attached."""
+  """Turn the errors of a set-up phase into UserError; the cause stays attached."""
   try:
     yield
   except _SET_UP_ERRORS as error:
-    raise UserError(str(error) or type(error).__name__) from error
+    kind = Unreachable if _passes(error) else UserError
+    raise kind(_text(error)) from error
+
+
+@contextlib.contextmanager
+def run_errors(place: str, last_checkpoint: Callable[[], int | None]) -> Iterator[None]:
+  """Turn what the machine can do to a running run into UserError, with what is saved.
+
+  Args:
+    place: the workdir, for errors that name no path.
+    last_checkpoint: returns the step of the newest complete checkpoint, None without one.
+
+  Raises:
+    UserError: for OSError (no permission, deleted folder) and MemoryError; Unreachable where the
+      cause may pass by itself, such as a full disk.
+    KeyboardInterrupt: as received, with what is saved added to its text.
+  """
+  try:
+    yield
+  except KeyboardInterrupt as error:
+    error.args = (f"{error or 'interrupted'}; {_saved(last_checkpoint)}{_AGAIN_IS} to resume",)
+    raise
+  except (OSError, MemoryError) as error:
+    kind = Unreachable if _passes(error) else UserError
+    raise kind(f"{_describe(error, place)}; {_saved(last_checkpoint)}{_remedy(error)}") from error
+  except RuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):  # as XLA reports that an array does not fit
+      raise
+    raise UserError(
+      f"the devices have too little memory: {str(error).splitlines()[0]}; "
+      f"{_saved(last_checkpoint)}lower config.batch_size, or raise config.accumulate or "
+      "config.model.remat"
+    ) from error
+
+
+def _passes(error: BaseException) -> bool:
+  """Whether starting again may help; an OSError without a number may be of any kind."""
+  return isinstance(error, OSError) and error.errno is not None and error.errno not in _LASTING
+
+
+def _describe(error: OSError | MemoryError, place: str) -> str:
+  if isinstance(error, MemoryError):
+    return f"this machine has too little memory{f': {error}' if str(error) else ''}"
+  if error.errno is None:
+    return str(error) or type(error).__name__
+  path = error.filename
+  return f"{place if path is None or isinstance(path, int) else os.fsdecode(path)}: " + (
+    error.strerror or os.strerror(error.errno)
+  )
+
+
+def _remedy(error: OSError | MemoryError) -> str:
+  if isinstance(error, MemoryError):
+    return "lower config.batch_size, config.input.num_threads or config.input.shuffle"
+  return _REMEDIES.get(error.errno or 0, f"correct this and {_AGAIN_IS}")
+
+
+def _saved(last_checkpoint: Callable[[], int | None]) -> str:
+  """What the newest checkpoint is; nothing where that cannot be read, as in a deleted workdir."""
+  try:
+    step = last_checkpoint()
+  except Exception as error:
+    logging.debug("last checkpoint: %s", error)
+    return ""
+  return "no checkpoint yet; " if step is None else f"the checkpoint of step {step:,} is complete; "
+
+
+def _text(error: BaseException) -> str:
+  """The message of an error, with its type where the message alone says too little."""
+  text = str(error)
+  if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+    text = _describe(error, "")
+  if isinstance(error, MemoryError):
+    return _describe(error, "")
+  if isinstance(error, _NAMED) or not text:
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+  return text
 
 
 def _message(error: BaseException) -> str:
@@ -66,27 +179,46 @@ def _setting_of_file(error: BaseException) -> str | None:
   return found[1] if found else None
 
 
-def program() -> str:
-  """The name of the app, which its errors begin with."""
-  return os.path.splitext(os.path.basename(sys.argv[0]))[0]
-
-
 def exit_code(error: BaseException) -> int:
   """The exit code of a program that ends with this error."""
   if isinstance(error, SystemExit):
     return error.code if isinstance(error.code, int) else int(error.code is not None)
   if isinstance(error, UserError):
     return AGAIN if isinstance(error, Unreachable) else 2
+  if isinstance(error, startup.Terminated):
+    return 143
   return 130 if isinstance(error, KeyboardInterrupt) else 1
 
 
 def report(error: BaseException) -> int:
-  """Says on stderr what ends the program: a UserError in one line; returns the exit code."""
-  if isinstance(error, UserError) and os.environ.get("OV_TRACEBACK") != "1":
-    print(f"{program()}: error: {' '.join(str(error).split())}", file=sys.stderr)
+  """Print what ends the program to stderr: one line, or a traceback for a bug.
+
+  Returns:
+    The exit code.
+  """
+  with_traceback = os.environ.get("OV_TRACEBACK") == "1"
+  if isinstance(error, KeyboardInterrupt):
+    print(f"{program()}: {_one_line(error) or 'interrupted'}", file=sys.stderr)
+  elif isinstance(error, UserError) and not with_traceback:
+    print(f"{program()}: error: {_one_line(error)}", file=sys.stderr)
   elif not isinstance(error, SystemExit):
-    traceback.print_exception(error)
+    print(printable("".join(traceback.format_exception(error))), file=sys.stderr, end="")
   return exit_code(error)
+
+
+def _one_line(error: BaseException) -> str:
+  return printable(" ".join(str(error).split()))
+
+
+class _PrintableLogs(standard_logging.Formatter):
+  """Escapes control characters in the records of another formatter."""
+
+  def __init__(self, inner: standard_logging.Formatter):
+    super().__init__()
+    self._inner = inner
+
+  def format(self, record: standard_logging.LogRecord) -> str:
+    return printable(self._inner.format(record))
 
 
 def run_app(
@@ -95,7 +227,7 @@ def run_app(
   arguments: bool = False,
   explain: Callable[[Sequence[str]], str | None] | None = None,
 ) -> None:
-  """Runs an absl app in which a UserError ends the program with one line and exit code 2.
+  """Run an absl app in which a UserError ends the program with one line and exit code 2.
 
   Relative paths, the config file's included, are read from where the user stands: `bazel run`
   starts programs elsewhere. OV_TRACEBACK=1 shows the full traceback.
@@ -107,15 +239,25 @@ def run_app(
     explain: gets the command line when its flags cannot be parsed; returns a message with the
       remedy, or None for the message of the parser.
   """
+  startup.set_up()
   logging.set_verbosity(logging.WARNING)  # libraries' chatter; --verbosity=0 shows it
+  handler = logging.get_absl_handler().python_handler
+  handler.stream = sys.stderr
+  handler.setFormatter(_PrintableLogs(logging.PythonFormatter()))
   if "BUILD_WORKING_DIRECTORY" in os.environ:
     os.chdir(os.environ["BUILD_WORKING_DIRECTORY"])
 
   def guarded(function: Callable[[Sequence[str]], _T], argv: Sequence[str]) -> _T:
     try:
       return function(argv)
-    except UserError as error:
+    except (UserError, KeyboardInterrupt) as error:
       sys.exit(report(error))
+    except Exception:
+      # A library may turn the interrupt into an error of its own, as a failed import does.
+      if (number := startup.received()) is None:
+        raise
+      report(KeyboardInterrupt(f"stopped by {startup.describe(number)}"))
+      sys.exit(128 + number)
 
   def parse(argv: Sequence[str]) -> list[str]:
     def parse_flags(args: Sequence[str]) -> list[str]:

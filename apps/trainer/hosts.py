@@ -31,7 +31,7 @@ from typing import Any, NamedTuple, Self
 from absl import logging
 import jax
 
-from apps.trainer.errors import AGAIN, exit_code, program, report
+from apps.trainer.errors import AGAIN, exit_code, program, report, run_errors
 from apps.trainer.slow_hosts import INPUT, STARTING, Beat, SlowHosts
 import ov_sharding
 
@@ -93,17 +93,23 @@ class Hosts:
   """
 
   def __init__(
-    self, say: Callable[[str], None], *, slow_after: float = 60.0, gone_after: float = 30.0
+    self,
+    say: Callable[[str], None],
+    *,
+    place: str = "the workdir",
+    slow_after: float = 60.0,
+    gone_after: float = 30.0,
   ):
     """Reads who takes part; the thread begins with the context.
 
     Args:
       say: prints one line; used by process 0.
+      place: the workdir, for errors that name no path.
       slow_after: seconds that a process may stay behind the others before it is named.
       gone_after: as it was told to `ov_sharding.initialize`.
     """
     self.last_checkpoint: Callable[[], int | None] = lambda: None
-    self._say, self._gone_after = say, gone_after
+    self._say, self._place, self._gone_after = say, place, gone_after
     self._board = ov_sharding.board()
     self._me, self._count = jax.process_index(), jax.process_count()
     self._slow = SlowHosts(slow_after)
@@ -139,9 +145,13 @@ class Hosts:
 
   @contextlib.contextmanager
   def told(self) -> Iterator[None]:
-    """An exception inside is told to the others at once, before anything outside waits for them."""
+    """An exception inside is told to the others at once, before anything outside waits for them.
+
+    Errors of the machine, such as a full disk, become UserError; see `run_errors`.
+    """
     try:
-      yield
+      with run_errors(self._place, lambda: self.last_checkpoint()):
+        yield
     except BaseException as error:
       self._fail(error)
       raise
