@@ -1,0 +1,156 @@
+"""Process setup that every program needs before its slow imports.
+
+`set_up` makes three things certain:
+  - logging never ends a program: output that cannot be written (closed pipe, full disk) is dropped;
+  - paths and files are UTF-8, whatever the locale;
+  - SIGINT and SIGTERM end the program with one line and exit code 130 or 143, from the first
+    import on. `stop.StopRequest` replaces the handlers while a run trains.
+
+This module imports the standard library only.
+"""
+
+import codecs
+import io
+import locale
+import os
+import re
+import signal
+import sys
+from types import FrameType
+from typing import Any
+
+_NAMES = {signal.SIGINT: "SIGINT (Ctrl-C)", signal.SIGTERM: "SIGTERM"}
+# Control characters except newline and tab, and the marks that reorder the text around them.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+_received: signal.Signals | None = None
+
+
+class Terminated(KeyboardInterrupt):
+  """SIGTERM, where nothing else handles it; like Ctrl-C it is no Exception."""
+
+
+def set_up() -> None:
+  """Prepare standard streams, encoding and signal handlers; may be called twice.
+
+  Call it first in a program: where the locale is not UTF-8, the program starts again in Python's
+  UTF-8 mode.
+  """
+  _open_closed_streams()
+  _restart_in_utf8()
+  _tolerate_failed_writes()
+  for number, default in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGTERM, signal.SIG_DFL),
+  ):
+    if signal.getsignal(number) is default:  # not where a parent process has it ignored
+      signal.signal(number, _interrupt)
+  sys.unraisablehook = _unraisable
+  sys.excepthook = _uncaught
+
+
+def received() -> signal.Signals | None:
+  """The signal that interrupted this program; None if none did."""
+  return _received
+
+
+def describe(number: signal.Signals) -> str:
+  """Name a signal for a message, such as "SIGINT (Ctrl-C)"."""
+  return _NAMES.get(number, number.name)
+
+
+def program() -> str:
+  """Return the name of the program, which its error lines start with."""
+  return os.path.splitext(os.path.basename(sys.argv[0]))[0]
+
+
+def printable(text: str) -> str:
+  r"""Escape control characters except newlines, so that a path cannot control the terminal.
+
+  Returns:
+    The text with, for example, the escape character written as `\x1b`.
+  """
+  text = _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
+  return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _open_closed_streams() -> None:
+  """Open /dev/null for closed standard streams: the next file opened would take their number."""
+  for fd in (0, 1, 2):
+    try:
+      os.fstat(fd)
+    except OSError:
+      os.dup2(os.open(os.devnull, os.O_RDWR), fd, inheritable=True)
+
+
+def _restart_in_utf8() -> None:
+  encodings = sys.getfilesystemencoding(), locale.getpreferredencoding(False)
+  if sys.flags.utf8_mode or all(codecs.lookup(name).name == "utf-8" for name in encodings):
+    return
+  os.environ["PYTHONUTF8"] = "1"  # for child processes
+  os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+
+
+class _Tolerant(io.RawIOBase):
+  """A file descriptor for text that people read: what cannot be written is dropped."""
+
+  def __init__(self, fd: int):
+    self._fd = fd
+
+  def writable(self) -> bool:
+    return True
+
+  def fileno(self) -> int:
+    return self._fd
+
+  def isatty(self) -> bool:
+    return os.isatty(self._fd)
+
+  def write(self, data: Any) -> int:
+    try:
+      return os.write(self._fd, data)
+    except OSError:
+      return len(data)
+
+
+def _tolerate_failed_writes() -> None:
+  for name, fd in (("stdout", 1), ("stderr", 2)):
+    stream = getattr(sys, name)
+    if stream is not None and stream is not getattr(sys, f"__{name}__"):
+      continue  # captured, as by a test
+    if stream is not None and isinstance(getattr(stream.buffer, "raw", None), _Tolerant):
+      continue
+    buffer = io.BufferedWriter(_Tolerant(fd))
+    lines = name == "stderr" or os.isatty(fd)
+    replacement = io.TextIOWrapper(
+      buffer, encoding="utf-8", errors="backslashreplace", line_buffering=lines
+    )
+    setattr(sys, name, replacement)
+    setattr(sys, f"__{name}__", replacement)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+  global _received
+  if _received is not None:  # the second one does not wait for anything
+    os._exit(128 + number)
+  _received = signal.Signals(number)
+  text = f"stopped by {describe(_received)}"
+  raise KeyboardInterrupt(text) if number == signal.SIGINT else Terminated(text)
+
+
+def _unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
+  """Interrupt again where Python dropped the exception of the handler, as in a destructor."""
+  global _received
+  if isinstance(unraisable.exc_value, KeyboardInterrupt) and _received is not None:
+    number, _received = _received, None
+    signal.raise_signal(number)
+    return
+  sys.__unraisablehook__(unraisable)
+
+
+def _uncaught(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
+  """End an interrupted import with one line; `errors.run_app` handles the rest of a program."""
+  if _received is not None:
+    print(f"{program()}: stopped by {describe(_received)}", file=sys.stderr, flush=True)
+    os._exit(128 + _received)
+  sys.__excepthook__(kind, error, traceback)
