@@ -36,7 +36,9 @@ def _png(image, before_pixels=b"", after_pixels=b"", **options):
 
 _NOISE = np.random.default_rng(0).integers(0, 256, (9, 11, 4), np.uint8)
 _IMAGES = {
-  "RGB": dict(image=Image.fromarray(_NOISE[..., :3]), transparency=tuple(_NOISE[4, 4, :3])),
+  "RGB": dict(
+    image=Image.fromarray(_NOISE[..., :3]), transparency=tuple(_NOISE[4, 4, :3].tolist())
+  ),
   "RGBA": dict(image=Image.fromarray(_NOISE)),
   "P": dict(
     image=Image.fromarray(_NOISE[..., :3]).quantize(16), transparency=bytes(range(0, 160, 10))
