@@ -7,10 +7,16 @@ optimizer and schedule. A config without stages is one stage called "main".
 
 from collections.abc import Mapping
 import dataclasses
+import re
 
 from ml_collections import ConfigDict
 
 from apps.trainer.names import leaves, nearest_leaf
+from apps.trainer.rules import COUNT, shown
+from apps.trainer.settings import check_settings
+
+# A name is part of file names, of metric lines and of markup.
+_NAME = re.compile(r"[\w.+=@-]([\w .+=@-]{0,62}[\w.+=@-])?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,40 +34,53 @@ class Stage:
 
 
 def resolve_stages(config: ConfigDict) -> list[Stage]:
-  """Applies each stage's changes to the shared configuration.
+  """Apply each stage's changes to the shared configuration, and check the result.
 
   Raises:
-    ValueError: there is no list of changes; a change names no leaf, or has another type; two stages
-      share a name.
+    ValueError: there is no list of changes; a change names no leaf, has another type or a value out
+      of range; a name cannot be used, or two stages share it.
   """
   if not (
-    isinstance(config.stages, list | tuple) and all(isinstance(s, Mapping) for s in config.stages)
+    isinstance(config.stages, list | tuple)
+    and all(isinstance(stage, Mapping | ConfigDict) for stage in config.stages)
   ):
     raise ValueError(
-      f"config.stages={config.stages!r}; expected a list of changes, such as "
+      f"config.stages={shown(config.stages)}; expected a list of changes, such as "
       "({'name': '84px', 'model.image_size': 84}, {'name': '224px', 'model.image_size': 224})"
     )
   changes = [dict(stage) for stage in config.stages] or [{"name": "main"}]
   stages: list[Stage] = []
   first_step = 0
   for index, change in enumerate(changes):
-    name = str(change.pop("name", f"stage{index}"))
+    name = change.pop("name", f"stage{index}")
+    if type(name) is not str or not _NAME.fullmatch(name):
+      raise ValueError(
+        f"config.stages[{index}].name={shown(name)}; expected 1 to 64 letters, digits, spaces and "
+        "any of . _ + = @ -, such as '84px'"
+      )
     if name in [stage.name for stage in stages]:
       raise ValueError(f"config.stages[{index}].name={name!r} stands twice; names must differ")
+    where = f"config.stages[{index}] ({name}): "
     own = ConfigDict(config.to_dict())
     own.stages = ()
     own.lock()
-    known = list(leaves(own))
+    known = [key for key in leaves(own) if key != "stages"]
     if unknown := [key for key in change if key not in known]:
-      near = nearest_leaf(unknown[0], known)
+      near = nearest_leaf(str(unknown[0]), known)
       raise ValueError(
-        f"config.stages[{index}] ({name}): there is no setting {unknown[0]!r}"
+        f"{where}there is no setting {shown(unknown[0])}"
         + (f"; did you mean {near!r}?" if near else "; apps/configs/base.py lists all")
       )
     try:
       own.update_from_flattened_dict(change)
-    except (KeyError, TypeError) as error:
-      raise ValueError(f"config.stages[{index}] ({name}): {error}") from error
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+      raise ValueError(f"{where}{' '.join(str(error).split())}") from error
+    check_settings(own, where)
     stages.append(Stage(index, name, own, first_step))
     first_step += own.total_steps
+  if first_step > COUNT:
+    raise ValueError(
+      f"config.total_steps: all stages together have {first_step:,} steps; expected at most "
+      f"{COUNT:,}"
+    )
   return stages
