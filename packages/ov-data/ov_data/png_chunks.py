@@ -1,8 +1,8 @@
 """Walks the chunks of a PNG, and verifies the checksums of those that its pixels depend on.
 
-Each chunk ends with a CRC-32 of its type and content. Pillow skips those of the pixels. Here a wrong
-checksum makes the image unusable, except in chunks without which the pixels are the same (text,
-profiles, gamma, times, frames of an animation): these are left out anyway.
+Each chunk ends with a CRC-32 of its type and content. Pillow skips those of the pixels. Here a
+wrong checksum makes the image unusable, except in chunks without which the pixels are the same
+(text, profiles, gamma, times, frames of an animation): these are left out anyway.
 
 Format: https://www.w3.org/TR/png-3/#5Chunk-layout. WebP, GIF, JPEG and BMP have no checksums.
 """

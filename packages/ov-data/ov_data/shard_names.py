@@ -15,7 +15,8 @@ from ov_data import foreign, fs
 
 NUMBERED = re.compile(r"(?P<stem>.*?)[-.](?P<number>\d{5,})-of-(?P<count>\d{5,})(?P<rest>.*)", re.S)
 _IS_SHARD = re.compile(r".*\.tfrec(ord)?s?([-.].*)?", re.S)
-_NOT_SHARD = (".ovidx", ".part", ".json", ".txt", ".tmp")
+DAMAGED = ".damaged"  # ends the names of shards that a writer has set aside
+_NOT_SHARD = (".ovidx", ".part", ".json", ".txt", ".tmp", DAMAGED)
 _SHOWN = 4  # names in a message
 _MOST_SHARDS = 1_000_000  # of one family whose missing members are listed
 

@@ -3,15 +3,18 @@
     dataset.progress/recipe.json
     dataset.progress/train-00000-of-00002.tfrecord.json
 
-A log is believed if its checksum fits, it is of the same recipe, and the shard still has the size
-and edge checksum that were logged. Otherwise the shard is written again.
+A log is believed if its checksum fits, it is of the same recipe, and the shard still has the bytes
+that were written: all of them are read. Otherwise the shard is set aside and written again.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent import futures
 import hashlib
+import itertools
 import json
 import logging
+import os
 from pathlib import Path
 import re
 import shutil
@@ -20,12 +23,13 @@ from typing import Any
 import google_crc32c
 
 from ov_data import fs, index, manifest, shard_names, shards
-from ov_data.index.build import fingerprint_of
 from ov_data.splits import Split
 
 FOLDER = "dataset.progress"
 _RECIPE = "recipe.json"
 _PART = re.compile(r".+\.(tfrecord|ovidx|json|jsonl)\.[0-9a-f]+\.part", re.S)
+_READERS = 4  # threads that read shards back
+_CHUNK_BYTES = 4 << 20
 _EXCERPT = 60  # characters of a value in a message
 
 log = logging.getLogger("ov_data")
@@ -109,31 +113,117 @@ def _change(path: Path, content: Mapping[str, Any]) -> str:
   return ""
 
 
-def write_log(path: Path, name: str, recipe: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-  """Store what is known of a finished shard."""
-  size, edges = fingerprint_of(str(path / name))
-  content = {"facts": facts, "recipe": _digest(recipe), "bytes": size, "edges": edges}
+def write_log(
+  path: Path, name: str, recipe: Mapping[str, Any], facts: Mapping[str, Any], checksum: int
+) -> None:
+  """Store what is known of a finished shard.
+
+  Args:
+    path: of the data set.
+    name: of the shard.
+    recipe: of the data set.
+    facts: what the manifest needs to know of the shard, fit for JSON.
+    checksum: crc32c of the bytes that were written.
+  """
+  content = {
+    "facts": facts,
+    "recipe": _digest(recipe),
+    "bytes": fs.size(str(path / name)),
+    "checksum": checksum,
+  }
   fs.write_atomic(str(_log_path(path, name)), json.dumps([_checksum(content), content]).encode())
 
 
-def read_log(path: Path, name: str, recipe: Mapping[str, Any]) -> dict[str, Any] | None:
-  """Return what is known of a finished shard; None if it has to be written (again)."""
+def read_log(path: Path, name: str, recipe: Mapping[str, Any]) -> tuple[dict[str, Any] | None, str]:
+  """Return what is known of a finished shard, and what is wrong with it.
+
+  A shard of which a byte has changed is renamed: its name ends with ".damaged" then.
+
+  Returns:
+    The facts, None if the shard has to be written; and why it has to be written again, "" where it
+    was never finished.
+  """
   try:
     sealed = manifest.read_json(str(_log_path(path, name)))
-    if not isinstance(sealed, list) or len(sealed) != 2 or sealed[0] != _checksum(sealed[1]):
-      raise ValueError("its log is damaged, or of another version")
+  except FileNotFoundError:
+    return None, ""
+  except (ValueError, OSError) as error:
+    return None, f"its log is damaged ({_reason(error)})"
+  if not isinstance(sealed, list) or len(sealed) != 2 or sealed[0] != _checksum(sealed[1]):
+    return None, "its log is damaged, or of another version"
+  try:
     content = sealed[1]
     if content["recipe"] != _digest(recipe):
-      raise ValueError("its log is of another recipe")
-    if (content["bytes"], content["edges"]) != fingerprint_of(str(path / name)):
-      raise ValueError("the shard has changed since")
+      return None, "its log is of another recipe"
+    expected = content["bytes"], content["checksum"]
+    facts: dict[str, Any] = content["facts"]
+    int(facts["examples"]), len(facts["skipped"]), facts["features"].items()
+  except (LookupError, TypeError, ValueError, AttributeError):
+    return None, "its log is of another version"
+  try:
+    reader = fs.Reader(str(path / name))
+    if reader.size() == expected[0] and _checksum_of(reader) == expected[1]:
+      return facts, ""
+    problem = "its bytes have changed"
   except FileNotFoundError:
-    return None
-  except (ValueError, LookupError, TypeError, OSError) as error:
-    log.warning("%s is written again: %s", path / name, error)
-    return None
-  facts: dict[str, Any] = content["facts"]
-  return facts
+    return None, "it is missing"
+  except OSError as error:
+    problem = f"it cannot be read ({_reason(error)})"
+  kept = _set_aside(path, name)
+  return None, f"{problem}; the damaged one is kept as {fs.printable(kept)}"
+
+
+def read_logs(
+  path: Path, names: Iterable[str], recipe: Mapping[str, Any], progress: Callable[[int], None]
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+  """Read the logs of an interrupted writer, and verify the shards that it has finished.
+
+  Args:
+    path: of the data set.
+    names: of all its shards.
+    recipe: of the data set.
+    progress: gets the number of examples of each shard that can be used.
+
+  Returns:
+    The facts of shards that can be used, by name; and the names of those that were finished and
+    have to be written again, each logged with the reason.
+  """
+  found: dict[str, dict[str, Any]] = {}
+  again: list[str] = []
+  names = list(names)
+  with futures.ThreadPoolExecutor(_READERS, "ov-verify") as pool:
+    for name, (facts, problem) in zip(names, pool.map(lambda n: read_log(path, n, recipe), names)):
+      if facts is not None:
+        found[name] = facts
+        progress(facts["examples"] + len(facts["skipped"]))
+      elif problem:
+        again.append(name)
+        log.warning("%s is written again: %s", fs.printable(str(path / name)), problem)
+  return found, again
+
+
+def _checksum_of(reader: fs.Reader) -> int:
+  checksum, offset = 0, 0
+  while data := reader.read(offset, _CHUNK_BYTES):
+    checksum = google_crc32c.extend(checksum, data)
+    offset += len(data)
+  return checksum
+
+
+def _set_aside(path: Path, name: str) -> str:
+  """Rename a damaged shard, without a change to what is there already; return its new name."""
+  for number in itertools.count(1):
+    kept = f"{name}{f'.{number}' if number > 1 else ''}{shard_names.DAMAGED}"
+    if not os.path.lexists(path / kept):
+      with fs.writing(str(path / kept)):
+        os.rename(path / name, path / kept)
+      return kept
+  raise AssertionError("the count does not end")
+
+
+def _reason(error: Exception) -> str:
+  text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+  return fs.printable(" ".join(text.split()))
 
 
 def clear(path: Path) -> None:

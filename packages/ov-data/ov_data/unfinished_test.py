@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ov_data import example, sources, unfinished, writer
+from ov_data import example, index, sources, unfinished, writer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,10 +116,53 @@ def test_a_log_that_is_no_file(stopped: Path, make: Callable[[Path], None]):
     lambda data: data + data[:70],
   ],
 )
-def test_a_shard_that_changed_is_written_again(stopped: Path, change: Callable[[bytes], bytes]):
+def test_a_shard_that_changed_is_written_again(
+  stopped: Path, change: Callable[[bytes], bytes], caplog
+):
   shard = stopped / "train-00001-of-00004.tfrecord"
-  shard.write_bytes(change(shard.read_bytes()))
+  damaged = change(shard.read_bytes())
+  shard.write_bytes(damaged)
+  (stopped / f"{shard.name}.damaged").write_bytes(b"set aside by an earlier run")
   assert _resume(stopped) == ["1", "3"]
+  assert (stopped / f"{shard.name}.2.damaged").read_bytes() == damaged
+  assert (stopped / f"{shard.name}.damaged").read_bytes() == b"set aside by an earlier run"
+  assert f"{shard} is written again: its bytes have changed; the damaged one is kept" in caplog.text
+
+
+def test_every_byte_of_a_finished_shard_is_verified(tmp_path: Path):
+  """The damage is far from both ends, in bytes that no sidecar covers."""
+  with pytest.raises(RuntimeError):
+    _write(tmp_path / "d", _Texts("long " * 40_000, fail=2))
+  shard = tmp_path / "d" / "train-00001-of-00004.tfrecord"
+  whole = shard.read_bytes()
+  with shard.open("r+b") as file:
+    file.seek(len(whole) // 2)
+    file.write(bytes([whole[len(whole) // 2] ^ 1]))
+  summary = _write(tmp_path / "d", _Texts("long " * 40_000))
+  assert summary.resumed == 1 and summary.damaged == (shard.name,)
+  assert "1 finished but damaged written again (train-00001-of-00004.tfrecord)" in str(summary)
+  assert shard.read_bytes() == whole
+  assert not sources.Dataset(sources.Source(str(tmp_path / "d"), "train")).skips
+
+
+def test_a_sidecar_of_a_damaged_shard_is_not_used_for_the_new_one(tmp_path: Path):
+  with pytest.raises(RuntimeError):
+    _write(tmp_path / "d", _Texts("long " * 40_000, fail=1))
+  shard = tmp_path / "d" / "train-00000-of-00004.tfrecord"
+  with shard.open("r+b") as file:
+    file.seek(300_000)
+    file.write(b"?")
+  Path(f"{shard}.ovidx").unlink()
+  assert index.load_index(str(shard)).damage  # and its size and edges are those of the new shard
+  assert _write(tmp_path / "d", _Texts("long " * 40_000)).damaged == (shard.name,)
+  assert not index.load_index(str(shard)).damage
+
+
+def test_a_finished_shard_that_is_gone_is_counted(stopped: Path, caplog):
+  (stopped / "train-00001-of-00004.tfrecord").unlink()
+  assert _write(stopped, _Texts()).damaged == ("train-00001-of-00004.tfrecord",)
+  assert "train-00001-of-00004.tfrecord is written again: it is missing" in caplog.text
+  assert _texts(stopped) == _EXPECTED
 
 
 def test_shards_of_two_recipes_are_never_mixed(stopped: Path):

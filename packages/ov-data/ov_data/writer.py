@@ -20,6 +20,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, cast
 
+import google_crc32c
+
 from ov_data import example, fs, index, outputs, processes, records, scenes, unfinished
 from ov_data.manifest import FORMAT, MANIFEST, SKIPPED, sealed
 from ov_data.record_source import Skip
@@ -48,6 +50,7 @@ class Summary:
   skipped: Mapping[str, int]  # by reason
   fingerprints: Mapping[str, str]  # by split, as `sources.Dataset.fingerprint` gives them
   resumed: int  # shards that were there already
+  damaged: tuple[str, ...] = ()  # finished shards that were written again since they had changed
 
   def __str__(self) -> str:
     parts = [f"{n:,} {split}" for split, n in self.examples.items()]
@@ -56,6 +59,10 @@ class Summary:
       counts = sorted(self.skipped.items())
       reasons = ", ".join(f"{n:,} {fs.printable(reason)}" for reason, n in counts)
       text += f"; skipped {sum(self.skipped.values()):,} ({reasons}; listed in {SKIPPED})"
+    if self.damaged:
+      shown = ", ".join(map(fs.printable, self.damaged[:4]))
+      more = " ..." if len(self.damaged) > 4 else ""
+      text += f"; {len(self.damaged):,} finished but damaged written again ({shown}{more})"
     return text
 
 
@@ -70,6 +77,7 @@ class ShardWriter:
   def __init__(self, path: str | os.PathLike[str]):
     self.path = str(outputs.check_file(path))
     self.examples = 0
+    self.checksum = 0  # crc32c of all bytes
     self.kinds: dict[str, str] = {}  # feature -> "bytes", "int64" or "float"
     self._part = f"{self.path}.{os.getpid()}.part"
 
@@ -83,6 +91,7 @@ class ShardWriter:
     record = records.frame(example.serialise(features))
     with fs.writing(self.path):
       self._file.write(record)
+    self.checksum = google_crc32c.extend(self.checksum, record)
     self.examples += 1
     for key, value in features.items():
       self.kinds.setdefault(key, _kind(value))
@@ -105,7 +114,7 @@ class ShardWriter:
       with contextlib.suppress(FileNotFoundError):
         os.remove(self._part)
     if kind is None:
-      found = index.load_index(self.path)  # reads the shard back, verifies it, stores the index
+      found = index.load_index(self.path, verify=True)  # reads the shard back, stores the index
       if len(found) != self.examples:
         raise OSError(
           f"{self.path}: {self.examples} records were written and {len(found)} can be read back; "
@@ -157,9 +166,7 @@ def write_dataset(
     if content := unfinished.find_complete(path, wanted):  # by now, by another process
       return _summary(path, content)
     names = {(s, i): shard_name(s, i, n) for s, n in shards.items() for i in range(n)}
-    logs = {name: unfinished.read_log(path, name, wanted) for name in names.values()}
-    done = {name: log for name, log in logs.items() if log is not None}
-    progress(sum(log["examples"] + len(log["skipped"]) for log in done.values()))
+    done, damaged = unfinished.read_logs(path, names.values(), wanted, progress)
     resumed = len(done)
     job = _Job(str(path), make_shard, names, wanted)
     missing = [shard for shard, name in names.items() if name not in done]
@@ -168,7 +175,8 @@ def write_dataset(
       workers = 0
     for shard, log in processes.map_in_processes(job, missing, workers, progress, (lock,)):
       done[names[shard]] = log
-    return _finish(path, wanted, names, done, resumed)
+    summary = _finish(path, wanted, names, done)
+    return dataclasses.replace(summary, resumed=resumed, damaged=tuple(damaged))
 
 
 def shard_name(split: str, number: int, count: int) -> str:
@@ -200,7 +208,7 @@ class _Job:
         else:
           writer.write(features)
     log = {"examples": writer.examples, "features": writer.kinds, "skipped": skipped}
-    unfinished.write_log(path, name, self.recipe, log)
+    unfinished.write_log(path, name, self.recipe, log, writer.checksum)
     return log
 
 
@@ -220,7 +228,6 @@ def _finish(
   recipe: Mapping[str, Any],
   names: Mapping[tuple[str, int], str],
   logs: Mapping[str, dict[str, Any]],
-  resumed: int,
 ) -> Summary:
   ordered = [(split, logs[name]) for (split, _), name in names.items()]
   features: dict[str, str] = {}
@@ -243,7 +250,7 @@ def _finish(
   text = json.dumps(sealed(manifest), indent=1, ensure_ascii=False)
   _write_json(path / MANIFEST, text + "\n")
   unfinished.clear(path)
-  return dataclasses.replace(_summary(path, manifest), resumed=resumed)
+  return _summary(path, manifest)
 
 
 def _facts(

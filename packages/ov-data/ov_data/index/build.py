@@ -27,8 +27,12 @@ Progress = Callable[[int, int], None]  # bytes done, bytes in all
 log = logging.getLogger("ov_data")
 
 
-def load_index(path: str) -> ShardIndex:
+def load_index(path: str, *, verify: bool = False) -> ShardIndex:
   """Return the index of a shard: from its sidecar where that fits, else built and stored.
+
+  Args:
+    path: of the shard.
+    verify: whether to read the shard even where a sidecar fits.
 
   Raises:
     OSError: the shard is no regular file, or cannot be read.
@@ -37,7 +41,8 @@ def load_index(path: str) -> ShardIndex:
   size = reader.size()
   fingerprint = _fingerprint(reader, size)
   beside = path + sidecar.SUFFIX
-  for find in (lambda: beside, lambda: _cache_path(path)):  # a hash, for those that need it
+  places = (lambda: beside, lambda: _cache_path(path))  # a hash, for those that need it
+  for find in () if verify else places:
     index = _read_sidecar(find(), path, size)
     if index is not None and (index.size, index.fingerprint) == (size, fingerprint):
       return index
