@@ -8,7 +8,7 @@ that were written: all of them are read. Otherwise the shard is set aside and wr
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent import futures
 import hashlib
 import itertools
@@ -102,9 +102,12 @@ def _change(path: Path, content: Mapping[str, Any]) -> str:
   try:
     for name, split in content["splits"].items():
       if split["examples"]:
-        found = shards.Shards([str(path)], Split(name)).fingerprint
-        if found != split["fingerprint"]:
+        found = shards.Shards([str(path)], Split(name))
+        if found.fingerprint != split["fingerprint"]:
           return f"the shards of split {name!r} are not those that were written"
+        if changed := _changed_shards(found.indexes, split.get("checksums")):
+          shown = ", ".join(fs.printable(fs.basename(shard)) for shard in changed[:4])
+          return f"{len(changed)} of its shards are damaged: {shown}"
     Counter(content["skipped"])
   except (ValueError, OSError) as error:
     return f"its shards cannot be read: {error}"
@@ -113,24 +116,36 @@ def _change(path: Path, content: Mapping[str, Any]) -> str:
   return ""
 
 
-def write_log(
-  path: Path, name: str, recipe: Mapping[str, Any], facts: Mapping[str, Any], checksum: int
-) -> None:
+def _changed_shards(indexes: Sequence[index.ShardIndex], checksums: Any) -> list[str]:
+  """Return the shards whose bytes are not those of the checksums in the manifest, if it has any."""
+  if checksums is None:
+    return []
+  if len(checksums) != len(indexes):
+    raise ValueError(f"{len(checksums)} checksums of {len(indexes)} shards")
+  with futures.ThreadPoolExecutor(_READERS, "ov-verify") as pool:
+    found = pool.map(lambda shard: _checksum_of(fs.Reader(shard.path)), indexes)
+    return [i.path for i, ours, theirs in zip(indexes, found, checksums) if ours != theirs]
+
+
+def tidy(path: Path) -> None:
+  """Remove what a writer has left that was killed when its data set was complete."""
+  if (path / FOLDER).exists() or any(map(_PART.fullmatch, _names(path))):
+    clear(path)
+    _remove_parts(path)
+
+
+def write_log(path: Path, name: str, recipe: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
   """Store what is known of a finished shard.
 
   Args:
     path: of the data set.
     name: of the shard.
     recipe: of the data set.
-    facts: what the manifest needs to know of the shard, fit for JSON.
-    checksum: crc32c of the bytes that were written.
+    facts: what the manifest needs to know of the shard, fit for JSON; "checksum" is the crc32c of
+      the bytes that were written.
   """
-  content = {
-    "facts": facts,
-    "recipe": _digest(recipe),
-    "bytes": fs.size(str(path / name)),
-    "checksum": checksum,
-  }
+  size = fs.size(str(path / name))
+  content = {"facts": facts, "recipe": _digest(recipe), "bytes": size}
   fs.write_atomic(str(_log_path(path, name)), json.dumps([_checksum(content), content]).encode())
 
 
@@ -155,8 +170,8 @@ def read_log(path: Path, name: str, recipe: Mapping[str, Any]) -> tuple[dict[str
     content = sealed[1]
     if content["recipe"] != _digest(recipe):
       return None, "its log is of another recipe"
-    expected = content["bytes"], content["checksum"]
     facts: dict[str, Any] = content["facts"]
+    expected = content["bytes"], facts["checksum"]
     int(facts["examples"]), len(facts["skipped"]), facts["features"].items()
   except (LookupError, TypeError, ValueError, AttributeError):
     return None, "its log is of another version"

@@ -158,6 +158,26 @@ def test_a_sidecar_of_a_damaged_shard_is_not_used_for_the_new_one(tmp_path: Path
   assert not index.load_index(str(shard)).damage
 
 
+def test_damage_of_a_complete_data_set_is_noticed_by_the_same_command(tmp_path: Path):
+  _write(tmp_path / "d", _Texts("long " * 40_000))
+  shard = tmp_path / "d" / "train-00002-of-00004.tfrecord"
+  with shard.open("r+b") as file:
+    file.seek(300_000)
+    file.write(b"?")
+  with pytest.raises(ValueError, match=f"now 1 of its shards are damaged: {shard.name}. Copy the"):
+    _write(tmp_path / "d", _Texts("long " * 40_000))
+
+
+def test_what_a_writer_left_that_was_killed_at_its_end_is_removed(tmp_path: Path):
+  _write(tmp_path / "d", _Texts())
+  before = sorted(os.listdir(tmp_path / "d"))
+  (tmp_path / "d" / unfinished.FOLDER).mkdir()
+  (tmp_path / "d" / unfinished.FOLDER / "recipe.json").write_text("{}")
+  (tmp_path / "d" / "dataset.lock").write_text("")
+  assert _write(tmp_path / "d", _Texts()).resumed == 4
+  assert sorted(os.listdir(tmp_path / "d")) == before
+
+
 def test_a_finished_shard_that_is_gone_is_counted(stopped: Path, caplog):
   (stopped / "train-00001-of-00004.tfrecord").unlink()
   assert _write(stopped, _Texts()).damaged == ("train-00001-of-00004.tfrecord",)

@@ -159,6 +159,10 @@ def write_dataset(
   # A data set is what the recipe says; whoever reads JSON back gets lists for tuples.
   wanted: dict[str, Any] = json.loads(json.dumps({**recipe, "shards": shards}))
   if content := unfinished.find_complete(path, wanted):
+    if (path / unfinished.FOLDER).exists() or (path / outputs.LOCK).exists():
+      # Left by a writer that was killed at its end. The data set may be read-only by now.
+      with contextlib.suppress(OSError, ValueError), outputs.locked(path):
+        unfinished.tidy(path)
     return _summary(path, content)
   outputs.check_directory(path)
   with outputs.locked(path) as lock:
@@ -207,8 +211,13 @@ class _Job:
           skipped.append(dataclasses.asdict(features))
         else:
           writer.write(features)
-    log = {"examples": writer.examples, "features": writer.kinds, "skipped": skipped}
-    unfinished.write_log(path, name, self.recipe, log, writer.checksum)
+    log = {
+      "examples": writer.examples,
+      "features": writer.kinds,
+      "skipped": skipped,
+      "checksum": writer.checksum,
+    }
+    unfinished.write_log(path, name, self.recipe, log)
     return log
 
 
@@ -278,6 +287,7 @@ def _facts(
     "fingerprint": fingerprint,
     "records": counts,
     "bytes": [fs.size(str(path / name)) for name in names],
+    "checksums": [logs[name]["checksum"] for name in names],
   }
 
 
