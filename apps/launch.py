@@ -1,6 +1,7 @@
 """What the main of every training app does: flags, devices, demo data, then check or run."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+import contextlib
 import itertools
 from pathlib import Path
 import re
@@ -19,7 +20,8 @@ from apps.trainer.stages import resolve_stages
 from apps.trainer.startup import printable
 
 if TYPE_CHECKING:
-  from apps.trainer.loop import App
+  from apps.trainer.parts import App
+  from apps.trainer.workdir import Workdir
 
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, local or gs://.")
@@ -62,9 +64,7 @@ def launch(make_app: Callable[[], "App"], base: str, recipes: str) -> None:
   from apps.trainer.check import check_run, compile_run
   from apps.trainer.hosts import Hosts
   from apps.trainer.loop import run_training
-  from apps.trainer.prepare import check_writable
   from apps.trainer.progress import Terminal
-  from apps.trainer.workdir import open_workdir
   import ov_sharding
 
   ov_sharding.initialize(gone_after_seconds=config.hosts.gone_after)
@@ -74,10 +74,8 @@ def launch(make_app: Callable[[], "App"], base: str, recipes: str) -> None:
   with (
     Hosts(terminal.phase, place=printable(_WORKDIR.value), **config.hosts) as hosts,
     hosts.told(),
-    open_workdir(_WORKDIR.value, writes=not _CHECK.value) as workdir,
+    _opened(config, terminal.phase) as workdir,
   ):
-    with user_errors():
-      check_writable(workdir.path, "--workdir")
     demo_data.prepare(config, workdir, terminal)
     if _CHECK.value or _COMPILE.value:
       (check_run if _CHECK.value else compile_run)(config, workdir, app, terminal)
@@ -119,6 +117,24 @@ def check_config(config: ConfigDict, base: str, recipes: str) -> None:
     logging.warning("config.model.remat=%s is now called %s", config.model.remat, current)
     config.model.remat = current
   resolve_stages(config)
+
+
+@contextlib.contextmanager
+def _opened(config: ConfigDict, say: Callable[[str], None]) -> Iterator["Workdir"]:
+  """The workdir, locked with the folder of checkpoints unless the run only looks (--check)."""
+  from apps.trainer.prepare import check_writable
+  from apps.trainer.workdir import locked, open_workdir
+
+  place, writes = str(_WORKDIR.value), not _CHECK.value
+  with contextlib.ExitStack() as stack:
+    with user_errors():
+      check_writable(place, "--workdir")
+      workdir = stack.enter_context(open_workdir(place, writes=writes, exclusive=writes, say=say))
+      if writes and (checkpoints := config.checkpoint.dir):
+        setting = f"config.checkpoint.dir={checkpoints}"
+        check_writable(checkpoints, "config.checkpoint.dir")
+        stack.enter_context(locked(checkpoints, setting, say))
+    yield workdir
 
 
 def explain_flags(base: str, argv: Sequence[str]) -> str | None:

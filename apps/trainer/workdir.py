@@ -17,7 +17,7 @@ Every process of a multi-host run has a folder of its own and sends only what it
 process 0 nearly everything, the others their profiles.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 from pathlib import Path, PurePosixPath
 import tempfile
@@ -28,6 +28,7 @@ import jax
 from jax.experimental import multihost_utils
 import tensorstore
 
+from apps.trainer import lock
 from apps.trainer.errors import Unreachable, UserError
 
 # What a run reads again; a name that ends with / is a folder. Nothing else is fetched, whatever
@@ -121,6 +122,14 @@ class Mirror(Workdir):
         self._store.write(name, content).result(timeout=_OPENING)
     self._served = True
 
+  def hold_lock(
+    self, stack: contextlib.ExitStack, setting: str, say: Callable[[str], None]
+  ) -> None:
+    """Hold the lock of the folder until `stack` ends, and fetch what its last owner has written."""
+    with self._in_one_line("locking"):
+      stack.enter_context(lock.bucket(self._store, setting, say))
+    self._fetch()
+
   def try_checkpoints(self) -> None:
     """Raises UserError where the library that makes folders of checkpoints has no access.
 
@@ -148,50 +157,66 @@ class Mirror(Workdir):
         path.write_bytes(result.value)
         self._stamps[name] = _stamp(path)
 
-  @contextlib.contextmanager
-  def _in_one_line(self, doing: str) -> Iterator[None]:
-    """Errors of whichever library as UserError.
-
-    A bucket that does not answer, or did what was asked of it before, will again: Unreachable.
-    """
-    try:
-      yield
-    except Exception as error:
-      what = str(error) or "no answer"
-      passes = self._served or isinstance(error, TimeoutError)
-      raise (Unreachable if passes else UserError)(
-        f"{doing} in {self.place}: {what}; see that the bucket is there, that the network reaches "
-        "it, and that the credentials of this machine may read, write and delete in it"
-      ) from error
+  def _in_one_line(self, doing: str) -> contextlib.AbstractContextManager[None]:
+    return _one_line(doing, self.place, passes=self._served)
 
 
 @contextlib.contextmanager
-def open_workdir(place: str, *, writes: bool = True) -> Iterator[Workdir]:
+def _one_line(doing: str, place: str, *, passes: bool) -> Iterator[None]:
+  """Errors of whichever library as UserError.
+
+  A bucket that does not answer, or did what was asked of it before (`passes`), will again:
+  Unreachable.
+  """
+  try:
+    yield
+  except UserError:
+    raise
+  except Exception as error:
+    what = str(error) or "no answer"
+    raise (Unreachable if passes or isinstance(error, TimeoutError) else UserError)(
+      f"{doing} in {place}: {what}; see that the bucket is there, that the network reaches "
+      "it, and that the credentials of this machine may read, write and delete in it"
+    ) from error
+
+
+@contextlib.contextmanager
+def open_workdir(
+  place: str,
+  *,
+  writes: bool = True,
+  exclusive: bool = False,
+  say: Callable[[str], None] = lambda text: None,
+) -> Iterator[Workdir]:
   """The folder of a run; every process opens the same.
 
   Args:
     place: a path, where ~ is the home directory, or gs://BUCKET/FOLDER.
     writes: whether files will be written there; otherwise nothing is sent to a bucket.
+    exclusive: whether process 0 holds the lock of the folder meanwhile, see `lock`.
+    say: prints a line, where the lock has to wait.
 
   Raises:
-    UserError: the place cannot be used, in one line, before anything else is done.
+    UserError: the place cannot be used, or another run uses it; in one line, before anything else
+      is done.
   """
+  setting, exclusive = f"--workdir={place}", exclusive and jax.process_index() == 0
   if "://" not in place:
-    yield Workdir(Path(place).expanduser())
+    path = Path(place).expanduser()
+    with lock.folder(path, setting, say) if exclusive else contextlib.nullcontext():
+      yield Workdir(path)
     return
-  bucket, folder = _split(place)
-  url = f"gs://{bucket}/{folder}"
-  try:
-    store = tensorstore.KvStore.open(
-      {"driver": "gcs", "bucket": bucket, "path": f"{folder}/"}
-    ).result(timeout=_OPENING)
-  except ValueError as error:
-    raise UserError(f"{place}: {error}") from error
-  with tempfile.TemporaryDirectory(prefix="openvision-") as scratch:
-    mirror = Mirror(Path(scratch) / PurePosixPath(folder).name, url, store)
+  url, store = _open_store(place)
+  with (
+    tempfile.TemporaryDirectory(prefix="openvision-") as scratch,
+    contextlib.ExitStack() as stack,
+  ):
+    mirror = Mirror(Path(scratch) / PurePosixPath(url).name, url, store)
     mirror.try_checkpoints()
     if writes:
       mirror.try_writing()
+    if exclusive:
+      mirror.hold_lock(stack, setting, say)
     try:
       yield mirror
     except Exception:
@@ -200,6 +225,41 @@ def open_workdir(place: str, *, writes: bool = True) -> Iterator[Workdir]:
       raise
     if writes:
       mirror.push()
+
+
+@contextlib.contextmanager
+def locked(place: str, setting: str, say: Callable[[str], None]) -> Iterator[None]:
+  """Hold the lock of a folder other than the workdir on process 0, such as one of checkpoints.
+
+  Args:
+    place: a path, or gs://BUCKET/FOLDER; "" locks nothing.
+    setting: the setting and its value, for messages.
+    say: prints a line, where the lock has to wait.
+
+  Raises:
+    UserError: another run uses it, or it cannot be used.
+  """
+  if not place or jax.process_index():
+    yield
+  elif "://" in place:
+    url, store = _open_store(place)
+    with contextlib.ExitStack() as stack:
+      with _one_line("locking", url, passes=False):
+        stack.enter_context(lock.bucket(store, setting, say))
+      yield
+  else:
+    with lock.folder(Path(place).expanduser(), setting, say):
+      yield
+
+
+def _open_store(place: str) -> tuple[str, tensorstore.KvStore]:
+  """The address of a folder in a bucket, in its usual form, and the folder."""
+  bucket, folder = _split(place)
+  spec = {"driver": "gcs", "bucket": bucket, "path": f"{folder}/"}
+  try:
+    return f"gs://{bucket}/{folder}", tensorstore.KvStore.open(spec).result(timeout=_OPENING)
+  except ValueError as error:
+    raise UserError(f"{place}: {error}") from error
 
 
 def _send_what_there_is(mirror: Mirror) -> None:
