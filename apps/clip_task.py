@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from apps.trainer.model_options import check_options
 from apps.trainer.step import LossOutput
 from ov_data import TextProcessor, TextSpec, Tokenizer
 import ov_losses
@@ -45,6 +46,11 @@ def two_towers_config(model: ConfigDict, *, vocab_size: int) -> ov_models.TwoTow
     )
   if model.scale_init <= 0:
     raise ValueError(f"config.model.scale_init={model.scale_init}; expected a number above 0")
+  queries = model.decoder_kind == "queries"
+  decoder = ov_models.QueryDecoderConfig if queries else ov_models.DecoderConfig
+  check_options("config.model.encoder_options", model.encoder_options, ov_models.ViTConfig)
+  check_options("config.model.text_options", model.text_options, ov_models.TextConfig)
+  check_options("config.model.decoder_options", model.decoder_options, decoder)
   return ov_models.TwoTowersConfig.openvision(
     model.encoder,
     model.text or None,
@@ -102,6 +108,8 @@ class ClipTask:
     weights = Weights(loss.clip, loss.siglip, loss.caption)
     towers = two_towers_config(model, vocab_size=tokenizer.vocab_size)
     _check_weights(weights, towers)
+    if loss.max_scale is not None:
+      _check_max_scale(loss.max_scale)
     if towers.text and towers.text.pool == "last" and tokenizer.cls_id is None:
       raise ValueError(
         "the text tower reads the last token, and the tokenizer has no [CLS] to put there; "
@@ -257,13 +265,19 @@ class ClipTask:
     }
     return LossOutput(self.weights.caption * result.loss, result.num_tokens, metrics)
 
+  def project(self, params: Params) -> Params:
+    """Params with the temperature clipped to [0, log(max_scale)], as open_clip does."""
+    if self.max_scale is None or "log_scale" not in params:
+      return params
+    return params | {"log_scale": ov_losses.clamp_log_scale(params["log_scale"], self.max_scale)}
+
   def combine(self, params: Params, rows: dict[str, jax.Array]) -> LossOutput:
     """The weighted contrastive losses of all rows of a batch."""
     valid = rows["valid"]
     count = valid.sum().astype(jnp.float32)
     if not self.contrastive:
       return LossOutput(jnp.zeros(()), count, {})
-    scale = ov_losses.clamp_scale(params["log_scale"], self.max_scale)
+    scale = jnp.exp(params["log_scale"])
     image, texts = rows["image"], rows["texts"].swapaxes(0, 1)  # [K, B, E]
     options: dict[str, Any] = {
       "valid": valid,
@@ -315,6 +329,14 @@ def _check_weights(weights: Weights, model: ov_models.TwoTowersConfig) -> None:
   if model.decoder is not None and not weights.caption:
     raise ValueError(
       'config.model.decoder is set and config.loss.caption is 0; set config.model.decoder=""'
+    )
+
+
+def _check_max_scale(max_scale: float) -> None:
+  if not 1 <= max_scale < math.inf:
+    raise ValueError(
+      f"config.loss.max_scale={max_scale}; expected at least 1, for example 100, or None for no "
+      "limit"
     )
 
 

@@ -9,9 +9,10 @@ from ml_collections import ConfigDict
 from apps.trainer.augment import make_preprocess
 from apps.trainer.config import augment_config, optimizer_config
 from apps.trainer.held_out import HeldOut
+from apps.trainer.limits import check_patches
 from apps.trainer.optimizer import Optimizer, make_optimizer
 from apps.trainer.state import TrainState, abstract_state, state_shardings, with_shardings
-from apps.trainer.step import TwoPhase, make_train_step
+from apps.trainer.step import Projected, TwoPhase, make_train_step
 from apps.trainer.task import Evaluate, Task
 import ov_data
 import ov_sharding
@@ -48,6 +49,7 @@ def build_parts(
 ) -> Parts:
   """Task, optimizer and abstract state of a stage; raises ValueError for impossible settings."""
   task = make_task(config, tokenizer, mesh)
+  check_patches(task)
   params = task.abstract_params()
   wanted = optimizer_config(config)
   optimizer = make_optimizer(wanted, params, config.total_steps)
@@ -74,4 +76,5 @@ def build_step(
     ema_decay=config.optimizer.ema_decay,
     trainable=optimizer.trainable,
     two_phase=task if isinstance(task, TwoPhase) else None,
+    project=task.project if isinstance(task, Projected) else None,
   )

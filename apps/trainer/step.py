@@ -61,6 +61,14 @@ class TwoPhase(Protocol):
     """The loss between all rows [B, ...] of a batch, in order; its weight is the step's."""
 
 
+@runtime_checkable
+class Projected(Protocol):
+  """A task whose params must stay within limits, such as those of a temperature."""
+
+  def project(self, params: PyTree) -> PyTree:
+    """The nearest params within the limits; applied after every update, to params of any value."""
+
+
 LossFn = Callable[[PyTree, Batch, jax.Array], LossOutput]
 Preprocess = Callable[[Batch], Batch]
 
@@ -78,6 +86,7 @@ def make_train_step(
   ema_decay: float | None = None,
   trainable: PyTree | None = None,
   two_phase: TwoPhase | None = None,
+  project: Callable[[PyTree], PyTree] | None = None,
 ) -> jax.stages.Wrapped:
   """Builds the jitted step.
 
@@ -105,6 +114,8 @@ def make_train_step(
     ema_decay: see `OptimizerConfig.ema_decay`.
     trainable: params tree of bools; no gradient is computed where it is False.
     two_phase: the parts of a `loss_fn` that compares rows; used where `accumulate` > 1.
+    project: params -> params within their limits, applied to every updated param that is
+      trainable, before the average. A limit inside the loss would have no gradient beyond it.
 
   Returns:
     The jitted function; its `lower(abstract_state, abstract_batch)` compiles without data.
@@ -126,6 +137,11 @@ def make_train_step(
     if trainable is None:
       return params
     return jax.tree.map(lambda p, t: p if t else jax.lax.stop_gradient(p), params, trainable)
+
+  def within_limits(params: PyTree) -> PyTree:
+    if project is None or trainable is None:
+      return params if project is None else project(params)
+    return jax.tree.map(lambda n, p, t: n if t else p, project(params), params, trainable)
 
   prepare = preprocess or (lambda batch: batch)
 
@@ -156,7 +172,8 @@ def make_train_step(
         )
 
     updates, opt = tx.update(grads, state["opt"], params)
-    new = {"params": optax.apply_updates(params, updates), "opt": opt, "step": step + 1}
+    new = {"params": within_limits(optax.apply_updates(params, updates)), "opt": opt}
+    new["step"] = step + 1
     if ema_decay is not None:
       new["ema"] = optimizer_lib.ema_update(state["ema"], new["params"], ema_decay, step)
 

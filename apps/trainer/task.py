@@ -19,7 +19,8 @@ Params = Any  # nested dict of arrays
 class Task(Protocol):
   """A model with its loss. Knows no optimizer, mesh, file or loop.
 
-  One whose loss compares examples with each other also has the methods of `step.TwoPhase`.
+  One whose loss compares examples with each other also has the methods of `step.TwoPhase`; one
+  whose params must stay within limits has that of `step.Projected`.
   """
 
   @property

@@ -8,7 +8,7 @@ from ov_losses.caption import (
 )
 from ov_losses.contrastive import (
   ContrastiveLoss,
-  clamp_scale,
+  clamp_log_scale,
   contrastive_sigmoid,
   contrastive_softmax,
   text_groups,
@@ -20,7 +20,7 @@ __all__ = [
   "ContrastiveLoss",
   "LossTerms",
   "caption_cross_entropy",
-  "clamp_scale",
+  "clamp_log_scale",
   "contrastive_sigmoid",
   "contrastive_softmax",
   "gradient_cache",

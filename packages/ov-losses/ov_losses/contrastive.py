@@ -67,7 +67,7 @@ def contrastive_softmax(
   Args:
     image: row i is image i.
     texts: row i of each k is a text of image i.
-    scale: factor on the cosines, already exponentiated, for example from `clamp_scale`.
+    scale: factor on the cosines, already exponentiated, for example `jnp.exp(log_scale)`.
     valid: bool [B]; rows with False take part in nothing, whatever they hold. None: all take part.
     text_groups: int [K,B] or [B]; pairs of equal numbers are no negatives of each other. See the
       function `text_groups`. None: every text is different.
@@ -114,17 +114,26 @@ def contrastive_sigmoid(
   return _result(inputs, sums, positive, jax.nn.softplus(-positive) + sums.row)
 
 
-def clamp_scale(log_scale: jax.Array, max_scale: float | None) -> jax.Array:
-  """exp(log_scale), at most `max_scale`; no gradient where it is above. None: no limit.
+def clamp_log_scale(log_scale: jax.Array, max_scale: float) -> jax.Array:
+  """Clip the log-temperature parameter to [0, log(max_scale)].
+
+  Apply it to the parameter after each optimizer update, as open_clip does with `max_scale=100`.
+  Applied inside the loss it would have no gradient outside the interval, and a temperature that
+  once crossed the limit could never return.
+
+  Args:
+    log_scale: the parameter; the loss multiplies cosines by its exponential.
+    max_scale: largest factor on the cosines, at least 1.
+
+  Returns:
+    The clipped parameter, in its own dtype.
 
   Raises:
-    ValueError: `max_scale` is not above 0.
+    ValueError: `max_scale` is below 1 or not finite.
   """
-  if max_scale is None:
-    return jnp.exp(log_scale)
-  if max_scale <= 0:
-    raise ValueError(f"max_scale={max_scale}; expected a number above 0, as 100, or None.")
-  return jnp.exp(jnp.minimum(log_scale, math.log(max_scale)))
+  if not 1 <= max_scale < math.inf:
+    raise ValueError(f"max_scale={max_scale}; expected a finite number of at least 1, such as 100.")
+  return jnp.clip(log_scale, 0.0, math.log(max_scale))
 
 
 def text_groups(ids: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ import pytest
 
 from ov_losses import (
   ContrastiveLoss,
-  clamp_scale,
+  clamp_log_scale,
   contrastive_sigmoid,
   contrastive_softmax,
   similarity_blocks,
@@ -214,18 +214,43 @@ def test_only_the_loss_has_gradients():
   assert all(not np.any(g) for g in grads)
 
 
-def test_clamp_scale():
-  value_and_grad = jax.value_and_grad(clamp_scale)
-  for log_scale, max_scale, value, grad in [
-    (2.0, 100.0, np.exp(2.0), np.exp(2.0)),
-    (5.0, 100.0, 100.0, 0.0),
-    (5.0, None, np.exp(5.0), np.exp(5.0)),
-    (200.0, 100.0, 100.0, 0.0),  # exp(200) is infinite in float32
-  ]:
-    got = value_and_grad(jnp.float32(log_scale), max_scale)
-    np.testing.assert_allclose(got, (value, grad), rtol=1e-6)  # exp of float32
-  with pytest.raises(ValueError, match="max_scale=0; expected a number above 0"):
-    clamp_scale(jnp.zeros(()), 0)
+@pytest.mark.parametrize(
+  ("scale", "limit", "expected"),
+  [(7.0, 100.0, 7.0), (101.0, 100.0, 100.0), (0.5, 100.0, 1.0), (3.0, 1.0, 1.0)],
+)
+def test_the_temperature_is_clipped_as_open_clip_does(scale, limit, expected):
+  got = clamp_log_scale(jnp.log(jnp.float32(scale)), limit)
+  assert got.dtype == jnp.float32
+  np.testing.assert_allclose(jnp.exp(got), expected, rtol=1e-5)  # log and exp of float32
+
+
+@pytest.mark.parametrize("limit", [0, 0.5, -2.0, float("nan"), float("inf")])
+def test_impossible_limits_of_the_temperature_are_refused(limit):
+  with pytest.raises(ValueError, match=r"max_scale=.*; expected a finite number of at least 1"):
+    clamp_log_scale(jnp.zeros(()), limit)
+
+
+@pytest.mark.parametrize("start", [90.0, 101.0, 200.0])
+def test_a_temperature_above_the_limit_returns_to_the_best_one(start):
+  """Pairs so noisy that the best factor is far below 100, whatever the first value is."""
+  rng = np.random.default_rng(0)
+  unit = lambda x: (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
+  image = unit(rng.normal(size=(32, 8)))
+  text = unit(image + 0.9 * rng.normal(size=(32, 8)))
+  loss = lambda log_scale: contrastive_softmax(image, text, jnp.exp(log_scale)).loss
+
+  @jax.jit
+  def train(log_scale):
+    def step(log_scale, _):
+      log_scale = log_scale - 0.05 * jnp.sign(jax.grad(loss)(log_scale))
+      return clamp_log_scale(log_scale, 100.0), log_scale
+
+    return jax.lax.scan(step, log_scale, length=80)[0]
+
+  factors = jnp.exp(jnp.linspace(0.0, jnp.log(100.0), 200))
+  best = factors[jnp.argmin(jax.vmap(lambda s: contrastive_softmax(image, text, s).loss)(factors))]
+  assert best < 20
+  np.testing.assert_allclose(jnp.exp(train(jnp.log(start))), best, rtol=0.06)  # one step of sign
 
 
 def test_equal_texts_have_equal_groups_and_others_not():
