@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from apps.trainer.model_options import check_options
 from apps.trainer.step import LossOutput
 from ov_data import Tokenizer
 import ov_losses
@@ -34,6 +35,8 @@ def captioner_config(model: ConfigDict, *, vocab_size: int) -> ov_models.Caption
     )
   if model.token_len < 3:
     raise ValueError(f"config.model.token_len={model.token_len}; expected at least 3")
+  check_options("config.model.encoder_options", model.encoder_options, ov_models.ViTConfig)
+  check_options("config.model.decoder_options", model.decoder_options, ov_models.DecoderConfig)
   return ov_models.CaptionerConfig.openvision2(
     model.encoder,
     model.decoder,

@@ -27,6 +27,7 @@ a regex matches when `re.search` finds it in the path, so anchor it with ^ and $
 
 from collections.abc import Sequence
 import dataclasses
+import math
 import re
 from typing import Any, NamedTuple
 
@@ -92,19 +93,34 @@ class OptimizerConfig:
       if not ok:
         raise ValueError(f"optimizer {name}={getattr(self, name)!r} must be {expected}.")
 
-    require(self.learning_rate >= 0, "learning_rate", ">= 0")
+    require(0 <= self.learning_rate < math.inf, "learning_rate", "finite and >= 0")
     require(0 <= self.b1 < 1, "b1", "in [0, 1)")
     require(0 <= self.b2 < 1, "b2", "in [0, 1)")
-    require(self.eps > 0, "eps", "> 0")
+    require(0 < self.eps < math.inf, "eps", "finite and > 0")
     for name, allowed in (
       ("mu_dtype", ("bfloat16", "float32", "int8")),
       ("second_moment", ("full", "factored", "int8")),
     ):
       require(getattr(self, name) in allowed, name, f"one of {', '.join(allowed)}")
-    require(self.weight_decay >= 0, "weight_decay", ">= 0")
+    require(0 <= self.weight_decay < math.inf, "weight_decay", "finite and >= 0")
     clip, layer, ema = self.grad_clip_norm, self.layer_decay, self.ema_decay
-    require(clip is None or clip > 0, "grad_clip_norm", "> 0, or None for no clipping")
+    require(
+      clip is None or 0 < clip < math.inf,
+      "grad_clip_norm",
+      "> 0 and finite, or None for no clipping",
+    )
     require(layer is None or 0 < layer <= 1, "layer_decay", "in (0, 1], or None for none")
+    for regex, factor in self.lr_multipliers:
+      require(0 <= factor < math.inf, "lr_multipliers", f"finite and >= 0 for {regex!r}")
+    for name, regexes in (
+      ("decay_regex", [self.decay_regex]),
+      ("layer_decay_regex", [self.layer_decay_regex]),
+      ("input_regex", [self.input_regex]),
+      ("frozen", self.frozen),
+      ("lr_multipliers", [regex for regex, _ in self.lr_multipliers]),
+    ):
+      for regex in regexes:
+        _check_regex(name, regex)
     require(ema is None or 0 < ema < 1, "ema_decay", "in (0, 1), or None for no average")
 
 
@@ -254,6 +270,13 @@ def _scale_by_multipliers(multipliers: PyTree) -> optax.GradientTransformation:
     return jax.tree.map(lambda u, m: u if np.all(m == 1) else u * m, updates, multipliers)
 
   return optax.stateless(update)
+
+
+def _check_regex(name: str, regex: str) -> None:
+  try:
+    re.compile(regex)
+  except re.error as error:
+    raise ValueError(f"optimizer {name}: {regex!r} is no regular expression: {error}.") from error
 
 
 def _any_match(regexes: Sequence[str], path: str) -> bool:

@@ -1,6 +1,7 @@
 """The optimizer chain: arithmetic of each entry, groups by path, errors."""
 
 import dataclasses
+import math
 
 import chex
 import jax
@@ -200,3 +201,21 @@ def test_ema_decay_warms_up():
 def test_errors_name_value_and_remedy(kwargs, message):
   with pytest.raises(ValueError, match=message):
     make_optimizer(OptimizerConfig(1.0, **kwargs), make_params(), 10)
+
+
+@pytest.mark.parametrize(
+  ("fields", "said"),
+  [
+    ({"learning_rate": math.inf}, "learning_rate=inf must be finite and >= 0"),
+    ({"learning_rate": math.nan}, "learning_rate=nan must be"),
+    ({"weight_decay": math.inf}, "weight_decay=inf must be"),
+    ({"eps": math.nan}, "eps=nan must be"),
+    ({"grad_clip_norm": math.inf}, "grad_clip_norm=inf must be"),
+    ({"lr_multipliers": (("a", -1.0),)}, "must be finite and >= 0 for 'a'"),
+    ({"frozen": ("[",)}, "frozen: '.' is no regular expression: unterminated"),
+    ({"layer_decay_regex": "*"}, "layer_decay_regex: '.' is no regular expression: nothing to"),
+  ],
+)
+def test_values_that_are_no_numbers_or_regular_expressions(fields, said):
+  with pytest.raises(ValueError, match=said):
+    OptimizerConfig(**({"learning_rate": 1.0} | fields))

@@ -26,6 +26,7 @@ from apps.trainer.config import check_values, init_sources, to_json
 from apps.trainer.held_out import HeldOut
 from apps.trainer.init_from import InitPlan, check_tokenizer, plan_init
 from apps.trainer.init_source import open_source
+from apps.trainer.limits import border_note, check_batch_memory
 from apps.trainer.parts import App, Parts, build_parts
 from apps.trainer.progress import Terminal
 from apps.trainer.sinks import check_wandb
@@ -108,6 +109,10 @@ def open_model(config: ConfigDict, workdir: Workdir, app: App, terminal: Termina
   terminal.phase(f"{devices}, mesh {dict(mesh.shape)}")
   tokenizer = inputs.open_tokenizer(config, workdir, terminal)
   parts = [build_parts(stage.config, app.make_task, tokenizer, mesh) for stage in stages]
+  for stage, (task, *_) in zip(stages, parts, strict=True):
+    check_batch_memory(stage.config, task)
+    if note := border_note(task):
+      terminal.phase(f"{stage.name}: {note}")
   return Model(stages, parts, mesh, tokenizer, cache)
 
 

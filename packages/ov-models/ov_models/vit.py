@@ -88,7 +88,7 @@ class ViTConfig(TransformerConfig):
       ValueError: unknown variant, patch that is no number, or an impossible combination.
     """
     variant, _, patch = name.partition("/")
-    if patch and not patch.isdigit():
+    if patch and not patch.isdecimal():
       raise ValueError(f"patch size {patch!r} in {name!r} is no number; write e.g. 'L/14'.")
     sizes: dict[str, Any] = variant_sizes("ViT", variant, VIT_VARIANTS)
     sizes |= {"patch_size": int(patch or 16), "image_size": image_size}
