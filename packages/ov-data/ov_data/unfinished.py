@@ -27,7 +27,9 @@ from ov_data.splits import Split
 
 FOLDER = "dataset.progress"
 _RECIPE = "recipe.json"
-_PART = re.compile(r".+\.(tfrecord|ovidx|json|jsonl)\.[0-9a-f]+\.part", re.S)
+_PART = re.compile(
+  r"(.+\.(tfrecord|ovidx|json|jsonl)|classes\.txt)\.[0-9a-f]+\.part", re.S
+)  # the last one is of the converter
 _READERS = 4  # threads that read shards back
 _CHUNK_BYTES = 4 << 20
 _EXCERPT = 60  # characters of a value in a message
@@ -127,11 +129,15 @@ def _changed_shards(indexes: Sequence[index.ShardIndex], checksums: Any) -> list
     return [i.path for i, ours, theirs in zip(indexes, found, checksums) if ours != theirs]
 
 
+def has_leftovers(path: Path) -> bool:
+  """Return whether a complete data set has files of a writer that was killed at its end."""
+  return any(name == FOLDER or _PART.fullmatch(name) for name in _names(path))
+
+
 def tidy(path: Path) -> None:
-  """Remove what a writer has left that was killed when its data set was complete."""
-  if (path / FOLDER).exists() or any(map(_PART.fullmatch, _names(path))):
-    clear(path)
-    _remove_parts(path)
+  """Remove them."""
+  clear(path)
+  _remove_parts(path)
 
 
 def write_log(path: Path, name: str, recipe: Mapping[str, Any], facts: Mapping[str, Any]) -> None:

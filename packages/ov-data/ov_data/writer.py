@@ -159,8 +159,8 @@ def write_dataset(
   # A data set is what the recipe says; whoever reads JSON back gets lists for tuples.
   wanted: dict[str, Any] = json.loads(json.dumps({**recipe, "shards": shards}))
   if content := unfinished.find_complete(path, wanted):
-    if (path / unfinished.FOLDER).exists() or (path / outputs.LOCK).exists():
-      # Left by a writer that was killed at its end. The data set may be read-only by now.
+    if unfinished.has_leftovers(path) or (path / outputs.LOCK).exists():
+      # The data set may be read-only by now.
       with contextlib.suppress(OSError, ValueError), outputs.locked(path):
         unfinished.tidy(path)
     return _summary(path, content)
