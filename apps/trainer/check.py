@@ -22,6 +22,7 @@ from apps.trainer.prepare import Prepared, open_model, open_training_data, prepa
 from apps.trainer.progress import Terminal
 from apps.trainer.task import Evaluate, abstract_batch
 from apps.trainer.workdir import Workdir
+import ov_data
 import ov_models
 import ov_sharding
 
@@ -35,7 +36,7 @@ def check_run(config: ConfigDict, workdir: Workdir, app: App, terminal: Terminal
   with user_errors(), tempfile.TemporaryDirectory() as scratch:
     print(to_json(config), end="")
     kept = workdir.path / "tokenizer"
-    home = workdir if kept.exists() else Workdir(Path(scratch))
+    home = workdir if ov_data.Tokenizer.is_complete(kept) else Workdir(Path(scratch))
     prepared = prepare(config, workdir, app, terminal, tokenizer_home=home)
     for plan in prepared.init:
       terminal.phase(plan.report.text())

@@ -115,14 +115,15 @@ def _passes(error: BaseException) -> bool:
 
 
 def _describe(error: OSError | MemoryError, place: str) -> str:
+  """Path and reason."""
   if isinstance(error, MemoryError):
     return f"this machine has too little memory{f': {error}' if str(error) else ''}"
   if error.errno is None:
     return str(error) or type(error).__name__
   path = error.filename
-  return f"{place if path is None or isinstance(path, int) else os.fsdecode(path)}: " + (
-    error.strerror or os.strerror(error.errno)
-  )
+  # Some errors carry a remedy of their own in strerror.
+  reason = os.strerror(error.errno) if error.errno in _REMEDIES else error.strerror
+  return f"{os.fsdecode(path) if isinstance(path, str | bytes) else place}: {reason}"
 
 
 def _remedy(error: OSError | MemoryError) -> str:
@@ -144,8 +145,8 @@ def _saved(last_checkpoint: Callable[[], int | None]) -> str:
 def _text(error: BaseException) -> str:
   """The message of an error, with its type where the message alone says too little."""
   text = str(error)
-  if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
-    text = _describe(error, "")
+  if isinstance(error, OSError) and isinstance(error.filename, str | bytes):
+    text = f"{os.fsdecode(error.filename)}: {error.strerror}"
   if isinstance(error, MemoryError):
     return _describe(error, "")
   if isinstance(error, _NAMED) or not text:

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from apps.trainer import inputs
 from apps.trainer.progress import Terminal
 import ov_data
+from ov_data import fs
 import ov_eval
 
 HostBatch = Mapping[str, Any]
@@ -135,5 +136,5 @@ class HeldOut:
       return
     folder = Path(self.config.eval.per_example).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
-      file.writelines(json.dumps(record) + "\n" for record in records)
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    fs.write_atomic(str(folder / f"{name}.jsonl"), lines.encode())

@@ -33,6 +33,7 @@ import jax.numpy as jnp
 
 from apps.trainer.init_source import InitSource, Part, open_source
 from apps.trainer.optimizer import flatten_paths, path_str
+from ov_data import fs
 import ov_models
 
 PyTree = Any
@@ -88,7 +89,8 @@ class InitReport:
 
   def save(self, path: epath.PathLike) -> None:
     """Write everything as JSON."""
-    epath.Path(path).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+    text = json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+    fs.write_atomic(str(path), text.encode())
 
 
 class InitPlan(NamedTuple):

@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 import os
+from pathlib import Path
 from typing import Any, Literal
 
+from etils import epath
 import jax
 from ml_collections import ConfigDict
 import numpy as np
@@ -140,14 +142,17 @@ def open_tokenizer(config: ConfigDict, workdir: Workdir, terminal: Terminal) -> 
   To evaluate another run's params (eval_only and init_from.path), it is that run's.
 
   Raises:
-    ValueError: the workdir's tokenizer is another one than `config.tokenizer.path` names.
+    ValueError: the workdir's tokenizer is another one than `config.tokenizer.path` names, or it is
+      incomplete although the run has checkpoints.
   """
   folder, path = workdir.path / "tokenizer", os.path.expanduser(config.tokenizer.path)
   given = _read_tokenizer(path) if path else None
   run = config.ft_from or config.init_from.path
   if not path and config.eval_only and run:
     given, path = _tokenizer_of(run), f"{run}/tokenizer"
-  if not folder.exists() and jax.process_index() == 0:
+  if not ov_data.Tokenizer.is_complete(folder) and jax.process_index() == 0:
+    if folder.exists():
+      _set_incomplete_aside(folder, config.checkpoint.dir or workdir.checkpoints, terminal)
     if given is None:
       terminal.phase(
         f"training a tokenizer of at most {config.tokenizer.train_vocab_size:,} entries"
@@ -242,6 +247,29 @@ def _way(processor: ov_data.TextProcessor) -> str:
     f"{processor.length} tokens, pool {processor.pool}, padding {processor.padding}, "
     f"vocabulary {processor.tokenizer.fingerprint}"
   )
+
+
+def _set_incomplete_aside(folder: Path, checkpoints: str, terminal: Terminal) -> None:
+  """Rename a folder that no tokenizer was completely saved into, so that it is made again.
+
+  Raises:
+    ValueError: the run has checkpoints, so their tokenizer was complete once.
+  """
+  saved = epath.Path(checkpoints).expanduser()
+  if saved.is_dir() and any(path.name.isdigit() for path in saved.iterdir()):
+    raise ValueError(
+      f"{folder} is incomplete, but the checkpoints in {saved} need its tokenizer; copy the folder "
+      "back, remove it to train the same tokenizer again from the same captions, or choose another "
+      "--workdir"
+    )
+  if not any(folder.iterdir()):
+    folder.rmdir()
+    return
+  number = 0
+  while (aside := folder.with_name(f"{folder.name}.incomplete-{number}")).exists():
+    number += 1
+  folder.rename(aside)
+  terminal.phase(f"{folder} was not saved completely: moved to {aside.name} and made again")
 
 
 def _tokenizer_of(run: str) -> ov_data.Tokenizer | None:

@@ -36,6 +36,7 @@ from apps.trainer.stepper import Stepper
 from apps.trainer.stop import StopRequest
 from apps.trainer.workdir import Workdir
 import ov_data
+from ov_data import fs
 import ov_models
 
 
@@ -54,7 +55,7 @@ def run_training(
     prepared = prepare(config, workdir, app, terminal, hosts.waiting_for_input)
     stages, mesh, tokenizer = prepared.stages, prepared.mesh, prepared.tokenizer
     if jax.process_index() == 0 and not config.eval_only:
-      (workdir.path / "config.json").write_text(to_json(config))
+      fs.write_atomic(str(workdir.path / "config.json"), to_json(config).encode())
     checkpoints = Checkpoints(
       prepared.checkpoints,
       keep_last=config.checkpoint.keep_last,

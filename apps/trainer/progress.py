@@ -16,6 +16,8 @@ from rich.progress import (
   TimeRemainingColumn,
 )
 
+from apps.trainer.startup import printable
+
 
 class Terminal:
   """The terminal of a run. Silent on every process but the first."""
@@ -35,7 +37,8 @@ class Terminal:
   def phase(self, text: str) -> None:
     """Announces what begins now, so that the last line of a stuck job tells where."""
     seconds = time.monotonic() - self._started
-    self._console.print(f"[{seconds:7.1f} s] {text}", markup=False, soft_wrap=True)
+    line = f"[{seconds:7.1f} s] {printable(text)}"
+    self._console.print(line, markup=False, soft_wrap=True)
 
   def stage(self, name: str, *, step: int, first_step: int, last_step: int) -> "StageProgress":
     """Progress of one stage as a context manager; steps are numbered over the whole run."""
@@ -52,7 +55,7 @@ class Terminal:
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
     shown = self._console.is_terminal and not self._console.quiet
     with Progress(*columns, TimeRemainingColumn(), console=self._console, disable=not shown) as bar:
-      task = bar.add_task(name, total=total or None)
+      task = bar.add_task(printable(name), total=total or None)
       yield lambda more, total=None: bar.update(task, advance=more, total=total)
 
 
@@ -63,7 +66,7 @@ class StageProgress:
     self, console: Console, name: str, step: int, first_step: int, last_step: int, every: float
   ):
     self._console = console
-    self._name = name
+    self._name = name = printable(name)
     self._first_step = first_step
     self._last_step = last_step
     self._every = every
@@ -73,7 +76,8 @@ class StageProgress:
     if console.is_terminal and not console.quiet:
       self._bar_column = BarColumn()
       facts = TextColumn("{task.fields[facts]}", markup=False)
-      self._bar = Progress(TextColumn(name, markup=False), self._bar_column, facts, console=console)
+      named = TextColumn("{task.description}", markup=False)  # a name is no format: it may hold {}
+      self._bar = Progress(named, self._bar_column, facts, console=console)
       total = last_step - first_step
       self._task = self._bar.add_task(name, total=total, completed=step - first_step, facts="")
 

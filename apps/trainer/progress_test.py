@@ -71,3 +71,18 @@ def test_other_processes_say_nothing():
 
 def test_duration():
   assert [duration(s) for s in (8.6, 723, 3 * 86400 + 61)] == ["0:00:09", "0:12:03", "3 d 00:01:01"]
+
+
+@pytest.mark.parametrize("name", ("a{b}", "{0}", "100% {task.x}", "[red]x", "\x1b[31mred\x07"))
+def test_names_are_shown_as_they_are_written(name):
+  out = io.StringIO()
+  terminal = Terminal(file=out)
+  terminal._console = Console(file=out, force_terminal=True, color_system=None, width=200)
+  with terminal.stage(name, step=0, first_step=0, last_step=2) as stage:
+    stage.update(1, **FACTS)
+  with terminal.count(name, 2) as advance:
+    advance(1)
+  terminal.phase(name)
+  shown = name.replace("\x1b", r"\x1b").replace("\x07", r"\x07")
+  assert out.getvalue().count(shown) >= 3
+  assert "\x1b[31m" not in out.getvalue() and "\x07" not in out.getvalue()

@@ -25,6 +25,7 @@ from apps.trainer import charts, gallery, report_text
 from apps.trainer.gallery import Gallery
 from apps.trainer.report_text import Mark, data_url
 from apps.trainer.sinks import read_metrics
+from ov_data import fs
 from ov_eval import Result
 
 # What matters most, whatever the task; a run has some of them.
@@ -300,9 +301,7 @@ def _class_view(table: ClassTable) -> dict[str, Any]:
 
 
 def _replace(path: Path, text: str) -> None:
-  partial = path.with_name(path.name + ".partial")
-  partial.write_text(text, encoding="utf-8")
-  os.replace(partial, path)
+  fs.write_atomic(str(path), text.encode("utf-8"))
 
 
 def _to_json(data: ReportData) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any, Self
 import uuid
 
 from apps.trainer.errors import UserError
+from ov_data import fs
 
 # Values of the clock and of the machine; everything else in metrics.jsonl is reproducible.
 TIMING_NAMES = frozenset(
@@ -83,8 +84,9 @@ class MetricWriter:
       return
     scalars = {name: _scalar(name, value) for name, value in values.items()}
     finite = {name: v if math.isfinite(v) else None for name, v in scalars.items()}
-    self._file.write(json.dumps({"step": int(step), **finite}, allow_nan=False) + "\n")
-    self._file.flush()
+    with fs.writing(self._file.name):
+      self._file.write(json.dumps({"step": int(step), **finite}, allow_nan=False) + "\n")
+      self._file.flush()
     if self._events is not None:
       for name, value in scalars.items():
         self._events.add_scalar(name, value, step)
@@ -94,7 +96,8 @@ class MetricWriter:
   def flush(self) -> None:
     """Returns when metrics.jsonl is on the disk."""
     if self._file is not None:
-      os.fsync(self._file.fileno())
+      with fs.writing(self._file.name):
+        os.fsync(self._file.fileno())
     if self._events is not None:
       self._events.flush()
 
@@ -158,11 +161,12 @@ def _cut(path: Path, resume_step: int | None) -> None:
       if step <= resume_step and line.endswith(b"\n"):
         kept.append(line)
   partial = path.with_name(path.name + ".partial")
-  with open(partial, "wb") as file:
-    file.writelines(kept)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(partial, path)
+  with fs.writing(str(path)):
+    with open(partial, "wb") as file:
+      file.writelines(kept)
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(partial, path)
 
 
 def _scalar(name: str, value: Any) -> float | int:
@@ -201,7 +205,7 @@ def _open_wandb(project: str, workdir: Path, config: Mapping[str, Any] | None) -
 
   id_file = workdir / "wandb_run_id"
   if not id_file.exists():
-    id_file.write_text(uuid.uuid4().hex, encoding="utf-8")
+    fs.write_atomic(str(id_file), uuid.uuid4().hex.encode())
   return wandb.init(
     project=project,
     id=id_file.read_text(encoding="utf-8"),
