@@ -2,8 +2,8 @@
 
 A text tower only works with the ids it was trained on: the same lower-casing, length, special
 tokens, and the same place to pool. So these are written once, at training, and read wherever the
-model is used. The folder holds texts with their ids, and `TextProcessor.load` refuses one that no
-longer reproduces them.
+model is used. The folder holds checksums and texts with their ids, and `TextProcessor.load` refuses
+one that was changed or no longer reproduces them.
 """
 
 from collections.abc import Sequence
@@ -19,14 +19,19 @@ import numpy as np
 from numpy.typing import NDArray
 import tokenizers
 
-from ov_data import outputs
-from ov_data.tokenizer import TOKENIZER_FILE, Tokenizer, canonicalise_text
+from ov_data import fs, tokenizer_folder, tokenizer_json
+from ov_data.tokenizer import (
+  MAX_LENGTH,
+  PACKING_FILE,
+  PROCESSOR_FILE,
+  TOKENIZER_FILE,
+  Tokenizer,
+  canonicalise_text,
+)
 
 Pool = Literal["last", "first", "argmax", "mean", "map"]
 Padding = Literal["attend", "mask"]
 
-_FILE = "text_processor.json"  # written last: a folder without it is incomplete
-_FORMAT = 1
 _SETTINGS = ("length", "append_cls", "pool", "padding", "canonical")
 _GOLDEN_TEXTS = (
   "a large red striped circle above a small blue solid square",
@@ -74,6 +79,11 @@ class TextProcessor:
         "pool='last' reads the last column, which is padding after most texts; "
         "set append_cls=True, or pool another way"
       )
+    for name in ("append_cls", "canonical"):
+      if type(value := getattr(self, name)) is not bool:
+        raise ValueError(f"{name}={value!r}: expected True or False")
+    if type(self.length) is not int or self.length > MAX_LENGTH:
+      raise ValueError(f"length={self.length!r}: expected a whole number of at most {MAX_LENGTH:,}")
     end, last = self.tokenizer.eos_id, self.tokenizer.vocab_size - 1
     if self.pool == "argmax" and end != last:
       raise ValueError(
@@ -113,65 +123,67 @@ class TextProcessor:
   def save(self, folder: str | os.PathLike[str]) -> None:
     """Write the folder of `Tokenizer.save`, and text_processor.json next to its files.
 
+    A new folder is complete or absent; where the tokenizer in it is the same, its files stay. Where
+    it is replaced and the save is interrupted, `is_complete` is False and `load` raises
+    FileNotFoundError.
+
     Raises:
       ValueError: the folder is not local.
     """
-    path = outputs.local_path(folder)
-    (path / _FILE).unlink(missing_ok=True)  # of another tokenizer, should this be interrupted
-    self.tokenizer.save(path)
+    path = tokenizer_folder.check_local(folder)
+    files = self.tokenizer.files()
     content = {
-      "format": _FORMAT,
       **self._settings(),
-      "tokenizer_sha256": _sha256(path / TOKENIZER_FILE),
+      "tokenizer_sha256": tokenizer_folder.sha256(files[TOKENIZER_FILE]),
       "tokenizers_version": tokenizers.__version__,
       "golden": _pairs(_GOLDEN_TEXTS, self.encode(_GOLDEN_TEXTS)),
       "golden_prompts": _pairs(_GOLDEN_PROMPTS, self.encode_prompts(_GOLDEN_PROMPTS)),
     }
-    partial = path / f"{_FILE}.partial"
-    partial.write_text(json.dumps(content, ensure_ascii=False) + "\n", "utf-8")
-    partial.replace(path / _FILE)
+    files[PROCESSOR_FILE] = tokenizer_folder.seal(content)
+    tokenizer_folder.write(path, files, marks=(PACKING_FILE, PROCESSOR_FILE))
+
+  @staticmethod
+  def is_complete(folder: str | os.PathLike[str]) -> bool:
+    """Return whether a folder holds all files of `save`; their content is not checked."""
+    return Tokenizer.is_complete(folder) and (pathlib.Path(folder) / PROCESSOR_FILE).is_file()
 
   @classmethod
   def load(cls, folder: str | os.PathLike[str]) -> "TextProcessor":
-    """Reads a folder that `save` wrote and checks that it still encodes as it did then.
+    """Reads a folder that `save` wrote and checks that it is unchanged and encodes as it did then.
 
     Raises:
       FileNotFoundError: the folder or one of its files is missing.
-      ValueError: a file cannot be read or is of a later format, or texts no longer encode to the
-        stored ids.
+      ValueError: a file was changed, cannot be read or is of a later format, or texts no longer
+        encode to the stored ids.
     """
-    file = pathlib.Path(folder) / _FILE
+    file = pathlib.Path(folder) / PROCESSOR_FILE
     tokenizer = Tokenizer.load(folder)
     if not file.is_file():
       raise FileNotFoundError(
-        f"no text processor in {folder}: it holds a tokenizer, but not {_FILE}. Models without a "
-        "text tower have none; Tokenizer.load reads the folder."
+        f"no text processor in {folder}: it holds a tokenizer, but not {PROCESSOR_FILE}. Models "
+        "without a text tower have none; Tokenizer.load reads the folder."
       )
+    content = tokenizer_folder.read_sealed(file)
     try:
-      content: dict[str, Any] = json.loads(file.read_text("utf-8"))
-      version = int(content["format"])
-      if version != _FORMAT:
-        raise _OtherFormat(version)
       settings = {name: content[name] for name in _SETTINGS}
-      golden = [
-        (entry["text"], entry["ids"], encode)
-        for key, encode in (("golden", cls.encode), ("golden_prompts", cls.encode_prompts))
-        for entry in content[key]
-      ]
       checksum = content["tokenizer_sha256"]
-    except _OtherFormat as error:
-      raise ValueError(
-        f"{file} is of format {error}, and this version of ov_data reads format {_FORMAT}; "
-        "use the version that wrote it"
-      ) from None
+      golden = [
+        (text, ids, encode)
+        for key, encode in (("golden", cls.encode), ("golden_prompts", cls.encode_prompts))
+        for text, ids in tokenizer_folder.golden(content[key])
+      ]
     except (ValueError, KeyError, TypeError) as error:
       raise ValueError(f"{file} is damaged: {error!r}.") from None
-    if checksum != _sha256(file.with_name(TOKENIZER_FILE)):
+    data = fs.read_regular(os.fspath(file.with_name(TOKENIZER_FILE)), tokenizer_json.MAX_BYTES)
+    if checksum != tokenizer_folder.sha256(data):
       raise ValueError(
-        f"{file} belongs to another {TOKENIZER_FILE} than the one beside it; one of the two was "
+        f"{file} belongs to another {TOKENIZER_FILE} than the one next to it; one of the two was "
         "changed or exchanged. Take both from the same run."
       )
-    processor = cls(tokenizer, **settings)
+    try:
+      processor = cls(tokenizer, **settings)
+    except ValueError as error:
+      raise ValueError(f"{file}: {error}") from None
     for text, ids, encode in golden:
       if (now := encode(processor, [text])[0].tolist()) != ids:
         raise ValueError(
@@ -183,14 +195,6 @@ class TextProcessor:
 
   def _settings(self) -> dict[str, Any]:
     return {name: getattr(self, name) for name in _SETTINGS}
-
-
-class _OtherFormat(Exception):
-  pass
-
-
-def _sha256(file: pathlib.Path) -> str:
-  return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _pairs(texts: Sequence[str], ids: NDArray[np.int32]) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from ov_data import example, records
+from ov_data import example, records, tokenizer_folder
 from ov_data.loader import Loader
 from ov_data.sources import Source
 from ov_data.text_processor import TextProcessor
@@ -143,8 +143,10 @@ def test_fingerprint_knows_every_setting(words: Tokenizer):
 
 
 def _change(folder: pathlib.Path, name: str, **values) -> None:
+  """Change values and seal the file again, so that only the values are wrong."""
   content = json.loads((folder / name).read_text("utf-8"))
-  (folder / name).write_text(json.dumps(content | values), "utf-8")
+  content.pop("sha256")
+  (folder / name).write_bytes(tokenizer_folder.seal(content | values))
 
 
 @pytest.mark.parametrize(
@@ -153,9 +155,16 @@ def _change(folder: pathlib.Path, name: str, **values) -> None:
     (dict(length=20), "no longer encodes as when it was saved"),
     (dict(append_cls=False, pool="mean"), "no longer encodes"),
     (dict(canonical=False), "no longer encodes.*itap|no longer encodes.*bad photo"),
-    (dict(format=2), "is of format 2, and this version of ov_data reads format 1"),
+    (dict(format=3), "is of format 3, and this version of ov_data reads formats up to 2"),
+    (dict(format="2"), "is damaged: its format is '2'"),
     (dict(golden=[{"text": "a"}]), "is damaged: KeyError"),
-    (dict(pool="best"), "pool='best'"),
+    (dict(golden={"a": [1]}), "is damaged: .*expected a list"),
+    (dict(golden_prompts=[["a", [1]]]), "is damaged: .*expected a text and a list of ids"),
+    (dict(pool="best"), r"text_processor\.json: pool='best'"),
+    (dict(pool=["last"]), r"pool=\['last'\]: expected one of"),
+    (dict(length=2**31), "length=2147483648: expected a whole number of at most 1,048,576"),
+    (dict(length=24.0), "length=24.0: expected a whole number"),
+    (dict(canonical="no"), "canonical='no': expected True or False"),
     (dict(tokenizer_sha256="0"), "belongs to another tokenizer.json"),
   ],
 )

@@ -2,13 +2,12 @@
 
 A caption becomes `[bos] pieces [eos]`, padded to a fixed length; where it is too long, the last
 slot is overwritten with [eos], so that every row ends in one. With `append_cls` the last column
-is [CLS], behind the padding.
+is [CLS], after the padding.
 
-The tokenizer is part of a trained model. `save` writes it as one folder together with a few texts
-and their ids, and `load` refuses a folder that no longer reproduces them.
+The tokenizer is part of a trained model. `save` writes it as one folder together with checksums, a
+few texts and their ids, and `load` refuses a folder that was changed or no longer reproduces them.
 """
 
-import codecs
 from collections import Counter
 from collections.abc import Iterable, Sequence
 import hashlib
@@ -16,13 +15,20 @@ import json
 import os
 import pathlib
 import string
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import tokenizers
-from tokenizers import pre_tokenizers
 
-from ov_data import bert, fs, outputs, word_pieces
+from ov_data import (
+  bert,
+  detokenize,
+  fs,
+  own_pieces,
+  tokenizer_folder,
+  tokenizer_json,
+  word_pieces,
+)
 
 MAX_CHARS = 16_384  # of a text; what follows is cut off before tokenising
 # More texts in a call are spread over the library's threads. For fewer, waking them costs more than
@@ -30,8 +36,9 @@ MAX_CHARS = 16_384  # of a text; what follows is cut off before tokenising
 _FEW_TEXTS = 64
 
 TOKENIZER_FILE = "tokenizer.json"
-_MAX_BYTES = 256 << 20  # of a vocabulary
-_PACKING_FILE = "packing.json"  # written last: a folder without it is incomplete
+PACKING_FILE = "packing.json"  # written last: a folder without it is incomplete
+PROCESSOR_FILE = "text_processor.json"  # of `TextProcessor`; belongs to the tokenizer next to it
+MAX_LENGTH = 1 << 20  # tokens of a row
 
 _TRAINED_SPECIALS = ("[PAD]", "[bos]", "[eos]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 # ov_convert.hf_tokenizer has the same table; importer_test of apps/exporter compares them.
@@ -72,7 +79,8 @@ class Tokenizer:
     backend.no_truncation()
     backend.encode_special_tokens = True  # "[eos]" in a caption is text, not the end of it
     self._backend = backend
-    self._ascii_backend = bert.without_normalizer(backend)
+    self._ascii = bert.ascii_short_cut(backend)
+    self._splits_as_bert = detokenize.splits_as_bert(backend)
     vocabulary = backend.get_vocab(with_added_tokens=True)
     found = {
       role: next((vocabulary[n] for n in names if n in vocabulary), None)
@@ -101,21 +109,7 @@ class Tokenizer:
       ValueError: not UTF-8, an empty or a repeated line, or no [PAD], [bos], [eos], [UNK].
       FileNotFoundError: no such file.
     """
-    data = _read(path).removeprefix(codecs.BOM_UTF8)
-    try:
-      text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-      number = data.count(b"\n", 0, error.start) + 1
-      raise ValueError(f"vocabulary {path}, line {number}: not UTF-8 ({error.reason}).") from None
-    vocabulary: dict[str, int] = {}
-    for i, line in enumerate(text.rstrip("\r\n").split("\n")):
-      token = line.removesuffix("\r")
-      if not token:
-        raise ValueError(f"vocabulary {path}, line {i + 1}: empty; every line is one token.")
-      if token in vocabulary:
-        first = vocabulary[token] + 1
-        raise ValueError(f"vocabulary {path}, line {i + 1}: {token!r} stands on line {first} too.")
-      vocabulary[token] = i
+    vocabulary = tokenizer_json.parse_lines(_read(path), path)
     if "[UNK]" not in vocabulary:
       raise ValueError(
         f"vocabulary {path}: no [UNK] token among its {len(vocabulary)} lines; expected one token "
@@ -131,15 +125,10 @@ class Tokenizer:
     """From a tokenizer.json of the `tokenizers` library; its padding and template are not used.
 
     Raises:
-      ValueError: not such a file, or without tokens for padding, beginning and end.
+      ValueError: not such a file, ids out of range, or no tokens for padding, beginning and end.
       FileNotFoundError: no such file.
     """
-    text = _read(path).removeprefix(codecs.BOM_UTF8)
-    try:
-      backend = tokenizers.Tokenizer.from_buffer(text)
-    except Exception as error:  # the library raises bare Exception
-      reason = " ".join(str(error).split())[:200]
-      raise ValueError(f"{path} is no tokenizer.json: {reason}") from None
+    backend = tokenizer_json.parse(_read(path), path)
     try:
       return cls(backend, append_cls=append_cls)
     except ValueError as error:
@@ -154,8 +143,12 @@ class Tokenizer:
     kind: Literal["pieces", "words"] = "pieces",
     min_frequency: int = 1,
     append_cls: bool = False,
+    strip_accents: bool = False,
   ) -> "Tokenizer":
     """Learns a vocabulary; the same texts, in any order, give the same tokenizer.
+
+    Texts are normalised (NFC) and in lower case. `decode` gives back such a text as it was, up to
+    white space, where the vocabulary has its letters; see `own_pieces`.
 
     Args:
       texts: captions of the training split.
@@ -164,6 +157,9 @@ class Tokenizer:
         choice for a small closed language.
       min_frequency: words or pieces seen less often are left out.
       append_cls: see the class.
+      strip_accents: removes accents, as the released models do, and all other nonspacing marks,
+        among them vowel signs of Hindi, Thai and many more. Makes small European vocabularies
+        smaller; loses what such marks mean.
 
     Raises:
       ValueError: vocab_size leaves no room, or the texts hold no word.
@@ -175,16 +171,19 @@ class Tokenizer:
       raise ValueError(
         f"vocab_size={vocab_size}: expected more than the {len(_TRAINED_SPECIALS)} special tokens."
       )
-    normalizer, splitter = bert.normalizer(), pre_tokenizers.BertPreTokenizer()
+    letters = kind == "words"
+    normalizer = own_pieces.normalizer(strip_accents=strip_accents, letters=letters)
     counts: Counter[str] = Counter()
     for text in texts:
-      split = splitter.pre_tokenize_str(normalizer.normalize_str(_clean(text)))
-      counts.update(word for word, _ in split if len(word) <= bert.MAX_WORD_CHARS)
+      words = normalizer.normalize_str(_clean(text)).split()
+      counts.update(word for word in words if len(word) <= own_pieces.MAX_WORD_CHARS)
     if not counts:
       raise ValueError("the texts to train a tokenizer on hold no word.")
     learn = word_pieces.word_pieces if kind == "pieces" else word_pieces.frequent_words
     tokens = [*_TRAINED_SPECIALS, *learn(counts, room, min_frequency)]
-    return cls(bert.backend({token: i for i, token in enumerate(tokens)}), append_cls=append_cls)
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    backend = own_pieces.backend(vocabulary, strip_accents=strip_accents, letters=letters)
+    return cls(backend, append_cls=append_cls)
 
   def encode(self, text: str | bytes) -> list[int]:
     """Ids of the text alone, without special tokens."""
@@ -211,6 +210,8 @@ class Tokenizer:
     if append_cls and cls_id is None:
       raise ValueError(f"append_cls: {_missing_special('cls', self._backend.get_vocab())}")
     content = length - 1 if append_cls else length
+    if not isinstance(length, int | np.integer) or length > MAX_LENGTH:
+      raise ValueError(f"length={length!r}: expected a whole number of at most {MAX_LENGTH:,}.")
     if content < 2:
       specials = "[bos], [eos] and [CLS]" if append_cls else "[bos] and [eos]"
       raise ValueError(f"length={length} has no room for {specials}; raise it.")
@@ -232,19 +233,26 @@ class Tokenizer:
     encodings = []
     for text in texts:
       backend = self._backend
-      if self._ascii_backend is not None and text.isascii():
-        backend, text = self._ascii_backend, text.translate(bert.NORMAL_ASCII)
+      if self._ascii is not None and text.isascii():
+        backend, text = self._ascii.backend, self._ascii.prepare(text)
       encodings += backend.encode_batch_fast([text], add_special_tokens=False)
     return encodings
 
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-    """Text of one row, up to its first [eos]; special and unused ids are passed over."""
+    """Text of one row, up to its first [eos]; special and unused ids are passed over.
+
+    A tokenizer of `train` gives back where spaces were. The text preparation of BERT loses them
+    around punctuation; they are put back as they are usually written. An unknown word is "[UNK]",
+    or what else the vocabulary calls it.
+    """
     words: list[int] = []
     for i in np.asarray(ids).tolist():
       if i == self.eos_id:
         break
       if i not in (self.pad_id, self.bos_id, self.cls_id) and 0 <= i < self.vocab_size:
         words.append(i)
+    if self._splits_as_bert:
+      return detokenize.join_pieces([self._backend.id_to_token(i) or "" for i in words])
     return self._backend.decode(words, skip_special_tokens=False)
 
   def decode_batch(self, ids: np.ndarray) -> list[str]:
@@ -270,20 +278,15 @@ class Tokenizer:
     text = json.dumps([content, self.append_cls], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-  def save(self, folder: str | os.PathLike[str]) -> None:
-    """Write tokenizer.json, and packing.json with the packing and the golden vectors.
-
-    Raises:
-      ValueError: the folder is not local.
-    """
-    path = outputs.local_path(folder)
-    path.mkdir(parents=True, exist_ok=True)
+  def files(self) -> dict[str, bytes]:
+    """Return the files of `save` by name: tokenizer.json, and packing.json, which marks the end."""
+    tokenizer = self.to_json().encode()
     packing = {
-      "format": 1,
       "append_cls": self.append_cls,
       "vocab_size": self.vocab_size,
       "max_chars": MAX_CHARS,
       "fingerprint": self.fingerprint,
+      "tokenizer_sha256": tokenizer_folder.sha256(tokenizer),
       "tokenizers_version": tokenizers.__version__,
       "golden_length": _GOLDEN_LENGTH,
       "golden": [
@@ -291,31 +294,65 @@ class Tokenizer:
         for text, row in zip(_GOLDEN_TEXTS, self._golden_ids(_GOLDEN_TEXTS, _GOLDEN_LENGTH))
       ],
     }
-    _write(path / TOKENIZER_FILE, self.to_json())
-    _write(path / _PACKING_FILE, json.dumps(packing, ensure_ascii=False, indent=1) + "\n")
+    return {TOKENIZER_FILE: tokenizer, PACKING_FILE: tokenizer_folder.seal(packing)}
+
+  def save(self, folder: str | os.PathLike[str]) -> None:
+    """Write tokenizer.json, and packing.json with the packing, checksums and golden vectors.
+
+    A new folder is complete or absent. Where another tokenizer is replaced and the save is
+    interrupted, `is_complete` is False and `load` raises FileNotFoundError.
+
+    Raises:
+      ValueError: the folder is not local.
+    """
+    path = tokenizer_folder.check_local(folder)
+    tokenizer_folder.write(path, self.files(), marks=(PACKING_FILE, PROCESSOR_FILE))
+
+  @staticmethod
+  def is_complete(folder: str | os.PathLike[str]) -> bool:
+    """Return whether a folder holds all files of `save`; their content is not checked."""
+    path = pathlib.Path(folder)
+    return all((path / name).is_file() for name in (PACKING_FILE, TOKENIZER_FILE))
 
   @classmethod
   def load(cls, folder: str | os.PathLike[str]) -> "Tokenizer":
-    """Reads a folder that `save` wrote and checks that it still encodes as it did then.
+    """Reads a folder that `save` wrote and checks that it is unchanged and encodes as it did then.
 
     Raises:
       FileNotFoundError: the folder or one of its files is missing.
-      ValueError: a file cannot be read, or texts no longer encode to the stored ids.
+      ValueError: a file was changed or cannot be read, or texts no longer encode to the stored ids.
     """
     path = pathlib.Path(folder)
-    for name in (_PACKING_FILE, TOKENIZER_FILE):
+    for name in (PACKING_FILE, TOKENIZER_FILE):
       if not (path / name).is_file():
-        raise FileNotFoundError(f"no tokenizer in {path}: {name} is missing.")
+        raise FileNotFoundError(
+          f"no tokenizer in {path}: {name} is missing. This is no folder of a tokenizer, or saving "
+          "it was interrupted; save the tokenizer again."
+        )
+    packing = tokenizer_folder.read_sealed(path / PACKING_FILE)
     try:
-      packing: dict[str, Any] = json.loads((path / _PACKING_FILE).read_text("utf-8"))
-      golden, length = packing["golden"], int(packing["golden_length"])
-      expected = {entry["text"]: entry["ids"] for entry in golden}
-      append_cls = bool(packing["append_cls"])
+      expected = tokenizer_folder.golden(packing["golden"])
+      length, append_cls = packing["golden_length"], packing["append_cls"]
+      if type(append_cls) is not bool or type(length) is not int or not 2 <= length <= 4096:
+        raise ValueError(f"append_cls is {append_cls!r}, golden_length {str(length)[:40]}")
     except (ValueError, KeyError, TypeError) as error:
-      raise ValueError(f"{path / _PACKING_FILE} is damaged: {error!r}.") from None
+      raise ValueError(f"{path / PACKING_FILE} is damaged: {error!r}.") from None
+    data = _read(path / TOKENIZER_FILE)
+    if packing.get("tokenizer_sha256") not in (None, tokenizer_folder.sha256(data)):
+      raise ValueError(
+        f"{path / TOKENIZER_FILE} was changed or exchanged after {PACKING_FILE} was written; a "
+        "model needs the tokenizer that it was trained with. Take both files from its run again."
+      )
     tokenizer = cls.from_file(path / TOKENIZER_FILE, append_cls=append_cls)
+    same_library = packing.get("tokenizers_version") == tokenizers.__version__
+    if same_library and packing.get("fingerprint") not in (None, tokenizer.fingerprint):
+      raise ValueError(
+        f"the tokenizer in {path} has fingerprint {tokenizer.fingerprint}, but {PACKING_FILE} says "
+        f"{str(packing['fingerprint'])[:40]!r}; {TOKENIZER_FILE} was changed. Take both files from "
+        "the same run."
+      )
     for (text, ids), now in zip(
-      expected.items(), tokenizer._golden_ids(list(expected), length), strict=True
+      expected, tokenizer._golden_ids([text for text, _ in expected], length), strict=True
     ):
       if now != ids:
         raise ValueError(
@@ -361,7 +398,7 @@ def _read(path: str | os.PathLike[str]) -> bytes:
   fs.check_name(name)
   if fs.is_remote(name):
     raise FileNotFoundError(f"{name}: expected a local file; copy it to a disk first")
-  return fs.read_regular(name, _MAX_BYTES)
+  return fs.read_regular(name, tokenizer_json.MAX_BYTES)
 
 
 def _missing_special(role: str, vocabulary: dict[str, int]) -> str:
@@ -372,10 +409,3 @@ def _missing_special(role: str, vocabulary: dict[str, int]) -> str:
       " This is a stock BERT vocabulary: name its tokens [unused0] and [unused1] [bos] and [eos]."
     )
   return message
-
-
-def _write(path: pathlib.Path, text: str) -> None:
-  """Whole file or none: written under another name, then renamed."""
-  partial = path.with_name(path.name + ".partial")
-  partial.write_text(text, "utf-8")
-  partial.replace(path)
