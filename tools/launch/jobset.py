@@ -111,5 +111,5 @@ def _jobset(job: Job, topology: Topology, slices: int, pod: dict[str, Any]) -> d
 
 
 def _literal(argument: str) -> str:
-  """Kubernetes puts variables in place of $(NAME); a doubled dollar stands for itself."""
-  return argument.replace("$(", "$$(")
+  """Escape an argument: Kubernetes expands $(NAME), and reads each doubled dollar as one."""
+  return argument.replace("$", "$$")

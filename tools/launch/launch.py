@@ -26,19 +26,20 @@ _CONFIG = flags.DEFINE_string("config", "", "The app's --config.")
 _WORKDIR = flags.DEFINE_string(
   "workdir", "", "gs://BUCKET/PATH; or, but for jobset, a shared folder."
 )
-_GRACE = flags.DEFINE_integer("grace", 300, "Seconds after SIGTERM.", lower_bound=1)
-_RESTARTS = flags.DEFINE_integer("restarts", 20, "Starts after a failure.", lower_bound=0)
+# Slurm counts these seconds in 16 bits, Kubernetes everything else in 32.
+_GRACE = flags.DEFINE_integer("grace", 300, "Seconds after SIGTERM.", 1, 65535)
+_RESTARTS = flags.DEFINE_integer("restarts", 20, "Starts after a failure.", 0, 10**6)
 _OUT = flags.DEFINE_string("out", "", "File to write; default: stdout.")
 
 _TOPOLOGY = flags.DEFINE_string("topology", "", "jobset: a slice, such as v4-512.")
-_SLICES = flags.DEFINE_integer("slices", 1, "jobset: slices in one run.", lower_bound=1)
+_SLICES = flags.DEFINE_integer("slices", 1, "jobset: slices in one run.", 1, 10**5)
 _IMAGE = flags.DEFINE_string("image", "", "jobset: image with the checkout and its environment.")
 _SERVICE_ACCOUNT = flags.DEFINE_string("service_account", "", "jobset: one that has the bucket.")
 _SPOT = flags.DEFINE_bool("spot", False, "jobset: nodes that may be taken away.")
 
-_NODES = flags.DEFINE_integer("nodes", 1, "slurm: machines.", lower_bound=1)
-_GPUS = flags.DEFINE_integer("gpus", 8, "slurm: GPUs of each machine.", lower_bound=1)
-_CPUS = flags.DEFINE_integer("cpus", 8, "slurm: cores for each GPU.", lower_bound=1)
+_NODES = flags.DEFINE_integer("nodes", 1, "slurm: machines.", 1, 10**5)
+_GPUS = flags.DEFINE_integer("gpus", 8, "slurm: GPUs of each machine.", 1, 10**5)
+_CPUS = flags.DEFINE_integer("cpus", 8, "slurm: cores for each GPU.", 1, 10**5)
 _TIME = flags.DEFINE_string("time", "1-00:00:00", "slurm: time limit.")
 _PARTITION = flags.DEFINE_string("partition", "", "slurm: partition of the cluster.")
 _ACCOUNT = flags.DEFINE_string("account", "", "slurm: account that pays.")

@@ -1,9 +1,12 @@
 """Manifests as the tool writes them: golden files, what a shell makes of them, what is refused."""
 
+import ast
 import functools
 import importlib.util
 import os
 from pathlib import Path
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,7 +16,7 @@ import pytest
 import yaml
 
 from ov_sharding import distributed
-from tools.launch import launch, ssh
+from tools.launch import launch, ssh, ssh_program
 from tools.launch.job import Job
 from tools.testing import program
 
@@ -82,13 +85,45 @@ def test_a_jobset_has_a_pod_for_each_host():
   assert job["backoffLimit"] == 0 and job["completionMode"] == "Indexed"
 
 
-def test_kubernetes_finds_no_variables_in_arguments():
-  """It would put them in place of $(NAME); $$( stands for itself. A lone dollar is nothing."""
-  odd = ["--a=$(HOME)", "--b=$HOME", "--c='x' \"y\"", "--d=a: b # c", "--e=ü"]
-  found = yaml.safe_load(_written(*_GKE, _BUCKET, "--", *odd))
-  pod = found["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+def _expand(text: str) -> str:
+  """What Kubernetes makes of an argument, by the rules of its third_party/forked/golang/expansion.
+
+  $$ is a dollar, $(NAME) a variable or, where there is none, itself; any other dollar is itself.
+  """
+
+  def one(found: re.Match[str]) -> str:
+    return "$" if found[0] == "$$" else {"$(HOME)": "/root", "$()": ""}.get(found[0], found[0])
+
+  return re.sub(r"\$\$|\$\([^)]*\)", one, text)
+
+
+# Each reaches the app as it is, whatever stands between: YAML, Kubernetes, a shell, Python.
+_ODD = [
+  "--a=$(HOME)", "--b=$HOME", "--c=$$(HOME)", "--d=$$", "--e=$", "--f=$$$(HOME)", "--g=$()",
+  "--h='x' \"y\" `id` $(id) ${HOME}", "--i=a: b # c", "--j=ü 日本 é", "--k=a\\nb\\", "--l=~/x",
+  "--m=100% %s {name} {0}", "--n=!event", "--o=*?[a]", "--p= two  spaces ", "--q=- &x *y",
+  "--r=('^a$',)", "--s=\\$(HOME) \\\\", "--t=|&;<>()", "--u==", "--v=null", "", "-", "x y",
+]  # fmt: skip
+
+
+def test_odd_arguments_pass_through_kubernetes():
+  assert _expand("$$(HOME) $$ $(HOME) $ $x") == "$(HOME) $ /root $ $x"
+  text = _written(*_GKE, _BUCKET, "--", *_ODD)
+  pod = yaml.safe_load(text)["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
   (container,) = pod["containers"]
-  assert container["command"][-5:] == ["--a=$$(HOME)", *odd[1:]]
+  assert [_expand(argument) for argument in container["command"]][-len(_ODD) :] == _ODD
+
+
+def test_odd_arguments_pass_through_ssh():
+  """The script holds them as Python, and the shell of a host gets them in one line."""
+  text = _written(*_SSH, "--hosts=a", "--", *_ODD)
+  call = next(n for n in ast.walk(ast.parse(text[len(ssh.HEAD) :])) if isinstance(n, ast.Call))
+  settings = {k.arg: ast.literal_eval(k.value) for k in call.args[0].keywords}
+  command = ssh_program.on_host("x", "/c", "l", settings["arguments"], {})
+  assert command[1:3] == ["bash", "-c"]
+  command[3] = 'printf "%s\\0" "$@"'
+  done = subprocess.run(["sh", "-c", shlex.join(command)], capture_output=True, check=True)
+  assert done.stdout.decode().split("\0")[:-1][-len(_ODD) :] == _ODD
 
 
 def test_start_up_reads_what_the_clusters_write(monkeypatch: pytest.MonkeyPatch):
@@ -114,7 +149,7 @@ class Cluster:
 
   def __init__(self, folder: Path, app: str):
     self.folder = folder
-    script = _written(*_SLURM, "--workdir=/data/my run", "--restarts=2", "--", "--x=$(id) 'y'")
+    script = _written(*_SLURM, "--workdir=/data/my run", "--restarts=2", "--", *_ODD)
     (folder / "job.sh").write_text(script)
     environment = folder / "tools/python/environment.py"
     environment.parent.mkdir(parents=True)
@@ -148,7 +183,7 @@ def test_arguments_reach_srun_as_they_are(tmp_path: Path):
   assert cluster.start().wait(timeout=20) == 0
   told = (tmp_path / "srun.txt").read_text().splitlines()
   assert told[:4] == ["--kill-on-bad-exit=1", "/venv/bin/python3", "-m", "apps.caption_train"]
-  assert told[4:] == [*_APP, "--workdir=/data/my run", "--x=$(id) 'y'"]
+  assert told[4:] == [*_APP, "--workdir=/data/my run", *_ODD]
   path = (tmp_path / "path.txt").read_text().strip()
   assert path == f"{tmp_path}:{tmp_path}/packages/ov-data/"
 
@@ -198,6 +233,8 @@ def test_slurm_stops_in_time_and_queues_again(tmp_path: Path):
     (_SSH, "give --hosts=A,B,user@C or --hosts_file=FILE"),
     ([*_SSH, "--hosts=a", "--hosts_file=b"], "one of them"),
     ([*_SSH, "--hosts_file=no.txt"], "--hosts_file=no.txt: No such file"),
+    ([*_SLURM, "--workdir=/d", "--grace=70000"], "flag --grace=70000"),
+    ([*_SLURM, "--workdir=/d", f"--restarts={10**30}"], "flag --restarts=1000"),
     ([*_SSH, "--hosts=a,-oProxyCommand=x"], "'-oProxyCommand=x'; expected HOST or USER@HOST"),
     ([*_SSH, "--hosts=a,b c"], "'b c'; expected HOST"),
     ([*_SSH, "--hosts=a,b,a"], "a stands there twice"),
@@ -222,3 +259,12 @@ def test_out_is_where_the_user_stands(tmp_path: Path):
 def test_a_job_checks_itself():
   with pytest.raises(ValueError, match="--config is missing"):
     Job("x", "caption_train", "", "/d", (), 1, 0)
+
+
+def test_a_list_of_hosts_that_is_no_text(tmp_path: Path):
+  file = tmp_path / "hosts"
+  file.write_bytes(b"\xff\xfe")
+  with pytest.raises(ValueError, match=f"--hosts_file={file}: .*expected a text file in UTF-8"):
+    ssh.hosts_of("", str(file))
+  file.write_bytes(b"\xef\xbb\xbfa\nb\n")
+  assert ssh.hosts_of("", str(file)) == ["a", "b"]

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 import inspect
+import os
 import re
 
 from tools.launch import ssh_program
@@ -22,11 +23,17 @@ def hosts_of(listed: str, file: str) -> list[str]:
     raise ValueError("give --hosts=A,B,user@C or --hosts_file=FILE, one of them")
   if file:
     try:
-      with open(file, encoding="utf-8") as lines:
+      with open(os.path.expanduser(file), encoding="utf-8-sig") as lines:
         found = [line.partition("#")[0].strip() for line in lines]
     except OSError as error:
       raise ValueError(
         f"--hosts_file={file}: {error.strerror}; expected a text file, a host a line"
+      ) from error
+    except UnicodeDecodeError as error:
+      raise ValueError(
+        f"--hosts_file={file}: {error}; expected a text file in UTF-8, a host a line"
+      ) from error
+        f"--hosts_file={file}: {error}; expected a text file, a host a line"
       ) from error
     found = [host for host in found if host]
   else:
