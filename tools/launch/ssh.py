@@ -33,8 +33,6 @@ def hosts_of(listed: str, file: str) -> list[str]:
       raise ValueError(
         f"--hosts_file={file}: {error}; expected a text file in UTF-8, a host a line"
       ) from error
-        f"--hosts_file={file}: {error}; expected a text file, a host a line"
-      ) from error
     found = [host for host in found if host]
   else:
     found = listed.split(",")
