@@ -23,10 +23,13 @@ a home of their own, the store is what spares the others the compiler.
 from collections.abc import Callable, Iterator
 import concurrent.futures
 import contextlib
+import errno
 import logging
+import os
 from pathlib import Path
 import re
 import secrets
+import stat
 import threading
 from typing import Any, NamedTuple, Self
 
@@ -43,6 +46,8 @@ _ENTRY = re.compile(rf"[^/]+-[0-9a-f]{{64}}{_SUFFIX}")
 _TRACED = "/jax/core/compile/jaxpr_trace_duration"
 _LOWERED = "/jax/core/compile/jaxpr_to_mlir_module_duration"
 _COMPILED = "/jax/core/compile/backend_compile_duration"  # or read from the cache
+
+FULL = (errno.ENOSPC, errno.EDQUOT)  # a cache that cannot grow costs a compile, not the run
 
 _TELL_SECONDS = 5.0  # a program that took as long is told, whichever it is
 _FETCH_BYTES = 4 * 10**9  # newest entries of a store up to this size are copied
@@ -193,15 +198,49 @@ class CompileCache:
       self._warn(message)
 
   def _open(self, folder: Path) -> None:
-    """Raises UserError where JAX would warn at every program."""
+    """Make the folder, for this user alone: its entries hold native code.
+
+    Raises:
+      UserError: it cannot be read, or another user owns it.
+    """
     try:
-      folder.mkdir(parents=True, exist_ok=True)
+      folder.mkdir(mode=0o700, parents=True, exist_ok=True)
       next(folder.iterdir(), None)
+      status = folder.stat()
+      if status.st_uid not in (0, os.geteuid()):
+        raise UserError(
+          f"config.compile_cache={folder} belongs to another user (number {status.st_uid}), who "
+          'could run code in this program with it; choose another folder, or "" to compile at '
+          "every start"
+        )
+      if stat.S_IMODE(status.st_mode) & 0o077 and status.st_uid == os.geteuid():
+        self._close_to_others(folder, stat.S_IMODE(status.st_mode))
     except OSError as error:
+      if error.errno in FULL:
+        self._warn(f"{folder} cannot be made: {error.strerror}; programs are not kept", "cache")
+        return
       raise UserError(
         f"config.compile_cache={folder} cannot be used: {error.strerror}; choose another folder, "
         'or "" to compile at every start'
       ) from error
+
+  def _close_to_others(self, folder: Path, mode: int) -> None:
+    """Take away the rights of other users, and the entries that they could have written."""
+    folder.chmod(0o700)
+    if not mode & 0o022:
+      return
+    removed = 0
+    for path in folder.iterdir():
+      status = path.lstat()
+      changeable = status.st_uid not in (0, os.geteuid()) or stat.S_IMODE(status.st_mode) & 0o022
+      if changeable and not stat.S_ISDIR(status.st_mode):  # folders are not read
+        path.unlink(missing_ok=True)
+        removed += 1
+    self._warn(
+      f"{folder} could be written by other users (mode {mode:04o}): now it is yours alone, and "
+      f"{removed} programs that others could have changed are removed",
+      "cache",
+    )
 
   def _fetch(self, store: epath.Path, folder: Path) -> None:
     found = _entries(store)
@@ -250,7 +289,8 @@ class CompileCache:
       path = self._path(current.key)
       current.damaged = not current.loaded and path.exists()
       if current.damaged and jax.process_index() == 0:
-        path.unlink(missing_ok=True)  # JAX would leave it there, and compile at every start
+        with contextlib.suppress(OSError):
+          path.unlink(missing_ok=True)  # JAX would leave it there, and compile at every start
     return record.levelno >= self._shown
 
   def _on_duration(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
@@ -298,10 +338,10 @@ class CompileCache:
     damaged = "; the entry that was there could not be read" if program.damaged else ""
     return f"{label} compiled in {took}, {kept}{damaged}"
 
-  def _warn(self, text: str) -> None:
+  def _warn(self, text: str, what: str = "store") -> None:
     if jax.process_index():
-      absl_logging.warning("process %d: compile store %s", jax.process_index(), text)
-    self._say(f"compile store {text}")
+      absl_logging.warning("process %d: compile %s %s", jax.process_index(), what, text)
+    self._say(f"compile {what} {text}")
 
 
 class _Entry(NamedTuple):

@@ -1,13 +1,17 @@
 """A second start loads what the first compiled, in any folder; damage and changes are told."""
 
+import errno
 import functools
+import os
 from pathlib import Path
+import stat
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from apps.trainer import compile_cache
 from apps.trainer.compile_cache import CompileCache, Program, short_key
 from apps.trainer.errors import UserError
 
@@ -208,3 +212,50 @@ def test_a_folder_that_cannot_be(tmp_path):
   (tmp_path / "file").write_text("")
   with pytest.raises(UserError, match="file/xla cannot be used: Not a directory; choose another"):
     CompileCache(str(tmp_path / "file" / "xla"), "", print).__enter__()
+
+
+@pytest.mark.parametrize("umask", (0o000, 0o002, 0o022, 0o077))
+def test_a_new_folder_is_private_whatever_the_umask(tmp_path, umask):
+  before = os.umask(umask)
+  try:
+    Start(tmp_path / "home" / "xla")
+  finally:
+    os.umask(before)
+  assert stat.S_IMODE((tmp_path / "home" / "xla").stat().st_mode) == 0o700
+
+
+def test_a_folder_that_others_could_write_is_closed_and_cleaned(tmp_path):
+  Start(tmp_path / "xla")
+  (entry,) = entries(tmp_path / "xla")
+  planted = tmp_path / "xla" / "planted-cache"
+  planted.write_bytes(b"")
+  planted.chmod(0o666)
+  (tmp_path / "xla").chmod(0o777)
+  second = Start(tmp_path / "xla")
+  assert stat.S_IMODE((tmp_path / "xla").stat().st_mode) == 0o700
+  assert entry.exists() and not planted.exists()
+  (line,) = (line for line in second.said if "mode 0777" in line)
+  assert "1 programs that others could have changed are removed" in line
+  assert second.program.loaded
+  assert not any("mode 0" in line for line in Start(tmp_path / "xla").said)  # only once
+
+
+def test_a_folder_of_another_user_is_refused(tmp_path, monkeypatch):
+  (tmp_path / "xla").mkdir(mode=0o700)
+  if os.geteuid() == 0:
+    os.chown(tmp_path / "xla", 65534, 65534)
+  else:
+    monkeypatch.setattr(compile_cache.os, "geteuid", lambda: os.getuid() + 1)
+  with pytest.raises(UserError, match="compile_cache=.* belongs to another user"):
+    Start(tmp_path / "xla")
+
+
+def test_a_full_disk_keeps_nothing_and_ends_nothing(tmp_path, monkeypatch):
+  def full(path, *args, **kwargs):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+  expected = Start(tmp_path / "first").result
+  monkeypatch.setattr(compile_cache.Path, "mkdir", full)
+  start = Start(tmp_path / "second")
+  assert start.result == expected
+  assert "No space left on device; programs are not kept" in "\n".join(start.said)

@@ -3,7 +3,7 @@
 `prepare` is what a run and `--check` share: a mistake ends either of them with the same line.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 import contextlib
 import os
 from pathlib import Path
@@ -21,7 +21,7 @@ from apps.trainer.checkpoint import (
   read_metadata,
   saved_checkpoint,
 )
-from apps.trainer.compile_cache import CompileCache
+from apps.trainer.compile_cache import FULL, CompileCache
 from apps.trainer.config import check_values, init_sources, to_json
 from apps.trainer.held_out import HeldOut
 from apps.trainer.init_from import InitPlan, check_tokenizer, plan_init
@@ -213,12 +213,13 @@ def check_stage(metadata: dict[str, Any], step: int, stage: Stage) -> None:
     )
 
 
-def check_writable(path: epath.PathLike, setting: str) -> None:
+def check_writable(path: epath.PathLike, setting: str, ignore: Container[int] = ()) -> None:
   """Check that a folder can be made and written, without leaving anything there.
 
   Args:
     path: of the folder; one in a bucket is not tried.
     setting: what the path is called, for the message.
+    ignore: numbers of errors that do not matter.
 
   Raises:
     OSError: it cannot; names the setting and the obstacle.
@@ -232,6 +233,8 @@ def check_writable(path: epath.PathLike, setting: str) -> None:
     with tempfile.TemporaryDirectory(prefix=".write_test_", dir=folder):
       pass
   except OSError as error:
+    if error.errno in ignore:
+      return
     raise OSError(
       f"{setting}={path} cannot be written: {folder}: {error.strerror}; choose another folder"
     ) from error
@@ -245,8 +248,9 @@ def _check_places(config: ConfigDict) -> None:
       ("compile_cache", config.compile_cache),
       ("eval.per_example", config.eval.per_example),
     ):
-      if path:
-        check_writable(path, f"config.{setting}")
+      if path:  # without space a cache keeps nothing, which ends no run
+        ignore = FULL if setting == "compile_cache" else ()
+        check_writable(path, f"config.{setting}", ignore)
     if config.wandb_project and not config.eval_only:
       check_wandb()
 
