@@ -1,4 +1,4 @@
-"""Checkpoints of a run with orbax: asynchronous, atomic, restorable on any mesh.
+"""Checkpoints of a run with orbax: asynchronous, atomic, verified, restorable on any mesh.
 
   with Checkpoints(workdir / "checkpoints", keep_last=2, keep_every=10_000) as checkpoints:
     if (step := checkpoints.latest_step()) is not None:
@@ -10,22 +10,25 @@ One checkpoint is a directory `<directory>/<step>/`:
 
   state/          the train state: OCDBT arrays, bit for bit
   metadata/       one JSON file: what `save` was given, plus step, format and library versions
-  manifest.json   path and size of every file, written before the directory gets its final name
+  manifest.json   size and checksum of every file, written before the directory gets its final name
 
 A save first copies the state to the host, then writes in the background to a temporary name that is
 renamed when complete (on gs:// a marker file is written last), so a killed run leaves a temporary
-directory and no half checkpoint. What is lost afterwards (deleted or cut files) shows against the
-manifest: such a step is moved aside as `damaged-<step>`, with a warning, and the one before it is
-used.
+directory and no half checkpoint. Before that, still in the background, the files are read back: the
+list of arrays and the metadata must be those that were saved. What is damaged afterwards (deleted,
+cut or changed files) differs from the manifest: such a step is moved aside as `damaged-<step>`,
+with a warning, and the one before it is used.
 
 Every process of a multi-host run makes the same calls; all see the same directory (a shared file
 system or gs://); process 0 writes the JSON and judges the directories.
 """
 
-import concurrent.futures
 import importlib.metadata
 import json
+import logging as python_logging
+import os
 import platform
+import re
 from typing import Any, NamedTuple
 
 from absl import logging
@@ -34,23 +37,44 @@ import jax
 from jax.experimental import multihost_utils
 import orbax.checkpoint as ocp
 from orbax.checkpoint._src.path import gcs_utils
+import tensorstore
 
+from apps.trainer import checkpoint_manifest
+from apps.trainer.checkpoint_fit import check_restorable, one_line, saved_arrays
+from apps.trainer.checkpoint_folder import (
+  absolute_path,
+  check_path,
+  find_checkpoint,
+  remove_unfinished,
+  saved_checkpoint,
+  set_damaged_aside,
+  steps_in,
+)
+from apps.trainer.checkpoint_metadata import FORMAT, CheckpointError, read_metadata
 from apps.trainer.optimizer import flatten_paths
 from apps.trainer.state import TrainState
 
+__all__ = [
+  "CheckpointError",
+  "Checkpoints",
+  "Restored",
+  "absolute_path",
+  "check_restorable",
+  "find_checkpoint",
+  "library_versions",
+  "read_metadata",
+  "restore_arrays",
+  "saved_arrays",
+  "saved_checkpoint",
+]
+
 PyTree = Any
 
-FORMAT = 1  # of the metadata and the directory; raise it with a breaking change
-MANIFEST = "manifest.json"
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 # Orbax asks a client of Google, which it does not bring, whether folders of a bucket are things of
 # their own. Nothing here depends on it; where they are, deleted checkpoints leave empty ones.
 gcs_utils.is_hierarchical_namespace_enabled = lambda path: False
-
-
-class CheckpointError(OSError):
-  """A checkpoint cannot be written, found or restored; the message says which and what to do."""
 
 
 class Restored(NamedTuple):
@@ -67,24 +91,43 @@ class Checkpoints:
   """
 
   def __init__(
-    self, directory: epath.PathLike, *, keep_last: int = 2, keep_every: int | None = None
+    self,
+    directory: epath.PathLike,
+    *,
+    keep_last: int = 2,
+    keep_every: int | None = None,
+    read_only: bool = False,
   ) -> None:
     """Opens or creates `directory`, local or gs://.
 
     Args:
+      directory: of the checkpoints of one run.
       keep_last: how many of the newest checkpoints to keep, at least 1.
       keep_every: also keep every checkpoint whose step is a multiple of this; None for no others.
+      read_only: change nothing in `directory`, where another program may be saving.
+
+    Raises:
+      ValueError: a number that keeps nothing.
+      CheckpointError: nothing that is saved in `directory` could be restored.
     """
     if keep_last < 1:
       raise ValueError(f"keep_last={keep_last} must be at least 1, or nothing can be resumed.")
     if keep_every is not None and keep_every < 1:
       raise ValueError(f"keep_every={keep_every} must be at least 1 step, or None.")
+    check_path(directory)
     self.directory = absolute_path(directory)
     self._saving: int | None = None
-    if jax.process_index() == 0:
-      self.directory.mkdir(parents=True, exist_ok=True)
-      _remove_unfinished(self.directory)
-      _set_damaged_aside(self.directory)
+    self._record: dict[str, Any] = {}
+    self._arrays: dict[str, tuple[Any, Any]] = {}
+    self._failures = 0
+    logging.get_absl_logger().addFilter(_quiet)
+    if jax.process_index() == 0 and not read_only:
+      try:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(self.directory)
+        set_damaged_aside(self.directory)
+      except OSError as error:
+        raise CheckpointError(f"{self.directory} cannot be prepared: {_cause(error)}") from error
     _barrier("checkpoints opened")
     policies = ocp.checkpoint_managers
     keep: list[Any] = [policies.LatestN(keep_last)]
@@ -95,7 +138,13 @@ class Checkpoints:
       item_names=("state", "metadata"),
       options=ocp.CheckpointManagerOptions(
         preservation_policy=policies.AnyPreservationPolicy(keep),
-        async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
+        read_only=read_only,
+        async_options=ocp.AsyncOptions(
+          post_finalization_callback=self._verify,
+          # Made in the background, a folder that cannot be made fails one thread, and others wait
+          # five minutes for it. In a bucket there is nothing to make.
+          create_directories_asynchronously="://" in str(self.directory),
+        ),
       ),
     )
 
@@ -117,13 +166,14 @@ class Checkpoints:
     """
     record = {**metadata, "step": step, "format": FORMAT, "versions": library_versions()}
     try:
-      json.dumps(record)
+      text = json.dumps(record)
     except TypeError as error:
       raise ValueError(f"checkpoint metadata must be JSON values: {error}.") from error
     self.wait()
     if step in self._manager.all_steps():
       return False
-    self._saving = step
+    self._saving, self._record = step, json.loads(text)
+    self._arrays = {path: (x.shape, x.dtype) for path, x in flatten_paths(state).items()}
     try:
       return self._manager.save(
         step,
@@ -145,7 +195,7 @@ class Checkpoints:
 
   def finished_step(self) -> int | None:
     """The newest step whose save is complete, as the directory says; for any thread."""
-    return max(_steps(self.directory), default=None)
+    return max(steps_in(self.directory), default=None)
 
   def restore(self, abstract_state: TrainState, step: int | None = None) -> Restored:
     """Reads a checkpoint, by default the newest, onto the devices of `abstract_state`'s shardings.
@@ -156,7 +206,7 @@ class Checkpoints:
 
     Raises:
       CheckpointError: if there is none, or its arrays differ from the abstract state in path,
-        shape or dtype; the message lists the differences.
+        shape or dtype; the message names the differences.
     """
     self.wait()
     path = find_checkpoint(self.directory, step)
@@ -183,157 +233,74 @@ class Checkpoints:
       self.wait()
     finally:
       self._manager.close()
+      if self._failures and jax.process_index() == 0:
+        self._free_space()
 
   def __enter__(self) -> "Checkpoints":
     return self
 
-  def __exit__(self, *exc_info: object) -> None:
-    self.close()
+  def __exit__(self, kind: type[BaseException] | None, *exc_info: object) -> None:
+    try:
+      self.close()
+    except CheckpointError as error:
+      if kind is None:
+        raise
+      logging.error("%s", error)  # what ended the run before is the cause to show
 
   def _failed(self, error: Exception) -> CheckpointError:
+    self._failures += 1
+    try:
+      newest = self.finished_step()
+    except OSError:
+      newest = None
+    last = "(none)" if newest is None else f"of step {newest}"
     return CheckpointError(
-      f"saving step {self._saving} to {self.directory} failed: {type(error).__name__}: {error}. "
-      "Check free space and permissions there; older checkpoints are untouched."
+      f"saving step {self._saving} to {self.directory} failed: {_cause(error)}. The newest "
+      f"complete checkpoint is {last}; make space or correct the permissions there, and the same "
+      "command resumes from it"
     )
 
-  def _write_manifest(self) -> None:
-    """Runs in the background when all files are written, before the directory gets its name."""
+  def _free_space(self) -> None:
+    """Remove what failed saves left, so that a full disk has room for the run's other files."""
+    try:
+      remove_unfinished(self.directory)
+    except OSError as error:
+      logging.warning("%s: unfinished checkpoints stay: %s", self.directory, _cause(error))
+
+  def _verify(self) -> None:
+    """Read the files back; runs in the background before the directory gets its final name."""
     if jax.process_index() == 0:
       (written,) = (
         p for p in self.directory.iterdir() if p.name.split(".")[0] == str(self._saving)
       )
-      (written / MANIFEST).write_text(json.dumps(_file_sizes(written), indent=0))
-
-
-def find_checkpoint(path: epath.PathLike, step: int | None = None) -> epath.Path:
-  """The directory of one intact checkpoint; reads only.
-
-  Args:
-    path: of a run (with `checkpoints/` in it), of its checkpoints, or of one checkpoint.
-    step: which, if there are several; by default the newest intact one, with a warning for each
-      damaged one passed over.
-
-  Raises:
-    CheckpointError: if there is none, or the one asked for is missing or damaged.
-  """
-  root = absolute_path(path)
-  if (root / "checkpoints").is_dir():
-    root = root / "checkpoints"
-  single = (root / "state").is_dir()
-  steps = [int(root.name)] if single and root.name.isdigit() else _steps(root)
-  by_step = {s: root if single else root / str(s) for s in steps}
-  if step is not None and step not in by_step:
-    raise CheckpointError(f"no checkpoint of step {step} in {root}; there are {sorted(by_step)}.")
-  wanted = by_step if step is None else {step: by_step[step]}
-
-  found = -1
-  if jax.process_index() == 0:
-    for s in sorted(wanted, reverse=True):
-      if (fault := _fault(wanted[s])) is None:
-        found = s
-        break
-      logging.warning("Checkpoint %s is damaged and passed over: %s.", wanted[s], fault)
-  found = int(multihost_utils.broadcast_one_to_all(found))  # all processes take the same one
-  if found < 0:
-    what = f"of step {step} " if step is not None else ""
-    raise CheckpointError(
-      f"no intact checkpoint {what}in {root} ({len(wanted)} looked at); expected a run's workdir, "
-      "its checkpoints directory or one step of it."
-    )
-  return by_step[found]
-
-
-def saved_checkpoint(directory: epath.PathLike, step: int | None = None) -> epath.Path | None:
-  """Return the checkpoint that a run in `directory` resumes from; reads only.
-
-  Args:
-    directory: of the checkpoints of a run; need not exist.
-    step: which one; the newest intact one by default.
-
-  Raises:
-    CheckpointError: the one asked for is missing or damaged.
-  """
-  root = absolute_path(directory)
-  steps = _steps(root)
-  if step is not None and step not in steps:
-    raise CheckpointError(
-      f"config.eval.checkpoint_step={step}: {root} holds the steps "
-      f"{', '.join(map(str, steps)) or '(none)'}; config.checkpoint.keep_last and keep_every say "
-      "which a run keeps"
-    )
-  if step is not None or any(_fault(root / str(s)) is None for s in reversed(steps)):
-    return find_checkpoint(root, step)
-  return None
-
-
-def read_metadata(checkpoint: epath.Path) -> dict[str, Any]:
-  """The JSON saved with a checkpoint directory of `find_checkpoint`.
-
-  Raises:
-    CheckpointError: if it was written in a newer format.
-  """
-  metadata = json.loads((checkpoint / "metadata" / "metadata").read_text())
-  if metadata["format"] > FORMAT:
-    raise CheckpointError(
-      f"{checkpoint} has format {metadata['format']}, this code reads up to {FORMAT}; "
-      f"use the code that wrote it (library versions {metadata['versions']})."
-    )
-  return metadata
-
-
-def saved_arrays(checkpoint: epath.Path) -> dict[str, jax.ShapeDtypeStruct]:
-  """Path -> shape and dtype of every array in a checkpoint, e.g. `params/encoder/cls`."""
-  handler = ocp.PyTreeCheckpointHandler()
-  leaves = flatten_paths(handler.metadata(checkpoint / "state").tree)
-  return {path: jax.ShapeDtypeStruct(m.shape, m.dtype) for path, m in leaves.items()}
+      _check_written(written, self._arrays, self._record)
+      checkpoint_manifest.write(written)
 
 
 def restore_arrays(checkpoint: epath.Path, abstract: PyTree, *, partial: bool = False) -> PyTree:
   """Reads arrays of a checkpoint directory into the tree of `abstract`.
 
   Args:
+    checkpoint: of `find_checkpoint`.
     abstract: ShapeDtypeStructs, with shardings for where they shall live.
     partial: whether the checkpoint may hold more than `abstract`; what is asked for must be there
       either way.
 
   Raises:
-    CheckpointError: as `check_restorable`.
+    CheckpointError: as `check_restorable`, or an array cannot be read.
   """
   check_restorable(checkpoint, abstract, partial=partial)
   reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
   restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
-  return reader.restore(
-    checkpoint / "state",
-    args=ocp.args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=partial),
-  )
-
-
-def check_restorable(checkpoint: epath.Path, abstract: PyTree, *, partial: bool = False) -> None:
-  """Compare a checkpoint directory with the tree that `restore_arrays` would read; reads no array.
-
-  Args:
-    checkpoint: of `find_checkpoint`.
-    abstract: ShapeDtypeStructs.
-    partial: see `restore_arrays`.
-
-  Raises:
-    CheckpointError: listing every path that is missing, unexpected, or of other shape or dtype.
-  """
-  differences = _differences(saved_arrays(checkpoint), flatten_paths(abstract), partial)
-  if differences and all(line.startswith("opt/") for line in differences):
-    raise CheckpointError(
-      f"{checkpoint} holds another optimizer state than this run would, in {len(differences)} "
-      f"arrays, such as {differences[0]}. Keep config.optimizer.mu_dtype, second_moment and frozen "
-      "as they were (saved in its metadata), choose another workdir, or take over the parameters "
-      "only with init_from."
+  try:
+    return reader.restore(
+      checkpoint / "state",
+      args=ocp.args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=partial),
     )
-  if differences:
-    shown = "\n  ".join(differences[:20] + ["..."] * (len(differences) > 20))
+  except (ValueError, OSError, LookupError) as error:  # of TensorStore: files damaged or gone
     raise CheckpointError(
-      f"{checkpoint} does not fit this run in {len(differences)} arrays:\n  {shown}\n"
-      "Resume with the config it was trained with (saved in its metadata), choose another workdir, "
-      "or take over the parameters only with init_from."
-    )
+      f"{checkpoint} cannot be restored: {one_line(error)}; use an older checkpoint, or a copy"
+    ) from error
 
 
 def library_versions() -> dict[str, str]:
@@ -342,85 +309,50 @@ def library_versions() -> dict[str, str]:
   return {"python": platform.python_version(), **versions}
 
 
-def absolute_path(path: epath.PathLike) -> epath.Path:
-  """An absolute local path, or the URL (gs://...) as it is."""
-  path = epath.Path(path).expanduser()
-  return path if "://" in str(path) else path.absolute()
+def _check_written(
+  checkpoint: epath.Path, arrays: dict[str, tuple[Any, Any]], record: dict[str, Any]
+) -> None:
+  """Raise CheckpointError unless a complete checkpoint reads back as it was saved.
+
+  The content of arrays is not read, only what leads to it: without the merged index
+  `manifest.ocdbt`, or with an index that lacks arrays, orbax restores nothing.
+  """
+  for name in checkpoint_manifest.REQUIRED:
+    if not (checkpoint / name).exists():
+      raise CheckpointError(f"{name} was not written, without which nothing can be restored")
+  if read_metadata(checkpoint) != record:
+    raise CheckpointError("the metadata read back differ from those that were saved")
+  found = {path: (x.shape, x.dtype) for path, x in saved_arrays(checkpoint).items()}
+  if found != arrays:
+    raise CheckpointError(f"{len(found)} arrays were written in place of {len(arrays)}")
+  store = tensorstore.KvStore.open({"driver": "ocdbt", "base": _key_value_spec(checkpoint)})
+  indexed = {key.rpartition(b"/")[0] for key in store.result().list().result()}
+  if len(indexed) != len(arrays):
+    raise CheckpointError(f"the index holds {len(indexed)} of {len(arrays)} arrays")
 
 
-def _differences(saved: dict[str, Any], wanted: dict[str, Any], partial: bool) -> list[str]:
-  def text(leaf: Any) -> str:
-    return f"{leaf.dtype}{list(leaf.shape)}"
-
-  lines = [f"{p}: missing, expected {text(leaf)}" for p, leaf in wanted.items() if p not in saved]
-  lines += [
-    f"{p}: saved {text(saved[p])}, expected {text(leaf)}"
-    for p, leaf in wanted.items()
-    if p in saved and (saved[p].shape, saved[p].dtype) != (leaf.shape, leaf.dtype)
-  ]
-  if not partial:
-    lines += [
-      f"{p}: saved {text(leaf)}, not expected" for p, leaf in saved.items() if p not in wanted
-    ]
-  return lines
+def _key_value_spec(checkpoint: epath.Path) -> dict[str, str]:
+  """The state of a checkpoint as a TensorStore key-value store."""
+  scheme, separator, rest = str(checkpoint).partition("://")
+  if not separator:
+    return {"driver": "file", "path": f"{checkpoint}/state/"}
+  bucket, _, folder = rest.partition("/")
+  return {"driver": {"gs": "gcs"}.get(scheme, scheme), "bucket": bucket, "path": f"{folder}/state/"}
 
 
-def _steps(directory: epath.Path) -> list[int]:
-  """Steps with a finished save, oldest first."""
-  if not directory.is_dir():
-    return []
-  numbered = [p for p in directory.iterdir() if p.name.isdigit()]
-  return sorted(int(p.name) for p in numbered if ocp.utils.is_checkpoint_finalized(p))
+def _cause(error: BaseException) -> str:
+  """Why a file could not be written, in a few words where the operating system says it."""
+  if found := re.search(r"os_error_code='(\d+)'", str(error)):
+    return os.strerror(int(found[1]))
+  if isinstance(error, OSError) and error.strerror:
+    return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+  return one_line(error)
 
 
-def _fault(checkpoint: epath.Path) -> str | None:
-  """What is wrong with a checkpoint directory, None if nothing is."""
-  if not (checkpoint / MANIFEST).exists():
-    return f"{MANIFEST} is missing"
-  try:
-    expected = json.loads((checkpoint / MANIFEST).read_text())
-  except ValueError:
-    return f"{MANIFEST} is not JSON"
-  found = _file_sizes(checkpoint)
-  for name, size in expected.items():
-    if name not in found:
-      return f"{name} is missing"
-    if found[name] != size:
-      return f"{name} has {found[name]} bytes instead of {size}"
-  return None
-
-
-def _file_sizes(checkpoint: epath.Path) -> dict[str, int]:
-  """Size in bytes of each file below the two items, by relative path."""
-  files = [
-    folder / name
-    for item in ("state", "metadata")
-    for folder, _, names in (checkpoint / item).walk()
-    for name in names
-  ]
-  with concurrent.futures.ThreadPoolExecutor(16) as pool:  # stat is a request each on gs://
-    sizes = pool.map(lambda p: p.stat().length, files)
-    return {str(p.relative_to(checkpoint)): s for p, s in zip(files, sizes, strict=True)}
-
-
-def _remove_unfinished(directory: epath.Path) -> None:
-  """Removes what killed saves left. Orbax would do it in a thread that can outlive the program."""
-  for path in directory.iterdir():
-    if path.is_dir() and ocp.path.step.TMP_DIR_SUFFIX in path.name:
-      path.rmtree()
-
-
-def _set_damaged_aside(directory: epath.Path) -> None:
-  """Renames damaged checkpoints newer than the newest intact one, so that training can go on."""
-  for step in reversed(_steps(directory)):
-    path = directory / str(step)
-    if (fault := _fault(path)) is None:
-      return
-    aside = directory / f"damaged-{step}"
-    logging.warning("Checkpoint %s is damaged: %s. Moved to %s.", path, fault, aside)
-    if aside.exists():
-      aside.rmtree()
-    path.rename(aside)
+def _quiet(record: python_logging.LogRecord) -> bool:
+  """Drop tracebacks that orbax logs in each of its threads; `_failed` reports the cause once."""
+  from_orbax = f"{os.sep}orbax{os.sep}" in record.pathname
+  return not (from_orbax and record.exc_info and os.environ.get("OV_TRACEBACK") != "1")
 
 
 def _barrier(name: str) -> None:

@@ -1,0 +1,130 @@
+"""Whether the arrays of a checkpoint fit the state of a run, and which settings explain why not."""
+
+from collections.abc import Iterator, Mapping
+import json
+from typing import Any
+
+from etils import epath
+import jax
+import orbax.checkpoint as ocp
+
+from apps.trainer.checkpoint_metadata import CheckpointError
+from apps.trainer.optimizer import flatten_paths
+
+PyTree = Any
+
+# Sections of the configuration that the shapes of a train state depend on.
+_SECTIONS = ("model", "optimizer", "tokenizer")
+
+
+def saved_arrays(checkpoint: epath.Path) -> dict[str, jax.ShapeDtypeStruct]:
+  """Path -> shape and dtype of every array in a checkpoint, e.g. `params/encoder/cls`.
+
+  Raises:
+    CheckpointError: the description of the arrays is damaged.
+  """
+  try:
+    tree = ocp.PyTreeCheckpointHandler().metadata(checkpoint / "state").tree
+    return {
+      path: jax.ShapeDtypeStruct(array.shape, array.dtype)
+      for path, array in flatten_paths(tree).items()
+    }
+  except Exception as error:  # of whichever library reads it
+    raise CheckpointError(
+      f"{checkpoint}: the description of its arrays cannot be read: {one_line(error)}"
+    ) from error
+
+
+def check_restorable(
+  checkpoint: epath.Path,
+  abstract: PyTree,
+  *,
+  partial: bool = False,
+  config: Mapping[str, Any] | None = None,
+  saved_config: Mapping[str, Any] | None = None,
+) -> None:
+  """Compare a checkpoint directory with the tree that would be restored; reads no array.
+
+  Args:
+    checkpoint: of `find_checkpoint`.
+    abstract: ShapeDtypeStructs.
+    partial: whether the checkpoint may hold more than `abstract`.
+    config: of the run, to name the settings that differ.
+    saved_config: of the checkpoint, as its metadata holds it.
+
+  Raises:
+    CheckpointError: in one line, the first arrays that are missing, unexpected, or of another shape
+      or dtype, and the settings that differ.
+  """
+  differences = _differences(saved_arrays(checkpoint), flatten_paths(abstract), partial)
+  if not differences:
+    return
+  differences.sort(key=lambda line: not line.startswith("params/"))  # the cause of all others
+  roots = {line.split("/")[0].split(":")[0] for line in differences}
+  holds_other = (
+    "holds another optimizer state than this run would,"
+    if roots == {"opt"}
+    else "does not fit this run"
+  )
+  shown = "; ".join(differences[: 1 if roots == {"opt"} else 3])
+  changed = _changed(saved_config, config)
+  if changed:
+    remedy = f"Settings that differ: {'; '.join(changed[:5])}. Set them as they were saved"
+  elif roots == {"opt"}:
+    remedy = "Keep config.optimizer.mu_dtype, second_moment and frozen as they were"
+  elif roots == {"ema"}:
+    remedy = "Keep config.optimizer.ema_decay as it was"
+  else:
+    remedy = "Resume with the config it was trained with"
+  raise CheckpointError(
+    f"{checkpoint} {holds_other} in {len(differences)} arrays, such as {shown}. {remedy} (the "
+    "config is saved in its metadata), choose another --workdir, or take over the parameters only "
+    "with config.init_from"
+  )
+
+
+def one_line(error: BaseException, longest: int = 300) -> str:
+  """The text of an error of another library in one line, its type where it has none."""
+  text = " ".join(str(error).split()) or type(error).__name__
+  return text if len(text) <= longest else f"{text[:longest]} ..."
+
+
+def _differences(saved: dict[str, Any], wanted: dict[str, Any], partial: bool) -> list[str]:
+  def text(leaf: Any) -> str:
+    return f"{leaf.dtype}{list(leaf.shape)}"
+
+  lines = [f"{p}: missing, expected {text(leaf)}" for p, leaf in wanted.items() if p not in saved]
+  lines += [
+    f"{p}: saved {text(saved[p])}, expected {text(leaf)}"
+    for p, leaf in wanted.items()
+    if p in saved and (saved[p].shape, saved[p].dtype) != (leaf.shape, leaf.dtype)
+  ]
+  if not partial:
+    lines += [
+      f"{p}: saved {text(leaf)}, not expected" for p, leaf in saved.items() if p not in wanted
+    ]
+  return lines
+
+
+def _changed(saved: Mapping[str, Any] | None, config: Mapping[str, Any] | None) -> list[str]:
+  """The settings of `_SECTIONS` whose values differ, as `config.NAME: saved VALUE, now VALUE`."""
+  if saved is None or config is None:
+    return []
+  lines = []
+  for section in _SECTIONS:
+    before, now = (dict(_flat(tree.get(section), f"config.{section}")) for tree in (saved, config))
+    lines += [
+      f"{name}: saved {before[name]}, now {value}"
+      for name, value in now.items()
+      if name in before and before[name] != value
+    ]
+  return lines
+
+
+def _flat(value: Any, name: str) -> Iterator[tuple[str, str]]:
+  """The dotted name and the value as JSON of every leaf."""
+  if isinstance(value, Mapping) and value:
+    for key, inner in value.items():
+      yield from _flat(inner, f"{name}.{key}")
+  else:
+    yield name, json.dumps(value, default=str)
