@@ -6,6 +6,7 @@ spaces, and nothing else is lost: where a word was joined to the one before it, 
 with a joiner. "don't" is `don`, `￭'`, `￭t`.
 """
 
+from collections.abc import Sequence
 import re
 import string
 
@@ -24,6 +25,9 @@ _ALONE = r"\p{P}\p{S}\p{Han}"  # a word each
 # Scripts without spaces between words. A vocabulary of whole words has to know their letters.
 _SPACELESS = "".join(
   rf"\p{{{script}}}" for script in ("Hiragana", "Katakana", "Thai", "Lao", "Khmer", "Myanmar")
+)
+_ALONE_WORD = re.compile(  # Thai, Lao; Burmese; Khmer; Chinese and Japanese; with their marks
+  r"[^\w\s]|[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u30ff\u3400-\u9fff\U00020000-\U0003ffff].*"
 )
 _PUNCTUATION = re.escape(string.punctuation)
 _ASCII_JOINT = re.compile(rf"(?<=\S)(?=[{_PUNCTUATION}])|(?<=[{_PUNCTUATION}])(?=\S)")
@@ -67,6 +71,29 @@ def splitter() -> pre_tokenizers.PreTokenizer:
 def join_ascii(text: str) -> str:
   """Put joiners into an ASCII text in lower case, as `normalizer` does."""
   return _ASCII_JOINT.sub(f" {JOINER}", text)
+
+
+def other_forms(tokens: Sequence[str], *, letters: bool) -> list[str]:
+  """Return tokens that let a vocabulary write its letters where the texts did not have them.
+
+  Args:
+    tokens: of the vocabulary.
+    letters: whether it is one of whole words. Then these are marks of punctuation and letters of
+      scripts without spaces, joined and not joined. Else they are all letters, at the beginning of
+      a word and within one, and the joiner.
+  """
+  known = set(tokens)
+  if letters:
+    plain = dict.fromkeys(token.removeprefix(JOINER) for token in tokens)
+    alone = [word for word in plain if _ALONE_WORD.fullmatch(word)]
+    wanted = [form for word in alone for form in (word, JOINER + word)]
+  else:
+    characters = dict.fromkeys(
+      c for token in tokens for c in token.removeprefix(word_pieces.PREFIX)
+    )
+    characters.pop(JOINER, None)
+    wanted = [JOINER, *(form for c in characters for form in (c, word_pieces.PREFIX + c))]
+  return [token for token in wanted if token not in known]
 
 
 def backend(

@@ -47,9 +47,25 @@ def test_decode_gives_back_texts_of_every_script(kind: str):
 def test_letters_alone_spell_new_texts(name: str):
   """A vocabulary with the letters is enough: the words were never seen."""
   text = _TEXTS[name]
-  letters = " ".join(f"{c} x{c} .{c} .x{c}" for c in dict.fromkeys(normal(text)) if not c.isspace())
+  letters = " ".join(c for c in dict.fromkeys(normal(text)) if not c.isspace())
   tokenizer = Tokenizer.train([letters], 4000)
   assert tokenizer.decode(tokenizer.encode_batch([text], 200)[0][0]) == normal(text)
+
+
+@pytest.mark.parametrize("name", ["Thai", "Khmer", "Burmese", "Chinese", "Japanese"])
+def test_words_of_scripts_without_spaces_are_letters(name: str):
+  text = normal(_TEXTS[name])
+  clusters = Tokenizer.train([text], 4000, kind="words")
+  other = "".join(text.split()) + text
+  assert clusters.unk_id not in clusters.encode(other)
+  assert clusters.decode(clusters.encode(other)) == other
+
+
+def test_punctuation_is_known_joined_and_alone():
+  tokenizer = Tokenizer.train(["one . two, three"], 100, kind="words")
+  assert tokenizer.decode(tokenizer.encode("one , two. three")) == "one , two. three"
+  assert Tokenizer.train(["one two"], 100, kind="words").vocab_size == 9
+  assert Tokenizer.train(["one . two"], 10, kind="words").vocab_size == 10  # no room
 
 
 def test_accents_can_be_stripped_and_spacing_stays():

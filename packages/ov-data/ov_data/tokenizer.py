@@ -180,7 +180,9 @@ class Tokenizer:
     if not counts:
       raise ValueError("the texts to train a tokenizer on hold no word.")
     learn = word_pieces.word_pieces if kind == "pieces" else word_pieces.frequent_words
-    tokens = [*_TRAINED_SPECIALS, *learn(counts, room, min_frequency)]
+    learnt = learn(counts, room, min_frequency)
+    learnt += own_pieces.other_forms(learnt, letters=letters)[: room - len(learnt)]
+    tokens = [*_TRAINED_SPECIALS, *learnt]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     backend = own_pieces.backend(vocabulary, strip_accents=strip_accents, letters=letters)
     return cls(backend, append_cls=append_cls)
