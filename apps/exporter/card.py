@@ -32,6 +32,7 @@ _LIBRARIES: dict[str, str | None] = {
 _SPOKEN = {"onnx": "ONNX", "stablehlo": "StableHLO", "safetensors": "ov-models and PyTorch"}
 _PARTS = {"encoder": "image tower", "text": "text tower", "decoder": "caption decoder"}
 _IMAGE_ONLY = ("timm",)  # formats without text towers
+_OWN_PREPROCESSING = ("open_clip", "timm", "transformers")  # libraries that bring one
 _WRITERS = ("safetensors", "stablehlo")  # formats that write captions
 # The values of a config that decide what a model becomes, by their dotted name.
 _DECISIVE = (
@@ -118,6 +119,7 @@ def render(facts: CardFacts) -> str:
     parity=facts.parity,
     rows=[_parity_row(row) for row in facts.parity.get("rows", ())],
     steps=_preprocessing(release.preprocess),
+    own_preprocessing=facts.kind in _OWN_PREPROCESSING,
     words=_words(facts),
     programs=snippets.snippets(facts.kind, release),
     folder=snippets.FOLDER,
@@ -349,13 +351,14 @@ def _number(value: float | None) -> str:
 def _preprocessing(pre: Preprocess) -> list[str]:
   side = f"{pre.image_size}"
   fit = {
-    "squash": f"stretch the whole picture to {side} x {side} pixels",
-    "center": f"bring the shorter side to {side} pixels, keep the {side} x {side} in the middle",
+    "squash": f"stretch the image to {side} x {side} pixels",
+    "center": f"scale the shorter side to {side} pixels, keep the {side} x {side} in the middle",
   }[pre.fit]
   mean, std = (", ".join(f"{value:.6g}" for value in values) for values in (pre.mean, pre.std))
   return [
-    "RGB; turn it as its EXIF orientation says",
-    f"{fit}, bilinear and antialiased",
+    "decode the first frame; of 16-bit gray keep the upper 8 bits; lay transparent pixels over "
+    "white; convert to RGB; rotate as the EXIF orientation says",
+    f"{fit}; bilinear, antialiased, computed in float32, fractions cut off",
     f"divide by 255, subtract the mean ({mean}), divide by the deviation ({std})",
   ]
 

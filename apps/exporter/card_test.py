@@ -353,8 +353,10 @@ def test_programs_show_what_the_model_can():
   assert "attention_mask=mask" in shown("transformers", "sigmoid")
   assert "attention_mask=" not in shown("transformers", "pair")
   assert "CLIPTextModelWithProjection" in shown("transformers", "clip")
-  assert "resize((32, 32)" in shown("onnx", "pair that writes")
-  assert "crop(" in shown("onnx", "pair")
+  for kind in ("open_clip", "timm", "transformers", "onnx", "stablehlo"):
+    assert "def read_picture(path, side=32):" in shown(kind, "pair")
+    assert "box = (0, 0, width, height)" in shown(kind, "pair that writes")
+    assert "box = (left * across" in shown(kind, "pair")
 
 
 def test_the_card_is_written_beside_the_weights(tmp_path):

@@ -4,9 +4,7 @@ from collections.abc import Sequence
 import contextlib
 import datetime
 import json
-import os
 from pathlib import Path
-import shutil
 import tempfile
 from typing import Any
 
@@ -14,6 +12,7 @@ import jax
 import numpy as np
 
 from apps.exporter import card, probe
+from apps.exporter.new_folder import new_folder
 from apps.exporter.source import Source
 from apps.exporter.targets import Target, judge, judge_ours, target
 from apps.trainer.progress import Terminal
@@ -22,6 +21,10 @@ import ov_models
 
 EXPORT_FILE = "export.json"  # in the folder of all formats
 PARITY_FILE = "parity.json"  # in the folder of each
+
+
+class _Disagreement(Exception):
+  """A library computes something else; ends the block that writes."""
 
 
 def export(
@@ -47,6 +50,7 @@ def export(
 
   Raises:
     ValueError: formats that cannot hold the model, all told together, before anything is written.
+    OSError: `out` cannot be written; nothing is left.
   """
   table = {name: target(name) for name in formats}
   problems = []
@@ -61,11 +65,9 @@ def export(
     client_env.find_python()  # raises before the work begins
   encoded = probe.pictures(pictures)
 
-  out.parent.mkdir(parents=True, exist_ok=True)
-  partial = out.with_name(f".{out.name}.partial")
-  shutil.rmtree(partial, ignore_errors=True)  # what a killed export left
-  with contextlib.ExitStack() as stack:
-    stack.callback(shutil.rmtree, partial, ignore_errors=True)
+  failed: list[str] = []
+  with contextlib.suppress(_Disagreement), contextlib.ExitStack() as stack:
+    partial = stack.enter_context(new_folder(out))
     inputs_folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "probe"
     terminal.phase(
       f"{ov_models.num_params(source.release.config):,} parameters; computing what "
@@ -73,19 +75,18 @@ def export(
     )
     inputs = probe.write_probe(inputs_folder, source, encoded)
     ours = probe.our_outputs(source.release, inputs, source.specials)
-    failed = []
     for name, chosen in table.items():
       rows, versions = _one(chosen, name, partial / name, source, inputs_folder, ours, terminal)
       _describe(partial / name, name, source, rows, versions, license_name, len(encoded))
       if failure := parity.first_failure(rows):
         failed.append(f"{name} disagrees: {parity.explain(failure)}")
-    _let_others_read(partial)
     if failed:
-      terminal.phase("nothing was kept: " + "; ".join(failed))
-      return False
+      raise _Disagreement
     content = {"formats": list(formats), "dtype": source.release.dtype}
     (partial / EXPORT_FILE).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
-    partial.rename(out)
+  if failed:
+    terminal.phase("nothing was kept: " + "; ".join(failed))
+    return False
   terminal.phase(f"done: {out}")
   return True
 
@@ -148,14 +149,6 @@ def _describe(
   }
   (folder / PARITY_FILE).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
   card.write_card(folder, card.facts_of(name, source, content, license_name))
-
-
-def _let_others_read(folder: Path) -> None:
-  """Gives files the usual permissions: the writer of safetensors lets nobody else read."""
-  os.umask(mask := os.umask(0))
-  for path in folder.rglob("*"):
-    if path.is_file():
-      path.chmod(0o666 & ~mask)
 
 
 def _finite(row: dict[str, Any]) -> dict[str, Any]:

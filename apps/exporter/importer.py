@@ -4,7 +4,6 @@ Training begins from it with `--config.init_from.path=WORKDIR`, `//apps:export -
 writes it for other libraries, and its metadata say where it came from and what was changed.
 """
 
-import contextlib
 import dataclasses
 import os
 from pathlib import Path
@@ -13,6 +12,7 @@ import tempfile
 from typing import Any
 
 from apps.exporter import places
+from apps.exporter.new_folder import new_folder
 from apps.trainer.checkpoint import Checkpoints
 from ov_convert.reading import inside
 from ov_convert.release import Imported, Words, portable
@@ -83,18 +83,11 @@ def write_workdir(to_workdir: Path, found: Imported, origin: str, folder: Path) 
   """
   found = dataclasses.replace(found, config=portable(found.config))
   ov_models.bind(found.config, found.params)  # checks names and shapes
-  target = to_workdir.absolute()
-  target.parent.mkdir(parents=True, exist_ok=True)
-  partial = target.with_name(f".{target.name}.partial")
-  shutil.rmtree(partial, ignore_errors=True)  # what a killed import left
-  with contextlib.ExitStack() as stack:
-    stack.callback(shutil.rmtree, partial, ignore_errors=True)
-    partial.mkdir()
+  with new_folder(to_workdir) as partial:
     fingerprint, more = _write_tokenizer(partial / "tokenizer", found, folder)
     # They go into model cards, which tell no places of this machine.
     notes = tuple(note.replace(f"{folder}/", "") for note in (*found.notes, *more))
     _write_checkpoint(partial / "checkpoints", found, origin, notes, fingerprint)
-    partial.rename(target)
   return notes
 
 

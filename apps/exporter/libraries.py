@@ -68,35 +68,42 @@ OWN: Mapping[str, Mapping[str, Versions]] = MappingProxyType(
 )
 
 
-def pip_line(names: Iterable[str]) -> str:
-  """Return the command that installs `names`, each from its oldest tested version on."""
+def pip_line(installed: Iterable[str]) -> str:
+  """Return the command that installs `installed`, each from its oldest tested version on."""
   return "pip install " + " ".join(
-    name if name in OWN else f'"{name}>={TESTED[name].oldest}"' for name in names
+    name if name in OWN else f'"{name}>={TESTED[name].oldest}"' for name in installed
   )
 
 
-def requirements(names: Iterable[str], versions: str) -> list[str]:
-  """Return what pip installs for a test of `pip_line`.
+def requirements(line: str, versions: str) -> list[str]:
+  """Return what pip installs for a test of the pip line of a card.
 
   Args:
-    names: as of `pip_line`.
+    line: as `pip_line` makes it.
     versions: "newest" for the line as it stands; "oldest" for exactly its lower bounds, and those
       of our own packages.
 
   Raises:
     ValueError: `versions` is neither.
   """
+  stated = shlex.split(line)[2:]
   if versions == "newest":
-    return shlex.split(pip_line(names))[2:]
+    return stated
   if versions != "oldest":
     raise ValueError(f"versions={versions!r}; expected 'newest' or 'oldest'")
-  own = [name for name in names if name in OWN]
-  return own + [f"{name}=={found.oldest}" for name, found in ranges(names).items()]
+  own = {name: found.oldest for part in stated if part in OWN for name, found in OWN[part].items()}
+  pinned = [part.replace(">=", "==") for part in stated]
+  return pinned + [f"{name}=={oldest}" for name, oldest in own.items()]
 
 
-def ranges(names: Iterable[str]) -> dict[str, Versions]:
-  """Return the tested versions of `names`, with those of the dependencies of our own packages."""
+def names(line: str) -> list[str]:
+  """Return the names in a pip line."""
+  return [part.partition(">=")[0] for part in shlex.split(line)[2:]]
+
+
+def ranges(installed: Iterable[str]) -> dict[str, Versions]:
+  """Return the tested versions of `installed`, with those of what our own packages depend on."""
   found: dict[str, Versions] = {}
-  for name in names:
+  for name in installed:
     found |= OWN[name] if name in OWN else {name: TESTED[name]}
   return found

@@ -73,12 +73,13 @@ def test_the_card_has_the_line_and_both_versions_of_every_library(kind, name):
 def test_lines_are_quoted_for_a_shell_and_hold_lower_bounds():
   line = libraries.pip_line(("open_clip_torch", "torch"))
   assert line == 'pip install "open_clip_torch>=3.0.0" "torch>=2.6.0"'
-  assert shlex.split(line)[2:] == libraries.requirements(("open_clip_torch", "torch"), "newest")
-  assert libraries.requirements(("timm",), "oldest") == ["timm==1.0.26"]
-  own = libraries.requirements(("packages/ov-models",), "oldest")
+  assert shlex.split(line)[2:] == libraries.requirements(line, "newest")
+  assert libraries.names(line) == ["open_clip_torch", "torch"]
+  assert libraries.requirements(line, "oldest") == ["open_clip_torch==3.0.0", "torch==2.6.0"]
+  own = libraries.requirements("pip install packages/ov-models", "oldest")
   assert own[0] == "packages/ov-models" and "jax==0.9.1" in own
   with pytest.raises(ValueError, match="'newest' or 'oldest'"):
-    libraries.requirements(("timm",), "old")
+    libraries.requirements(line, "old")
 
 
 def test_no_text_tower_no_tokenizer():

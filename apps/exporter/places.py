@@ -47,7 +47,9 @@ def new(flag: str, value: str) -> Path:
   """
   path = local(flag, value)
   try:
-    if path.is_symlink() or path.exists():
+    if path.is_symlink():
+      raise ValueError(f"{flag}{value} is a link; choose a folder that does not exist")
+    if path.exists():
       if not path.is_dir():
         raise ValueError(f"{flag}{value} exists and is a file; choose another folder")
       if any(path.iterdir()):

@@ -38,7 +38,7 @@ def test_what_is_in_the_way(tmp_path):
   with pytest.raises(ValueError, match="no such folder"):
     places.existing("--pictures=", str(tmp_path / "none"))
   (tmp_path / "link").symlink_to(tmp_path / "gone")
-  with pytest.raises(ValueError, match="choose another folder"):
+  with pytest.raises(ValueError, match="is a link; choose a folder that does not exist"):
     places.new("--out=", str(tmp_path / "link"))
 
 

@@ -24,58 +24,19 @@ class Program:
   needs: str = ""
 
 
-SHARED = """\
-{% macro picture() %}
-picture = Image.open("{{ photo }}").convert("RGB")
-{% if pre.fit == "squash" %}
-picture = picture.resize(({{ size }}, {{ size }}), Image.Resampling.BILINEAR)
-{% else %}
-sides = [round(side * {{ size }} / min(picture.size)) for side in picture.size]
-picture = picture.resize(sides, Image.Resampling.BILINEAR)
-left, top = [(side - {{ size }}) // 2 for side in sides]
-picture = picture.crop((left, top, left + {{ size }}, top + {{ size }}))
-{% endif %}
-mean, std = np.float32({{ pre.mean | numbers }}), np.float32({{ pre.std | numbers }})
-pixels = (np.asarray(picture, np.float32)[None] / 255 - mean) / std
-{% endmacro %}
-{% macro tokenizer() %}
-tokenizer = tokenizers.Tokenizer.from_file(f"{folder}/tokenizer.json")
-tokenizer.encode_special_tokens = True  # "[eos]" in a text is text
-{% endmacro %}
-{% macro token_ids(dtype) %}
-texts = {{ prompts }}
-ids = np.full((len(texts), {{ words.length }}), {{ words.pad_id }}, {{ dtype }})
-for row, text in zip(ids, texts):
-  pieces = tokenizer.encode(text, add_special_tokens=False).ids[:{{ room }}]
-  row[: len(pieces) + 2] = [{{ words.bos_id }}, *pieces, {{ words.eos_id }}]
-{% if words.append_cls %}
-ids[:, -1] = {{ words.cls_id }}  # [CLS], behind the padding
-{% endif %}
-{% endmacro %}
-{% macro print_captions() %}
-for row in captions:
-  end = row.index({{ words.eos_id }}) if {{ words.eos_id }} in row else len(row)
-  print(tokenizer.decode(row[:end]))
-{% endmacro %}
-{% macro numpy_probabilities(bias) %}
-{% if sigmoid %}
-print(1 / (1 + np.exp(-similarity - {{ bias }})))
-{% else %}
-weights = np.exp(similarity - similarity.max())
-print(weights / weights.sum())
-{% endif %}
-{% endmacro %}
-"""
-
 _OPEN_CLIP = """\
+import numpy as np
 import open_clip
 from PIL import Image
 import torch
 
+
+{{ read_picture() }}
+
 folder = "{{ folder }}"
 model, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
 model.eval()
-pixels = preprocess(Image.open("{{ photo }}").convert("RGB"))[None]
+pixels = preprocess(read_picture("{{ photo }}"))[None]
 {% if texts %}
 tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
 texts = tokenizer({{ prompts }})
@@ -98,13 +59,17 @@ print(pooled.shape)
 """
 
 _OPEN_CLIP_PATCHES = """\
+import numpy as np
 import open_clip
 from PIL import Image
 import torch
 
+
+{{ read_picture() }}
+
 model, preprocess = open_clip.create_model_from_pretrained("local-dir:{{ folder }}")
 model.eval()
-pixels = preprocess(Image.open("{{ photo }}").convert("RGB"))[None]
+pixels = preprocess(read_picture("{{ photo }}"))[None]
 
 with torch.inference_mode():
   out = model.visual.forward_intermediates(pixels, output_fmt="NLC")
@@ -113,14 +78,18 @@ print(len(layers), layers[-1].shape)
 """
 
 _TIMM = """\
+import numpy as np
 from PIL import Image
 import timm
 import torch
 
+
+{{ read_picture() }}
+
 model = timm.create_model("local-dir:{{ folder }}", pretrained=True).eval()
 config = timm.data.resolve_model_data_config(model)
 transform = timm.data.create_transform(**config, is_training=False)
-pixels = transform(Image.open("{{ photo }}").convert("RGB"))[None]
+pixels = transform(read_picture("{{ photo }}"))[None]
 
 with torch.inference_mode():
   tokens = model.forward_features(pixels)  # [1, 1 + patches, width], [CLS] first
@@ -135,14 +104,18 @@ print(embedding.shape)
 """
 
 _TRANSFORMERS = """\
+import numpy as np
 from PIL import Image
 import torch
 from transformers import AutoImageProcessor, AutoModel
 
+
+{{ read_picture() }}
+
 folder = "{{ folder }}"
 processor = AutoImageProcessor.from_pretrained(folder)
 model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
-picture = Image.open("{{ photo }}").convert("RGB")
+picture = read_picture("{{ photo }}")
 pixels = processor(images=picture, return_tensors="pt").pixel_values
 
 with torch.inference_mode():
@@ -155,11 +128,15 @@ print(pooled.shape, patches.shape, penultimate.shape)
 
 _TRANSFORMERS_TEXT = """\
 {% set text_class = "SiglipTextModel" if text.pool == "last" else "CLIPTextModelWithProjection" %}
+import numpy as np
 from PIL import Image
 import torch
 from torch.nn.functional import normalize, pad
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 from transformers import AutoTokenizer, {{ text_class }}
+
+
+{{ read_picture() }}
 
 folder = "{{ folder }}"
 full = {"dtype": torch.float32}  # whatever the files hold
@@ -168,7 +145,7 @@ image_tower = AutoModelForImageClassification.from_pretrained(folder, **full).ev
 tokenizer = AutoTokenizer.from_pretrained(f"{folder}/text")
 text_tower = {{ text_class }}.from_pretrained(f"{folder}/text", **full).eval()
 
-picture = Image.open("{{ photo }}").convert("RGB")
+picture = read_picture("{{ photo }}")
 pixels = processor(images=picture, return_tensors="pt").pixel_values
 texts = tokenizer(
   {{ prompts }},
@@ -212,8 +189,11 @@ from PIL import Image
 import tokenizers
 {% endif %}
 
+
+{{ read_picture() }}
+
 folder = "{{ folder }}"
-{{ picture() -}}
+{{ normalised() -}}
 pixels = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))  # [1, 3, {{ size }}, {{ size }}]
 
 image_tower = onnxruntime.InferenceSession(f"{folder}/image.onnx")
@@ -250,12 +230,14 @@ folder = "{{ folder }}"
 params = load_file(f"{folder}/model.safetensors")
 
 
+{{ read_picture() }}
+
 def load(name):
   with open(f"{folder}/{name}.stablehlo", "rb") as file:
     return export.deserialize(bytearray(file.read())).call
 
 
-{{ picture() }}
+{{ normalised() -}}
 image = load("image")(params, pixels)
 print({name: array.shape for name, array in image.items()})
 {% if texts or captions %}
@@ -331,12 +313,15 @@ import tokenizers
 {% endif %}
 import torch
 
+
+{{ read_picture() }}
+
 folder = "{{ folder }}"
 sys.path.insert(0, folder)
 from openvision_torch import OpenVision  # the file in this folder
 
 model = OpenVision.from_folder(folder)
-{{ picture() -}}
+{{ normalised() -}}
 pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2)  # [1, 3, {{ size }}, {{ size }}]
 with torch.inference_mode():
   image = model.encode_image(pixels)
@@ -371,9 +356,11 @@ _PURPOSES = "{{ purpose if texts or not captions else 'Captions' }}" + (
 _PICTURE = "Features of a picture"
 # A program is run where these libraries, what they depend on, and nothing else is installed. Their
 # versions are in `libraries`.
-_OPEN_CLIP_PIP = "open_clip_torch torch{{ ' transformers' if texts else '' }}"  # for the tokenizer
+_OPEN_CLIP_PIP = (
+  "open_clip_torch torch numpy pillow{{ ' transformers' if texts else '' }}"  # for the tokenizer
+)
 # From 5.4 on some versions of transformers read pictures with torchvision only.
-_TRANSFORMERS_PIP = "transformers torch torchvision pillow"
+_TRANSFORMERS_PIP = "transformers torch torchvision numpy pillow"
 _ONNX_PIP = "onnxruntime numpy pillow" + _READS
 _STABLEHLO_PIP = "jax flatbuffers safetensors numpy pillow" + _READS_OR_WRITES
 _OWN_PIP = "packages/ov-models packages/ov-data"
@@ -383,7 +370,7 @@ PROGRAMS = {
     Program("{{ purpose }}", "open_clip", _OPEN_CLIP_PIP, _OPEN_CLIP),
     Program("Features of each patch", "open_clip", _OPEN_CLIP_PIP, _OPEN_CLIP_PATCHES),
   ),
-  "timm": (Program(_PICTURE, "timm", "timm torch", _TIMM),),
+  "timm": (Program(_PICTURE, "timm", "timm torch numpy pillow", _TIMM),),
   "transformers": (
     Program(_PICTURE, "transformers", _TRANSFORMERS_PIP, _TRANSFORMERS),
     Program("{{ purpose }}", "transformers", _TRANSFORMERS_PIP, _TRANSFORMERS_TEXT, "texts"),

@@ -12,7 +12,8 @@ from typing import Any
 import jinja2
 
 from apps.exporter import libraries
-from apps.exporter.programs import PROGRAMS, SHARED
+from apps.exporter.macros import SHARED
+from apps.exporter.programs import PROGRAMS
 from ov_convert.release import Release
 import ov_models
 

@@ -11,12 +11,13 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from apps.exporter import card, snippets
+from apps.exporter import card, snippets, testing_pictures
 from apps.exporter.card import CardFacts
 from apps.exporter.targets import target
 from ov_convert import client_env, testing
 from ov_convert.release import Preprocess
 import ov_data
+from ov_data import decode
 import ov_models
 
 SIZE = 32
@@ -50,6 +51,8 @@ RUNS = [
   *(("clip", kind) for kind in SOME),
   *(("captioner", kind) for kind in ("safetensors", "stablehlo", "open_clip")),
 ]
+# Kinds of images that a plain conversion to RGB gets wrong; each program runs with each of them.
+PICTURES = ("jpeg orientation 6", "png rgba, turned", "png 16-bit gray", "png wide")
 OURS = ("safetensors", "stablehlo")  # what runs with jax; the rest with the clients' libraries
 TOLERANCE = 1e-4  # absolute, as for every export: features here are normed, similarities below 3
 
@@ -96,6 +99,8 @@ def releases():
 def picture(tmp_path_factory):
   """Of the size of the model: how libraries resize is compared elsewhere."""
   file = tmp_path_factory.mktemp("pictures") / "picture.png"
+  for name, data in testing_pictures.every_kind().items():
+    file.with_name(name).write_bytes(data)
   Image.fromarray(np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), np.uint8)).save(file)
   return file
 
@@ -117,6 +122,10 @@ def results(releases, picture, tmp_path_factory):
       code = code.replace(snippets.FOLDER, str(folder)).replace(snippets.PICTURE, str(picture))
       code = code.replace("a photo of a dog", TEXTS[0]).replace("a photo of a cat", TEXTS[1])
       programs[library in OURS][f"{name}/{kind}/{number}"] = code
+      if name == "released":
+        for other in PICTURES:
+          changed = code.replace(str(picture), str(picture.with_name(other)))
+          programs[library in OURS][f"{other}/{kind}/{number}"] = changed
   (scratch / "programs.json").write_text(json.dumps(programs[False]))
   (scratch / "run.py").write_text(_SCRIPT)
   # Absolute: not one of the scripts of ov_convert.
@@ -204,6 +213,32 @@ def test_programs_compare_pictures_and_texts_as_we_do(results, releases, picture
     np.testing.assert_allclose(value, ours[what], atol=TOLERANCE, rtol=0)
     numbers = [float(number) for number in re.findall(r"\d\.\d+", printed)][-2:]
     np.testing.assert_allclose([numbers], probabilities, atol=2e-4, rtol=0)  # of 4 digits
+
+
+@pytest.mark.parametrize("name", PICTURES)
+@pytest.mark.parametrize("kind", snippets.FORMATS)
+def test_programs_give_our_features_of_every_kind_of_image(results, releases, picture, name, kind):
+  release = releases["released"]
+  ours = decode.whole(picture.with_name(name).read_bytes(), SIZE, "squash")
+  mean, std = np.float32(PREPROCESS.mean), np.float32(PREPROCESS.std)
+  model = ov_models.bind(release.config, release.params)
+  out = model.encode_image((ours[None] / np.float32(255) - mean) / std)
+  text = model.encode_text(_ids(release)).unit
+  expected = {
+    "pooled": out.pooled,
+    "similarity": np.exp(release.params["log_scale"]) * out.unit @ text.T,
+  }
+  keys = [key for key in results if key.startswith(f"{name}/{kind}/")]
+  found = [
+    (results[key], expected[what]) for what in expected for key in keys if key.endswith(what)
+  ]
+  assert found
+  exact = "jpeg" not in name  # whose pixels differ by a level or two: Pillow has no fast DCT
+  for theirs, value in found:
+    value = np.asarray(value)
+    cosine = (theirs * value).sum() / np.linalg.norm(theirs) / np.linalg.norm(value)
+    assert cosine > (0.99999 if exact else 0.9995)
+    np.testing.assert_allclose(theirs, value, atol=TOLERANCE if exact else 0.1, rtol=0)
 
 
 def test_all_programs_write_our_caption(results, releases, picture):

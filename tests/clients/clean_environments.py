@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 import json
 import os
 from pathlib import Path
+import re
 import shutil
 import subprocess
 import sys
@@ -68,7 +69,9 @@ class Environments:
       subprocess.run([sys.executable, "-m", "venv", folder], check=True)
       python = folder / "bin" / "python3"
       uv = shutil.which("uv")
-      pip = [uv, "pip", "install", "--python", python] if uv else [python, "-m", "pip", "install"]
+      pip: list[str | Path] = (
+        [uv, "pip", "install", "--python", python] if uv else [python, "-m", "pip", "install"]
+      )
       subprocess.run([*pip, "--quiet", *requirements], check=True, cwd=self.scratch)
       self._pythons[key] = python
     return self._pythons[key]
@@ -103,30 +106,48 @@ def try_model(
   ours = probe.our_outputs(source.release, inputs, source.specials)
   for name in _FORMAT.value:
     write_format(place / name, name, source)
-    found = snippets.snippets(name, source.release)
-    for install in dict.fromkeys(program.install for program in found):
-      codes = [program.code for program in found if program.install == install]
+    found = programs_of((place / name / "README.md").read_text("utf-8"))
+    for line, codes in found.items():
       for versions in _VERSIONS.value:
         started = time.monotonic()
-        requirements = libraries.requirements(install, versions)
+        requirements = libraries.requirements(line, versions)
         try:
           python = environments.python(requirements)
         except subprocess.CalledProcessError as error:
           yield f"{name} {versions} [{' '.join(requirements)}]: not installed: {error}", False
           continue
         problems = [p for code in codes if (p := run_program(python, code, place / name))]
-        rows, installed = compare(name, install, place, source, ours, python)
+        rows, installed = compare(name, line, place, source, ours, python)
         if failure := parity.first_failure(rows):
           problems.append(parity.explain(failure))
         shown = {row.name: row for row in rows}
         numbers = "  ".join(f"{n} {shown[n].max_abs:.1e}" for n in SHOWN if n in shown)
         verdict = "; ".join(problems) or f"{len(codes)} of {len(codes)} programs run, agrees"
         stated = {
-          name: installed.get(name.replace("-", "_"), "?") for name in libraries.ranges(install)
+          library: installed.get(library.replace("-", "_"), "?")
+          for library in libraries.ranges(libraries.names(line))
         }
         held = " ".join(f"{library}=={version}" for library, version in stated.items())
         seconds = f"({time.monotonic() - started:.0f} s)"
         yield f"{name} {versions} [{held}]: {verdict}  {numbers}  {seconds}", not problems
+
+
+def programs_of(page: str) -> dict[str, list[str]]:
+  """Return the programs of a card by the pip line above them.
+
+  Raises:
+    ValueError: a program without a pip line, or no program.
+  """
+  found: dict[str, list[str]] = {}
+  for text in re.split(r"^(?=### )", page, flags=re.MULTILINE)[1:]:
+    line = re.search(r"^`(pip install .*)`$", text, re.MULTILINE)
+    codes = [code for _, _, code in snippets.extract(text)]
+    if line is None or len(codes) != 1:
+      raise ValueError(f"expected one pip line and one program below {text.splitlines()[0]!r}")
+    found.setdefault(line[1], []).extend(codes)
+  if not found:
+    raise ValueError("the card shows no program")
+  return found
 
 
 def write_format(folder: Path, name: str, source: Source) -> None:
@@ -154,7 +175,7 @@ def run_program(python: Path, code: str, folder: Path) -> str:
 
 def compare(
   name: str,
-  install: Sequence[str],
+  line: str,
   place: Path,
   source: Source,
   ours: dict[str, np.ndarray],
@@ -167,7 +188,7 @@ def compare(
   )
   printed = subprocess.run([python, "-c", listed], capture_output=True, text=True, check=True)
   installed = json.loads(printed.stdout)
-  if any(library in libraries.OWN for library in install):
+  if any(library in libraries.OWN for library in libraries.names(line)):
     return judge_ours(place / name, source.release), installed
   try:
     rows, _ = judge(target(name), place / name, place / "probe", ours, python)
