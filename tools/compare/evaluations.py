@@ -6,7 +6,9 @@ import json
 import math
 from pathlib import Path
 import re
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 import ov_eval
 from ov_eval import Result
@@ -18,6 +20,35 @@ _KEYS = ((), ("evaluator",), ("split",), ("templates_hash",), ("evaluator", "spl
 
 _LOWER_IS_BETTER = re.compile(r"nll|perplexity|loss|rank|error")
 _NEITHER_IS_BETTER = re.compile(r"^majority_|^distinct_|_words$|_l2$")
+
+
+_Count = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
+_LARGEST = 1e30  # no figure of a model is larger, and the axes of charts have limits
+_Figure = Annotated[float, msgspec.Meta(ge=-_LARGEST, le=_LARGEST)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+  """The types of a figure in a file."""
+
+  name: Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
+  value: float  # NaN where there is none
+  count: _Count
+  low: _Figure | None
+  high: _Figure | None
+  unit: Annotated[str, msgspec.Meta(max_length=40)]
+  context: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class _File:
+  """The types of a file of figures."""
+
+  split: Annotated[str, msgspec.Meta(max_length=1000)]
+  step: _Count
+  examples_seen: _Count
+  level: Annotated[float, msgspec.Meta(gt=0, lt=1)]
+  results: list[_Row]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +218,11 @@ def labels(evaluations: Sequence[Evaluation]) -> list[str]:
 
 def _evaluations(workdir: Path) -> list[Path]:
   """The files of a workdir in order of step, the last one last."""
-  steps = [path for path in workdir.glob("evaluations/*.json") if path.stem.isdigit()]
+  steps = [
+    path
+    for path in workdir.glob("evaluations/*.json")
+    if path.stem.isascii() and path.stem.isdecimal()
+  ]
   found = sorted(steps, key=lambda path: int(path.stem))
   newest = workdir / "evaluation.json"
   if newest.is_file():
@@ -221,12 +256,23 @@ def _short_names(runs: Sequence[Path]) -> dict[Path, str]:
 
 
 def _read(file: Path, run: str) -> Evaluation:
-  found = ov_eval.read_results(file)
+  try:
+    found = ov_eval.read_results(file)
+    msgspec.convert(dataclasses.asdict(found), type=_File)
+  except (OverflowError, RecursionError, msgspec.ValidationError) as error:
+    raise ValueError(f"{file} is no file of results: {' '.join(str(error).split())}") from error
   if not found.results:
     raise ValueError(f"{file} holds no figure; evaluate the model first.")
-  for name in ("step", "examples_seen"):
-    if not isinstance(getattr(found, name), int):
-      raise ValueError(f"{file}: {name} is {getattr(found, name)!r}; expected a whole number.")
+  for result in found.results:
+    if math.isfinite(result.value) and abs(result.value) > _LARGEST:
+      raise ValueError(f"{file}: {result.name} is {result.value:g}; expected at most {_LARGEST:g}")
+    shown = (result.name, result.unit, *(result.context.get(what) for what in CONTEXT))
+    for value in shown:
+      if value is not None and not (isinstance(value, str) and value.isprintable()):
+        raise ValueError(
+          f"{file}: the result {result.name[:80]!r} has {str(value)[:80]!r}; expected a string of "
+          "one line as name, unit and context"
+        )
   return Evaluation(run, found.step, found.examples_seen, found.level, found.results)
 
 

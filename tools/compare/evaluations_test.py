@@ -1,5 +1,6 @@
 """Which files are read, what stands side by side, and when that compares."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -228,8 +229,9 @@ def test_a_narrow_terminal_gets_blocks(tmp_path: Path):
     (
       '{"split": "x", "step": 1, "examples_seen": "many", "level": 0.9, "results": '
       '[{"name": "a", "value": 1, "count": 1, "unit": "", "interval": null}]}',
-      "examples_seen is 'many'",
+      "Expected `int`, got `str` - at `\\$.examples_seen`",
     ),
+    ("[" * 100_000, "is no file of results"),
   ],
 )
 def test_what_is_no_file_of_figures(tmp_path: Path, content: str | None, message: str):
@@ -244,3 +246,71 @@ def test_what_is_no_file_of_figures(tmp_path: Path, content: str | None, message
 def test_a_workdir_that_was_not_evaluated(tmp_path: Path):
   with pytest.raises(ValueError, match="has no evaluation.json"):
     read([str(tmp_path)])
+
+
+_GOOD = {
+  "split": "x",
+  "step": 1,
+  "examples_seen": 2,
+  "level": 0.9,
+  "results": [{"name": "a", "value": 1, "count": 1, "unit": "", "interval": [0, 2]}],
+}
+
+
+@pytest.mark.parametrize(
+  ("field", "value"),
+  [
+    *((field, value) for field in ("step", "examples_seen", "level") for value in ("1", [], None)),
+    ("step", -1),
+    ("step", 10**30),
+    ("examples_seen", 1.5),
+    ("level", 1),
+    ("split", ["a"]),
+    ("results", {}),
+    ("results", [1]),
+    ("results", None),
+  ],
+)
+def test_wrong_types_name_the_file(tmp_path: Path, field: str, value: Any):
+  _refused(tmp_path, {**_GOOD, field: value})
+
+
+@pytest.mark.parametrize(
+  ("field", "value"),
+  [
+    ("name", 3),
+    ("name", ""),
+    ("name", "a\x1b[2J"),
+    ("name", ["a"]),
+    ("value", "1"),
+    ("value", 10**400),
+    ("value", 1e300),
+    ("value", {}),
+    ("count", 1.5),
+    ("count", -1),
+    ("count", 10**30),
+    ("unit", None),
+    ("unit", "a\nb"),
+    ("interval", 3),
+    ("interval", [1]),
+    ("interval", [1, "2"]),
+    ("interval", [1, math.inf]),
+    ("context", []),
+    ("context", {"split": ["a"]}),
+    ("context", {"evaluator": {"a": 1}}),
+    ("context", {"split": "a\nb"}),
+  ],
+)
+def test_wrong_types_of_a_figure_name_the_file(tmp_path: Path, field: str, value: Any):
+  (row,) = _GOOD["results"]
+  _refused(tmp_path, {**_GOOD, "results": [{**row, field: value}]})
+
+
+def _refused(tmp_path: Path, content: dict[str, Any]) -> None:
+  path = tmp_path / "evaluation.json"
+  path.write_text(json.dumps(_GOOD))
+  assert columns(read([str(path)]).rows)[0].name == "a"
+  path.write_text(json.dumps(content))
+  with pytest.raises(ValueError, match="evaluation.json") as error:
+    columns(read([str(path)]).rows)
+  assert "\n" not in str(error.value) and len(str(error.value)) < 400

@@ -132,7 +132,14 @@ def read_results(path: str | os.PathLike[str]) -> ResultFile:
     split, step, examples_seen, level = (head.pop(name) for name in _HEAD)
     context = {**head, "split": split}
     results = tuple(_result(row, context) for row in rows)
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
+  except (
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+  ) as error:
     raise ValueError(
       f"{path} is no file of results ({type(error).__name__}: {error}); "
       "expected one that `ov_eval.write_results` made."
@@ -158,4 +165,8 @@ def _finite(value: float | None) -> float | None:
 
 
 def _number(value: float | None) -> float:
-  return math.nan if value is None else float(value)
+  if value is None:
+    return math.nan
+  if type(value) not in (int, float):
+    raise TypeError(f"{value!r} is not a number")
+  return float(value)
