@@ -27,6 +27,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+# Errors of JSON of another form.
+_MALFORMED = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 _HEAD = ("split", "step", "examples_seen", "level")
 
 
