@@ -64,7 +64,7 @@ _REMEDIES = {
 # Errors that the user must act on before a new start can help; any other may pass by itself.
 _LASTING = (
   errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
-  errno.ENAMETOOLONG, errno.ELOOP,
+  errno.ENAMETOOLONG, errno.ELOOP, errno.EFBIG,
 )  # fmt: skip
 
 
