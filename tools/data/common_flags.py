@@ -1,6 +1,7 @@
 """Flags of every app here that writes shards, checked when they are parsed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
 import os
 from pathlib import Path
 
@@ -24,6 +25,16 @@ def local_path(value: str) -> Path:
   if path.startswith("~") and not os.path.lexists(path):
     raise ValueError(f"{value}: there is no such user; write the path in full")
   return outputs.local_path(path)
+
+
+@contextlib.contextmanager
+def resumable() -> Iterator[None]:
+  """Add to an interrupt that the same command resumes; exit codes are 130 and 143."""
+  try:
+    yield
+  except KeyboardInterrupt as error:
+    error.args = (f"{error or 'interrupted'}; the same command resumes from here",)
+    raise
 
 
 def validate(name: str, check: Callable[[str], object]) -> None:

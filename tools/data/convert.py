@@ -16,9 +16,13 @@ Every image is decoded once. What cannot be used is left out, counted by reason 
 skipped.jsonl. An interrupted conversion resumes when the same command is given again.
 """
 
+from apps.trainer import startup
+
+if __name__ == "__main__":
+  startup.set_up()  # before the imports that take time
+
 from collections import Counter
 import dataclasses
-import io
 import os
 from pathlib import Path
 import sys
@@ -50,16 +54,10 @@ CLASSES = "classes.txt"  # beside the shards: label number i stands on line i + 
 
 
 def main() -> None:
-  for stream in (sys.stdout, sys.stderr):
-    if isinstance(stream, io.TextIOWrapper):
-      stream.reconfigure(errors="backslashreplace")  # a file name may hold any bytes
   if not _INPUT.value or not common_flags.OUTPUT.value:
     raise UserError("give --input=FOLDER and --output=FOLDER; --helpshort lists all flags")
-  try:
-    with user_errors():
-      summary = convert(_INPUT.value, common_flags.local_path(common_flags.OUTPUT.value))
-  except KeyboardInterrupt:
-    raise UserError("stopped; the same command resumes from here") from None
+  with common_flags.resumable(), user_errors():
+    summary = convert(_INPUT.value, common_flags.local_path(common_flags.OUTPUT.value))
   print(summary)
   if not sum(summary.examples.values()):
     raise UserError(
@@ -128,9 +126,9 @@ def convert(source: str, output: Path) -> writer.Summary:
     print(f"note: {found.notes}")
   if plan.classes:
     text = "".join(f"{label}\n" for label in plan.classes).encode()
-    path = output / CLASSES
-    if not path.exists() or path.read_bytes() != text:  # a complete data set may be read-only
-      fs.write_atomic(str(path), text)
+    names = output / CLASSES
+    if not names.exists() or names.read_bytes() != text:  # a complete data set may be read-only
+      fs.write_atomic(str(names), text)
   return summary
 
 

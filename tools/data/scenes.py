@@ -4,6 +4,11 @@ bazel run //tools/data:scenes -- --output=/tmp/scenes --train=60000 --heldout=10
 bazel run //tools/data:scenes -- --sheet=/tmp/scenes.png      (an image of 24 of them)
 """
 
+from apps.trainer import startup
+
+if __name__ == "__main__":
+  startup.set_up()  # before the imports that take time
+
 import io
 from typing import cast
 
@@ -34,11 +39,8 @@ common_flags.validate("sheet", _check_sheet)
 def main() -> None:
   if not common_flags.OUTPUT.value and not _SHEET.value:
     raise UserError("give --output=FOLDER, or --sheet=FILE.png for a look at the scenes")
-  try:
-    with user_errors():
-      _write()
-  except KeyboardInterrupt:
-    raise UserError("stopped; the same command resumes from here") from None
+  with common_flags.resumable(), user_errors():
+    _write()
 
 
 def _write() -> None:

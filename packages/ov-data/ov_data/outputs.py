@@ -1,24 +1,16 @@
-"""Output directories: checked before any work, and locked while they are written."""
+"""Output directories: checked before any work. `ov_data.output_lock` keeps other writers out."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 import contextlib
-import fcntl
-import json
-import logging
 import os
 from pathlib import Path
 import re
-import socket
-import time
 
-from ov_data import fs, manifest, unfinished
-
-LOCK = "dataset.lock"
+from ov_data import fs, manifest, output_lock, unfinished
+from ov_data.output_lock import LOCK as LOCK
+from ov_data.output_lock import locked as locked
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")  # pathlib makes one slash of two
-_ORPHANS_SECONDS = 60  # for workers to notice that the process that started them was killed
-
-log = logging.getLogger("ov_data")
 
 
 def local_path(path: str | os.PathLike[str]) -> Path:
@@ -79,8 +71,7 @@ def check_directory(path: str | os.PathLike[str]) -> Path:
   if not nearest.is_dir():
     raise ValueError(f"output {name}: {nearest} is not a directory; choose another path")
   _check_writable(nearest)
-  if holder := _holder(directory):
-    raise ValueError(_busy(directory, holder))
+  output_lock.check(directory)
   return directory
 
 
@@ -129,94 +120,6 @@ def check_readable(directory: Path, splits: Collection[str]) -> None:
       f"{directory} holds a data set of TensorFlow Datasets ({manifest.TFDS_INFO}); choose another "
       "output directory"
     )
-
-
-@contextlib.contextmanager
-def locked(directory: Path) -> Iterator[int]:
-  """Create the directory and keep other writers out of it until the block ends.
-
-  Yields the descriptor that holds the lock. Worker processes inherit it, so that the lock lasts
-  until the last of them ends, however the writer itself ends. A lock file that is left over is not
-  in the way.
-
-  Raises:
-    ValueError: another process writes there; names it.
-    OSError: the directory cannot be created or written.
-  """
-  fs.make_folder(str(directory))
-  path = directory / LOCK
-  descriptor = _acquire(directory, path)
-  try:
-    yield descriptor
-  finally:
-    with contextlib.suppress(FileNotFoundError):
-      os.unlink(path)
-    os.close(descriptor)
-
-
-def _acquire(directory: Path, path: Path) -> int:
-  deadline = time.monotonic() + _ORPHANS_SECONDS
-  while True:
-    with fs.writing(str(path)):
-      descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-    try:
-      if not _lock(descriptor, fcntl.LOCK_EX):
-        holder = _holder(directory)
-        if holder or time.monotonic() > deadline:
-          raise ValueError(_busy(directory, holder or "workers of a killed process"))
-      elif path.exists() and os.path.samestat(os.fstat(descriptor), os.stat(path)):
-        content = json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode()
-        with fs.writing(str(path)):
-          os.ftruncate(descriptor, 0)
-          os.pwrite(descriptor, content, 0)
-        return descriptor
-    except BaseException:
-      os.close(descriptor)
-      raise
-    os.close(descriptor)  # removed by its owner just now, or held by workers that are about to end
-    time.sleep(0.05)
-
-
-def _lock(descriptor: int, kind: int) -> bool:
-  """Lock a file without waiting; return whether no other process holds it."""
-  try:
-    fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-  except BlockingIOError:
-    return False
-  except OSError as error:
-    log.warning("the file system has no locks (%s); start no second writer there", error)
-  return True
-
-
-def _holder(directory: Path) -> str | None:
-  """Return which process writes there; None if none does, or it was killed."""
-  try:
-    descriptor = os.open(directory / LOCK, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
-  except OSError:
-    return None
-  try:
-    if _lock(descriptor, fcntl.LOCK_SH):
-      return None
-    owner = json.loads(os.pread(descriptor, 4096, 0))
-    pid, host = int(owner["pid"]), str(owner["host"])
-    if host == socket.gethostname():
-      os.kill(pid, 0)  # sends nothing; raises where the process has ended
-    return f"process {pid} on {fs.printable(host)}"
-  except ProcessLookupError:
-    return None
-  except PermissionError:
-    return f"process {pid} of another user"
-  except (ValueError, LookupError, TypeError, RecursionError, OverflowError):
-    return "another process"
-  finally:
-    os.close(descriptor)
-
-
-def _busy(directory: Path, holder: str) -> str:
-  return (
-    f"{fs.printable(str(directory))} is being written by {holder}; wait until it ends, or choose "
-    "another output directory"
-  )
 
 
 def _check_writable(directory: Path) -> None:

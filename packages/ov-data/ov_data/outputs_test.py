@@ -2,15 +2,17 @@
 
 from collections.abc import Iterator
 import errno
+import json
 import os
 import pathlib
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
-from ov_data import fs, outputs, shards, sources, writer
+from ov_data import fs, output_lock, outputs, shards, sources, writer
 
 
 def _make_shard(split: str, number: int) -> Iterator[writer.Features]:
@@ -238,9 +240,70 @@ def test_workers_of_a_killed_writer_keep_others_out(tmp_path, monkeypatch):
   assert _write(tmp_path / "d").examples == {"train": 6}
   assert time.monotonic() - start > 1
   subprocess.run([sys.executable, "-c", _ORPHAN, str(tmp_path / "e"), "9"], env=env, check=False)
-  monkeypatch.setattr(outputs, "_ORPHANS_SECONDS", 0.1)
+  monkeypatch.setattr(output_lock, "_ORPHANS_SECONDS", 0.1)
   with pytest.raises(ValueError, match="e is being written by workers of a killed process"):
     _write(tmp_path / "e")
+
+
+def test_a_number_that_another_process_has_by_now(tmp_path, other_writer):
+  """The owner was killed, and its workers still hold the lock: it is not "process 1234"."""
+  path = tmp_path / "d" / outputs.LOCK
+  owner = json.loads(path.read_text())
+  path.write_text(json.dumps(owner | {"ticks": "1"}))
+  outputs.check_directory(tmp_path / "d")
+  path.write_text(json.dumps(owner))
+  with pytest.raises(
+    ValueError, match=rf"process {other_writer.pid} on .*, started 20\d\d-.* UTC;"
+  ):
+    outputs.check_directory(tmp_path / "d")
+
+
+@pytest.fixture
+def no_flock(monkeypatch):
+  """A file system without locks."""
+
+  def flock(descriptor, kind):
+    raise OSError(errno.ENOLCK, "No locks available")
+
+  monkeypatch.setattr(output_lock.fcntl, "flock", flock)
+  monkeypatch.setattr(output_lock, "_STALE_SECONDS", 0.5)
+  monkeypatch.setattr(output_lock, "_RENEW_SECONDS", 0.1)
+  monkeypatch.setattr(output_lock, "_SETTLE_SECONDS", 0.01)
+
+
+def test_without_flock_an_owner_on_this_machine_counts_by_its_process(
+  tmp_path, other_writer, no_flock
+):
+  message = rf"d is being written by process {other_writer.pid} on "
+  with pytest.raises(ValueError, match=message):
+    outputs.check_directory(tmp_path / "d")
+  with pytest.raises(ValueError, match=message), outputs.locked(tmp_path / "d"):
+    pass
+  other_writer.kill()
+  other_writer.wait()
+  start = time.monotonic()
+  assert _write(tmp_path / "d").examples == {"train": 6}
+  assert time.monotonic() - start < 5 and not (tmp_path / "d" / outputs.LOCK).exists()
+
+
+def test_without_flock_an_owner_elsewhere_counts_while_it_renews_the_file(tmp_path, no_flock):
+  path = tmp_path / outputs.LOCK
+  owner = {"pid": 7, "host": "elsewhere", "since": "2026-11-28 10:00:00 UTC", "ticks": "5"}
+  path.write_text(json.dumps(owner))
+  with outputs.locked(tmp_path):  # nobody renews it
+    assert json.loads(path.read_text())["pid"] == os.getpid()
+    before = path.stat().st_mtime_ns
+    time.sleep(0.3)
+    assert path.stat().st_mtime_ns > before
+  path.write_text(json.dumps(owner))
+  timer = threading.Timer(0.2, os.utime, [path])
+  timer.start()
+  with (
+    pytest.raises(ValueError, match="by process 7 on elsewhere, started 2026-11-28 10:00:00 UTC;"),
+    outputs.locked(tmp_path),
+  ):
+    pass
+  timer.join()
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[" * 99_999, b"\xff", b'{"pid": 1}'])

@@ -3,7 +3,8 @@
 `multiprocessing` either forks, which is unsafe once JAX or any other library runs threads, or
 imports the caller's main module again in every worker, which costs seconds where that is a
 training app. These workers are `python -c` with the same sys.path and import only what the
-function needs. They ignore Ctrl-C and end when the caller ends, however it ends.
+function needs. They are in process groups of their own, where Ctrl-C does not reach them, and end
+when the caller ends, however it ends.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -82,6 +83,7 @@ class _Worker:
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
       pass_fds=inherited,
+      process_group=0,
       env={**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)},
     )
     self._send(function)

@@ -8,6 +8,7 @@ Exit codes: 0 all records are sound; 1 some are damaged or missing; 2 the shards
 from collections.abc import Sequence
 import io
 import logging
+import os
 import sys
 
 from ov_data import fs, manifest, shard_names
@@ -53,6 +54,9 @@ def _index(argument: str) -> int:
 
 
 if __name__ == "__main__":
+  for name in ("stdout", "stderr"):
+    if getattr(sys, name) is None:  # closed by the caller
+      setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
   for stream in (sys.stdout, sys.stderr):
     if isinstance(stream, io.TextIOWrapper):
       stream.reconfigure(errors="backslashreplace")
@@ -60,4 +64,5 @@ if __name__ == "__main__":
   try:
     sys.exit(main(sys.argv[1:]))
   except KeyboardInterrupt:
+    print("ov_data.index: stopped; the same command resumes from here", file=sys.stderr)
     sys.exit(130)
