@@ -11,6 +11,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
+import copy
 import errno
 import logging as standard_logging
 import os
@@ -211,14 +212,17 @@ def _one_line(error: BaseException) -> str:
   return printable(" ".join(str(error).split()))
 
 
-class _PrintableLogs(standard_logging.Formatter):
-  """Escapes control characters in the records of another formatter."""
+class _OneLineLogs(standard_logging.Formatter):
+  """Formats records without control characters, and without tracebacks of libraries' threads."""
 
   def __init__(self, inner: standard_logging.Formatter):
     super().__init__()
     self._inner = inner
 
   def format(self, record: standard_logging.LogRecord) -> str:
+    if record.exc_info and os.environ.get("OV_TRACEBACK") != "1":
+      record = copy.copy(record)
+      record.exc_info = record.exc_text = None
     return printable(self._inner.format(record))
 
 
@@ -244,7 +248,7 @@ def run_app(
   logging.set_verbosity(logging.WARNING)  # libraries' chatter; --verbosity=0 shows it
   handler = logging.get_absl_handler().python_handler
   handler.stream = sys.stderr
-  handler.setFormatter(_PrintableLogs(logging.PythonFormatter()))
+  handler.setFormatter(_OneLineLogs(logging.PythonFormatter()))
   if "BUILD_WORKING_DIRECTORY" in os.environ:
     os.chdir(os.environ["BUILD_WORKING_DIRECTORY"])
 

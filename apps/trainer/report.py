@@ -23,6 +23,7 @@ import numpy as np
 
 from apps.trainer import charts, gallery, report_text
 from apps.trainer.gallery import Gallery
+from apps.trainer.report_paths import relative
 from apps.trainer.report_text import Mark, data_url
 from apps.trainer.sinks import read_metrics
 from ov_data import fs
@@ -114,12 +115,21 @@ def key_figures(results: Sequence[Result], names: Sequence[str] = HEADLINE) -> l
 def write_report(workdir: str | os.PathLike[str], data: ReportData) -> Path:
   """Writes report.json and report.html into the workdir; curves come from its metrics.jsonl.
 
-  Call it on one process only; cheap enough for every evaluation.
+  Call it on one process only; cheap enough for every evaluation. Paths in it are relative to the
+  workdir.
 
   Returns:
     The path of report.html.
   """
   workdir = Path(workdir)
+  names = ("summary", "samples_note", "data", "config")
+  data = dataclasses.replace(
+    data,
+    results=tuple(
+      dataclasses.replace(r, context=relative(r.context, workdir)) for r in data.results
+    ),
+    **{name: relative(getattr(data, name), workdir) for name in names},
+  )
   text = json.dumps(_to_json(data), indent=1, default=_plain_value, allow_nan=False)
   _replace(workdir / "report.json", text + "\n")
   return _write_page(workdir, data)

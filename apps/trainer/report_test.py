@@ -200,3 +200,23 @@ def test_pictures_small_exact_and_large_shrunk():
   kind, payload = data_url(large).split(",")
   decoded = Image.open(io.BytesIO(base64.b64decode(payload)))
   assert kind == "data:image/jpeg;base64" and decoded.size == (224, 224)
+
+
+def test_no_absolute_path_of_the_machine(tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path / "home"))
+  data = ReportData(
+    title="run",
+    results=(Result("caption_nll", 1.0, 10, context={"split": f"{tmp_path}/shards"}),),
+    summary={"model": f"from {tmp_path}/home/best"},
+    data={"Training": {"folder": f"{tmp_path}/run/data"}},
+    config={"input": {"data_dir": f"{tmp_path}/run/data", "sources": ({"path": "gs://b/x"},)}},
+  )
+  (tmp_path / "run").mkdir()
+  page = write_report(tmp_path / "run", data)
+  for file in (page, page.with_name("report.json"), remake_report(tmp_path / "run")):
+    text = file.read_text()
+    assert str(tmp_path) not in text
+    assert "../home/best" in text and "gs://b/x" in text
+  assert (
+    json.loads(page.with_name("report.json").read_text())["config"]["input"]["data_dir"] == "data"
+  )

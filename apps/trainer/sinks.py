@@ -6,6 +6,7 @@ TIMING_NAMES. Compare two such files with `python -m apps.trainer.sinks A B`.
 """
 
 from collections.abc import Mapping
+import itertools
 import json
 import math
 import os
@@ -13,6 +14,9 @@ from pathlib import Path
 import sys
 from typing import Any, Self
 import uuid
+
+from absl import logging
+import msgspec
 
 from apps.trainer.errors import UserError
 from ov_data import fs
@@ -51,7 +55,7 @@ class MetricWriter:
     Args:
       workdir: existing folder for metrics.jsonl, tensorboard/ and wandb/.
       resume_step: step of the restored checkpoint: later lines of an earlier attempt are cut
-        away. None starts an empty file.
+        away, damaged lines are counted and set aside. None starts an empty file.
       active: False on every process but the first; then nothing is opened or written.
       tensorboard: also write event files.
       wandb_project: also report to Weights & Biases; the key is read from WANDB_API_KEY only.
@@ -70,10 +74,10 @@ class MetricWriter:
     _cut(path, resume_step)
     self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
     if tensorboard:
-      from tensorboardX import SummaryWriter
+      from apps.trainer.tensorboard import EventFile
 
-      purge = None if resume_step is None else resume_step + 1
-      self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=purge)
+      first = None if resume_step is None else resume_step + 1
+      self._events = EventFile(workdir / "tensorboard", first_step=first)
 
   def write(self, step: int, values: Mapping[str, Any]) -> None:
     """Writes one line of scalars (Python, NumPy, or device arrays already on the host).
@@ -88,23 +92,45 @@ class MetricWriter:
       self._file.write(json.dumps({"step": int(step), **finite}, allow_nan=False) + "\n")
       self._file.flush()
     if self._events is not None:
-      for name, value in scalars.items():
-        self._events.add_scalar(name, value, step)
+      self._events.write(step, scalars)
     if self._wandb is not None:
       self._wandb.log(scalars, step=step)
 
   def flush(self) -> None:
-    """Returns when metrics.jsonl is on the disk."""
+    """Returns when metrics.jsonl is on the disk.
+
+    Raises:
+      UserError: another file, or none, has its name: what was written is lost.
+      OSError: it cannot be written; names the file.
+    """
     if self._file is not None:
-      with fs.writing(self._file.name):
-        os.fsync(self._file.fileno())
+      self._sync()
+      self._check_name()
     if self._events is not None:
       self._events.flush()
+
+  def _sync(self) -> None:
+    assert self._file is not None
+    with fs.writing(self._file.name):
+      os.fsync(self._file.fileno())
+
+  def _check_name(self) -> None:
+    assert self._file is not None
+    try:
+      same = os.path.samestat(os.stat(self._file.name), os.fstat(self._file.fileno()))
+    except OSError:
+      same = False
+    if not same:
+      raise UserError(
+        f"{self._file.name} was removed or replaced while the run writes it, so its metrics are "
+        "lost; let one run at a time write a workdir, and give the same command to resume from the "
+        "newest checkpoint that is left"
+      )
 
   def close(self) -> None:
     """Closes every sink; may be called twice."""
     if self._file is not None:
-      self.flush()
+      self._sync()
       self._file.close()
     if self._events is not None:
       self._events.close()
@@ -120,14 +146,18 @@ class MetricWriter:
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-  """The lines of a metrics.jsonl; null becomes NaN, a torn last line is left out."""
-  lines = []
-  for text in Path(path).read_text(encoding="utf-8").splitlines():
-    try:
-      line = json.loads(text)
-    except json.JSONDecodeError:
-      break
-    lines.append({name: math.nan if value is None else value for name, value in line.items()})
+  """The lines of a metrics.jsonl; null becomes NaN, a torn last line is left out.
+
+  Damaged lines are left out too, with a warning that counts them.
+  """
+  lines, damaged = [], []
+  for number, (_, line) in enumerate(_lines(Path(path).read_bytes()), start=1):
+    if line is None:
+      damaged.append(number)
+    else:
+      lines.append({name: math.nan if value is None else value for name, value in line.items()})
+  if damaged:
+    logging.warning("%s: left out %s", path, _count(damaged))
   return lines
 
 
@@ -150,23 +180,59 @@ def compare_metrics(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> lis
 
 
 def _cut(path: Path, resume_step: int | None) -> None:
-  """Keeps the whole lines up to resume_step, by writing a new file and renaming it."""
-  kept = []
-  if resume_step is not None and path.exists():
-    for line in path.read_bytes().splitlines(keepends=True):
-      try:
-        step = json.loads(line)["step"]
-      except (ValueError, KeyError, TypeError):
-        break
-      if step <= resume_step and line.endswith(b"\n"):
-        kept.append(line)
+  """Keep the lines up to resume_step, by writing a new file and renaming it.
+
+  Damaged lines are written to `metrics.jsonl.damaged-N`, and so are lines of later steps that
+  stand before a line that is kept: a step was changed. The torn line of a kill is dropped.
+  """
+  lines = _lines(path.read_bytes()) if resume_step is not None and path.exists() else []
+  steps = [None if line is None else line["step"] for _, line in lines]
+  keep = [step is not None and step <= resume_step for step in steps]
+  last_kept = max((number for number, kept in enumerate(keep) if kept), default=-1)
+  damaged = [
+    number
+    for number, step in enumerate(steps)
+    if step is None or (number < last_kept and not keep[number])
+  ]
+  if damaged:
+    aside = next(
+      candidate
+      for number in itertools.count(1)
+      if not (candidate := path.with_name(f"{path.name}.damaged-{number}")).exists()
+    )
+    fs.write_atomic(str(aside), b"".join(lines[number][0] for number in damaged))
+    logging.warning(
+      "%s: %s, moved to %s; the lines after them are kept",
+      path,
+      _count([number + 1 for number in damaged]),
+      aside.name,
+    )
   partial = path.with_name(path.name + ".partial")
   with fs.writing(str(path)):
     with open(partial, "wb") as file:
-      file.writelines(kept)
+      file.writelines(text for (text, _), kept in zip(lines, keep, strict=True) if kept)
       file.flush()
       os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def _lines(content: bytes) -> list[tuple[bytes, dict[str, Any] | None]]:
+  """Every complete line of a metrics.jsonl and its values; None for a damaged line."""
+  lines: list[tuple[bytes, dict[str, Any] | None]] = []
+  for text in content.split(b"\n")[:-1]:
+    try:
+      line = msgspec.json.decode(text, type=dict[str, bool | int | float | None])
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+      line = {}
+    sound = type(line.get("step")) is int and line["step"] >= 0
+    lines.append((text + b"\n", line if sound else None))
+  return lines
+
+
+def _count(damaged: list[int]) -> str:
+  """Such as `2 damaged lines (7, 9)`."""
+  shown = ", ".join(map(str, damaged[:5])) + (", ..." if len(damaged) > 5 else "")
+  return f"{len(damaged)} damaged line{'s' if len(damaged) > 1 else ''} ({shown})"
 
 
 def _scalar(name: str, value: Any) -> float | int:

@@ -16,14 +16,18 @@ import os
 import re
 import signal
 import sys
+import threading
+import traceback
 from types import FrameType
 from typing import Any
+import warnings
 
 _NAMES = {signal.SIGINT: "SIGINT (Ctrl-C)", signal.SIGTERM: "SIGTERM"}
 # Control characters except newline and tab, and the marks that reorder the text around them.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 _received: signal.Signals | None = None
+_reported: set[str] = set()  # lines about background threads
 
 
 class Terminated(KeyboardInterrupt):
@@ -45,8 +49,11 @@ def set_up() -> None:
   ):
     if signal.getsignal(number) is default:  # not where a parent process has it ignored
       signal.signal(number, _interrupt)
+  # A save that failed leaves them behind.
+  warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
   sys.unraisablehook = _unraisable
   sys.excepthook = _uncaught
+  threading.excepthook = lambda failed: _report_background(failed.exc_value)
 
 
 def received() -> signal.Signals | None:
@@ -139,18 +146,42 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
-  """Interrupt again where Python dropped the exception of the handler, as in a destructor."""
+  """Handle an exception that Python drops, as in a destructor."""
   global _received
-  if isinstance(unraisable.exc_value, KeyboardInterrupt) and _received is not None:
+  error = unraisable.exc_value
+  if isinstance(error, KeyboardInterrupt) and _received is not None:
     number, _received = _received, None
-    signal.raise_signal(number)
-    return
-  sys.__unraisablehook__(unraisable)
+    signal.raise_signal(number)  # again, where it can end the program
+  elif not isinstance(error, OSError):  # such as a file that a full disk cannot take at the end
+    _report_background(error)
 
 
-def _uncaught(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
+def _uncaught(kind: type[BaseException], error: BaseException, trace: Any) -> None:
   """End an interrupted import with one line; `errors.run_app` handles the rest of a program."""
-  if _received is not None:
+  if threading.current_thread() is not threading.main_thread():  # a callback of a library
+    _report_background(error)
+  elif _received is not None:
     print(f"{program()}: stopped by {describe(_received)}", file=sys.stderr, flush=True)
     os._exit(128 + _received)
-  sys.__excepthook__(kind, error, traceback)
+  else:
+    sys.__excepthook__(kind, error, trace)
+
+
+def _report_background(error: BaseException | None) -> None:
+  """Print one line for an error that nobody handles, as in a thread, and none when it repeats.
+
+  Threads of libraries fail by the hundred once the program fails, and what ends the program has
+  its own line.
+  """
+  if error is None or isinstance(error, SystemExit) or str(error) == "Event loop is closed":
+    return
+  if os.environ.get("OV_TRACEBACK") == "1":
+    traceback.print_exception(error)
+    return
+  frames = traceback.extract_tb(error.__traceback__)
+  place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+  text = " ".join(f"{type(error).__name__}: {error}".split())
+  line = printable(f"{program()}: warning: in the background: {text}{place}")
+  if line not in _reported:
+    _reported.add(line)
+    print(line, file=sys.stderr)
