@@ -97,9 +97,17 @@ def run_errors(place: str, last_checkpoint: Callable[[], int | None]) -> Iterato
   except KeyboardInterrupt as error:
     error.args = (f"{error or 'interrupted'}; {_saved(last_checkpoint)}{_AGAIN_IS} to resume",)
     raise
+  except UserError as error:
+    cause, saved = error.__cause__, _saved(last_checkpoint)
+    if isinstance(cause, OSError) and cause.errno is not None and "complete" in saved:
+      if saved not in f"{error}; ":
+        error.args = (f"{error}; {saved}".rstrip("; "),)
+    raise
   except (OSError, MemoryError) as error:
-    kind = Unreachable if _passes(error) else UserError
-    raise kind(f"{_describe(error, place)}; {_saved(last_checkpoint)}{_remedy(error)}") from error
+    text = _describe(error, place)
+    if isinstance(error, MemoryError) or error.errno is not None:  # others say what to do
+      text = f"{text}; {_saved(last_checkpoint)}{_remedy(error)}"
+    raise (Unreachable if _passes(error) else UserError)(text) from error
   except RuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):  # as XLA reports that an array does not fit
       raise
@@ -111,8 +119,12 @@ def run_errors(place: str, last_checkpoint: Callable[[], int | None]) -> Iterato
 
 
 def _passes(error: BaseException) -> bool:
-  """Whether starting again may help; an OSError without a number may be of any kind."""
-  return isinstance(error, OSError) and error.errno is not None and error.errno not in _LASTING
+  """Whether starting again may help."""
+  if not isinstance(error, OSError):
+    return False
+  if error.errno is None:  # the text of a library
+    return any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
+  return error.errno not in _LASTING
 
 
 def _describe(error: OSError | MemoryError, place: str) -> str:

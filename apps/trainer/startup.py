@@ -151,7 +151,8 @@ def _unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
   error = unraisable.exc_value
   if isinstance(error, KeyboardInterrupt) and _received is not None:
     number, _received = _received, None
-    signal.raise_signal(number)  # again, where it can end the program
+    # Again, once this hook has returned: an exception in it would be dropped as well.
+    threading.Timer(0.1, os.kill, (os.getpid(), number)).start()
   elif not isinstance(error, OSError):  # such as a file that a full disk cannot take at the end
     _report_background(error)
 
