@@ -8,11 +8,14 @@ logarithm of the partition function (z-loss, Chowdhery et al. 2022, https://arxi
 section 5). The logits are made by `ov_losses.tiles`, a few token columns at a time.
 """
 
+import functools
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from ov_losses import contexts
 from ov_losses.tiles import TokenTerms, token_terms, weighted_sum
 
 
@@ -63,8 +66,30 @@ def caption_cross_entropy(
   """
   if not 0.0 <= label_smoothing < 1.0:
     raise ValueError(f"label_smoothing={label_smoothing} is outside [0, 1).")
-  if z_loss < 0.0:
-    raise ValueError(f"z_loss={z_loss} is negative; expected 0 (off) or a small weight like 1e-4.")
+  if not 0.0 <= z_loss < math.inf:
+    raise ValueError(f"z_loss={z_loss}; expected 0 (off) or a small weight such as 1e-4.")
+  hidden, head, labels, mask = map(jnp.asarray, (hidden, head, labels, mask))
+  compute = functools.partial(
+    _caption_cross_entropy,
+    label_smoothing=float(label_smoothing),
+    z_loss=float(z_loss),
+    tile=tile,
+    batch_shards=batch_shards,
+  )
+  return contexts.run(compute, hidden, head, labels, mask)
+
+
+def _caption_cross_entropy(
+  hidden: jax.Array,
+  head: jax.Array,
+  labels: jax.Array,
+  mask: jax.Array,
+  *,
+  label_smoothing: float,
+  z_loss: float,
+  tile: int | None,
+  batch_shards: int,
+) -> CaptionLoss:
   weights = _check_mask(mask, labels)
   num_tokens = jnp.sum(weights)
   denominator = num_tokens + 1e-8
@@ -93,6 +118,14 @@ def sequence_log_likelihood(
 
   Arguments as in `caption_cross_entropy`. A row without tokens scores 0.
   """
+  hidden, head, labels, mask = map(jnp.asarray, (hidden, head, labels, mask))
+  compute = functools.partial(_sequence_log_likelihood, tile=tile)
+  return contexts.run(compute, hidden, head, labels, mask, rows=hidden)
+
+
+def _sequence_log_likelihood(
+  hidden: jax.Array, head: jax.Array, labels: jax.Array, mask: jax.Array, *, tile: int | None
+) -> jax.Array:
   weights = _check_mask(mask, labels)
   terms = token_terms(hidden, head, labels, tile=tile)
   nll = _nan_where_label_is_invalid(terms, labels, head.shape[1])
@@ -107,10 +140,14 @@ def shift_left(ids: jax.Array, pad_id: int) -> tuple[jax.Array, jax.Array]:
   Returns:
     targets [B,T] in the dtype of `ids`, and mask [B,T] bool: true where the target is not a pad.
   """
-  if ids.ndim != 2:
-    raise ValueError(f"ids has shape {ids.shape}; expected [B, T].")
-  last = jnp.full((ids.shape[0], 1), pad_id, dtype=ids.dtype)
-  targets = jnp.concatenate([ids[:, 1:], last], axis=1)
+  ids = jnp.asarray(ids)
+  if ids.ndim != 2 or not jnp.issubdtype(ids.dtype, jnp.integer):
+    raise ValueError(f"ids is {ids.dtype}{list(ids.shape)}; expected integers [B, T].")
+  return contexts.run(functools.partial(_shift_left, pad_id=pad_id), ids, rows=ids)
+
+
+def _shift_left(ids: jax.Array, *, pad_id: int) -> tuple[jax.Array, jax.Array]:
+  targets = jnp.pad(ids[:, 1:], ((0, 0), (0, min(1, ids.shape[1]))), constant_values=pad_id)
   return targets, targets != pad_id
 
 

@@ -254,7 +254,7 @@ def test_shift_left():
   np.testing.assert_array_equal(targets, [[7, 8, 2, 0, 0, 0], [5, 5, 5, 5, 5, 0]])
   np.testing.assert_array_equal(mask, [[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 0]])
   assert targets.dtype == ids.dtype and mask.dtype == bool
-  with pytest.raises(ValueError, match=r"\(6,\); expected \[B, T\]"):
+  with pytest.raises(ValueError, match=r"ids is int32\[6\]; expected integers \[B, T\]"):
     shift_left(ids[0], pad_id=0)
 
 
@@ -349,7 +349,8 @@ def test_compiled_memory_is_below_the_naive_form(dtype):
     (dict(hidden=jnp.zeros((3, 13, 24), jnp.float16)), "hidden has dtype float16; expected"),
     (dict(head=jnp.zeros((24, 101), jnp.int8)), "head has dtype int8"),
     (dict(label_smoothing=1.0), r"label_smoothing=1.0 is outside \[0, 1\)"),
-    (dict(z_loss=-1.0), "z_loss=-1.0 is negative"),
+    (dict(z_loss=-1.0), "z_loss=-1.0; expected 0"),
+    (dict(z_loss=float("nan")), "z_loss=nan; expected 0"),
     (dict(tile=0), "tile=0; expected at least 1"),
     (dict(batch_shards=2), "batch_shards=2 does not divide the batch of 3"),
   ],

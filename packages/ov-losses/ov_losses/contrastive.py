@@ -10,13 +10,16 @@ contrasted with each other. CE is softplus(logsumexp of the negatives - positive
 digits where the loss is small. How the sums are made, and by which devices: `similarity_forms`.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+import numpy as np
 
+from ov_losses import contexts
 from ov_losses.similarity_blocks import Kind
 from ov_losses.similarity_forms import Form, Inputs, Pairs, Plan, pairs
 
@@ -80,9 +83,13 @@ def contrastive_softmax(
   Raises:
     ValueError: on shapes, dtypes or options that do not fit; the message names them.
   """
-  zero = jnp.zeros((), jnp.float32)
   plan = _plan("softmax", form, mesh, axes, chunk)
-  inputs = _inputs(plan, image, texts, scale, zero, valid, text_groups)
+  inputs = _inputs(plan, image, texts, scale, 0.0, valid, text_groups)
+  return contexts.run(functools.partial(_softmax, plan), inputs)
+
+
+def _softmax(plan: Plan, inputs: Inputs) -> ContrastiveLoss:
+  inputs = _prepared(plan, inputs)
   sums = pairs(plan, inputs)
   positive = inputs.scale * sums.positive
   both = jax.nn.softplus(sums.row - positive) + jax.nn.softplus(sums.column - positive)
@@ -109,6 +116,11 @@ def contrastive_sigmoid(
   """
   plan = _plan("sigmoid", form, mesh, axes, chunk)
   inputs = _inputs(plan, image, texts, scale, bias, valid, text_groups)
+  return contexts.run(functools.partial(_sigmoid, plan), inputs)
+
+
+def _sigmoid(plan: Plan, inputs: Inputs) -> ContrastiveLoss:
+  inputs = _prepared(plan, inputs)
   sums = pairs(plan, inputs)
   positive = inputs.scale * sums.positive + inputs.bias
   return _result(inputs, sums, positive, jax.nn.softplus(-positive) + sums.row)
@@ -142,6 +154,7 @@ def text_groups(ids: jax.Array) -> jax.Array:
   A 32-bit hash: two different texts share a number about once in 4 billion pairs, which takes one
   negative out of a batch.
   """
+  ids = jnp.asarray(ids)
   if not jnp.issubdtype(ids.dtype, jnp.integer) or ids.ndim < 1:
     raise ValueError(f"ids is {ids.dtype}{list(ids.shape)}; expected integers [...,T].")
   position = jnp.arange(ids.shape[-1], dtype=jnp.uint32)
@@ -170,6 +183,12 @@ def _plan(
       f"axes={axes} are none of the mesh's, {mesh.axis_names}; name the axes the batch is split "
       "over, or pass mesh=None."
     )
+  if inside := set(present) & set(contexts.manual_axes()):
+    raise ValueError(
+      f"mesh={mesh.axis_names} inside jax.shard_map or jax.pmap over {sorted(inside)}: each device "
+      "holds its own rows there; call the loss outside, or pass mesh=None for the loss among the "
+      "rows of each device."
+    )
   return Plan(kind, form, mesh, present, chunk)
 
 
@@ -182,7 +201,8 @@ def _inputs(
   valid: jax.Array | None,
   groups: jax.Array | None,
 ) -> Inputs:
-  """Checked arguments with all axes, zeros in the rows that are not valid."""
+  """Checked arguments with all axes."""
+  image, texts, scale, bias = map(jnp.asarray, (image, texts, scale, bias))
   texts = texts[None] if texts.ndim == 2 else texts
   if image.ndim != 2 or texts.ndim != 3 or texts.shape[1:] != image.shape:
     raise ValueError(
@@ -190,7 +210,8 @@ def _inputs(
     )
   if image.dtype != texts.dtype or image.dtype not in (jnp.float32, jnp.bfloat16):
     raise ValueError(
-      f"image is {image.dtype} and texts {texts.dtype}; expected both float32 or both bfloat16."
+      f"image is {image.dtype} and texts {texts.dtype}; expected both float32 or both bfloat16; "
+      "cast them."
     )
   batch = image.shape[0]
   if batch % plan.devices:
@@ -202,21 +223,34 @@ def _inputs(
     raise ValueError(
       f"scale has shape {jnp.shape(scale)} and bias {jnp.shape(bias)}; expected scalars."
     )
-  valid = jnp.ones(batch, bool) if valid is None else valid.astype(bool)
+  valid = np.ones(batch, bool) if valid is None else jnp.asarray(valid).astype(bool)
   if valid.shape != (batch,):
     raise ValueError(f"valid has shape {valid.shape}; expected [B] = {(batch,)}.")
-  groups = jnp.arange(batch, dtype=jnp.int32) if groups is None else groups
+  groups = np.arange(batch, dtype=np.int32) if groups is None else jnp.asarray(groups)
   groups = groups[None] if groups.ndim == 1 else groups
-  if groups.shape not in ((1, batch), texts.shape[:2]) or groups.dtype != jnp.int32:
+  whole = jnp.issubdtype(groups.dtype, jnp.integer)
+  if groups.shape not in ((1, batch), texts.shape[:2]) or not whole:
     raise ValueError(
-      f"text_groups is {groups.dtype}{list(groups.shape)}; expected int32 [B] or [K,B] = "
+      f"text_groups is {groups.dtype}{list(groups.shape)}; expected integers [B] or [K,B] = "
       f"{texts.shape[:2]}."
     )
+  return Inputs(image, texts, scale, bias, jnp.asarray(groups), jnp.asarray(valid))
+
+
+def _prepared(plan: Plan, inputs: Inputs) -> Inputs:
+  """float32 factors, and zeros in the rows that are not valid; no rows become invalid ones."""
+  image, texts, scale, bias, groups, valid = inputs
+  if not len(valid):
+    more = lambda x, axis: jnp.pad(
+      x, [(0, plan.devices if i == axis else 0) for i in range(x.ndim)]
+    )
+    image, valid = more(image, 0), more(valid, 0)
+    texts, groups = more(texts, 1), more(groups, 1)
   return Inputs(
     jnp.where(valid[:, None], image, 0),
     jnp.where(valid[:, None], texts, 0),
-    jnp.asarray(scale, jnp.float32),
-    jnp.asarray(bias, jnp.float32),
+    scale.astype(jnp.float32),
+    bias.astype(jnp.float32),
     groups,
     valid,
   )

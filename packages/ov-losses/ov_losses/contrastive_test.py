@@ -296,8 +296,8 @@ def test_copies_of_a_text_are_no_negatives():
     ({"image": np.zeros((4, 8), np.float16)}, "image is float16 and texts float32"),
     ({"scale": np.ones(4)}, r"scale has shape \(4,\)"),
     ({"valid": np.ones((4, 1), bool)}, r"valid has shape \(4, 1\); expected \[B\] = \(4,\)"),
-    ({"groups": np.zeros((2, 4), np.int32)}, r"text_groups is int32\[2, 4\]; expected int32"),
-    ({"groups": np.zeros(4, np.uint32)}, r"text_groups is uint32\[1, 4\]; expected int32"),
+    ({"groups": np.zeros((2, 4), np.int32)}, r"text_groups is int32\[2, 4\]; expected integers"),
+    ({"groups": np.zeros(4, np.float32)}, r"text_groups is float32\[1, 4\]; expected int"),
   ],
 )
 def test_errors_name_the_value(change, message):

@@ -17,6 +17,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
+
+from ov_losses import contexts
 
 PyTree = Any
 
@@ -67,8 +70,11 @@ def gradient_cache(
   Returns:
     Gradients in float32, shaped like `params`; and the loss with the weight of `combine`, and the
     metrics of both.
+
+  Raises:
+    ValueError: `batches` has no arrays, no microbatch, or arrays of different numbers of them.
   """
-  k = len(jax.tree.leaves(batches)[0])
+  k = _num_microbatches(batches)
   keys = jax.vmap(lambda j: jax.random.fold_in(key, j))(jnp.arange(k))
 
   def first(_: None, xs: tuple[PyTree, jax.Array]) -> tuple[None, tuple[PyTree, jax.Array]]:
@@ -95,9 +101,10 @@ def gradient_cache(
     def outputs(params: PyTree) -> tuple[tuple[list[jax.Array], jax.Array], Terms]:
       rows, own = embed(params, batch, key)
       floats = [x for x in jax.tree.leaves(rows) if jnp.issubdtype(x.dtype, jnp.inexact)]
-      return (floats, own[0]), own
+      return (floats, own[0] + contexts.varying_zero(own)), own
 
     (_, loss), pull, own = jax.vjp(outputs, params, has_aux=True)
+    share = share + contexts.varying_zero(loss)
     (grads,) = pull((rows_grad, share.astype(loss.dtype)))
     return _constrain(_add(sums, grads), shardings), own
 
@@ -108,19 +115,36 @@ def gradient_cache(
   return grads, LossTerms(combined[0] + mean(own[0]), combined[1], metrics)
 
 
+def _num_microbatches(batches: PyTree) -> int:
+  sizes = {jnp.shape(x)[:1] for x in jax.tree.leaves(batches)}
+  if len(sizes) != 1 or sizes & {(), (0,)}:
+    raise ValueError(
+      f"batches has arrays with leading dimensions {sorted(sizes)}; expected arrays [k,b,...] with "
+      "one k of at least 1 microbatch."
+    )
+  return sizes.pop()[0]
+
+
 def _add(sums: PyTree, grads: PyTree) -> PyTree:
   return jax.tree.map(lambda s, g: s + g.astype(jnp.float32), sums, grads)
 
 
 def _constrain(grads: PyTree, shardings: PyTree | None) -> PyTree:
-  return grads if shardings is None else jax.lax.with_sharding_constraint(grads, shardings)
+  if shardings is None:
+    return grads
+  meshes = [getattr(s, "mesh", None) for s in jax.tree.leaves(shardings)]
+  if any(mesh is not None and AxisType.Explicit in mesh.axis_types for mesh in meshes):
+    return jax.sharding.reshard(grads, shardings)
+  return jax.lax.with_sharding_constraint(grads, shardings)
 
 
 def _interleave(x: jax.Array) -> jax.Array:
   """[k,b,...] -> [b*k,...]."""
-  return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
+  k, b, *rest = x.shape
+  return contexts.reshaped(x, lambda x: x.swapaxes(0, 1).reshape(b * k, *rest), axis=0)
 
 
 def _deinterleave(x: jax.Array, k: int) -> jax.Array:
   """[b*k,...] -> [k,b,...]."""
-  return x.reshape(-1, k, *x.shape[1:]).swapaxes(0, 1)
+  rows, *rest = x.shape
+  return contexts.reshaped(x, lambda x: x.reshape(rows // k, k, *rest).swapaxes(0, 1), axis=1)

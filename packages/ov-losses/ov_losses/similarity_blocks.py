@@ -16,6 +16,8 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ov_losses.contexts import zeros
+
 Kind = Literal["softmax", "sigmoid"]
 
 BLOCK_SIZE = 2**22  # entries of a block by default: 16 MiB of float32
@@ -85,7 +87,9 @@ def reduce(kind: Kind, logits: jax.Array, keep: jax.Array, axis: int) -> Side:
 
 
 def empty_side(like: jax.Array) -> Side:
-  return Side(jnp.full(like.shape, FLOOR), jnp.zeros(like.shape))
+  """The `Side` of no negatives, in the shape of `like`."""
+  empty = zeros(like.shape, like)
+  return Side(empty + FLOOR, empty)
 
 
 def merge(kind: Kind, a: Side, b: Side) -> Side:
@@ -118,7 +122,6 @@ def sums(
     `Sums` with [K,R] arrays of the images, and the `Side` with [K,C] arrays of the texts.
   """
   num_rows = image.x.shape[0]
-  like = jnp.zeros(texts.x.shape[:2], jnp.float32)
 
   def step(columns: Side, rows: Rows) -> tuple[Side, Sums]:
     cosines = products(rows.x, texts.x, "re,kce->krc")
@@ -133,7 +136,7 @@ def sums(
     return columns, out
 
   chunks = num_chunks(num_rows, texts.x.shape[0] * texts.x.shape[1], chunk)
-  columns, out = jax.lax.scan(step, empty_side(like), _split_rows(image, chunks))
+  columns, out = jax.lax.scan(step, empty_side(texts.x[:, :, 0]), _split_rows(image, chunks))
   return jax.tree.map(lambda x: _join(x, num_rows), out), columns
 
 
@@ -152,8 +155,8 @@ def gradients(
   d logit_ij = g_i exp(logit_ij - lse_i) + g_j exp(logit_ij - lse_j), or g_i sigmoid(logit_ij).
   """
   num_rows, dtype = image.x.shape[0], image.x.dtype
-  zero = jnp.zeros((), jnp.float32)
-  start = (jnp.zeros(texts.x.shape, jnp.float32), zero, zero)
+  zero = zeros((), image.x)
+  start = (zeros(texts.x.shape, image.x), zero, zero)
 
   def step(carry: tuple, xs: tuple[Rows, Back]) -> tuple[tuple, jax.Array]:
     texts_grad, scale_grad, bias_grad = carry

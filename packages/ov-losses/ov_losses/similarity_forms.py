@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from ov_losses import contexts
 from ov_losses import similarity_blocks as blocks
 from ov_losses.similarity_blocks import Back, Kind, Rows, Side, Sums
 
@@ -167,11 +168,15 @@ def _specs(plan: Plan) -> Any:
 
 
 def _on_devices(plan: Plan, local: Callable, in_specs: tuple, out_specs: Any) -> Callable:
-  if plan.devices == 1:
+  if plan.mesh is None or plan.devices == 1:
     return local
   # The check of replication is for derivatives through the map, and none is taken.
   return jax.shard_map(
-    local, mesh=plan.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+    local,
+    mesh=contexts.automatic_mesh(plan.mesh),
+    in_specs=in_specs,
+    out_specs=out_specs,
+    check_vma=False,
   )
 
 
@@ -246,7 +251,7 @@ def _ring_sums(
   plan: Plan, image: Rows, texts: Rows, scale: jax.Array, bias: jax.Array
 ) -> tuple[Sums, Side]:
   empty = blocks.empty_side(texts.x[:, :, 0])
-  zeros = jnp.zeros(empty.best.shape)
+  zeros = contexts.zeros(empty.best.shape, texts.x)
 
   def step(carry: tuple, _: None) -> tuple[tuple, None]:
     visitors, column, seen = carry
@@ -273,8 +278,8 @@ def _ring_gradients(
   scale: jax.Array,
   bias: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-  zero = jnp.zeros((), jnp.float32)
-  zeros = [jnp.zeros(rows.x.shape, jnp.float32) for rows in (image, texts)]
+  zero = contexts.zeros((), texts.x)
+  zeros = [contexts.zeros(rows.x.shape, texts.x) for rows in (image, texts)]
 
   def step(carry: tuple, _: None) -> tuple[tuple, None]:
     visitors, back, texts_grad, image_grad, scale_grad, bias_grad = carry

@@ -25,6 +25,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ov_losses.contexts import zeros
+
 DEFAULT_TILE = 16  # token columns; 8 tiles for a caption of 127
 
 
@@ -109,9 +111,11 @@ def _check(
   if not jnp.issubdtype(labels.dtype, jnp.integer):
     raise ValueError(f"labels has dtype {labels.dtype}; expected an integer dtype.")
   if hidden.dtype not in (jnp.float32, jnp.bfloat16):
-    raise ValueError(f"hidden has dtype {hidden.dtype}; expected float32 or bfloat16.")
+    raise ValueError(f"hidden has dtype {hidden.dtype}; expected float32 or bfloat16; cast it.")
   if not jnp.issubdtype(head.dtype, jnp.floating):
     raise ValueError(f"head has dtype {head.dtype}; expected a float dtype.")
+  if head.shape[1] < 1:
+    raise ValueError(f"head has shape {head.shape}; expected [D,V] with at least 1 token.")
   if tile is not None and tile < 1:
     raise ValueError(f"tile={tile}; expected at least 1 token column, or None to choose.")
   if batch_shards < 1 or hidden.shape[0] % batch_shards:
@@ -128,7 +132,8 @@ def _tiles_of(length: int, tile: int | None) -> Callable[[jax.Array], jax.Array]
 
   def split(x: jax.Array) -> jax.Array:
     x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
-    return jnp.moveaxis(x.reshape(x.shape[0], num_tiles, -1, *x.shape[2:]), 1, 0)
+    columns = x.shape[1] // num_tiles
+    return jnp.moveaxis(x.reshape(x.shape[0], num_tiles, columns, *x.shape[2:]), 1, 0)
 
   return split
 
@@ -136,7 +141,7 @@ def _tiles_of(length: int, tile: int | None) -> Callable[[jax.Array], jax.Array]
 def _join(x: jax.Array) -> jax.Array:
   """[tiles,B,t,...] -> [B,tiles*t,...]."""
   x = jnp.moveaxis(x, 0, 1)
-  return x.reshape(x.shape[0], -1, *x.shape[3:])
+  return x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:])
 
 
 def _logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
@@ -193,10 +198,11 @@ def _tile_gradients(
     - g.uniform_nll[..., None] / vocab
   ).astype(hidden.dtype)
   hidden_grad = jnp.einsum("btv,dv->btd", dlogits, head, preferred_element_type=jnp.float32)
+  rows = hidden.shape[0] // batch_shards
   head_grad = jnp.einsum(
     "gbtd,gbtv->gdv",
-    hidden.reshape(batch_shards, -1, *hidden.shape[1:]),
-    dlogits.reshape(batch_shards, -1, *dlogits.shape[1:]),
+    hidden.reshape(batch_shards, rows, *hidden.shape[1:]),
+    dlogits.reshape(batch_shards, rows, *dlogits.shape[1:]),
     preferred_element_type=jnp.float32,
   )
   return hidden_grad.astype(hidden.dtype), head_grad
@@ -243,7 +249,7 @@ def _terms_bwd(
     x_grad, of_tile = _tile_gradients(x, weights, label, probabilities, g, batch_shards)
     return head_grad + of_tile, x_grad
 
-  start = jnp.zeros((batch_shards, *head.shape), jnp.float32)
+  start = zeros((batch_shards, *head.shape), like=hidden)
   head_grad, hidden_grad = jax.lax.scan(step, start, (hidden, labels, lse, cotangents))
   return hidden_grad, jnp.sum(head_grad, axis=0).astype(head.dtype), None
 
@@ -302,7 +308,7 @@ def _sum_fwd(
     x_grad, of_tile = _tile_gradients(x, matrix, label, probabilities, slopes, batch_shards)
     return head_grad + of_tile, (terms, x_grad)
 
-  start = jnp.zeros((batch_shards, *head.shape), jnp.float32)
+  start = zeros((batch_shards, *head.shape), like=hidden)
   head_grad, (terms, hidden_grad) = jax.lax.scan(step, start, (hidden, labels, weights))
   total = jnp.sum(_objective(terms, weights, label_smoothing, z_loss))
   return (total, terms), (hidden_grad, jnp.sum(head_grad, axis=0).astype(head.dtype))
