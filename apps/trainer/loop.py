@@ -12,23 +12,24 @@ import contextlib
 import jax
 from ml_collections import ConfigDict
 
-from apps.trainer import inputs, summary
+from apps.trainer import inputs, outputs, summary
 from apps.trainer.checkpoint import Checkpoints
+from apps.trainer.checkpoint_metadata import StageData
 from apps.trainer.config import to_json
 from apps.trainer.errors import UserError, user_errors
 from apps.trainer.hosts import Hosts
-from apps.trainer.init_from import InitPlan, plan_init
+from apps.trainer.init_from import plan_init
 from apps.trainer.init_source import open_source
 from apps.trainer.optimizer import summarize_groups
 from apps.trainer.parts import App, build_step
 from apps.trainer.prepare import (
   Prepared,
   PreparedStage,
-  check_stage,
   open_training_data,
   prepare,
 )
 from apps.trainer.progress import Terminal
+from apps.trainer.resume import check_step
 from apps.trainer.run import Run
 from apps.trainer.sinks import MetricWriter
 from apps.trainer.state import TrainState, init_state, replace_params
@@ -60,6 +61,7 @@ def run_training(
       prepared.checkpoints,
       keep_last=config.checkpoint.keep_last,
       keep_every=config.checkpoint.keep_every or None,
+      read_only=config.eval_only,
     )
 
   hosts.last_checkpoint = checkpoints.finished_step
@@ -87,6 +89,8 @@ def run_training(
         stop,
         hosts,
         cache,
+        prepared.progress.history,
+        prepared.progress.stages,
       )
       for stage in stages[prepared.first :]:
         try:
@@ -94,7 +98,8 @@ def run_training(
         except ov_data.TooManyBadRecords as error:
           raise UserError(str(error)) from error
         if signal:
-          checkpoints.wait()
+          with user_errors():
+            checkpoints.wait()
           terminal.phase(
             f"{signal}: stopped after a checkpoint of step {checkpoints.latest_step():,}; "
             "the same command goes on from there"
@@ -102,8 +107,10 @@ def run_training(
           return stop.exit_code
         if config.eval_only:
           break
-      summary.write(run)
-      workdir.push()
+      with user_errors():
+        summary.write(run)
+        workdir.push()
+        outputs.check(run)
       terminal.phase(f"done: {workdir.place}/report.html")
       return 0
 
@@ -130,31 +137,35 @@ def _train_stage(run: Run, prepared: PreparedStage, whole: Prepared) -> str | No
     if stage.index > whole.first:
       say(f"{stage.name}: opening the data")
       loader = open_training_data(whole, stage.index)
-    state = _start(run, prepared, whole.init, loader)
+    state = _start(run, prepared, whole, loader)
+    step = stage.first_step + int(state["step"])
+    if loader is not None and step < stage.last_step:
+      run.history.begin(stage.name, step, config.batch_size)
 
   with (
     loader or contextlib.nullcontext(),
     run.terminal.stage(
       stage.name,
-      step=stage.first_step + int(state["step"]),
+      step=step,
       first_step=stage.first_step,
       last_step=stage.last_step,
     ) as progress,
     ov_models.on_mesh(mesh),
   ):
     stepper = Stepper(run, stage, task, evaluate, progress)
-    if loader is None or int(state["step"]) == config.total_steps:
+    signal = None
+    if loader is None or step == stage.last_step:
       stepper.evaluate(state, record=False)
-      return None
-    state, signal = stepper.train(state, train_step, loader)
-  run.data[f"Training, stage {stage.name}"] = inputs.describe(loader)
-  for reason, count in loader.skipped.items():
-    run.skipped[reason] = run.skipped.get(reason, 0) + count
+    else:
+      state, signal = stepper.train(state, train_step, loader)
+  run.step = stage.first_step + int(state["step"])
+  if loader is not None:
+    run.stage_data[stage.name] = StageData(inputs.describe(loader), dict(loader.skipped))
   return signal
 
 
 def _start(
-  run: Run, prepared: PreparedStage, init: list[InitPlan], loader: ov_data.Loader | None
+  run: Run, prepared: PreparedStage, whole: Prepared, loader: ov_data.Loader | None
 ) -> TrainState:
   """The state a stage begins or resumes with; sets the loader, if any, to where it belongs.
 
@@ -162,11 +173,11 @@ def _start(
   after the other, 4. scratch.
   """
   stage, parts = prepared.stage, prepared.parts
-  saved = run.config.eval.checkpoint_step or run.checkpoints.latest_step()
+  saved = whole.saved if stage.index == whole.first else run.checkpoints.latest_step()
   if saved is not None and saved > stage.first_step:
     run.terminal.phase(f"{stage.name}: restoring step {saved:,}")
     state, metadata = run.checkpoints.restore(parts.abstract, saved)
-    check_stage(metadata, saved, stage)
+    check_step(int(state["step"]), saved, stage)
     if loader is not None:
       loader.restore(metadata["loader"])
     return state
@@ -174,6 +185,7 @@ def _start(
   state = init_state(
     parts.task.init, jax.random.key(stage.config.seed), parts.optimizer.tx, parts.shardings
   )
+  init = whole.init
   if stage.index:  # the params the stage before ended with
     run.checkpoints.wait()
     source = open_source(run.checkpoints.directory, saved)

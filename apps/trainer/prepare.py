@@ -8,27 +8,25 @@ import contextlib
 import os
 from pathlib import Path
 import tempfile
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from etils import epath
 import jax
 from ml_collections import ConfigDict
 
 from apps.trainer import inputs
-from apps.trainer.checkpoint import (
-  absolute_path,
-  check_restorable,
-  read_metadata,
-  saved_checkpoint,
-)
+from apps.trainer.checkpoint import absolute_path, saved_checkpoint
+from apps.trainer.checkpoint_folder import check_path
 from apps.trainer.compile_cache import FULL, CompileCache
 from apps.trainer.config import check_values, init_sources, to_json
 from apps.trainer.held_out import HeldOut
+from apps.trainer.history import History
 from apps.trainer.init_from import InitPlan, check_tokenizer, plan_init
 from apps.trainer.init_source import open_source
 from apps.trainer.limits import border_note, check_batch_memory
 from apps.trainer.parts import App, Parts, build_parts
 from apps.trainer.progress import Terminal
+from apps.trainer.resume import Progress, check_resumes
 from apps.trainer.sinks import check_wandb
 from apps.trainer.stages import Stage, resolve_stages
 from apps.trainer.task import Evaluate
@@ -64,6 +62,7 @@ class Prepared(NamedTuple):
     cache: its compile cache, not entered yet.
     checkpoints: where they are kept.
     saved: step of the checkpoint to resume from or to evaluate; None where there is none.
+    progress: of the steps up to `saved`.
     init: what the first stage takes from other runs; empty where it resumes.
     loader: the training data of the first stage; None for an evaluation.
   """
@@ -75,6 +74,7 @@ class Prepared(NamedTuple):
   cache: CompileCache
   checkpoints: str
   saved: int | None
+  progress: Progress
   init: list[InitPlan]
   loader: ov_data.Loader | None
 
@@ -138,7 +138,7 @@ def prepare(
   Raises:
     ValueError, OSError, UserError: what would stop the run, in one line.
   """
-  _check_places(config)
+  _check_places(config, workdir)
   model = open_model(config, tokenizer_home or workdir, app, terminal)
   tasks = [parts.task for parts in model.parts]
   inputs.check_text_processor(workdir, [task.text_processor(model.tokenizer) for task in tasks])
@@ -147,8 +147,18 @@ def prepare(
   step = int(saved.name) if saved is not None else None
   first = _first_stage(model.stages, step, config.eval_only)
   init: list[InitPlan] = []
+  progress = Progress(History(), {})
   if saved is not None and int(saved.name) > 0:
-    _check_resumes(saved, model, first)
+    progress = check_resumes(
+      saved,
+      model.stages,
+      first,
+      model.parts[first].abstract,
+      model.tokenizer.fingerprint,
+      eval_only=config.eval_only,
+    )
+    if progress.note:
+      terminal.phase(progress.note)
   else:  # nothing was trained here yet
     init = _plan_init(config, model, workdir, checkpoints, terminal)
   stages = []
@@ -174,7 +184,16 @@ def prepare(
         )
     stages.append(PreparedStage(stage, parts, evaluate))
   return Prepared(
-    stages, first, model.mesh, model.tokenizer, model.cache, str(checkpoints), step, init, loader
+    stages,
+    first,
+    model.mesh,
+    model.tokenizer,
+    model.cache,
+    str(checkpoints),
+    step,
+    progress,
+    init,
+    loader,
   )
 
 
@@ -193,24 +212,6 @@ def open_training_data(run: Model | Prepared, index: int) -> ov_data.Loader:
   else:
     stage, parts, _ = run.stages[index]
   return inputs.train_loader(stage.config, parts.task, run.tokenizer, run.mesh, index)
-
-
-def check_stage(metadata: dict[str, Any], step: int, stage: Stage) -> None:
-  """Check that a checkpoint belongs to the stage that would resume from it.
-
-  Args:
-    metadata: of the checkpoint.
-    step: of the checkpoint.
-    stage: into which the configuration puts that step.
-
-  Raises:
-    ValueError: it belongs to another stage.
-  """
-  if metadata["stage"] != stage.name:
-    raise ValueError(
-      f"checkpoint {step} belongs to stage {metadata['stage']!r}, the config puts that step"
-      f" into {stage.name!r}; keep the stages of a run as they were, or choose another --workdir"
-    )
 
 
 def check_writable(path: epath.PathLike, setting: str, ignore: Container[int] = ()) -> None:
@@ -240,8 +241,12 @@ def check_writable(path: epath.PathLike, setting: str, ignore: Container[int] = 
     ) from error
 
 
-def _check_places(config: ConfigDict) -> None:
+def _check_places(config: ConfigDict, workdir: Workdir) -> None:
   """Check the folders that a run writes, and the services that it reports to."""
+  if config.checkpoint.dir:
+    check_path(config.checkpoint.dir, "config.checkpoint.dir=")
+  else:
+    check_path(workdir.place, "--workdir=")
   if jax.process_index() == 0:
     for setting, path in (
       ("checkpoint.dir", config.checkpoint.dir),
@@ -260,16 +265,6 @@ def _first_stage(stages: Sequence[Stage], saved: int | None, eval_only: bool) ->
   step = saved or 0
   here = [s.index for s in stages if step < s.last_step or (eval_only and step == s.last_step)]
   return here[0] if here else stages[-1].index
-
-
-def _check_resumes(saved: epath.Path, model: Model, first: int) -> None:
-  """Check that the first stage can resume from a checkpoint, or start from its parameters."""
-  stage, metadata, step = model.stages[first], read_metadata(saved), int(saved.name)
-  if step > stage.first_step:
-    check_stage(metadata, step, stage)
-    check_restorable(saved, model.parts[first].abstract)
-  else:
-    plan_init(open_source(saved), model.parts[first].abstract["params"])
 
 
 def _plan_init(

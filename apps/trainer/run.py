@@ -1,13 +1,14 @@
 """What all stages of a run share."""
 
 import dataclasses
-from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
 from apps.trainer.checkpoint import Checkpoints
+from apps.trainer.checkpoint_metadata import StageData
 from apps.trainer.compile_cache import CompileCache
+from apps.trainer.history import History
 from apps.trainer.hosts import Hosts
 from apps.trainer.progress import Terminal
 from apps.trainer.sinks import MetricWriter
@@ -33,10 +34,11 @@ class Run:
   stop: StopRequest
   hosts: Hosts
   cache: CompileCache
+  history: History  # of the steps so far
+  stage_data: dict[str, StageData]  # by name of the stage
+  step: int = 0  # finished steps of the stages that ended, and of the one that runs at its end
   evaluation: Evaluation | None = None
   evaluated_step: int = 0  # what `evaluation` is of
   model_name: str = ""
   num_params: int = 0
   init_from: list[str] = dataclasses.field(default_factory=list)
-  data: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
-  skipped: dict[str, int] = dataclasses.field(default_factory=dict)

@@ -185,9 +185,11 @@ def _cut(path: Path, resume_step: int | None) -> None:
   Damaged lines are written to `metrics.jsonl.damaged-N`, and so are lines of later steps that
   stand before a line that is kept: a step was changed. The torn line of a kill is dropped.
   """
-  lines = _lines(path.read_bytes()) if resume_step is not None and path.exists() else []
+  lines: list[tuple[bytes, dict[str, Any] | None]] = []
+  if resume_step is not None and path.exists():
+    lines = _lines(path.read_bytes())
   steps = [None if line is None else line["step"] for _, line in lines]
-  keep = [step is not None and step <= resume_step for step in steps]
+  keep = [step is not None and step <= (resume_step or 0) for step in steps]
   last_kept = max((number for number, kept in enumerate(keep) if kept), default=-1)
   damaged = [
     number

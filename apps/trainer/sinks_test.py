@@ -7,6 +7,7 @@ import sys
 import textwrap
 import types
 
+from absl import logging
 import numpy as np
 import pytest
 
@@ -146,6 +147,67 @@ def test_wandb_continues_the_run_of_the_workdir(tmp_path, monkeypatch):
   assert logged == [(2, {"a": 1.5})] * 2
   assert "secret" not in str(inits)
   assert not any(b"secret" in path.read_bytes() for path in tmp_path.iterdir())
+
+
+BAD = {
+  "a byte that is no UTF-8": b'{"step": 3, "train/l\xf3ss": 0.5}',
+  "no JSON": b'{"step": 3, "train/loss" 0.5}',
+  "a list": b"[3]",
+  "no step": b'{"stop": 3}',
+  "a step that is none": b'{"step": true}',
+  "a negative step": b'{"step": -3}',
+  "a step of text": b'{"step": "3"}',
+  "a value of text": b'{"step": 3, "train/loss": "0.5"}',
+  "deep nesting": b"[" * 100_000,
+  "an empty line": b"",
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_lines_after_a_damaged_one_are_kept_and_it_is_set_aside(tmp_path, bad, caplog):
+  logging.use_python_logging(quiet=True)
+  path = tmp_path / "metrics.jsonl"
+  _write(tmp_path, range(1, 10))
+  lines = path.read_bytes().splitlines()
+  path.write_bytes(b"\n".join([*lines[:2], BAD[bad], *lines[3:]]) + b"\n")
+  assert len(read_metrics(path)) == len(lines) - 1
+  assert "left out 1 damaged line (3)" in caplog.text
+  MetricWriter(tmp_path, resume_step=8).close()
+  assert "1 damaged line (3), moved to metrics.jsonl.damaged-1" in caplog.text
+  assert (tmp_path / "metrics.jsonl.damaged-1").read_bytes() == BAD[bad] + b"\n"
+  assert [line["step"] for line in read_metrics(path)] == [1, 2, 4, 4, 5, 6, 7, 8, 8]
+
+
+def test_damaged_lines_are_never_overwritten(tmp_path):
+  path = tmp_path / "metrics.jsonl"
+  for number in range(3):
+    path.write_text(f'{{"step": 1}}\ndamage {number}\n')
+    MetricWriter(tmp_path, resume_step=1).close()
+  kept = [(tmp_path / f"metrics.jsonl.damaged-{n}").read_text() for n in (1, 2, 3)]
+  assert kept == ["damage 0\n", "damage 1\n", "damage 2\n"]
+
+
+def test_a_changed_step_is_damage_where_kept_lines_follow(tmp_path):
+  path = tmp_path / "metrics.jsonl"
+  path.write_text('{"step": 1}\n{"step": 92}\n{"step": 3}\n{"step": 4}\n{"step": 5}\n')
+  MetricWriter(tmp_path, resume_step=3).close()
+  assert [line["step"] for line in read_metrics(path)] == [1, 3]
+  assert (tmp_path / "metrics.jsonl.damaged-1").read_text() == '{"step": 92}\n'
+
+
+def test_a_file_that_was_removed_or_replaced_ends_the_run(tmp_path):
+  for change in (
+    lambda path: path.unlink(),
+    lambda path: path.rename(tmp_path / "elsewhere"),
+    lambda path: (path.unlink(), path.write_text("")),
+  ):
+    with MetricWriter(tmp_path) as writer:
+      writer.write(1, {"a": 1})
+      writer.flush()
+      change(tmp_path / "metrics.jsonl")
+      writer.write(2, {"a": 1})
+      with pytest.raises(UserError, match="was removed or replaced while the run writes it"):
+        writer.flush()
 
 
 def test_cutting_never_leaves_a_half_written_file(tmp_path, monkeypatch):

@@ -2,11 +2,14 @@
 
 from collections.abc import Iterator
 import contextlib
+import dataclasses
 import time
 from typing import Any
 
 import jax
 
+from apps.trainer import inputs
+from apps.trainer.checkpoint_metadata import StageData
 from apps.trainer.errors import UserError, user_errors
 from apps.trainer.meter import Meter
 from apps.trainer.progress import StageProgress
@@ -118,7 +121,8 @@ class Stepper:
     if record:
       run.writer.write(step, {**values, "eval/seconds": time.perf_counter() - began})
     if jax.process_index() == 0:
-      self._write(step, self._examples(int(state["step"])), run.evaluation)
+      with user_errors():
+        self._write(step, run.history.examples(step), run.evaluation)
     run.workdir.push()
     shown = key_figures(run.evaluation.results) or run.evaluation.results[:4]
     figures = [f"{result.name} {result.value:.4f}" for result in shown]
@@ -183,43 +187,44 @@ class Stepper:
     )
     if step % self._config.log_every == 0 or step == self._config.total_steps:
       line = {f"train/{name}": value for name, value in values.items()}
-      line["train/examples"] = self._examples(step)
+      line["train/examples"] = self._run.history.examples(global_step)
       self._run.writer.write(global_step, {**line, **speed})
       self._meter.reset()
 
   def _refuse(self, step: int, values: dict[str, float]) -> None:
     saved = self._run.checkpoints.latest_step()
-    batch = self._config.batch_size
+    last = self._run.history.position(self._stage.first_step + step)
     names = ("loss", "grad_norm", "update_norm", "learning_rate")
     raise UserError(
       f"step {self._stage.first_step + step} is not finite: "
       + ", ".join(f"{name} {values[name]:.4g}" for name in names)
-      + f", examples {(step - 1) * batch} to {step * batch - 1} of stage {self._stage.name!r}. "
+      + f", examples {last - self._config.batch_size} to {last - 1} of stage "
+      f"{self._stage.name!r}. "
       f"The checkpoint of step {saved if saved is not None else '(none)'} is untouched; lower "
       "config.optimizer.learning_rate or set config.optimizer.grad_clip_norm=1.0"
     )
 
-  def _examples(self, step: int) -> int:
-    """Examples seen by all stages so far."""
-    earlier = self._run.stages[: self._stage.index]
-    seen = sum(s.config.total_steps * s.config.batch_size for s in earlier)
-    return seen + step * self._config.batch_size
-
   def _save(self, step: int, state: TrainState, loader: ov_data.Loader) -> None:
-    self._run.hosts.at(self._stage.first_step + step, "saving")
-    self._run.writer.flush()
-    self._run.workdir.push()
-    self._run.checkpoints.save(
-      self._stage.first_step + step,
-      state,
-      {
-        "stage": self._stage.name,
-        "loader": loader.state(),
-        "fingerprint": loader.fingerprint,
-        "tokenizer": self._run.tokenizer.fingerprint,
-        "config": self._config.to_dict(),
-      },
-    )
+    run, global_step = self._run, self._stage.first_step + step
+    run.hosts.at(global_step, "saving")
+    run.stage_data[self._stage.name] = StageData(inputs.describe(loader), dict(loader.skipped))
+    with user_errors():
+      run.writer.flush()
+      run.workdir.push()
+      run.checkpoints.save(
+        global_step,
+        state,
+        {
+          "stage": self._stage.name,
+          "loader": loader.state(),
+          "fingerprint": loader.fingerprint,
+          "tokenizer": run.tokenizer.fingerprint,
+          "config": self._config.to_dict(),
+          "examples": run.history.examples(global_step),
+          "history": [dataclasses.asdict(span) for span in run.history.spans],
+          "stages": {name: dataclasses.asdict(data) for name, data in run.stage_data.items()},
+        },
+      )
 
   def _profile(self, step: int) -> None:
     """Starts and stops the trace of the steps that `config.profile` names, before `step` runs."""

@@ -1,5 +1,7 @@
 """What the report of a run says, gathered from the run."""
 
+from collections import Counter
+
 import jax
 
 from apps.trainer.progress import duration
@@ -19,6 +21,9 @@ def write(run: Run) -> None:
   lines = read_metrics(metrics) if metrics.exists() else []  # eval_only may have none
   seconds = sum(line.get("train/seconds", 0) + line.get("eval/seconds", 0) for line in lines)
   evaluation = run.evaluation
+  skipped: Counter[str] = Counter()
+  for stage_data in run.stage_data.values():
+    skipped.update(stage_data.skipped)
   data = ReportData(
     title=run.workdir.path.name,
     results=evaluation.results if evaluation else (),
@@ -26,9 +31,9 @@ def write(run: Run) -> None:
       "model": run.model_name,
       "parameters": f"{run.num_params:,}",
       "image size": f"{last.config.model.image_size} px",
-      "steps": f"{last.last_step:,}",
+      "steps": f"{run.step:,}",
       "figures of step": f"{run.evaluated_step:,}",
-      "examples seen": f"{sum(s.config.total_steps * s.config.batch_size for s in run.stages):,}",
+      "examples seen": f"{run.history.examples(run.step):,}",
       "steps and evaluations took": duration(seconds),
       "devices": f"{devices}, mesh {mesh}",
       "compute": last.config.model.dtype,
@@ -39,8 +44,8 @@ def write(run: Run) -> None:
     attribute_words=evaluation.attribute_words if evaluation else (),
     classes=evaluation.classes if evaluation else None,
     galleries=evaluation.galleries if evaluation else (),
-    data=run.data,
-    skipped=run.skipped,
+    data={f"Training, stage {name}": data.facts for name, data in run.stage_data.items()},
+    skipped=skipped,
     config=run.config.to_dict(),
     versions=versions(),
   )

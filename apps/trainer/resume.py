@@ -1,0 +1,147 @@
+"""What a run takes over from its newest checkpoint, and whether its settings allow that."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from etils import epath
+
+from apps.trainer.checkpoint import check_restorable, read_metadata
+from apps.trainer.checkpoint_metadata import Metadata, StageData, parse_metadata
+from apps.trainer.history import History, Span
+from apps.trainer.init_from import plan_init
+from apps.trainer.init_source import open_source
+from apps.trainer.stages import Stage
+from apps.trainer.state import TrainState
+
+
+class Progress(NamedTuple):
+  """How far a run has come.
+
+  Attributes:
+    history: its steps so far.
+    stages: stage name -> what the report says about its data.
+    note: what a checkpoint of an earlier version does not hold; empty where it holds everything.
+  """
+
+  history: History
+  stages: dict[str, StageData]
+  note: str = ""
+
+
+def check_resumes(
+  saved: epath.Path,
+  stages: Sequence[Stage],
+  first: int,
+  abstract: TrainState,
+  tokenizer: str,
+  *,
+  eval_only: bool,
+) -> Progress:
+  """Check that a run can resume from a checkpoint, or evaluate it.
+
+  Args:
+    saved: directory of the checkpoint.
+    stages: of the run.
+    first: index of the stage that resumes, or that starts from the parameters.
+    abstract: state of that stage.
+    tokenizer: fingerprint of the run's tokenizer.
+    eval_only: whether nothing is trained.
+
+  Returns:
+    The progress that the checkpoint holds.
+
+  Raises:
+    ValueError, OSError: it does not fit the settings of the run, in one line.
+  """
+  metadata, stage = parse_metadata(read_metadata(saved)), stages[first]
+  step = metadata.step
+  if step > (end := stages[-1].last_step) and not eval_only:
+    raise ValueError(
+      f"config.total_steps: the configuration ends after step {end:,}, but {saved} holds step "
+      f"{step:,}, and a run cannot go back; set config.total_steps to at least what was trained, "
+      "choose another --workdir, or evaluate the checkpoint with --config.eval_only"
+    )
+  if metadata.tokenizer not in (None, tokenizer):
+    raise ValueError(
+      f"tokenizer/ is not the tokenizer of {saved}: its fingerprint is {tokenizer}, not "
+      f"{metadata.tokenizer}, so token numbers would mean other words; copy back the tokenizer "
+      "folder that this run was trained with"
+    )
+  if step > stage.first_step:
+    _check_stage(metadata, stage)
+    check_restorable(saved, abstract, config=stage.config.to_dict(), saved_config=metadata.config)
+  else:
+    if step and first:
+      _check_stage(metadata, stages[first - 1])
+    plan_init(open_source(saved), abstract["params"])
+  return _progress(saved, metadata, stages)
+
+
+def check_step(state_step: int, saved: int, stage: Stage) -> None:
+  """Check that the state of a checkpoint is at the step where the configuration puts it.
+
+  Args:
+    state_step: updates of the stage, as the state counts them.
+    saved: step of the checkpoint.
+    stage: into which the configuration puts that step.
+
+  Raises:
+    ValueError: stages before it had other numbers of steps.
+  """
+  if stage.first_step + state_step != saved:
+    raise ValueError(_other_start(saved, stage, saved - state_step))
+
+
+def _check_stage(metadata: Metadata, stage: Stage) -> None:
+  """Raise ValueError unless `stage` ran the step of a checkpoint, from the same first step on."""
+  step = metadata.step
+  if metadata.stage != stage.name:
+    raise ValueError(
+      f"checkpoint {step} belongs to stage {metadata.stage!r}, the config puts that step into "
+      f"{stage.name!r} (steps {stage.first_step + 1:,} to {stage.last_step:,}); keep the names and "
+      "total_steps of the stages of a run as they were, or choose another --workdir"
+    )
+  began = History(metadata.history).first_step(stage.name)
+  if began not in (None, stage.first_step):
+    raise ValueError(_other_start(step, stage, began))
+
+
+def _other_start(step: int, stage: Stage, began: int) -> str:
+  return (
+    f"checkpoint {step}: its stage {stage.name!r} began after step {began:,}, the config begins it "
+    f"after step {stage.first_step:,}; keep total_steps of the stages before it as they were, or "
+    "choose another --workdir"
+  )
+
+
+def _progress(saved: epath.Path, metadata: Metadata, stages: Sequence[Stage]) -> Progress:
+  """The progress in the metadata of a checkpoint; derived where an earlier version saved it."""
+  if metadata.history or metadata.loader is None or metadata.stage is None:
+    return Progress(History(metadata.history), dict(metadata.stages))
+  spans = []
+  examples = 0
+  for stage in stages:
+    if stage.name == metadata.stage:
+      break
+    size = int(stage.config.batch_size)
+    spans.append(Span(stage.name, stage.first_step, examples, 0, size))
+    examples += stage.config.total_steps * size
+  else:
+    stage = stages[0]
+  position = metadata.loader.position
+  steps = metadata.step - stage.first_step
+  if steps and position and position % steps == 0:
+    spans.append(Span(stage.name, stage.first_step, examples, 0, position // steps))
+  else:  # its batch size changed on the way
+    size = int(stage.config.batch_size)
+    spans = [Span(stage.name, metadata.step, examples + position, position, size)]
+  loader = metadata.loader
+  facts: dict[str, str | int | float | bool | None] = {
+    "examples read": position, "fingerprint": loader.fingerprint
+  }  # fmt: skip
+  return Progress(
+    History(spans),
+    {stage.name: StageData(facts, loader.skipped)},
+    f"{saved} was saved by an earlier version: examples seen ({examples + position:,}) follow from "
+    "its data position and the configured stages, and the report lacks the data of earlier stages",
+  )
