@@ -27,6 +27,7 @@ import os
 from pathlib import Path
 import sys
 import tempfile
+from typing import Any
 
 from absl import flags
 
@@ -47,6 +48,9 @@ _TEMPLATE = flags.DEFINE_string(
   "caption_template", "", "Caption for images that have only a label: 'a photo of a {}'."
 )
 _REQUIRE_CAPTION = flags.DEFINE_bool("require_caption", False, "Leave out images without caption.")
+_FOLLOW_LINKS = flags.DEFINE_bool(
+  "follow_links", False, "Follow links that lead out of the folder of images."
+)
 _LIMIT = flags.DEFINE_integer("limit", 0, "Only so many images, to try things out.")
 _SHARD_MB = flags.DEFINE_integer("shard_mb", 64, "About the size of a shard.")
 
@@ -83,13 +87,16 @@ def convert(source: str, output: Path) -> writer.Summary:
     quality=_QUALITY.value,
     caption_template=_TEMPLATE.value,
     require_caption=_REQUIRE_CAPTION.value,
+    follow_links=_FOLLOW_LINKS.value,
   )
   images = os.path.expanduser(_IMAGES.value or "")
   for path in (source, images):
     if fs.is_remote(path):
       raise ValueError(f"{path}: only local files can be converted; copy it to a disk first.")
   print(f"listing {source}", file=sys.stderr)
-  found = layouts.read(os.path.expanduser(source), _FORMAT.value or "auto", images)
+  found = layouts.read(
+    os.path.expanduser(source), _FORMAT.value or "auto", images, options.follow_links
+  )
   _report(source, found)
   if _LIMIT.value:
     found = shards.sample(found, _LIMIT.value, common_flags.SEED.value)
@@ -107,7 +114,7 @@ def convert(source: str, output: Path) -> writer.Summary:
       "version": 2,
       "items": len(found.items),
       "content of the input": shards.digest(found),
-      "options": dataclasses.asdict(options),
+      "options": _recorded(options),
       "holdout": _HOLDOUT.value,
       "seed": common_flags.SEED.value,
     }
@@ -130,6 +137,12 @@ def convert(source: str, output: Path) -> writer.Summary:
     if not names.exists() or names.read_bytes() != text:  # a complete data set may be read-only
       fs.write_atomic(str(names), text)
   return summary
+
+
+def _recorded(options: shards.Options) -> dict[str, Any]:
+  """Return the options for a recipe; one that is off is as it was before there was that option."""
+  values = dataclasses.asdict(options)
+  return {name: value for name, value in values.items() if name != "follow_links" or value}
 
 
 def _report(source: str, found: layouts.Listing) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from ov_data import layouts
 from ov_data.sources import Dataset, Source
+from tools.data import shards
 from tools.data.testing import convert_listing, jpeg, lines, read_rows, run_app, skipped, write
 
 
@@ -261,9 +262,64 @@ def test_links_to_folders(tmp_path: Path):
   os.symlink(tmp_path / "elsewhere", tmp_path / "in/cat")
   os.symlink(tmp_path / "in", tmp_path / "in/up")
   os.symlink(tmp_path / "in", tmp_path / "in/dog/round")
-  found = layouts.read(str(tmp_path / "in"))
+  found = layouts.read(str(tmp_path / "in"), follow_links=True)
   assert [item.key for item in found.items] == ["cat/1.jpg", "dog/2.jpg"]
   assert found.notes.counts == {"links to folders that were not followed": 2}
+
+
+def test_links_that_lead_out_of_the_input(tmp_path: Path):
+  """They are counted; with --follow_links they are used. Links within the input always are."""
+  write(tmp_path / "private/secret.jpg", jpeg(1))
+  write(tmp_path / "in/cat/own.jpg", jpeg(2))
+  write(tmp_path / "in/dog/own.jpg", jpeg(3))
+  (tmp_path / "in/cat/inside.jpg").symlink_to("../dog/own.jpg")
+  (tmp_path / "in/cat/\x1b[31m.jpg").symlink_to(tmp_path / "private/secret.jpg")
+  (tmp_path / "in/ant").symlink_to("../private")
+  (tmp_path / "link to in").symlink_to("in")  # named by the user
+  arguments = (f"--input={tmp_path}/link to in", f"--output={tmp_path}/out")
+  done = run_app(*arguments)
+  assert done.returncode == 0, done.stderr
+  own = {"cat/inside.jpg", "cat/own.jpg", "dog/own.jpg"}
+  assert read_rows(tmp_path / "out").keys() == own
+  assert skipped(tmp_path / "out") == dict.fromkeys(
+    ("ant", "cat/\\x1b[31m.jpg"), "link leads outside"
+  )
+  detail = f"ant -> {tmp_path}/private; copy it into the folder, or set follow_links if you trust"
+  assert detail in (tmp_path / "out/skipped.jsonl").read_text()
+  assert "skipped 2 (2 link leads outside" in done.stdout and "\x1b" not in done.stdout
+  refused = run_app(*arguments, "--follow_links")
+  assert refused.returncode == 2 and "another data set" in refused.stderr
+  assert "\x1b" not in refused.stderr
+  assert run_app(*arguments, "--follow_links", "--overwrite").returncode == 0
+  assert read_rows(tmp_path / "out").keys() == own | {"cat/\x1b[31m.jpg", "ant/secret.jpg"}
+
+
+@pytest.mark.parametrize("list_name", ["captions.jsonl", "captions_val.json", "dataset_coco.json"])
+def test_links_in_lists_that_lead_out(tmp_path: Path, list_name: str):
+  write(tmp_path / "private/secret.jpg", jpeg(1))
+  write(tmp_path / "in/own.jpg", jpeg(2))
+  (tmp_path / "in/linked.jpg").symlink_to(tmp_path / "private/secret.jpg")
+  (tmp_path / "in/folder").symlink_to(tmp_path / "private")
+  names = ["own.jpg", "linked.jpg", "folder/secret.jpg"]
+  contents: dict[str, object] = {
+    "captions_val.json": {
+      "images": [{"id": i, "file_name": name} for i, name in enumerate(names)],
+      "annotations": [{"image_id": i, "caption": "x"} for i in range(3)],
+    },
+    "dataset_coco.json": {
+      "images": [{"filename": name, "sentences": [{"raw": "x"}]} for name in names]
+    },
+  }
+  text = lines(*({"file": name, "caption": "x"} for name in names))
+  if list_name in contents:
+    text = json.dumps(contents[list_name])
+  path = write(tmp_path / "in" / list_name, text)
+  found = layouts.read(str(path), images=str(tmp_path / "in"))
+  convert_listing(found, tmp_path / "out")
+  assert read_rows(tmp_path / "out").keys() == {"own.jpg"}
+  assert skipped(tmp_path / "out") == dict.fromkeys(names[1:], "link leads outside")
+  convert_listing(found, tmp_path / "all", shards.Options(follow_links=True))
+  assert read_rows(tmp_path / "all").keys() == set(names)
 
 
 def test_buckets_are_refused_at_once(tmp_path: Path):

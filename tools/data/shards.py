@@ -15,7 +15,7 @@ import re
 
 from PIL import Image
 
-from ov_data import decode
+from ov_data import decode, links
 from ov_data.layouts import Blob, Item, Listing, read_blob, text_rules
 from ov_data.writer import Features, Skip
 
@@ -38,6 +38,7 @@ class Options:
   quality: int = 92  # of JPEGs written here
   caption_template: str = ""  # makes a caption of the label where there is none: "a photo of a {}"
   require_caption: bool = False  # leave out items without caption
+  follow_links: bool = False  # also links that lead out of the folder
 
   def __post_init__(self) -> None:
     if self.max_side < 0 or 0 < self.max_side < 16:
@@ -230,6 +231,8 @@ def _example(item: Item, options: Options, classes: dict[str, int]) -> Features 
     data, width, height = _image(item.image, options)
   except FileNotFoundError:
     return Skip(item.key, "missing image", item.image.path)
+  except links.LinkError as error:
+    return Skip(item.key, links.LEADS_OUT, str(error))
   except OSError as error:
     what = "not a regular file" if error.errno in _NOT_REGULAR else "unreadable file"
     return Skip(item.key, what, str(error))
@@ -251,7 +254,7 @@ def _example(item: Item, options: Options, classes: dict[str, int]) -> Features 
 def _image(blob: Blob, options: Options) -> tuple[bytes, int, int]:
   """Return the bytes to store, after a complete decode, and width and height as displayed."""
   limits = decode.DEFAULT_LIMITS
-  data = read_blob(blob, limits.max_bytes + 1)
+  data = read_blob(blob, limits.max_bytes + 1, options.follow_links)
   image = decode.full(data, limits)
   large = options.max_side and max(image.size) > options.max_side
   if large or options.reencode or _format(data) not in _KEPT_FORMATS:

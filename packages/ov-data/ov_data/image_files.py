@@ -5,7 +5,7 @@ import hashlib
 import logging
 from typing import Any
 
-from ov_data import fs, layouts
+from ov_data import fs, layouts, links
 from ov_data.layouts import classes, guess, json_lists, jsonl, karpathy, text_rules
 from ov_data.layouts.imagefolder import METADATA
 from ov_data.layouts.items import Item, Listing, Place
@@ -27,6 +27,7 @@ def open_image_files(
   caption_keys: Sequence[str],
   image_root: str | None = None,
   format: str = "auto",
+  follow_links: bool = False,
 ) -> Pictures | None:
   """Open a path whose images are files.
 
@@ -40,6 +41,7 @@ def open_image_files(
     image_key, caption_keys: features for the image and its captions.
     image_root: the folder of the images that a list names.
     format: one of `layouts.FORMATS`, or "auto".
+    follow_links: whether links are followed that lead out of the folder, see `ov_data.links`.
 
   Returns:
     None where the path must hold record shards.
@@ -51,7 +53,7 @@ def open_image_files(
   if format not in ("auto", *layouts.FORMATS):
     raise ValueError(f"format={format!r}: expected 'auto' or one of {', '.join(layouts.FORMATS)}.")
   if fs.is_dir(path):
-    found = _open_folder(path, split, image_root, format)
+    found = _open_folder(path, split, image_root, format, follow_links)
     if found is None:
       return None
     root, listing, split = found
@@ -59,7 +61,7 @@ def open_image_files(
     return None
   else:
     root = image_root or jsonl.parent(path)
-    place = Place(path, image_root or "")
+    place = Place(path, image_root or "", follow_links)
     format = _list_format(place) if format == "auto" else format
     if image_root and not layouts.LAYOUTS[format].takes_images:
       raise ValueError(f"image_root={image_root!r}: format {format} has its images next to {path}.")
@@ -67,12 +69,12 @@ def open_image_files(
       return _split_file(place, root, split, image_key, caption_keys)
     listing = _read_list(place, format)
   if listing.format == "classes":
-    return _classes(root, listing, split, image_key)
-  return _captions(path, root, listing, split, image_key, caption_keys)
+    return _classes(root, listing, split, image_key, follow_links)
+  return _captions(path, root, listing, split, image_key, caption_keys, follow_links)
 
 
 def _open_folder(
-  path: str, split: Split, image_root: str | None, format: str
+  path: str, split: Split, image_root: str | None, format: str, follow_links: bool
 ) -> tuple[str, Listing, Split] | None:
   """Return the folder of the images, its items, and the split still to be chosen among them."""
   top = fs.listdir(path)
@@ -83,7 +85,7 @@ def _open_folder(
     return None
   if format == "auto" and any(map(is_shard, fs.listdir(root))):
     return None
-  place = Place(root, image_root or "")
+  place = Place(root, image_root or "", follow_links)
   if format == "auto":
     guessed = _guess(place)
     if guessed is None:
@@ -111,6 +113,9 @@ def _guess(place: Place) -> str | None:
   has_images = any(guess.is_image(name) for _, name in tree.files())
   has_tars = any(name.lower().endswith(".tar") for name in tree.folders[""])
   if not is_list and not has_images and not has_tars:
+    if tree.outside and not any(map(is_shard, tree.folders[""])):
+      name, target = next(iter(tree.outside.items()))
+      raise ValueError(f"{place.path}: {links.LEADS_OUT}: {links.describe(name, target)}")
     return None
   if has_images and has_tars and not is_list:
     return "classes"  # archives next to the folders that were unpacked from them
@@ -163,7 +168,9 @@ def _check_classes(path: str, root: str, split: Split, tree: Tree) -> None:
     )
 
 
-def _classes(root: str, listing: Listing, split: Split, image_key: str) -> Pictures:
+def _classes(
+  root: str, listing: Listing, split: Split, image_key: str, follow_links: bool
+) -> Pictures:
   names = listing.class_names or ()
   numbers = {name: number for number, name in enumerate(names)}
   entries = sorted(
@@ -179,7 +186,7 @@ def _classes(root: str, listing: Listing, split: Split, image_key: str) -> Pictu
 
   files = [name for _, name, _ in kept]
   labels = [label for _, _, label in kept]
-  return Pictures(root, files, labels, features, image_key, names, listing.skips)
+  return Pictures(root, files, labels, features, image_key, names, listing.skips, follow_links)
 
 
 def _split_file(
@@ -189,9 +196,16 @@ def _split_file(
   entries = karpathy.entries(place)
   chosen = _chosen(place.path, split, [entry[1] for entry in entries])
   names = [entries[i][0] for i in chosen]
-  _check_some_exist(place.path, root, names)
+  _check_some_exist(place.path, root, names, place.follow_links)
   sentences = [entries[i][2] for i in chosen]
-  return Pictures(root, names, sentences, lambda s: dict.fromkeys(caption_keys, s), image_key)
+  return Pictures(
+    root,
+    names,
+    sentences,
+    lambda s: dict.fromkeys(caption_keys, s),
+    image_key,
+    follow_links=place.follow_links,
+  )
 
 
 def _captions(
@@ -201,11 +215,12 @@ def _captions(
   split: Split,
   image_key: str,
   caption_keys: Sequence[str],
+  follow_links: bool,
 ) -> Pictures:
   """Return the images of any other layout, with captions, labels or both."""
   splits = [item.split or None for item in listing.items]
   items = [listing.items[i] for i in _chosen(path, split, splits)]
-  _check_some_exist(path, root, [item.key for item in items])
+  _check_some_exist(path, root, [item.key for item in items], follow_links)
   _log_skips(path, listing)
   labels = sorted({item.label for item in listing.items if item.label is not None})
   numbers = {label: number for number, label in enumerate(labels)}
@@ -227,6 +242,7 @@ def _captions(
     image_key,
     tuple(labels) or None,
     listing.skips,
+    follow_links,
   )
 
 
@@ -247,8 +263,16 @@ def _chosen(path: str, split: Split, splits: Sequence[str | None]) -> list[int]:
   return [kept[i] for i in split.range(len(kept))]
 
 
-def _check_some_exist(path: str, root: str, names: Sequence[str]) -> None:
-  probes = [fs.join(root, names[i]) for i in range(0, len(names), len(names) // _PROBES + 1)]
+def _check_some_exist(path: str, root: str, names: Sequence[str], follow_links: bool) -> None:
+  some = [names[i] for i in range(0, len(names), len(names) // _PROBES + 1)]
+  outside = {name: links.target_outside(root, name) for name in some if not follow_links}
+  if some and all(map(outside.get, some)):
+    name = some[0]
+    raise ValueError(
+      f"{path}: all images lead out of {root} by links, for instance "
+      f"{links.describe(name, outside[name] or '')}"
+    )
+  probes = [fs.join(root, name) for name in some]
   if probes and not any(map(fs.exists, probes)):
     raise ValueError(
       f"none of {len(probes)} images of {path} exists, for instance {probes[0]}; set "

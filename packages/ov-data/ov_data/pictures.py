@@ -9,11 +9,12 @@ import errno
 import functools
 import hashlib
 import json
+import os
 from typing import Any
 
 import numpy as np
 
-from ov_data import example, fs
+from ov_data import example, fs, links
 from ov_data.example import Feature
 from ov_data.layouts import text_rules
 from ov_data.record_source import Skip
@@ -30,6 +31,7 @@ class Pictures:
   image_key: the feature for the bytes of the file.
   class_names: what labels mean, if there are any.
   skips: files that were found and are not used.
+  follow_links: whether links are followed that lead out of the folder.
   """
 
   def __init__(
@@ -41,6 +43,7 @@ class Pictures:
     image_key: str,
     class_names: tuple[str, ...] | None = None,
     skips: Sequence[Skip] = (),
+    follow_links: bool = False,
   ):
     self.class_names = class_names
     self.skips = skips
@@ -49,6 +52,7 @@ class Pictures:
     self._facts = facts
     self._features = features
     self._image_key = image_key
+    self._follow_links = follow_links
 
   def __len__(self) -> int:
     return len(self._names)
@@ -78,6 +82,9 @@ class Pictures:
 
   def _bytes(self, record: int) -> bytes:
     path, _ = self.locate(record)
+    name = self._names[record]
+    if not self._follow_links and links.target_outside(self._root, name) and os.path.isfile(path):
+      raise example.FeatureError(links.LEADS_OUT)
     try:
       return fs.read_regular(path, MAX_RECORD_BYTES)
     except FileNotFoundError:

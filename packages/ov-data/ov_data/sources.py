@@ -36,6 +36,8 @@ class Source:
     example and epoch, first among the keys, then among the captions of that key.
   image_root: the folder of the images that a list names; that of the list by default.
   format: the layout of images in files, one of `ov_data.layouts.FORMATS`; "auto" guesses it.
+  follow_links: whether symbolic links are followed that lead out of a folder of images; otherwise
+    they are counted as bad records. The folder itself and shards may be links to anywhere.
 
   Images in files get the features of records: the file's bytes as `image_key`, its name as "key";
   all captions under each of `caption_keys`; of labelled ones the name under "class" and its number
@@ -49,6 +51,7 @@ class Source:
   caption_keys: tuple[str, ...] = ("txt",)
   image_root: str | None = None
   format: str = "auto"
+  follow_links: bool = False
 
   def __post_init__(self) -> None:
     if isinstance(self.caption_keys, str):
@@ -201,7 +204,13 @@ def _open_pictures(source: Source, split: Split) -> Pictures | None:
   if fs.is_dir(path) and fs.exists(fs.join(path, TFDS_INFO)):
     return None
   return image_files.open_image_files(
-    path, split, source.image_key, source.caption_keys, source.image_root, source.format
+    path,
+    split,
+    source.image_key,
+    source.caption_keys,
+    source.image_root,
+    source.format,
+    source.follow_links,
   )
 
 

@@ -45,13 +45,14 @@ LAYOUTS = {
 FORMATS = tuple(LAYOUTS)
 
 
-def read(path: str, format: str = "auto", images: str = "") -> Listing:
+def read(path: str, format: str = "auto", images: str = "", follow_links: bool = False) -> Listing:
   """List the items of a collection.
 
   Args:
     path: a folder, a .jsonl or .json file, a tar file, or a glob or {000..099} range of tars.
     format: one of FORMATS, or "auto".
     images: folder of the images that a list names; "" is the folder of the list.
+    follow_links: whether links are followed that lead out of the folder, see `ov_data.links`.
 
   Returns:
     The items, at least one or one skip.
@@ -65,7 +66,7 @@ def read(path: str, format: str = "auto", images: str = "") -> Listing:
     raise ValueError(f"format={format!r}: expected auto or one of {', '.join(FORMATS)}.")
   if images and not fs.is_dir(images):
     raise ValueError(f"--images={images}: no such folder.")
-  place = Place(path, images)
+  place = Place(path, images, follow_links)
   if format == "auto":
     format = guess_format(place, f"--format={'|'.join(FORMATS)}")
   layout = LAYOUTS[format]

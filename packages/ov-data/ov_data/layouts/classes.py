@@ -6,6 +6,7 @@ photos/cat/deep/2.png
 
 from collections.abc import Mapping, Sequence
 
+from ov_data import links
 from ov_data.layouts import text_rules
 from ov_data.layouts.items import Blob, Item, Listing, Notes, Place
 from ov_data.layouts.tree import SPLIT, Tree, inside, is_image, is_unsupported_image
@@ -25,7 +26,7 @@ def read(place: Place) -> Listing:
     OSError: a folder cannot be listed.
   """
   tree = place.tree
-  skips: list[Skip] = []
+  skips = tree_skips(tree)
   notes = tree_notes(tree)
   splits = split_folders(tree)
   found: list[tuple[str, str, list[str]]] = []  # split, folder of the class, its images
@@ -69,6 +70,14 @@ def tree_notes(tree: Tree) -> Notes:
   for name in tree.links:
     notes.add("links to folders that were not followed", name)
   return notes
+
+
+def tree_skips(tree: Tree) -> list[Skip]:
+  """Return the folders that are not read since links to them lead out of the root."""
+  return [
+    Skip(name, links.LEADS_OUT, links.describe(name, target))
+    for name, target in tree.outside.items()
+  ]
 
 
 def split_names(filled: Mapping[str, Sequence[str]]) -> tuple[list[str], bool]:

@@ -5,7 +5,7 @@ import os
 import re
 import stat
 
-from ov_data import fs
+from ov_data import fs, links
 from ov_data.layouts import classes, imagefolder, img2dataset, json_lists, jsonl, tar_members
 from ov_data.layouts.items import Place
 from ov_data.layouts.tree import Tree, inside, is_image, is_unsupported_image
@@ -200,6 +200,9 @@ def _ambiguous(path: str, found: str, choices: tuple[str, ...], effect: str = ""
 def _found(tree: Tree) -> str:
   """Return what a folder without images, lists and tars holds instead."""
   names = [inside(folder, name) for folder, name in tree.files()]
+  if tree.outside:
+    name, target = next(iter(tree.outside.items()))
+    return f"found links that lead out of it, the first {links.describe(name, target)}"
   if found := [name for name in names if is_unsupported_image(name)]:
     return (
       f"found {len(found):,} images of unsupported types such as {found[0]}; convert them to JPEG, "

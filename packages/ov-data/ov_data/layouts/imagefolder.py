@@ -11,7 +11,7 @@ import csv
 import posixpath
 from typing import Any
 
-from ov_data import fs
+from ov_data import fs, links
 from ov_data.layouts import text_rules
 from ov_data.layouts.items import Listing, Place, open_list
 from ov_data.layouts.jsonl import Rows, parent, unnamed
@@ -29,7 +29,7 @@ def read(place: Place) -> Listing:
     OSError: a file cannot be read.
   """
   if not fs.is_dir(place.path):  # a metadata file
-    place = Place(parent(place.path))
+    place = Place(parent(place.path), follow_links=place.follow_links)
   found = [
     (folder, name) for folder, name in place.tree.files() if name in METADATA
   ]  # of each folder
@@ -41,6 +41,8 @@ def read(place: Place) -> Listing:
   rows = Rows("lines put together with an earlier one of the same file")
   for folder, name in found:
     path = fs.join(place.path, inside(folder, name))
+    if not place.follow_links:
+      links.check_list(place.path, inside(folder, name))
     if name.endswith(".parquet"):
       raise ValueError(
         f"{path}: Parquet is not supported; write metadata.jsonl in its place, for instance with "

@@ -9,9 +9,9 @@ Folders may have any names and depth. The Parquet files repeat the JSON files an
 from concurrent import futures
 import re
 
-from ov_data import fs
+from ov_data import fs, links
 from ov_data.layouts import sidecars, text_rules
-from ov_data.layouts.classes import UNSUPPORTED, tree_notes
+from ov_data.layouts.classes import UNSUPPORTED, tree_notes, tree_skips
 from ov_data.layouts.items import Blob, Item, Listing, Notes, Place, read_text
 from ov_data.layouts.tree import Tree, inside, is_image, is_unsupported_image
 from ov_data.record_source import Skip
@@ -32,7 +32,7 @@ def read(place: Place) -> Listing:
   """
   tree = place.tree
   notes = tree_notes(tree)
-  skips: list[Skip] = []
+  skips = tree_skips(tree)
   images: list[tuple[str, dict[str, str]]] = []  # file, its captions' files by suffix
   for folder in sorted(tree.folders):
     for stem, names in _stems(tree, folder, skips, notes).items():
@@ -113,8 +113,11 @@ def _item(tree: Tree, file: str, texts: dict[str, str]) -> tuple[Item | Skip, No
   problem: text_rules.TextError | None = None
   for suffix, name in texts.items():
     limit = text_rules.MAX_JSON_BYTES if suffix == "json" else text_rules.MAX_CAPTION_BYTES
+    text_name = inside(folder, name)
     try:
-      contents[suffix] = read_text(fs.join(tree.root, inside(folder, name)), limit)
+      if not tree.follow_links and (target := links.target_outside(tree.root, text_name)):
+        raise text_rules.TextError(links.LEADS_OUT, links.describe(text_name, target))
+      contents[suffix] = read_text(fs.join(tree.root, text_name), limit)
     except text_rules.TextError as error:
       problem = problem or error
   meta = contents.pop("json", None)

@@ -10,7 +10,7 @@ import re
 import stat
 from typing import Any
 
-from ov_data import fs
+from ov_data import fs, links
 from ov_data.layouts import json_lists, text_rules
 from ov_data.layouts.tree import Tree, walk
 from ov_data.record_source import Skip
@@ -108,16 +108,18 @@ class Place:
 
   path: as given.
   images: folder of the images that a list names; "" is the folder of the list.
+  follow_links: whether links are followed that lead out of the folder, see `ov_data.links`.
   """
 
-  def __init__(self, path: str, images: str = ""):
+  def __init__(self, path: str, images: str = "", follow_links: bool = False):
     self.path = path
     self.images = images
+    self.follow_links = follow_links
 
   @functools.cached_property
   def tree(self) -> Tree:
     """The files below the path; raises OSError."""
-    return walk(self.path)
+    return walk(self.path, self.follow_links)
 
   @functools.cached_property
   def content(self) -> dict[str, Any]:
@@ -125,16 +127,20 @@ class Place:
     return json_lists.load(self.path)
 
 
-def read_blob(blob: Blob, limit: int) -> bytes:
+def read_blob(blob: Blob, limit: int, follow_links: bool = False) -> bytes:
   """Return at most `limit` bytes of it. No pipe blocks, no device has no end.
 
   Raises:
     FileNotFoundError: there is no such file.
+    links.LinkError: it is not in its folder, and `follow_links` is not set.
     OSError: it cannot be read, or is no regular file (errno EINVAL).
   """
   with open(blob.path, "rb", opener=_open_without_waiting) as file:
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
       raise OSError(errno.EINVAL, "not a regular file", blob.path)
+    if blob.folder and not follow_links:
+      if target := links.target_outside(blob.folder, blob.name):
+        raise links.LinkError(links.describe(blob.name, target))
     file.seek(blob.offset)
     return file.read(limit if blob.size is None else min(limit, blob.size))
 

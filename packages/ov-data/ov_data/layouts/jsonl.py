@@ -6,7 +6,7 @@
 
 import posixpath
 
-from ov_data import fs
+from ov_data import fs, links
 from ov_data.layouts import text_rules
 from ov_data.layouts.items import (
   Blob,
@@ -41,6 +41,8 @@ def read(place: Place) -> Listing:
     paths = [fs.join(place.path, name) for name in LISTS if name in top]
     if not paths:
       raise ValueError(f"{place.path}: holds neither of {', '.join(LISTS)}.")
+    for name in () if place.follow_links else LISTS:
+      links.check_list(place.path, name)
   root = place.images or parent(paths[0])
   rows = Rows("lines put together with an earlier one of the same file")
   for path in paths:
@@ -60,7 +62,9 @@ def read(place: Place) -> Listing:
       rows.add(file, captions, text_rules.listed_label(row, where), where)
   items, skips = rows.items(root)
   if is_folder:
-    skips += unnamed(place if not place.images else Place(root), rows.files)
+    skips += unnamed(
+      place if not place.images else Place(root, follow_links=place.follow_links), rows.files
+    )
   return Listing("jsonl", items, skips, rows.notes)
 
 
@@ -130,7 +134,12 @@ class Rows:
 
 def unnamed(place: Place, files: set[str]) -> list[Skip]:
   """Return the images of a folder that are not among `files`."""
-  return [
+  outside = [
+    Skip(name, links.LEADS_OUT, links.describe(name, target))
+    for name, target in place.tree.outside.items()
+    if not any(file.startswith(f"{name}/") for file in files)  # those count by themselves
+  ]
+  return outside + [
     Skip(file, UNNAMED)
     for folder, name in place.tree.files()
     if (is_image(name) or is_unsupported_image(name))

@@ -8,6 +8,7 @@ import os
 import re
 
 from ov_data import fs
+from ov_data.links import target_outside
 
 IMAGE_SUFFIXES = (
   ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp",
@@ -36,7 +37,10 @@ class Tree:
     folders: the sorted names of the files in each folder below it; "" is the root.
     top: the sorted names of the folders in the root.
     hidden: what was passed over as hidden: names, relative to the root.
-    links: links to folders that were not followed.
+    links: links to folders that were not followed since they may lead in circles.
+    outside: links to folders that were not followed since they lead out of the root, with what
+      they lead to.
+    follow_links: whether links that lead out of the root are followed.
   """
 
   root: str
@@ -44,6 +48,8 @@ class Tree:
   top: list[str]
   hidden: list[str]
   links: list[str]
+  outside: dict[str, str] = dataclasses.field(default_factory=dict)
+  follow_links: bool = False
 
   @functools.cached_property
   def images_by_top(self) -> dict[str, list[str]]:
@@ -63,11 +69,15 @@ class Tree:
         yield folder, name
 
 
-def walk(root: str) -> Tree:
+def walk(root: str, follow_links: bool = False) -> Tree:
   """List a folder and all folders below it.
 
   Links to folders are followed in the root alone, and not upwards: deeper ones may lead in circles.
   A name that ends as an image does is a file, whatever it is.
+
+  Args:
+    root: the folder.
+    follow_links: whether links to folders are followed that lead out of the root.
 
   Raises:
     OSError: a folder cannot be listed.
@@ -75,6 +85,7 @@ def walk(root: str) -> Tree:
   folders: dict[str, list[str]] = {}
   hidden: list[str] = []
   links: list[str] = []
+  outside: dict[str, str] = {}
   top: list[str] = []
   level = [""]
   with futures.ThreadPoolExecutor(_WORKERS, "ov-list") as pool:
@@ -85,11 +96,16 @@ def walk(root: str) -> Tree:
         folders[folder] = sorted(files)
         hidden += [inside(folder, name) for name in passed]
         links += [inside(folder, name) for name in linked]
-        below += [inside(folder, name) for name in sorted(subfolders)]
+        for name in sorted(subfolders):
+          target = None if folder or follow_links else target_outside(root, name)
+          if target is None:
+            below.append(inside(folder, name))
+          else:
+            outside[name] = target
       if level == [""]:
         top = list(below)
       level = below
-  return Tree(root, folders, top, sorted(hidden), sorted(links))
+  return Tree(root, folders, top, sorted(hidden), sorted(links), outside, follow_links)
 
 
 def inside(folder: str, name: str) -> str:
