@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 import numpy as np
 
-from apps.label_data import LabelledPictures
+from apps.label_data import LabelledPictures, check_distinct
 from apps.trainer.augment import normalise
 from apps.trainer.held_out import HeldOut, HostBatch
 from apps.trainer.report import ClassTable, Sample
@@ -66,7 +66,7 @@ class CaptionWriter:
     scored = ov_eval.attribute_accuracy(records, _attributes)
     results = [
       *ov_eval.caption_statistics(records),
-      *ov_eval.caption_metrics(records),
+      *ov_eval.caption_metrics(records, tokens=config.caption_tokens),
       *scored.results(),
     ]
     lines = [
@@ -74,7 +74,9 @@ class CaptionWriter:
     ]
     self._held_out.write_predictions("captions", lines)
     return Evaluation(
-      tuple(told(results, "captions", self._data, method=config.method)),
+      tuple(
+        told(results, "captions", self._data, method=config.method, tokens=config.caption_tokens)
+      ),
       samples=tuple(_sample(r, pictures[r.index]) for r in records if r.index in pictures),
       attribute_words=scenes.ATTRIBUTE_WORDS if config.truth_key else (),
     )
@@ -122,15 +124,17 @@ class LikelihoodClassifier:
   def __init__(self, held_out: HeldOut):
     self._held_out = held_out
     self._pictures = LabelledPictures(held_out)
+    classes, tokenizer = self._pictures.classes, held_out.tokenizer
+    texts = [text for own in classes.prompts for text in own]
+    ids, _ = tokenizer.encode_batch(texts, held_out.task.model.decoder.max_len)
+    check_distinct(classes, tokenizer, ids)
+    self._ids = ids[:, : int((ids != tokenizer.pad_id).sum(1).max())]  # no columns of padding
 
   def __call__(self, params: Params) -> Evaluation:
-    task, tokenizer = self._held_out.task, self._held_out.tokenizer
+    task, ids = self._held_out.task, self._ids
     rows = ov_sharding.batch_sharding(self._held_out.mesh)
     classes = self._pictures.classes
-    texts = [text for own in classes.prompts for text in own]
     of_prompt = [i for i, own in enumerate(classes.prompts) for _ in own]
-    ids, _ = tokenizer.encode_batch(texts, task.model.decoder.max_len)
-    ids = ids[:, : int((ids != tokenizer.pad_id).sum(1).max())]  # no columns of padding
 
     def encode(batch: HostBatch) -> jax.Array:
       return _encode(task.model, rows, params, _on_device(batch, self._held_out.mesh))

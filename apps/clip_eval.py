@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from apps import clip_gallery, features
-from apps.label_data import LabelledPictures
+from apps.label_data import LabelledPictures, check_distinct
 from apps.trainer.held_out import HeldOut
 from apps.trainer.report import ClassTable
 from apps.trainer.task import Evaluation, Params
@@ -26,6 +26,10 @@ class _Embedder:
     self._processor = processor
     devices = held_out.mesh.size
     self._chunk = -(-TEXT_CHUNK // devices) * devices
+
+  def ids(self, prompts: list[str]) -> np.ndarray:
+    """Ids int [N, T] of prompts."""
+    return self._processor.encode_prompts(prompts)
 
   def texts(self, params: Params, texts: list[str], *, prompts: bool) -> np.ndarray:
     """float32 [N, E]; `prompts` are canonicalised, captions are not."""
@@ -59,6 +63,9 @@ class ZeroShotEvaluator:
     self._held_out = held_out
     self._embedder = _Embedder(held_out)
     self._pictures = LabelledPictures(held_out)
+    classes = self._pictures.classes
+    texts = [text for own in classes.prompts for text in own]
+    check_distinct(classes, held_out.tokenizer, self._embedder.ids(texts))
 
   def __call__(self, params: Params) -> Evaluation:
     classes = self._pictures.classes

@@ -70,7 +70,8 @@ def read_class_prompts(zero_shot: ConfigDict, folders: Sequence[str] | None) -> 
     folders: names of the folders of classes that the pictures lie in, if they do.
 
   Raises:
-    ValueError: fewer than two classes, a file of another form, or no folders to name them.
+    ValueError: fewer than two classes, a file of another form, no folders to name them, or names
+      that differ give the same texts.
   """
   path = str(Path(zero_shot.classes).expanduser())
   if zero_shot.classes == "folders" and folders is None:
@@ -85,7 +86,7 @@ def read_class_prompts(zero_shot: ConfigDict, folders: Sequence[str] | None) -> 
     description = {"classes": Path(path).name, "templates": "prompts of the class file"}
   else:
     if zero_shot.classes == "folders":
-      classes = ov_eval.ClassSet("folders", tuple(name.replace("_", " ") for name in folders or ()))
+      classes = _folder_classes(folders or ())
     else:
       classes = ov_eval.class_set(zero_shot.classes)
     templates = ov_eval.template_set(zero_shot.templates)
@@ -98,6 +99,56 @@ def read_class_prompts(zero_shot: ConfigDict, folders: Sequence[str] | None) -> 
     raise ValueError(f"{path} names {len(names)} classes; expected at least two")
   texts = [text for name, own in zip(names, prompts, strict=True) for text in (name, *own)]
   return ClassPrompts(names, prompts, description | {"templates_hash": ov_eval.prompts_hash(texts)})
+
+
+def _folder_classes(folders: Sequence[str]) -> ov_eval.ClassSet:
+  """Name classes by folders, `_` as a space; ValueError where two folders get one name."""
+  classes = ov_eval.ClassSet("folders", tuple(name.replace("_", " ") for name in folders))
+  first: dict[str, str] = {}
+  for folder, name in zip(folders, classes.classes, strict=True):
+    if name in first:
+      raise ValueError(
+        f"folders {first[name]!r} and {folder!r} give the class name {name!r} both; rename one"
+      )
+    first[name] = folder
+  return classes
+
+
+def check_distinct(classes: ClassPrompts, tokenizer: ov_data.Tokenizer, ids: np.ndarray) -> None:
+  """Check that the model gets a text for each class, and another one for each.
+
+  A tokenizer may remove what tells names apart: case, accents, letters that it does not know, and
+  all that is longer than its texts.
+
+  Args:
+    classes: with P prompts in all. Classes of one name may have the same prompts.
+    tokenizer: that made the ids.
+    ids: int [P, T], of the prompts in order.
+
+  Raises:
+    ValueError: a class has no known word in its prompts, or two have the same ids.
+  """
+  no_text = {tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.cls_id}
+  no_text.add(tokenizer.unk_id)
+  rows = iter(ids.tolist())
+  owners: dict[frozenset[tuple[int, ...]], str] = {}
+  for name, prompts in zip(classes.names, classes.prompts, strict=True):
+    own = frozenset(tuple(next(rows)) for _ in prompts)
+    plain = ov_eval.canonicalise(name)
+    known = set(tokenizer.encode(plain)) - no_text
+    if not set().union(*own) - no_text or (
+      not known and all(plain in ov_eval.canonicalise(text) for text in prompts)
+    ):
+      raise ValueError(
+        f"class {name!r} ({prompts[0][:80]!r}) has no word that the tokenizer knows; write it in "
+        "words of the language that the model was trained on"
+      )
+    if owners.setdefault(own, name) != name:
+      raise ValueError(
+        f"classes {owners[own]!r} and {name!r} are one text to the model ({prompts[0][:80]!r}); "
+        "write them in words that differ within the length of its texts, or give a JSON file "
+        "{class: [prompt, ...]}"
+      )
 
 
 def class_numbers(names: Sequence[str], folders: Sequence[str] | None) -> dict[str | int, int]:
@@ -113,14 +164,13 @@ def class_numbers(names: Sequence[str], folders: Sequence[str] | None) -> dict[s
     folders: of the pictures, if they lie in such.
 
   Raises:
-    ValueError: some folders are classes and some are not.
+    ValueError: some folders are classes and some are not, or one may be several classes.
   """
   count = len(names)
   numbers: dict[str | int, int] = {name: count - 1 - i for i, name in enumerate(reversed(names))}
   if folders is None:
     return {**{str(i): i for i in range(count)}, **{i: i for i in range(count)}, **numbers}
-  plain = {ov_eval.canonicalise(name): count - 1 - i for i, name in enumerate(reversed(names))}
-  found = [plain.get(ov_eval.canonicalise(folder)) for folder in folders]
+  found = [_number_of_folder(folder, numbers, names) for folder in folders]
   missing = [folder for folder, i in zip(folders, found, strict=True) if i is None]
   if len(missing) == len(folders) == count:
     found = list(range(count))
@@ -131,6 +181,27 @@ def class_numbers(names: Sequence[str], folders: Sequence[str] | None) -> dict[s
       "folders, or give as many as there are folders, in the order of these"
     )
   return {**numbers, **{k: i for k, i in enumerate(found) if i is not None}}
+
+
+def _number_of_folder(
+  folder: str, numbers: Mapping[str | int, int], names: Sequence[str]
+) -> int | None:
+  """Return the class of a folder: by its name, or without regard to case and punctuation.
+
+  Raises:
+    ValueError: no name is that of the folder, and several would do.
+  """
+  for spelling in (folder, folder.replace("_", " ")):
+    if (number := numbers.get(ov_eval.normalise_name(spelling))) is not None:
+      return number
+  plain = ov_eval.canonicalise(folder)
+  same = dict.fromkeys(name for name in names if ov_eval.canonicalise(name) == plain)
+  if len(same) > 1:
+    raise ValueError(
+      f"the folder of pictures {folder!r} may be the class {' or '.join(map(repr, same))}; name it "
+      "exactly like its class"
+    )
+  return numbers[next(iter(same))] if same else None
 
 
 def check_labels(

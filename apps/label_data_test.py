@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from apps.label_data import (
+  ClassPrompts,
+  check_distinct,
   check_labels,
   class_numbers,
   label_text,
@@ -171,3 +173,42 @@ def test_records_without_a_label_are_an_early_error(tmp_path):
   for numbers in (None, class_numbers(NAMES, None)):
     with pytest.raises(ValueError, match="the record has no label under 'label' .1 of 3 records"):
       check_labels(dataset, "label", numbers, "names.txt")
+
+
+def distinct(names, captions, length=12, **options):
+  """Check the classes with a tokenizer that was trained on captions."""
+  tokenizer = ov_data.Tokenizer.train(captions, 500, **options)
+  prompts = tuple((f"a photo of a {name}",) for name in names)
+  ids, _ = tokenizer.encode_batch([text for own in prompts for text in own], length)
+  check_distinct(ClassPrompts(tuple(names), prompts, {}), tokenizer, ids)
+
+
+def test_classes_that_the_model_cannot_tell_apart_are_named():
+  captions = ["a photo of a red dog cat hôte hote café é"]
+  distinct(["red dog", "red cat", "hôte", "hote"], captions)
+  distinct(["dog", "cat", "dog"], captions)  # as two of ImageNet's, equal by name
+  for names, options, said in (
+    (["hôte", "hote"], {"strip_accents": True}, "'hôte' and 'hote' are one text to the model"),
+    (["Dog", "dog"], {}, "'Dog' and 'dog' are one text to the model .'a photo of a dog'."),
+    (["red dog", "red cat"], {"length": 7}, "'red dog' and 'red cat' are one text"),
+    (
+      ["dog", "東京"],
+      {},
+      "class '東京' .* has no word that the tokenizer knows; write",
+    ),
+  ):
+    with pytest.raises(ValueError, match=said) as error:
+      distinct(names, captions, **options)
+    assert "\n" not in str(error.value)
+
+
+def test_folders_are_matched_exactly_before_punctuation_is_ignored():
+  names = ["C", "C++", "C#"]
+  assert class_numbers(names, ("C#", "C++", "C"))[0] == 2
+  assert [class_numbers(names, ("C#", "C++", "C"))[i] for i in range(3)] == [2, 1, 0]
+  with pytest.raises(
+    ValueError, match="folder of pictures 'c' may be the class 'C' or 'C..' or 'C#'"
+  ):
+    class_numbers(names, ("c", "C++", "C#"))
+  with pytest.raises(ValueError, match="folders 'hot dog' and 'hot_dog' give the class name"):
+    read_class_prompts(settings("folders"), ("hot dog", "hot_dog"))

@@ -38,6 +38,7 @@ def _shared() -> dict:
     "tokenizer": {
       "path": "",  # vocabulary file, tokenizer.json or a saved tokenizer; "" trains one
       "train_vocab_size": 4096,  # entries of a tokenizer trained on the captions of this data
+      "train_strip_accents": False,  # True: as released; also removes vowel signs of many scripts
       "train_kind": "pieces",  # pieces: WordPiece; words: whole words, for small closed languages
     },
     "optimizer": optimizer_config(),
@@ -198,6 +199,7 @@ def eval_config() -> dict:
     "checkpoint_step": placeholder(int),  # of the checkpoint for eval_only; None: the newest
     "batch_size": 0,  # 0: the training batch size
     "examples": 0,  # pairs of input.eval_data_dir for the likelihood of captions; 0: all
+    "caption_tokens": "words",  # of BLEU-4 and CIDEr: words, in any script | ptb, as for COCO
     "caption_examples": 64,  # captions written, by a decoder that writes word by word; 0: none
     "method": "greedy",  # greedy | sample | beam
     "num_beams": 4,

@@ -158,7 +158,10 @@ def open_tokenizer(config: ConfigDict, workdir: Workdir, terminal: Terminal) -> 
         f"training a tokenizer of at most {config.tokenizer.train_vocab_size:,} entries"
       )
       given = ov_data.Tokenizer.train(
-        _captions(config), config.tokenizer.train_vocab_size, kind=config.tokenizer.train_kind
+        _captions(config),
+        config.tokenizer.train_vocab_size,
+        kind=config.tokenizer.train_kind,
+        strip_accents=config.tokenizer.train_strip_accents,
       )
     given.save(folder)
   workdir.share("tokenizer saved")

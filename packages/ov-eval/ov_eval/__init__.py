@@ -29,6 +29,7 @@ from ov_eval.likelihood import CaptionNLL, caption_nll
 from ov_eval.lists import normalise_name, read_prompts
 from ov_eval.probe import FewShot, Probe, few_shot, linear_probe
 from ov_eval.processes import across_processes, gather
+from ov_eval.ptb import ptb_words
 from ov_eval.results import Result, ResultFile, read_results, with_context, write_results
 from ov_eval.retrieval import QueryRanks, RetrievalResult, Retrieved, retrieval, top_retrieved
 from ov_eval.states import Confusion, Mean, Share
@@ -86,6 +87,7 @@ __all__ = [
   "majority",
   "normalise_name",
   "prompts_hash",
+  "ptb_words",
   "read_prompts",
   "read_results",
   "retrieval",

@@ -15,9 +15,11 @@ import numpy as np
 
 from ov_eval.caption_text import Tokenise, caption_words, compared_words
 from ov_eval.captions import CaptionRecord
+from ov_eval.ptb import ptb_words
 from ov_eval.results import Result
 from ov_eval.states import Mean
 
+TOKENS: dict[str, Tokenise] = {"words": caption_words, "ptb": ptb_words}
 _ORDER = 4  # longest n-gram
 _SIGMA = 6.0  # of CIDEr-D's penalty on the difference in length
 
@@ -172,18 +174,31 @@ def cider(
   return Mean.of(cider_scores(candidates, references, tokenise=tokenise))
 
 
-def caption_metrics(records: Iterable[CaptionRecord], level: float = 0.95) -> list[Result]:
-  """`bleu4` and `cider` of the records of all processes; empty without records.
+def caption_metrics(
+  records: Iterable[CaptionRecord], level: float = 0.95, *, tokens: str = "words"
+) -> list[Result]:
+  """Return `bleu4` and `cider` of the records of all processes; empty without records.
 
   Records with one `index` are the same example and count once.
+
+  Args:
+    records: from `generate_captions`.
+    level: of the intervals.
+    tokens: a key of `TOKENS`: "words", where case, punctuation and spacing do not count, in any
+      script; or "ptb", the tokens of COCO's caption evaluation, for English.
+
+  Raises:
+    ValueError: for unknown tokens.
   """
+  if tokens not in TOKENS:
+    raise ValueError(f"tokens={tokens!r}: expected one of {', '.join(TOKENS)}.")
   once = list({record.index: record for record in records}.values())
   if not once:
     return []
   texts, references = [r.generated for r in once], [r.references for r in once]
   return [
-    bleu4(texts, references).result("bleu4", level),
-    cider(texts, references).result("cider", level),
+    bleu4(texts, references, tokenise=TOKENS[tokens]).result("bleu4", level),
+    cider(texts, references, tokenise=TOKENS[tokens]).result("cider", level),
   ]
 
 

@@ -142,7 +142,10 @@ def class_texts(
   Args:
     classes: C names.
     templates: P templates.
-    canonical: lower case and without punctuation, as the predecessor; see `canonicalise`.
+    canonical: lower case and without punctuation, as the released code; see `canonicalise`.
+
+  Raises:
+    ValueError: names that differ give one text, such as "C++" and "C#", or a name gives none.
   """
   names = classes.classes if isinstance(classes, ClassSet) else tuple(classes)
   patterns = templates.templates if isinstance(templates, TemplateSet) else tuple(templates)
@@ -150,9 +153,36 @@ def class_texts(
   names = ClassSet("classes", names).classes
   patterns = TemplateSet("templates", patterns).templates
   if canonical:
-    names = tuple(canonicalise(name, keep=",") for name in names)
+    names = canonical_names(names)
     patterns = tuple(canonicalise(pattern, keep="{}") for pattern in patterns)
   return [pattern.replace("{}", name) for name in names for pattern in patterns]
+
+
+def canonical_names(names: Sequence[str]) -> tuple[str, ...]:
+  """Canonicalise the names of classes.
+
+  Names that are equal stay so (two of ImageNet's are): their classes cannot be told apart by name.
+
+  Raises:
+    ValueError: names that differ become equal, or nothing is left of a name.
+  """
+  found = tuple(canonicalise(name, keep=",") for name in names)
+  by_text: dict[str, list[str]] = {}
+  for name, text in zip(names, found, strict=True):
+    if not text.replace(",", "").strip():
+      raise ValueError(
+        f"class {name!r} has no letter or digit, so nothing is left of it without punctuation; "
+        "write it in words"
+      )
+    if name not in by_text.setdefault(text, []):
+      by_text[text].append(name)
+  for text, same in by_text.items():
+    if len(same) > 1:
+      raise ValueError(
+        f"classes {', '.join(map(repr, same[:5]))} are all {text!r} in lower case and without "
+        "punctuation; write them in words that differ, as 'C plus plus' for 'C++'"
+      )
+  return found
 
 
 def _open_clip(attribute: str, wanted: str) -> Any:

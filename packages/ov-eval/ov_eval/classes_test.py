@@ -205,3 +205,25 @@ def test_wrong_files_are_refused(tmp_path, read, content, message):
   with pytest.raises(ValueError, match=message) as error:
     read(str(path))
   assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ("names", "message"),
+  [
+    (["C++", "C#", "C", "Java"], "classes 'C.*', 'C#', 'C' are all 'c' in lower case and without"),
+    (["Dog", "dog"], "classes 'Dog', 'dog' are all 'dog'"),
+    (["hot_dog", "hot dog"], "are all 'hot dog'"),
+    (["T-shirt", "tshirt"], "are all 'tshirt'"),
+    (["dog", "!!!"], "class '!!!' has no letter or digit"),
+    (["dog", "_,"], "class '_,' has no letter or digit"),
+  ],
+)
+def test_names_that_collapse_are_refused(names, message):
+  with pytest.raises(ValueError, match=message) as error:
+    class_texts(names, ["a photo of a {}"])
+  assert "\n" not in str(error.value)
+  assert class_texts(names, ["{}"], canonical=False) == list(ClassSet("x", tuple(names)).classes)
+
+
+def test_equal_names_stay_equal_texts():
+  assert class_texts(["Crane", "dog", "Crane"], ["a {}"]) == ["a crane", "a dog", "a crane"]

@@ -35,12 +35,16 @@ def class_prompts(class_names: Sequence[str], template: str = "a photo of a {}."
   """One canonicalised prompt per class.
 
   Raises:
-    ValueError: if the template lacks `{}` or two classes end as the same prompt.
+    ValueError: if the template lacks `{}`, two classes end as the same prompt, or nothing is left
+      of a name.
   """
   if "{}" not in template:
     raise ValueError(f"template {template!r} has no {{}} for the class name.")
   pattern = canonicalise(template, keep="{}")
-  prompts = [pattern.replace("{}", canonicalise(name, keep=",")) for name in class_names]
+  names = [canonicalise(name, keep=",") for name in class_names]
+  if empty := [name for name, text in zip(class_names, names, strict=True) if not text.strip(" ,")]:
+    raise ValueError(f"class {empty[0]!r} has no letter or digit; write it in words.")
+  prompts = [pattern.replace("{}", name) for name in names]
   prompt, times = collections.Counter(prompts).most_common(1)[0]
   if times > 1:
     same = [name for name, text in zip(class_names, prompts, strict=True) if text == prompt]
