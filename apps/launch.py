@@ -122,12 +122,15 @@ def check_config(config: ConfigDict, base: str, recipes: str) -> None:
 @contextlib.contextmanager
 def _opened(config: ConfigDict, say: Callable[[str], None]) -> Iterator["Workdir"]:
   """The workdir, locked with the folder of checkpoints unless the run only looks (--check)."""
+  from apps.trainer.checkpoint_folder import check_path
   from apps.trainer.prepare import check_writable
   from apps.trainer.workdir import locked, open_workdir
 
   place, writes = str(_WORKDIR.value), not _CHECK.value
   with contextlib.ExitStack() as stack:
     with user_errors():
+      if not config.checkpoint.dir:
+        check_path(place, "--workdir=")
       check_writable(place, "--workdir")
       workdir = stack.enter_context(open_workdir(place, writes=writes, exclusive=writes, say=say))
       if writes and (checkpoints := config.checkpoint.dir):

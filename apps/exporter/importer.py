@@ -14,6 +14,7 @@ from typing import Any
 from apps.exporter import places
 from apps.exporter.new_folder import new_folder
 from apps.trainer.checkpoint import Checkpoints
+from apps.trainer.checkpoint_folder import check_path
 from ov_convert.reading import inside
 from ov_convert.release import Imported, Words, portable
 import ov_data
@@ -55,6 +56,7 @@ def import_model(
   """
   kind, path = _parse(spec)
   to_workdir = places.new("", str(to_workdir))
+  check_path(to_workdir, "--to_workdir=")
   found = _read(kind, path, python, image_size, num_heads)
   origin = f"{kind}:{path.resolve().name}"
   notes = write_workdir(to_workdir, found, origin, path)
