@@ -122,6 +122,8 @@ def _passes(error: BaseException) -> bool:
   """Whether starting again may help."""
   if not isinstance(error, OSError):
     return False
+  if isinstance(error, ChildProcessError | ConnectionError | TimeoutError):
+    return True
   if error.errno is None:  # the text of a library
     return any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
   return error.errno not in _LASTING

@@ -60,6 +60,12 @@ def test_the_text_of_a_library_about_a_full_disk_asks_for_a_new_start():
   assert exit_code(error) == AGAIN
 
 
+def test_a_killed_worker_asks_for_a_new_start():
+  error = end(ChildProcessError("a worker process ended with code -9; give the same command again"))
+  assert str(error).startswith("a worker process ended with code -9")
+  assert exit_code(error) == AGAIN
+
+
 def test_an_error_of_a_phase_tells_the_checkpoint_once():
   inner, outer = (run_errors("/runs/a", lambda: 8) for _ in range(2))
   with pytest.raises(UserError) as caught, outer, inner, user_errors():
