@@ -4,7 +4,7 @@ import pytest
 import tensorstore
 
 from apps.trainer.errors import AGAIN, UserError, exit_code
-from apps.trainer.workdir import Mirror, Workdir, open_workdir
+from apps.trainer.workdir import Mirror, Workdir, locked, open_workdir
 
 URL = "gs://bucket/runs/one"
 
@@ -154,4 +154,25 @@ def test_a_fault_that_may_pass_asks_for_another_start(tmp_path, store):
 )
 def test_a_place_that_cannot_be_is_refused(place, said):
   with pytest.raises(UserError, match=said), open_workdir(place):
+    pass
+
+
+def test_an_exclusive_workdir_has_one_run_and_any_number_of_readers(tmp_path):
+  place = str(tmp_path / "run")
+  with open_workdir(place, exclusive=True):
+    with pytest.raises(UserError, match=f"--workdir={place} is in use by process"):
+      open_workdir(place, exclusive=True).__enter__()
+    with open_workdir(place, writes=False) as reader:
+      assert reader.path == tmp_path / "run"
+  with open_workdir(place, exclusive=True):
+    pass
+  assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_folder_of_checkpoints_is_locked_like_a_workdir(tmp_path):
+  place, setting = str(tmp_path / "shared"), "config.checkpoint.dir=shared"
+  expected = "checkpoint.dir=shared is in use by process"
+  with locked(place, setting, print), pytest.raises(UserError, match=expected):
+    locked(place, setting, print).__enter__()
+  with locked("", setting, print):
     pass
