@@ -47,12 +47,13 @@ def normalizer(*, strip_accents: bool, letters: bool) -> normalizers.Normalizer:
       rf"(?<=\S)(?=(?=[\p{{L}}\p{{N}}])[{_SPACELESS}])",
       rf"(?<=[{_SPACELESS}])(?=[\p{{L}}\p{{N}}&&[^{_SPACELESS}]])",
     ]
-  steps = [normalizers.NFC()]
+  steps: list[normalizers.Normalizer] = []
   if strip_accents:
-    steps = [normalizers.NFD(), normalizers.Replace(tokenizers.Regex(r"\p{Mn}"), ""), *steps]
+    steps = [normalizers.NFD(), normalizers.Replace(tokenizers.Regex(r"\p{Mn}"), "")]
   return normalizers.Sequence(
     [
       *steps,
+      normalizers.NFC(),
       normalizers.Replace(tokenizers.Regex(_INVISIBLE), ""),
       normalizers.Replace(tokenizers.Regex(r"\p{Cc}"), " "),
       normalizers.Lowercase(),

@@ -88,12 +88,14 @@ def _check(content: dict[str, Any]) -> None:
     raise ValueError(f"expected an object under 'model', got {type(model).__name__}")
   vocabulary = model.get("vocab")
   if isinstance(vocabulary, dict):
-    ids = list(vocabulary.values())
+    tokens: dict[int, str] = {}
     for token, number in vocabulary.items():
       _check_id(token, number)
-    if len(set(ids)) < len(ids):
-      twice = next(number for number in ids if ids.count(number) > 1)
-      raise ValueError(f"two tokens have id {twice}; give every token its own")
+      if number in tokens:
+        raise ValueError(
+          f"{tokens[number][:40]!r} and {token[:40]!r} both have id {number}; expected one"
+        )
+      tokens[number] = token
   elif isinstance(vocabulary, list):  # Unigram: the position is the id
     if len(vocabulary) > MAX_TOKENS:
       raise ValueError(f"{len(vocabulary)} tokens; expected at most {MAX_TOKENS:,}")

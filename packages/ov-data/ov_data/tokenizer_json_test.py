@@ -51,7 +51,7 @@ def _refused(path: pathlib.Path, data: str | bytes, message: str) -> None:
     ("5", "of type str"),
     (None, "of type NoneType"),
     ([5], "of type list"),
-    (1, "two tokens have id 1; give every token its own"),
+    (1, "both have id 1; expected one"),
   ],
 )
 def test_ids_are_checked_before_the_library_reads_them(content, tmp_path, number, message):
