@@ -33,6 +33,7 @@ import jax
 
 from apps.trainer.errors import AGAIN, exit_code, program, report, run_errors
 from apps.trainer.slow_hosts import INPUT, STARTING, Beat, SlowHosts
+from apps.trainer.startup import printable
 import ov_sharding
 
 GONE = AGAIN  # exit code: another process is gone or failed
@@ -281,7 +282,8 @@ class Hosts:
     step = _within(5.0, self.last_checkpoint)
     saved = f"last checkpoint: step {step:,}; " if step is not None else ""
     advice = "start all processes again with the same command, as launchers do"
-    print(f"{program()}: error: {what}; {saved}{advice}", file=sys.stderr, flush=True)
+    line = printable(f"{program()}: error: {what}; {saved}{advice}")
+    print(line, file=sys.stderr, flush=True)
 
 
 def _within(seconds: float, ask: Callable[[], Any]) -> Any:
