@@ -42,10 +42,6 @@ AGAIN = 75  # exit code: no mistake, and starting again may help; launchers do
 _SET_UP_ERRORS = (
   ValueError, OSError, LookupError, TypeError, re.error, MemoryError, OverflowError, RecursionError
 )  # fmt: skip
-# Raised while flags are parsed; a config file is executed there.
-_PARSE_ERRORS = (
-  flags.Error, AttributeError, ImportError, NameError, SyntaxError, *_SET_UP_ERRORS
-)  # fmt: skip
 # Their text alone does not say what happened: 'x' of a KeyError, "" of a MemoryError.
 _NAMED = (LookupError, TypeError, re.error, MemoryError, OverflowError, RecursionError)
 
@@ -95,19 +91,19 @@ def run_errors(place: str, last_checkpoint: Callable[[], int | None]) -> Iterato
   try:
     yield
   except KeyboardInterrupt as error:
-    error.args = (f"{error or 'interrupted'}; {_saved(last_checkpoint)}{_AGAIN_IS} to resume",)
+    _say_saved(error, _saved(last_checkpoint), f"{_AGAIN_IS} to resume")
     raise
   except UserError as error:
     cause, saved = error.__cause__, _saved(last_checkpoint)
-    if isinstance(cause, OSError) and cause.errno is not None and "complete" in saved:
-      if saved not in f"{error}; ":
-        error.args = (f"{error}; {saved}".rstrip("; "),)
+    of_machine = isinstance(cause, OSError) and cause.errno is not None
+    if hasattr(error, "saved") or (of_machine and "complete" in saved):
+      _say_saved(error, saved)
     raise
   except (OSError, MemoryError) as error:
-    text = _describe(error, place)
+    ended = (Unreachable if _passes(error) else UserError)(_describe(error, place))
     if isinstance(error, MemoryError) or error.errno is not None:  # others say what to do
-      text = f"{text}; {_saved(last_checkpoint)}{_remedy(error)}"
-    raise (Unreachable if _passes(error) else UserError)(text) from error
+      _say_saved(ended, _saved(last_checkpoint), _remedy(error))
+    raise ended from error
   except RuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):  # as XLA reports that an array does not fit
       raise
@@ -116,6 +112,17 @@ def run_errors(place: str, last_checkpoint: Callable[[], int | None]) -> Iterato
       f"{_saved(last_checkpoint)}lower config.batch_size, or raise config.accumulate or "
       "config.model.remat"
     ) from error
+
+
+def _say_saved(error: BaseException, saved: str, remedy: str = "") -> None:
+  """Add what is saved to the text of an error, or bring it up to date: a save may have ended."""
+  before = getattr(error, "saved", None)
+  if before is None:
+    text = f"{error or 'interrupted'}; {saved}{remedy}".removesuffix("; ")
+  else:
+    text = str(error).replace(before, saved.rstrip("; "), 1) if before and saved else str(error)
+  error.args = (text,)
+  setattr(error, "saved", saved.rstrip("; ") or before or "")  # noqa: B010 (not of the class)
 
 
 def _passes(error: BaseException) -> bool:
@@ -178,10 +185,10 @@ def _message(error: BaseException) -> str:
     return f"the configuration (see apps/configs/base.py) has no setting {name}"
   if isinstance(error, AttributeError) and "'get_config'" in str(error):
     return "the file of --config has no function get_config(arg); see apps/configs/caption_demo.py"
-  if isinstance(error, ImportError | NameError):  # of a config file
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{frame.filename}, line {frame.lineno}: {error}"
-  return str(error)
+  if isinstance(error, ImportError | NameError | ArithmeticError | AssertionError | RuntimeError):
+    frame = traceback.extract_tb(error.__traceback__)[-1]  # of a config file
+    return f"{frame.filename}, line {frame.lineno}: {error or type(error).__name__}"
+  return _text(error)
 
 
 def _setting_of_file(error: BaseException) -> str | None:
@@ -280,9 +287,9 @@ def run_app(
 
   def parse(argv: Sequence[str]) -> list[str]:
     def parse_flags(args: Sequence[str]) -> list[str]:
-      try:  # config files run here
+      try:  # config files run here, and may raise anything
         return flags.FLAGS(args)
-      except _PARSE_ERRORS as error:
+      except Exception as error:
         in_file = isinstance(error, ImportError | NameError) or "Traceback" in str(error)
         said = None if in_file or explain is None else explain(args)
         if said is None and explain is not None and (name := _setting_of_file(error)):

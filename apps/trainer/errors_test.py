@@ -67,11 +67,22 @@ def test_a_killed_worker_asks_for_a_new_start():
 
 
 def test_an_error_of_a_phase_tells_the_checkpoint_once():
-  inner, outer = (run_errors("/runs/a", lambda: 8) for _ in range(2))
+  inner, outer = (run_errors("/runs/a", lambda step=step: step) for step in (4, 8))
   with pytest.raises(UserError) as caught, outer, inner, user_errors():
     raise OSError(errno.EACCES, "Permission denied", "/runs/a/evaluations/8.json")
   expected = "/runs/a/evaluations/8.json: Permission denied; the checkpoint of step 8 is complete"
   assert str(caught.value) == expected
+
+
+def test_a_save_that_ends_meanwhile_is_the_one_that_is_said():
+  """The inner context is left first, then the checkpoints are closed."""
+  for error in (OSError(errno.ENOSPC, "full"), KeyboardInterrupt("stopped")):
+    inner, outer = run_errors("/runs/a", lambda: 8), run_errors("/runs/a", lambda: 12)
+    with pytest.raises((UserError, KeyboardInterrupt)) as caught, outer, inner:
+      raise error
+    assert str(caught.value).count("the checkpoint of step 12 is complete; ") == 1
+    assert "step 8" not in str(caught.value)
+    assert str(caught.value).count("give the same command again") == 1
 
 
 def test_too_little_memory():
