@@ -1,5 +1,6 @@
 """A run that is killed or asked to stop goes on as if nothing had happened."""
 
+import json
 import os
 from pathlib import Path
 import random
@@ -82,6 +83,11 @@ def test_sigterm_saves_and_the_same_command_goes_on(undisturbed, tmp_path, cache
 
 def test_starting_a_finished_run_again_adds_nothing(undisturbed, cache):
   before = (undisturbed / "metrics.jsonl").read_bytes()
+  report = json.loads((undisturbed / "report.json").read_text())
+  assert report["data"]["Training, stage main"]["examples read"] == 480
   code, printed = runner.run(*runner.TINY, f"--workdir={undisturbed}", cache=cache)
   assert code == 0, printed
   assert (undisturbed / "metrics.jsonl").read_bytes() == before
+  again = json.loads((undisturbed / "report.json").read_text())
+  for name in ("data", "skipped", "summary"):
+    assert again[name] == report[name], name
