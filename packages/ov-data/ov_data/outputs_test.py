@@ -130,6 +130,15 @@ def test_a_negative_number_of_workers(tmp_path):
   assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("sizes", [{}, {"train": 0}, {"train": 10**24}, {"test": 1}])
+def test_absurd_numbers_of_scenes_are_refused_before_any_work(tmp_path, sizes):
+  with pytest.raises(ValueError, match=r"sizes=.*: expected 1 to 1,000,000,000 of train, heldout"):
+    writer.make_scenes_dataset(tmp_path / "out", sizes)
+  with pytest.raises(ValueError, match="workers=1000000000: .* at most 1,024"):
+    writer.make_scenes_dataset(tmp_path / "out", {"train": 1}, workers=10**9)
+  assert not (tmp_path / "out").exists()
+
+
 class _Full:
   """A file on a disk that is full after some bytes."""
 

@@ -32,6 +32,8 @@ __all__ = ["MANIFEST", "SKIPPED", "Features", "MakeShard", "ShardWriter", "Skip"
 __all__ += ["make_scenes_dataset", "shard_count", "shard_name", "write_dataset"]
 
 _SCENES_IN_SHARD = 2500  # about 6 MB at 64 px
+_MOST_WORKERS = 1024
+_MOST_SCENES = 1_000_000_000
 _REPORT_EVERY = 50  # examples
 
 Features = Mapping[str, example.Writable]
@@ -150,9 +152,10 @@ def write_dataset(
       negative.
     OSError: it cannot be written; names path, free space and remedy.
   """
-  if workers is not None and workers < 0:
+  if workers is not None and not 0 <= workers <= _MOST_WORKERS:
     raise ValueError(
-      f"workers={workers}: expected 0 (this process alone) or a number of processes."
+      f"workers={workers}: expected 0 (this process alone) or a number of processes, at most "
+      f"{_MOST_WORKERS:,}."
     )
   path = outputs.local_path(directory)
   outputs.check_readable(path, shards)
@@ -358,8 +361,14 @@ def make_scenes_dataset(
     ValueError: an unknown split, class or size, no scenes, or a directory with other data; see also
       `write_dataset`.
   """
-  if not sizes or min(sizes.values()) < 1 or not set(sizes) <= set(scenes.SPLITS):
-    raise ValueError(f"sizes={dict(sizes)}: expected 1 or more of {', '.join(scenes.SPLITS)}.")
+  if (
+    not sizes
+    or not set(sizes) <= set(scenes.SPLITS)
+    or not all(1 <= size <= _MOST_SCENES for size in sizes.values())
+  ):
+    raise ValueError(
+      f"sizes={dict(sizes)}: expected 1 to {_MOST_SCENES:,} of {', '.join(scenes.SPLITS)}."
+    )
   for split in sizes:  # fails here, with one clear line, rather than in a worker
     scene = scenes.sample_scene(seed, 0, cast(scenes.Split, split), num_objects)
     scenes.scene_example(scene, image_size)
