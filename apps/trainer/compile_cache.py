@@ -32,6 +32,7 @@ import secrets
 import stat
 import threading
 from typing import Any, NamedTuple, Self
+import warnings
 
 from absl import logging as absl_logging
 from etils import epath
@@ -47,6 +48,7 @@ _TRACED = "/jax/core/compile/jaxpr_trace_duration"
 _LOWERED = "/jax/core/compile/jaxpr_to_mlir_module_duration"
 _COMPILED = "/jax/core/compile/backend_compile_duration"  # or read from the cache
 
+_NOT_WRITTEN = "Error writing persistent compilation cache entry"  # a warning of JAX
 FULL = (errno.ENOSPC, errno.EDQUOT)  # a cache that cannot grow costs a compile, not the run
 
 _TELL_SECONDS = 5.0  # a program that took as long is told, whichever it is
@@ -124,6 +126,7 @@ class CompileCache:
     self._watched: list[Program] | None = None
     self._used: dict[str, Program] = {}  # by key
     self._pushed: set[str] = set()
+    self._full = False  # whether an entry could not be written
 
   def __enter__(self) -> Self:
     if self._folder is not None:
@@ -143,6 +146,9 @@ class CompileCache:
     _LOGGER.setLevel(logging.DEBUG)
     self._undo.callback(_LOGGER.setLevel, level)
     self._undo.callback(_LOGGER.removeFilter, self._read_log)
+    self._undo.enter_context(warnings.catch_warnings())
+    warnings.filterwarnings("always", _NOT_WRITTEN)
+    self._show, warnings.showwarning = warnings.showwarning, self._on_warning
     jax.monitoring.register_event_duration_secs_listener(self._on_duration)
     self._undo.callback(jax.monitoring.unregister_event_duration_listener, self._on_duration)
     return self
@@ -292,6 +298,19 @@ class CompileCache:
         with contextlib.suppress(OSError):
           path.unlink(missing_ok=True)  # JAX would leave it there, and compile at every start
     return record.levelno >= self._shown
+
+  def _on_warning(self, message: Warning | str, *args: Any, **kwargs: Any) -> None:
+    """Print the first failure to write an entry only; the others have the same cause."""
+    if not str(message).startswith(_NOT_WRITTEN):
+      self._show(message, *args, **kwargs)
+      return
+    if self._current.key:  # what is there is a part of the entry
+      with contextlib.suppress(OSError):
+        self._path(self._current.key).unlink(missing_ok=True)
+    if not self._full:
+      self._full = True
+      cause = str(message).rpartition(": ")[2]
+      self._warn(f"{self._folder} cannot be written: {cause}; programs are not kept", "cache")
 
   def _on_duration(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
     current = self._current

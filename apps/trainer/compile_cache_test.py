@@ -5,6 +5,7 @@ import functools
 import os
 from pathlib import Path
 import stat
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -259,3 +260,23 @@ def test_a_full_disk_keeps_nothing_and_ends_nothing(tmp_path, monkeypatch):
   start = Start(tmp_path / "second")
   assert start.result == expected
   assert "No space left on device; programs are not kept" in "\n".join(start.said)
+
+
+def test_entries_that_cannot_be_written_are_reported_once(tmp_path, recwarn):
+  store = CompileCache(str(tmp_path / "xla"), "", (said := []).append)
+  with store as cache:
+    for name in ("jit_a", "jit_b"):
+      cache._current.key = f"{name}-{'0' * 64}"
+      part = cache._path(cache._current.key)
+      part.write_bytes(b"part")
+      text = (
+        f"{compile_cache._NOT_WRITTEN} for '{name}': OSError: [Errno 28] No space left on device"
+      )
+      warnings.warn(text, stacklevel=1)
+      assert not part.exists()
+    warnings.warn("another", stacklevel=1)
+  (line,) = said
+  assert line.endswith(
+    "cannot be written: [Errno 28] No space left on device; programs are not kept"
+  )
+  assert [str(warning.message) for warning in recwarn] == ["another"]
