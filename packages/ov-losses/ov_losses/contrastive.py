@@ -183,7 +183,8 @@ def _plan(
       f"axes={axes} are none of the mesh's, {mesh.axis_names}; name the axes the batch is split "
       "over, or pass mesh=None."
     )
-  if inside := set(present) & set(contexts.manual_axes()):
+  inside = set(present) & set(contexts.manual_axes())
+  if mesh is not None and inside:
     raise ValueError(
       f"mesh={mesh.axis_names} inside jax.shard_map or jax.pmap over {sorted(inside)}: each device "
       "holds its own rows there; call the loss outside, or pass mesh=None for the loss among the "
@@ -197,7 +198,7 @@ def _inputs(
   image: jax.Array,
   texts: jax.Array,
   scale: jax.Array,
-  bias: jax.Array,
+  bias: jax.Array | float,
   valid: jax.Array | None,
   groups: jax.Array | None,
 ) -> Inputs:
@@ -223,18 +224,18 @@ def _inputs(
     raise ValueError(
       f"scale has shape {jnp.shape(scale)} and bias {jnp.shape(bias)}; expected scalars."
     )
-  valid = np.ones(batch, bool) if valid is None else jnp.asarray(valid).astype(bool)
-  if valid.shape != (batch,):
-    raise ValueError(f"valid has shape {valid.shape}; expected [B] = {(batch,)}.")
-  groups = np.arange(batch, dtype=np.int32) if groups is None else jnp.asarray(groups)
-  groups = groups[None] if groups.ndim == 1 else groups
-  whole = jnp.issubdtype(groups.dtype, jnp.integer)
-  if groups.shape not in ((1, batch), texts.shape[:2]) or not whole:
+  all_valid = jnp.asarray(np.ones(batch, bool) if valid is None else valid).astype(bool)
+  if all_valid.shape != (batch,):
+    raise ValueError(f"valid has shape {all_valid.shape}; expected [B] = {(batch,)}.")
+  numbers = jnp.asarray(np.arange(batch, dtype=np.int32) if groups is None else groups)
+  numbers = numbers[None] if numbers.ndim == 1 else numbers
+  whole = jnp.issubdtype(numbers.dtype, jnp.integer)
+  if numbers.shape not in ((1, batch), texts.shape[:2]) or not whole:
     raise ValueError(
-      f"text_groups is {groups.dtype}{list(groups.shape)}; expected integers [B] or [K,B] = "
+      f"text_groups is {numbers.dtype}{list(numbers.shape)}; expected integers [B] or [K,B] = "
       f"{texts.shape[:2]}."
     )
-  return Inputs(image, texts, scale, bias, jnp.asarray(groups), jnp.asarray(valid))
+  return Inputs(image, texts, scale, bias, numbers, all_valid)
 
 
 def _prepared(plan: Plan, inputs: Inputs) -> Inputs:

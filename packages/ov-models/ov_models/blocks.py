@@ -10,10 +10,15 @@ import jax.numpy as jnp
 
 from ov_models.attention import Mask, attend
 from ov_models.config import TransformerConfig
+from ov_models.contexts import vary_as
 from ov_models.partition import constrain
 
 Initializer = Callable[..., jax.Array]
-normal = jax.nn.initializers.normal
+
+
+def normal(std: float) -> Initializer:
+  """Normal initializer of float32, also under JAX_ENABLE_X64."""
+  return jax.nn.initializers.normal(std, jnp.float32)
 
 
 def axes(*names: str | None) -> dict[str, Any]:
@@ -50,12 +55,13 @@ class Attention(nnx.Module):
     """Queries of x [B, T, D], keys and values of `source` (default x): [B, T, N, H] each."""
     source = x if source is None else source
     q, k, v = self.query(x), self.key(source), self.value(source)
-    heads = (a.reshape(*a.shape[:2], self.num_heads, -1) for a in (q, k, v))
+    size = q.shape[2] // self.num_heads
+    heads = (a.reshape(*a.shape[:2], self.num_heads, size) for a in (q, k, v))
     return tuple(constrain(a, tensor_axis=2) for a in heads)
 
   def merge(self, heads: jax.Array) -> jax.Array:
     """[B, T, N, H] -> [B, T, D]."""
-    return self.out(heads.reshape(*heads.shape[:2], -1))
+    return self.out(heads.reshape(*heads.shape[:2], heads.shape[2] * heads.shape[3]))
 
 
 class Mlp(nnx.Module):
@@ -154,6 +160,7 @@ def fold_blocks(
     The last x, and the y_l stacked.
   """
   graphdef, params = nnx.split(blocks)
+  x = vary_as(x, (params, per_layer))
 
   def body(x: jax.Array, layer: tuple[Any, Any]) -> tuple[jax.Array, Any]:
     with jax.named_scope("block"):

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from ov_models import masking
-from ov_models.config import check_choice, check_ratio
+from ov_models.config import check_choice, check_part, check_ratio
+from ov_models.contexts import any_mesh
 from ov_models.decoder import Decoder, DecoderConfig
 from ov_models.vit import ViT, ViTConfig, ViTOutput
 
@@ -42,6 +43,8 @@ class CaptionerConfig:
   eval_keep: Literal["all", "fixed"] = "all"
 
   def __post_init__(self) -> None:
+    check_part("encoder", self.encoder, ViTConfig)
+    check_part("decoder", self.decoder, DecoderConfig)
     check_ratio("keep_ratio", self.keep_ratio, zero=False, one=True)
     check_choice("keep_order", self.keep_order, ("sorted", "random"))
     check_choice("eval_keep", self.eval_keep, ("all", "fixed"))
@@ -115,6 +118,7 @@ class Captioner(nnx.Module):
     self.encoder = ViT(config.encoder, rngs=rngs)
     self.decoder = Decoder(config.decoder, config.encoder.width, rngs=rngs)
 
+  @any_mesh()
   def __call__(
     self, images: jax.Array, ids: jax.Array, key: jax.Array | None = None
   ) -> CaptionerOutput:
@@ -133,6 +137,7 @@ class Captioner(nnx.Module):
       hidden = self.decoder(kept, ids)
     return CaptionerOutput(hidden=hidden, image_tokens=out.tokens, pooled=out.pooled)
 
+  @any_mesh()
   def encode(self, images: jax.Array, key: jax.Array | None = None) -> tuple[ViTOutput, jax.Array]:
     """Output of the tower, and the tokens [B, K, E] that the decoder gets."""
     mask_key, keep_key = (None, None) if key is None else jax.random.split(key)

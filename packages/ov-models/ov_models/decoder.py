@@ -22,7 +22,8 @@ from ov_models.blocks import (
   run_blocks,
   stack_blocks,
 )
-from ov_models.config import TransformerConfig, check_choice, variant_sizes
+from ov_models.config import TransformerConfig, check_choice, check_flag, from_fields, variant_sizes
+from ov_models.contexts import any_mesh
 from ov_models.partition import constrain
 from ov_models.positions import check_sincos_dim, sincos1d
 
@@ -74,6 +75,7 @@ class DecoderConfig(TransformerConfig):
     self._check_positive("max_len")
     check_choice("mask", self.mask, ("prefix", "causal"))
     check_choice("position", self.position, ("none", "learned", "sincos"))
+    check_flag("parallel", self.parallel)
     if self.position == "sincos":
       check_sincos_dim(self.width, 2)
     if self.parallel:
@@ -91,7 +93,7 @@ class DecoderConfig(TransformerConfig):
     """A published size, e.g. "L"; `overrides` set any field."""
     sizes: dict[str, Any] = variant_sizes("decoder", name, DECODER_VARIANTS)
     sizes |= {"vocab_size": vocab_size, "max_len": max_len}
-    return cls(**(sizes | overrides))
+    return from_fields(cls, sizes | overrides)
 
 
 @jax.tree_util.register_dataclass
@@ -137,6 +139,7 @@ class Decoder(nnx.Module):
     self.norm = layer_norm(d, f32, rngs)
     self.head = linear(d, v, normal(d**-0.5), ("embed", "vocab"), f32, rngs, bias=False)
 
+  @any_mesh()
   def __call__(
     self, image_tokens: jax.Array, ids: jax.Array, parallel: jax.Array | None = None
   ) -> jax.Array:
@@ -214,6 +217,7 @@ class Decoder(nnx.Module):
     """float32 [D, V]."""
     return self.head.kernel[...]
 
+  @any_mesh()
   def logits(self, hidden: jax.Array) -> jax.Array:
     """[..., D] -> float32 [..., V]. Large: a loss should take hidden and head_kernel."""
     return jnp.einsum("...d,dv->...v", hidden, self.head_kernel, preferred_element_type=jnp.float32)

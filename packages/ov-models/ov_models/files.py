@@ -12,6 +12,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import tempfile
 from typing import Any
 
 import jax
@@ -21,9 +22,17 @@ import safetensors
 import safetensors.numpy
 
 from ov_models.captioner import CaptionerConfig
-from ov_models.config import check_choice
+from ov_models.config import check_choice, from_fields, shown
 from ov_models.decoder import DecoderConfig
-from ov_models.functional import Config, Params, abstract_params, bind
+from ov_models.functional import (
+  Config,
+  Params,
+  abstract_params,
+  bind,
+  differences,
+  first_few,
+  plain_dict,
+)
 from ov_models.query_decoder import QueryDecoderConfig
 from ov_models.text import TextConfig
 from ov_models.two_towers import TwoTowersConfig
@@ -34,6 +43,7 @@ WEIGHTS_FILE = "model.safetensors"
 FILE_DTYPES = ("float32", "bfloat16", "float16")
 _FORMAT = 1
 _MAX_CONFIG_BYTES = 1 << 20
+_FLOATS = ("F64", "F32", "F16", "BF16")
 _KINDS = {
   kind.__name__.removesuffix("Config"): kind
   for kind in (
@@ -64,13 +74,24 @@ def save(
   """
   check_choice("dtype", dtype, FILE_DTYPES)
   bind(config, params)
+  params = plain_dict(params)
   flat = {name: _rounded(name, value, dtype) for name, value in _flat(params).items()}
   path = pathlib.Path(folder)
   path.mkdir(parents=True, exist_ok=True)
-  safetensors.numpy.save_file(flat, path / WEIGHTS_FILE, metadata={"format": "np"})
   content = {"format": _FORMAT, "library": "openvision", "dtype": dtype}
   content |= {"model": config_to_dict(config), **(extra or {})}
-  (path / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+  text = json.dumps(content, indent=2) + "\n"
+  # Both are complete before either gets its name: a reader never sees half a file.
+  with tempfile.TemporaryDirectory(prefix=".model-", dir=path) as unfinished:
+    weights, config_file = (pathlib.Path(unfinished) / n for n in (WEIGHTS_FILE, CONFIG_FILE))
+    safetensors.numpy.save_file(flat, weights, metadata={"format": "np"})
+    config_file.write_text(text, "utf-8")
+    for file in (weights, config_file):
+      with open(file, "rb+") as handle:
+        os.fsync(handle.fileno())
+    (path / CONFIG_FILE).unlink(missing_ok=True)
+    weights.replace(path / WEIGHTS_FILE)
+    config_file.replace(path / CONFIG_FILE)
 
 
 def load(folder: str | os.PathLike[str]) -> tuple[Config, Params]:
@@ -81,15 +102,26 @@ def load(folder: str | os.PathLike[str]) -> tuple[Config, Params]:
     ValueError: a file that is damaged, of a later format, or does not fit the other.
   """
   path = pathlib.Path(folder)
-  config = config_from_dict(read_config(path)["model"])
+  try:
+    config = config_from_dict(read_config(path)["model"])
+    if not isinstance(config, Config):
+      raise ValueError(f"a {type(config).__name__} is a part of a model, not a model.")
+  except ValueError as error:
+    if str(error).startswith(str(path)):
+      raise
+    raise ValueError(f"{path / CONFIG_FILE}: {error}") from None
   expected = _flat(abstract_params(config))
   try:
     with safetensors.safe_open(path / WEIGHTS_FILE, "np") as file:
       found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
       _check_shapes(path / WEIGHTS_FILE, expected, found)
+      for name in expected:
+        if (kind := file.get_slice(name).get_dtype()) not in _FLOATS:
+          raise ValueError(f"{path / WEIGHTS_FILE}: {name} is {kind}; expected {_FLOATS}.")
       flat = {name: np.asarray(file.get_tensor(name), np.float32) for name in expected}
   except safetensors.SafetensorError as error:
-    raise ValueError(f"{path / WEIGHTS_FILE} is damaged: {error}.") from None
+    found_fault = " ".join(str(error).split())
+    raise ValueError(f"{path / WEIGHTS_FILE} is damaged: {found_fault}.") from None
   for name, value in flat.items():
     if not np.isfinite(value).all():
       raise ValueError(f"{path / WEIGHTS_FILE}: {name} holds values that are not finite.")
@@ -110,10 +142,10 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
   if (size := file.stat().st_size) > _MAX_CONFIG_BYTES:
     raise ValueError(f"{file} has {size} bytes; a configuration has at most {_MAX_CONFIG_BYTES}.")
   try:
-    content = json.loads(file.read_text("utf-8"))
+    content = json.loads(file.read_text("utf-8"), object_pairs_hook=_unique)
     library, version = content["library"], int(content["format"])
     content["model"]["kind"]
-  except (ValueError, KeyError, TypeError) as error:
+  except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
     raise ValueError(
       f"{file} is no configuration that ov_models.save wrote: {error!r}. Folders of other "
       "libraries are imported by //apps:export."
@@ -141,6 +173,8 @@ def config_from_dict(fields: Mapping[str, Any]) -> Any:
   Raises:
     ValueError: an unknown kind, unknown or missing fields, or values that cannot be.
   """
+  if not isinstance(fields, Mapping):
+    raise ValueError(f"model={shown(fields)}; expected an object with a kind and its fields.")
   kind = fields.get("kind")
   check_choice("kind", kind, _KINDS)
   values = {
@@ -148,10 +182,16 @@ def config_from_dict(fields: Mapping[str, Any]) -> Any:
     for name, value in fields.items()
     if name != "kind"
   }
-  try:
-    return _KINDS[str(kind)](**values)
-  except TypeError as error:
-    raise ValueError(f"fields of {kind} do not fit: {error}.") from None
+  return from_fields(_KINDS[str(kind)], values)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  """The dict of a JSON object; ValueError where a key appears twice."""
+  found = dict(pairs)
+  if len(found) < len(pairs):
+    twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+    raise ValueError(f"key {shown(twice)} appears twice")
+  return found
 
 
 def _rounded(name: str, value: Any, dtype: str) -> np.ndarray:
@@ -171,14 +211,9 @@ def _check_shapes(
   want = {name: tuple(leaf.shape) for name, leaf in expected.items()}
   if want == found:
     return
-  lines = [f"missing {name} {want[name]}" for name in want if name not in found]
-  lines += [f"left over {name} {found[name]}" for name in found if name not in want]
-  lines += [
-    f"{name} is {found[name]}, expected {want[name]}"
-    for name in want
-    if name in found and want[name] != found[name]
-  ]
-  raise ValueError(f"{file} does not fit {CONFIG_FILE} beside it:\n  " + "\n  ".join(lines))
+  raise ValueError(
+    f"{file} does not fit {CONFIG_FILE} in the same folder: {first_few(differences(want, found))}."
+  )
 
 
 def _flat(params: Params) -> dict[str, Any]:

@@ -100,7 +100,7 @@ def edit(folder: pathlib.Path, **changes):
     ({"library": "timm"}, "is of 'timm'"),
     ({"format": 99}, "format 99; this version reads openvision, up to format 1"),
     ({"model": {"kind": "Dict"}}, "kind='Dict' is unknown"),
-    ({"model": {"colour": 1}}, "fields of TwoTowers do not fit.*colour"),
+    ({"model": {"colour": 1}}, "field of TwoTowersConfig='colour' is unknown"),
     ({"model": {"embed_dim": 0}}, "embed_dim=0 must be a positive integer"),
     ({"model": {"embed_dim": 9}}, r"image_head/kernel is \(16, 8\), expected \(16, 9\)"),
   ],

@@ -1,5 +1,6 @@
 """Models as pure functions over plain nested dicts of arrays."""
 
+from collections.abc import Mapping
 import functools
 import math
 from typing import Any, overload
@@ -69,28 +70,70 @@ def bind(config: Config, params: Params) -> ViT | TextEncoder | Captioner | TwoT
   """The module of `config` over `params`; cheap, usable inside jit, grad and vmap.
 
   Raises:
-    ValueError: a parameter is missing, left over or of another shape; all are listed.
+    ValueError: a parameter is missing, left over, of another shape, or no float; the message
+      lists the first ones.
   """
+  params = plain_dict(params)
   _check_tree(abstract_params(config), params)
-  return nnx.merge(_abstract(config)[0], params)
+  return nnx.merge(_abstract(config)[0], jax.tree.map(_at_most_float32, params))
+
+
+def plain_dict(params: Any) -> Params:
+  """Nested dicts from nested mappings, such as flax's FrozenDict or nnx.State.
+
+  Raises:
+    ValueError: `params` is no mapping.
+  """
+  if isinstance(params, nnx.State):
+    return nnx.to_pure_dict(params)
+  if not isinstance(params, Mapping):
+    raise ValueError(
+      f"params is a {type(params).__name__}; expected nested dicts of arrays, as ov_models.init "
+      "returns."
+    )
+  return {k: plain_dict(v) if isinstance(v, Mapping) else v for k, v in params.items()}
+
+
+def _at_most_float32(leaf: jax.Array) -> jax.Array:
+  return leaf.astype(jnp.float32) if leaf.dtype == jnp.float64 else leaf
 
 
 def _check_tree(expected: Params, got: Params) -> None:
-  def shapes(tree: Params) -> dict[str, tuple[int, ...]]:
+  def flat(tree: Params) -> dict[str, Any]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(p, simple=True, separator="/"): jnp.shape(x) for p, x in leaves}
+    return {jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in leaves}
 
-  want, have = shapes(expected), shapes(got)
-  if want == have:
-    return
-  lines = [f"missing {name} {want[name]}" for name in want if name not in have]
-  lines += [f"left over {name} {have[name]}" for name in have if name not in want]
-  lines += [
+  leaves = flat(got)
+  strange = [name for name, leaf in leaves.items() if not hasattr(leaf, "dtype")]
+  found = [f"{name} is a {type(leaves[name]).__name__}, expected an array" for name in strange]
+  want = {name: tuple(leaf.shape) for name, leaf in flat(expected).items()}
+  have = {name: tuple(leaf.shape) for name, leaf in leaves.items() if name not in strange}
+  found += differences(want, have | {name: want.get(name, ()) for name in strange})
+  found += [
+    f"{name} is {leaves[name].dtype}, expected float32"
+    for name in have
+    if not jnp.issubdtype(leaves[name].dtype, jnp.floating)
+  ]
+  if found:
+    raise ValueError(f"parameters do not fit the config: {first_few(found)}.")
+
+
+def differences(want: Mapping[str, tuple], have: Mapping[str, tuple]) -> list[str]:
+  """What two tables of names and shapes do not share, in words."""
+  found = [f"missing {name} {want[name]}" for name in want if name not in have]
+  found += [f"left over {name} {have[name]}" for name in have if name not in want]
+  found += [
     f"{name} is {have[name]}, expected {want[name]}"
     for name in want
     if name in have and want[name] != have[name]
   ]
-  raise ValueError("parameters do not fit the config:\n  " + "\n  ".join(lines))
+  return found
+
+
+def first_few(found: list[str], most: int = 6) -> str:
+  """The first of many differences, for a message of one line."""
+  more = f"; and {len(found) - most} more" if len(found) > most else ""
+  return "; ".join(found[:most]) + more
 
 
 def logical_axes(config: Config) -> Params:

@@ -8,7 +8,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from ov_models import partition
+from ov_models import contexts, partition
 from ov_models.config import check_choice, check_ratio
 from ov_models.decoder import Decoder, DecoderConfig
 
@@ -134,12 +134,16 @@ def _generate(
   params: Any, images: jax.Array, key: jax.Array | None,
   graphdef: Any, options: _Options, layout: Any,
 ) -> GenerateOutput:  # fmt: skip
-  with partition.using(layout):
+  def run(params: Any, images: jax.Array, key: jax.Array | None) -> GenerateOutput:
     model = nnx.merge(graphdef, params)
     _, image_tokens = model.encode(images)
+    image_tokens = contexts.vary_as(image_tokens, (params, key))
     if options.method == "beam":
       return _beam(model.decoder, image_tokens, options)
     return _single(model.decoder, image_tokens, options, key)
+
+  with partition.using(layout):
+    return contexts.run(run, params, images, key, rows=images)
 
 
 def _single(
@@ -177,10 +181,11 @@ def _single(
     "token": jnp.full(batch, options.bos_id, jnp.int32),
     "ids": jnp.full((batch, max_len), options.pad_id, jnp.int32),
     "length": jnp.zeros(batch, jnp.int32),
-    "log_prob": jnp.zeros(batch),
+    "log_prob": jnp.zeros(batch, jnp.float32),
     "done": jnp.zeros(batch, bool),
     "cache": decoder.prefill(image_tokens, max_len),
   }
+  state = jax.tree.map(lambda x: contexts.vary_as(x, image_tokens), state)
   state = jax.lax.while_loop(unfinished, step, state)
   return GenerateOutput(state["ids"], state["length"], state["log_prob"])
 
@@ -199,7 +204,7 @@ def _beam(decoder: Decoder, image_tokens: jax.Array, options: _Options) -> Gener
   batch, width, max_len = image_tokens.shape[0], options.num_beams, options.max_len
   vocab = decoder.config.vocab_size
   # An ended hypothesis goes on with padding, free of charge.
-  only_pad = jnp.where(jnp.arange(vocab) == options.pad_id, 0.0, -jnp.inf)
+  only_pad = jnp.where(jnp.arange(vocab) == options.pad_id, 0.0, -jnp.inf).astype(jnp.float32)
 
   def rank(log_prob: jax.Array, length: jax.Array) -> jax.Array:
     return log_prob / jnp.maximum(length, 1).astype(jnp.float32) ** options.length_penalty
@@ -209,11 +214,11 @@ def _beam(decoder: Decoder, image_tokens: jax.Array, options: _Options) -> Gener
 
   def step(state: dict[str, Any]) -> dict[str, Any]:
     t, done = state["t"], state["done"]
-    hidden, cache = decoder.step(state["token"].reshape(-1), t, state["cache"])
+    hidden, cache = decoder.step(state["token"].reshape(batch * width), t, state["cache"])
     log_prob = jax.nn.log_softmax(decoder.logits(hidden)).reshape(batch, width, vocab)
     log_prob = jnp.where(done[..., None], only_pad, log_prob) + state["log_prob"][..., None]
     length = state["length"] + ~done
-    scores = rank(log_prob, length[..., None]).reshape(batch, -1)
+    scores = rank(log_prob, length[..., None]).reshape(batch, width * vocab)
     chosen = jax.lax.top_k(scores, width)[1]
     parent, token = chosen // vocab, (chosen % vocab).astype(jnp.int32)
 
@@ -231,22 +236,24 @@ def _beam(decoder: Decoder, image_tokens: jax.Array, options: _Options) -> Gener
       "token": token,
       "ids": inherit(state["ids"]).at[:, :, t].set(token),
       "length": inherit(length),
-      "log_prob": jnp.take_along_axis(log_prob.reshape(batch, -1), chosen, axis=1),
+      "log_prob": jnp.take_along_axis(log_prob.reshape(batch, width * vocab), chosen, axis=1),
       "done": inherit(done) | (token == options.eos_id),
       "cache": jax.tree.map(inherit_cache, cache),
     }
 
   cache = decoder.prefill(image_tokens, max_len)
+  first_only = jnp.where(jnp.arange(width) == 0, 0.0, -jnp.inf)
   state = {
     "t": jnp.int32(0),
     "token": jnp.full((batch, width), options.bos_id, jnp.int32),
     "ids": jnp.full((batch, width, max_len), options.pad_id, jnp.int32),
     "length": jnp.zeros((batch, width), jnp.int32),
     # All start equal: only the first may branch, or all would hold the same caption.
-    "log_prob": jnp.tile(jnp.where(jnp.arange(width) == 0, 0.0, -jnp.inf), (batch, 1)),
+    "log_prob": jnp.tile(first_only.astype(jnp.float32), (batch, 1)),
     "done": jnp.zeros((batch, width), bool),
     "cache": jax.tree.map(lambda a: jnp.repeat(a, width, axis=1), cache),
   }
+  state = jax.tree.map(lambda x: contexts.vary_as(x, image_tokens), state)
   state = jax.lax.while_loop(unfinished, step, state)
   best = rank(state["log_prob"], state["length"]).argmax(axis=1)
   take = jax.vmap(lambda rows, index: rows[index])

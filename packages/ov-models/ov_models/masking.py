@@ -23,7 +23,7 @@ def random_index(
   key: jax.Array, batch: int, num_tokens: int, keep: int, *, ordered: bool
 ) -> jax.Array:
   """An independent uniform subset per example: int32 [B, K], ascending if `ordered`."""
-  noise = jax.random.uniform(key, (batch, num_tokens))
+  noise = jax.random.uniform(key, (batch, num_tokens), jnp.float32)  # also under x64
   index = jnp.argsort(noise, axis=1)[:, :keep]
   return jnp.sort(index, axis=1) if ordered else index
 
@@ -40,7 +40,8 @@ def grid_index(key: jax.Array, batch: int, grid: tuple[int, int], keep: int) -> 
   size = bayer.shape[0]
   offset = jax.random.randint(key, (batch, 2, 1, 1), 0, size)
   y, x = jnp.mgrid[: grid[0], : grid[1]]
-  rank = bayer[(y + offset[:, 0]) % size, (x + offset[:, 1]) % size].reshape(batch, -1)
+  rank = bayer[(y + offset[:, 0]) % size, (x + offset[:, 1]) % size]
+  rank = rank.reshape(batch, grid[0] * grid[1])
   return jnp.sort(jnp.argsort(rank, axis=1)[:, :keep], axis=1)
 
 

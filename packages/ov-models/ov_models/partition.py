@@ -14,6 +14,8 @@ import dataclasses
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ov_models.contexts import automatic_mesh, manual_axes
+
 
 @dataclasses.dataclass(frozen=True)
 class _Layout:
@@ -67,10 +69,11 @@ def using(layout: _Layout | None) -> Iterator[None]:
 def constrain(x: jax.Array, tensor_axis: int | None = None) -> jax.Array:
   """Pins x [B, ...] to the batch axes, and dimension `tensor_axis` to the tensor axis."""
   layout = _layout.get()
-  if layout is None:
+  if layout is None or manual_axes():  # a device inside jax.shard_map has its part only
     return x
   spec = _spec(layout, x.ndim, tensor_axis)
-  return jax.lax.with_sharding_constraint(x, NamedSharding(layout.mesh, spec))
+  sharding = NamedSharding(automatic_mesh(layout.mesh), spec)
+  return jax.lax.with_sharding_constraint(x, sharding)
 
 
 def per_device(
@@ -83,12 +86,13 @@ def per_device(
     tensor_axes: which dimension of each argument the tensor axis shares, or None.
   """
   layout = _layout.get()
-  if layout is None:
+  if layout is None or manual_axes():
     return f
 
   def run(*args: jax.Array) -> jax.Array:
     specs = tuple(_spec(layout, a.ndim, axis) for a, axis in zip(args, tensor_axes, strict=True))
-    mapped = jax.shard_map(f, mesh=layout.mesh, in_specs=specs, out_specs=specs[0], check_vma=False)
+    mesh = automatic_mesh(layout.mesh)
+    mapped = jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)
     return mapped(*args)
 
   return run

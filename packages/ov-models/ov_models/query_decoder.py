@@ -12,7 +12,8 @@ import jax.numpy as jnp
 
 from ov_models.attention import Mask
 from ov_models.blocks import axes, layer_norm, linear, normal, run_blocks, stack_blocks
-from ov_models.config import TransformerConfig, variant_sizes
+from ov_models.config import TransformerConfig, from_fields, variant_sizes
+from ov_models.contexts import any_mesh
 from ov_models.decoder import DECODER_VARIANTS, text_style
 from ov_models.partition import constrain
 
@@ -41,7 +42,7 @@ class QueryDecoderConfig(TransformerConfig):
     """A published size, e.g. "L"; `overrides` set any field."""
     sizes: dict[str, Any] = variant_sizes("decoder", name, DECODER_VARIANTS)
     sizes |= {"vocab_size": vocab_size, "num_queries": num_queries}
-    return cls(**(sizes | overrides))
+    return from_fields(cls, sizes | overrides)
 
 
 class QueryDecoder(nnx.Module):
@@ -80,6 +81,7 @@ class QueryDecoder(nnx.Module):
     self.norm = layer_norm(d, f32, rngs)
     self.head = linear(d, v, normal(d**-0.5), ("embed", "vocab"), f32, rngs, bias=False)
 
+  @any_mesh()
   def __call__(self, image_tokens: jax.Array, text_tokens: jax.Array | None = None) -> jax.Array:
     """Hidden states that predict the caption.
 

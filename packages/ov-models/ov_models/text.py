@@ -19,7 +19,8 @@ from ov_models.blocks import (
   run_blocks,
   stack_blocks,
 )
-from ov_models.config import TransformerConfig, check_choice, variant_sizes
+from ov_models.config import TransformerConfig, check_choice, from_fields, shown, variant_sizes
+from ov_models.contexts import any_mesh
 from ov_models.decoder import text_style
 from ov_models.partition import constrain
 from ov_models.vit import MapPool
@@ -76,9 +77,11 @@ class TextConfig(TransformerConfig):
     check_choice("pool", self.pool, ("last", "first", "argmax", "mean", "map"))
     check_choice("mask", self.mask, ("full", "causal"))
     check_choice("padding", self.padding, ("attend", "mask"))
-    if not 0 <= self.pad_id < self.vocab_size:
+    whole = isinstance(self.pad_id, int) and not isinstance(self.pad_id, bool)
+    if not whole or not 0 <= self.pad_id < self.vocab_size:
       raise ValueError(
-        f"pad_id={self.pad_id} is no id of a vocabulary of {self.vocab_size}; give the tokenizer's."
+        f"pad_id={shown(self.pad_id)} is no id of a vocabulary of {self.vocab_size}; give the "
+        "tokenizer's."
       )
     if self.pool == "first" and self.mask == "causal":
       raise ValueError(
@@ -109,7 +112,7 @@ class TextConfig(TransformerConfig):
     check_choice("preset", preset, TEXT_PRESETS)
     sizes: dict[str, Any] = variant_sizes("text", name, TEXT_VARIANTS)
     sizes |= {"vocab_size": vocab_size, "max_len": max_len}
-    return cls(**(sizes | TEXT_PRESETS[preset] | overrides))
+    return from_fields(cls, sizes | TEXT_PRESETS[preset] | overrides)
 
 
 @jax.tree_util.register_dataclass
@@ -139,6 +142,7 @@ class TextEncoder(nnx.Module):
       float32 = dataclasses.replace(config, dtype="float32", attention="xla")
       self.pool = MapPool(float32, style, rngs=rngs)
 
+  @any_mesh()
   def __call__(self, ids: jax.Array) -> TextOutput:
     """Encodes texts.
 
@@ -155,6 +159,7 @@ class TextEncoder(nnx.Module):
     x = run_blocks(self.blocks, x, mask, self.config)
     return TextOutput(pooled=self._pool(x, ids, mask.keys), tokens=x)
 
+  @any_mesh(axis=1)
   def hidden_states(self, ids: jax.Array) -> jax.Array:
     """[L + 1, B, T, D] in compute dtype: what enters the blocks, and what leaves each of them."""
     x, mask = self._embed(ids)

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from ov_models.blocks import axes, linear, normal
-from ov_models.config import check_choice, check_ratio
+from ov_models.config import check_choice, check_finite, check_part, check_ratio, check_size
+from ov_models.contexts import any_mesh
 from ov_models.decoder import Decoder, DecoderConfig
 from ov_models.query_decoder import QueryDecoder, QueryDecoderConfig
 from ov_models.text import TextConfig, TextEncoder
@@ -51,8 +52,15 @@ class TwoTowersConfig:
   parallel_ratio: float = 0.0
 
   def __post_init__(self) -> None:
-    if not isinstance(self.embed_dim, int) or self.embed_dim < 1:
-      raise ValueError(f"embed_dim={self.embed_dim!r} must be a positive integer.")
+    check_part("encoder", self.encoder, ViTConfig)
+    if self.text is not None:
+      check_part("text", self.text, TextConfig)
+    if self.decoder is not None:
+      check_part("decoder", self.decoder, QueryDecoderConfig, DecoderConfig)
+    check_size("embed_dim", self.embed_dim)
+    check_finite("log_scale_init", self.log_scale_init)
+    if self.bias_init is not None:
+      check_finite("bias_init", self.bias_init)
     if self.text is None:
       if self.decoder is None:
         raise ValueError("text=None and decoder=None leave an image tower; use its ViTConfig.")
@@ -191,6 +199,7 @@ class TwoTowers(nnx.Module):
     elif config.decoder is not None:
       self.decoder = Decoder(config.decoder, width, rngs=rngs)
 
+  @any_mesh()
   def encode_image(self, images: jax.Array, key: jax.Array | None = None) -> Embedded:
     """float32 [B, H, W, 3], normalised, to its embedding; `key` as for ViT."""
     with jax.named_scope("encoder"):
@@ -200,6 +209,7 @@ class TwoTowers(nnx.Module):
       raw = self.image_head(raw)
     return Embedded(unit=_unit(raw), raw=raw, tokens=out.tokens, pooled=out.pooled)
 
+  @any_mesh()
   def encode_text(self, ids: jax.Array) -> Embedded:
     """int32 [B, T], as for TextEncoder, to its embedding.
 
@@ -214,6 +224,7 @@ class TwoTowers(nnx.Module):
     tokens = out.tokens[:, :-1] if text.pool == "last" else out.tokens
     return Embedded(unit=_unit(raw), raw=raw, tokens=tokens, pooled=out.pooled)
 
+  @any_mesh()
   def caption_hidden(
     self,
     image_tokens: jax.Array,
@@ -249,6 +260,7 @@ class TwoTowers(nnx.Module):
         parallel = jax.random.bernoulli(key, ratio, ids.shape[:1])
       return self.decoder(image_tokens, ids, parallel)
 
+  @any_mesh()
   def encode(self, images: jax.Array, key: jax.Array | None = None) -> tuple[Embedded, jax.Array]:
     """What `encode_image` gives, and the tokens that the decoder reads: all of them."""
     image = self.encode_image(images, key)

@@ -23,7 +23,16 @@ from ov_models.blocks import (
   run_blocks,
   stack_blocks,
 )
-from ov_models.config import TransformerConfig, check_choice, check_ratio, variant_sizes
+from ov_models.config import (
+  LARGEST_SIZE,
+  TransformerConfig,
+  check_choice,
+  check_ratio,
+  from_fields,
+  shown,
+  variant_sizes,
+)
+from ov_models.contexts import any_mesh
 from ov_models.partition import constrain
 from ov_models.positions import check_sincos_dim, resample_positions, sincos2d
 
@@ -78,7 +87,11 @@ class ViTConfig(TransformerConfig):
     check_ratio("mask_ratio", self.mask_ratio, zero=True, one=False)
     if self.position == "sincos2d":
       check_sincos_dim(self.width, 4)
-    self.grid_of(self.image_size, self.image_size)
+    if self.num_patches > LARGEST_SIZE:
+      raise ValueError(
+        f"image_size={self.image_size} with patch_size={self.patch_size} makes "
+        f"{self.num_patches} patches; expected at most {LARGEST_SIZE}."
+      )
 
   @classmethod
   def from_name(cls, name: str, image_size: int = 224, **overrides: Any) -> "ViTConfig":
@@ -87,12 +100,16 @@ class ViTConfig(TransformerConfig):
     Raises:
       ValueError: unknown variant, patch that is no number, or an impossible combination.
     """
+    if not isinstance(name, str):
+      raise ValueError(f"ViT variant={shown(name)}; expected a name such as 'L/14'.")
     variant, _, patch = name.partition("/")
-    if patch and not patch.isdecimal():
-      raise ValueError(f"patch size {patch!r} in {name!r} is no number; write e.g. 'L/14'.")
+    if patch and not (patch.isascii() and patch.isdigit() and len(patch) < 9):
+      raise ValueError(
+        f"patch size {shown(patch)} in {shown(name)} is no number; write e.g. 'L/14'."
+      )
     sizes: dict[str, Any] = variant_sizes("ViT", variant, VIT_VARIANTS)
     sizes |= {"patch_size": int(patch or 16), "image_size": image_size}
-    return cls(**(sizes | overrides))
+    return from_fields(cls, sizes | overrides)
 
   def grid_of(self, height: int, width: int) -> tuple[int, int]:
     """Rows and columns of patches of an image; ValueError if it is smaller than one patch."""
@@ -144,7 +161,9 @@ def _style(width: int) -> BlockStyle:
     out=normal(0.02),
     up=normal(0.02),
     # std sqrt(0.3072 / D): 0.02 at D = 768.
-    down=jax.nn.initializers.variance_scaling(0.3072, "fan_out", "truncated_normal"),
+    down=jax.nn.initializers.variance_scaling(
+      0.3072, "fan_out", "truncated_normal", dtype=jnp.float32
+    ),
   )
 
 
@@ -154,7 +173,7 @@ class MapPool(nnx.Module):
   def __init__(self, config: TransformerConfig, style: BlockStyle, *, rngs: nnx.Rngs) -> None:
     d = config.width
     self.dtype = config.compute_dtype
-    probe = jax.nn.initializers.xavier_uniform()(rngs.params(), (1, d))
+    probe = jax.nn.initializers.xavier_uniform(dtype=jnp.float32)(rngs.params(), (1, d))
     self.probe = nnx.Param(probe[0], **axes(None))
     self.attn = Attention(config, style, rngs=rngs)
     self.norm = layer_norm(d, self.dtype, rngs)
@@ -188,6 +207,7 @@ class ViT(nnx.Module):
     if config.pool == "map":
       self.pool = MapPool(config, _style(d), rngs=rngs)
 
+  @any_mesh()
   def __call__(self, images: jax.Array, key: jax.Array | None = None) -> ViTOutput:
     """Encodes images.
 
@@ -208,6 +228,7 @@ class ViT(nnx.Module):
     x = run_blocks(self.blocks, x, FULL, config)
     return ViTOutput(pooled=self._pool(x), tokens=x[:, 1:])
 
+  @any_mesh(axis=1)
   def hidden_states(self, images: jax.Array) -> jax.Array:
     """[L + 1, B, 1 + T, D] in compute dtype: what enters the blocks, and what leaves each of them.
 
@@ -220,12 +241,13 @@ class ViT(nnx.Module):
   def _embed(self, images: jax.Array) -> tuple[jax.Array, tuple[int, int]]:
     """cls and patches with positions: [B, 1 + T, D] in compute dtype, and the grid."""
     config = self.config
+    images = jnp.asarray(images)
     if images.ndim != 4 or images.shape[3] != 3:
       raise ValueError(f"images have shape {tuple(images.shape)}; expected [B, H, W, 3].")
     grid = config.grid_of(images.shape[1], images.shape[2])
     # float32 up to here whatever the compute dtype: pixels and positions need the bits.
     x = self.patch_embed(images.astype(jnp.float32))
-    x = constrain(x.reshape(x.shape[0], -1, config.width))
+    x = constrain(x.reshape(x.shape[0], grid[0] * grid[1], config.width))
     cls = jnp.broadcast_to(self.cls[...], (x.shape[0], 1, config.width))
     if config.position == "learned":
       table = resample_positions(self.position_embedding[...], config.grid, grid)
