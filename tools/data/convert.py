@@ -64,9 +64,8 @@ def main() -> None:
     summary = convert(_INPUT.value, common_flags.local_path(common_flags.OUTPUT.value))
   print(summary)
   if not sum(summary.examples.values()):
-    raise UserError(
-      f"no image could be used; {summary.directory}/{writer.SKIPPED} lists the reasons"
-    )
+    reasons = fs.printable(f"{summary.directory}/{writer.SKIPPED}")
+    raise UserError(f"no image could be used; {reasons} lists the reasons")
 
 
 def convert(source: str, output: Path) -> writer.Summary:
@@ -93,7 +92,7 @@ def convert(source: str, output: Path) -> writer.Summary:
   for path in (source, images):
     if fs.is_remote(path):
       raise ValueError(f"{path}: only local files can be converted; copy it to a disk first.")
-  print(f"listing {source}", file=sys.stderr)
+  print(f"listing {fs.printable(source)}", file=sys.stderr)
   found = layouts.read(
     os.path.expanduser(source), _FORMAT.value or "auto", images, options.follow_links
   )

@@ -283,6 +283,7 @@ def _check_some_exist(path: str, root: str, names: Sequence[str], follow_links: 
 def _log_skips(path: str, listing: Listing) -> None:
   """Log what gives no record, and what was passed over."""
   found: dict[str, list[str]] = {}
+  path = fs.printable(path)
   for skip in listing.skips:
     found.setdefault(skip.reason, []).append(skip.key)
   for reason, keys in found.items():
