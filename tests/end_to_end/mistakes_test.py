@@ -135,6 +135,7 @@ def get_config(arg=None):
   [
     (_FILE.format("config.wandb.project = 'x'"), "--config.wandb is called --config.wandb_project"),
     (_FILE.format("config.bach_size = 3"), "did you mean --config.batch_size"),
+    (_FILE.format("assert 1 / 0"), "own.py, line 4: division by zero"),
     ("import nowhere", "own.py, line 1: No module named 'nowhere'"),
     ("x = 1", "has no function get_config"),
   ],

@@ -5,11 +5,12 @@ repeats it.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 import contextlib
 from pathlib import Path
 import resource
 import signal
+from typing import Any
 import zlib
 
 import numpy as np
@@ -21,13 +22,19 @@ MAX_SECONDS = 20  # of one trial; most take milliseconds
 MAX_BYTES = 2 << 30  # resident memory of the process
 
 
-def run(kind: str, numbers: Iterable[int], folder: Path) -> Counter[str]:
+def run(
+  kind: str,
+  numbers: Iterable[int],
+  folder: Path,
+  kinds: Mapping[str, Callable[[Path], Any]] = trials.KINDS,
+) -> Counter[str]:
   """Run trials of one kind.
 
   Args:
-    kind: a key of `trials.KINDS`.
+    kind: a key of `kinds`.
     numbers: of the trials.
     folder: scratch space.
+    kinds: `trials.KINDS`, or those of `trials_run`.
 
   Returns:
     How many inputs were "used", "counted" and "refused".
@@ -35,7 +42,7 @@ def run(kind: str, numbers: Iterable[int], folder: Path) -> Counter[str]:
   Raises:
     AssertionError: a trial failed, hung or took too much memory; names it.
   """
-  trial = trials.KINDS[kind](folder)
+  trial = kinds[kind](folder)
   outcomes: Counter[str] = Counter()
   for number in numbers:
     rng = np.random.default_rng([zlib.crc32(kind.encode()), number])
