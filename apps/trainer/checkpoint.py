@@ -139,6 +139,7 @@ class Checkpoints:
       options=ocp.CheckpointManagerOptions(
         preservation_policy=policies.AnyPreservationPolicy(keep),
         read_only=read_only,
+        create=False,  # made above
         async_options=ocp.AsyncOptions(
           post_finalization_callback=self._verify,
           # Made in the background, a folder that cannot be made fails one thread, and others wait
@@ -350,9 +351,13 @@ def _cause(error: BaseException) -> str:
 
 
 def _quiet(record: python_logging.LogRecord) -> bool:
-  """Drop tracebacks that orbax logs in each of its threads; `_failed` reports the cause once."""
+  """Drop tracebacks that orbax logs in each of its threads; `_failed` reports the cause once.
+
+  Dropped too: its warnings that a directory opened for reading is read only.
+  """
   from_orbax = f"{os.sep}orbax{os.sep}" in record.pathname
-  return not (from_orbax and record.exc_info and os.environ.get("OV_TRACEBACK") != "1")
+  noise = record.exc_info or re.search("read.only", str(record.msg))
+  return not (from_orbax and noise and os.environ.get("OV_TRACEBACK") != "1")
 
 
 def _barrier(name: str) -> None:

@@ -226,7 +226,8 @@ def _lines(content: bytes) -> list[tuple[bytes, dict[str, Any] | None]]:
       line = msgspec.json.decode(text, type=dict[str, bool | int | float | None])
     except (msgspec.MsgspecError, UnicodeDecodeError):
       line = {}
-    sound = type(line.get("step")) is int and line["step"] >= 0
+    step = line.get("step")
+    sound = type(step) is int and step >= 0
     lines.append((text + b"\n", line if sound else None))
   return lines
 
