@@ -34,6 +34,9 @@ _IMAGE_SIZE = flags.DEFINE_integer(
 _PICTURES = flags.DEFINE_string(
   "pictures", None, "Folder of pictures to compare on; drawn if none."
 )
+_ONNX_OPSET = flags.DEFINE_integer(
+  "onnx_opset", None, "With --format=onnx: version of the ONNX operators, 18 to 23; 18 by default."
+)
 _LICENSE = flags.DEFINE_string("license", "apache-2.0", "Licence field of the model cards.")
 _PUSH = flags.DEFINE_string("push_to_hub", None, "Repository to upload to: org/name.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "With --push_to_hub: lists what would be uploaded.")
@@ -59,6 +62,10 @@ def main() -> None:
   if _DRY_RUN.value and not _PUSH.value:
     raise UserError("--dry_run says what --push_to_hub=org/name would do; give that too")
   formats = _formats()
+  if _ONNX_OPSET.value is not None and not (_WORKDIR.value and "onnx" in formats):
+    raise UserError(
+      f"--onnx_opset={_ONNX_OPSET.value} is for exports with --format=onnx; add it, or leave it out"
+    )
   with user_errors():
     out = (places.new if _WORKDIR.value else places.existing)("--out=", _OUT.value)
   if _WORKDIR.value:
@@ -88,7 +95,7 @@ def _exported(out: Path) -> list[str]:
   """Return the formats of an export made before."""
   try:
     content = json.loads((out / "export.json").read_text("utf-8"))
-  except (OSError, ValueError) as error:
+  except (OSError, ValueError, RecursionError) as error:
     raise UserError(f"--out={out} is no export to upload: {error}; give --workdir too") from error
   formats = content.get("formats") if isinstance(content, dict) else None
   known = isinstance(formats, list) and all(name in FORMATS for name in formats)
@@ -105,11 +112,14 @@ def _export(workdir: str, formats: list[str], out: Path) -> None:
   from apps.exporter import exporting, hub
   from apps.exporter.source import load_source
   from apps.trainer.progress import Terminal
+  from ov_convert import onnx_export
 
   with user_errors():
     if _PUSH.value:
       hub.check(formats, _PUSH.value, dry_run=_DRY_RUN.value)
     pictures = places.existing("--pictures=", _PICTURES.value) if _PICTURES.value else None
+    opset = onnx_export.DEFAULT_OPSET if _ONNX_OPSET.value is None else _ONNX_OPSET.value
+    onnx_export.check_opset(opset)
     source = load_source(
       workdir,
       step=_STEP.value,
@@ -117,7 +127,9 @@ def _export(workdir: str, formats: list[str], out: Path) -> None:
       image_size=_IMAGE_SIZE.value,
       dtype=_DTYPE.value,
     )
-    agreed = exporting.export(source, formats, out, pictures, _LICENSE.value, Terminal())
+    agreed = exporting.export(
+      source, formats, out, pictures, _LICENSE.value, Terminal(), {"onnx": {"opset": opset}}
+    )
   if not agreed:
     sys.exit(1)
 

@@ -32,6 +32,7 @@ _LIBRARIES: dict[str, str | None] = {
 _SPOKEN = {"onnx": "ONNX", "stablehlo": "StableHLO", "safetensors": "ov-models and PyTorch"}
 _PARTS = {"encoder": "image tower", "text": "text tower", "decoder": "caption decoder"}
 _IMAGE_ONLY = ("timm",)  # formats without text towers
+_FIXED_SIZE = ("onnx", "stablehlo")  # the shape of their input is part of the file
 _OWN_PREPROCESSING = ("open_clip", "timm", "transformers")  # libraries that bring one
 _WRITERS = ("safetensors", "stablehlo")  # formats that write captions
 # The values of a config that decide what a model becomes, by their dotted name.
@@ -226,9 +227,34 @@ def _notes(facts: CardFacts) -> list[str]:
       "The class of the image tower is BEiT, without its relative positions and layer scales: that "
       "computes what this tower does, up to the pooled vector."
     )
+  if opset := facts.parity.get("opset"):
+    notes.append(f"The graphs use version {opset} of the ONNX operators (opset).")
+  notes.append(_resolution(facts))
   if release.dtype != "float32":
     notes.append(f"The files hold {release.dtype}; the programs below compute in float32.")
   return notes
+
+
+def _resolution(facts: CardFacts) -> str:
+  """What the folder computes of images of another size, and how to export it for one."""
+  encoder, kind = facts.release.encoder, facts.kind
+  side, computed = encoder.image_size, encoder.position == "sincos2d"
+  positions = "positions are computed for it" if computed else "learned positions are resampled"
+  anew = f"For another size export the run again with --image_size: {positions}."
+  if kind == "safetensors" and computed:
+    return f"The programs read images of {side} x {side} pixels; the models take any size."
+  if kind in _FIXED_SIZE or kind == "safetensors":
+    return f"It reads images of {side} x {side} pixels and no others. {anew}"
+  silent = (
+    "transformers interpolates the table of positions"
+    if kind == "transformers"
+    else (f"{kind} refuses others, or, where it is told to, interpolates the table of positions")
+  )
+  cosine = "0.96" if computed else "0.99999"
+  return (
+    f"It is for images of {side} x {side} pixels. For others {silent}: features are then not those "
+    f"of the original (cosine {cosine} for a random ViT-Ti/16 of 48 pixels at 96). {anew}"
+  )
 
 
 def _listed(names: Iterable[str]) -> str:

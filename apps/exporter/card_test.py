@@ -362,3 +362,21 @@ def test_programs_show_what_the_model_can():
 def test_the_card_is_written_beside_the_weights(tmp_path):
   card.write_card(tmp_path, _facts())
   assert (tmp_path / "README.md").read_text("utf-8") == card.render(_facts())
+
+
+@pytest.mark.parametrize("kind", ["timm", "transformers", "onnx", "stablehlo", "safetensors"])
+@pytest.mark.parametrize("position", ["sincos2d", "learned"])
+def test_the_card_says_what_other_resolutions_give(kind, position):
+  config = ov_models.ViTConfig.from_name("mu/16", image_size=32, position=position)
+  page = card.render(CardFacts(kind, Release(config, {}, Preprocess(32, "center")), "mit"))
+  own = kind == "safetensors" and position == "sincos2d"
+  assert ("export the run again with --image_size" in page) == (not own)
+  assert ("the models take any size" in page) == own
+  cosine = {"sincos2d": "cosine 0.96 ", "learned": "cosine 0.99999 "}[position]
+  assert (cosine in page) == (kind in ("timm", "transformers"))
+
+
+def test_the_card_says_the_opset():
+  release = Release(ov_models.ViTConfig.from_name("mu/16", image_size=32), {}, Preprocess(32))
+  page = card.render(CardFacts("onnx", release, "mit", parity={"opset": 19}))
+  assert "version 19 of the ONNX operators" in page

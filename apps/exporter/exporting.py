@@ -1,11 +1,12 @@
 """An export from beginning to end: check, write, compare, describe, and only then hand over."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import contextlib
 import datetime
 import json
 from pathlib import Path
 import tempfile
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -34,6 +35,7 @@ def export(
   pictures: Path | None,
   license_name: str,
   terminal: Terminal,
+  options: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
 ) -> bool:
   """Writes `out` with a folder for each format, if every library agrees with us.
 
@@ -44,6 +46,7 @@ def export(
     pictures: folder of pictures to compare on; drawn ones for None.
     license_name: for the model cards.
     terminal: shows phases and tables.
+    options: by format, arguments of its writer, such as {"onnx": {"opset": 18}}.
 
   Returns:
     Whether all agreed; where not, nothing is left.
@@ -76,8 +79,12 @@ def export(
     inputs = probe.write_probe(inputs_folder, source, encoded)
     ours = probe.our_outputs(source.release, inputs, source.specials)
     for name, chosen in table.items():
-      rows, versions = _one(chosen, name, partial / name, source, inputs_folder, ours, terminal)
-      _describe(partial / name, name, source, rows, versions, license_name, len(encoded))
+      rows, versions = _one(
+        chosen, name, partial / name, source, inputs_folder, ours, terminal, options.get(name, {})
+      )
+      facts = _facts(name, source, rows, versions, len(encoded)) | dict(options.get(name, {}))
+      (partial / name / PARITY_FILE).write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
+      card.write_card(partial / name, card.facts_of(name, source, facts, license_name))
       if failure := parity.first_failure(rows):
         failed.append(f"{name} disagrees: {parity.explain(failure)}")
     if failed:
@@ -99,11 +106,12 @@ def _one(
   inputs: Path,
   ours: dict[str, np.ndarray],
   terminal: Terminal,
+  options: Mapping[str, Any],
 ) -> tuple[list[parity.Row], dict[str, str]]:
   """Writes one format and compares it; prints the table."""
   terminal.phase(f"{name}: writing")
   folder.mkdir(parents=True)
-  chosen.write(folder, source.release)
+  chosen.write(folder, source.release, **options)
   rows: list[parity.Row] = []
   versions: dict[str, str] = {}
   if name == "safetensors":
@@ -128,17 +136,15 @@ def add_tokenizer(folder: Path, source: Source) -> None:
     source.tokenizer.save(folder / "tokenizer")
 
 
-def _describe(
-  folder: Path,
+def _facts(
   name: str,
   source: Source,
   rows: list[parity.Row],
   versions: dict[str, str],
-  license_name: str,
   num_pictures: int,
-) -> None:
-  """parity.json and the model card."""
-  content: dict[str, Any] = {
+) -> dict[str, Any]:
+  """The content of parity.json."""
+  return {
     "format": name,
     "date": datetime.date.today().isoformat(),
     "dtype": source.release.dtype,
@@ -147,8 +153,6 @@ def _describe(
     "versions": {"jax": jax.__version__, **versions},
     "rows": [_finite(row.to_json()) for row in rows],
   }
-  (folder / PARITY_FILE).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
-  card.write_card(folder, card.facts_of(name, source, content, license_name))
 
 
 def _finite(row: dict[str, Any]) -> dict[str, Any]:

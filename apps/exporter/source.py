@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping
 import dataclasses
-import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from ml_collections import ConfigDict
+import msgspec
 import numpy as np
 
 from apps.caption_task import captioner_config
@@ -18,6 +18,37 @@ from apps.trainer.workdir import Workdir, open_workdir
 from ov_convert.release import Preprocess, Release, Words, encoder_of, portable, round_params
 import ov_data
 import ov_models
+
+_T = TypeVar("_T")
+
+
+class _Checkpoint(msgspec.Struct):
+  dir: str | None = None
+
+
+class _RunConfig(msgspec.Struct):
+  """What is read of config.json of a run."""
+
+  checkpoint: _Checkpoint = msgspec.field(default_factory=_Checkpoint)
+
+
+class _Result(msgspec.Struct):
+  """One number of an evaluation, as ov_eval writes it."""
+
+  name: str
+  value: float | None
+  count: int = 0
+  unit: str | None = None
+  interval: tuple[float | None, float | None] | None = None
+  context: dict[str, Any] | None = None
+
+
+class _Evaluation(msgspec.Struct):
+  """What is read of evaluations/STEP.json."""
+
+  split: str
+  results: list[_Result]
+  examples_seen: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,8 +138,7 @@ def _checkpoints(workdir: Workdir) -> str:
     found = "it is a file, not a folder" if workdir.path.exists() else "there is no such folder"
     raise ValueError(f"--workdir={workdir.place}: {found}; expected that of a run or an import")
   file = workdir.path / "config.json"
-  elsewhere = json.loads(file.read_text()).get("checkpoint", {}).get("dir") if file.exists() else ""
-  return elsewhere or workdir.place
+  return (_read(file, _RunConfig).checkpoint.dir if file.exists() else "") or workdir.place
 
 
 def _texts(folder: Path) -> tuple[ov_data.Tokenizer | None, ov_data.TextProcessor | None]:
@@ -193,6 +223,20 @@ def _results(workdir: Path, step: int, part: str) -> tuple[Mapping[str, Any], ..
   file = workdir / "evaluations" / f"{step}.json"
   if not file.exists() or part != "params":
     return ()
-  content = json.loads(file.read_text("utf-8"))
-  shared = {"split": content["split"], "examples_seen": content.get("examples_seen")}
-  return tuple(result | shared for result in content["results"])
+  content = _read(file, _Evaluation)
+  shared = {"split": content.split, "examples_seen": content.examples_seen}
+  return tuple(msgspec.to_builtins(result) | shared for result in content.results)
+
+
+def _read(file: Path, form: type[_T]) -> _T:
+  """Read a JSON file of a run.
+
+  Raises:
+    ValueError: it is no JSON, or not of this form.
+  """
+  try:
+    return msgspec.json.decode(file.read_bytes(), type=form)
+  except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    raise ValueError(
+      f"{file} is damaged: {error}; restore it, or move it away to export without it"
+    ) from None

@@ -125,3 +125,25 @@ def test_figures_are_those_of_the_step(tmp_path):
   (tmp_path / "w" / "evaluations" / "0.json").write_text(json.dumps(content))
   (row,) = load_source(tmp_path / "w").results
   assert (row["name"], row["split"], row["examples_seen"]) == ("knn", "heldout", 5)
+
+
+@pytest.mark.parametrize(
+  "content", ["[]", "{", "[" * 100_000, "3", '{"split": 3, "results": []}', "\\xff",
+              '{"split": "x", "results": {}}', '{"split": "x", "results": [3]}',
+              '{"split": "x", "results": [{"name": "knn", "value": [1]}]}'],
+)  # fmt: skip
+def test_evaluations_of_another_form_are_one_line(tmp_path, content):
+  make(tmp_path / "w", VIT)
+  (tmp_path / "w" / "evaluations").mkdir()
+  (tmp_path / "w" / "evaluations" / "0.json").write_text(content, "latin-1")
+  with pytest.raises(ValueError, match=r"0\.json is damaged: .*; restore it") as told:
+    load_source(tmp_path / "w")
+  assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("content", ["[]", '{"checkpoint": []}', '{"checkpoint": {"dir": 3}}', "{"])
+def test_a_config_of_another_form_is_one_line(tmp_path, content):
+  make(tmp_path / "w", VIT)
+  (tmp_path / "w" / "config.json").write_text(content)
+  with pytest.raises(ValueError, match=r"config\.json is damaged: "):
+    load_source(tmp_path / "w")

@@ -20,14 +20,14 @@ class Target:
 
   Attributes:
     check: raises ValueError where the format cannot hold a model.
-    write: writes the folder.
+    write: writes the folder; formats may take options by name.
     script: of ov_convert/clients, which loads the folder by its library's documented call.
     offers: names of arrays that the library must give, where ours has them.
     here: whether the script runs in this environment: it needs jax and no client library.
   """
 
   check: Callable[[Release], None]
-  write: Callable[[Path, Release], None]
+  write: Callable[..., None]
   script: str
   offers: tuple[str, ...]
   here: bool = False

@@ -10,6 +10,7 @@ import json
 import pathlib
 from typing import Any
 
+from ov_convert import fields
 from ov_convert.release import Words
 from ov_convert.writing import write_json
 
@@ -78,14 +79,21 @@ def words_from(
   """
   try:
     names = Words(tokenizer_json, length, append_cls, 0, 0, 0).vocabulary
-  except (ValueError, KeyError, TypeError) as error:
+  except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
     raise ValueError(f"{TOKENIZER_FILE} is none of the tokenizers library: {error!r}.") from None
+  for token, number in names.items():
+    # The library makes tables as long as the largest id.
+    if type(number) is not int or not 0 <= number < fields.MAX_VOCABULARY:
+      raise ValueError(
+        f"{TOKENIZER_FILE} gives {fields.shown(token)} the id {fields.shown(number)}; expected a "
+        f"whole number below {fields.MAX_VOCABULARY}."
+      )
   found: dict[str, int | None] = {}
   for role in _ROLES:
     named = settings.get(f"{role}_token")
     named = named.get("content") if isinstance(named, dict) else named
-    candidates = ([named] if named else []) + list(_USUAL_NAMES[role])
-    found[role] = next((int(names[name]) for name in candidates if name in names), None)
+    candidates = ([named] if isinstance(named, str) else []) + list(_USUAL_NAMES[role])
+    found[role] = next((names[name] for name in candidates if name in names), None)
   needed = ("pad", "bos", "eos", "cls") if append_cls else ("pad", "bos", "eos")
   if missing := [role for role in needed if found[role] is None]:
     usual = "; ".join(f"{role}: {' or '.join(_USUAL_NAMES[role])}" for role in missing)

@@ -15,6 +15,18 @@ from ov_convert.release import Release
 import ov_models
 
 PREPROCESSOR_FILE = "preprocessor.json"
+# From 18 on PyTorch writes all of our graphs; onnxruntime 1.19, the oldest that is tried, reads up
+# to 21, and 1.32 reads up to 25.
+OPSETS = (18, 23)
+DEFAULT_OPSET = 18
+
+
+def check_opset(opset: int) -> None:
+  """Raise ValueError for an opset that is not written."""
+  if not OPSETS[0] <= opset <= OPSETS[1]:
+    raise ValueError(
+      f"onnx_opset={opset}; expected {OPSETS[0]} to {OPSETS[1]} (onnxruntime 1.19 reads up to 21)."
+    )
 
 
 def check(release: Release) -> None:
@@ -40,6 +52,8 @@ def write(
   folder: str | os.PathLike[str],
   release: Release,
   python: str | os.PathLike[str] | None = None,
+  *,
+  opset: int = DEFAULT_OPSET,
 ) -> None:
   """Writes image.onnx, text.onnx, preprocessor.json and tokenizer.json, as far as there are towers.
 
@@ -47,18 +61,20 @@ def write(
     folder: made where missing.
     release: the model, in float32.
     python: interpreter with PyTorch; that of the clients' environment by default.
+    opset: version of the ONNX operators, see `OPSETS`.
 
   Raises:
-    ValueError: see `check`.
+    ValueError: see `check` and `check_opset`.
     client_env.ClientError: PyTorch cannot trace the model.
   """
   check(release)
+  check_opset(opset)
   path = pathlib.Path(folder)
   path.mkdir(parents=True, exist_ok=True)
   with tempfile.TemporaryDirectory() as scratch:
     torch_module.write(scratch, release)
-    client_env.run_client("write_onnx.py", [scratch, path.absolute()], python=python)
-  content = json.dumps(_preprocessor(release), indent=2)
+    client_env.run_client("write_onnx.py", [scratch, path.absolute(), str(opset)], python=python)
+  content = json.dumps(_preprocessor(release) | {"opset": opset}, indent=2)
   (path / PREPROCESSOR_FILE).write_text(content + "\n", "utf-8")
   if release.words is not None and "text" in _towers(release):
     (path / torch_module.TOKENIZER_FILE).write_text(release.words.tokenizer_json, "utf-8")

@@ -3,11 +3,12 @@
 import dataclasses
 import json
 import pathlib
+import subprocess
 
 import numpy as np
 import pytest
 
-from ov_convert import onnx_export
+from ov_convert import client_env, onnx_export
 from ov_convert.testing_whole import (
   LENGTH,
   largest_difference,
@@ -98,4 +99,29 @@ def test_other_dtypes_are_refused_with_everything_else(tmp_path):
   preprocess = dataclasses.replace(release.preprocess, image_size=32)
   with pytest.raises(ValueError, match="bfloat16(.|\n)*image_size=32"):
     onnx_export.write(tmp_path / "model", dataclasses.replace(release, preprocess=preprocess))
+  assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("opset", [18, 21, 23])
+def test_the_opset_is_the_one_that_was_asked_for(tmp_path, opset):
+  release = small_release(VIT)
+  folder = tmp_path / "model"
+  onnx_export.write(folder, release, opset=opset)
+  program = (
+    "import onnx, sys; graph = onnx.load(sys.argv[1], load_external_data=False); "
+    "print({o.domain: o.version for o in graph.opset_import}[''])"
+  )
+  command = [str(client_env.find_python()), "-c", program, str(folder / "image.onnx")]
+  assert int(subprocess.run(command, capture_output=True, check=True).stdout) == opset
+  assert json.loads((folder / "preprocessor.json").read_text("utf-8"))["opset"] == opset
+  inputs = random_inputs(release, 3)
+  theirs = run("run_onnx.py", folder, inputs, tmp_path)
+  ours = our_arrays(release, inputs)["image/pooled"]
+  assert largest_difference(ours, theirs.arrays["image/pooled"]) < TOLERANCE
+
+
+@pytest.mark.parametrize("opset", [17, 24, -1, 10**9])
+def test_other_opsets_are_refused_before_anything_is_written(tmp_path, opset):
+  with pytest.raises(ValueError, match=f"onnx_opset={opset}; expected 18 to 23"):
+    onnx_export.write(tmp_path / "model", small_release(VIT), opset=opset)
   assert not (tmp_path / "model").exists()

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from ov_convert import hf_tokenizer, open_clip_config, reading, vision
+from ov_convert import fields, hf_tokenizer, open_clip_config, reading, vision
 from ov_convert.name_map import (
   CONV,
   LEAD_1,
@@ -143,7 +143,7 @@ def read(folder: str | os.PathLike[str], python: str | os.PathLike[str] | None =
   """
   root = pathlib.Path(folder)
   content = reading.read_json(root / CONFIG_FILE)
-  model = content.get("model_cfg", content)
+  model = fields.section(content, "model_cfg", f"{root / CONFIG_FILE}: ") or content
   if found := open_clip_config.misfits(model):
     raise ValueError(f"{root / CONFIG_FILE} is no model of ours:\n  " + "\n  ".join(found))
   flat = reading.read_tensors(root, _WEIGHTS_FILES, python)
@@ -152,12 +152,16 @@ def read(folder: str | os.PathLike[str], python: str | os.PathLike[str] | None =
   table = flat.get("visual.positional_embedding", np.zeros((0, 0)))
   size, patch = open_clip_config.image_and_patch(model)
   encoder = open_clip_config.read_vision(model, vision.kind_of_positions(table, size, patch))
+  sizes = {"width": encoder.width, "width * mlp_ratio": encoder.mlp_dim}
+  fields.check_against_weights(flat, encoder.depth, sizes, f"{root / CONFIG_FILE}: vision_cfg")
   preprocess, notes = open_clip_config.read_preprocess(content, encoder.image_size)
   with_words = any(name.endswith("token_embedding.weight") for name in flat)
   if not (open_clip_config.has_text(model) and with_words):
     params, more = _read_image_tower(flat, encoder)
     return Imported(encoder, params, preprocess, None, (*notes, *more))
   text = open_clip_config.read_text(model)
+  sizes = {"width": text.width, "width * mlp_ratio": text.mlp_dim, "vocab_size": text.vocab_size}
+  fields.check_against_weights(flat, text.depth, sizes, f"{root / CONFIG_FILE}: text_cfg")
   words, more = _read_words(root, model["text_cfg"], text)
   if open_clip_config.masks_padding(text):
     if words is None or words.cls_id is None:
@@ -171,11 +175,16 @@ def read(folder: str | os.PathLike[str], python: str | os.PathLike[str] | None =
     text=text,
     decoder=None,
     embed_dim=model["embed_dim"],
-    log_scale_init=model.get("init_logit_scale", ov_models.TwoTowersConfig.log_scale_init),
+    log_scale_init=_log_scale(model),
     bias_init=float(np.reshape(flat["logit_bias"], ())) if "logit_bias" in flat else None,
   )
   params = name_map(config).to_ours(flat, config)
   return Imported(config, params, preprocess, words, (*notes, *more))
+
+
+def _log_scale(model: Mapping[str, Any]) -> float:
+  given = model.get("init_logit_scale")
+  return ov_models.TwoTowersConfig.log_scale_init if given is None else float(given)
 
 
 def mask_padding(flat: Flat, cls_id: int) -> Flat:
@@ -206,6 +215,8 @@ def unmask_padding(flat: Mapping[str, np.ndarray], cls_id: int) -> Flat:
   plain = {name.removeprefix("text."): tensor for name, tensor in flat.items()}
   appended = plain.pop("cls_emb", None)
   words, table = plain.get("token_embedding.weight"), plain.get("positional_embedding")
+  if words is not None and not cls_id < len(words):
+    raise ValueError(f"[CLS] has id {cls_id}, but there are embeddings of {len(words)} tokens.")
   if appended is not None and words is not None and not np.array_equal(words[cls_id], appended):
     raise ValueError(f"text.cls_emb is not the embedding of [CLS], id {cls_id}, as we write it.")
   if table is not None and len(table) > 1:
@@ -268,7 +279,7 @@ def _read_image_tower(
 
 
 def _read_words(
-  root: pathlib.Path, fields: Mapping[str, Any], text: ov_models.TextConfig
+  root: pathlib.Path, text_cfg: Mapping[str, Any], text: ov_models.TextConfig
 ) -> tuple[Words | None, list[str]]:
   """The tokenizer beside the weights, or why there is none."""
   if not (root / hf_tokenizer.TOKENIZER_FILE).is_file():
@@ -282,7 +293,7 @@ def _read_words(
   if open_clip_config.masks_padding(text):
     settings.pop("pad_token", None)  # there [eos] is the padding
   # The published configs do not say that [CLS] ends a row; their pooling needs it.
-  append_cls = fields.get("tokenizer_mode") == "clips" or text.pool == "last"
+  append_cls = text_cfg.get("tokenizer_mode") == "clips" or text.pool == "last"
   try:
     return hf_tokenizer.words_from(
       content, settings, length=text.max_len, append_cls=append_cls

@@ -6,6 +6,7 @@ Fields and their defaults are those of open_clip 3.3.0, CLIPVisionCfg and CLIPTe
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from ov_convert import fields as checked
 from ov_convert import vision
 from ov_convert.release import Fit, Preprocess, Release
 import ov_models
@@ -183,7 +184,13 @@ def misfits(model: Mapping[str, Any]) -> list[str]:
   fields = model.get("vision_cfg")
   if not isinstance(fields, Mapping) or not isinstance(model.get("embed_dim"), int):
     return ["embed_dim, a number, and vision_cfg, an object, are not there"]
-  found = vision.unlike(model, {"quick_gelu": False}, _TOP_READ, "")
+  found = _not_numbers(model, ("embed_dim",), "")
+  for name in ("init_logit_scale", "init_logit_bias"):
+    if model.get(name) is not None and not checked.is_number(model[name]):
+      found.append(f"{name}={checked.shown(model[name])} (must be a number)")
+  if not isinstance(model.get("text_cfg") or {}, Mapping):
+    return [*found, f"text_cfg={checked.shown(model['text_cfg'])} (must be an object)"]
+  found += vision.unlike(model, {"quick_gelu": False}, _TOP_READ, "")
   wanted = _PLAIN | {"attentional_pool": False, "timm_model_name": None, "in_channels": 3}
   found += vision.unlike(fields, wanted, _VISION_READ, "vision_cfg.")
   found += _wrong(fields, "no_ln_pre", False, (True,), "vision_cfg.")
@@ -204,6 +211,9 @@ def misfits(model: Mapping[str, Any]) -> list[str]:
   found += vision.unlike(fields, wanted, _TEXT_READ, "text_cfg.")
   sizes = ("layers", "width", "heads", "mlp_ratio", "vocab_size", "context_length")
   found += _not_numbers(fields, sizes, "text_cfg.")
+  pad_id = fields.get("pad_id", 0)
+  if type(pad_id) is not int or not 0 <= pad_id < checked.MAX_VOCABULARY:
+    found.append(f"text_cfg.pad_id={checked.shown(pad_id)} (must be a token)")
   found += _wrong(fields, "pool_type", "argmax", ("last", "first", "argmax"), "text_cfg.")
   found += _wrong(fields, "act_kwargs", None, ({"approximate": "tanh"},), "text_cfg.")
   found += _wrong_norm_and_block(fields, "text_cfg.")
@@ -216,13 +226,15 @@ def misfits(model: Mapping[str, Any]) -> list[str]:
 
 def read_preprocess(content: Mapping[str, Any], size: int) -> tuple[Preprocess, list[str]]:
   """Preprocessing, and what of it is not ours; defaults are those of the library."""
-  fields = content.get("preprocess_cfg") or {}
+  fields = checked.section(content, "preprocess_cfg", "open_clip_config.json: ")
   notes = []
   mode = fields.get("resize_mode", "shortest")
   if mode == "longest":
     notes.append("preprocessing: resize_mode='longest' pads; pictures are cropped here instead")
   if (kind := fields.get("interpolation", "bicubic")) != "bilinear":
-    notes.append(f"preprocessing: interpolation={kind!r}; pictures are resized bilinearly here")
+    notes.append(
+      f"preprocessing: interpolation={checked.shown(kind)}; pictures are resized bilinearly here"
+    )
   defaults = {
     "mean": (0.48145466, 0.4578275, 0.40821073),  # of the library, as in CLIP
     "std": (0.26862954, 0.26130258, 0.27577711),
@@ -230,7 +242,8 @@ def read_preprocess(content: Mapping[str, Any], size: int) -> tuple[Preprocess, 
   values = {}
   for name, default in defaults.items():
     given = fields.get(name) or default
-    values[name] = tuple(map(float, given if isinstance(given, list | tuple) else (given,) * 3))
+    given = given if isinstance(given, list | tuple) else (given,) * 3  # one for all channels
+    values[name] = checked.three({name: given}, name, default, "preprocess_cfg.")
   fit: Fit = "squash" if mode == "squash" else "center"
   return Preprocess(size, fit, values["mean"], values["std"]), notes
 
@@ -241,25 +254,38 @@ def _wrong(
   value = fields.get(name, default)
   if value in allowed:
     return []
-  return [f"{prefix}{name}={value!r} (must be {' or '.join(map(repr, allowed))})"]
+  return [f"{prefix}{name}={checked.shown(value)} (must be {' or '.join(map(repr, allowed))})"]
 
 
 def _wrong_norm_and_block(fields: Mapping[str, Any], prefix: str) -> list[str]:
   norm = fields.get("norm_kwargs") or {}
+  if not isinstance(norm, Mapping):
+    return [f"{prefix}norm_kwargs={checked.shown(norm)} (must be an object)"]
   # Without the field open_clip takes 1e-5, which moves text features by 1e-3.
   found = _wrong(norm, "eps", 1e-5, (_EPS,), f"{prefix}norm_kwargs.")
   found += vision.unlike(norm, {}, {"eps"}, f"{prefix}norm_kwargs.")
   return found + _wrong(fields, "block_type", None, (None, "default"), prefix)
 
 
+_LIMITS = {
+  "layers": checked.MAX_DEPTH, "width": checked.MAX_WIDTH, "head_width": checked.MAX_WIDTH,
+  "heads": checked.MAX_WIDTH, "embed_dim": checked.MAX_WIDTH, "patch_size": checked.MAX_SIDE,
+  "image_size": checked.MAX_SIDE, "vocab_size": checked.MAX_VOCABULARY,
+  "context_length": checked.MAX_TOKENS,
+}  # fmt: skip
+
+
 def _not_numbers(fields: Mapping[str, Any], names: tuple[str, ...], prefix: str) -> list[str]:
-  """Sizes that are none."""
+  """Sizes that are none, or too large."""
 
   def is_size(name: str, value: Any) -> bool:
-    return isinstance(value, int | float if name == "mlp_ratio" else int) and value > 0
+    if name == "mlp_ratio":
+      return checked.is_number(value) and value > 0
+    return type(value) is int and 0 < value <= _LIMITS[name]
 
   return [
-    f"{prefix}{name}={fields[name]!r} (must be a positive number)"
+    f"{prefix}{name}={checked.shown(fields[name])} (must be a positive number"
+    + (f" up to {_LIMITS[name]})" if name in _LIMITS else ")")
     for name in names
     if name in fields and not is_size(name, fields[name])
   ]

@@ -49,12 +49,9 @@ def read_json(path: Folder) -> dict[str, Any]:
     FileNotFoundError: there is no such file.
     ValueError: it is too large, leads elsewhere, is no JSON object, or holds NaN or infinity.
   """
-  path = pathlib.Path(path)
-  file = inside(path.parent, path.name)
-  if (size := file.stat().st_size) > MAX_JSON_BYTES:
-    raise ValueError(f"{path} has {size} bytes; JSON is read up to {MAX_JSON_BYTES}.")
+  text = _read_json_bytes(path)
   try:
-    content = json.loads(file.read_bytes(), parse_constant=_number, parse_float=_number)
+    content = json.loads(text, parse_constant=_number, parse_float=_number)
   except RecursionError:
     raise ValueError(f"{path} is nested too deeply to be a configuration.") from None
   except ValueError as error:
@@ -62,6 +59,20 @@ def read_json(path: Folder) -> dict[str, Any]:
   if not isinstance(content, dict):
     raise ValueError(f"{path} holds a {type(content).__name__}, expected an object {{...}}.")
   return content
+
+
+def read_json_text(path: Folder) -> str:
+  """The text of a JSON file that `read_json` accepts; raises as it does."""
+  read_json(path)
+  return _read_json_bytes(path).decode("utf-8")
+
+
+def _read_json_bytes(path: Folder) -> bytes:
+  path = pathlib.Path(path)
+  file = inside(path.parent, path.name)
+  if (size := file.stat().st_size) > MAX_JSON_BYTES:
+    raise ValueError(f"{path} has {size} bytes; JSON is read up to {MAX_JSON_BYTES}.")
+  return file.read_bytes()
 
 
 def read_tensors(

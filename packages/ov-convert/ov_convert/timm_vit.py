@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ov_convert import reading, vision
+from ov_convert import fields, reading, vision
 from ov_convert.name_map import (
   CONV,
   LEAD_1,
@@ -75,6 +75,9 @@ _MAP_POOL: _Lines = (
   *_dense("mlp.fc1", "mlp/up"),
   *_dense("mlp.fc2", "mlp/down"),
 )
+_RANKS = {
+  "cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4, "blocks.0.mlp.fc1.weight": 2,
+}  # fmt: skip  # axes of tensors that sizes are read from; of others 1
 # Arguments of VisionTransformer that must be as ours is, and those that are read or have no say.
 _WANTED: dict[str, Any] = {
   "in_chans": 3,
@@ -157,6 +160,8 @@ def read(folder: str | os.PathLike[str], python: str | os.PathLike[str] | None =
   content = reading.read_json(root / CONFIG_FILE)
   if "architecture" not in content:
     raise ValueError(f"{root / CONFIG_FILE} names no architecture; it is no folder of timm.")
+  for name in ("model_args", "pretrained_cfg"):
+    fields.section(content, name, f"{root / CONFIG_FILE}: ")
   flat = reading.read_tensors(root, _WEIGHTS_FILES, python)
   if found := _misfits(content, flat):
     raise ValueError(f"{root} is no model of ours:\n  " + "\n  ".join(found))
@@ -167,6 +172,10 @@ def read(folder: str | os.PathLike[str], python: str | os.PathLike[str] | None =
   bias = flat.get("patch_embed.proj.bias", np.zeros(1, np.float32))
   if bias.any():
     # A bias of the patches is the same as higher positions of the patches.
+    if bias.shape != flat["pos_embed"].shape[-1:]:
+      raise ValueError(
+        f"{root}: patch_embed.proj.bias is {bias.shape}, but pos_embed {flat['pos_embed'].shape}"
+      )
     flat["pos_embed"] = np.concatenate(
       [flat["pos_embed"][:, :1], flat["pos_embed"][:, 1:] + bias], 1
     )
@@ -233,9 +242,9 @@ def _config(release: Release, classes: int) -> dict[str, Any]:
 
 def _pool(content: Mapping[str, Any], flat: Mapping[str, np.ndarray]) -> str:
   """global_pool as the config says, or else as the tensors do."""
-  named = content.get("model_args", {}).get("global_pool") or content.get("global_pool")
+  named = (content.get("model_args") or {}).get("global_pool") or content.get("global_pool")
   if named is not None:
-    return str(named)
+    return named if isinstance(named, str) and len(named) < 20 else fields.shown(named)
   if any(name.startswith("attn_pool.") for name in flat):
     return "map"
   return "avg" if "fc_norm.weight" in flat else "token"
@@ -244,9 +253,11 @@ def _pool(content: Mapping[str, Any], flat: Mapping[str, np.ndarray]) -> str:
 def _misfits(content: Mapping[str, Any], flat: Mapping[str, np.ndarray]) -> list[str]:
   """What keeps a model from being one of ours: fields with their values, and tensors."""
   found = []
-  name, arguments = content["architecture"], content.get("model_args", {})
+  name, arguments = content["architecture"], content.get("model_args") or {}
   if not re.fullmatch(r"vit_[a-z0-9]+_patch\d+_\d+", str(name)):
-    found.append(f"architecture={name!r} (must be plain: vit_<size>_patch<patch>_<pixels>)")
+    found.append(
+      f"architecture={fields.shown(name)} (must be plain: vit_<size>_patch<patch>_<pixels>)"
+    )
   found += vision.unlike(arguments, _WANTED, _READ, "model_args.")
   if (pool := _pool(content, flat)) not in _POOLS.values():
     found.append(f"global_pool={pool!r} (must be {', '.join(_POOLS.values())})")
@@ -264,6 +275,10 @@ def _misfits(content: Mapping[str, Any], flat: Mapping[str, np.ndarray]) -> list
   ):
     if tensor not in flat:
       found.append(f"no tensor {tensor} ({means})")
+    elif flat[tensor].ndim != _RANKS.get(tensor, 1) or not flat[tensor].size:
+      found.append(
+        f"tensor {tensor} is {flat[tensor].shape} (must have {_RANKS.get(tensor, 1)} axes)"
+      )
   for part, means in (
     ("norm_pre.", "a norm before the blocks, as in CLIP"),
     ("reg_token", "register tokens"),
@@ -286,8 +301,9 @@ def _sizes(flat: Mapping[str, np.ndarray]) -> tuple[int, int, int]:
 
 def _num_heads(content: Mapping[str, Any], flat: Mapping[str, np.ndarray]) -> int | None:
   """Of the config, or of the published ViT of these sizes; no tensor tells."""
-  if (named := content.get("model_args", {}).get("num_heads")) is not None:
-    return int(named)
+  arguments = content.get("model_args") or {}
+  if arguments.get("num_heads") is not None:
+    return fields.whole(arguments, "num_heads", None, fields.MAX_WIDTH, "model_args.")
   known = {tuple(sizes): heads for *sizes, heads in ov_models.VIT_VARIANTS.values()}
   return known.get(_sizes(flat))
 
@@ -296,9 +312,7 @@ def _read_config(content: Mapping[str, Any], flat: Flat) -> ov_models.ViTConfig:
   width, depth, mlp_dim = _sizes(flat)
   patch = flat["patch_embed.proj.weight"].shape[-1]
   rows = flat["pos_embed"].shape[1]
-  named = content.get("model_args", {}).get("img_size")
-  size = named or content.get("pretrained_cfg", content).get("input_size", [3, 224, 224])[-1]
-  size = size if isinstance(size, int) else size[-1]
+  size = _image_size(content)
   grid = round((rows - 1) ** 0.5)
   image_size = size if size // patch == grid else grid * patch
   return ov_models.ViTConfig(
@@ -313,21 +327,31 @@ def _read_config(content: Mapping[str, Any], flat: Flat) -> ov_models.ViTConfig:
   )
 
 
+def _image_size(content: Mapping[str, Any]) -> int:
+  """The last side of what config.json states."""
+  settings = content.get("pretrained_cfg") or content
+  size = (content.get("model_args") or {}).get("img_size") or settings.get("input_size") or 224
+  if isinstance(size, list) and size:
+    size = size[-1]
+  return fields.whole({"image size": size}, "image size", None, fields.MAX_SIDE, "config.json: ")
+
+
 def _read_preprocess(content: Mapping[str, Any], size: int) -> tuple[Preprocess, list[str]]:
   """Preprocessing, and what of it is not ours; defaults are those of timm."""
-  fields = content.get("pretrained_cfg", content)
+  given = content.get("pretrained_cfg") or content
   notes = []
   wanted = {"interpolation": "bilinear", "crop_pct": 1.0}
   defaults = {"interpolation": "bicubic", "crop_pct": 0.875}
   for name, value in wanted.items():
-    if (theirs := fields.get(name) or defaults[name]) != value:
-      notes.append(f"preprocessing: {name}={theirs!r}; here it is {value!r}")
-  mode = fields.get("crop_mode") or "center"
+    if (theirs := given.get(name) or defaults[name]) != value:
+      notes.append(f"preprocessing: {name}={fields.shown(theirs)}; here it is {value!r}")
+  mode = given.get("crop_mode") or "center"
   if mode not in ("center", "squash"):
-    notes.append(f"preprocessing: crop_mode={mode!r}; here it is 'center'")
+    notes.append(f"preprocessing: crop_mode={fields.shown(mode)}; here it is 'center'")
   default = Preprocess(size)
   values = {
-    name: tuple(map(float, fields.get(name) or getattr(default, name))) for name in ("mean", "std")
+    name: fields.three(given, name, getattr(default, name), "pretrained_cfg.")
+    for name in ("mean", "std")
   }
   fit: Fit = "squash" if mode == "squash" else "center"
   return Preprocess(size, fit, values["mean"], values["std"]), notes

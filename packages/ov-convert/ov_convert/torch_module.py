@@ -5,6 +5,7 @@
 says how pictures and texts are made into inputs.
 """
 
+from collections.abc import Mapping
 import dataclasses
 import math
 import os
@@ -12,10 +13,11 @@ import pathlib
 import shutil
 from typing import Any
 
-from ov_convert import client_env
+from ov_convert import client_env, fields, reading
 from ov_convert.name_map import Params
 from ov_convert.release import Config, Imported, Preprocess, Release, Words
 import ov_models
+from ov_models.files import CONFIG_FILE, WEIGHTS_FILE
 
 MODULE_FILE = "openvision_torch.py"
 TOKENIZER_FILE = "tokenizer.json"
@@ -64,21 +66,70 @@ def read(folder: str | os.PathLike[str]) -> Imported:
     ValueError: a file that is damaged or does not fit the others.
   """
   path = pathlib.Path(folder)
+  for name in (CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE):
+    if (path / name).exists():
+      reading.inside(path, name)
   content = ov_models.read_config(path)
-  config, params = ov_models.load(path)
+  where = f"{path / CONFIG_FILE}: "
+  _check_sizes(fields.section(content, "model", where), f"{where}model.")
+  try:
+    config, params = ov_models.load(path)
+  except (AttributeError, TypeError, LookupError, ArithmeticError) as error:  # parts of wrong types
+    reason = " ".join(str(error).split()[:40])
+    raise ValueError(f"{where}model does not fit together: {reason}; export it anew.") from None
   preprocess, words = content.get("preprocess"), content.get("words")
   try:
     if preprocess is not None:
-      fields = dict(preprocess)
-      fields |= {name: tuple(fields[name]) for name in ("mean", "std")}
-      preprocess = Preprocess(**fields)
+      preprocess = _preprocess(fields.section(content, "preprocess", ""))
     if words is not None:
-      words = Words(tokenizer_json=_tokenizer(path / TOKENIZER_FILE), **words)
+      words = _words(fields.section(content, "words", ""), _tokenizer(path / TOKENIZER_FILE))
   except (TypeError, KeyError, ValueError) as error:
     raise ValueError(
       f"preprocess or words in {path / 'config.json'} do not fit: {error}; export the model anew."
     ) from None
   return _checked(config, params, preprocess, words)
+
+
+# Fields of our configs that have a lower limit than the number of tokens in a vocabulary.
+_LIMITS = {
+  "depth": fields.MAX_DEPTH, "width": fields.MAX_WIDTH, "mlp_dim": 4 * fields.MAX_WIDTH,
+  "num_heads": fields.MAX_WIDTH, "embed_dim": fields.MAX_WIDTH, "patch_size": fields.MAX_SIDE,
+  "image_size": fields.MAX_SIDE, "max_len": fields.MAX_TOKENS, "num_queries": fields.MAX_TOKENS,
+}  # fmt: skip
+
+
+def _check_sizes(content: Mapping[str, Any], where: str) -> None:
+  """Raises ValueError for numbers beyond any model, at any depth."""
+  for name, value in content.items():
+    if isinstance(value, Mapping):
+      _check_sizes(value, f"{where}{name}.")
+    elif isinstance(value, int):
+      fields.whole(
+        {name: int(value)}, name, None, _LIMITS.get(name, fields.MAX_VOCABULARY), where, 0
+      )
+    elif isinstance(value, float):
+      fields.number(content, name, 0.0, where)
+    elif value is not None and not isinstance(value, str):
+      raise ValueError(f"{where}{name}={fields.shown(value)}; expected a number, a text or null.")
+
+
+def _preprocess(content: Mapping[str, Any]) -> Preprocess:
+  given = dict(content)
+  given["image_size"] = fields.whole(given, "image_size", None, fields.MAX_SIDE)
+  given |= {name: fields.three(given, name, ()) for name in ("mean", "std")}
+  return Preprocess(**given)
+
+
+def _words(content: Mapping[str, Any], tokenizer_json: str) -> Words:
+  given = dict(content)
+  given["length"] = fields.whole(given, "length", None, fields.MAX_TOKENS)
+  for name in ("pad_id", "bos_id", "eos_id", "unk_id", "cls_id"):
+    if name in ("unk_id", "cls_id") and given.get(name) is None:
+      continue
+    given[name] = fields.whole(given, name, None, fields.MAX_VOCABULARY, low=0)
+  if not isinstance(given.get("append_cls"), bool):
+    raise ValueError(f"append_cls={fields.shown(given.get('append_cls'))}; expected true or false.")
+  return Words(tokenizer_json=tokenizer_json, **given)
 
 
 def _checked(

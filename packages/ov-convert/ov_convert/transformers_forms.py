@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ov_convert import fields as fields_lib
 from ov_convert.release import Preprocess
 import ov_models
 
@@ -41,7 +42,12 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
   "dinov2": _COMMON
   | {"patch_size": 14, "layer_norm_eps": 1e-6, "mlp_ratio": 4, "use_swiglu_ffn": False},
 }
-_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+_SIZES = {
+  "hidden_size": fields_lib.MAX_WIDTH,
+  "num_hidden_layers": fields_lib.MAX_DEPTH,
+  "num_attention_heads": fields_lib.MAX_WIDTH,
+  "intermediate_size": 4 * fields_lib.MAX_WIDTH,
+}
 _OURS = {
   "num_channels": 3,
   "hidden_act": "gelu",
@@ -98,41 +104,46 @@ def vit_config(content: Mapping[str, Any]) -> ov_models.ViTConfig:
   """
   kind, problems = content.get("model_type"), list[str]()
   fields = dict(content)
-  if kind in _DEFAULTS:
+  if isinstance(kind, str) and kind in _DEFAULTS:
     fields = _DEFAULTS[kind] | fields
-    sizes = [name for name in _SIZES if not isinstance(fields[name], int)]
-    problems += [f"{name}={fields[name]!r} (expected a whole number)" for name in sizes]
-  elif kind in _OTHERS:
+  elif isinstance(kind, str) and kind in _OTHERS:
     defaults, reasons = _OTHERS[kind]
     tower = fields.get("vision_config")
     fields = defaults | (tower if isinstance(tower, Mapping) else fields)  # type: ignore[operator]
     problems += reasons
   else:
-    problems.append(f"model_type={kind!r} (read are {', '.join(_DEFAULTS)})")
+    problems.append(f"model_type={fields_lib.shown(kind)} (read are {', '.join(_DEFAULTS)})")
   problems += [
-    f"{name}={fields[name]!r} (ours {value!r})"
+    f"{name}={fields_lib.shown(fields[name])} (ours {value!r})"
     for name, value in _OURS.items()
     if name in fields and fields[name] != value
   ]
   problems += [
-    f"{name}={fields[name]!r} (ours is one number, for a square)"
+    f"{name}={fields_lib.shown(fields[name])} (ours is one number, for a square)"
     for name in ("image_size", "patch_size")
     if name in fields and not isinstance(_side(fields[name]), int)
   ]
-  if kind == "dinov2" and not isinstance(fields["mlp_ratio"], int | float):
-    problems.append(f"mlp_ratio={fields['mlp_ratio']!r} (expected a number)")
+  if isinstance(kind, str) and kind in _DEFAULTS:
+    problems += [
+      f"{name}={fields_lib.shown(fields[name])} (expected a whole number from 1 to {high})"
+      for name, high in _SIZES.items()
+      if type(fields[name]) is not int or not 1 <= fields[name] <= high
+    ]
   if problems:
-    raise ValueError(f"this {kind} is no tower of ours: {'; '.join(problems)}.")
+    raise ValueError(f"this {_told(kind)} is no tower of ours: {'; '.join(problems)}.")
+  sides = {name: _side(fields[name]) for name in ("image_size", "patch_size")}
+  whole = lambda given, name, high: fields_lib.whole(given, name, None, high, "config.json: ")
   mlp_dim = fields["intermediate_size"]
   if kind == "dinov2":
-    mlp_dim = int(fields["hidden_size"] * fields["mlp_ratio"])
+    ratio = fields_lib.number(fields, "mlp_ratio", 4, "config.json: ")
+    mlp_dim = int(fields["hidden_size"] * ratio)
   return ov_models.ViTConfig(
     width=fields["hidden_size"],
     depth=fields["num_hidden_layers"],
     mlp_dim=mlp_dim,
     num_heads=fields["num_attention_heads"],
-    patch_size=_side(fields["patch_size"]),
-    image_size=_side(fields["image_size"]),
+    patch_size=whole(sides, "patch_size", fields_lib.MAX_SIDE),
+    image_size=whole(sides, "image_size", fields_lib.MAX_SIDE),
     position="learned",
     pool="gap" if fields.get("use_mean_pooling") else "tok",
   )
@@ -251,28 +262,32 @@ def preprocess_from(content: Mapping[str, Any], side: int) -> tuple[Preprocess, 
   if center and short not in (0, side):
     notes.append(f"pictures are brought to a shorter side of {side}, not {short}, before the crop")
   if content.get("resample", 2) != 2:
-    notes.append(f"pictures are resized bilinearly, not by resample={content['resample']!r}")
+    notes.append(
+      f"pictures are resized bilinearly, not by resample={fields_lib.shown(content['resample'])}"
+    )
   if (wide := _edge(crop if center else size, "height")) not in (0, side):
     notes.append(f"pictures get {side} pixels a side as config.json says, not {wide}")
-  if abs(content.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-4:
-    notes.append(f"pixels are scaled by 1/255, not {content['rescale_factor']!r}")
-  mean, std = content.get("image_mean", [0.5] * 3), content.get("image_std", [0.5] * 3)
+  where = "preprocessor_config.json: "
+  factor = fields_lib.number(content, "rescale_factor", 1 / 255, where)
+  if abs(factor * 255 - 1) > 1e-4:
+    notes.append(f"pixels are scaled by 1/255, not {factor!r}")
+  mean = fields_lib.three(content, "image_mean", (0.5,) * 3, where)
+  std = fields_lib.three(content, "image_std", (0.5,) * 3, where)
   if content.get("do_normalize") is False:
-    mean, std = [0.0] * 3, [1.0] * 3
-  for name, value in (("image_mean", mean), ("image_std", std)):
-    numbers = isinstance(value, list) and [isinstance(v, int | float) for v in value] == [True] * 3
-    if not numbers or (name == "image_std" and min(value) <= 0):
-      raise ValueError(
-        f"preprocessor_config.json has {name}={value!r}; expected three numbers, std above 0."
-      )
-  return Preprocess(side, "center" if center else "squash", tuple(mean), tuple(std)), notes
+    mean, std = (0.0,) * 3, (1.0,) * 3
+  return Preprocess(side, "center" if center else "squash", mean, std), notes
+
+
+def _told(kind: Any) -> str:
+  return kind if isinstance(kind, str) and kind.isidentifier() and len(kind) < 60 else "model"
 
 
 def _edge(size: Any, name: str) -> int:
   """`name` of a size, which may be one number for a square; 0 where it is not said."""
   edge = size.get(name) if isinstance(size, Mapping) else size if name == "height" else None
   if not isinstance(edge, int | None):
-    raise ValueError(f"preprocessor_config.json has a size of {size!r}; expected whole pixels.")
+    given = fields_lib.shown(size)
+    raise ValueError(f"preprocessor_config.json has a size of {given}; expected whole pixels.")
   return edge or 0
 
 

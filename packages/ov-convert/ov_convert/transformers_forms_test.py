@@ -162,7 +162,7 @@ def config_of(kind, **fields):
        "use_relative_position_bias=True (ours False)"],
     ),
     (config_of("vit", image_size=[16, 32]), ["image_size=[16, 32] (ours is one number"]),
-    (config_of("vit", hidden_size="768"), ["hidden_size='768' (expected a whole number)"]),
+    (config_of("vit", hidden_size="768"), ["hidden_size='768' (expected a whole number from"]),
     (config_of("dinov2", use_swiglu_ffn=True), ["use_swiglu_ffn=True (ours False)"]),
     (
       {"model_type": "clip", "vision_config": {"layer_norm_eps": 1e-5}},

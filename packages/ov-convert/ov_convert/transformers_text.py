@@ -27,7 +27,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ov_convert import reading
+from ov_convert import fields, reading
 from ov_convert.hf_tokenizer import CONFIG_FILE as TOKENIZER_CONFIG_FILE
 from ov_convert.hf_tokenizer import TOKENIZER_FILE, words_from, write_tokenizer
 from ov_convert.name_map import SAME, TRANSPOSE, Dropped, Entry, Fixed, NameMap
@@ -126,10 +126,13 @@ def read(folder: pathlib.Path, python: str | os.PathLike[str] | None = None) -> 
     name if name.startswith((_PREFIX, "text_projection.")) else _PREFIX + name: tensor
     for name, tensor in reading.read_tensors(folder, (WEIGHTS_FILE,), python).items()
   }
+  sizes = {"hidden_size": config.width, "intermediate_size": config.mlp_dim}
+  sizes |= {"vocab_size": config.vocab_size, "max_position_embeddings": config.max_len}
+  sizes |= {"projection_size": embed_dim}
+  fields.check_against_weights(flat, config.depth, sizes, str(folder / CONFIG_FILE))
   settings = reading.read_json(folder / TOKENIZER_CONFIG_FILE)
-  reading.read_json(folder / TOKENIZER_FILE)  # its size and syntax
   words = words_from(
-    (folder / TOKENIZER_FILE).read_text("utf-8"), settings, length=config.max_len,
+    reading.read_json_text(folder / TOKENIZER_FILE), settings, length=config.max_len,
     append_cls=bool(content["openvision"]["append_cls"]),
   )  # fmt: skip
   return TextTower(config, embed_dim, flat, words)
@@ -141,36 +144,38 @@ def _config_from(content: Mapping[str, Any]) -> tuple[ov_models.TextConfig, int]
   kind = content.get("model_type")
   about: Any = content.get("openvision")
   problems = []
-  if kind not in kinds:
-    problems.append(f"model_type={kind!r} (read are {' and '.join(kinds)})")
+  if not isinstance(kind, str) or kind not in kinds:
+    problems.append(f"model_type={fields.shown(kind)} (read are {' and '.join(kinds)})")
   problems += [
-    f"{name}={content.get(name)!r} (ours {value!r})"
+    f"{name}={fields.shown(content.get(name))} (ours {value!r})"
     for name, value in _OURS.items()
     if content.get(name) != value
   ]
   if kind == "clip_text_model" and content.get("eos_token_id") != LARGEST_ID:
-    problems.append(f"eos_token_id={content.get('eos_token_id')!r} (ours {LARGEST_ID}, see write)")
+    given = fields.shown(content.get("eos_token_id"))
+    problems.append(f"eos_token_id={given} (ours {LARGEST_ID}, see write)")
   if not isinstance(about, Mapping) or not {"padding", "append_cls"} <= about.keys():
-    problems.append(f"openvision={about!r} (expected padding and append_cls)")
+    problems.append(f"openvision={fields.shown(about)} (expected padding and append_cls)")
   if problems:
     raise ValueError(f"text/ holds no tower of ours: {'; '.join(problems)}.")
   mask, pool, embed = kinds[str(kind)]
-  try:
-    config = ov_models.TextConfig(
-      width=content["hidden_size"],
-      depth=content["num_hidden_layers"],
-      mlp_dim=content["intermediate_size"],
-      num_heads=content["num_attention_heads"],
-      vocab_size=content["vocab_size"],
-      max_len=content["max_position_embeddings"],
-      mask=mask,
-      pool=pool,
-      padding=about["padding"],
-      pad_id=content["pad_token_id"],
-    )
-    return config, int(content[embed])
-  except KeyError as error:
-    raise ValueError(f"config.json in text/ has no {error}; write the folder again.") from None
+  whole = lambda name, high, low=1: fields.whole(
+    content, name, None, high, "text/config.json: ", low
+  )
+  vocab_size = whole("vocab_size", fields.MAX_VOCABULARY)
+  config = ov_models.TextConfig(
+    width=whole("hidden_size", fields.MAX_WIDTH),
+    depth=whole("num_hidden_layers", fields.MAX_DEPTH),
+    mlp_dim=whole("intermediate_size", 4 * fields.MAX_WIDTH),
+    num_heads=whole("num_attention_heads", fields.MAX_WIDTH),
+    vocab_size=vocab_size,
+    max_len=whole("max_position_embeddings", fields.MAX_TOKENS),
+    mask=mask,
+    pool=pool,
+    padding=about["padding"],
+    pad_id=whole("pad_token_id", vocab_size - 1, 0),
+  )
+  return config, whole(embed, fields.MAX_WIDTH)
 
 
 def name_map(config: ov_models.TwoTowersConfig) -> NameMap:

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from ov_convert import reading, transformers_forms, transformers_text, vision
+from ov_convert import fields, reading, transformers_forms, transformers_text, vision
 from ov_convert.name_map import (
   CONV,
   LEAD_1,
@@ -124,6 +124,8 @@ def read(folder: str | os.PathLike[str], python: str | os.PathLike[str] | None =
   content = reading.read_json(root / CONFIG_FILE)
   vit = transformers_forms.vit_config(content)
   given = reading.read_tensors(root, WEIGHTS_FILES, python)
+  sizes = {"hidden_size": vit.width, "intermediate_size": vit.mlp_dim}
+  fields.check_against_weights(given, vit.depth, sizes, str(root / CONFIG_FILE))
   flat, notes = transformers_forms.canonical(given, content, vit)
   table = flat.get(_POSITIONS)
   if table is not None and table.ndim == 3:
@@ -153,14 +155,16 @@ def _joint(
   text: transformers_text.TextTower,
 ) -> tuple[ov_models.TwoTowersConfig, Params]:
   """Two towers of an image tower in the form of `canonical` and what lies in text/."""
-  try:
-    scale, bias = float(about["logit_scale"]), about["logit_bias"]
-    bias = None if bias is None else float(bias)
-    log_scale = math.log(scale)
-  except (KeyError, TypeError, ValueError) as error:
+  given = about if isinstance(about, dict) else {}
+  scale: Any = given.get("logit_scale")
+  bias: Any = given.get("logit_bias", "")
+  if not (fields.is_number(scale) and scale > 0 and (bias is None or fields.is_number(bias))):
     raise ValueError(
-      f"config.json has openvision={about!r}, needs logit_scale above 0 and logit_bias: {error!r}"
-    ) from None
+      f"config.json has openvision={fields.shown(about)}; expected logit_scale above 0, and "
+      "logit_bias, a number or null."
+    )
+  bias = None if bias is None else float(bias)
+  log_scale = math.log(scale)
   config = ov_models.TwoTowersConfig(
     encoder=vit, text=text.config, decoder=None, embed_dim=text.embed_dim, bias_init=bias
   )

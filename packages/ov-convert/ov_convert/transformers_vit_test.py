@@ -198,7 +198,7 @@ def test_a_scale_that_is_none_is_refused(tmp_path):
   config = tmp_path / "config.json"
   content = json.loads(config.read_text())
   config.write_text(json.dumps(content | {"openvision": {"logit_scale": -1, "logit_bias": 0}}))
-  with pytest.raises(ValueError, match="needs logit_scale above 0"):
+  with pytest.raises(ValueError, match="expected logit_scale above 0"):
     transformers_vit.read(tmp_path)
 
 

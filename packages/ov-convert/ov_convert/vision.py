@@ -6,6 +6,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 
+from ov_convert.fields import shown
 from ov_convert.name_map import Entry, Fixed, Transform
 import ov_models
 
@@ -69,9 +70,9 @@ def unlike(
 ) -> list[str]:
   """Fields that differ from what is wanted, and unknown ones that are set."""
   found = [
-    f"{prefix}{name}={fields[name]!r} (must be {value!r})"
+    f"{prefix}{name}={shown(fields[name])} (must be {value!r})"
     for name, value in wanted.items()
     if name in fields and fields[name] != value
   ]
   unknown = fields.keys() - wanted.keys() - read
-  return found + [f"{prefix}{n}={fields[n]!r} (unknown)" for n in sorted(unknown) if fields[n]]
+  return found + [f"{prefix}{n}={shown(fields[n])} (unknown)" for n in sorted(unknown) if fields[n]]

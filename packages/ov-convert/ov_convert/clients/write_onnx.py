@@ -1,6 +1,6 @@
 """Writes the towers of a folder of ours as ONNX graphs.
 
-  python write_onnx.py FOLDER OUTPUT
+  python write_onnx.py FOLDER OUTPUT OPSET
 
 FOLDER is what ov_convert.torch_module writes. OUTPUT gets image.onnx (`pixel_values` float32
 [batch, 3, S, S] to `pooled`, `tokens` and, in a shared space, `embedding`) and text.onnx
@@ -41,33 +41,43 @@ class Text(torch.nn.Module):
 
 def main() -> None:
   """Writes what the model has."""
-  folder, output = map(pathlib.Path, sys.argv[1:])
+  folder, output = map(pathlib.Path, sys.argv[1:3])
+  opset = int(sys.argv[3])
   model = OpenVision.from_folder(str(folder))
   joint = model.config.kind == "TwoTowers"
   if model.encoder is not None:
     size = model.encoder.config.image_size
     names = ["pooled", "tokens", "embedding"][: 2 + joint]
     pixels = torch.zeros(2, 3, size, size)
-    export(Image(model), pixels, output / "image.onnx", "pixel_values", names)
+    export(Image(model), pixels, output / "image.onnx", "pixel_values", names, opset)
   if model.text is not None:
     ids = torch.ones(2, model.text.config.max_len, dtype=torch.int64)
     # Not "embedding": that is the name of a value inside, and the graph would not load.
     name = "text_embedding" if joint else "text_pooled"
-    export(Text(model), ids, output / "text.onnx", "input_ids", [name])
+    export(Text(model), ids, output / "text.onnx", "input_ids", [name], opset)
 
 
 def export(
-  module: torch.nn.Module, example: torch.Tensor, file: pathlib.Path, name: str, outputs: list[str]
+  module: torch.nn.Module,
+  example: torch.Tensor,
+  file: pathlib.Path,
+  name: str,
+  outputs: list[str],
+  opset: int,
 ) -> None:
   """One graph, for batches of any size."""
   with torch.no_grad():
     program = torch.onnx.export(
       module.eval(), (example,), input_names=[name], output_names=outputs, dynamo=True,
-      dynamic_shapes=({0: torch.export.Dim("batch")},), verbose=False,
+      dynamic_shapes=({0: torch.export.Dim("batch")},), opset_version=opset,
+      verbose=False,
     )  # fmt: skip
   batch = program.model.graph.inputs[0].shape[0]
   if isinstance(batch, int):
     sys.exit(f"{file.name}: the batch was traced as {batch}, not as any")
+  written = program.model.opset_imports[""]
+  if written != opset:  # the exporter warns, and writes another one
+    sys.exit(f"{file.name}: opset {opset} cannot be written, PyTorch wrote {written}")
   for node in program.model.graph.all_nodes():
     node.metadata_props.clear()  # stack traces: paths of this machine
   program.save(str(file), external_data=True)
