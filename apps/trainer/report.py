@@ -106,6 +106,12 @@ class ReportData:
   versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
+# Errors of JSON of another form.
+_MALFORMED = (
+  ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError
+)  # fmt: skip
+
+
 def key_figures(results: Sequence[Result], names: Sequence[str] = HEADLINE) -> list[Result]:
   """The results of these names, in their order."""
   by_name = {result.name: result for result in results}
@@ -140,10 +146,16 @@ def remake_report(workdir: str | os.PathLike[str]) -> Path:
 
   Raises:
     FileNotFoundError: if the workdir has no report.json.
+    ValueError: if that is not as a run wrote it.
   """
-  workdir = Path(workdir)
-  stored = json.loads((workdir / "report.json").read_text(encoding="utf-8"))
-  return _write_page(workdir, _from_json(stored))
+  path = Path(workdir) / "report.json"
+  try:
+    return _write_page(Path(workdir), _from_json(json.loads(path.read_text(encoding="utf-8"))))
+  except _MALFORMED as error:
+    raise ValueError(
+      f"{path} is not a report that a run wrote ({type(error).__name__}: {str(error)[:200]}); "
+      "give the command of the run again to write it"
+    ) from error
 
 
 def versions(
@@ -352,7 +364,11 @@ def _main(arguments: list[str]) -> int:
   if len(arguments) != 1:
     print("usage: python -m apps.trainer.report WORKDIR", file=sys.stderr)
     return 2
-  print(remake_report(arguments[0]))
+  try:
+    print(remake_report(arguments[0]))
+  except (ValueError, OSError) as error:
+    print(f"report: error: {error}", file=sys.stderr)
+    return 2
   return 0
 
 
