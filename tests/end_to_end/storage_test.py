@@ -2,7 +2,6 @@
 
 import errno
 import os
-from pathlib import Path
 import shutil
 import subprocess
 import sys
@@ -120,7 +119,7 @@ def test_a_deleted_workdir_is_one_line_and_never_success(trained, cache, tmp_pat
 
 
 def test_lost_output_ends_nothing(trained, cache, tmp_path):
-  workdir = Path(tmp_path / "é犬")
+  workdir = tmp_path / "é犬"
   flags = [*runner.TINY, *STEPS, f"--workdir={workdir}"]
   done = subprocess.run(
     ["sh", "-c", '"$@" 2>&1 >/dev/full | head -1', "sh", sys.executable, runner.CAPTION_TRAIN]
