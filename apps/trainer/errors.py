@@ -187,7 +187,7 @@ def _message(error: BaseException) -> str:
     return "the file of --config has no function get_config(arg); see apps/configs/caption_demo.py"
   if isinstance(error, ImportError | NameError | ArithmeticError | AssertionError | RuntimeError):
     frame = traceback.extract_tb(error.__traceback__)[-1]  # of a config file
-    return f"{frame.filename}, line {frame.lineno}: {error or type(error).__name__}"
+    return f"{frame.filename}, line {frame.lineno}: {str(error) or type(error).__name__}"
   return _text(error)
 
 
