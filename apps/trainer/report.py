@@ -108,7 +108,8 @@ class ReportData:
 
 # Errors of JSON of another form.
 _MALFORMED = (
-  ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError
+  ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError,
+  jinja2.UndefinedError,
 )  # fmt: skip
 
 
