@@ -100,9 +100,12 @@ def run_training(
         if signal:
           with user_errors():
             checkpoints.wait()
+          step = checkpoints.latest_step()
           terminal.phase(
-            f"{signal}: stopped after a checkpoint of step {checkpoints.latest_step():,}; "
-            "the same command goes on from there"
+            f"{signal}: stopped before the first step; the same command starts again"
+            if step is None
+            else f"{signal}: stopped after a checkpoint of step {step:,}; the same command resumes "
+            "from there"
           )
           return stop.exit_code
         if config.eval_only:

@@ -84,8 +84,8 @@ def _acquire(directory: Path, path: Path) -> tuple[int, bool]:
         _wait_for_owner(directory, descriptor)
         _write_owner(path, descriptor)
         time.sleep(_SETTLE_SECONDS)
-        if (owner := _owner(descriptor)) != _process(os.getpid()):
-          raise ValueError(_busy(directory, owner))
+        if (other := _owner(descriptor)) != _process(os.getpid()):
+          raise ValueError(_busy(directory, other))
         return descriptor, False
       if not free:
         owner = _running_owner(descriptor)
