@@ -9,7 +9,8 @@ whatever the model. Batches may have any size. All is computed in float32, whate
   image(params, pixels)["pooled"]
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+import contextlib
 import os
 import pathlib
 from typing import Any
@@ -56,7 +57,7 @@ def write(folder: str | os.PathLike[str], release: Release) -> None:
   about: dict[str, Any] = {"jax": jax.__version__, "platforms": PLATFORMS, "functions": {}}
   for name, (function, given) in functions(config, release).items():
     # On GPUs and TPUs float32 is otherwise rounded in matmuls, to 10 or 7 bits.
-    with jax.default_matmul_precision("highest"):
+    with jax.default_matmul_precision("highest"), _no_source_places():
       exported = export.export(jax.jit(function), platforms=PLATFORMS)(params, given)
     (path / f"{name}.stablehlo").write_bytes(exported.serialize())
     outputs = jax.tree.unflatten(exported.out_tree, exported.out_avals)
@@ -67,6 +68,18 @@ def write(folder: str | os.PathLike[str], release: Release) -> None:
     }
   about |= torch_module.similarity(release)
   write_json(path / EXPORT_FILE, about)
+
+
+@contextlib.contextmanager
+def _no_source_places() -> Iterator[None]:
+  """Leaves paths of this machine out of the files: jax notes where each operation was called."""
+  name = "jax_traceback_in_locations_limit"
+  before = getattr(jax.config, name)
+  jax.config.update(name, 0)
+  try:
+    yield
+  finally:
+    jax.config.update(name, before)
 
 
 Flat = Mapping[str, jax.Array]

@@ -111,6 +111,14 @@ def test_the_folder_is_ours_too(case):
   jax.tree.map(np.testing.assert_array_equal, params, release.params)
 
 
+def test_no_path_of_this_machine_is_in_the_files(tmp_path):
+  stablehlo.write(tmp_path / "model", small_release(*MODELS["image"]))
+  for file in (tmp_path / "model").iterdir():
+    content = file.read_bytes()
+    for place in (b"site-packages", b".py", str(tmp_path).encode(), b"/home/", b"/root/"):
+      assert place not in content, (file.name, place)
+
+
 def test_what_does_not_fit_together_is_refused(tmp_path):
   release = small_release(VIT)
   preprocess = replace(release.preprocess, image_size=32)
