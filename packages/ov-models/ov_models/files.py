@@ -147,8 +147,8 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     content["model"]["kind"]
   except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
     raise ValueError(
-      f"{file} is no configuration that ov_models.save wrote: {error!r}. Folders of other "
-      "libraries are imported by //apps:export."
+      f"{file} is no configuration that ov_models.save wrote: {type(error).__name__}: "
+      f"{error}. Folders of other libraries are imported by //apps:export."
     ) from None
   if library != "openvision" or version > _FORMAT:
     raise ValueError(
