@@ -173,7 +173,7 @@ RULES: dict[str, Rule] = {
   "loss.form": choice("gathered", "ring", "naive"),
   "loss.chunk": whole(0, _MAX_ROWS),
   "loss.mask_duplicates": flag,
-  "loss.max_scale": optional(real(0, above=True)),
+  "loss.max_scale": optional(real(1)),
   "loss.label_smoothing": real(0, 1, below=True),
   "loss.z_loss": _WEIGHT,
   "eval.every": whole(0),
