@@ -1,7 +1,7 @@
 """Every model in every context of other people's JAX code has the value it has on one device.
 
-Runs on two devices and on any jax that the package supports; `tests/standalone/jax_versions_check.py`
-runs it with the oldest and the newest.
+Runs on two devices and on any jax that the package supports: with the oldest and the newest by
+`tests/standalone/jax_versions_check.py`.
 """
 
 import functools
