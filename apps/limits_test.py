@@ -108,7 +108,7 @@ def test_a_batch_larger_than_memory():
     ({"text_options": {"pad_id": 10**9}}, "pad_id=1000000000; expected at most"),
     ({"text": "Ti", "decoder_options": {"mask": "causal"}}, "decoder_options has 'mask'"),
     ({"encoder": "Ti/0"}, "patch_size=0"),
-    ({"encoder": f"Ti/{10**30}"}, "smaller than one patch"),
+    ({"encoder": f"Ti/{10**30}"}, "is no number of at most 8 digits"),
     ({"encoder": "Ti/²"}, "no number"),
     ({"encoder": ""}, "ViT variant='' is unknown"),
     ({"preset": "x"}, "preset='x'"),

@@ -105,7 +105,8 @@ class ViTConfig(TransformerConfig):
     variant, _, patch = name.partition("/")
     if patch and not (patch.isascii() and patch.isdigit() and len(patch) < 9):
       raise ValueError(
-        f"patch size {shown(patch)} in {shown(name)} is no number; write e.g. 'L/14'."
+        f"patch size {shown(patch)} in {shown(name)} is no number of at most 8 digits; write e.g. "
+        "'L/14'."
       )
     sizes: dict[str, Any] = variant_sizes("ViT", variant, VIT_VARIANTS)
     sizes |= {"patch_size": int(patch or 16), "image_size": image_size}
