@@ -191,7 +191,7 @@ def test_scenes_of_one_object_are_labelled(tmp_path: pathlib.Path):
 
 @pytest.mark.parametrize("sizes", [{}, {"train": 0}, {"test": 3}])
 def test_scenes_sizes_are_checked(tmp_path: pathlib.Path, sizes: dict[str, int]):
-  with pytest.raises(ValueError, match="expected 1 or more of train, heldout, val"):
+  with pytest.raises(ValueError, match="expected 1 to 1,000,000,000 of train, heldout, val"):
     writer.make_scenes_dataset(tmp_path / "x", sizes, workers=0)
   assert not (tmp_path / "x").exists()
 
