@@ -56,6 +56,7 @@ def passes(name: str, label: str, pins: list[str]) -> bool:
     environment = {
       **os.environ,
       "JAX_PLATFORMS": "cpu",
+      "OV_ALL_CONTEXTS": "1",
       "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
     }
     run = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", test]
