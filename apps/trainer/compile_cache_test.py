@@ -243,10 +243,14 @@ def test_a_folder_that_others_could_write_is_closed_and_cleaned(tmp_path):
 
 def test_a_folder_of_another_user_is_refused(tmp_path, monkeypatch):
   (tmp_path / "xla").mkdir(mode=0o700)
-  if os.geteuid() == 0:
-    os.chown(tmp_path / "xla", 65534, 65534)
-  else:
-    monkeypatch.setattr(compile_cache.os, "geteuid", lambda: os.getuid() + 1)
+  real = compile_cache.Path.stat
+
+  def of_another(path, **kwargs):
+    status = list(real(path, **kwargs)[:10])
+    status[4] = os.geteuid() + 1  # st_uid
+    return os.stat_result(status)
+
+  monkeypatch.setattr(compile_cache.Path, "stat", of_another)
   with pytest.raises(UserError, match="compile_cache=.* belongs to another user"):
     Start(tmp_path / "xla")
 

@@ -6,7 +6,7 @@ import re
 import ov_losses
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
-CAPTIONS_AND_PAIRS, CACHE = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+CAPTIONS_AND_PAIRS, CACHE, OWN_MESH = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
 
 
 def test_captions_and_pairs(capsys):
@@ -21,6 +21,12 @@ def test_gradient_cache(capsys):
   at_once, *cached = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()]
   assert cached == sorted(cached, reverse=True)
   assert cached[0] < at_once / 3 and cached[1] < at_once / 7  # as the README says
+
+
+def test_a_mesh_of_the_caller(capsys):
+  exec(CAPTIONS_AND_PAIRS + OWN_MESH, {})
+  first = CAPTIONS_AND_PAIRS.count("print(")
+  assert re.fullmatch(r"\(\d+, \d+\)", capsys.readouterr().out.splitlines()[first])
 
 
 def test_every_public_name_is_in_the_table():
