@@ -248,7 +248,7 @@ def _resolution(facts: CardFacts) -> str:
   silent = (
     "transformers interpolates the table of positions"
     if kind == "transformers"
-    else (f"{kind} refuses others, or, where it is told to, interpolates the table of positions")
+    else (f"{kind} refuses others, or interpolates the table of positions if asked to")
   )
   cosine = "0.96" if computed else "0.99999"
   return (

@@ -47,7 +47,7 @@ def new_folder(target: Path) -> Iterator[Path]:
         raise OSError(f"{partial} was replaced while it was written")
       _apply_umask(partial)
       partial.rename(target)
-    except ClientError as error:  # a library that writes, in a process of its own
+    except ClientError as error:  # a library that writes, in a separate process
       raise OSError(f"{target} cannot be written: {str(error).splitlines()[-1]}") from error
     except (OSError, safetensors.SafetensorError) as error:
       if _names_another_place(error, target.parent):

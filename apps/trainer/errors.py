@@ -279,7 +279,7 @@ def run_app(
     except (UserError, KeyboardInterrupt) as error:
       sys.exit(report(error))
     except Exception:
-      # A library may turn the interrupt into an error of its own, as a failed import does.
+      # A library may turn the interrupt into its own error, as a failed import does.
       if (number := startup.received()) is None:
         raise
       report(KeyboardInterrupt(f"stopped by {startup.describe(number)}"))

@@ -146,7 +146,7 @@ class Hosts:
 
   @contextlib.contextmanager
   def told(self) -> Iterator[None]:
-    """An exception inside is told to the others at once, before anything outside waits for them.
+    """Report an exception inside to the others at once, before anything outside waits for them.
 
     Errors of the machine, such as a full disk, become UserError; see `run_errors`.
     """

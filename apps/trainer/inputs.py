@@ -253,7 +253,7 @@ def _way(processor: ov_data.TextProcessor) -> str:
 
 
 def _set_incomplete_aside(folder: Path, checkpoints: str, terminal: Terminal) -> None:
-  """Rename a folder that no tokenizer was completely saved into, so that it is made again.
+  """Rename a folder that no tokenizer was completely saved into, so that it is recreated.
 
   Raises:
     ValueError: the run has checkpoints, so their tokenizer was complete once.
@@ -272,7 +272,7 @@ def _set_incomplete_aside(folder: Path, checkpoints: str, terminal: Terminal) ->
   while (aside := folder.with_name(f"{folder.name}.incomplete-{number}")).exists():
     number += 1
   folder.rename(aside)
-  terminal.phase(f"{folder} was not saved completely: moved to {aside.name} and made again")
+  terminal.phase(f"{folder} was not saved completely: moved to {aside.name} and recreated")
 
 
 def _tokenizer_of(run: str) -> ov_data.Tokenizer | None:

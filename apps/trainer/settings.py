@@ -57,6 +57,7 @@ RULES: dict[str, Rule] = {
         "caption_keys": _NAMES,
         "image_root": optional(text),
         "format": text,
+        "follow_links": flag,
       },
       "path",
     ),

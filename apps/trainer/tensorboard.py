@@ -1,6 +1,6 @@
 """Event file of scalars for TensorBoard, written in the calling thread.
 
-`tensorboardX.SummaryWriter` writes in a thread of its own: where that cannot write, it prints a
+`tensorboardX.SummaryWriter` writes in a background thread: where that cannot write, it prints a
 traceback, and the program waits for it for ever once ten scalars are queued.
 """
 

@@ -1,6 +1,6 @@
 """Folders of tokenizers: written completely or not at all, and any changed byte is noticed.
 
-Each JSON file that describes the tokenizer is sealed: it holds the SHA-256 of its own content. A
+Each JSON file that describes the tokenizer is sealed: it holds the SHA-256 of its content. A
 new folder is written under another name next to it and renamed. In a folder that exists, the files
 that mark it as complete are removed first and written last, so that an interrupted save is
 recognised.
@@ -137,7 +137,7 @@ def _holds(file: pathlib.Path, data: bytes) -> bool:
 def _write(file: pathlib.Path, data: bytes) -> None:
   """Write a new file, never through a link, and wait until it is stored."""
   file.unlink(missing_ok=True)
-  with open(file, "xb") as stream:
+  with fs.writing(str(file)), open(file, "xb") as stream:
     stream.write(data)
     stream.flush()
     os.fsync(stream.fileno())
