@@ -40,8 +40,8 @@ def manifest(
         # SIGTERM reaches the app itself, which ends with code 143 after its checkpoint: no success,
         # so the set begins again.
         "command": [_literal(argument) for argument in command],
-        # Without a TPU the app ends; it does not use the CPU instead. The pods of a new attempt take
-        # over the lock of the workdir from the last ones, which are on other nodes, by OV_JOB_ID.
+        # Without a TPU the app ends and uses no CPU instead. The pods of a new attempt take over
+        # the lock of the workdir from the last ones, which are on other nodes, by OV_JOB_ID.
         "env": [
           {"name": "JAX_PLATFORMS", "value": "tpu,cpu"},
           {"name": "OV_JOB_ID", "value": job.name},
