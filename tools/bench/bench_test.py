@@ -78,9 +78,9 @@ def test_two_files_are_compared(tmp_path: Path):
     (["startup", "--only=("], "--only=( is no regular expression"),
     (["startup", "--only=nothing"], "--only=nothing leaves no case of startup"),
     (["startup", "--out=missing/out.json"], "--out=missing/out.json; expected a file in a folder"),
-    (["startup", "--page=page.md"], "No such file or directory: 'page.md'"),
+    (["startup", "--page=page.md"], "page.md: No such file or directory"),
     (["--compare", "old.json"], "--compare takes two files, old and new; got 1"),
-    (["--compare", "old.json", "new.json"], "No such file or directory: 'old.json'"),
+    (["--compare", "old.json", "new.json"], "old.json: No such file or directory"),
   ],
 )
 def test_mistakes_are_told_in_one_line(arguments, message, tmp_path: Path):
