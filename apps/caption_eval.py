@@ -24,7 +24,7 @@ import ov_losses
 import ov_models
 import ov_sharding
 
-ModelConfig = ov_models.CaptionerConfig | ov_models.TwoTowersConfig
+ModelConfig = ov_models.VisionLanguageConfig
 
 
 class CaptionLikelihood:

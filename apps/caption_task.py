@@ -17,7 +17,7 @@ import ov_models
 Params = Any
 
 
-def captioner_config(model: ConfigDict, *, vocab_size: int) -> ov_models.CaptionerConfig:
+def captioner_config(model: ConfigDict, *, vocab_size: int) -> ov_models.VisionLanguageConfig:
   """The model of `config.model`.
 
   Args:
@@ -37,7 +37,7 @@ def captioner_config(model: ConfigDict, *, vocab_size: int) -> ov_models.Caption
     raise ValueError(f"config.model.token_len={model.token_len}; expected at least 3")
   check_options("config.model.encoder_options", model.encoder_options, ov_models.ViTConfig)
   check_options("config.model.decoder_options", model.decoder_options, ov_models.DecoderConfig)
-  return ov_models.CaptionerConfig.openvision2(
+  return ov_models.VisionLanguageConfig.openvision2(
     model.encoder,
     model.decoder,
     image_size=model.image_size,
@@ -57,7 +57,7 @@ def captioner_config(model: ConfigDict, *, vocab_size: int) -> ov_models.Caption
 class CaptionTask:
   """Next-token captioning on image tokens, arXiv 2509.01644."""
 
-  model: ov_models.CaptionerConfig
+  model: ov_models.VisionLanguageConfig
   pad_id: int
   name: str = "captioner"
   label_smoothing: float = 0.0

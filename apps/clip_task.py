@@ -28,7 +28,7 @@ class Weights(NamedTuple):
   caption: float
 
 
-def two_towers_config(model: ConfigDict, *, vocab_size: int) -> ov_models.TwoTowersConfig:
+def two_towers_config(model: ConfigDict, *, vocab_size: int) -> ov_models.VisionLanguageConfig:
   """The model of `config.model`.
 
   Args:
@@ -51,7 +51,7 @@ def two_towers_config(model: ConfigDict, *, vocab_size: int) -> ov_models.TwoTow
   check_options("config.model.encoder_options", model.encoder_options, ov_models.ViTConfig)
   check_options("config.model.text_options", model.text_options, ov_models.TextConfig)
   check_options("config.model.decoder_options", model.decoder_options, decoder)
-  return ov_models.TwoTowersConfig.openvision(
+  return ov_models.VisionLanguageConfig.openvision(
     model.encoder,
     model.text or None,
     model.decoder or None,
@@ -82,7 +82,7 @@ class ClipTask:
   `sentence_positive`), and `caption_ids` (the long text; with a decoder).
   """
 
-  model: ov_models.TwoTowersConfig
+  model: ov_models.VisionLanguageConfig
   weights: Weights
   pad_id: int
   mesh: jax.sharding.Mesh
@@ -237,7 +237,7 @@ class ClipTask:
 
   def _captions(
     self,
-    model: ov_models.TwoTowers,
+    model: ov_models.VisionLanguageModel,
     batch: Batch,
     image_tokens: jax.Array,
     alt_tokens: jax.Array | None,
@@ -316,7 +316,7 @@ class ClipTask:
     return targets, mask * batch["valid"][:, None]
 
 
-def _check_weights(weights: Weights, model: ov_models.TwoTowersConfig) -> None:
+def _check_weights(weights: Weights, model: ov_models.VisionLanguageConfig) -> None:
   for name, weight in weights._asdict().items():
     if weight < 0:
       raise ValueError(f"config.loss.{name}={weight}; expected 0 or more")

@@ -21,7 +21,7 @@ EmbedImages = Callable[[HostBatch], np.ndarray]
 
 
 def image_embedder(
-  model: ov_models.TwoTowersConfig, params: Params, mesh: jax.sharding.Mesh
+  model: ov_models.VisionLanguageConfig, params: Params, mesh: jax.sharding.Mesh
 ) -> EmbedImages:
   """Batch -> unit vectors float32 [b, E] of the shared space."""
   return _on_rows(functools.partial(_embed_images, model), params, mesh)
@@ -35,7 +35,7 @@ def feature_extractor(
 
 
 def text_embedder(
-  model: ov_models.TwoTowersConfig, params: Params, mesh: jax.sharding.Mesh
+  model: ov_models.VisionLanguageConfig, params: Params, mesh: jax.sharding.Mesh
 ) -> Callable[[np.ndarray], np.ndarray]:
   """ids int32 [N, T], the same on every process -> unit vectors float32 [N, E] on every process.
 
@@ -63,7 +63,7 @@ def _on_rows(compute: Callable[..., Any], params: Params, mesh: Any) -> EmbedIma
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _embed_images(
-  model: ov_models.TwoTowersConfig, rows: NamedSharding, params: Params, images: jax.Array
+  model: ov_models.VisionLanguageConfig, rows: NamedSharding, params: Params, images: jax.Array
 ) -> jax.Array:
   unit = ov_models.bind(model, params).encode_image(normalise(images)).unit
   return jax.lax.with_sharding_constraint(unit, rows)
@@ -79,7 +79,7 @@ def _pooled(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _embed_texts(
-  model: ov_models.TwoTowersConfig, whole: NamedSharding, params: Params, ids: jax.Array
+  model: ov_models.VisionLanguageConfig, whole: NamedSharding, params: Params, ids: jax.Array
 ) -> jax.Array:
   unit = ov_models.bind(model, params).encode_text(ids).unit
   return jax.lax.with_sharding_constraint(unit, whole)

@@ -310,7 +310,7 @@ def _model(facts: CardFacts) -> list[tuple[str, str]]:
     ("image size", f"{release.encoder.image_size} x {release.encoder.image_size} px"),
     ("numbers in the files", release.dtype),
   ]
-  if isinstance(config, ov_models.TwoTowersConfig) and config.text is not None:
+  if isinstance(config, ov_models.VisionLanguageConfig) and config.text is not None:
     rows.insert(1, ("width of the shared space", f"{config.embed_dim:,}"))
   return rows
 

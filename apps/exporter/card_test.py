@@ -19,14 +19,14 @@ WORDS = Words("{}", 16, True, 0, 1, 2, 3, 4)
 
 
 def _pair(preset="openvision_released", kind="queries", **options):
-  return ov_models.TwoTowersConfig.openvision(
+  return ov_models.VisionLanguageConfig.openvision(
     "mu/16", "Ti", "Ti", image_size=32, vocab_size=100, text_len=16, caption_len=8,
     preset=preset, decoder_kind=kind, **options,
   )  # fmt: skip
 
 
 def _captioner():
-  return ov_models.CaptionerConfig.openvision2(
+  return ov_models.VisionLanguageConfig.openvision2(
     "mu/16", "Ti", image_size=32, vocab_size=100, max_len=12
   )
 

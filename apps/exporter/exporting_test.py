@@ -15,7 +15,7 @@ from ov_convert.release import Preprocess, Release, round_params
 import ov_data
 import ov_models
 
-CONFIG = ov_models.CaptionerConfig.openvision2(
+CONFIG = ov_models.VisionLanguageConfig.openvision2(
   "mu/8", "Ti", image_size=16, vocab_size=64, max_len=6,
   encoder_options={"width": 16, "num_heads": 2, "mlp_dim": 24},
   decoder_options={"width": 16, "depth": 1, "mlp_dim": 24, "num_heads": 2},

@@ -21,7 +21,7 @@ LENGTH = 8
 VIT = ov_models.ViTConfig(
   width=16, depth=2, mlp_dim=24, num_heads=2, patch_size=4, image_size=8, position="learned"
 )
-TOWERS = ov_models.TwoTowersConfig(
+TOWERS = ov_models.VisionLanguageConfig(
   encoder=ov_models.ViTConfig(
     width=16, depth=2, mlp_dim=24, num_heads=2, patch_size=4, image_size=8
   ),
@@ -33,7 +33,7 @@ TOWERS = ov_models.TwoTowersConfig(
   ),
   embed_dim=8,
 )
-CAPTIONER = ov_models.CaptionerConfig(
+CAPTIONER = ov_models.VisionLanguageConfig(
   encoder=VIT,
   decoder=ov_models.DecoderConfig(
     width=12, depth=1, mlp_dim=20, num_heads=2, vocab_size=40, max_len=LENGTH
@@ -104,7 +104,7 @@ def test_a_checkpoint_of_the_predecessor(tmp_path):
   assert metadata["preprocess"]["fit"] == "center"
   assert "tokenizer" not in metadata
   count = ov_models.num_params(TOWERS)
-  assert lines[0] == f"imported openvision_jax:run: TwoTowers of {count:,} parameters"
+  assert lines[0] == f"imported openvision_jax:run: VisionLanguage of {count:,} parameters"
   assert any("without a tokenizer" in line for line in lines)
   assert str(tmp_path) not in str(metadata["imported"])
   assert [path.name for path in workdir.parent.iterdir()] == ["one"]

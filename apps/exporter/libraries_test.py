@@ -19,8 +19,14 @@ _SIZES = {"image_size": 32, "vocab_size": 100}
 VIT = ov_models.ViTConfig.from_name("mu/16", image_size=32)
 WORDS = Words("{}", 16, True, 0, 1, 2, 3, 4)
 MODELS = {
-  "pair": (ov_models.TwoTowersConfig.openvision("mu/16", "Ti", None, text_len=16, **_SIZES), WORDS),
-  "captioner": (ov_models.CaptionerConfig.openvision2("mu/16", "Ti", max_len=12, **_SIZES), WORDS),
+  "pair": (
+    ov_models.VisionLanguageConfig.openvision("mu/16", "Ti", None, text_len=16, **_SIZES),
+    WORDS,
+  ),
+  "captioner": (
+    ov_models.VisionLanguageConfig.openvision2("mu/16", "Ti", max_len=12, **_SIZES),
+    WORDS,
+  ),
   "image": (VIT, None),
 }
 CASES = [(kind, name) for kind in snippets.FORMATS for name in MODELS]

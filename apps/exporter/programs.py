@@ -272,9 +272,9 @@ with open("{{ photo }}", "rb") as file:
   picture = ov_data.decode.whole(file.read(), {{ size }}, "{{ pre.fit }}")
 mean, std = np.float32({{ pre.mean | numbers }}), np.float32({{ pre.std | numbers }})
 pixels = (picture[None] / np.float32(255) - mean) / std  # [1, {{ size }}, {{ size }}, 3]
-{% if kind == "TwoTowers" %}
+{% if texts %}
 image = jax.jit(lambda pixels: model.encode_image(pixels))(pixels)
-{% elif kind == "Captioner" %}
+{% elif kind == "VisionLanguage" %}
 image = jax.jit(lambda pixels: model.encoder(pixels))(pixels)
 {% else %}
 image = jax.jit(lambda pixels: model(pixels))(pixels)

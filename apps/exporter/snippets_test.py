@@ -28,7 +28,7 @@ PREPROCESS = Preprocess(SIZE, "squash", (0.5, 0.4, 0.3), (0.2, 0.3, 0.25))
 
 
 def _pair(preset, **options):
-  return ov_models.TwoTowersConfig.openvision(
+  return ov_models.VisionLanguageConfig.openvision(
     "mu/8", "Ti", None, image_size=SIZE, vocab_size=VOCABULARY, text_len=testing.LENGTH,
     embed_dim=24, preset=preset, encoder_options=SMALL, text_options=SMALL, **options,
   )  # fmt: skip
@@ -38,7 +38,7 @@ MODELS = {
   "released": _pair("openvision_released"),
   "sigmoid": _pair("default", bias_init=-1.0),  # and masks padding
   "clip": _pair("clip"),  # no [CLS] ends a text
-  "captioner": ov_models.CaptionerConfig.openvision2(
+  "captioner": ov_models.VisionLanguageConfig.openvision2(
     "mu/8", "Ti", image_size=SIZE, vocab_size=VOCABULARY, max_len=7,
     encoder_options=SMALL, decoder_options=SMALL,
   ),

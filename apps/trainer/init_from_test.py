@@ -10,13 +10,13 @@ import pytest
 from apps.trainer.checkpoint import CheckpointError, Checkpoints
 from apps.trainer.init_from import check_tokenizer, init_from, resize_patches
 import ov_models
-from ov_models import CaptionerConfig, DecoderConfig, ViTConfig
+from ov_models import DecoderConfig, VisionLanguageConfig, ViTConfig
 
 SMALL = dict(width=32, depth=2, mlp_dim=64, num_heads=2)
 
 
 def model(image=32, patch=8, vocab=40, max_len=12, decoder=SMALL, encoder=SMALL):
-  return CaptionerConfig(
+  return VisionLanguageConfig(
     encoder=ViTConfig(**encoder, patch_size=patch, image_size=image, position="learned"),
     decoder=DecoderConfig(**decoder, vocab_size=vocab, max_len=max_len, position="learned"),
   )

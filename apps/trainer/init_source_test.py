@@ -15,10 +15,10 @@ from apps.trainer.init_source import open_source
 from ov_convert import openvision_jax, orbax_folder
 from ov_convert.name_map import unflatten
 import ov_models
-from ov_models import CaptionerConfig, DecoderConfig, ViTConfig
+from ov_models import DecoderConfig, VisionLanguageConfig, ViTConfig
 
 SMALL = dict(width=32, depth=2, mlp_dim=64, num_heads=2)
-CONFIG = CaptionerConfig(
+CONFIG = VisionLanguageConfig(
   encoder=ViTConfig(**SMALL, patch_size=8, image_size=32),
   decoder=DecoderConfig(**SMALL, vocab_size=40, max_len=12, position="none"),
 )

@@ -225,7 +225,7 @@ def test_updates_end_with_the_gradients():
 
 @functools.cache
 def captioner():
-  config = ov_models.CaptionerConfig.openvision2("L/14", "L", image_size=224)
+  config = ov_models.VisionLanguageConfig.openvision2("L/14", "L", image_size=224)
   return ov_models.abstract_params(config)
 
 

@@ -36,10 +36,10 @@ def config_of(kind: str, size: str) -> Any:
   if kind == "image":
     return ov_models.ViTConfig.from_name(image, image_size=pixels)
   if kind == "clip":
-    return ov_models.TwoTowersConfig.openvision(
+    return ov_models.VisionLanguageConfig.openvision(
       image, other, other, image_size=pixels, preset="openvision_released"
     )
-  return ov_models.CaptionerConfig.openvision2(image, other, image_size=pixels, max_len=40)
+  return ov_models.VisionLanguageConfig.openvision2(image, other, image_size=pixels, max_len=40)
 
 
 def random_params(config: Any, seed: int = 0) -> Any:

@@ -23,7 +23,7 @@ import ov_models
 _CHECKPOINT = "openvision1_checkpoint/checkpoint.npz/5/default"
 
 # tests/golden/dims.json; the sizes are no published variant.
-CONFIG = ov_models.TwoTowersConfig(
+CONFIG = ov_models.VisionLanguageConfig(
   encoder=ov_models.ViTConfig(
     width=64, depth=2, mlp_dim=128, num_heads=2, patch_size=8, image_size=32
   ),

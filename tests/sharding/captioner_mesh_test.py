@@ -13,8 +13,8 @@ import ov_losses
 import ov_models
 import ov_sharding
 
-TI = ov_models.CaptionerConfig.openvision2("Ti/16", "Ti", image_size=160)
-SMALL = ov_models.CaptionerConfig(
+TI = ov_models.VisionLanguageConfig.openvision2("Ti/16", "Ti", image_size=160)
+SMALL = ov_models.VisionLanguageConfig(
   encoder=ov_models.ViTConfig(
     width=32, depth=2, mlp_dim=64, num_heads=4, patch_size=8, image_size=32
   ),

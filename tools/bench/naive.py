@@ -39,7 +39,7 @@ def unstack(params: Params) -> Params:
   return {name: layers(of) if name == "blocks" else unstack(of) for name, of in params.items()}
 
 
-def caption_loss(config: ov_models.CaptionerConfig, pad_id: int, weight: float) -> Loss:
+def caption_loss(config: ov_models.VisionLanguageConfig, pad_id: int, weight: float) -> Loss:
   """Next-token prediction from some of the image tokens: OpenVision 2."""
 
   def loss(params: Params, batch: Batch, key: jax.Array) -> jax.Array:
@@ -62,7 +62,7 @@ def caption_loss(config: ov_models.CaptionerConfig, pad_id: int, weight: float) 
 
 
 def clip_loss(
-  config: ov_models.TwoTowersConfig, pad_id: int, clip_weight: float, caption_weight: float
+  config: ov_models.VisionLanguageConfig, pad_id: int, clip_weight: float, caption_weight: float
 ) -> Loss:
   """Contrast of an image with two texts, and the caption from learned queries: OpenVision."""
   text_config, decoder_config = config.text, config.decoder
@@ -137,7 +137,7 @@ def make_optimizer(learning_rate: optax.Schedule) -> optax.GradientTransformatio
 
 def loss_of(task: Any) -> Loss:
   """The loss of a task of caption_train or clip_train, of normalised images."""
-  if isinstance(task.model, ov_models.CaptionerConfig):
+  if task.model.text is None:
     return caption_loss(task.model, task.pad_id, task.caption_weight)
   return clip_loss(task.model, task.pad_id, task.weights.clip, task.weights.caption)
 

@@ -11,7 +11,6 @@ import subprocess
 from typing import Any
 
 from ov_convert import client_env
-import ov_models
 from ov_models.config import TransformerConfig
 
 CLOSE = 0.01  # by how much the number of parameters may differ from ours, as a share
@@ -82,7 +81,7 @@ def sizes_of(model: Any, batch: int, device: str) -> dict[str, Any]:
   """What clients/time_training.py builds a model from.
 
   Args:
-    model: CaptionerConfig, or TwoTowersConfig with a text tower and learned queries.
+    model: with a teacher-forced decoder, or with a text tower and a decoder of learned queries.
     batch: B.
     device: as PyTorch calls it.
   """
@@ -95,7 +94,7 @@ def sizes_of(model: Any, batch: int, device: str) -> dict[str, Any]:
     "image": {"size": vit.image_size, "patch": vit.patch_size, **_blocks(vit)},
     "decoder": _blocks(decoder),
   }
-  if isinstance(model, ov_models.CaptionerConfig):
+  if model.text is None:
     return shared | {"caption_len": decoder.max_len, "kept": model.num_kept}
   return shared | {
     "caption_len": decoder.num_queries,

@@ -10,10 +10,10 @@ from tools.bench.torch_peer import TorchPeer, find_python, sizes_of
 
 _SMALL = {"image_size": 32, "vocab_size": 512}
 _SHALLOW = {"depth": 1}
-CAPTIONER = ov_models.CaptionerConfig.openvision2(
+CAPTIONER = ov_models.VisionLanguageConfig.openvision2(
   "Ti/16", "Ti", max_len=7, encoder_options=_SHALLOW, decoder_options=_SHALLOW, **_SMALL
 )
-PAIR = ov_models.TwoTowersConfig.openvision(
+PAIR = ov_models.VisionLanguageConfig.openvision(
   "Ti/16", "Ti", "Ti", text_len=6, caption_len=8, encoder_options=_SHALLOW,
   text_options=_SHALLOW, decoder_options=_SHALLOW, preset="openvision_released", **_SMALL,
 )  # fmt: skip

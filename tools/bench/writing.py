@@ -32,7 +32,7 @@ class Writer:
       scored: captions whose likelihood is asked for, whole batches of `config.batch_size`.
     """
     task: Any = plan_of(config, "cpu").parts.task
-    self._model: ov_models.CaptionerConfig = task.model
+    self._model: ov_models.VisionLanguageConfig = task.model
     self._pad = task.pad_id
     self._params = jax.jit(task.init)(jax.random.key(0))
     rng, size, batch = np.random.default_rng(0), task.image_size, config.batch_size

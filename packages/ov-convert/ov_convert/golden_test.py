@@ -37,7 +37,7 @@ def second():
 @pytest.fixture(scope="module")
 def config():
   """The small model of the golden files, see tests/golden/dims.json."""
-  return ov_models.CaptionerConfig(
+  return ov_models.VisionLanguageConfig(
     encoder=ov_models.ViTConfig(
       width=64, depth=2, mlp_dim=128, num_heads=2, patch_size=8, image_size=32
     ),
@@ -122,7 +122,7 @@ def test_openvision2_decoder_values_and_gradients(first, second, config):
 def test_a_wrong_formula_is_caught(first, second, config):
   # The comparison must be able to fail: the mask of our default is not theirs.
   params = captioner_params(first, second, config)
-  prefix = ov_models.CaptionerConfig(
+  prefix = ov_models.VisionLanguageConfig(
     encoder=config.encoder,
     decoder=ov_models.DecoderConfig(
       width=40, depth=2, mlp_dim=80, num_heads=2, vocab_size=128, max_len=19,

@@ -80,7 +80,7 @@ def name_map(config: Config) -> NameMap:
   ours = "" if isinstance(config, ov_models.ViTConfig) else "encoder/"
   encoder = encoder_of(config)
   lines: list[Entry | Fixed] = list(_image_tower(encoder, ours))
-  if isinstance(config, ov_models.TwoTowersConfig) and config.text is not None:
+  if isinstance(config, ov_models.VisionLanguageConfig) and config.text is not None:
     lines += _text_tower(config.text)
     lines.append(Entry("visual.proj", ("image_head/kernel",)))
     lines.append(Entry("logit_scale", ("log_scale",), also=(LEAD_1,)))
@@ -170,7 +170,7 @@ def read(folder: str | os.PathLike[str], python: str | os.PathLike[str] | None =
     flat = unmask_padding(flat, words.cls_id)
   else:
     flat = {name.removeprefix("text."): tensor for name, tensor in flat.items()}
-  config = ov_models.TwoTowersConfig(
+  config = ov_models.VisionLanguageConfig(
     encoder=encoder,
     text=text,
     decoder=None,
@@ -184,7 +184,7 @@ def read(folder: str | os.PathLike[str], python: str | os.PathLike[str] | None =
 
 def _log_scale(model: Mapping[str, Any]) -> float:
   given = model.get("init_logit_scale")
-  return ov_models.TwoTowersConfig.log_scale_init if given is None else float(given)
+  return ov_models.VisionLanguageConfig.log_scale_init if given is None else float(given)
 
 
 def mask_padding(flat: Flat, cls_id: int) -> Flat:

@@ -97,7 +97,7 @@ def write(release: Release) -> dict[str, Any]:
   }
   model["text_cfg"] = dict(NO_TEXT)
   text, words = release.text, release.words
-  if isinstance(config, ov_models.TwoTowersConfig) and text is not None and words is not None:
+  if isinstance(config, ov_models.VisionLanguageConfig) and text is not None and words is not None:
     model["embed_dim"] = config.embed_dim
     model["init_logit_scale"] = config.log_scale_init
     if config.bias_init is not None:

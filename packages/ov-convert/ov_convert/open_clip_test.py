@@ -13,21 +13,21 @@ import safetensors.numpy
 from ov_convert import open_clip, open_clip_config, parity, testing
 from ov_convert.release import Preprocess, Release
 import ov_models
-from ov_models import CaptionerConfig, TextConfig, TwoTowersConfig, ViTConfig
+from ov_models import TextConfig, VisionLanguageConfig, ViTConfig
 from ov_models.testing import random_params
 
 VIT = ViTConfig(width=16, depth=3, mlp_dim=40, num_heads=2, patch_size=4, image_size=14)
 TEXT = TextConfig(
   width=12, depth=2, mlp_dim=20, num_heads=3, vocab_size=20, max_len=9, padding="attend"
 )
-TOWERS = TwoTowersConfig(encoder=VIT, text=TEXT, decoder=None, embed_dim=10)
+TOWERS = VisionLanguageConfig(encoder=VIT, text=TEXT, decoder=None, embed_dim=10)
 DECODER = ov_models.DecoderConfig(
   width=8, depth=1, mlp_dim=16, num_heads=2, vocab_size=20, max_len=9
 )
 LEARNED = dataclasses.replace(VIT, position="learned", pool="tok")
 
 
-def with_text(**fields) -> TwoTowersConfig:
+def with_text(**fields) -> VisionLanguageConfig:
   return dataclasses.replace(TOWERS, text=dataclasses.replace(TEXT, **fields))
 
 
@@ -38,8 +38,8 @@ CONFIGS = {
   ),
   "masked padding": with_text(padding="mask"),
   "image tower": VIT,
-  "captioner": CaptionerConfig(encoder=LEARNED, decoder=DECODER),
-  "without text": TwoTowersConfig(encoder=VIT, text=None, decoder=DECODER, embed_dim=16),
+  "captioner": VisionLanguageConfig(encoder=LEARNED, decoder=DECODER),
+  "without text": VisionLanguageConfig(encoder=VIT, text=None, decoder=DECODER, embed_dim=16),
 }
 # Name, text width, depth and heads, E and resolutions of the 26 published models.
 PUBLISHED = [
@@ -106,7 +106,7 @@ def test_published_architectures():
   assert len(PUBLISHED) == 26
   source = dataclasses.replace(testing.words(), length=80)
   for size, patch, width, depth, heads, embed_dim, pixels in PUBLISHED:
-    config = TwoTowersConfig.openvision(
+    config = VisionLanguageConfig.openvision(
       f"{size}/{patch}", size, size, image_size=pixels, preset="openvision_released"
     )
     found = open_clip.name_map(config)
@@ -159,10 +159,10 @@ RUNS = {
   ),
   # Trained at 14 pixels, written for 23: positions are made anew.
   "captioner": dict(
-    config=CaptionerConfig(
+    config=VisionLanguageConfig(
       encoder=dataclasses.replace(VIT, pool="tok", image_size=23), decoder=DECODER
     ),
-    params=random_params(CaptionerConfig(encoder=VIT, decoder=DECODER)),
+    params=random_params(VisionLanguageConfig(encoder=VIT, decoder=DECODER)),
   ),
 }
 
@@ -232,7 +232,7 @@ def test_reading_what_was_written(config, dtype, tmp_path):
   assert_same(found.params, params)
   assert found.preprocess == source.preprocess
   assert found.notes == ()
-  if isinstance(config, TwoTowersConfig):
+  if isinstance(config, VisionLanguageConfig):
     bias = None if config.bias_init is None else float(params["bias"])
     assert found.config == dataclasses.replace(config, bias_init=bias)
     ids = ("length", "append_cls", "pad_id", "bos_id", "eos_id", "unk_id", "cls_id")

@@ -23,9 +23,7 @@ from ov_convert.name_map import (
 )
 import ov_models
 
-Config = (
-  ov_models.ViTConfig | ov_models.TextConfig | ov_models.CaptionerConfig | ov_models.TwoTowersConfig
-)
+Config = ov_models.ViTConfig | ov_models.TextConfig | ov_models.VisionLanguageConfig
 
 _Tower = (
   ov_models.ViTConfig
@@ -85,9 +83,9 @@ def name_map(config: Config, *, split_heads: bool = False) -> NameMap:
   """Every tensor of `config` in both trees.
 
   A ViTConfig maps the tower "img" of OpenVision and a TextConfig its tower "txt" (their heads
-  belong to the contrastive model), a TwoTowersConfig all of OpenVision: "img", "txt",
-  "txt_decoder" and "t". A CaptionerConfig maps the towers "img_encoder" and "txt_decoder" of
-  OpenVision 2.
+  belong to the contrastive model), a VisionLanguageConfig all of OpenVision: "img", "txt",
+  "txt_decoder" and "t". With a teacher-forced decoder and no text tower it maps the towers
+  "img_encoder" and "txt_decoder" of OpenVision 2.
 
   Args:
     config: which model they are.
@@ -97,13 +95,8 @@ def name_map(config: Config, *, split_heads: bool = False) -> NameMap:
   Raises:
     ValueError: the config has parameters that the published models lack; all are listed.
   """
-  if isinstance(config, ov_models.TwoTowersConfig):
-    entries = list(_two_towers(config, split_heads))
-  elif isinstance(config, ov_models.CaptionerConfig):
-    entries = [
-      *_vit(config.encoder, "img_encoder/", "encoder/", split_heads),
-      *_tower(_DECODER_MAP, config.decoder, "txt_decoder/", "decoder/", False),
-    ]
+  if isinstance(config, ov_models.VisionLanguageConfig):
+    entries = list(_vision_language(config, split_heads))
   elif isinstance(config, ov_models.TextConfig):
     entries = list(_tower(_TEXT_MAP, config, "txt/", "", split_heads))
   else:
@@ -157,7 +150,11 @@ def _vit(config: ov_models.ViTConfig, theirs: str, ours: str, split_heads: bool)
   return _tower((*_VIT_MAP, *position), config, theirs, ours, split_heads)
 
 
-def _two_towers(config: ov_models.TwoTowersConfig, split_heads: bool) -> Iterator[Entry]:
+def _vision_language(config: ov_models.VisionLanguageConfig, split_heads: bool) -> Iterator[Entry]:
+  if config.text is None and isinstance(config.decoder, ov_models.DecoderConfig):
+    yield from _vit(config.encoder, "img_encoder/", "encoder/", split_heads)
+    yield from _tower(_DECODER_MAP, config.decoder, "txt_decoder/", "decoder/", False)
+    return
   yield from _vit(config.encoder, "img/", "encoder/", split_heads)
   if config.text is not None:
     yield from _tower(_TEXT_MAP, config.text, "txt/", "text/", split_heads)

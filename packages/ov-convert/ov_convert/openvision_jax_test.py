@@ -8,15 +8,15 @@ import pytest
 
 from ov_convert import openvision_jax
 import ov_models
-from ov_models import CaptionerConfig, TextConfig, TwoTowersConfig, ViTConfig
+from ov_models import TextConfig, VisionLanguageConfig, ViTConfig
 
 VIT = ViTConfig(width=16, depth=3, mlp_dim=24, num_heads=2, patch_size=4, image_size=8)
-PAIR = CaptionerConfig.openvision2(
+PAIR = VisionLanguageConfig.openvision2(
   "mu/8", "Ti", image_size=16, vocab_size=11, preset="openvision2_released",
   decoder_options={"depth": 2},
 )  # fmt: skip
 TEXT = TextConfig(width=12, depth=2, mlp_dim=20, num_heads=3, vocab_size=11, max_len=6)
-TOWERS = TwoTowersConfig(
+TOWERS = VisionLanguageConfig(
   encoder=VIT,
   text=TEXT,
   decoder=ov_models.QueryDecoderConfig(
@@ -117,7 +117,9 @@ def test_decoder_kernels_stay_2d():
 
 def test_their_tree_of_the_published_size():
   # Ti/16 with decoder Ti: number of tensors and of parameters as published.
-  config = CaptionerConfig.openvision2("Ti/16", "Ti", image_size=160, preset="openvision2_released")
+  config = VisionLanguageConfig.openvision2(
+    "Ti/16", "Ti", image_size=160, preset="openvision2_released"
+  )
   entries = openvision_jax.name_map(config).entries
   assert len(entries) == len({e.theirs for e in entries}) == 12 * 16 + 4 + 12 * 16 + 5
   assert ov_models.num_params(config) == 23_150_016
@@ -127,7 +129,7 @@ def test_their_tree_of_the_published_size():
   ("name", "text"), [("Ti/16", "Ti"), ("So400m/14", "So400m"), ("g/14", "g")]
 )
 def test_their_tree_of_published_two_towers(name, text):
-  config = TwoTowersConfig.openvision(name, text, text, preset="openvision_released")
+  config = VisionLanguageConfig.openvision(name, text, text, preset="openvision_released")
   entries = openvision_jax.name_map(config).entries
   layers = config.encoder.depth + config.text.depth + config.decoder.depth
   assert len(entries) == len({e.theirs for e in entries}) == 16 * layers + 17
@@ -204,7 +206,7 @@ def test_models_without_counterpart_are_refused():
   )
   with pytest.raises(ValueError, match="pool/probe"):
     openvision_jax.name_map(pooled)
-  ours = CaptionerConfig.openvision2("mu/8", "Ti", image_size=16, vocab_size=11)
+  ours = VisionLanguageConfig.openvision2("mu/8", "Ti", image_size=16, vocab_size=11)
   with pytest.raises(ValueError, match="decoder/position_embedding"):
     openvision_jax.name_map(ours)
   for config, name in (

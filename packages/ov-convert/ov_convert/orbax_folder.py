@@ -157,9 +157,9 @@ def infer_config(
       "the decoder is causal over image and text and has no positions; its captions are taken to "
       f"have {_CAPTION_TOKENS} tokens at most, as published"
     )
-    config = ov_models.CaptionerConfig(encoder=encoder, decoder=writer, keep_order="random")
+    config = ov_models.VisionLanguageConfig(encoder=encoder, decoder=writer, keep_order="random")
     return config, sizes.notes
-  towers = ov_models.TwoTowersConfig(
+  towers = ov_models.VisionLanguageConfig(
     encoder=encoder,
     text=ov_models.TextConfig(**text) if text else None,
     decoder=ov_models.QueryDecoderConfig(**decoder) if decoder else None,

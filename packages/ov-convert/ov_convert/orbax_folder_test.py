@@ -127,9 +127,9 @@ def forward(config, params):
 
   def run(params):
     model = ov_models.bind(config, params)
-    if isinstance(config, ov_models.CaptionerConfig):
+    if config.text is None:
       out = model(images, np.ones((2, 5), np.int32))
-      return [out.pooled, model.logits(out.hidden)]
+      return [out.image.pooled, model.logits(out.hidden)]
     text = model.encode_text(np.ones((2, config.text.max_len), np.int32))
     image = model.encode_image(images)
     hidden = model.caption_hidden(image.tokens, text_tokens=text.tokens)
@@ -162,7 +162,7 @@ def test_every_tensor_lands(tmp_path, tree, form):
 
 def test_what_the_models_are(tmp_path):
   found = read(save(tmp_path / "1", values(small1(1))))
-  assert found.config == ov_models.TwoTowersConfig(
+  assert found.config == ov_models.VisionLanguageConfig(
     encoder=ov_models.ViTConfig(
       width=16, depth=3, mlp_dim=24, num_heads=4, patch_size=4, image_size=8
     ),

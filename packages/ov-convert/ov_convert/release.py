@@ -13,9 +13,7 @@ from ov_convert.name_map import Params
 import ov_models
 from ov_models.config import TransformerConfig, check_choice
 
-Config = (
-  ov_models.ViTConfig | ov_models.TextConfig | ov_models.CaptionerConfig | ov_models.TwoTowersConfig
-)
+Config = ov_models.ViTConfig | ov_models.TextConfig | ov_models.VisionLanguageConfig
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

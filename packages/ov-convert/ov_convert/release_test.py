@@ -11,7 +11,7 @@ VIT = ov_models.ViTConfig(
   dtype="bfloat16", remat="full", attention="cudnn",
 )  # fmt: skip
 TEXT = ov_models.TextConfig(width=8, depth=1, mlp_dim=12, num_heads=2, vocab_size=9, max_len=5)
-TOWERS = ov_models.TwoTowersConfig(encoder=VIT, text=TEXT, decoder=None, embed_dim=8)
+TOWERS = ov_models.VisionLanguageConfig(encoder=VIT, text=TEXT, decoder=None, embed_dim=8)
 
 
 def test_the_encoder_of_every_kind_of_model():

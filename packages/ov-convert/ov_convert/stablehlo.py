@@ -89,7 +89,8 @@ Function = Callable[[Flat, jax.Array], dict[str, jax.Array]]
 def functions(config: Config, release: Release) -> dict[str, tuple[Function, Any]]:
   """What is exported: by name the function and its abstract input."""
   (batch,) = export.symbolic_shape("b")
-  joint, alone = isinstance(config, ov_models.TwoTowersConfig), not hasattr(config, "encoder")
+  joint = isinstance(config, ov_models.VisionLanguageConfig) and config.text is not None
+  alone = not isinstance(config, ov_models.VisionLanguageConfig)
   image: Any = getattr(config, "encoder", config)
   text: Any = getattr(config, "text", None)
   if isinstance(config, ov_models.TextConfig):

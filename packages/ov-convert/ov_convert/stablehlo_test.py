@@ -19,16 +19,16 @@ from ov_convert.testing_whole import (
   small_release,
 )
 import ov_models
-from ov_models import CaptionerConfig, DecoderConfig, TextConfig, TwoTowersConfig, ViTConfig
+from ov_models import DecoderConfig, TextConfig, VisionLanguageConfig, ViTConfig
 
 replace = dataclasses.replace
 VIT = ViTConfig(width=16, depth=2, mlp_dim=24, num_heads=2, patch_size=4, image_size=18)
 TEXT = TextConfig(width=12, depth=2, mlp_dim=20, num_heads=3, vocab_size=40, max_len=LENGTH)
 WRITER = DecoderConfig(width=20, depth=2, mlp_dim=28, num_heads=2, vocab_size=40, max_len=9)
-TOWERS = TwoTowersConfig(encoder=VIT, text=TEXT, decoder=WRITER, embed_dim=10, bias_init=-3.0)
+TOWERS = VisionLanguageConfig(encoder=VIT, text=TEXT, decoder=WRITER, embed_dim=10, bias_init=-3.0)
 # A config as of a run on GPUs: none of these options may reach what is exported.
 GPU = {"attention": "cudnn", "dtype": "bfloat16", "remat": "full", "scan": False}
-CAPTIONER = CaptionerConfig(
+CAPTIONER = VisionLanguageConfig(
   encoder=replace(VIT, pool="map", **GPU),
   decoder=replace(WRITER, mask="causal", position="none", **GPU),
   keep_ratio=0.4,

@@ -95,16 +95,15 @@ def ours(source: Release, probe: pathlib.Path) -> dict[str, np.ndarray]:
   arrays = _blocks("image", encoder.hidden_states(pixels))
   out = encoder(pixels)
   arrays |= {"image/tokens": out.tokens, "image/pooled": out.pooled}
-  if isinstance(source.config, ov_models.TwoTowersConfig) and source.words is not None:
+  if source.text is not None and source.words is not None:
     model = ov_models.bind(source.config, source.params)
     arrays["image/embedding"] = image = model.encode_image(pixels).unit
-    if source.text is not None:
-      arrays["text/ids"] = expected_ids(source.words)
-      ids = jnp.asarray(inputs["ids"])
-      arrays |= _blocks("text", model.text.hidden_states(ids))
-      arrays["text/embedding"] = text = model.encode_text(ids).unit
-      bias = 0.0 if model.bias is None else model.bias[...]
-      arrays["logits"] = jnp.exp(model.log_scale[...]) * image @ text.T + bias
+    arrays["text/ids"] = expected_ids(source.words)
+    ids = jnp.asarray(inputs["ids"])
+    arrays |= _blocks("text", model.text.hidden_states(ids))
+    arrays["text/embedding"] = text = model.encode_text(ids).unit
+    bias = 0.0 if model.bias is None else model.bias[...]
+    arrays["logits"] = jnp.exp(model.log_scale[...]) * image @ text.T + bias
   return {name: np.asarray(array) for name, array in arrays.items()}
 
 

@@ -109,12 +109,12 @@ def _compute(
       found |= {f"{name}/pooled": out.pooled, f"{name}/tokens": out.tokens}
       for layer, state in enumerate(tower.hidden_states(given)):
         found[f"{name}/block_{layer:02d}"] = state
-  if isinstance(config, ov_models.TwoTowersConfig):
-    seen = model.encode_image(pixels)
-    found["image/embedding"], words = seen.unit, None
+  if isinstance(config, ov_models.VisionLanguageConfig):
+    seen, words = model.encode_image(pixels), None
     if text is not None:
       read = model.encode_text(ids)
-      found["text/embedding"], words = read.unit, read.tokens[:1]
+      found |= {"image/embedding": seen.unit, "text/embedding": read.unit}
+      words = read.tokens[:1]
       bias = 0.0 if config.bias_init is None else params["bias"]
       found["logits"] = jnp.exp(params["log_scale"]) * seen.unit @ read.unit.T + bias
     if isinstance(config.decoder, ov_models.QueryDecoderConfig):

@@ -107,7 +107,7 @@ def name_map(config: Config) -> NameMap:
   alone = isinstance(config, ov_models.ViTConfig)
   lines = list(_tower(encoder_of(config), "" if alone else "encoder/"))
   dropped: tuple[str, ...] = ()
-  if isinstance(config, ov_models.TwoTowersConfig) and config.text is not None:
+  if isinstance(config, ov_models.VisionLanguageConfig) and config.text is not None:
     bias = np.zeros(config.embed_dim, np.float32)
     lines.append(Entry("head.weight", ("image_head/kernel",), TRANSPOSE))
     lines.append(Fixed("head.bias", bias, "the projection into the shared space has no bias"))

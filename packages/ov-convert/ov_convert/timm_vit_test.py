@@ -12,7 +12,7 @@ import safetensors.numpy
 from ov_convert import parity, testing, timm_vit
 from ov_convert.release import Preprocess
 import ov_models
-from ov_models import CaptionerConfig, TextConfig, TwoTowersConfig, ViTConfig
+from ov_models import TextConfig, VisionLanguageConfig, ViTConfig
 from ov_models.testing import random_params
 
 VIT = ViTConfig(width=16, depth=3, mlp_dim=41, num_heads=2, patch_size=4, image_size=14)
@@ -21,13 +21,13 @@ DECODER = ov_models.DecoderConfig(
   width=8, depth=1, mlp_dim=16, num_heads=2, vocab_size=20, max_len=9
 )
 LEARNED = dataclasses.replace(VIT, position="learned", pool="tok")
-TOWERS = TwoTowersConfig(encoder=VIT, text=TEXT, decoder=DECODER, embed_dim=10, bias_init=-3.0)
+TOWERS = VisionLanguageConfig(encoder=VIT, text=TEXT, decoder=DECODER, embed_dim=10, bias_init=-3.0)
 CONFIGS = {
   "gap": VIT,
   "tok, learned": LEARNED,
   "map": dataclasses.replace(VIT, pool="map"),
-  "captioner": CaptionerConfig(encoder=LEARNED, decoder=DECODER),
-  "without text": TwoTowersConfig(encoder=VIT, text=None, decoder=DECODER, embed_dim=16),
+  "captioner": VisionLanguageConfig(encoder=LEARNED, decoder=DECODER),
+  "without text": VisionLanguageConfig(encoder=VIT, text=None, decoder=DECODER, embed_dim=16),
   "towers": TOWERS,
 }
 
@@ -92,10 +92,10 @@ RUNS = {
   "map": dict(config=CONFIGS["map"], dtype="float16"),
   # Trained at 14 pixels, written for 23: positions are made anew.
   "captioner": dict(
-    config=CaptionerConfig(
+    config=VisionLanguageConfig(
       encoder=dataclasses.replace(VIT, pool="tok", image_size=23), decoder=DECODER
     ),
-    params=random_params(CaptionerConfig(encoder=VIT, decoder=DECODER)),
+    params=random_params(VisionLanguageConfig(encoder=VIT, decoder=DECODER)),
   ),
 }
 

@@ -19,7 +19,7 @@ from ov_convert.testing_whole import (
   small_release,
 )
 import ov_models
-from ov_models import CaptionerConfig, DecoderConfig, TextConfig, TwoTowersConfig, ViTConfig
+from ov_models import DecoderConfig, TextConfig, VisionLanguageConfig, ViTConfig
 
 BATCH = 3
 VIT = ViTConfig(width=16, depth=2, mlp_dim=24, num_heads=2, patch_size=4, image_size=18)
@@ -28,7 +28,7 @@ WRITER = DecoderConfig(width=20, depth=2, mlp_dim=28, num_heads=2, vocab_size=40
 QUERIES = ov_models.QueryDecoderConfig(
   width=20, depth=2, mlp_dim=28, num_heads=2, vocab_size=40, num_queries=5
 )
-TOWERS = TwoTowersConfig(encoder=VIT, text=TEXT, decoder=None, embed_dim=10)
+TOWERS = VisionLanguageConfig(encoder=VIT, text=TEXT, decoder=None, embed_dim=10)
 replace = dataclasses.replace
 # Between them every position, pool, mask, padding and decoder; with the dtype of the file, and an
 # end token that some caption has before its last column.
@@ -58,7 +58,7 @@ MODELS = {
     28,
   ),
   "captioner, causal": (
-    CaptionerConfig(
+    VisionLanguageConfig(
       encoder=replace(VIT, pool="map"),
       decoder=replace(WRITER, mask="causal", position="none"),
       keep_ratio=0.4,

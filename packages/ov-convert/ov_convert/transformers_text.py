@@ -89,7 +89,7 @@ def write(folder: pathlib.Path, release: Release) -> None:
   Raises:
     ValueError: there is none, or it fits no class.
   """
-  if not isinstance(release.config, ov_models.TwoTowersConfig) or release.text is None:
+  if not isinstance(release.config, ov_models.VisionLanguageConfig) or release.text is None:
     raise ValueError("this model has no text tower to write.")
   if found := problems(release.text):
     raise ValueError(f"transformers has no text tower with {'; '.join(found)}.")
@@ -178,7 +178,7 @@ def _config_from(content: Mapping[str, Any]) -> tuple[ov_models.TextConfig, int]
   return config, whole(embed, fields.MAX_WIDTH)
 
 
-def name_map(config: ov_models.TwoTowersConfig) -> NameMap:
+def name_map(config: ov_models.VisionLanguageConfig) -> NameMap:
   """Every tensor of the text tower and its head.
 
   Args:
@@ -211,7 +211,7 @@ def name_map(config: ov_models.TwoTowersConfig) -> NameMap:
   )
 
 
-def text_config(config: ov_models.TwoTowersConfig, release: Release) -> dict[str, Any]:
+def text_config(config: ov_models.VisionLanguageConfig, release: Release) -> dict[str, Any]:
   """config.json of the text tower."""
   text, words = config.text, release.words
   assert text is not None

@@ -9,11 +9,11 @@ import pytest
 import safetensors.numpy
 
 from ov_convert import testing, transformers_text
-from ov_models import TextConfig, TwoTowersConfig, ViTConfig
+from ov_models import TextConfig, VisionLanguageConfig, ViTConfig
 
 VIT = ViTConfig(width=16, depth=1, mlp_dim=24, num_heads=2, patch_size=4, image_size=8)
 TEXT = TextConfig(width=12, depth=2, mlp_dim=20, num_heads=3, vocab_size=20, max_len=testing.LENGTH)
-TOWERS = TwoTowersConfig(encoder=VIT, text=TEXT, decoder=None, embed_dim=10)
+TOWERS = VisionLanguageConfig(encoder=VIT, text=TEXT, decoder=None, embed_dim=10)
 CLIP = dataclasses.replace(
   TOWERS, text=dataclasses.replace(TEXT, mask="causal", pool="argmax", padding="attend")
 )
@@ -114,7 +114,7 @@ def test_other_towers_are_refused_by_field(changes, named, tmp_path):
 
 def test_published_sizes():
   for size, depth in (("Ti", 12), ("So400m", 27)):
-    config = TwoTowersConfig.openvision(f"{size}/14", size, None)
+    config = VisionLanguageConfig.openvision(f"{size}/14", size, None)
     found = transformers_text.name_map(config)
     found.check_complete(config)
     assert len(found.entries) + len(found.fixed) == 16 * depth + 6

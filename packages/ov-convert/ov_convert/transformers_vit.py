@@ -153,7 +153,7 @@ def _joint(
   vit: ov_models.ViTConfig,
   flat: dict[str, np.ndarray],
   text: transformers_text.TextTower,
-) -> tuple[ov_models.TwoTowersConfig, Params]:
+) -> tuple[ov_models.VisionLanguageConfig, Params]:
   """Two towers of an image tower in the form of `canonical` and what lies in text/."""
   given = about if isinstance(about, dict) else {}
   scale: Any = given.get("logit_scale")
@@ -165,7 +165,7 @@ def _joint(
     )
   bias = None if bias is None else float(bias)
   log_scale = math.log(scale)
-  config = ov_models.TwoTowersConfig(
+  config = ov_models.VisionLanguageConfig(
     encoder=vit, text=text.config, decoder=None, embed_dim=text.embed_dim, bias_init=bias
   )
   prefix = f"{KINDS[vit.pool][0]}."

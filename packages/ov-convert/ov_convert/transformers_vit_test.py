@@ -12,22 +12,24 @@ from ov_convert import name_map as maps
 from ov_convert import parity, testing, transformers_vit
 from ov_convert.release import Preprocess
 import ov_models
-from ov_models import CaptionerConfig, TextConfig, TwoTowersConfig, ViTConfig
+from ov_models import TextConfig, VisionLanguageConfig, ViTConfig
 
 VIT = ViTConfig(width=16, depth=3, mlp_dim=40, num_heads=2, patch_size=4, image_size=14)
 TOK = dataclasses.replace(VIT, pool="tok", position="learned")
 TEXT = TextConfig(width=12, depth=2, mlp_dim=20, num_heads=3, vocab_size=20, max_len=testing.LENGTH)
 CLIP_TEXT = dataclasses.replace(TEXT, mask="causal", pool="argmax", padding="attend")
-TOWERS = TwoTowersConfig(encoder=VIT, text=TEXT, decoder=None, embed_dim=10, bias_init=-3.0)
+TOWERS = VisionLanguageConfig(encoder=VIT, text=TEXT, decoder=None, embed_dim=10, bias_init=-3.0)
 DECODER = ov_models.DecoderConfig(
   width=8, depth=1, mlp_dim=16, num_heads=2, vocab_size=20, max_len=testing.LENGTH
 )
 CONFIGS = {
   "towers": TOWERS,
-  "tok, learned, causal": TwoTowersConfig(encoder=TOK, text=CLIP_TEXT, decoder=None, embed_dim=10),
+  "tok, learned, causal": VisionLanguageConfig(
+    encoder=TOK, text=CLIP_TEXT, decoder=None, embed_dim=10
+  ),
   "tower": VIT,
   "tok": dataclasses.replace(VIT, pool="tok"),
-  "captioner": CaptionerConfig(encoder=VIT, decoder=DECODER),
+  "captioner": VisionLanguageConfig(encoder=VIT, decoder=DECODER),
 }
 
 
@@ -60,7 +62,7 @@ def test_what_was_written_is_read(name, dtype, tmp_path):
   found = transformers_vit.read(tmp_path / "model")
   assert found.preprocess == model.preprocess
   assert found.notes == ()
-  if not isinstance(model.config, TwoTowersConfig):
+  if not isinstance(model.config, VisionLanguageConfig):
     assert found.config == model.encoder
     keeps = without_key_bias(model.image_params) if name != "tok" else model.image_params
     assert_same(found.params, keeps)
@@ -209,7 +211,7 @@ RUNS = {
   "tok, learned, causal": dict(dtype="float16"),
   # Trained at 14 pixels, written for 23: positions are made anew.
   "captioner": dict(
-    config=CaptionerConfig(
+    config=VisionLanguageConfig(
       encoder=dataclasses.replace(VIT, image_size=23), decoder=DECODER
     ),
     params=testing.random_params(CONFIGS["captioner"]),

@@ -1,6 +1,5 @@
 """Vision and text encoders and caption decoders of OpenVision: arithmetic over plain parameters."""
 
-from ov_models.captioner import Captioner, CaptionerConfig, CaptionerOutput
 from ov_models.decoder import DECODER_VARIANTS, Decoder, DecoderConfig
 from ov_models.files import config_from_dict, config_to_dict, load, read_config, save
 from ov_models.functional import (
@@ -12,36 +11,42 @@ from ov_models.functional import (
   num_params,
 )
 from ov_models.generate import GenerateOutput, generate
+from ov_models.model import (
+  Embedded,
+  VisionLanguageConfig,
+  VisionLanguageModel,
+  VisionLanguageOutput,
+)
 from ov_models.partition import on_mesh
 from ov_models.positions import resample_positions, sincos2d
+from ov_models.presets import EMBED_DIMS, PRESETS, Preset
 from ov_models.query_decoder import QueryDecoder, QueryDecoderConfig
 from ov_models.text import TEXT_PRESETS, TEXT_VARIANTS, TextConfig, TextEncoder, TextOutput
-from ov_models.two_towers import EMBED_DIMS, Embedded, TwoTowers, TwoTowersConfig
 from ov_models.vit import VIT_VARIANTS, ViT, ViTConfig, ViTOutput
 
 __all__ = [
   "DECODER_VARIANTS",
   "EMBED_DIMS",
+  "PRESETS",
   "TEXT_PRESETS",
   "TEXT_VARIANTS",
   "VIT_VARIANTS",
-  "Captioner",
-  "CaptionerConfig",
-  "CaptionerOutput",
   "Decoder",
   "DecoderConfig",
   "Embedded",
   "GenerateOutput",
+  "Preset",
   "QueryDecoder",
   "QueryDecoderConfig",
   "TextConfig",
   "TextEncoder",
   "TextOutput",
-  "TwoTowers",
-  "TwoTowersConfig",
   "ViT",
   "ViTConfig",
   "ViTOutput",
+  "VisionLanguageConfig",
+  "VisionLanguageModel",
+  "VisionLanguageOutput",
   "abstract_params",
   "bind",
   "config_from_dict",

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ov_models import CaptionerConfig, ViTConfig, bind, init
+from ov_models import VisionLanguageConfig, ViTConfig, bind, init
 
 VIT = ViTConfig(width=32, depth=3, mlp_dim=64, num_heads=2, patch_size=4, image_size=16)
 
@@ -99,7 +99,7 @@ def test_vision_initialisers():
 @pytest.mark.parametrize("depth", [2, 6])
 def test_decoder_initialisers_do_not_depend_on_depth(depth):
   d = 128
-  config = CaptionerConfig.openvision2(
+  config = VisionLanguageConfig.openvision2(
     "mu/16", "Ti", image_size=32, vocab_size=500, max_len=64,
     decoder_options={"width": d, "num_heads": 2, "depth": depth, "mlp_dim": 256},
   )  # fmt: skip
@@ -118,7 +118,7 @@ def test_decoder_initialisers_do_not_depend_on_depth(depth):
 
 
 def test_layers_and_towers_differ():
-  config = CaptionerConfig.openvision2(
+  config = VisionLanguageConfig.openvision2(
     "mu/16", "Ti", image_size=32, vocab_size=50,
     encoder_options={"width": 192, "num_heads": 3, "depth": 3}, decoder_options={"depth": 3},
   )  # fmt: skip

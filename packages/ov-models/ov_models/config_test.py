@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from ov_models import CaptionerConfig, DecoderConfig, ViTConfig
+from ov_models import DecoderConfig, VisionLanguageConfig, ViTConfig
 
 
 def vit(**overrides):
@@ -32,10 +32,22 @@ def vit(**overrides):
     (lambda: vit(attention="cudnn"), r"set dtype='bfloat16' or attention='xla'"),
     (lambda: DecoderConfig.from_name("Ti", vocab_size=0), r"vocab_size=0 must be a positive"),
     (lambda: DecoderConfig.from_name("Ti", mask="full"), r"mask='full' is unknown"),
-    (lambda: CaptionerConfig.openvision2("Ti/16", "Ti", keep_ratio=0.0), r"keep_ratio=0.0 is out"),
-    (lambda: CaptionerConfig.openvision2("Ti/16", "Ti", keep_ratio=1.5), r"fraction in \(0, 1\]"),
-    (lambda: CaptionerConfig.openvision2("Ti/16", "Ti", preset="ov2"), r"preset='ov2' is unknown"),
-    (lambda: CaptionerConfig.openvision2("Ti/16", "Ti", eval_keep="some"), r"eval_keep='some'"),
+    (
+      lambda: VisionLanguageConfig.openvision2("Ti/16", "Ti", keep_ratio=0.0),
+      r"keep_ratio=0.0 is out",
+    ),
+    (
+      lambda: VisionLanguageConfig.openvision2("Ti/16", "Ti", keep_ratio=1.5),
+      r"fraction in \(0, 1\]",
+    ),
+    (
+      lambda: VisionLanguageConfig.openvision2("Ti/16", "Ti", preset="ov2"),
+      r"preset='ov2' is unknown",
+    ),
+    (
+      lambda: VisionLanguageConfig.openvision2("Ti/16", "Ti", eval_keep="some"),
+      r"eval_keep='some'",
+    ),
   ],
 )
 def test_refusals(build, message):
@@ -57,7 +69,7 @@ def test_patch_is_optional_and_any_field_can_be_set():
 
 
 def test_presets():
-  ours = CaptionerConfig.openvision2("L/14", "L", dtype="bfloat16", remat="full")
+  ours = VisionLanguageConfig.openvision2("L/14", "L", dtype="bfloat16", remat="full")
   assert (ours.decoder.mask, ours.decoder.position, ours.keep_order) == (
     "prefix",
     "learned",
@@ -65,7 +77,7 @@ def test_presets():
   )
   assert ours.encoder.remat == ours.decoder.remat == "full"
   assert ours.encoder.dtype == ours.decoder.dtype == "bfloat16"
-  released = CaptionerConfig.openvision2("L/14", "L", preset="openvision2_released")
+  released = VisionLanguageConfig.openvision2("L/14", "L", preset="openvision2_released")
   assert (released.decoder.mask, released.decoder.position, released.keep_order) == (
     "causal",
     "none",
@@ -75,4 +87,4 @@ def test_presets():
 
 @pytest.mark.parametrize(("size", "keep"), [(84, 12), (224, 89), (336, 201)])
 def test_published_token_counts(size, keep):
-  assert CaptionerConfig.openvision2("L/14", "L", image_size=size).num_kept == keep
+  assert VisionLanguageConfig.openvision2("L/14", "L", image_size=size).num_kept == keep

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from ov_models import (
-  CaptionerConfig,
   DecoderConfig,
+  VisionLanguageConfig,
   ViTConfig,
   abstract_params,
   bind,
@@ -22,7 +22,7 @@ K, T, V = 5, 7, 30
 
 
 def captioner(mask="prefix", position="learned", **options):
-  return CaptionerConfig(
+  return VisionLanguageConfig(
     encoder=ViTConfig(width=24, depth=1, mlp_dim=8, num_heads=2, patch_size=8, image_size=16),
     decoder=DecoderConfig(
       width=32, depth=2, mlp_dim=64, num_heads=2, vocab_size=V, max_len=T,
@@ -76,7 +76,7 @@ FIRST = {
 
 @pytest.mark.parametrize(("image", "text"), FIRST)
 def test_parameter_counts_are_the_published_ones(image, text):
-  config = CaptionerConfig.openvision2(image, text, preset="openvision2_released")
+  config = VisionLanguageConfig.openvision2(image, text, preset="openvision2_released")
   d = config.decoder.width
   expected = FIRST[image, text] - 128 * d - d * d + 32_000 * d
   assert num_params(abstract_params(config)["decoder"]) == expected
@@ -87,7 +87,7 @@ def test_parameter_counts_are_the_published_ones(image, text):
 
 @pytest.mark.parametrize("name", ["M", "g", "G", "e"])
 def test_other_variants_build(name):
-  config = CaptionerConfig.openvision2("g/14", name, decoder_options={"position": "none"})
+  config = VisionLanguageConfig.openvision2("g/14", name, decoder_options={"position": "none"})
   d, f = config.decoder.width, config.decoder.mlp_dim
   block = 4 * (d * d + d) + 2 * d * f + f + d + 4 * d
   ends = 2 * 32_000 * d + 1408 * d + 2 * d

@@ -21,7 +21,6 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from ov_models.captioner import CaptionerConfig
 from ov_models.config import check_choice, from_fields, shown
 from ov_models.decoder import DecoderConfig
 from ov_models.functional import (
@@ -33,23 +32,28 @@ from ov_models.functional import (
   first_few,
   plain_dict,
 )
+from ov_models.model import VisionLanguageConfig
 from ov_models.query_decoder import QueryDecoderConfig
 from ov_models.text import TextConfig
-from ov_models.two_towers import TwoTowersConfig
+from ov_models.upgrade import upgrade_model
 from ov_models.vit import ViTConfig
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 FILE_DTYPES = ("float32", "bfloat16", "float16")
-_FORMAT = 1
+_FORMAT = 2
 _MAX_CONFIG_BYTES = 1 << 20
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _KINDS = {
   kind.__name__.removesuffix("Config"): kind
   for kind in (
-    ViTConfig, TextConfig, CaptionerConfig, TwoTowersConfig, DecoderConfig, QueryDecoderConfig
+    ViTConfig,
+    TextConfig,
+    VisionLanguageConfig,
+    DecoderConfig,
+    QueryDecoderConfig,
   )
-}  # fmt: skip
+}
 
 
 def save(
@@ -168,13 +172,14 @@ def config_to_dict(config: Any) -> dict[str, Any]:
 
 
 def config_from_dict(fields: Mapping[str, Any]) -> Any:
-  """The inverse of `config_to_dict`.
+  """The inverse of `config_to_dict`, also of an earlier version.
 
   Raises:
     ValueError: an unknown kind, unknown or missing fields, or values that cannot be.
   """
   if not isinstance(fields, Mapping):
     raise ValueError(f"model={shown(fields)}; expected an object with a kind and its fields.")
+  fields = upgrade_model(fields)
   kind = fields.get("kind")
   check_choice("kind", kind, _KINDS)
   values = {

@@ -24,13 +24,13 @@ WRITER = ov_models.DecoderConfig(
 QUERIES = ov_models.QueryDecoderConfig(
   width=12, depth=1, mlp_dim=20, num_heads=3, vocab_size=11, num_queries=5
 )
-TOWERS = ov_models.TwoTowersConfig(
+TOWERS = ov_models.VisionLanguageConfig(
   encoder=VIT, text=TEXT, decoder=QUERIES, embed_dim=8, bias_init=-10.0
 )
 CONFIGS = {
   "vit": VIT,
   "text": TEXT,
-  "captioner": ov_models.CaptionerConfig(encoder=VIT, decoder=WRITER, keep_ratio=0.5),
+  "captioner": ov_models.VisionLanguageConfig(encoder=VIT, decoder=WRITER, keep_ratio=0.5),
   "two_towers": TOWERS,
   "no_text": dataclasses.replace(TOWERS, text=None, embed_dim=16, bias_init=None),
 }
@@ -98,9 +98,9 @@ def edit(folder: pathlib.Path, **changes):
   ("changes", "message"),
   [
     ({"library": "timm"}, "is of 'timm'"),
-    ({"format": 99}, "format 99; this version reads openvision, up to format 1"),
+    ({"format": 99}, "format 99; this version reads openvision, up to format 2"),
     ({"model": {"kind": "Dict"}}, "kind='Dict' is unknown"),
-    ({"model": {"colour": 1}}, "field of TwoTowersConfig='colour' is unknown"),
+    ({"model": {"colour": 1}}, "field of VisionLanguageConfig='colour' is unknown"),
     ({"model": {"embed_dim": 0}}, "embed_dim=0 must be a positive integer"),
     ({"model": {"embed_dim": 9}}, r"image_head/kernel is \(16, 8\), expected \(16, 9\)"),
   ],

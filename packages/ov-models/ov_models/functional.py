@@ -9,31 +9,29 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from ov_models.captioner import Captioner, CaptionerConfig
 from ov_models.config import TransformerConfig
 from ov_models.decoder import DecoderConfig
+from ov_models.model import VisionLanguageConfig, VisionLanguageModel
 from ov_models.query_decoder import QueryDecoderConfig
 from ov_models.text import TextConfig, TextEncoder
-from ov_models.two_towers import TwoTowers, TwoTowersConfig
 from ov_models.vit import ViT, ViTConfig
 
 Params = dict[str, Any]
-Config = ViTConfig | TextConfig | CaptionerConfig | TwoTowersConfig
+Config = ViTConfig | TextConfig | VisionLanguageConfig
+_MODULES: dict[type, type[nnx.Module]] = {
+  ViTConfig: ViT,
+  TextConfig: TextEncoder,
+  VisionLanguageConfig: VisionLanguageModel,
+}
 
 
 def _build(config: Config, rngs: nnx.Rngs) -> nnx.Module:
-  if isinstance(config, TwoTowersConfig):
-    return TwoTowers(config, rngs=rngs)
-  if isinstance(config, CaptionerConfig):
-    return Captioner(config, rngs=rngs)
-  if isinstance(config, ViTConfig):
-    return ViT(config, rngs=rngs)
-  if isinstance(config, TextConfig):
-    return TextEncoder(config, rngs=rngs)
-  raise TypeError(
-    f"config is a {type(config).__name__}; expected ViTConfig, TextConfig, CaptionerConfig or "
-    "TwoTowersConfig."
-  )
+  if type(config) not in _MODULES:
+    raise TypeError(
+      f"config is a {type(config).__name__}; expected ViTConfig, TextConfig or "
+      "VisionLanguageConfig."
+    )
+  return _MODULES[type(config)](config, rngs=rngs)
 
 
 @functools.lru_cache(maxsize=64)
@@ -63,10 +61,8 @@ def bind(config: ViTConfig, params: Params) -> ViT: ...
 @overload
 def bind(config: TextConfig, params: Params) -> TextEncoder: ...
 @overload
-def bind(config: CaptionerConfig, params: Params) -> Captioner: ...
-@overload
-def bind(config: TwoTowersConfig, params: Params) -> TwoTowers: ...
-def bind(config: Config, params: Params) -> ViT | TextEncoder | Captioner | TwoTowers:
+def bind(config: VisionLanguageConfig, params: Params) -> VisionLanguageModel: ...
+def bind(config: Config, params: Params) -> ViT | TextEncoder | VisionLanguageModel:
   """The module of `config` over `params`; cheap, usable inside jit, grad and vmap.
 
   Raises:
@@ -163,7 +159,7 @@ def num_params(config_or_params: Config | Params) -> int:
 
 
 def flops_per_example(
-  config: CaptionerConfig | TwoTowersConfig, text_len: int, *, num_texts: int = 2
+  config: VisionLanguageConfig, text_len: int = 0, *, num_texts: int = 2
 ) -> int:
   """Floating point operations of one training example, forward and backward.
 
@@ -173,35 +169,32 @@ def flops_per_example(
   the similarity matrix of a contrastive loss, which belongs to the batch.
 
   Args:
-    config: of the model.
-    text_len: T, tokens per text, padding included. Captions of two towers are as long as their
-      decoder is made for.
-    num_texts: texts per image through the text tower of two towers; published: 2.
+    config: of the model. Captions are as long as its decoder is made for.
+    text_len: T, tokens per text of the text tower, padding included.
+    num_texts: texts per image through the text tower; published: 2.
   """
   vit = config.encoder
   patch = 2 * vit.num_patches * 3 * vit.patch_size**2 * vit.width
   total = patch + _stack_flops(vit, vit.num_unmasked + 1)
-  if isinstance(config, CaptionerConfig):
-    return 3 * (total + _decoder_flops(config.decoder, vit.width, config.num_kept, text_len))
-  beside = 0
+  text_tokens = 0  # that a decoder with queries reads
   if (text := config.text) is not None:
     heads = vit.width + num_texts * text.width
     total += num_texts * _stack_flops(text, text_len) + 2 * heads * config.embed_dim
-    beside = text_len - 1 if text.pool == "last" else text_len
+    text_tokens = text_len - 1 if text.pool == "last" else text_len
   if isinstance(decoder := config.decoder, QueryDecoderConfig):
-    tokens = vit.num_unmasked + beside + decoder.num_queries
-    projected = vit.num_unmasked * vit.width + beside * (text.width if text else 0)
+    tokens = config.num_kept + text_tokens + decoder.num_queries
+    projected = config.num_kept * vit.width + text_tokens * (text.width if text else 0)
     total += 2 * projected * decoder.width + _stack_flops(decoder, tokens)
     total += 2 * decoder.num_queries * decoder.width * decoder.vocab_size
   elif decoder is not None:
-    total += _decoder_flops(decoder, vit.width, vit.num_unmasked, decoder.max_len)
+    total += _decoder_flops(decoder, vit.width, config.num_kept)
   return 3 * total
 
 
-def _decoder_flops(config: DecoderConfig, image_width: int, num_image: int, text_len: int) -> int:
+def _decoder_flops(config: DecoderConfig, image_width: int, num_image: int) -> int:
   project = 2 * num_image * image_width * config.width
-  head = 2 * text_len * config.width * config.vocab_size
-  return project + _stack_flops(config, num_image + text_len) + head
+  head = 2 * config.max_len * config.width * config.vocab_size
+  return project + _stack_flops(config, num_image + config.max_len) + head
 
 
 def _stack_flops(config: TransformerConfig, tokens: int) -> int:

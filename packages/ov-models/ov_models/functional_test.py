@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 
 import ov_models
-from ov_models import CaptionerConfig, TextConfig, TwoTowersConfig, ViTConfig
+from ov_models import TextConfig, VisionLanguageConfig, ViTConfig
 from ov_models.testing import random_params
 
 VIT = ViTConfig(width=32, depth=2, mlp_dim=64, num_heads=2, patch_size=4, image_size=16)
-PAIR = CaptionerConfig.openvision2(
+PAIR = VisionLanguageConfig.openvision2(
   "mu/8", "Ti", image_size=16, vocab_size=11, max_len=5, decoder_options={"depth": 2}
 )
 TEXT = TextConfig(width=32, depth=2, mlp_dim=64, num_heads=2, vocab_size=11, max_len=6)
-TOWERS = TwoTowersConfig.openvision(
+TOWERS = VisionLanguageConfig.openvision(
   "mu/8", "Ti", "Ti", image_size=16, vocab_size=11, bias_init=-10.0, text_options={"depth": 2},
   decoder_options={"depth": 2},
 )  # fmt: skip

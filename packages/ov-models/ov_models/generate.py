@@ -16,7 +16,7 @@ Method = Literal["greedy", "sample", "beam"]
 
 
 class CaptionModel(Protocol):
-  """What `generate` needs: Captioner, TwoTowers, or an nnx.Module of your own."""
+  """What `generate` needs: a VisionLanguageModel, or another nnx.Module with these methods."""
 
   @property
   def decoder(self) -> Any:

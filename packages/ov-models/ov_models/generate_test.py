@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from ov_models import (
-  CaptionerConfig,
   DecoderConfig,
   QueryDecoder,
   QueryDecoderConfig,
+  VisionLanguageConfig,
   ViTConfig,
   bind,
   generate,
@@ -27,7 +27,7 @@ IDS = {"bos_id": BOS, "eos_id": EOS, "pad_id": PAD}
 
 
 def model(mask="prefix", position="learned", vocab=V, **options):
-  config = CaptionerConfig(
+  config = VisionLanguageConfig(
     encoder=ViTConfig(width=24, depth=1, mlp_dim=8, num_heads=2, patch_size=8, image_size=16),
     decoder=DecoderConfig(
       width=32, depth=2, mlp_dim=32, num_heads=2, vocab_size=vocab, max_len=T,

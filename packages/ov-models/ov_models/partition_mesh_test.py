@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from ov_models import (
-  CaptionerConfig,
   DecoderConfig,
+  VisionLanguageConfig,
   ViTConfig,
   attention,
   bind,
@@ -23,7 +23,7 @@ from ov_models import (
 )
 from ov_models.testing import random_params
 
-CONFIG = CaptionerConfig(
+CONFIG = VisionLanguageConfig(
   encoder=ViTConfig(
     width=32, depth=2, mlp_dim=64, num_heads=4, patch_size=8, image_size=32, mask_ratio=0.3
   ),

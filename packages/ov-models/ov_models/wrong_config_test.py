@@ -46,12 +46,18 @@ def test_every_field_refuses_values_of_another_kind(kind, value):
     (lambda: ov_models.ViTConfig.from_name("mu/16", colour=1), "field of ViTConfig='colour'"),
     (lambda: ov_models.TextConfig.from_name(None), "text variant=None"),
     (lambda: ov_models.DecoderConfig.from_name(["L"]), "decoder variant=['L']"),
-    (lambda: ov_models.TwoTowersConfig.openvision("mu", "Ti", None, decoder_kind=[]), "decoder_k"),
-    (lambda: ov_models.TwoTowersConfig.openvision("mu", "Ti", "Ti", decoder_options={"x": 1}), "x"),
-    (lambda: ov_models.ViTConfig.from_name("mu/1", 2**20), "patches; expected at most"),
-    (lambda: ov_models.CaptionerConfig(encoder=None, decoder=None), "encoder is a NoneType"),
     (
-      lambda: ov_models.TwoTowersConfig(encoder=VIT, text=VIT, decoder=None, embed_dim=8),
+      lambda: ov_models.VisionLanguageConfig.openvision("mu", "Ti", None, decoder_kind=[]),
+      "decoder_k",
+    ),
+    (
+      lambda: ov_models.VisionLanguageConfig.openvision("mu", "Ti", "Ti", decoder_options={"x": 1}),
+      "x",
+    ),
+    (lambda: ov_models.ViTConfig.from_name("mu/1", 2**20), "patches; expected at most"),
+    (lambda: ov_models.VisionLanguageConfig(encoder=None, decoder=None), "encoder is a NoneType"),
+    (
+      lambda: ov_models.VisionLanguageConfig(encoder=VIT, text=VIT, decoder=None, embed_dim=8),
       "text is a ViTConfig; expected a TextConfig",
     ),
   ],

@@ -230,7 +230,7 @@ class OpenVision(nn.Module):
     self.encoder: Any = image and ImageTower(image)
     self.text: Any = text and TextTower(text)
     self.decoder: Any = decoder and Decoder(decoder, image.width, text and text.width)
-    if c.kind == "TwoTowers" and text:
+    if image and text:
       self.image_head = nn.Linear(image.width, c.embed_dim, bias=False)
       self.text_head = nn.Linear(text.width, c.embed_dim, bias=False)
       self.log_scale, self.bias = table(), None if c.bias_init is None else table()
@@ -240,8 +240,8 @@ class OpenVision(nn.Module):
     """Reads config.json and model.safetensors. Tensors missing or left over are an error."""
     with open(f"{folder}/config.json", encoding="utf-8") as file:
       content = json.load(file, object_hook=lambda fields: SimpleNamespace(**fields))
-    if getattr(content, "library", None) != "openvision" or content.format != 1:
-      raise ValueError(f"{folder} holds no OpenVision model of format 1.")
+    if getattr(content, "library", None) != "openvision" or content.format not in (1, 2):
+      raise ValueError(f"{folder} holds no OpenVision model of format 1 or 2.")
     with torch.device("meta"):  # nothing is allocated that the file brings
       model = cls(content.model)
     top, state = {"ViT": "encoder/", "Text": "text/"}.get(content.model.kind, ""), {}
@@ -262,9 +262,9 @@ class OpenVision(nn.Module):
     return self.encoded("text_head", *self.text(ids))
 
   def encoded(self, head: str, pooled: Tensor, tokens: Tensor) -> Encoded:
-    if self.config.kind != "TwoTowers":
+    if not hasattr(self, head):
       return Encoded(pooled, tokens, None)
-    raw = (getattr(self, head)(pooled) if self.text else pooled).float()
+    raw = getattr(self, head)(pooled).float()
     return Encoded(pooled, tokens, raw / (raw.norm(dim=-1, keepdim=True) + 1e-8))
 
   def logits(self, images: Tensor, texts: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ def main() -> None:
   folder, output = map(pathlib.Path, sys.argv[1:3])
   opset = int(sys.argv[3])
   model = OpenVision.from_folder(str(folder))
-  joint = model.config.kind == "TwoTowers"
+  joint = hasattr(model, "image_head")
   if model.encoder is not None:
     size = model.encoder.config.image_size
     names = ["pooled", "tokens", "embedding"][: 2 + joint]

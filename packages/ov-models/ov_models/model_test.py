@@ -18,7 +18,7 @@ from ov_models import (
   DecoderConfig,
   QueryDecoderConfig,
   TextConfig,
-  TwoTowersConfig,
+  VisionLanguageConfig,
   ViTConfig,
   abstract_params,
   bind,
@@ -35,7 +35,7 @@ IMAGE = ViTConfig(width=24, depth=1, mlp_dim=48, num_heads=2, patch_size=8, imag
 TEXT = TextConfig(width=16, depth=1, mlp_dim=32, num_heads=2, vocab_size=V, max_len=T)
 QUERIES = QueryDecoderConfig(vocab_size=V, num_queries=Q, **SIZES)
 FORCED = DecoderConfig(vocab_size=V, max_len=Q, **SIZES)
-MODEL = TwoTowersConfig(encoder=IMAGE, text=TEXT, decoder=QUERIES, embed_dim=E)
+MODEL = VisionLanguageConfig(encoder=IMAGE, text=TEXT, decoder=QUERIES, embed_dim=E)
 
 
 @pytest.fixture(autouse=True)
@@ -88,7 +88,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize(("image", "text"), PUBLISHED)
 def test_parameter_counts_are_the_published_ones(image, text):
-  config = TwoTowersConfig.openvision(image, text, text, preset="openvision_released")
+  config = VisionLanguageConfig.openvision(image, text, text, preset="openvision_released")
   assert num_params(config) == PUBLISHED[image, text]
   biased = dataclasses.replace(config, bias_init=-10.0)
   assert num_params(biased) == PUBLISHED[image, text] + 1
@@ -103,17 +103,17 @@ def test_parameter_counts_are_the_published_ones(image, text):
 )  # fmt: skip
 def test_embed_dim_follows_the_image_variant(image, embed_dim):
   # The published ones, and the width of the tower where none was.
-  config = TwoTowersConfig.openvision(image, "Ti", None)
+  config = VisionLanguageConfig.openvision(image, "Ti", None)
   assert config.embed_dim == embed_dim
   assert EMBED_DIMS.get(image.split("/")[0], config.encoder.width) == embed_dim
   heads = abstract_params(config)
   assert heads["image_head"]["kernel"].shape == (config.encoder.width, embed_dim)
   assert heads["text_head"]["kernel"].shape == (192, embed_dim)
-  assert TwoTowersConfig.openvision(image, "Ti", None, embed_dim=64).embed_dim == 64
+  assert VisionLanguageConfig.openvision(image, "Ti", None, embed_dim=64).embed_dim == 64
 
 
 def test_presets_and_options_reach_their_parts():
-  make = partial(TwoTowersConfig.openvision, "S/16", "S", "Ti")
+  make = partial(VisionLanguageConfig.openvision, "S/16", "S", "Ti")
   ours, released, clip = (make(preset=p) for p in ("default", "openvision_released", "clip"))
   assert make() == ours
   assert (ours.text.padding, released.text.padding) == ("mask", "attend")
@@ -244,7 +244,7 @@ def test_without_text_there_is_no_head(decoder):
   assert hidden.shape == (B, Q, 32)
   with pytest.raises(ValueError, match="no text tower; build it with a TextConfig as `text`"):
     bind(config, params).encode_text(inputs()[1])
-  named = TwoTowersConfig.openvision("S/16", None, "Ti", embed_dim=7)
+  named = VisionLanguageConfig.openvision("S/16", None, "Ti", embed_dim=7)
   assert (named.text, named.embed_dim) == (None, 384)
 
 
@@ -290,11 +290,11 @@ def test_impossible_configs(fields, message):
 
 def test_impossible_names():
   with pytest.raises(ValueError, match="embed_dim=0 must be a positive integer"):
-    TwoTowersConfig.openvision("Ti/16", "Ti", "Ti", embed_dim=0)
+    VisionLanguageConfig.openvision("Ti/16", "Ti", "Ti", embed_dim=0)
   with pytest.raises(ValueError, match="decoder_kind='query' is unknown.*nearest: queries"):
-    TwoTowersConfig.openvision("Ti/16", "Ti", "Ti", decoder_kind="query")
+    VisionLanguageConfig.openvision("Ti/16", "Ti", "Ti", decoder_kind="query")
   with pytest.raises(ValueError, match="decoder variant='XL' is unknown"):
-    TwoTowersConfig.openvision("Ti/16", "Ti", "XL")
+    VisionLanguageConfig.openvision("Ti/16", "Ti", "XL")
 
 
 def test_one_trace_over_several_steps_and_every_parameter_learns():
@@ -326,7 +326,7 @@ def test_flops_of_a_published_size():
   heads = 2 * 768 * (1024 + 2 * 768)
   tokens = 256 + 79 + 128
   queries = 2 * 256 * 1024 * 768 + 2 * 79 * 768**2 + blocks(12, tokens, 768) + 2 * 128 * 768 * 32000
-  config = TwoTowersConfig.openvision("L/14", "L", "L")
+  config = VisionLanguageConfig.openvision("L/14", "L", "L")
   assert flops_per_example(config, 80) == 3 * (encoder + texts + heads + queries)
   one = 3 * (blocks(12, 80, 768) + 2 * 768 * 768)
   assert flops_per_example(config, 80, num_texts=1) == flops_per_example(config, 80) - one
@@ -334,7 +334,7 @@ def test_flops_of_a_published_size():
   assert flops_per_example(clip, 80) == 3 * (encoder + texts + heads)
   # Teacher-forced: image and caption in, no text beside it.
   forced = 2 * 256 * 1024 * 768 + blocks(12, 256 + 127, 768) + 2 * 127 * 768 * 32000
-  cap = TwoTowersConfig.openvision(
+  cap = VisionLanguageConfig.openvision(
     "L/14", None, "L", decoder_kind="teacher_forced", caption_len=127
   )
   assert flops_per_example(cap, 80) == 3 * (encoder + forced)
@@ -344,7 +344,7 @@ def test_flops_of_a_published_size():
 def test_flops_against_the_compiler(decoder):
   """XLA counts multiply-adds of matmuls as two operations too; unrolled, it sees every layer."""
   wide = {"width": 64, "mlp_dim": 256, "scan": False}
-  config = TwoTowersConfig(
+  config = VisionLanguageConfig(
     encoder=dataclasses.replace(IMAGE, **wide),
     text=dataclasses.replace(TEXT, **wide),
     decoder=dataclasses.replace(decoder, **wide),

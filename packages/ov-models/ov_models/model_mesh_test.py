@@ -12,7 +12,7 @@ import pytest
 from ov_models import (
   QueryDecoderConfig,
   TextConfig,
-  TwoTowersConfig,
+  VisionLanguageConfig,
   ViTConfig,
   bind,
   logical_axes,
@@ -22,7 +22,7 @@ from ov_models.testing import random_params
 
 B, T = 8, 6
 SIZES = {"width": 32, "depth": 2, "mlp_dim": 64, "num_heads": 4}
-CONFIG = TwoTowersConfig(
+CONFIG = VisionLanguageConfig(
   encoder=ViTConfig(patch_size=8, image_size=32, mask_ratio=0.3, **SIZES),
   text=TextConfig(vocab_size=24, max_len=T, **SIZES),
   decoder=QueryDecoderConfig(vocab_size=24, num_queries=5, **SIZES),

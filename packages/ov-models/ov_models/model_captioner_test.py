@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ov_models import CaptionerConfig, DecoderConfig, ViTConfig, bind, flops_per_example
+from ov_models import DecoderConfig, VisionLanguageConfig, ViTConfig, bind, flops_per_example
 from ov_models.testing import random_params
 
-CONFIG = CaptionerConfig(
+CONFIG = VisionLanguageConfig(
   encoder=ViTConfig(width=24, depth=1, mlp_dim=8, num_heads=2, patch_size=4, image_size=24),
   decoder=DecoderConfig(
     width=32, depth=1, mlp_dim=64, num_heads=2, vocab_size=20, max_len=6, position="none"
@@ -78,7 +78,7 @@ def test_any_keep_ratio(ratio):
   assert tokens.shape[1] == config.num_kept == max(1, int(36 * ratio + 1e-6))
   out = jax.eval_shape(partial(forward, config), params, images, ids, jax.random.key(0))
   assert out.hidden.shape == (3, 6, 32)
-  assert out.image_tokens.shape == (3, 36, 24)
+  assert out.image.tokens.shape == (3, 36, 24)
 
 
 def test_encoder_masking_and_keeping_compose():
@@ -137,7 +137,7 @@ def test_logits_are_float32_products_with_the_head():
 
 def test_flops_against_the_compiler():
   """XLA counts multiply-adds of matmuls as two operations too; unrolled, it sees every layer."""
-  config = CaptionerConfig(
+  config = VisionLanguageConfig(
     encoder=dataclasses.replace(CONFIG.encoder, width=64, mlp_dim=256, depth=2, scan=False),
     decoder=dataclasses.replace(CONFIG.decoder, width=64, mlp_dim=256, depth=2, scan=False),
     keep_ratio=0.5,
@@ -156,7 +156,7 @@ def test_flops_against_the_compiler():
 
 
 def test_flops_of_a_published_size():
-  config = CaptionerConfig.openvision2("L/14", "L", image_size=224)
+  config = VisionLanguageConfig.openvision2("L/14", "L", image_size=224)
   # Forward by hand: 24 layers x 257 tokens x 12 D^2 x 2, scores, patches; then the decoder.
   encoder = 24 * (257 * 2 * 12 * 1024**2 + 4 * 257**2 * 1024) + 2 * 256 * 588 * 1024
   tokens = 89 + 127
