@@ -30,8 +30,13 @@ _COMPILE = flags.DEFINE_bool(
 )
 _CHECK = flags.DEFINE_bool("check", False, "Resolve everything, read one batch, and stop.")
 
-# Sections that hold fields of another library's config, by name.
-_FREE = ("model.encoder_options.", "model.text_options.", "model.decoder_options.")
+# Sections that hold fields of another config, by name.
+_FREE = (
+  "model.encoder_options.",
+  "model.text_options.",
+  "model.decoder_options.",
+  "optimizer.options.",
+)
 
 
 def launch(make_app: Callable[[], "App"], base: str, recipes: str) -> None:

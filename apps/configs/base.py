@@ -165,8 +165,13 @@ def input_config() -> dict:
 
 
 def optimizer_config() -> dict:
-  """Fields of apps.trainer.optimizer.OptimizerConfig, with its ScheduleConfig inside."""
+  """Fields of apps.trainer.optimizer.OptimizerConfig, with its ScheduleConfig inside.
+
+  b1 to second_moment are those of AdamW, which muon uses too, for what is no matrix.
+  """
   return {
+    "name": "adamw",  # of apps/trainer/optimizers: adamw | adafactor | muon | lion
+    "options": {},  # fields of the dataclass of that optimizer, such as {"beta": 0.9} of muon
     "learning_rate": 1e-3,  # peak
     "schedule": {
       "kind": "warmup_cosine",  # warmup_cosine | wsd | rsqrt | constant

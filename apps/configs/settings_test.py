@@ -29,7 +29,7 @@ def settings_of(config):
     value = config
     for part in name.split("."):
       value = value[part]
-    if name.endswith("_options") or not isinstance(value, ConfigDict):
+    if name.endswith("options") or not isinstance(value, ConfigDict):
       found[name] = value
   return found
 

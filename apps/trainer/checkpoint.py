@@ -39,7 +39,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint._src.path import gcs_utils
 import tensorstore
 
-from apps.trainer import checkpoint_manifest
+from apps.trainer import checkpoint_manifest, checkpoint_upgrade
 from apps.trainer.checkpoint_fit import check_restorable, one_line, saved_arrays
 from apps.trainer.checkpoint_folder import (
   absolute_path,
@@ -51,7 +51,7 @@ from apps.trainer.checkpoint_folder import (
   steps_in,
 )
 from apps.trainer.checkpoint_metadata import FORMAT, CheckpointError, read_metadata
-from apps.trainer.optimizer import flatten_paths
+from apps.trainer.paths import flatten_paths
 from apps.trainer.state import TrainState
 
 __all__ = [
@@ -291,17 +291,20 @@ def restore_arrays(checkpoint: epath.Path, abstract: PyTree, *, partial: bool = 
     CheckpointError: as `check_restorable`, or an array cannot be read.
   """
   check_restorable(checkpoint, abstract, partial=partial)
+  indexed = checkpoint_upgrade.is_indexed(saved_arrays(checkpoint))
+  target = checkpoint_upgrade.to_indexed(abstract) if indexed else abstract
   reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
-  restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
+  restore_args = ocp.checkpoint_utils.construct_restore_args(target)
   try:
-    return reader.restore(
+    restored = reader.restore(
       checkpoint / "state",
-      args=ocp.args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=partial),
+      args=ocp.args.PyTreeRestore(target, restore_args=restore_args, partial_restore=partial),
     )
   except (ValueError, OSError, LookupError) as error:  # of TensorStore: files damaged or gone
     raise CheckpointError(
       f"{checkpoint} cannot be restored: {one_line(error)}; use an older checkpoint, or a copy"
     ) from error
+  return checkpoint_upgrade.to_named(restored, abstract) if indexed else restored
 
 
 def library_versions() -> dict[str, str]:

@@ -8,8 +8,9 @@ from etils import epath
 import jax
 import orbax.checkpoint as ocp
 
+from apps.trainer import checkpoint_upgrade
 from apps.trainer.checkpoint_metadata import CheckpointError
-from apps.trainer.optimizer import flatten_paths
+from apps.trainer.paths import flatten_paths
 
 PyTree = Any
 
@@ -56,7 +57,8 @@ def check_restorable(
     CheckpointError: in one line, the first arrays that are missing, unexpected, or of another shape
       or dtype, and the settings that differ.
   """
-  differences = _differences(saved_arrays(checkpoint), flatten_paths(abstract), partial)
+  saved = {checkpoint_upgrade.named_path(p): x for p, x in saved_arrays(checkpoint).items()}
+  differences = _differences(saved, flatten_paths(abstract), partial)
   if not differences:
     return
   differences.sort(key=lambda line: not line.startswith("params/"))  # the cause of all others
@@ -71,7 +73,7 @@ def check_restorable(
   if changed:
     remedy = f"Settings that differ: {'; '.join(changed[:5])}. Set them as they were saved"
   elif roots == {"opt"}:
-    remedy = "Keep config.optimizer.mu_dtype, second_moment and frozen as they were"
+    remedy = "Keep config.optimizer.name, options, mu_dtype, second_moment and frozen as they were"
   elif roots == {"ema"}:
     remedy = "Keep config.optimizer.ema_decay as it was"
   else:

@@ -65,7 +65,7 @@ def assert_bitwise(a, b):
 def test_restores_every_bit_and_the_metadata(tmp_path):
   state = make_state()
   state["params"]["dense"]["bias"] = jnp.array([jnp.nan, -0.0, jnp.inf, 1e-42], jnp.float32)
-  assert state["opt"][1].inner_state.mu["dense"]["kernel"].dtype == jnp.bfloat16
+  assert state["opt"]["adamw"].inner_state.mu["dense"]["kernel"].dtype == jnp.bfloat16
   with Checkpoints(tmp_path) as checkpoints:
     assert checkpoints.latest_step() is None
     assert checkpoints.save(5, state, METADATA)

@@ -1,24 +1,63 @@
 """From the configuration tree to the typed configs of the parts; impossible values end here."""
 
 from collections.abc import Sequence
+import dataclasses
 import json
+import typing
 from typing import Any, Literal, NamedTuple
 
 from ml_collections import ConfigDict
 
 from apps.trainer.augment import AugmentConfig
 from apps.trainer.optimizer import OptimizerConfig
+from apps.trainer.optimizers import OPTIMIZERS, AdamW, UpdateRule
+from apps.trainer.rules import fields, flag, real, text, whole
 from apps.trainer.schedules import ScheduleConfig
 from apps.trainer.settings import check_settings
+
+_TYPES = {bool: flag, int: whole(0), float: real(0), str: text}
 
 
 def optimizer_config(config: ConfigDict) -> OptimizerConfig:
   """`config.optimizer`; raises ValueError for values out of range."""
-  fields = config.optimizer.to_dict()
-  fields["schedule"] = ScheduleConfig(**fields["schedule"])
-  fields["lr_multipliers"] = tuple((str(r), float(f)) for r, f in fields["lr_multipliers"])
-  fields["frozen"] = tuple(fields["frozen"])
-  return OptimizerConfig(**fields)
+  values = config.optimizer.to_dict()
+  values["schedule"] = ScheduleConfig(**values["schedule"])
+  values["lr_multipliers"] = tuple((str(r), float(f)) for r, f in values["lr_multipliers"])
+  values["frozen"] = tuple(values["frozen"])
+  adamw = {field.name: values.pop(field.name) for field in dataclasses.fields(AdamW)}
+  rule = _update_rule(values.pop("name"), values.pop("options"), AdamW(**adamw))
+  return OptimizerConfig(**values, rule=rule)
+
+
+def _update_rule(name: str, options: dict[str, Any], adamw: AdamW) -> UpdateRule:
+  """The update rule of `config.optimizer.name`.
+
+  Args:
+    name: of `OPTIMIZERS`.
+    options: fields of its dataclass.
+    adamw: the fields of AdamW, which are settings of their own.
+
+  Raises:
+    ValueError: an option is unknown, of another type or out of range, or a setting of AdamW was
+      changed that the rule does not use.
+  """
+  kind: Any = OPTIMIZERS[name]
+  hints = typing.get_type_hints(kind)
+  rules = {field: _TYPES[hint] for field, hint in hints.items() if hint in _TYPES}
+  fields(rules)(f"config.optimizer.options (of {name})", options)
+  if kind is AdamW:
+    return dataclasses.replace(adamw, **options)
+  if "adamw" in hints:
+    return kind(**options, adamw=adamw)
+  default = AdamW()
+  for field in dataclasses.fields(AdamW):
+    if (value := getattr(adamw, field.name)) != getattr(default, field.name):
+      raise ValueError(
+        f"config.optimizer.{field.name}={value!r} is of adamw and has no effect with "
+        f"config.optimizer.name={name}; set config.optimizer.options, which may have "
+        f"{', '.join(rules)}"
+      )
+  return kind(**options)
 
 
 def augment_config(config: ConfigDict) -> AugmentConfig:

@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 
 from apps.trainer.init_source import InitSource, Part, open_source
-from apps.trainer.optimizer import flatten_paths, path_str
+from apps.trainer.paths import flatten_paths, path_str
 from ov_data import fs
 import ov_models
 

@@ -24,7 +24,7 @@ from apps.trainer.checkpoint import (
   restore_arrays,
   saved_arrays,
 )
-from apps.trainer.optimizer import flatten_paths
+from apps.trainer.paths import flatten_paths
 from ov_convert import orbax_folder, torch_module
 from ov_convert.name_map import unflatten
 from ov_convert.release import Imported

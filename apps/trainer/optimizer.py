@@ -1,25 +1,24 @@
-"""AdamW as the predecessors chain it, with the parts of the parameter tree chosen by regex.
+"""The optimizer of a stage: an update rule in a chain that all rules share.
 
   make_optimizer(config, abstract_params, total_steps) -> Optimizer(tx, learning_rate, groups)
 
-The chain, in this order (entry number = key of its state in checkpoints):
+The chain, in this order; the names are the keys of its state in checkpoints:
 
-  0  clip_by_global_norm(grad_clip_norm), or identity
-  1  scale_by_adam(b1, b2, eps, mu_dtype)          no state for frozen parameters; see `moments`
-                                                   for what keeps less than float32 of v
-  2  add_decayed_weights(weight_decay)             only where the path matches `decay_regex`
-  3  scale(learning_rate)
-  4  scale_by_multipliers                          lr_multipliers times layer-wise decay
-  5  scale_by_schedule(multiplier)                 its count is the optimizer step
-  6  set_to_zero                                   frozen parameters
-  7  scale(-1)
+  clip           clip_by_global_norm(grad_clip_norm), or identity
+  NAME           the update rule by its name in `optimizers.OPTIMIZERS`, such as "adamw"; it has no
+                 state for frozen parameters
+  weight_decay   add_decayed_weights(weight_decay), only where the path matches `decay_regex`
+  rate           scale(learning_rate)
+  multipliers    lr_multipliers times layer-wise decay
+  schedule       scale_by_schedule(multiplier); its count is the optimizer step
+  frozen         set_to_zero for frozen parameters
+  sign           scale(-1)
 
-so that  delta w = -lr * schedule(step) * multiplier(w) * (adam(g) + weight_decay * w).
+so that  delta w = -lr * schedule(step) * multiplier(w) * (rule(g) + weight_decay * w).
 
-Weight decay is not coupled to beta-corrected gradients (AdamW, Loshchilov and Hutter 2017,
-https://arxiv.org/abs/1711.05101). Layer-wise decay follows BEiT (Bao et al. 2021,
-https://arxiv.org/abs/2106.08254): block i of L gets r^(L-i), what stands before the blocks
-r^(L+1), everything else 1.
+Weight decay is decoupled (AdamW, Loshchilov and Hutter 2017, https://arxiv.org/abs/1711.05101).
+Layer-wise decay follows BEiT (Bao et al. 2021, https://arxiv.org/abs/2106.08254): block i of L gets
+r^(L-i), embeddings before the blocks get r^(L+1), everything else 1.
 
 Paths are the keys of the nested dict joined by "/", e.g. `encoder/blocks/attn/query/kernel`;
 a regex matches when `re.search` finds it in the path, so anchor it with ^ and $ where that matters.
@@ -36,7 +35,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from apps.trainer import moments
+from apps.trainer.optimizers import OPTIMIZERS, AdamW, UpdateRule
+from apps.trainer.paths import flatten_paths, is_stacked, path_str
 from apps.trainer.schedules import Schedule, ScheduleConfig, make_schedule
 
 PyTree = Any
@@ -49,14 +49,7 @@ class OptimizerConfig:
   Attributes:
     learning_rate: peak rate, already scaled to the batch (`schedules.scaled_learning_rate`).
     schedule: its multiplier over the steps.
-    b1, b2, eps: of Adam.
-    mu_dtype: dtype in which the first moment is kept; "float32" costs 2 more bytes a parameter,
-      "int8" (codes with a scale for each block) 1 less. With "bfloat16" the product b1 * mu may or
-      may not be rounded to it, as the compiler likes (xla_allow_excess_precision); that moves
-      single updates by up to 0.4%.
-    second_moment: how the second moment is kept: "full", 4 bytes a parameter; "factored", means of
-      rows and columns, next to nothing; "int8", codes with a scale for each block, 1 byte. Small
-      arrays are kept in full.
+    rule: update rule with its hyperparameters, of a type in `OPTIMIZERS`.
     weight_decay: decoupled, times the scheduled learning rate.
     decay_regex: which parameters decay.
     grad_clip_norm: global L2 norm to which gradients are scaled down; None for no clipping.
@@ -73,11 +66,7 @@ class OptimizerConfig:
 
   learning_rate: float
   schedule: ScheduleConfig = ScheduleConfig()
-  b1: float = 0.9
-  b2: float = 0.95
-  eps: float = 1e-8
-  mu_dtype: str = "bfloat16"
-  second_moment: str = "full"
+  rule: UpdateRule = AdamW()
   weight_decay: float = 0.2
   decay_regex: str = r"(^|/)kernel$"
   grad_clip_norm: float | None = None
@@ -94,14 +83,6 @@ class OptimizerConfig:
         raise ValueError(f"optimizer {name}={getattr(self, name)!r} must be {expected}.")
 
     require(0 <= self.learning_rate < math.inf, "learning_rate", "finite and >= 0")
-    require(0 <= self.b1 < 1, "b1", "in [0, 1)")
-    require(0 <= self.b2 < 1, "b2", "in [0, 1)")
-    require(0 < self.eps < math.inf, "eps", "finite and > 0")
-    for name, allowed in (
-      ("mu_dtype", ("bfloat16", "float32", "int8")),
-      ("second_moment", ("full", "factored", "int8")),
-    ):
-      require(getattr(self, name) in allowed, name, f"one of {', '.join(allowed)}")
     require(0 <= self.weight_decay < math.inf, "weight_decay", "finite and >= 0")
     clip, layer, ema = self.grad_clip_norm, self.layer_decay, self.ema_decay
     require(
@@ -167,15 +148,16 @@ def make_optimizer(config: OptimizerConfig, abstract_params: PyTree, total_steps
   trainable = tree({path: not is_frozen for path, is_frozen in frozen.items()})
   multiplier = make_schedule(config.schedule, total_steps)
   clip = optax.clip_by_global_norm(config.grad_clip_norm) if config.grad_clip_norm else None
-  tx = optax.chain(
-    optax.masked(clip, trainable) if clip else optax.identity(),
-    optax.masked(_scale_by_adam(config), trainable),
-    optax.add_decayed_weights(config.weight_decay, mask=tree(decayed)),
-    optax.scale(config.learning_rate),
-    _scale_by_multipliers(tree(multipliers)),
-    optax.scale_by_schedule(multiplier),
-    optax.masked(optax.set_to_zero(), tree(frozen)),
-    optax.scale(-1.0),
+  name = next(name for name, kind in OPTIMIZERS.items() if type(config.rule) is kind)
+  tx = optax.named_chain(
+    ("clip", optax.masked(clip, trainable) if clip else optax.identity()),
+    (name, optax.masked(config.rule.build(), trainable)),
+    ("weight_decay", optax.add_decayed_weights(config.weight_decay, mask=tree(decayed))),
+    ("rate", optax.scale(config.learning_rate)),
+    ("multipliers", _scale_by_multipliers(tree(multipliers))),
+    ("schedule", optax.scale_by_schedule(multiplier)),
+    ("frozen", optax.masked(optax.set_to_zero(), tree(frozen))),
+    ("sign", optax.scale(-1.0)),
   )
   return Optimizer(
     tx=tx,
@@ -207,37 +189,12 @@ def summarize_groups(groups: dict[str, str]) -> str:
   )
 
 
-def path_str(path: Sequence[Any]) -> str:
-  """The keys of a jax key path joined by "/"."""
-  return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
-
-
-def flatten_paths(tree: PyTree) -> dict[str, Any]:
-  """Leaves of `tree` by path, in the order of jax.tree.leaves."""
-  leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-  return {path_str(path): leaf for path, leaf in leaves}
-
-
-def _scale_by_adam(config: OptimizerConfig) -> optax.GradientTransformation:
-  rates = config.b1, config.b2, config.eps
-  if config.second_moment == "full" and config.mu_dtype != "int8":
-    return optax.scale_by_adam(*rates, mu_dtype=jnp.dtype(config.mu_dtype))
-  return moments.scale_by_adam(
-    *rates, config.mu_dtype, config.second_moment, stacked=lambda path: _is_stacked(path_str(path))
-  )
-
-
-def _is_stacked(path: str) -> bool:
-  """Whether the first axis of a parameter counts layers."""
-  return "blocks/" in path
-
-
 def _multipliers(config: OptimizerConfig, shapes: dict[str, Any]) -> dict[str, np.ndarray]:
   """Path -> factor, float32 [] or, for stacked blocks, [L, 1, ...]."""
   depths = {
     path[: path.index("blocks/")]: leaf.shape[0]
     for path, leaf in shapes.items()
-    if _is_stacked(path) and re.search(config.layer_decay_regex, path)
+    if is_stacked(path) and re.search(config.layer_decay_regex, path)
   }  # tower prefix, e.g. "encoder/" -> L
   if config.layer_decay is not None and not depths:
     raise ValueError(
@@ -253,7 +210,7 @@ def _multipliers(config: OptimizerConfig, shapes: dict[str, Any]) -> dict[str, n
     if rate is None or not decays or tower is None:
       return np.asarray(factor, np.float32)
     depth = depths[tower]
-    if _is_stacked(path):
+    if is_stacked(path):
       by_layer = rate ** (depth - np.arange(depth, dtype=np.float32))
       return np.asarray(factor * by_layer, np.float32).reshape(depth, *[1] * (leaf.ndim - 1))
     if re.search(config.input_regex, path[len(tower) :]):

@@ -17,6 +17,7 @@ from apps.trainer.optimizer import (
   make_optimizer,
   summarize_groups,
 )
+from apps.trainer.optimizers import AdamW
 from apps.trainer.schedules import ScheduleConfig
 
 L, D = 3, 4
@@ -53,7 +54,7 @@ def one_update(config, params, grads, steps=1):
 
 
 def test_two_steps_of_adamw_by_hand():
-  config = OptimizerConfig(0.5, ScheduleConfig(warmup_steps=4), mu_dtype="float32")
+  config = OptimizerConfig(0.5, ScheduleConfig(warmup_steps=4), AdamW(mu_dtype="float32"))
   params, grads = make_params(), jax.tree.map(jnp.sin, make_params())
   updates, _ = one_update(config, params, grads, steps=2)
   for path, g in flatten_paths(grads).items():
@@ -74,9 +75,9 @@ def test_first_step_of_a_warmup_changes_nothing():
 def test_moments_have_the_published_dtypes_and_checkpoint_keys():
   _, state = one_update(OptimizerConfig(1.0), make_params(), make_params())
   adam = flatten_paths(state)
-  assert adam["1/inner_state/mu/encoder/cls"].dtype == jnp.bfloat16
-  assert adam["1/inner_state/nu/encoder/cls"].dtype == jnp.float32
-  assert {"1/inner_state/count", "5/count"} <= adam.keys()
+  assert adam["adamw/inner_state/mu/encoder/cls"].dtype == jnp.bfloat16
+  assert adam["adamw/inner_state/nu/encoder/cls"].dtype == jnp.float32
+  assert {"adamw/inner_state/count", "schedule/count"} <= adam.keys()
 
 
 def test_the_default_keeps_adam_of_optax_to_the_bit():
@@ -88,7 +89,7 @@ def test_the_default_keeps_adam_of_optax_to_the_bit():
     expected_state = plain.init(params)
     for _ in range(steps):
       expected, expected_state = jax.jit(plain.update)(params, expected_state)
-    chex.assert_trees_all_equal(state[1].inner_state, expected_state)
+    chex.assert_trees_all_equal(state["adamw"].inner_state, expected_state)
     chex.assert_trees_all_equal(updates, {p: -u for p, u in flatten_paths(expected).items()})
 
 
@@ -102,7 +103,7 @@ def test_only_kernels_decay():
 @pytest.mark.parametrize("scale,clipped", [(0.01, False), (10.0, True)])
 def test_global_norm_clip(scale, clipped):
   # Plain Adam hides the size of a constant gradient; eps in its denominator shows it.
-  config = OptimizerConfig(1.0, CONSTANT, weight_decay=0, eps=1.0, mu_dtype="float32")
+  config = OptimizerConfig(1.0, CONSTANT, AdamW(eps=1.0, mu_dtype="float32"), weight_decay=0)
   params = {"w": jnp.zeros(4), "frozen": jnp.zeros(2)}
   grads = {"w": jnp.array([3.0, 4, 0, 0]) * scale, "frozen": jnp.full(2, 1e6)}
   config = dataclasses.replace(config, grad_clip_norm=1.0, frozen=("frozen",))
@@ -159,7 +160,7 @@ def test_frozen_parameters_are_not_updated_and_have_no_moments():
   updates, state = one_update(config, make_params(), make_params())
   assert all((u == 0).all() for path, u in updates.items() if path.startswith("encoder/"))
   assert all((u != 0).any() for path, u in updates.items() if path.startswith("decoder/"))
-  moments = [path for path in flatten_paths(state) if path.startswith("1/inner_state/mu/")]
+  moments = [path for path in flatten_paths(state) if path.startswith("adamw/inner_state/mu/")]
   assert moments and all("/decoder/" in path for path in moments)
   assert (
     optimizer.trainable["decoder"]["head"]["kernel"] and not optimizer.trainable["encoder"]["cls"]
@@ -190,9 +191,6 @@ def test_ema_decay_warms_up():
     (dict(frozen=("",)), "freezes every parameter"),
     (dict(layer_decay=0.5, layer_decay_regex="^text/"), "finds no stacked `blocks/`"),
     (dict(layer_decay=1.5), "layer_decay=1.5 must be in"),
-    (dict(b2=1.0), r"b2=1.0 must be in \[0, 1\)"),
-    (dict(mu_dtype="float16"), "mu_dtype='float16' must be one of bfloat16, float32, int8"),
-    (dict(second_moment="int4"), "second_moment='int4' must be one of full, factored, int8"),
     (dict(grad_clip_norm=0.0), "grad_clip_norm=0.0 must be > 0"),
     (dict(ema_decay=1.0), "ema_decay=1.0"),
     (dict(weight_decay=-1.0), "weight_decay=-1.0"),
@@ -209,7 +207,6 @@ def test_errors_name_value_and_remedy(kwargs, message):
     ({"learning_rate": math.inf}, "learning_rate=inf must be finite and >= 0"),
     ({"learning_rate": math.nan}, "learning_rate=nan must be"),
     ({"weight_decay": math.inf}, "weight_decay=inf must be"),
-    ({"eps": math.nan}, "eps=nan must be"),
     ({"grad_clip_norm": math.inf}, "grad_clip_norm=inf must be"),
     ({"lr_multipliers": (("a", -1.0),)}, "must be finite and >= 0 for 'a'"),
     ({"frozen": ("[",)}, "frozen: '.' is no regular expression: unterminated"),

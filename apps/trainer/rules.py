@@ -5,7 +5,7 @@ expectation. Rules never convert. Their limits are those of the arithmetic behin
 int32 counters, float32 arrays, and sizes that no machine can hold.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 import re
 from typing import Any
 import unicodedata
@@ -83,6 +83,11 @@ def choice(*allowed: str) -> Rule:
       raise wrong(name, value, f"one of {', '.join(allowed)}")
 
   return rule
+
+
+def key_of(table: Callable[[], Iterable[str]]) -> Rule:
+  """Return the rule of the keys of a table, which is made when a value is checked."""
+  return lambda name, value: choice(*table())(name, value)
 
 
 def flag(name: str, value: Any) -> None:

@@ -10,6 +10,8 @@ with a linear warm-up from 0:
   rsqrt(s)         = warmup(s) * sqrt(K / (K + max(0, s - W))) * (m + (1 - m) * c(q))
   constant(s)      = warmup(s)
 
+`SCHEDULES` has one function for each kind; to add one, write its function and its line there.
+
 T total steps, W warmup_steps, m min_multiplier, C cooldown_steps, K timescale, and c the cool-down
 shape: linear 1 - q, cosine, or sqrt 1 - sqrt(q). Steps past T keep the last value.
 
@@ -21,12 +23,12 @@ https://arxiv.org/abs/2405.18392; rsqrt, Zhai et al. 2021, https://arxiv.org/abs
 from collections.abc import Callable
 import dataclasses
 import math
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 Schedule = Callable[[jax.Array | int], jax.Array]
+Decay = Callable[[jax.Array], jax.Array]  # the same of a float32 step
 
 IMAGENET_EXAMPLES = 1_281_167  # the unit of a virtual epoch, whatever the data set really holds
 
@@ -36,30 +38,25 @@ class ScheduleConfig:
   """Which schedule, and its lengths in optimizer steps.
 
   Attributes:
-    kind: see the formulas above.
+    kind: key of `SCHEDULES`, see the formulas above.
     warmup_steps: W, linear warm-up from 0; fewer than the total steps.
     min_multiplier: m in [0, 1), what a decay ends at, as a share of the peak rate.
     cooldown_steps: C, the last steps over which wsd and rsqrt decay to m; W + C <= T.
-    cooldown_shape: c of the formulas.
+    cooldown_shape: key of `COOLDOWNS`, c of the formulas.
     timescale: K of rsqrt, in steps.
   """
 
-  kind: Literal["warmup_cosine", "wsd", "rsqrt", "constant"] = "warmup_cosine"
+  kind: str = "warmup_cosine"
   warmup_steps: int = 0
   min_multiplier: float = 0.0
   cooldown_steps: int = 0
-  cooldown_shape: Literal["linear", "cosine", "sqrt"] = "linear"
+  cooldown_shape: str = "linear"
   timescale: int = 10_000
 
   def __post_init__(self) -> None:
-    kinds = ("warmup_cosine", "wsd", "rsqrt", "constant")
-    if self.kind not in kinds:
-      raise ValueError(f"schedule kind={self.kind!r} is unknown; choose one of {kinds}.")
-    if self.cooldown_shape not in ("linear", "cosine", "sqrt"):
-      raise ValueError(
-        f"schedule cooldown_shape={self.cooldown_shape!r} is unknown; choose linear, cosine or "
-        "sqrt."
-      )
+    for name, table in (("kind", SCHEDULES), ("cooldown_shape", COOLDOWNS)):
+      if (value := getattr(self, name)) not in table:
+        raise ValueError(f"schedule {name}={value!r} is unknown; choose one of {', '.join(table)}.")
     if self.warmup_steps < 0 or self.cooldown_steps < 0:
       raise ValueError(
         f"schedule lengths must be >= 0, got warmup_steps={self.warmup_steps}, "
@@ -72,15 +69,6 @@ class ScheduleConfig:
       )
     if self.timescale <= 0:
       raise ValueError(f"schedule timescale={self.timescale} must be a positive number of steps.")
-    if self.kind == "wsd" and self.cooldown_steps == 0:
-      raise ValueError(
-        "schedule kind='wsd' needs cooldown_steps > 0; without decay use 'constant'."
-      )
-    if self.kind in ("warmup_cosine", "constant") and self.cooldown_steps:
-      raise ValueError(
-        f"schedule kind={self.kind!r} has no cool-down, got cooldown_steps={self.cooldown_steps}; "
-        "set it to 0 or choose 'wsd' or 'rsqrt'."
-      )
 
 
 def make_schedule(config: ScheduleConfig, total_steps: int) -> Schedule:
@@ -101,39 +89,56 @@ def make_schedule(config: ScheduleConfig, total_steps: int) -> Schedule:
     raise ValueError(
       f"warmup_steps={warmup} + cooldown_steps={cooldown} exceed total_steps={total}."
     )
-  floor = config.min_multiplier
+  kind = SCHEDULES[config.kind](config, total)
+  return lambda step: kind(jnp.asarray(step, jnp.float32))
 
-  def fraction(step: jax.Array, start: int, length: int) -> jax.Array:
-    return jnp.clip((step - start) / max(length, 1), 0.0, 1.0)
 
-  def blend(decay: jax.Array) -> jax.Array:
-    return floor + (1.0 - floor) * decay
+def _warmup_cosine(config: ScheduleConfig, total: int) -> Decay:
+  _require_no_cooldown(config)
+  start = config.warmup_steps
 
-  def cosine(p: jax.Array) -> jax.Array:
-    return 0.5 * (1.0 + jnp.cos(jnp.pi * p))
-
-  def cool(step: jax.Array) -> jax.Array:
-    if not cooldown:
-      return jnp.ones_like(step)
-    q = fraction(step, total - cooldown, cooldown)
-    shapes = {"linear": 1.0 - q, "cosine": cosine(q), "sqrt": 1.0 - jnp.sqrt(q)}
-    return blend(shapes[config.cooldown_shape])
-
-  def schedule(step: jax.Array | int) -> jax.Array:
-    s = jnp.asarray(step, jnp.float32)
-    warm = jnp.minimum(1.0, s / warmup) if warmup else jnp.ones_like(s)
-    match config.kind:
-      case "warmup_cosine":
-        return warm * blend(cosine(fraction(s, warmup, total - warmup)))
-      case "wsd":
-        return warm * cool(s)
-      case "rsqrt":
-        after = jnp.maximum(0.0, s - warmup)
-        return warm * jnp.sqrt(config.timescale / (config.timescale + after)) * cool(s)
-      case _:
-        return warm
+  def schedule(s: jax.Array) -> jax.Array:
+    return _warmup(config, s) * _blend(config, _cosine(_fraction(s, start, total - start)))
 
   return schedule
+
+
+def _wsd(config: ScheduleConfig, total: int) -> Decay:
+  if config.cooldown_steps == 0:
+    raise ValueError("schedule kind='wsd' needs cooldown_steps > 0; without decay use 'constant'.")
+  return lambda s: _warmup(config, s) * _cooldown(config, total, s)
+
+
+def _rsqrt(config: ScheduleConfig, total: int) -> Decay:
+  def schedule(s: jax.Array) -> jax.Array:
+    after = jnp.maximum(0.0, s - config.warmup_steps)
+    decay = jnp.sqrt(config.timescale / (config.timescale + after))
+    return _warmup(config, s) * decay * _cooldown(config, total, s)
+
+  return schedule
+
+
+def _constant(config: ScheduleConfig, total: int) -> Decay:
+  del total
+  _require_no_cooldown(config)
+  return lambda s: _warmup(config, s)
+
+
+def _cosine(p: jax.Array) -> jax.Array:
+  return 0.5 * (1.0 + jnp.cos(jnp.pi * p))
+
+
+SCHEDULES: dict[str, Callable[[ScheduleConfig, int], Decay]] = {
+  "warmup_cosine": _warmup_cosine,
+  "wsd": _wsd,
+  "rsqrt": _rsqrt,
+  "constant": _constant,
+}
+COOLDOWNS: dict[str, Decay] = {
+  "linear": lambda q: 1.0 - q,
+  "cosine": _cosine,
+  "sqrt": lambda q: 1.0 - jnp.sqrt(q),
+}
 
 
 def virtual_epoch_steps(epochs: float, batch_size: int) -> int:
@@ -156,3 +161,32 @@ def batch_size_from_factor(batch_factor: float) -> int:
 def scaled_learning_rate(base_lr: float, batch_size: int) -> float:
   """Peak learning rate of a `base_lr` given per 256 examples: base_lr * batch_size / 256."""
   return base_lr * batch_size / 256
+
+
+def _require_no_cooldown(config: ScheduleConfig) -> None:
+  if config.cooldown_steps:
+    raise ValueError(
+      f"schedule kind={config.kind!r} has no cool-down, got "
+      f"cooldown_steps={config.cooldown_steps}; set it to 0 or choose 'wsd' or 'rsqrt'."
+    )
+
+
+def _warmup(config: ScheduleConfig, step: jax.Array) -> jax.Array:
+  return (
+    jnp.minimum(1.0, step / config.warmup_steps) if config.warmup_steps else jnp.ones_like(step)
+  )
+
+
+def _fraction(step: jax.Array, start: int, length: int) -> jax.Array:
+  return jnp.clip((step - start) / max(length, 1), 0.0, 1.0)
+
+
+def _blend(config: ScheduleConfig, decay: jax.Array) -> jax.Array:
+  return config.min_multiplier + (1.0 - config.min_multiplier) * decay
+
+
+def _cooldown(config: ScheduleConfig, total: int, step: jax.Array) -> jax.Array:
+  length = config.cooldown_steps
+  if not length:
+    return jnp.ones_like(step)
+  return _blend(config, COOLDOWNS[config.cooldown_shape](_fraction(step, total - length, length)))

@@ -4,6 +4,7 @@
 depends on several settings, or on data and devices, is checked by the parts that use them.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -13,6 +14,7 @@ from apps.trainer.rules import (
   choice,
   fields,
   flag,
+  key_of,
   one_or_several,
   optional,
   pair,
@@ -38,6 +40,26 @@ _FRACTION = real(0, 1)
 
 _PATCH_RESIZE = choice("pseudoinverse", "bilinear")
 _PART = choice("params", "ema")
+
+
+# These tables are imported where a value is checked: they bring JAX along.
+def _optimizers() -> Iterable[str]:
+  from apps.trainer.optimizers import OPTIMIZERS
+
+  return OPTIMIZERS
+
+
+def _schedules() -> Iterable[str]:
+  from apps.trainer.schedules import SCHEDULES
+
+  return SCHEDULES
+
+
+def _cooldowns() -> Iterable[str]:
+  from apps.trainer.schedules import COOLDOWNS
+
+  return COOLDOWNS
+
 
 RULES: dict[str, Rule] = {
   "seed": whole(0),
@@ -86,12 +108,14 @@ RULES: dict[str, Rule] = {
   "tokenizer.train_vocab_size": whole(8, _MAX_VOCABULARY),
   "tokenizer.train_strip_accents": flag,
   "tokenizer.train_kind": choice("pieces", "words"),
+  "optimizer.name": key_of(_optimizers),
+  "optimizer.options": plain_dict,
   "optimizer.learning_rate": real(0),
-  "optimizer.schedule.kind": choice("warmup_cosine", "wsd", "rsqrt", "constant"),
+  "optimizer.schedule.kind": key_of(_schedules),
   "optimizer.schedule.warmup_steps": whole(0),
   "optimizer.schedule.min_multiplier": real(0, 1, below=True),
   "optimizer.schedule.cooldown_steps": whole(0),
-  "optimizer.schedule.cooldown_shape": choice("linear", "cosine", "sqrt"),
+  "optimizer.schedule.cooldown_shape": key_of(_cooldowns),
   "optimizer.schedule.timescale": whole(1),
   "optimizer.b1": real(0, 1, below=True),
   "optimizer.b2": real(0, 1, below=True),

@@ -111,7 +111,7 @@ def test_accumulated_on_eight_devices_equals_accumulated_on_one():
 
 def test_moments_and_average_are_sharded_like_their_parameters():
   state, _ = train((2, 4))
-  adam = state["opt"][1].inner_state
+  adam = state["opt"]["adamw"].inner_state
   for tree in (state["params"], adam.mu, adam.nu, state["ema"]):
     assert tree["hidden"]["kernel"].sharding.spec == P("fsdp", None)
     assert tree["hidden"]["bias"].sharding.is_fully_replicated

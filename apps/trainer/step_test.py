@@ -14,11 +14,12 @@ import pytest
 from apps.trainer import state as state_lib
 from apps.trainer.checkpoint import Checkpoints
 from apps.trainer.optimizer import OptimizerConfig, make_optimizer
+from apps.trainer.optimizers import AdamW
 from apps.trainer.schedules import ScheduleConfig
 from apps.trainer.step import LossOutput, make_train_step
 
 D, F = 8, 16
-CONFIG = OptimizerConfig(0.01, ScheduleConfig(kind="constant"), mu_dtype="float32")
+CONFIG = OptimizerConfig(0.01, ScheduleConfig(kind="constant"), AdamW(mu_dtype="float32"))
 
 
 def init_params(key):

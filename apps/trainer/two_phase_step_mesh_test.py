@@ -11,11 +11,12 @@ import pytest
 
 from apps.trainer import state as state_lib
 from apps.trainer.optimizer import OptimizerConfig, make_optimizer
+from apps.trainer.optimizers import AdamW
 from apps.trainer.schedules import ScheduleConfig
 from apps.trainer.step import LossOutput, TwoPhase, make_train_step
 
 B, D, E = 32, 12, 8
-CONFIG = OptimizerConfig(1e-2, ScheduleConfig(kind="constant"), mu_dtype="float32")
+CONFIG = OptimizerConfig(1e-2, ScheduleConfig(kind="constant"), AdamW(mu_dtype="float32"))
 
 
 class Toy:
@@ -79,7 +80,7 @@ def train(shape=(1, 1), accumulate=1, frozen=(), two_phase=True, steps=3):
   abstract_params = jax.eval_shape(task.init, jax.random.key(0))
   matrix, scalar = NamedSharding(mesh, P("fsdp", None)), NamedSharding(mesh, P())
   of_params = jax.tree.map(lambda p: matrix if p.ndim else scalar, abstract_params)
-  config = OptimizerConfig(1e-2, CONFIG.schedule, mu_dtype="float32", frozen=frozen)
+  config = OptimizerConfig(1e-2, CONFIG.schedule, CONFIG.rule, frozen=frozen)
   optimizer = make_optimizer(config, abstract_params, total_steps=10)
   abstract = state_lib.abstract_state(abstract_params, optimizer.tx, ema=False)
   shardings = state_lib.state_shardings(abstract, of_params, mesh)

@@ -12,7 +12,7 @@ import numpy as np
 import safetensors.numpy
 
 from apps.trainer.checkpoint import Checkpoints, find_checkpoint
-from apps.trainer.optimizer import flatten_paths
+from apps.trainer.paths import flatten_paths
 from tools.bench.checkpointing import OURS
 from tools.bench.compiling import plan_of
 from tools.bench.harness import Stopwatch, measured, timed

@@ -8,10 +8,10 @@ import numpy as np
 import optax
 import pytest
 
-from apps.trainer import moments
 from apps.trainer import state as state_lib
 from apps.trainer.checkpoint import CheckpointError, Checkpoints
 from apps.trainer.optimizer import OptimizerConfig, flatten_paths, make_optimizer
+from apps.trainer.optimizers import AdamW, moments
 from apps.trainer.schedules import ScheduleConfig
 import ov_models
 
@@ -177,9 +177,8 @@ def losses(mu_dtype, second_moment, b2=0.95, steps=150):
     "blocks": {"w": jnp.asarray(normal(2, L, D, D)) / D},
     "out": jnp.asarray(normal(3, D, 4)) / D**0.5,
   }
-  config = OptimizerConfig(
-    3e-3, CONSTANT, b2=b2, weight_decay=0.0, mu_dtype=mu_dtype, second_moment=second_moment
-  )
+  rule = AdamW(b2=b2, mu_dtype=mu_dtype, second_moment=second_moment)
+  config = OptimizerConfig(3e-3, CONSTANT, rule, weight_decay=0.0)
   tx = make_optimizer(config, params, steps).tx
 
   def step(carry, key):
@@ -242,7 +241,7 @@ def captioner():
 )
 def test_bytes_of_a_parameter(option, low, high):
   """A scale of 4 bytes for 64 to 128 entries; what is small stays at 4 or 8 bytes."""
-  config = OptimizerConfig(1.0, mu_dtype=option[0], second_moment=option[1])
+  config = OptimizerConfig(1.0, rule=AdamW(mu_dtype=option[0], second_moment=option[1]))
   tx = make_optimizer(config, captioner(), 10).tx
   size = sum(
     x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(tx.init, captioner()))
@@ -257,7 +256,7 @@ def make_state(option):
   }
   params = jax.tree.map(jnp.asarray, params)
   config = OptimizerConfig(
-    1e-3, CONSTANT, mu_dtype=option[0], second_moment=option[1], frozen=("^frozen/",)
+    1e-3, CONSTANT, AdamW(mu_dtype=option[0], second_moment=option[1]), frozen=("^frozen/",)
   )
   tx = make_optimizer(config, params, 10).tx
   return state_lib.new_state(params, tx), tx
@@ -300,7 +299,7 @@ def test_a_checkpoint_with_other_moments_is_refused(tmp_path, option):
       checkpoints.restore(abstract(other))
   message = str(error.value)
   assert "/1 holds another optimizer state than this run would, in 1" in message
-  assert "such as opt/1/inner_state/step: missing, expected int32[]. Keep config.optim" in message
+  assert "such as opt/adamw/inner_state/step: missing, expected int32[]. Keep config." in message
   assert "\n" not in message
 
 
@@ -316,6 +315,6 @@ def test_a_checkpoint_with_the_first_moment_in_another_dtype_is_refused(tmp_path
 def test_frozen_parameters_have_no_state(option):
   state, tx = make_state(option)
   state = advance(state, tx, 1)
-  kept = [path for path in flatten_paths(state["opt"]) if path.startswith("1/")]
+  kept = [path for path in flatten_paths(state["opt"]) if path.startswith("adamw/")]
   assert any("/blocks/w" in path for path in kept) and not any("frozen" in path for path in kept)
   np.testing.assert_array_equal(state["params"]["frozen"]["w"], normal(2, D, F))

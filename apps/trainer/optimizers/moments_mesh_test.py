@@ -13,6 +13,7 @@ import pytest
 
 from apps.trainer import state as state_lib
 from apps.trainer.optimizer import OptimizerConfig, make_optimizer
+from apps.trainer.optimizers import AdamW
 from apps.trainer.schedules import ScheduleConfig
 from apps.trainer.step import LossOutput, make_train_step
 import ov_sharding
@@ -56,7 +57,7 @@ def setup(option, shape, accumulate=1):
   )
   abstract_params = jax.eval_shape(init_params, jax.random.key(0))
   config = OptimizerConfig(
-    RATE, ScheduleConfig(kind="constant"), mu_dtype=option[0], second_moment=option[1]
+    RATE, ScheduleConfig(kind="constant"), AdamW(mu_dtype=option[0], second_moment=option[1])
   )
   optimizer = make_optimizer(config, abstract_params, total_steps=10)
   abstract = state_lib.abstract_state(abstract_params, optimizer.tx)
@@ -97,12 +98,12 @@ def test_eight_devices_with_micro_batches_equal_one_without(option):
 
 
 def test_rows_columns_codes_and_scales_are_split_like_their_params():
-  factored = setup(OPTIONS[0], (1, 8))[2]["opt"][1].inner_state.nu
+  factored = setup(OPTIONS[0], (1, 8))[2]["opt"]["adamw"].inner_state.nu
   assert factored["rows"]["blocks"]["up"].spec == P(None, "fsdp", None)
   assert factored["columns"]["blocks"]["up"].spec == P(None, None, None)
   assert factored["columns"]["blocks"]["down"].spec == P(None, None, "fsdp")
   for shape, blocks in (((1, 8), None), ((4, 2), "fsdp")):  # D is two blocks
-    coded = setup(OPTIONS[1], shape)[2]["opt"][1].inner_state
+    coded = setup(OPTIONS[1], shape)[2]["opt"]["adamw"].inner_state
     for moment in (coded.mu, coded.nu):
       assert moment["codes"]["blocks"]["down"].spec == P(None, None, "fsdp")
       assert moment["scales"]["blocks"]["down"].spec == P(None, None, blocks)

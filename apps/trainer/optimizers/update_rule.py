@@ -1,0 +1,68 @@
+"""The interface of an update rule, and helpers to write one.
+
+An update rule turns gradients into directions; everything else is shared by all of them, see
+`apps.trainer.optimizer`. It is a frozen dataclass of its hyperparameters with a method `build`.
+"""
+
+from collections.abc import Callable
+import math
+from typing import Any, Protocol
+
+import jax
+import optax
+
+from apps.trainer.paths import is_stacked, path_str
+
+PyTree = Any
+
+
+class UpdateRule(Protocol):
+  """A frozen dataclass of hyperparameters."""
+
+  def build(self) -> optax.GradientTransformation:
+    """Return the transformation of gradients to directions, before the learning rate.
+
+    Its state is saved in checkpoints, so each part of it must have a name: join transformations
+    with `optax.named_chain`. `init` and `update` see `optax.MaskedNode` for frozen parameters.
+    """
+
+
+def require(rule: Any, name: str, ok: bool, expected: str) -> None:
+  """Raise ValueError with name, value and expectation of a hyperparameter unless it is `ok`."""
+  if not ok:
+    raise ValueError(f"optimizer {name}={getattr(rule, name)!r} must be {expected}.")
+
+
+def require_decays(rule: Any, *names: str) -> None:
+  """Raise ValueError unless these decay rates of averages are in [0, 1)."""
+  for name in names:
+    require(rule, name, 0 <= getattr(rule, name) < 1, "in [0, 1)")
+
+
+def require_positive(rule: Any, *names: str) -> None:
+  """Raise ValueError unless these hyperparameters are positive and finite."""
+  for name in names:
+    require(rule, name, 0 < getattr(rule, name) < math.inf, "finite and > 0")
+
+
+def require_choice(rule: Any, name: str, *allowed: str) -> None:
+  """Raise ValueError unless a hyperparameter is one of `allowed`."""
+  require(rule, name, getattr(rule, name) in allowed, f"one of {', '.join(allowed)}")
+
+
+def per_layer(
+  function: Callable[[jax.Array, jax.Array], jax.Array],
+) -> optax.GradientTransformation:
+  """Return a stateless transformation that treats each layer of a stack as an array of its own.
+
+  Args:
+    function: (update, parameter) of one array or one layer -> update.
+  """
+
+  def one(path: Any, update: jax.Array, param: jax.Array) -> jax.Array:
+    return (jax.vmap(function) if is_stacked(path_str(path)) else function)(update, param)
+
+  def update(updates: PyTree, params: PyTree | None = None) -> PyTree:
+    return jax.tree_util.tree_map_with_path(one, updates, params)
+
+  return optax.stateless(update)
