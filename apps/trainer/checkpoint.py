@@ -40,7 +40,12 @@ from orbax.checkpoint._src.path import gcs_utils
 import tensorstore
 
 from apps.trainer import checkpoint_manifest, checkpoint_upgrade
-from apps.trainer.checkpoint_fit import check_restorable, one_line, saved_arrays
+from apps.trainer.checkpoint_fit import (
+  check_restorable,
+  one_line,
+  saved_arrays,
+  saved_tree,
+)
 from apps.trainer.checkpoint_folder import (
   absolute_path,
   check_path,
@@ -291,8 +296,9 @@ def restore_arrays(checkpoint: epath.Path, abstract: PyTree, *, partial: bool = 
     CheckpointError: as `check_restorable`, or an array cannot be read.
   """
   check_restorable(checkpoint, abstract, partial=partial)
-  indexed = checkpoint_upgrade.is_indexed(saved_arrays(checkpoint))
-  target = checkpoint_upgrade.to_indexed(abstract) if indexed else abstract
+  saved = saved_tree(checkpoint)
+  indexed = checkpoint_upgrade.is_indexed(saved)
+  target = checkpoint_upgrade.to_indexed(abstract, saved) if indexed else abstract
   reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
   restore_args = ocp.checkpoint_utils.construct_restore_args(target)
   try:
@@ -304,7 +310,7 @@ def restore_arrays(checkpoint: epath.Path, abstract: PyTree, *, partial: bool = 
     raise CheckpointError(
       f"{checkpoint} cannot be restored: {one_line(error)}; use an older checkpoint, or a copy"
     ) from error
-  return checkpoint_upgrade.to_named(restored, abstract) if indexed else restored
+  return checkpoint_upgrade.to_named(restored) if indexed else restored
 
 
 def library_versions() -> dict[str, str]:

@@ -25,15 +25,19 @@ def saved_arrays(checkpoint: epath.Path) -> dict[str, jax.ShapeDtypeStruct]:
     CheckpointError: the description of the arrays is damaged.
   """
   try:
-    tree = ocp.PyTreeCheckpointHandler().metadata(checkpoint / "state").tree
     return {
       path: jax.ShapeDtypeStruct(array.shape, array.dtype)
-      for path, array in flatten_paths(tree).items()
+      for path, array in flatten_paths(saved_tree(checkpoint)).items()
     }
   except Exception as error:  # of whichever library reads it
     raise CheckpointError(
       f"{checkpoint}: the description of its arrays cannot be read: {one_line(error)}"
     ) from error
+
+
+def saved_tree(checkpoint: epath.Path) -> PyTree:
+  """Return the tree of a checkpoint that `saved_arrays` can read, with descriptions of arrays."""
+  return ocp.PyTreeCheckpointHandler().metadata(checkpoint / "state").tree
 
 
 def check_restorable(
@@ -115,6 +119,8 @@ def _changed(saved: Mapping[str, Any] | None, config: Mapping[str, Any] | None) 
   lines = []
   for section in _SECTIONS:
     before, now = (dict(_flat(tree.get(section), f"config.{section}")) for tree in (saved, config))
+    if section == "optimizer":
+      before = {"config.optimizer.name": '"adamw"'} | before  # earlier versions had no other
     lines += [
       f"{name}: saved {before[name]}, now {value}"
       for name, value in now.items()

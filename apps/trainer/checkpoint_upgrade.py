@@ -1,25 +1,22 @@
 """Checkpoints of earlier versions: the optimizer state by index in the chain, not by name.
 
-The chain was AdamW with these eight transformations, a tuple. `restore_arrays` reads such a state
-into the tuple and returns it by name.
+The chain was AdamW in a tuple of eight transformations, of which two had arrays. `restore_arrays`
+reads them by their indices and returns them by name.
 """
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 import re
 from typing import Any
 
-import optax
-
 PyTree = Any
 
-# The transformations of the chain in the order of their indices, by the names they have now.
-_NAMES = ("clip", "adamw", "weight_decay", "rate", "multipliers", "schedule", "frozen", "sign")
-_INDEX = re.compile(r"^opt/([0-7])/")
+_NAMES = {1: "adamw", 5: "schedule"}  # by index
+_INDEX = re.compile(r"^opt/([15])/")
 
 
-def is_indexed(paths: Iterable[str]) -> bool:
-  """Return whether the paths of a checkpoint have an optimizer state by index."""
-  return any(_INDEX.match(path) for path in paths)
+def is_indexed(saved: PyTree) -> bool:
+  """Return whether the tree of a checkpoint has an optimizer state by index."""
+  return isinstance(saved, Mapping) and isinstance(saved.get("opt"), list)
 
 
 def named_path(path: str) -> str:
@@ -27,22 +24,23 @@ def named_path(path: str) -> str:
   return _INDEX.sub(lambda match: f"opt/{_NAMES[int(match[1])]}/", path)
 
 
-def to_indexed(state: PyTree) -> PyTree:
-  """Return the state, or the part of one, with the optimizer state as it was saved."""
-  if "opt" not in state:
-    return state
-  by_name = state["opt"]
-  return {**state, "opt": tuple(by_name.get(name, optax.EmptyState()) for name in _NAMES)}
-
-
-def to_named(state: PyTree, like: PyTree) -> PyTree:
-  """Return the reverse of `to_indexed`.
+def to_indexed(state: PyTree, saved: PyTree) -> PyTree:
+  """Return the tree to restore for `state` from a checkpoint with an indexed state.
 
   Args:
-    state: with an indexed optimizer state.
-    like: the same by name; what it has in addition has no arrays.
+    state: of the run; it may lack the optimizer state.
+    saved: tree of the checkpoint; its entries without arrays are taken over.
   """
   if "opt" not in state:
     return state
-  by_name = dict(zip(_NAMES, state["opt"], strict=True))
-  return {**state, "opt": {name: by_name.get(name, part) for name, part in like["opt"].items()}}
+  opt = list(saved["opt"])
+  for index, name in _NAMES.items():
+    opt[index] = state["opt"][name]
+  return {**state, "opt": opt}
+
+
+def to_named(state: PyTree) -> PyTree:
+  """Return the state that was restored into the tree of `to_indexed`, by name."""
+  if "opt" not in state:
+    return state
+  return {**state, "opt": {name: state["opt"][index] for index, name in _NAMES.items()}}

@@ -2,7 +2,8 @@
 
   make_optimizer(config, abstract_params, total_steps) -> Optimizer(tx, learning_rate, groups)
 
-The chain, in this order; the names are the keys of its state in checkpoints:
+The chain, in this order. The names are the keys of its state in checkpoints, where only "NAME" and
+"schedule" have a state:
 
   clip           clip_by_global_norm(grad_clip_norm), or identity
   NAME           the update rule by its name in `optimizers.OPTIMIZERS`, such as "adamw"; it has no
@@ -36,6 +37,7 @@ import numpy as np
 import optax
 
 from apps.trainer.optimizers import OPTIMIZERS, AdamW, UpdateRule
+from apps.trainer.optimizers.update_rule import named_chain
 from apps.trainer.paths import flatten_paths, is_stacked, path_str
 from apps.trainer.schedules import Schedule, ScheduleConfig, make_schedule
 
@@ -149,7 +151,7 @@ def make_optimizer(config: OptimizerConfig, abstract_params: PyTree, total_steps
   multiplier = make_schedule(config.schedule, total_steps)
   clip = optax.clip_by_global_norm(config.grad_clip_norm) if config.grad_clip_norm else None
   name = next(name for name, kind in OPTIMIZERS.items() if type(config.rule) is kind)
-  tx = optax.named_chain(
+  tx = named_chain(
     ("clip", optax.masked(clip, trainable) if clip else optax.identity()),
     (name, optax.masked(config.rule.build(), trainable)),
     ("weight_decay", optax.add_decayed_weights(config.weight_decay, mask=tree(decayed))),

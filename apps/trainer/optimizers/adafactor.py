@@ -7,6 +7,7 @@ import jax
 import optax
 
 from apps.trainer.optimizers.update_rule import (
+  named_chain,
   per_layer,
   require,
   require_decays,
@@ -61,7 +62,7 @@ class Adafactor:
       parts.append(("parameter_scale", _per_layer(optax.scale_by_param_block_rms())))
     if self.momentum:
       parts.append(("momentum", optax.ema(self.momentum, debias=False)))
-    return optax.named_chain(*parts)
+    return named_chain(*parts)
 
 
 def _per_layer(tx: optax.GradientTransformation) -> optax.GradientTransformation:

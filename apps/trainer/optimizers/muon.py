@@ -11,6 +11,7 @@ import optax
 
 from apps.trainer.optimizers.adamw import AdamW
 from apps.trainer.optimizers.update_rule import (
+  named_chain,
   require,
   require_choice,
   require_decays,
@@ -64,7 +65,7 @@ class Muon:
       mu_dtype=jnp.dtype(self.mu_dtype),
       weight_dimension_numbers=_dimension_numbers,
     )
-    return optax.named_chain(
+    return named_chain(
       ("muon", optax.masked(_without_constants(scale_by_muon), _is_matrix)),
       ("shape", optax.masked(optax.stateless_with_tree_map(self._scale), _is_matrix)),
       ("adamw", optax.masked(self.adamw.build(), _is_other)),

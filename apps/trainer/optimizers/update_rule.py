@@ -23,8 +23,36 @@ class UpdateRule(Protocol):
     """Return the transformation of gradients to directions, before the learning rate.
 
     Its state is saved in checkpoints, so each part of it must have a name: join transformations
-    with `optax.named_chain`. `init` and `update` see `optax.MaskedNode` for frozen parameters.
+    with `named_chain`. `init` and `update` see `optax.MaskedNode` for frozen parameters.
     """
+
+
+def named_chain(*parts: tuple[str, optax.GradientTransformation]) -> optax.GradientTransformation:
+  """Join transformations; the state is a dict of the states that hold arrays, by name.
+
+  `optax.named_chain` keeps those without arrays too. Checkpoints would hold them as empty nodes,
+  and could not be restored once a transformation is added or removed.
+
+  Args:
+    *parts: pairs of name and transformation, in the order in which they are applied.
+  """
+
+  def init(params: PyTree) -> dict[str, Any]:
+    states = {name: tx.init(params) for name, tx in parts}
+    return {name: state for name, state in states.items() if jax.tree.leaves(state)}
+
+  def update(
+    updates: PyTree, state: dict[str, Any], params: PyTree | None = None
+  ) -> tuple[PyTree, dict[str, Any]]:
+    new = {}
+    for name, tx in parts:
+      old = state[name] if name in state else tx.init(params)
+      updates, own = tx.update(updates, old, params)
+      if name in state:
+        new[name] = own
+    return updates, new
+
+  return optax.GradientTransformation(init, update)
 
 
 def require(rule: Any, name: str, ok: bool, expected: str) -> None:
