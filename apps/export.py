@@ -16,12 +16,11 @@ import sys
 from absl import flags
 
 from apps.exporter import places
+from apps.exporter.formats.table import EXPORTS
 from apps.trainer.errors import UserError, run_app, user_errors
 
-FORMATS = ("safetensors", "open_clip", "timm", "transformers", "onnx", "stablehlo")
-
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run, or of an import.")
-_FORMAT = flags.DEFINE_list("format", ["safetensors"], f"Some of {', '.join(FORMATS)}.")
+_FORMAT = flags.DEFINE_list("format", ["safetensors"], f"Some of {', '.join(EXPORTS)}.")
 _OUT = flags.DEFINE_string("out", None, "Folder to make; each format gets a folder in it.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint to take; the newest by default.")
 _PART = flags.DEFINE_enum("part", "params", ["params", "ema"], "Trained parameters, or averaged.")
@@ -34,9 +33,11 @@ _IMAGE_SIZE = flags.DEFINE_integer(
 _PICTURES = flags.DEFINE_string(
   "pictures", None, "Folder of pictures to compare on; drawn if none."
 )
-_ONNX_OPSET = flags.DEFINE_integer(
-  "onnx_opset", None, "With --format=onnx: version of the ONNX operators, 18 to 23; 18 by default."
-)
+_OPTIONS = {
+  (form.name, option.name): flags.DEFINE_integer(f"{form.name}_{option.name}", None, option.help)
+  for form in EXPORTS.values()
+  for option in form.options
+}
 _LICENSE = flags.DEFINE_string("license", "apache-2.0", "Licence field of the model cards.")
 _PUSH = flags.DEFINE_string("push_to_hub", None, "Repository to upload to: org/name.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "With --push_to_hub: lists what would be uploaded.")
@@ -62,10 +63,12 @@ def main() -> None:
   if _DRY_RUN.value and not _PUSH.value:
     raise UserError("--dry_run says what --push_to_hub=org/name would do; give that too")
   formats = _formats()
-  if _ONNX_OPSET.value is not None and not (_WORKDIR.value and "onnx" in formats):
-    raise UserError(
-      f"--onnx_opset={_ONNX_OPSET.value} is for exports with --format=onnx; add it, or leave it out"
-    )
+  for (form, option), flag in _OPTIONS.items():
+    if flag.value is not None and not (_WORKDIR.value and form in formats):
+      raise UserError(
+        f"--{form}_{option}={flag.value} is for exports with --format={form}; add it, or leave it "
+        "out"
+      )
   with user_errors():
     out = (places.new if _WORKDIR.value else places.existing)("--out=", _OUT.value)
   if _WORKDIR.value:
@@ -82,11 +85,11 @@ def main() -> None:
 
 def _formats() -> list[str]:
   formats = list(dict.fromkeys(_FORMAT.value))
-  unknown = [name for name in formats if name not in FORMATS]
+  unknown = [name for name in formats if name not in EXPORTS]
   if unknown or not formats:
     raise UserError(
       f"--format={','.join(formats)}: {', '.join(unknown) or 'nothing'} is no format; "
-      f"there are {', '.join(FORMATS)}"
+      f"there are {', '.join(EXPORTS)}"
     )
   return formats
 
@@ -98,11 +101,11 @@ def _exported(out: Path) -> list[str]:
   except (OSError, ValueError, RecursionError) as error:
     raise UserError(f"--out={out} is no export to upload: {error}; give --workdir too") from error
   formats = content.get("formats") if isinstance(content, dict) else None
-  known = isinstance(formats, list) and all(name in FORMATS for name in formats)
+  known = isinstance(formats, list) and all(name in EXPORTS for name in formats)
   if not formats or not known:
     raise UserError(
       f"--out={out} is no export to upload: formats in export.json is {formats!r}; expected some "
-      f"of {', '.join(FORMATS)}: give --workdir too"
+      f"of {', '.join(EXPORTS)}: give --workdir too"
     )
   return formats
 
@@ -112,14 +115,15 @@ def _export(workdir: str, formats: list[str], out: Path) -> None:
   from apps.exporter import exporting, hub
   from apps.exporter.source import load_source
   from apps.trainer.progress import Terminal
-  from ov_convert import onnx_export
 
   with user_errors():
     if _PUSH.value:
       hub.check(formats, _PUSH.value, dry_run=_DRY_RUN.value)
     pictures = places.existing("--pictures=", _PICTURES.value) if _PICTURES.value else None
-    opset = onnx_export.DEFAULT_OPSET if _ONNX_OPSET.value is None else _ONNX_OPSET.value
-    onnx_export.check_opset(opset)
+    options = {
+      name: {o.name: o.resolve(_OPTIONS[name, o.name].value) for o in EXPORTS[name].options}
+      for name in formats
+    }
     source = load_source(
       workdir,
       step=_STEP.value,
@@ -127,9 +131,7 @@ def _export(workdir: str, formats: list[str], out: Path) -> None:
       image_size=_IMAGE_SIZE.value,
       dtype=_DTYPE.value,
     )
-    agreed = exporting.export(
-      source, formats, out, pictures, _LICENSE.value, Terminal(), {"onnx": {"opset": opset}}
-    )
+    agreed = exporting.export(source, formats, out, pictures, _LICENSE.value, Terminal(), options)
   if not agreed:
     sys.exit(1)
 

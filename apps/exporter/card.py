@@ -16,6 +16,8 @@ from typing import Any
 import jinja2
 
 from apps.exporter import snippets
+from apps.exporter.formats.format import ExportFormat
+from apps.exporter.formats.table import EXPORTS
 from apps.exporter.plain_text import cell, clean
 from apps.exporter.source import Source
 from apps.trainer import report_text
@@ -24,17 +26,7 @@ from ov_convert.release import Config, Preprocess, Release
 from ov_eval import Result
 import ov_models
 
-# As the hub of models calls it; None: it has no name for it.
-_LIBRARIES: dict[str, str | None] = {
-  "open_clip": "open_clip", "timm": "timm", "transformers": "transformers", "onnx": "onnx",
-  "stablehlo": None, "safetensors": "openvision",
-}  # fmt: skip
-_SPOKEN = {"onnx": "ONNX", "stablehlo": "StableHLO", "safetensors": "ov-models and PyTorch"}
 _PARTS = {"encoder": "image tower", "text": "text tower", "decoder": "caption decoder"}
-_IMAGE_ONLY = ("timm",)  # formats without text towers
-_FIXED_SIZE = ("onnx", "stablehlo")  # the shape of their input is part of the file
-_OWN_PREPROCESSING = ("open_clip", "timm", "transformers")  # libraries that bring one
-_WRITERS = ("safetensors", "stablehlo")  # formats that write captions
 # The values of a config that decide what a model becomes, by their dotted name.
 _DECISIVE = (
   ("model.encoder", "image tower"), ("model.text", "text tower"), ("model.decoder", "decoder"),
@@ -82,6 +74,11 @@ class CardFacts:
   results: Sequence[Mapping[str, Any]] = ()
   parity: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
+  @property
+  def format(self) -> ExportFormat:
+    """The format called `kind`."""
+    return EXPORTS[self.kind]
+
 
 def facts_of(kind: str, source: Source, parity: Mapping[str, Any], license_name: str) -> CardFacts:
   """The facts of one format of an export; `parity` is the content of its parity.json."""
@@ -105,7 +102,7 @@ def render(facts: CardFacts) -> str:
   return _template().render(
     header=_header(facts),
     title=_title(release),
-    library=_SPOKEN.get(facts.kind, facts.kind),
+    library=facts.format.title,
     holds=_holds(facts),
     leaves_out=_leaves_out(facts),
     notes=_notes(facts),
@@ -120,7 +117,7 @@ def render(facts: CardFacts) -> str:
     parity=facts.parity,
     rows=[_parity_row(row) for row in facts.parity.get("rows", ())],
     steps=_preprocessing(release.preprocess),
-    own_preprocessing=facts.kind in _OWN_PREPROCESSING,
+    own_preprocessing=facts.format.preprocesses,
     words=_words(facts),
     programs=snippets.snippets(facts.kind, release),
     folder=snippets.FOLDER,
@@ -149,9 +146,9 @@ def _fenced(text: str) -> str:
 
 def _header(facts: CardFacts) -> list[str]:
   """The lines that the hub reads."""
-  texts = facts.release.text is not None and facts.kind not in _IMAGE_ONLY
+  texts = facts.release.text is not None and facts.format.texts
   captions = _writes(facts)
-  if texts and facts.kind != "transformers":  # whose towers are two models
+  if texts and facts.format.joint:
     task = "zero-shot-image-classification"
   else:
     task = "image-to-text" if captions else "image-feature-extraction"
@@ -160,7 +157,7 @@ def _header(facts: CardFacts) -> list[str]:
     lines.append(f"license: {facts.license}")
   elif facts.license:
     lines += ["license: other", f"license_name: {json.dumps(facts.license)}"]
-  if library := _LIBRARIES[facts.kind]:
+  if library := facts.format.library:
     lines.append(f"library_name: {library}")
   tags = ["openvision", "vision", *(["clip"] if texts else []), *(["captioning"] * captions)]
   return [*lines, f"pipeline_tag: {task}", "tags:", *(f"- {tag}" for tag in tags)]
@@ -177,19 +174,19 @@ def _title(release: Release) -> str:
 
 def _held(facts: CardFacts) -> list[str]:
   """Which of `_PARTS` this folder holds."""
-  config, kind = facts.release.config, facts.kind
+  config, form = facts.release.config, facts.format
   held = ["encoder"]
-  if facts.release.text is not None and kind not in _IMAGE_ONLY:
+  if facts.release.text is not None and form.texts:
     held.append("text")
   any_decoder = getattr(config, "decoder", None) is not None
-  if any_decoder if kind == "safetensors" else _writes(facts):
+  if any_decoder if form.decoder == "any" else _writes(facts):
     held.append("decoder")
   return held
 
 
 def _writes(facts: CardFacts) -> bool:
   """Whether this folder writes captions."""
-  return facts.kind in _WRITERS and snippets.writes_captions(facts.release)
+  return facts.format.decoder != "none" and snippets.writes_captions(facts.release)
 
 
 def _holds(facts: CardFacts) -> str:
@@ -203,58 +200,12 @@ def _leaves_out(facts: CardFacts) -> str:
 
 
 def _notes(facts: CardFacts) -> list[str]:
-  """What surprises in a folder of this format; more is in the modules that write them."""
-  release, text, notes = facts.release, facts.release.text, []
-  if facts.kind == "open_clip" and text is None:
-    notes.append(
-      "open_clip loads no model without a text tower. The one here has one word and zero weights: "
-      "use encode_image and visual alone."
-    )
-  if facts.kind == "open_clip" and text is not None:
-    if text.padding == "mask":
-      notes.append(
-        "Texts are filled up with [eos], where training had padding: so open_clip hides what comes "
-        "after a text, and gives the embeddings of training."
-      )
-    notes.append(
-      "Before it makes tokens, open_clip repairs texts: those with typographic quotes, control "
-      "characters or HTML entities get other ids than in training."
-    )
-  if facts.kind == "timm":
-    notes.append("timm 1.0.16 to 1.0.25 load the folder too, with torch 2.15.")
-  if facts.kind == "transformers" and release.encoder.pool == "gap":
-    notes.append(
-      "The class of the image tower is BEiT, without its relative positions and layer scales: that "
-      "computes what this tower does, up to the pooled vector."
-    )
-  if opset := facts.parity.get("opset"):
-    notes.append(f"The graphs use version {opset} of the ONNX operators (opset).")
-  notes.append(_resolution(facts))
+  """Return sentences on surprising behavior of a folder; the modules that write it say more."""
+  release, form = facts.release, facts.format
+  notes = [*form.notes(release, facts.parity), form.sizes(release)]
   if release.dtype != "float32":
     notes.append(f"The files hold {release.dtype}; the programs below compute in float32.")
   return notes
-
-
-def _resolution(facts: CardFacts) -> str:
-  """What the folder computes of images of another size, and how to export it for one."""
-  encoder, kind = facts.release.encoder, facts.kind
-  side, computed = encoder.image_size, encoder.position == "sincos2d"
-  positions = "positions are computed for it" if computed else "learned positions are resampled"
-  anew = f"For another size export the run again with --image_size: {positions}."
-  if kind == "safetensors" and computed:
-    return f"The programs read images of {side} x {side} pixels; the models take any size."
-  if kind in _FIXED_SIZE or kind == "safetensors":
-    return f"It reads images of {side} x {side} pixels and no others. {anew}"
-  silent = (
-    "transformers interpolates the table of positions"
-    if kind == "transformers"
-    else (f"{kind} refuses others, or interpolates the table of positions if asked to")
-  )
-  cosine = "0.96" if computed else "0.99999"
-  return (
-    f"It is for images of {side} x {side} pixels. For others {silent}: features are then not those "
-    f"of the original (cosine {cosine} for a random ViT-Ti/16 of 48 pixels at 96). {anew}"
-  )
 
 
 def _listed(names: Iterable[str]) -> str:

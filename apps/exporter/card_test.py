@@ -8,6 +8,7 @@ import pytest
 
 from apps.exporter import card, plain_text, snippets
 from apps.exporter.card import CardFacts
+from apps.exporter.formats.table import EXPORTS
 from ov_convert.release import Preprocess, Release, Words
 import ov_models
 
@@ -116,7 +117,7 @@ def _header(page):
   return found
 
 
-@pytest.mark.parametrize("kind", snippets.FORMATS)
+@pytest.mark.parametrize("kind", EXPORTS)
 @pytest.mark.parametrize("config", [_pair(), _captioner(), VIT], ids=["pair", "captioner", "vit"])
 def test_every_table_has_as_many_cells_in_each_row(kind, config):
   page = card.render(_facts(kind, config))
@@ -320,7 +321,7 @@ RELEASES = {
 
 
 @pytest.mark.parametrize("name", RELEASES)
-@pytest.mark.parametrize("kind", snippets.FORMATS)
+@pytest.mark.parametrize("kind", EXPORTS)
 def test_every_program_of_a_card_is_python_that_names_folder_and_picture(kind, name):
   release = RELEASES[name]
   page = card.render(CardFacts(kind, release, "mit"))

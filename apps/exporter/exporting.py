@@ -5,6 +5,7 @@ import contextlib
 import datetime
 import json
 from pathlib import Path
+import sys
 import tempfile
 from types import MappingProxyType
 from typing import Any
@@ -13,9 +14,10 @@ import jax
 import numpy as np
 
 from apps.exporter import card, probe
+from apps.exporter.formats.format import ExportFormat
+from apps.exporter.formats.table import EXPORTS
 from apps.exporter.new_folder import new_folder
 from apps.exporter.source import Source
-from apps.exporter.targets import Target, judge, judge_ours, target
 from apps.trainer.progress import Terminal
 from ov_convert import client_env, parity
 import ov_models
@@ -41,7 +43,7 @@ def export(
 
   Args:
     source: what is exported.
-    formats: names that `target` knows.
+    formats: names in `EXPORTS`.
     out: a folder that does not exist yet.
     pictures: folder of pictures to compare on; drawn ones for None.
     license_name: for the model cards.
@@ -55,7 +57,7 @@ def export(
     ValueError: formats that cannot hold the model, all told together, before anything is written.
     OSError: `out` cannot be written; nothing is left.
   """
-  table = {name: target(name) for name in formats}
+  table = {name: EXPORTS[name] for name in formats}
   problems = []
   for name, chosen in table.items():
     try:
@@ -80,7 +82,7 @@ def export(
     ours = probe.our_outputs(source.release, inputs, source.specials)
     for name, chosen in table.items():
       rows, versions = _one(
-        chosen, name, partial / name, source, inputs_folder, ours, terminal, options.get(name, {})
+        chosen, partial / name, source, inputs_folder, ours, terminal, options.get(name, {})
       )
       facts = _facts(name, source, rows, versions, len(encoded)) | dict(options.get(name, {}))
       (partial / name / PARITY_FILE).write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
@@ -99,8 +101,7 @@ def export(
 
 
 def _one(
-  chosen: Target,
-  name: str,
+  chosen: ExportFormat,
   folder: Path,
   source: Source,
   inputs: Path,
@@ -109,14 +110,14 @@ def _one(
   options: Mapping[str, Any],
 ) -> tuple[list[parity.Row], dict[str, str]]:
   """Writes one format and compares it; prints the table."""
+  name = chosen.name
   terminal.phase(f"{name}: writing")
   folder.mkdir(parents=True)
   chosen.write(folder, source.release, **options)
   rows: list[parity.Row] = []
   versions: dict[str, str] = {}
-  if name == "safetensors":
-    add_tokenizer(folder, source)
-    rows += judge_ours(folder, source.release)
+  if chosen.complete is not None:
+    rows += chosen.complete(folder, source)
   terminal.phase(f"{name}: loading it as its library does")
   try:
     judged, versions = judge(chosen, folder, inputs, ours)
@@ -128,12 +129,37 @@ def _one(
   return rows, versions
 
 
-def add_tokenizer(folder: Path, source: Source) -> None:
-  """Writes the tokenizer into a folder of our own format, as ov_data reads it."""
-  if source.processor is not None:
-    source.processor.save(folder / "tokenizer")
-  elif source.tokenizer is not None:
-    source.tokenizer.save(folder / "tokenizer")
+def judge(
+  form: ExportFormat,
+  folder: Path,
+  inputs: Path,
+  ours: dict[str, np.ndarray],
+  python: Path | None = None,
+) -> tuple[list[parity.Row], dict[str, str]]:
+  """Load a written folder in its library and compare.
+
+  Args:
+    form: the format.
+    folder: as `form.write` wrote it.
+    inputs: as `probe.write_probe` wrote it.
+    ours: of `probe.our_outputs`.
+    python: an interpreter that has the library; by default that of the clients' environment.
+
+  Returns:
+    The rows of the comparison, and the versions of the libraries.
+
+  Raises:
+    client_env.ClientError: the library did not load or run it.
+  """
+  with tempfile.TemporaryDirectory() as scratch:
+    output = Path(scratch) / "output.npz"
+    python = python or (Path(sys.executable) if form.here else None)
+    client_env.run_client(form.client, [folder, inputs, output], python=python)
+    theirs = parity.Output.load(output)
+  pictures = len(ours["image/pixels"])
+  exact = len(ours["image/pooled"])  # the models are tried on those
+  crops = exact if exact < pictures else None
+  return parity.compare(ours, theirs, form.offers, crops), theirs.versions
 
 
 def _facts(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from apps.exporter import exporting
-from apps.exporter import targets as targets_lib
+from apps.exporter.formats import format as form
 from apps.exporter.source import Source
 from apps.trainer.progress import Terminal
 from ov_convert import client_env, parity
@@ -38,7 +38,7 @@ class Library:
     self.refuse = {}
     self.written = []
     table = {name: self._target(name) for name in names}
-    monkeypatch.setattr(exporting, "target", table.__getitem__)
+    monkeypatch.setattr(exporting, "EXPORTS", table)
     monkeypatch.setattr(exporting, "judge", self._judge)
     monkeypatch.setattr(exporting.card, "write_card", self._card)
     monkeypatch.setattr(exporting.card, "facts_of", lambda *a: a)
@@ -53,12 +53,15 @@ class Library:
       (folder / "weights").write_text(name)
       (folder / "weights").chmod(0o600)
 
-    return targets_lib.Target(check, write, name, (), here=True)
+    return form.ExportFormat(
+      name=name, title=name, library=None, check=check, write=write, client=name, here=True,
+      offers=(), programs=(), sizes=form.fixed_size,
+    )  # fmt: skip
 
-  def _judge(self, target, folder, probe, ours):
+  def _judge(self, chosen, folder, probe, ours):
     assert (probe / "probe.npz").exists() and (folder / "weights").exists()
     arrays = {name: array.copy() for name, array in ours.items()}
-    change = self.disturb.get(target.script)
+    change = self.disturb.get(chosen.client)
     if change is not None:
       change(arrays)
     return parity.compare(ours, parity.Output(arrays, {}, {"library": "1.0"})), {"library": "1.0"}

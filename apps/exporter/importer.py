@@ -12,6 +12,8 @@ import tempfile
 from typing import Any
 
 from apps.exporter import places
+from apps.exporter.formats.format import Format, ReadOptions
+from apps.exporter.formats.table import IMPORTS
 from apps.exporter.new_folder import new_folder
 from apps.trainer.checkpoint import Checkpoints
 from apps.trainer.checkpoint_folder import check_path
@@ -20,10 +22,7 @@ from ov_convert.release import Imported, Words, portable
 import ov_data
 import ov_models
 
-_JAX = "openvision_jax"
-FORMATS = (_JAX, "open_clip", "timm", "transformers", "safetensors")
 _VOCABULARY = "vocab.txt"  # beside published checkpoints: a token a line
-_IMAGE_SIZE = 224  # of published checkpoints; no array of theirs tells it
 
 
 def import_model(
@@ -41,7 +40,7 @@ def import_model(
   it; the model in the metadata is then the tower's.
 
   Args:
-    spec: FORMAT:PATH, with one of FORMATS.
+    spec: FORMAT:PATH, with a format of `IMPORTS`.
     to_workdir: made; must not exist, or be empty.
     image_size: pixels; for checkpoints of the published JAX code, which do not tell.
     num_heads: for the same, where sizes are not published and kernels are not split.
@@ -54,11 +53,11 @@ def import_model(
     ValueError, OSError: no such format, folder or model of ours, or a workdir that is not empty.
       Nothing is left behind.
   """
-  kind, path = _parse(spec)
+  chosen, path = _parse(spec)
   to_workdir = places.new("", str(to_workdir))
   check_path(to_workdir, "--to_workdir=")
-  found = _read(kind, path, python, image_size, num_heads)
-  origin = f"{kind}:{path.resolve().name}"
+  found = _read(chosen, path, ReadOptions(python, image_size, num_heads))
+  origin = f"{chosen.name}:{path.resolve().name}"
   notes = write_workdir(to_workdir, found, origin, path)
   name = type(found.config).__name__.removesuffix("Config")
   return [
@@ -93,45 +92,24 @@ def write_workdir(to_workdir: Path, found: Imported, origin: str, folder: Path) 
   return notes
 
 
-def _parse(spec: str) -> tuple[str, Path]:
+def _parse(spec: str) -> tuple[Format, Path]:
   """The format and the folder."""
   kind, _, name = spec.partition(":")
-  if kind not in FORMATS or not name:
-    raise ValueError(f"{spec!r} is no FORMAT:PATH; formats are {', '.join(FORMATS)}")
-  return kind, places.existing(f"{kind}:", name)
+  if kind not in IMPORTS or not name:
+    raise ValueError(f"{spec!r} is no FORMAT:PATH; formats are {', '.join(IMPORTS)}")
+  return IMPORTS[kind], places.existing(f"{kind}:", name)
 
 
-def _read(
-  kind: str,
-  path: Path,
-  python: str | os.PathLike[str] | None,
-  image_size: int | None,
-  num_heads: int | None,
-) -> Imported:
-  if kind == _JAX:
-    from ov_convert import orbax_folder
-
-    return orbax_folder.read(path, image_size=image_size or _IMAGE_SIZE, num_heads=num_heads)
-  for option, value in (("image_size", image_size), ("num_heads", num_heads)):
-    if value:
+def _read(chosen: Format, path: Path, options: ReadOptions) -> Imported:
+  for name in ("image_size", "num_heads"):
+    value = getattr(options, name)
+    if value and name not in chosen.reads:
+      takers = ", ".join(f.name for f in IMPORTS.values() if name in f.reads)
       raise ValueError(
-        f"{option}={value} is for {_JAX}: folders of {kind} tell it themselves; leave it out"
+        f"{name}={value} is for {takers}: folders of {chosen.name} tell it themselves; leave it out"
       )
-  if kind == "open_clip":
-    from ov_convert import open_clip
-
-    return open_clip.read(path, python)
-  if kind == "timm":
-    from ov_convert import timm_vit
-
-    return timm_vit.read(path, python)
-  if kind == "transformers":
-    from ov_convert import transformers_vit
-
-    return transformers_vit.read(path, python)
-  from ov_convert import torch_module
-
-  return torch_module.read(path)
+  assert chosen.read is not None  # as for all of IMPORTS
+  return chosen.read(path, options)
 
 
 def _write_tokenizer(

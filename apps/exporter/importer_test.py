@@ -219,7 +219,10 @@ def test_a_tokenizer_with_other_ids_is_left_out(tmp_path):
 @pytest.mark.parametrize(
   ("spec", "message"),
   [
-    ("keras:{0}/model", "is no FORMAT:PATH; formats are openvision_jax, open_clip, timm, trans"),
+    (
+      "keras:{0}/model",
+      "is no FORMAT:PATH; formats are openvision_jax, safetensors, open_clip, t",
+    ),
     ("{0}/model", "is no FORMAT:PATH"),
     ("timm:", "is no FORMAT:PATH"),
     ("timm:{0}/nowhere", "there is no folder"),

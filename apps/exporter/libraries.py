@@ -6,44 +6,22 @@ once with the newest versions, and runs the programs there.
 """
 
 from collections.abc import Iterable, Mapping
-import dataclasses
 import shlex
 from types import MappingProxyType
 
+from apps.exporter.formats.format import Versions
+from apps.exporter.formats.table import EXPORTS
 
-@dataclasses.dataclass(frozen=True)
-class Versions:
-  """The tested range of one library.
-
-  Attributes:
-    oldest: the oldest version that runs the programs; it is a lower bound of the pip line.
-    newest: the newest version that was tried.
-  """
-
-  oldest: str
-  newest: str
-
-
-# Why nothing older: `local-dir:` is new in open_clip 3.0 and timm 1.0.16; timm before 1.0.26 leaves
-# reading safetensors to torch, which torch 2.6 does not do. In transformers 4.56.0 to 4.57.1 the
-# last hidden state comes after the final norm, earlier ones lack `dtype=`. The newest transformers
-# requires torch 2.6. onnxruntime before 1.19 does not import with numpy 2. jax before 0.8.2 cannot
-# call functions that jax 0.10 exports.
+# Libraries of several formats; those of one stand with their reasons in its module of `formats`.
+_SHARED = {
+  "torch": Versions("2.6.0", "2.15.0"),  # newest transformers requires 2.6
+  "safetensors": Versions("0.5.0", "0.8.0"),
+  "tokenizers": Versions("0.20.0", "0.23.3"),
+  "numpy": Versions("2.0.0", "2.4.6"),
+  "pillow": Versions("11.0.0", "13.0.0"),
+}
 TESTED: Mapping[str, Versions] = MappingProxyType(
-  {
-    "open_clip_torch": Versions("3.0.0", "3.3.0"),
-    "timm": Versions("1.0.26", "1.0.31"),
-    "transformers": Versions("4.57.2", "5.24.0"),
-    "torch": Versions("2.6.0", "2.15.0"),
-    "torchvision": Versions("0.21.0", "0.29.2"),
-    "onnxruntime": Versions("1.19.0", "1.32.0"),
-    "jax": Versions("0.8.2", "0.10.2"),
-    "flatbuffers": Versions("23.5.26", "25.12.19"),
-    "safetensors": Versions("0.5.0", "0.8.0"),
-    "tokenizers": Versions("0.20.0", "0.23.3"),
-    "numpy": Versions("2.0.0", "2.4.6"),
-    "pillow": Versions("11.0.0", "13.0.0"),
-  }
+  {name: found for f in EXPORTS.values() for name, found in f.tested.items()} | _SHARED
 )
 # What our own packages depend on. They are installed from a checkout; their pyproject.toml has the
 # lower bounds, and these are the first releases within them.

@@ -11,6 +11,7 @@ import pytest
 
 from apps.exporter import card, libraries, snippets
 from apps.exporter.card import CardFacts
+from apps.exporter.formats.table import EXPORTS
 from ov_convert.release import Preprocess, Release, Words
 import ov_models
 
@@ -29,7 +30,7 @@ MODELS = {
   ),
   "image": (VIT, None),
 }
-CASES = [(kind, name) for kind in snippets.FORMATS for name in MODELS]
+CASES = [(kind, name) for kind in EXPORTS for name in MODELS]
 # Names in `import` statements -> what installs them, where that is another name. What one of these
 # brings along by its own declaration need not be in the line.
 DISTRIBUTIONS = {"PIL": "pillow", "open_clip": "open_clip_torch", "openvision_torch": None}

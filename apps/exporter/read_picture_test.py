@@ -7,6 +7,7 @@ from PIL import Image
 import pytest
 
 from apps.exporter import snippets, testing_pictures
+from apps.exporter.formats.table import EXPORTS
 from ov_convert import testing
 from ov_convert.release import Preprocess
 from ov_data import decode, image_header
@@ -26,7 +27,7 @@ def readers():
   found = {}
   for fit in FITS:
     release = testing.release(config, preprocess=Preprocess(SIZE, fit))
-    for kind in snippets.FORMATS:
+    for kind in EXPORTS:
       for number, program in enumerate(snippets.snippets(kind, release)):
         if program.library != "safetensors":  # which calls ov_data itself
           scope = {"np": np, "Image": Image}
@@ -43,7 +44,7 @@ def _function(code):
 
 def test_every_program_of_a_library_has_it(readers):
   assert {(kind, fit) for kind, fit, _ in readers} == {
-    (kind, fit) for kind in snippets.FORMATS for fit in FITS
+    (kind, fit) for kind in EXPORTS for fit in FITS
   }
 
 

@@ -12,14 +12,14 @@ from typing import Any
 import jinja2
 
 from apps.exporter import libraries
+from apps.exporter.formats.format import Versions
+from apps.exporter.formats.table import EXPORTS
 from apps.exporter.macros import SHARED
-from apps.exporter.programs import PROGRAMS
 from ov_convert.release import Release
 import ov_models
 
 FOLDER = "path/to/this/folder"
 PICTURE = "photo.jpg"
-FORMATS = tuple(PROGRAMS)
 _FENCE = re.compile(r"^```(\w+)[ \t]+(\w+)[ \t]*\n(.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)
 
 
@@ -45,7 +45,7 @@ class Snippet:
     return libraries.pip_line(self.install)
 
   @property
-  def tested(self) -> dict[str, libraries.Versions]:
+  def tested(self) -> dict[str, Versions]:
     """The versions that ran this program, by library."""
     return libraries.ranges(self.install)
 
@@ -54,7 +54,7 @@ def snippets(kind: str, release: Release) -> list[Snippet]:
   """What the card of a folder of format `kind` shows, the most wanted first."""
   values = _values(release)
   found = []
-  for program in PROGRAMS[kind]:
+  for program in EXPORTS[kind].programs:
     if not program.needs or values[program.needs]:
       title, install = _fill(program.title, values), _fill(program.install, values)
       code = _fill(SHARED + program.code, values) + "\n"

@@ -13,7 +13,7 @@ import pytest
 
 from apps.exporter import card, snippets, testing_pictures
 from apps.exporter.card import CardFacts
-from apps.exporter.targets import target
+from apps.exporter.formats.table import EXPORTS
 from ov_convert import client_env, testing
 from ov_convert.release import Preprocess
 import ov_data
@@ -46,7 +46,7 @@ MODELS = {
 SEEDS = {"captioner": 11}  # one that writes words
 SOME = ("open_clip", "transformers", "safetensors")  # whose programs differ by the text tower
 RUNS = [
-  *(("released", kind) for kind in snippets.FORMATS),
+  *(("released", kind) for kind in EXPORTS),
   *(("sigmoid", kind) for kind in SOME),
   *(("clip", kind) for kind in SOME),
   *(("captioner", kind) for kind in ("safetensors", "stablehlo", "open_clip")),
@@ -113,7 +113,7 @@ def results(releases, picture, tmp_path_factory):
   for name, kind in RUNS:
     folder, release = scratch / name / kind, releases[name]
     folder.mkdir(parents=True)
-    target(kind).write(folder, release)
+    EXPORTS[kind].write(folder, release)
     if kind == "safetensors":
       _save_tokenizer(folder, release)
     card.write_card(folder, CardFacts(kind, release, "mit"))
@@ -216,7 +216,7 @@ def test_programs_compare_pictures_and_texts_as_we_do(results, releases, picture
 
 
 @pytest.mark.parametrize("name", PICTURES)
-@pytest.mark.parametrize("kind", snippets.FORMATS)
+@pytest.mark.parametrize("kind", EXPORTS)
 def test_programs_give_our_features_of_every_kind_of_image(results, releases, picture, name, kind):
   release = releases["released"]
   ours = decode.whole(picture.with_name(name).read_bytes(), SIZE, "squash")

@@ -26,15 +26,19 @@ import sys
 import threading
 import time
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from absl import logging
 import jax
 
 from apps.trainer.errors import AGAIN, exit_code, program, report, run_errors
-from apps.trainer.slow_hosts import INPUT, STARTING, Beat, SlowHosts
+from apps.trainer.hooks import STARTING, Hook
+from apps.trainer.slow_hosts import Beat, SlowHosts
 from apps.trainer.startup import printable
 import ov_sharding
+
+if TYPE_CHECKING:
+  from apps.trainer.run import Run
 
 GONE = AGAIN  # exit code: another process is gone or failed
 _BEAT = 2.0  # seconds
@@ -86,7 +90,7 @@ def judge(
   return End("failed", first, failed[first].failed or "", code if code in _SHARED_CODES else GONE)
 
 
-class Hosts:
+class Hosts(Hook):
   """Watches the processes of a run; does nothing in a run of one. A context manager.
 
   Attributes:
@@ -136,13 +140,17 @@ class Hosts:
     spent = {**self._spent, self._phase: self._spent.get(self._phase, 0.0) + now - self._since}
     self._step, self._phase, self._since, self._spent = step, phase, now, spent
 
-  @contextlib.contextmanager
-  def waiting_for_input(self) -> Iterator[None]:
-    """Notes that this process waits for input inside, and goes on with what it did before."""
-    before = self._phase
-    self.at(self._step, INPUT)
-    yield
-    self.at(self._step, before)
+  def on_start(self, run: "Run") -> None:
+    """Name the last checkpoint of the run if it ends badly."""
+    self.last_checkpoint = run.checkpoints.finished_step
+
+  def on_phase(self, stage: str, step: int, phase: str) -> None:
+    """Show step and phase to the other processes."""
+    self.at(step, phase)
+
+  def on_error(self, error: BaseException) -> None:
+    """Report the exception to the other processes."""
+    self._fail(error)
 
   @contextlib.contextmanager
   def told(self) -> Iterator[None]:
@@ -268,8 +276,9 @@ class Hosts:
     if self._suspect is not None:
       missed = f"no sign of life for {self._gone_after:.0f} s"
       self._tell(f"{self._name(self._suspect)} is gone: {missed}")
-    elif self._me != 0 and self._board is not None and not _reachable(self._board.coordinator):
-      self._tell(f"{self._name(0)} is gone: nothing listens at {self._board.coordinator}")
+    elif self._me != 0 and self._board is not None and not self._board.reachable():
+      host, port = self._board.address
+      self._tell(f"{self._name(0)} is gone: nothing listens at {host}:{port}")
     else:
       self._tell("the runtime of jax ended this process; its lines above say why")
     _exit(GONE)
@@ -300,15 +309,6 @@ def _within(seconds: float, ask: Callable[[], Any]) -> Any:
   thread.start()
   thread.join(seconds)
   return found[0] if found else None
-
-
-def _reachable(address: str) -> bool:
-  host, _, port = address.rpartition(":")
-  try:
-    socket.create_connection((host.strip("[]"), int(port)), timeout=3).close()
-  except OSError:
-    return False
-  return True
 
 
 def _exit(code: int) -> None:

@@ -26,15 +26,17 @@ import time
 from absl import app, flags, logging
 import numpy as np
 
-from apps.exporter import card, exporting, libraries, probe, snippets
+from apps.exporter import card, libraries, probe, snippets
+from apps.exporter.exporting import judge
+from apps.exporter.formats.safetensors import add_tokenizer, compare_loaded
+from apps.exporter.formats.table import EXPORTS
 from apps.exporter.source import Source, load_source
-from apps.exporter.targets import FORMATS, judge, judge_ours, target
 from ov_convert import client_env, parity
 from tests.clients.random_models import KINDS, SIZES, config_of, make_workdir
 
 _SIZE = flags.DEFINE_list("size", list(SIZES), f"Some of {', '.join(SIZES)}.")
 _KIND = flags.DEFINE_list("kind", list(KINDS), f"Some of {', '.join(KINDS)}.")
-_FORMAT = flags.DEFINE_list("format", list(FORMATS), f"Some of {', '.join(FORMATS)}.")
+_FORMAT = flags.DEFINE_list("format", list(EXPORTS), f"Some of {', '.join(EXPORTS)}.")
 _VERSIONS = flags.DEFINE_list("versions", ["newest", "oldest"], "newest, oldest, or both.")
 _PICTURES = flags.DEFINE_string("pictures", None, "Folder of pictures; drawn ones by default.")
 
@@ -153,9 +155,9 @@ def programs_of(page: str) -> dict[str, list[str]]:
 def write_format(folder: Path, name: str, source: Source) -> None:
   """Writes an export and its card."""
   folder.mkdir()
-  target(name).write(folder, source.release)
+  EXPORTS[name].write(folder, source.release)
   if name == "safetensors":
-    exporting.add_tokenizer(folder, source)
+    add_tokenizer(folder, source)
   card.write_card(folder, card.facts_of(name, source, {}, "mit"))
 
 
@@ -189,9 +191,9 @@ def compare(
   printed = subprocess.run([python, "-c", listed], capture_output=True, text=True, check=True)
   installed = json.loads(printed.stdout)
   if any(library in libraries.OWN for library in libraries.names(line)):
-    return judge_ours(place / name, source.release), installed
+    return compare_loaded(place / name, source.release), installed
   try:
-    rows, _ = judge(target(name), place / name, place / "probe", ours, python)
+    rows, _ = judge(EXPORTS[name], place / name, place / "probe", ours, python)
   except client_env.ClientError as error:
     rows = [parity.Row("loading", 1.0, None, 0.0, 1.0, str(error).splitlines()[-1])]
   return rows, installed

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from apps.exporter.targets import FORMATS
+from apps.exporter.formats.table import EXPORTS
 from tests.end_to_end.runner import CAPTION_TRAIN, CLIP_TRAIN, TINY, expect_one_line, run, tiny_clip
 
 EXPORT = CAPTION_TRAIN.parent / "export.py"  # to import it would define --workdir twice
@@ -38,7 +38,7 @@ def export(*args, cache, **more):
 @pytest.mark.parametrize("kind", ["clip", "captioner"])
 def test_formats_of_a_run(kind, cache, tmp_path, request):
   workdir, out = request.getfixturevalue(kind), tmp_path / "out"
-  formats = tuple(FORMATS) if kind == "clip" else ("safetensors", "transformers", "stablehlo")
+  formats = tuple(EXPORTS) if kind == "clip" else ("safetensors", "transformers", "stablehlo")
   code, printed = export(
     f"--workdir={workdir}", f"--format={','.join(formats)}", f"--out={out}", cache=cache
   )

@@ -9,8 +9,9 @@ import pytest
 import safetensors.numpy
 
 from apps.exporter import probe
+from apps.exporter.exporting import judge
+from apps.exporter.formats.table import EXPORTS
 from apps.exporter.source import Source, load_source
-from apps.exporter.targets import judge, target
 from ov_convert import parity
 import ov_models
 from tests.clients.random_models import make_workdir
@@ -147,7 +148,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_broken_is_named(made, tmp_path, case):
   name, sabotage, named = CASES[case]
-  chosen = target(name)
+  chosen = EXPORTS[name]
   chosen.write(tmp_path, made.source.release)
   sabotage(tmp_path)
   rows, _ = judge(chosen, tmp_path, made.probe, made.ours)
@@ -159,7 +160,7 @@ def test_what_is_broken_is_named(made, tmp_path, case):
 
 @pytest.mark.parametrize("name", ["open_clip", "timm", "transformers", "safetensors"])
 def test_what_is_not_broken_agrees(made, tmp_path, name):
-  chosen = target(name)
+  chosen = EXPORTS[name]
   chosen.write(tmp_path, made.source.release)
   rows, _ = judge(chosen, tmp_path, made.probe, made.ours)
   assert parity.first_failure(rows) is None, parity.table(rows)

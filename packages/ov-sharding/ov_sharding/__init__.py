@@ -8,7 +8,8 @@ from ov_sharding.batch import (
   replicated,
   to_host,
 )
-from ov_sharding.distributed import Board, board, initialize, is_google_host
+from ov_sharding.distributed import initialize, is_google_host
+from ov_sharding.key_values import Board, board
 from ov_sharding.mesh import AXES, MeshConfig, make_mesh
 from ov_sharding.rules import (
   DEFAULT_RULES,

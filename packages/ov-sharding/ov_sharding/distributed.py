@@ -16,14 +16,10 @@ import pathlib
 import socket
 import threading
 import time
-from typing import Any
 
 import jax
-from jax._src import distributed as jax_distributed  # its key-value store has no public name
 
 logger = logging.getLogger(__name__)
-
-_ROOT = "openvision/"  # of the keys of a Board
 
 _VARIABLES = {
   "coordinator": "OV_COORDINATOR",
@@ -92,54 +88,6 @@ def initialize(
       initialization_timeout=timeout_seconds,
       heartbeat_timeout_seconds=gone_after_seconds,
     )
-
-
-class Board:
-  """Short texts that the processes of a run show each other; process 0 keeps them.
-
-  Nobody waits for anybody, and no device is asked: for what threads beside the work have to say.
-  Every method raises ConnectionError where process 0 cannot be reached.
-  """
-
-  def __init__(self, client: Any, coordinator: str):
-    """Of `board()`; `coordinator` is host:port."""
-    self._client = client
-    self.coordinator = coordinator
-
-  def put(self, key: str, text: str) -> None:
-    """Shows a text, in place of what was there. Keys look like paths."""
-    with _connection_errors():
-      self._client.key_value_set(_ROOT + key, text, allow_overwrite=True)
-
-  def get(self, key: str) -> str | None:
-    """What is shown under `key`; None where nothing is."""
-    with _connection_errors():
-      try:
-        return self._client.key_value_try_get(_ROOT + key)
-      except jax.errors.JaxRuntimeError as error:
-        if "NOT_FOUND" in str(error):
-          return None
-        raise
-
-  def items(self, folder: str) -> dict[str, str]:
-    """All that is shown below `folder`, by the rest of the key."""
-    with _connection_errors():
-      found = self._client.key_value_dir_get(f"{_ROOT}{folder}/")
-    return {key.rpartition("/")[2]: text for key, text in found}
-
-
-def board() -> Board | None:
-  """The board of this run; None in a run of one process."""
-  state = jax_distributed.global_state
-  return Board(state.client, state.coordinator_address or "") if state.client else None
-
-
-@contextlib.contextmanager
-def _connection_errors() -> Iterator[None]:
-  try:
-    yield
-  except jax.errors.JaxRuntimeError as error:
-    raise ConnectionError(f"process 0 does not answer: {error}") from error
 
 
 def detect_cluster(

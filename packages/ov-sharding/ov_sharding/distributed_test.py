@@ -6,7 +6,7 @@ import socket
 import jax
 import pytest
 
-from ov_sharding import board, distributed, initialize, is_google_host
+from ov_sharding import distributed, initialize, is_google_host
 
 VARIABLES = ("OV_COORDINATOR", "OV_NUM_PROCESSES", "OV_PROCESS_ID")
 SLURM = {
@@ -148,10 +148,6 @@ def test_a_detected_cluster_is_left_to_jax(jax_distributed, monkeypatch):
     monkeypatch.setenv(name, value)
   initialize(timeout_seconds=9)
   assert jax_distributed == [dict(initialization_timeout=9, heartbeat_timeout_seconds=30)]
-
-
-def test_one_process_has_no_board():
-  assert board() is None
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,98 @@
+"""Format "onnx": graphs of the image and the text tower for onnxruntime."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from apps.exporter.formats import format as form
+
+if TYPE_CHECKING:
+  from ov_convert.release import Release
+
+
+def _check(release: "Release") -> None:
+  from ov_convert import onnx_export
+
+  onnx_export.check(release)
+
+
+def _write(folder: Path, release: "Release", *, opset: int | None = None) -> None:
+  from ov_convert import onnx_export
+
+  onnx_export.write(folder, release, opset=_opset(opset))
+
+
+def _opset(value: int | None) -> int:
+  from ov_convert import onnx_export
+
+  opset = onnx_export.DEFAULT_OPSET if value is None else value
+  onnx_export.check_opset(opset)
+  return opset
+
+
+def _notes(release: "Release", facts: Mapping[str, Any]) -> Sequence[str]:
+  opset = facts.get("opset")
+  return (f"The graphs use version {opset} of the ONNX operators (opset).",) if opset else ()
+
+
+_PROGRAM = """\
+{% if texts %}
+import json
+
+{% endif %}
+import numpy as np
+import onnxruntime
+from PIL import Image
+{% if texts %}
+import tokenizers
+{% endif %}
+
+
+{{ read_picture() }}
+
+folder = "{{ folder }}"
+{{ normalised() -}}
+pixels = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))  # [1, 3, {{ size }}, {{ size }}]
+
+image_tower = onnxruntime.InferenceSession(f"{folder}/image.onnx")
+names = [output.name for output in image_tower.get_outputs()]
+image = dict(zip(names, image_tower.run(names, {"pixel_values": pixels})))
+print({name: array.shape for name, array in image.items()})
+{% if texts %}
+
+{{ tokenizer() -}}
+{{ token_ids("np.int64") }}
+text_tower = onnxruntime.InferenceSession(f"{folder}/text.onnx")
+(text,) = text_tower.run(["text_embedding"], {"input_ids": ids})
+with open(f"{folder}/preprocessor.json") as file:
+  joint = json.load(file)
+similarity = joint["logit_scale"] * image["embedding"] @ text.T
+{{ numpy_probabilities('joint["logit_bias"]') -}}
+{% endif %}
+"""
+
+FORMAT = form.ExportFormat(
+  name="onnx",
+  title="ONNX",
+  library="onnx",
+  check=_check,
+  write=_write,
+  client="run_onnx.py",
+  offers=(*form.IMAGE, *form.TEXT),
+  programs=(
+    form.Program(
+      "{{ purpose }}", "onnx", "onnxruntime numpy pillow" + form.TOKENIZERS_FOR_TEXTS, _PROGRAM
+    ),
+  ),
+  # Before 1.19 onnxruntime does not import with numpy 2.
+  tested={"onnxruntime": form.Versions("1.19.0", "1.32.0")},
+  sizes=form.fixed_size,
+  notes=_notes,
+  options=(
+    form.Option(
+      "opset",
+      "With --format=onnx: version of the ONNX operators, 18 to 23; 18 by default.",
+      _opset,
+    ),
+  ),
+)
