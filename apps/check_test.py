@@ -13,10 +13,12 @@ from apps.evaluators import make_evaluators
 from apps.trainer.check import check_run
 from apps.trainer.checkpoint import Checkpoints
 from apps.trainer.errors import UserError
+from apps.trainer.hooks import Hooks
 from apps.trainer.hosts import Hosts
 from apps.trainer.loop import run_training
 from apps.trainer.parts import App
 from apps.trainer.progress import Terminal
+from apps.trainer.summary import Report
 from apps.trainer.workdir import Workdir
 from ov_data import writer
 
@@ -71,7 +73,7 @@ def train(data, path, settings):
   config, terminal = make_config(data, settings), Terminal(active=False)
   demo_data.prepare(config, Workdir(path), terminal)
   with Hosts(terminal.phase, **config.hosts) as hosts:
-    run_training(config, Workdir(path), APP, terminal, hosts)
+    run_training(config, Workdir(path), APP, terminal, Hooks([hosts, Report()]))
 
 
 ELSEWHERE = "no such file or directory|there is no such"

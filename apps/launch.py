@@ -67,9 +67,11 @@ def launch(make_app: Callable[[], "App"], base: str, recipes: str) -> None:
 
   from apps import demo_data
   from apps.trainer.check import check_run, compile_run
+  from apps.trainer.hooks import Hooks
   from apps.trainer.hosts import Hosts
   from apps.trainer.loop import run_training
   from apps.trainer.progress import Terminal
+  from apps.trainer.summary import Report
   import ov_sharding
 
   ov_sharding.initialize(gone_after_seconds=config.hosts.gone_after)
@@ -85,7 +87,7 @@ def launch(make_app: Callable[[], "App"], base: str, recipes: str) -> None:
     if _CHECK.value or _COMPILE.value:
       (check_run if _CHECK.value else compile_run)(config, workdir, app, terminal)
     else:
-      code = run_training(config, workdir, app, terminal, hosts)
+      code = run_training(config, workdir, app, terminal, Hooks([hosts, Report()]))
   if code:
     sys.exit(code)
 

@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from apps.trainer.checkpoint import read_metadata, saved_checkpoint
-from apps.trainer.compile_cache import Program, megabytes, short_key
+from apps.trainer.compile_cache import Program, short_key
+from apps.trainer.compile_store import megabytes
 from apps.trainer.config import to_json
 from apps.trainer.errors import user_errors
 from apps.trainer.parts import App, build_step

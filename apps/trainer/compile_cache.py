@@ -1,4 +1,4 @@
-"""The compile cache of a run: what the compiler made is kept, found again, and told.
+"""Persistent compilation cache: stores, reuses and reports compiled programs.
 
   with CompileCache("~/.cache/openvision/xla", "gs://bucket/xla", terminal.phase) as cache:
     cache.fetch()                               # from the store, what is not here
@@ -21,38 +21,41 @@ a home of their own, the store is what spares the others the compiler.
 """
 
 from collections.abc import Callable, Iterator
-import concurrent.futures
 import contextlib
 import errno
-import logging
+import functools
 import os
 from pathlib import Path
-import re
-import secrets
 import stat
+import sys
 import threading
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 import warnings
 
-from absl import logging as absl_logging
-from etils import epath
+from absl import logging
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from apps.trainer.compile_store import ENTRY, SUFFIX, Store, megabytes
 from apps.trainer.errors import UserError
+from apps.trainer.hooks import COMPILING, Hook
 
-_LOGGER = logging.getLogger("jax._src.compiler")  # it alone names keys
-_SUFFIX = "-cache"  # of an entry's file
-_ENTRY = re.compile(rf"[^/]+-[0-9a-f]{{64}}{_SUFFIX}")
+if TYPE_CHECKING:
+  from apps.trainer.stages import Stage
+  from apps.trainer.task import Evaluation
+
 _TRACED = "/jax/core/compile/jaxpr_trace_duration"
 _LOWERED = "/jax/core/compile/jaxpr_to_mlir_module_duration"
 _COMPILED = "/jax/core/compile/backend_compile_duration"  # or read from the cache
+_REQUEST = "/jax/compilation_cache/compile_requests_use_cache"
+_HIT = "/jax/compilation_cache/cache_hits"
 
-_NOT_WRITTEN = "Error writing persistent compilation cache entry"  # a warning of JAX
+# Warnings of JAX.
+_NOT_WRITTEN = "Error writing persistent compilation cache entry"
+_NOT_READ = "Error reading persistent compilation cache entry"
 FULL = (errno.ENOSPC, errno.EDQUOT)  # a cache that cannot grow costs a compile, not the run
 
 _TELL_SECONDS = 5.0  # a program that took as long is told, whichever it is
-_FETCH_BYTES = 4 * 10**9  # newest entries of a store up to this size are copied
 
 # Without a watch JAX keeps what took a second to compile; a watched program is kept anyhow.
 _KEEP_ALL = {
@@ -93,7 +96,7 @@ class _Current(threading.local):
   lowered = 0.0
 
 
-class CompileCache:
+class CompileCache(Hook):
   """Sets up JAX's cache, watches it, and exchanges entries with a store."""
 
   def __init__(self, folder: str, store: str, say: Callable[[str], None]):
@@ -120,13 +123,14 @@ class CompileCache:
         "set config.compile_cache, too"
       )
     self._folder = Path(folder).expanduser().absolute() if folder else None
-    self._store = epath.Path(store).expanduser() if store else None
+    self._store = Store(store, say) if store else None
     self._say = say
     self._current = _Current()
     self._watched: list[Program] | None = None
     self._used: dict[str, Program] = {}  # by key
-    self._pushed: set[str] = set()
+    self._offered = 0  # how many of `used` were there at the last push
     self._full = False  # whether an entry could not be written
+    self._compiling = contextlib.ExitStack()
 
   def __enter__(self) -> Self:
     if self._folder is not None:
@@ -139,22 +143,37 @@ class CompileCache:
     }
     self._undo.enter_context(_settings(settings))
     compilation_cache.reset_cache()
-    # Records that only this filter wants go no further.
-    self._shown = _LOGGER.getEffectiveLevel()
-    level = _LOGGER.level
-    _LOGGER.addFilter(self._read_log)
-    _LOGGER.setLevel(logging.DEBUG)
-    self._undo.callback(_LOGGER.setLevel, level)
-    self._undo.callback(_LOGGER.removeFilter, self._read_log)
+    _watch_files()
+    _file_watchers.append(self._on_open)
+    self._undo.callback(_file_watchers.remove, self._on_open)
     self._undo.enter_context(warnings.catch_warnings())
-    warnings.filterwarnings("always", _NOT_WRITTEN)
+    for text in (_NOT_READ, _NOT_WRITTEN):
+      warnings.filterwarnings("always", text)
     self._show, warnings.showwarning = warnings.showwarning, self._on_warning
+    jax.monitoring.register_event_listener(self._on_event)
+    self._undo.callback(jax.monitoring.unregister_event_listener, self._on_event)
     jax.monitoring.register_event_duration_secs_listener(self._on_duration)
     self._undo.callback(jax.monitoring.unregister_event_duration_listener, self._on_duration)
     return self
 
   def __exit__(self, *exc_info: object) -> None:
+    self._compiling.close()
     self._undo.close()
+
+  def on_phase(self, stage: str, step: int, phase: str) -> None:
+    """Watch the train step of a stage while it compiles."""
+    self._compiling.close()
+    if phase == COMPILING:
+      self._compiling.enter_context(self.watch(f"{stage}: train step"))
+
+  def on_step(self, step: int) -> None:
+    """Copy new entries to the store."""
+    if len(self._used) > self._offered:
+      self.push()
+
+  def on_eval(self, stage: "Stage", step: int, evaluation: "Evaluation") -> None:
+    """Copy new entries to the store."""
+    self.push()
 
   @contextlib.contextmanager
   def watch(self, label: str) -> Iterator[list[Program]]:
@@ -173,32 +192,35 @@ class CompileCache:
     if programs:
       self._say(self._text(label, programs[-1]))
       if jax.process_index() and not programs[-1].loaded:
-        absl_logging.warning("process %d: %s", jax.process_index(), self._text(label, programs[-1]))
+        logging.warning("process %d: %s", jax.process_index(), self._text(label, programs[-1]))
 
   def fetch(self) -> None:
-    """Copies entries of the store that are missing here; what cannot be read costs a compile."""
+    """Copy entries of the store that are missing here; what cannot be read costs a compile."""
     if self._store is None or self._folder is None:
       return
     try:
-      self._fetch(self._store / _kind(), self._folder)
+      self._store.fetch(self._folder)
     except Exception as error:
-      self._warn(f"{self._store} cannot be read, programs are compiled: {_short(error)}")
+      self._warn(f"{self._store.place} cannot be read, programs are compiled: {_short(error)}")
 
   def push(self, *, required: bool = False) -> None:
-    """Copies entries that this process made or used and the store lacks; process 0 alone.
+    """Copy entries that this process made or used and the store lacks; process 0 alone.
 
     Args:
-      required: whether a store that cannot be written is an error; otherwise it is told.
+      required: whether a store that cannot be written is an error; otherwise it is logged.
 
     Raises:
-      OSError: where it is required and fails.
+      OSError: the store is required and cannot be written.
     """
+    self._offered = len(self._used)
     if self._store is None or self._folder is None or jax.process_index():
       return
     try:
-      self._push(self._store / _kind(), self._folder)
+      self._store.push(
+        self._folder, {f"{key}{SUFFIX}": found.damaged for key, found in self._used.items()}
+      )
     except Exception as error:
-      message = f"{self._store} cannot be written: {_short(error)}"
+      message = f"{self._store.place} cannot be written: {_short(error)}"
       if required:
         raise OSError(message) from error
       self._warn(message)
@@ -248,66 +270,30 @@ class CompileCache:
       "cache",
     )
 
-  def _fetch(self, store: epath.Path, folder: Path) -> None:
-    found = _entries(store)
-    if not found:
-      self._say(f"compile store {store}: no programs for these devices yet")
-      return
-    missing = [entry for entry in found if not (folder / entry.name).exists()]
-    wanted, total = [], 0
-    for entry in sorted(missing, key=lambda entry: -entry.changed):
-      if total + entry.size <= _FETCH_BYTES:
-        wanted.append(entry)
-        total += entry.size
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-      list(pool.map(lambda entry: _copy(store / entry.name, epath.Path(folder)), wanted))
-    here = len(found) - len(missing)
-    left = len(missing) - len(wanted)
-    self._say(
-      f"compile store {store}: {len(wanted)} of {len(found)} programs fetched "
-      f"({megabytes(total)}), {here} were here"
-      + (f", {left} older ones left there" if left else "")
-    )
+  def _on_open(self, path: Path) -> None:
+    """Keep the key of the entry that this thread reads or writes."""
+    if path.parent == self._folder and ENTRY.fullmatch(path.name):
+      self._current.key = path.name.removesuffix(SUFFIX)
 
-  def _push(self, store: epath.Path, folder: Path) -> None:
-    names = {f"{key}{_SUFFIX}": program for key, program in self._used.items()}
-    new = [name for name in names if name not in self._pushed and (folder / name).exists()]
-    if not new:
-      return
-    store.mkdir(parents=True, exist_ok=True)
-    there = {entry.name for entry in _entries(store)}
-    # A damaged entry may have come from the store.
-    sent = [name for name in new if name not in there or names[name].damaged]
-    for name in sent:
-      _copy(epath.Path(folder / name), store)
-    self._pushed.update(new)
-    if sent:
-      size = sum((folder / name).stat().st_size for name in sent)
-      self._say(f"compile store {store}: {len(sent)} programs kept ({megabytes(size)})")
-
-  def _read_log(self, record: logging.LogRecord) -> bool:
-    """Learns key, hit and miss from what JAX says before it compiles."""
-    found = re.match(r"persistent compilation cache (hit|miss)\b", str(record.msg), re.IGNORECASE)
-    if found and isinstance(record.args, tuple) and self._folder is not None:
-      current = self._current
-      current.key = str(record.args[1])
-      current.loaded = found[1].lower() == "hit"
-      path = self._path(current.key)
-      current.damaged = not current.loaded and path.exists()
-      if current.damaged and jax.process_index() == 0:
-        with contextlib.suppress(OSError):
-          path.unlink(missing_ok=True)  # JAX would leave it there, and compile at every start
-    return record.levelno >= self._shown
+  def _on_event(self, event: str, **kwargs: str | int) -> None:
+    if event == _REQUEST:
+      vars(self._current).update(key=None, loaded=False, damaged=False)
+    elif event == _HIT:
+      self._current.loaded = True
 
   def _on_warning(self, message: Warning | str, *args: Any, **kwargs: Any) -> None:
-    """Print the first failure to write an entry only; the others have the same cause."""
-    if not str(message).startswith(_NOT_WRITTEN):
-      self._show(message, *args, **kwargs)
-      return
-    if self._current.key:  # what is there is a part of the entry
+    """Remove an entry that is damaged or not complete, and print each cause once.
+
+    JAX would leave a damaged entry, and compile at every start.
+    """
+    written, read = (str(message).startswith(text) for text in (_NOT_WRITTEN, _NOT_READ))
+    if (written or read) and self._current.key and jax.process_index() == 0:
       with contextlib.suppress(OSError):
         self._path(self._current.key).unlink(missing_ok=True)
-    if not self._full:
+    self._current.damaged |= read
+    if not written:
+      self._show(message, *args, **kwargs)
+    elif not self._full:
       self._full = True
       cause = str(message).rpartition(": ")[2]
       self._warn(f"{self._folder} cannot be written: {cause}; programs are not kept", "cache")
@@ -339,34 +325,30 @@ class CompileCache:
 
   def _path(self, key: str) -> Path:
     assert self._folder is not None
-    return self._folder / f"{key}{_SUFFIX}"
+    return self._folder / f"{key}{SUFFIX}"
 
   def _text(self, label: str, program: Program) -> str:
     took = f"{program.seconds:.1f} s (tracing {program.trace_seconds:.1f} s before)"
-    if program.key is None:
+    if self._folder is None:
       return f"{label} compiled in {took}; not kept: config.compile_cache is empty"
+    if program.key is None:
+      return f"{label} compiled in {took}, not kept in {self._folder}: " + (
+        "process 0 alone writes there" if jax.process_index() else "it could not be written"
+      )
     size = "" if program.size is None else f" ({megabytes(program.size)})"
     key = short_key(program.key)
     if program.loaded:
       return f"{label} loaded from the compile cache in {took}: {key}{size}"
     kept = f"kept in {self._folder} as {key}{size}"
     if program.size is None:
-      kept = f"not kept in {self._folder}: " + (
-        "process 0 alone writes there" if jax.process_index() else f"{key} could not be written"
-      )
+      kept = f"not kept in {self._folder}: {key} could not be written"
     damaged = "; the entry that was there could not be read" if program.damaged else ""
     return f"{label} compiled in {took}, {kept}{damaged}"
 
   def _warn(self, text: str, what: str = "store") -> None:
     if jax.process_index():
-      absl_logging.warning("process %d: compile %s %s", jax.process_index(), what, text)
+      logging.warning("process %d: compile %s %s", jax.process_index(), what, text)
     self._say(f"compile {what} {text}")
-
-
-class _Entry(NamedTuple):
-  name: str
-  size: int  # bytes
-  changed: float  # seconds since 1970
 
 
 def short_key(key: str) -> str:
@@ -375,33 +357,22 @@ def short_key(key: str) -> str:
   return f"{name}-{digest[:8]}"
 
 
-def _kind() -> str:
-  """The sub-folder of a store for entries that may fit these devices."""
-  kind = re.sub(r"[^a-z0-9]+", "-", jax.devices()[0].device_kind.lower()).strip("-")
-  return f"jax-{jax.__version__}/{kind}-{jax.device_count()}"
+_file_watchers: list[Callable[[Path], None]] = []
 
 
-def _entries(store: epath.Path) -> list[_Entry]:
-  if not store.is_dir():
-    return []
-  paths = [path for path in store.iterdir() if _ENTRY.fullmatch(path.name)]
-  with concurrent.futures.ThreadPoolExecutor(8) as pool:  # stat is a request each on gs://
-    stats = pool.map(lambda path: path.stat(), paths)
-    return [_Entry(p.name, s.length, s.mtime) for p, s in zip(paths, stats, strict=True)]
+@functools.cache
+def _watch_files() -> None:
+  """Call `_file_watchers` with every file that is opened; hooks for audits cannot be removed.
 
+  JAX reports that it found an entry, but not which.
+  """
 
-def _copy(source: epath.Path, folder: epath.Path) -> None:
-  """Copies an entry under a temporary name, checks its size, then gives it its own name."""
-  part = folder / f"part-{secrets.token_hex(8)}"
-  try:
-    source.copy(part, overwrite=True)
-    expected, got = source.stat().length, part.stat().length
-    if got != expected:
-      raise OSError(f"{source} has {expected} bytes, its copy in {folder} {got}")
-    part.replace(folder / source.name)
-  except Exception:
-    part.unlink(missing_ok=True)
-    raise
+  def audit(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == "open" and _file_watchers and str(arguments[0]).endswith(SUFFIX):
+      for watcher in _file_watchers:
+        watcher(Path(str(arguments[0])))
+
+  sys.addaudithook(audit)
 
 
 @contextlib.contextmanager
@@ -415,11 +386,6 @@ def _settings(values: dict[str, Any]) -> Iterator[None]:
   finally:
     for name, value in before.items():
       jax.config.update(name, value)
-
-
-def megabytes(size: int) -> str:
-  """Bytes in units of 10^6."""
-  return f"{size / 1e6:.1f} MB"
 
 
 def _short(error: Exception) -> str:

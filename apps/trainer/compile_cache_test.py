@@ -154,7 +154,7 @@ def test_only_the_newest_entries_are_fetched(tmp_path, monkeypatch):
   store = tmp_path / "store"
   Start(tmp_path / "a", store)
   (entry,) = entries(store)
-  monkeypatch.setattr("apps.trainer.compile_cache._FETCH_BYTES", entry.stat().st_size - 1)
+  monkeypatch.setattr("apps.trainer.compile_store._FETCH_BYTES", entry.stat().st_size - 1)
   start = Start(tmp_path / "b", store)
   assert "0 of 1 programs fetched" in start.said[0] and "1 older ones left there" in start.said[0]
   assert not start.program.loaded
@@ -168,7 +168,7 @@ def test_a_store_that_cannot_be_read_costs_a_compile(tmp_path, monkeypatch):
 
   said = []
   with CompileCache(str(tmp_path / "b"), str(tmp_path / "store"), said.append) as cache:
-    monkeypatch.setattr("apps.trainer.compile_cache._copy", copy)
+    monkeypatch.setattr("apps.trainer.compile_store._copy", copy)
     cache.fetch()
   assert said == [
     f"compile store {tmp_path}/store cannot be read, programs are compiled: OSError: quota exceeded"

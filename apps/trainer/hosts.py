@@ -1,4 +1,4 @@
-"""Several hosts, watched: who stays behind is named, and who is gone ends the others.
+"""Host health: reports stragglers, and ends all processes when one dies.
 
 Every process posts a beat to the board of `ov_sharding` every two seconds, in a thread: its step,
 what it does, how long it did what, and what it failed with. Process 0 reads the beats and writes
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 GONE = AGAIN  # exit code: another process is gone or failed
 _BEAT = 2.0  # seconds
-_LAST_BEAT = 0.5  # seconds, once this process is at its end
+_SHORT_BEAT = 0.5  # seconds, until all have been heard, and at the end of this process
 _SILENT = 3 * _BEAT  # without a beat, once something else is wrong as well
 # Codes that say what every process should end with: a mistake, Ctrl-C, SIGTERM.
 _SHARED_CODES = (2, 130, 143)
@@ -213,9 +213,9 @@ class Hosts(Hook):
         if end is not None:
           self._finish(board, end)
           return
-        self._wake.wait(_BEAT)
+        self._wake.wait(_BEAT if len(self._names) == self._count else _SHORT_BEAT)
         if self._wake.is_set():
-          time.sleep(_LAST_BEAT)
+          time.sleep(_SHORT_BEAT)
     finally:
       self._ended.set()
 

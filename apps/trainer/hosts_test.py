@@ -6,8 +6,9 @@ import pytest
 
 from apps.trainer import hosts
 from apps.trainer.errors import UserError
+from apps.trainer.hooks import EVALUATING, Hooks
 from apps.trainer.hosts import GONE, End, Hosts, judge
-from apps.trainer.slow_hosts import EVALUATING, Beat
+from apps.trainer.slow_hosts import Beat
 
 GLOO = "UNKNOWN: Gloo all-reduce failed: Connection closed by peer [10.0.0.1]:1"
 NOBODY = dict.fromkeys(range(3), 1.0)
@@ -82,8 +83,9 @@ def test_phases_are_timed(monkeypatch: pytest.MonkeyPatch):
   clock = iter([0.0, 1.0, 3.0, 7.0, 15.0])
   monkeypatch.setattr(hosts.time, "monotonic", lambda: next(clock))
   with Hosts(print) as watched:
-    watched.at(3, EVALUATING)
-    with watched.waiting_for_input():
+    hooks = Hooks([watched])
+    hooks.on_phase("main", 3, EVALUATING)
+    with hooks.waiting_for_input():
       pass
     beat = watched._beat(0)
   assert (beat.step, beat.phase) == (3, EVALUATING)

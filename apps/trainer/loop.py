@@ -12,12 +12,12 @@ import contextlib
 import jax
 from ml_collections import ConfigDict
 
-from apps.trainer import inputs, outputs, summary
+from apps.trainer import inputs
 from apps.trainer.checkpoint import Checkpoints
 from apps.trainer.checkpoint_metadata import StageData
 from apps.trainer.config import to_json
-from apps.trainer.errors import UserError, user_errors
-from apps.trainer.hosts import Hosts
+from apps.trainer.errors import UserError, run_errors, user_errors
+from apps.trainer.hooks import Hooks
 from apps.trainer.init_from import plan_init
 from apps.trainer.init_source import open_source
 from apps.trainer.optimizer import summarize_groups
@@ -32,6 +32,7 @@ from apps.trainer.progress import Terminal
 from apps.trainer.resume import check_step
 from apps.trainer.run import Run
 from apps.trainer.sinks import MetricWriter
+from apps.trainer.startup import printable
 from apps.trainer.state import TrainState, init_state, replace_params
 from apps.trainer.stepper import Stepper
 from apps.trainer.stop import StopRequest
@@ -42,9 +43,20 @@ import ov_models
 
 
 def run_training(
-  config: ConfigDict, workdir: Workdir, app: App, terminal: Terminal, hosts: Hosts
+  config: ConfigDict,
+  workdir: Workdir,
+  app: App,
+  terminal: Terminal,
+  hooks: Hooks,
 ) -> int:
-  """Trains all stages of `config` in `workdir`, or goes on with them; ends with report.html.
+  """Train all stages of `config` in `workdir`, or resume them.
+
+  Args:
+    config: of the run.
+    workdir: of the run.
+    app: makes tasks and evaluators.
+    terminal: shows the phases.
+    hooks: what is done next to training; the compile cache is added.
 
   Returns:
     The exit code: 0, or that of the signal that asked to stop before the end.
@@ -53,7 +65,7 @@ def run_training(
     UserError: settings, data or a checkpoint that cannot be used, told in one line.
   """
   with user_errors():
-    prepared = prepare(config, workdir, app, terminal, hosts.waiting_for_input)
+    prepared = prepare(config, workdir, app, terminal, hooks.waiting_for_input)
     stages, mesh, tokenizer = prepared.stages, prepared.mesh, prepared.tokenizer
     if jax.process_index() == 0 and not config.eval_only:
       fs.write_atomic(str(workdir.path / "config.json"), to_json(config).encode())
@@ -64,9 +76,10 @@ def run_training(
       read_only=config.eval_only,
     )
 
-  hosts.last_checkpoint = checkpoints.finished_step
   cache, saved = prepared.cache, prepared.saved
-  with cache, checkpoints, StopRequest() as stop, hosts.told():
+  hooks.add(cache)
+  saving = run_errors(printable(workdir.place), checkpoints.finished_step)
+  with cache, checkpoints, StopRequest() as stop, hooks.errors(), saving:
     cache.fetch()
     writer = MetricWriter(
       workdir.path,
@@ -87,11 +100,11 @@ def run_training(
         checkpoints,
         writer,
         stop,
-        hosts,
-        cache,
+        hooks,
         prepared.progress.history,
         prepared.progress.stages,
       )
+      hooks.on_start(run)
       for stage in stages[prepared.first :]:
         try:
           signal = _train_stage(run, stage, prepared)
@@ -110,11 +123,7 @@ def run_training(
           return stop.exit_code
         if config.eval_only:
           break
-      with user_errors():
-        summary.write(run)
-        workdir.push()
-        outputs.check(run)
-      terminal.phase(f"done: {workdir.place}/report.html")
+      hooks.on_end()
       return 0
 
 

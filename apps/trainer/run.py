@@ -7,14 +7,12 @@ from ml_collections import ConfigDict
 
 from apps.trainer.checkpoint import Checkpoints
 from apps.trainer.checkpoint_metadata import StageData
-from apps.trainer.compile_cache import CompileCache
 from apps.trainer.history import History
-from apps.trainer.hosts import Hosts
+from apps.trainer.hooks import Hooks
 from apps.trainer.progress import Terminal
 from apps.trainer.sinks import MetricWriter
 from apps.trainer.stages import Stage
 from apps.trainer.stop import StopRequest
-from apps.trainer.task import Evaluation
 from apps.trainer.workdir import Workdir
 import ov_data
 
@@ -32,13 +30,10 @@ class Run:
   checkpoints: Checkpoints
   writer: MetricWriter
   stop: StopRequest
-  hosts: Hosts
-  cache: CompileCache
+  hooks: Hooks
   history: History  # of the steps so far
   stage_data: dict[str, StageData]  # by name of the stage
   step: int = 0  # finished steps of the stages that ended, and of the one that runs at its end
-  evaluation: Evaluation | None = None
-  evaluated_step: int = 0  # what `evaluation` is of
   model_name: str = ""
   num_params: int = 0
   init_from: list[str] = dataclasses.field(default_factory=list)

@@ -4,11 +4,10 @@ from collections import deque
 import statistics
 from typing import NamedTuple
 
-STARTING = "starting"
-INPUT = "waiting for input"
+from apps.trainer.hooks import EVALUATING, STEP
+
 # In these phases a process waits for the devices, and so for the other processes.
-STEP = "in a step"
-EVALUATING = "evaluating"
+_ON_DEVICES = (STEP, EVALUATING)
 _HOLDS_BACK = 0.5  # of the time spent on the host, more than the others
 
 
@@ -100,7 +99,7 @@ class SlowHosts:
     usual = statistics.median(_on_host(s) for s in others)
     if _on_host(shares[i]) - usual < _HOLDS_BACK:
       return None
-    phases = {p: s for p, s in shares[i].items() if p not in (STEP, EVALUATING)}
+    phases = {p: s for p, s in shares[i].items() if p not in _ON_DEVICES}
     phase = max(phases, key=phases.__getitem__)
     theirs = statistics.median(s.get(phase, 0.0) for s in others)
     return (
@@ -110,7 +109,7 @@ class SlowHosts:
 
 
 def _on_host(share: dict[str, float]) -> float:
-  return 1.0 - share.get(STEP, 0.0) - share.get(EVALUATING, 0.0)
+  return 1.0 - sum(share.get(phase, 0.0) for phase in _ON_DEVICES)
 
 
 def _some(lines: list[str]) -> list[str]:

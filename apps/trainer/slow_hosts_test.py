@@ -1,6 +1,7 @@
 """Who is named as slow, on a clock of the test."""
 
-from apps.trainer.slow_hosts import EVALUATING, STEP, Beat, SlowHosts
+from apps.trainer.hooks import EVALUATING, STEP
+from apps.trainer.slow_hosts import Beat, SlowHosts
 
 INPUT = "waiting for input"
 

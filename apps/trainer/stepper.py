@@ -1,6 +1,5 @@
 """The steps of one stage: batches in, metrics and checkpoints out."""
 
-from collections.abc import Iterator
 import contextlib
 import dataclasses
 import time
@@ -11,16 +10,14 @@ import jax
 from apps.trainer import inputs
 from apps.trainer.checkpoint_metadata import StageData
 from apps.trainer.errors import UserError, user_errors
+from apps.trainer.hooks import COMPILING, EVALUATING, INPUT, SAVING, STEP
 from apps.trainer.meter import Meter
 from apps.trainer.progress import StageProgress
-from apps.trainer.report import key_figures
 from apps.trainer.run import Run
-from apps.trainer.slow_hosts import EVALUATING, INPUT, STEP
 from apps.trainer.stages import Stage
 from apps.trainer.state import TrainState
-from apps.trainer.task import Evaluate, Evaluation, Task
+from apps.trainer.task import Evaluate, Task
 import ov_data
-import ov_eval
 import ov_sharding
 
 
@@ -41,6 +38,7 @@ class Stepper:
   ):
     self._run, self._stage, self._config = run, stage, stage.config
     self._evaluate, self._batch_keys = evaluate, task.batch_keys
+    self._evaluated = False
     self._progress = progress
     self._meter = Meter(
       batch_size=stage.config.batch_size, flops_per_example=task.flops_per_example
@@ -68,24 +66,26 @@ class Stepper:
         break
       self._profile(step)
       began = time.perf_counter()
-      run.hosts.at(stage.first_step + step, INPUT)
+      self._enter(step, INPUT)
       batch = next(batches)
       waited = time.perf_counter() - began
-      run.hosts.at(stage.first_step + step, STEP if step > first else "compiling")
+      self._enter(step, STEP if step > first else COMPILING)
       batch = ov_sharding.global_batch({k: batch[k] for k in self._batch_keys}, run.mesh)
-      with self._first_call() if step == first else contextlib.nullcontext():
+      # Tracing can still find a setting that this machine cannot do.
+      with user_errors() if step == first else contextlib.nullcontext():
         state, metrics = train_step(state, batch)
       step += 1
-      run.hosts.at(stage.first_step + step, STEP)
+      self._enter(step, STEP)
       self._settle()
       self._pending = (step, metrics)
       if step == first + 1:  # this step's time is mostly the compiler's
         self._settle()
         run.terminal.phase(f"{stage.name}: first step after {time.perf_counter() - began:.1f} s")
-        run.cache.push()
+        run.hooks.on_step(stage.first_step + step)
         self._meter.reset()
       else:
         self._meter.step(waited)
+        run.hooks.on_step(stage.first_step + step)
       self._due(step, state, loader)
     self._settle()
     self._profile(step)
@@ -93,58 +93,32 @@ class Stepper:
       self._save(step, state, loader)
     return state, signal
 
-  @contextlib.contextmanager
-  def _first_call(self) -> Iterator[None]:
-    """Around the call that compiles the train step."""
-    # Tracing can still find a setting that this machine cannot do.
-    with user_errors(), self._run.cache.watch(f"{self._stage.name}: train step"):
-      yield
-
   def evaluate(self, state: TrainState, *, record: bool = True) -> None:
-    """Evaluates, writes the figures, and keeps what was found for the report.
+    """Evaluate, write the metrics, and hand the result to the hooks.
 
     Args:
       state: whose averaged params are used, where there are some.
       record: adds a line to metrics.jsonl; not wanted for a step that has its line already.
     """
-    run, step = self._run, self._stage.first_step + int(state["step"])
+    run, done = self._run, int(state["step"])
+    step = self._stage.first_step + done
     if self._evaluate is None:
       return
-    run.hosts.at(step, EVALUATING)
+    self._enter(done, EVALUATING)
     run.terminal.phase(f"{self._stage.name}: evaluating at step {step:,}")
     began = time.perf_counter()
-    run.evaluated_step = step
     # The first evaluation can still find a setting that does not fit the data.
-    with user_errors() if run.evaluation is None else contextlib.nullcontext():
-      run.evaluation = self._evaluate(state.get("ema", state["params"]))
-    values = {f"eval/{result.name}": result.value for result in run.evaluation.results}
+    with contextlib.nullcontext() if self._evaluated else user_errors():
+      evaluation = self._evaluate(state.get("ema", state["params"]))
+    self._evaluated = True
+    values = {f"eval/{result.name}": result.value for result in evaluation.results}
     if record:
       run.writer.write(step, {**values, "eval/seconds": time.perf_counter() - began})
-    if jax.process_index() == 0:
-      with user_errors():
-        self._write(step, run.history.examples(step), run.evaluation)
-    run.workdir.push()
-    shown = key_figures(run.evaluation.results) or run.evaluation.results[:4]
-    figures = [f"{result.name} {result.value:.4f}" for result in shown]
-    run.terminal.phase(f"{self._stage.name}: " + ", ".join(figures))
-    run.cache.push()
+    run.hooks.on_eval(self._stage, step, evaluation)
 
-  def _write(self, step: int, examples_seen: int, evaluation: Evaluation) -> None:
-    """The figures as evaluation.json, the last, and evaluations/<step>.json, one of each step."""
-    data = self._config.input
-    head: dict[str, Any] = {"split": data.eval_split or data.eval_data_dir}
-    if step == 0:  # the params are not of this run
-      head["init_from"] = self._run.init_from
-    folder = self._run.workdir.path
-    (folder / "evaluations").mkdir(exist_ok=True)
-    for name in ("evaluation", f"evaluations/{step}"):
-      ov_eval.write_results(
-        folder / f"{name}.json",
-        evaluation.results,
-        step=step,
-        examples_seen=examples_seen,
-        **head,
-      )
+  def _enter(self, step: int, phase: str) -> None:
+    """Enter a phase after `step` steps of the stage."""
+    self._run.hooks.on_phase(self._stage.name, self._stage.first_step + step, phase)
 
   def _due(self, step: int, state: TrainState, loader: ov_data.Loader) -> None:
     config = self._config
@@ -206,7 +180,7 @@ class Stepper:
 
   def _save(self, step: int, state: TrainState, loader: ov_data.Loader) -> None:
     run, global_step = self._run, self._stage.first_step + step
-    run.hosts.at(global_step, "saving")
+    self._enter(step, SAVING)
     run.stage_data[self._stage.name] = StageData(inputs.describe(loader), dict(loader.skipped))
     with user_errors():
       run.writer.flush()

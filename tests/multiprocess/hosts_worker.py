@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from apps.trainer.errors import UserError
+from apps.trainer.hooks import STEP
 from apps.trainer.hosts import Hosts
-from apps.trainer.slow_hosts import STEP
 from apps.trainer.stop import StopRequest
 import ov_sharding
 
