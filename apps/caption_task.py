@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -90,7 +90,7 @@ class CaptionTask:
 
   @property
   def text_len(self) -> int:
-    return self.model.decoder.max_len
+    return cast(ov_models.DecoderConfig, self.model.decoder).max_len
 
   def text_processor(self, tokenizer: Tokenizer) -> None:
     """There is no text tower."""
@@ -116,7 +116,7 @@ class CaptionTask:
     targets, mask = ov_losses.shift_left(batch["ids"], self.pad_id)
     mask = mask * batch["valid"][:, None]
     result = ov_losses.caption_cross_entropy(
-      output.hidden,
+      cast(jax.Array, output.hidden),
       model.head_kernel,
       targets,
       mask,
@@ -137,6 +137,6 @@ class CaptionTask:
     targets, mask = ov_losses.shift_left(batch["ids"], self.pad_id)
     mask = mask * batch["valid"][:, None]
     log_likelihood = ov_losses.sequence_log_likelihood(
-      output.hidden, model.head_kernel, targets, mask
+      cast(jax.Array, output.hidden), model.head_kernel, targets, mask
     )
     return -log_likelihood, mask.sum(axis=1)

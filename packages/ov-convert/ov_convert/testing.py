@@ -96,7 +96,7 @@ def ours(source: Release, probe: pathlib.Path) -> dict[str, np.ndarray]:
   out = encoder(pixels)
   arrays |= {"image/tokens": out.tokens, "image/pooled": out.pooled}
   if source.text is not None and source.words is not None:
-    model = ov_models.bind(source.config, source.params)
+    model: Any = ov_models.bind(source.config, source.params)
     arrays["image/embedding"] = image = model.encode_image(pixels).unit
     arrays["text/ids"] = expected_ids(source.words)
     ids = jnp.asarray(inputs["ids"])

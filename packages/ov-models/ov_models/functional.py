@@ -18,7 +18,7 @@ from ov_models.vit import ViT, ViTConfig
 
 Params = dict[str, Any]
 Config = ViTConfig | TextConfig | VisionLanguageConfig
-_MODULES: dict[type, type[nnx.Module]] = {
+_MODULES: dict[type, Any] = {
   ViTConfig: ViT,
   TextConfig: TextEncoder,
   VisionLanguageConfig: VisionLanguageModel,

@@ -50,7 +50,7 @@ class VisionLanguageConfig:
   encoder: ViTConfig
   text: TextConfig | None = None
   decoder: QueryDecoderConfig | DecoderConfig | None = None
-  embed_dim: int | None = None
+  embed_dim: int = None  # type: ignore[assignment]  # __post_init__ sets it
   log_scale_init: float = math.log(1 / 0.07)
   bias_init: float | None = None
   parallel_ratio: float = 0.0
@@ -162,11 +162,10 @@ class VisionLanguageConfig:
       fields = both | behavior.decoder | {"parallel": own.get("parallel_ratio", 0) > 0}
       fields |= dict(decoder_options or {})
       writer = DecoderConfig.from_name(decoder, vocab_size, caption_len, **fields)
-    if text is None:
-      embed_dim = None
-    elif embed_dim is None:
+    if embed_dim is None:
       embed_dim = EMBED_DIMS.get(encoder.partition("/")[0], tower.width)
-    return cls(encoder=tower, text=reader, decoder=writer, embed_dim=embed_dim, **own)
+    own["embed_dim"] = tower.width if text is None else embed_dim
+    return cls(encoder=tower, text=reader, decoder=writer, **own)
 
   @classmethod
   def openvision(
