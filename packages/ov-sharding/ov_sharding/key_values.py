@@ -23,6 +23,7 @@ import numpy as np
 logger = logging.getLogger(__name__)
 
 _CONNECT_SECONDS, _ANSWER_SECONDS = 5.0, 10.0
+_LINE_BYTES = 1 << 20  # of a request; longer ones are not read
 _OFFER_BYTES = 1024  # of the broadcast that tells where process 0 listens
 
 
@@ -71,7 +72,7 @@ class Server:
   def _serve(self, connection: socket.socket) -> None:
     broken = contextlib.suppress(OSError, ValueError, TypeError)  # a request may be anything
     with broken, connection, connection.makefile("rwb") as stream:
-      for line in stream:
+      while line := stream.readline(_LINE_BYTES):
         token, *request = json.loads(line)
         if not hmac.compare_digest(token, self.token):
           return
