@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 import dataclasses
 import itertools
 
+from ml_collections import ConfigDict
+
 from apps.caption_eval import CaptionLikelihood, CaptionWriter, LikelihoodClassifier
 from apps.clip_eval import RetrievalEvaluator, ZeroShotEvaluator
 from apps.feature_eval import FeatureEvaluator
@@ -31,24 +33,58 @@ class Evaluators:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Entry:
+  """An evaluator and what it needs.
+
+  Attributes:
+    make: opens its data and returns it.
+    model: whether a model can do what it evaluates.
+    data: whether the configuration of a run names its data and wants it.
+  """
+
+  make: Callable[[HeldOut], Evaluator]
+  model: Callable[[ov_models.VisionLanguageConfig], bool]
+  data: Callable[[ConfigDict], bool]
+
+
+def _pairs(config: ConfigDict) -> bool:
+  return bool(config.input.eval_data_dir)
+
+
+def _classes(config: ConfigDict) -> bool:
+  return bool(config.eval.zero_shot.classes)
+
+
+# In the order in which they run. A new evaluator is a module and a line here.
+EVALUATORS: tuple[Entry, ...] = (
+  Entry(CaptionLikelihood, lambda model: model.decoder is not None, _pairs),
+  Entry(
+    CaptionWriter,
+    lambda model: model.can_generate,
+    lambda config: _pairs(config) and config.eval.caption_examples > 0,
+  ),
+  Entry(ZeroShotEvaluator, lambda model: model.can_embed_text, _classes),
+  Entry(
+    LikelihoodClassifier,
+    lambda model: model.can_generate and not model.can_embed_text,
+    _classes,
+  ),
+  Entry(
+    RetrievalEvaluator,
+    lambda model: model.can_embed_text,
+    lambda config: _pairs(config) or bool(config.eval.retrieval.dir),
+  ),
+  Entry(FeatureEvaluator, lambda model: True, lambda config: bool(config.eval.features.train_dir)),
+)
+
+
 def make_evaluators(held_out: HeldOut) -> Evaluators | None:
-  """Every evaluator that `config.eval` has data for and the model can do; None for none.
+  """Return the evaluators that `config.eval` has data for and the model can do; None for none.
 
   Raises:
     ValueError: data that cannot be used, or classes that do not fit them.
   """
   config, model = held_out.config, held_out.task.model
-  pairs = bool(config.input.eval_data_dir)
-  text_tower = getattr(model, "text", None) is not None
-  writes = isinstance(model.decoder, ov_models.DecoderConfig)  # token by token
-  classes = bool(config.eval.zero_shot.classes)
-  wanted: list[tuple[bool, Callable[[HeldOut], Evaluator]]] = [
-    (pairs and model.decoder is not None, CaptionLikelihood),
-    (pairs and writes and config.eval.caption_examples > 0, CaptionWriter),
-    (classes and text_tower, ZeroShotEvaluator),
-    (classes and writes and not text_tower, LikelihoodClassifier),
-    (text_tower and (pairs or bool(config.eval.retrieval.dir)), RetrievalEvaluator),
-    (bool(config.eval.features.train_dir), FeatureEvaluator),
-  ]
-  parts = [make(held_out) for is_wanted, make in wanted if is_wanted]
+  parts = [e.make(held_out) for e in EVALUATORS if e.model(model) and e.data(config)]
   return Evaluators(parts) if parts else None
