@@ -28,6 +28,9 @@ from apps.trainer.startup import printable, program
 _T = TypeVar("_T")
 
 
+MAX_MESSAGE = 1000  # characters of a message that ends the program
+
+
 class UserError(Exception):
   """Something the user can put right; the message says what was found, expected, and to do."""
 
@@ -221,16 +224,24 @@ def report(error: BaseException) -> int:
   """
   with_traceback = os.environ.get("OV_TRACEBACK") == "1"
   if isinstance(error, KeyboardInterrupt):
-    print(f"{program()}: {_one_line(error) or 'interrupted'}", file=sys.stderr)
+    print(f"{program()}: {one_line(error) or 'interrupted'}", file=sys.stderr)
   elif isinstance(error, UserError) and not with_traceback:
-    print(f"{program()}: error: {_one_line(error)}", file=sys.stderr)
+    print(f"{program()}: error: {one_line(error)}", file=sys.stderr)
   elif not isinstance(error, SystemExit):
     print(printable("".join(traceback.format_exception(error))), file=sys.stderr, end="")
   return exit_code(error)
 
 
-def _one_line(error: BaseException) -> str:
-  return printable(" ".join(str(error).split()))
+def one_line(error: BaseException) -> str:
+  """Return the message of an error as it is printed: one line without control characters.
+
+  Of a message over `MAX_MESSAGE` characters, which a user's own text can make arbitrarily long, the
+  middle is left out: it begins with the value received and ends with the remedy.
+  """
+  text = printable(" ".join(str(error).split()))
+  if len(text) > MAX_MESSAGE:
+    text = f"{text[: MAX_MESSAGE - 300]} ... ({len(text):,} characters) ... {text[-200:]}"
+  return text
 
 
 class _OneLineLogs(standard_logging.Formatter):

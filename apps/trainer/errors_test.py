@@ -6,7 +6,16 @@ import re
 
 import pytest
 
-from apps.trainer.errors import AGAIN, UserError, exit_code, report, run_errors, user_errors
+from apps.trainer.errors import (
+  AGAIN,
+  MAX_MESSAGE,
+  UserError,
+  exit_code,
+  one_line,
+  report,
+  run_errors,
+  user_errors,
+)
 from apps.trainer.startup import Terminated
 
 
@@ -134,3 +143,11 @@ def test_control_characters_of_a_path_are_escaped(capsys):
   assert report(UserError("/tmp/\x1b[31mred\x07\udcff\n\u202etxt: gone")) == 2
   (line,) = capsys.readouterr().err.splitlines()
   assert line.endswith(r"error: /tmp/\x1b[31mred\x07\udcff \u202etxt: gone")
+
+
+def test_a_long_message_keeps_its_beginning_and_its_remedy():
+  text = one_line(ValueError(f"name={'x' * 10**6}; choose a shorter one"))
+  assert len(text) <= MAX_MESSAGE
+  assert text.startswith("name=xxx") and text.endswith("choose a shorter one")
+  assert "1,000,026 characters" in text
+  assert one_line(ValueError("a\n b")) == "a b"

@@ -24,10 +24,12 @@ from apps.caption_task import CaptionTask
 from apps.clip_task import ClipTask
 from apps.configs import base
 from apps.exporter import importer
+from apps.exporter.formats.format import ReadOptions
+from apps.exporter.formats.table import IMPORTS
 from apps.exporter.source import load_source
 from apps.trainer import report
 from apps.trainer.checkpoint_folder import find_checkpoint
-from apps.trainer.errors import UserError
+from apps.trainer.errors import MAX_MESSAGE, UserError, one_line
 from apps.trainer.names import leaves
 from apps.trainer.parts import build_parts
 from apps.trainer.sinks import read_metrics
@@ -41,7 +43,6 @@ import ov_sharding
 from tests.fuzz.trials import Outcome, Refused
 from tools.compare import evaluations, page, text_table
 
-_LONGEST = 1000  # characters of a message
 _BLOCK: dict[str, Any] = {"width": 8, "depth": 1, "mlp_dim": 8, "num_heads": 2}
 _CLIP = ov_models.VisionLanguageConfig.openvision(
   "Ti/8", "Ti", "Ti", image_size=16, vocab_size=64, text_len=8, caption_len=6, embed_dim=8,
@@ -63,9 +64,9 @@ def _refusing(name: str = "") -> Iterator[None]:
   try:
     yield
   except (UserError, ValueError, OSError) as error:
-    text = " ".join(str(error).split())  # as errors.report prints it
+    text = one_line(error)  # as errors.report prints it
     assert text, f"a {type(error).__name__} without a word"
-    assert len(text) < _LONGEST, f"{len(text)} characters: {text[:200]} ..."
+    assert len(text) <= MAX_MESSAGE, f"{len(text)} characters: {text[:200]} ..."
     assert name in text, f"does not name {name}: {text}"
     raise Refused(text) from None
 
@@ -329,7 +330,7 @@ class Imports:
     files, kind = self._files[original]
     files.damage(data, original)
     with _refusing():
-      found = importer._read(kind, files.folder, sys.executable, None, None)
+      found = importer._read(IMPORTS[kind], files.folder, ReadOptions(sys.executable))
       ov_models.bind(found.config, found.params)
     return "used"
 
