@@ -107,7 +107,7 @@ class CaptionTask:
   @functools.cached_property
   def flops_per_example(self) -> float:
     """Model FLOPs of forward and backward, without rematerialisation."""
-    return ov_models.flops_per_example(self.model, self.text_len)
+    return ov_models.flops_per_example(self.model)
 
   def loss(self, params: Params, batch: dict[str, jax.Array], key: jax.Array) -> LossOutput:
     """Masked mean of the next-token loss; weight is the number of target tokens."""

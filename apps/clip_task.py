@@ -51,7 +51,7 @@ def two_towers_config(model: ConfigDict, *, vocab_size: int) -> ov_models.Vision
   check_options("config.model.encoder_options", model.encoder_options, ov_models.ViTConfig)
   check_options("config.model.text_options", model.text_options, ov_models.TextConfig)
   check_options("config.model.decoder_options", model.decoder_options, decoder)
-  return ov_models.VisionLanguageConfig.openvision(
+  return ov_models.VisionLanguageConfig.from_names(
     model.encoder,
     model.text or None,
     model.decoder or None,
@@ -201,7 +201,7 @@ class ClipTask:
   def flops_per_example(self) -> float:
     """Model FLOPs of forward and backward, without rematerialisation."""
     texts = 2 if self.sentence_positive else 1
-    return ov_models.flops_per_example(self.model, self.token_len, num_texts=texts)
+    return ov_models.flops_per_example(self.model, num_texts=texts)
 
   def loss(self, params: Params, batch: Batch, key: jax.Array) -> LossOutput:
     """Weighted sum of the losses; weight is the number of good examples."""

@@ -18,7 +18,7 @@ import ov_models
 import ov_sharding
 
 ROWS, EMBED, STEPS = 32, 8, 300
-TOWERS = ov_models.VisionLanguageConfig.openvision("mu/16", "Ti", None, image_size=16)
+TOWERS = ov_models.VisionLanguageConfig.from_names("mu/16", "Ti", None, image_size=16)
 
 
 def task(max_scale, mesh):

@@ -20,7 +20,7 @@ WORDS = Words("{}", 16, True, 0, 1, 2, 3, 4)
 
 
 def _pair(preset="openvision_released", kind="queries", **options):
-  return ov_models.VisionLanguageConfig.openvision(
+  return ov_models.VisionLanguageConfig.from_names(
     "mu/16", "Ti", "Ti", image_size=32, vocab_size=100, text_len=16, caption_len=8,
     preset=preset, decoder_kind=kind, **options,
   )  # fmt: skip

@@ -21,7 +21,7 @@ VIT = ov_models.ViTConfig.from_name("mu/16", image_size=32)
 WORDS = Words("{}", 16, True, 0, 1, 2, 3, 4)
 MODELS = {
   "pair": (
-    ov_models.VisionLanguageConfig.openvision("mu/16", "Ti", None, text_len=16, **_SIZES),
+    ov_models.VisionLanguageConfig.from_names("mu/16", "Ti", None, text_len=16, **_SIZES),
     WORDS,
   ),
   "captioner": (

@@ -28,7 +28,7 @@ PREPROCESS = Preprocess(SIZE, "squash", (0.5, 0.4, 0.3), (0.2, 0.3, 0.25))
 
 
 def _pair(preset, **options):
-  return ov_models.VisionLanguageConfig.openvision(
+  return ov_models.VisionLanguageConfig.from_names(
     "mu/8", "Ti", None, image_size=SIZE, vocab_size=VOCABULARY, text_len=testing.LENGTH,
     embed_dim=24, preset=preset, encoder_options=SMALL, text_options=SMALL, **options,
   )  # fmt: skip

@@ -15,7 +15,7 @@ import ov_models
 
 _BLOCK = {"width": 32, "depth": 2, "mlp_dim": 48, "num_heads": 2}
 VIT = ov_models.ViTConfig(**_BLOCK, patch_size=8, image_size=32)
-CLIP = ov_models.VisionLanguageConfig.openvision(
+CLIP = ov_models.VisionLanguageConfig.from_names(
   "Ti/8", "Ti", "Ti", image_size=32, vocab_size=64, text_len=8, caption_len=6, embed_dim=16,
   encoder_options=_BLOCK, text_options=_BLOCK, decoder_options=_BLOCK,
 )  # fmt: skip

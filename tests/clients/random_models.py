@@ -36,7 +36,7 @@ def config_of(kind: str, size: str) -> Any:
   if kind == "image":
     return ov_models.ViTConfig.from_name(image, image_size=pixels)
   if kind == "clip":
-    return ov_models.VisionLanguageConfig.openvision(
+    return ov_models.VisionLanguageConfig.from_names(
       image, other, other, image_size=pixels, preset="openvision_released"
     )
   return ov_models.VisionLanguageConfig.openvision2(image, other, image_size=pixels, max_len=40)

@@ -18,7 +18,7 @@ from tests.clients.random_models import make_workdir
 
 # A model small enough to be loaded a dozen times; D = 64 so that kernels are square where they can.
 _BLOCK = {"width": 64, "depth": 2, "mlp_dim": 96, "num_heads": 2}
-CLIP = ov_models.VisionLanguageConfig.openvision(
+CLIP = ov_models.VisionLanguageConfig.from_names(
   "Ti/8", "Ti", None, image_size=32, vocab_size=512, text_len=16, preset="openvision_released",
   embed_dim=64, encoder_options=_BLOCK, text_options=_BLOCK,
 )  # fmt: skip

@@ -44,7 +44,7 @@ from tests.fuzz.trials import Outcome, Refused
 from tools.compare import evaluations, page, text_table
 
 _BLOCK: dict[str, Any] = {"width": 8, "depth": 1, "mlp_dim": 8, "num_heads": 2}
-_CLIP = ov_models.VisionLanguageConfig.openvision(
+_CLIP = ov_models.VisionLanguageConfig.from_names(
   "Ti/8", "Ti", "Ti", image_size=16, vocab_size=64, text_len=8, caption_len=6, embed_dim=8,
   encoder_options=_BLOCK, text_options=_BLOCK, decoder_options=_BLOCK,
 )  # fmt: skip
@@ -305,7 +305,7 @@ class Imports:
 
   def __init__(self, folder: Path):
     clip = convert_testing.release(
-      ov_models.VisionLanguageConfig.openvision(
+      ov_models.VisionLanguageConfig.from_names(
         "Ti/8", "Ti", None, image_size=16, vocab_size=64, text_len=convert_testing.LENGTH,
         embed_dim=8, encoder_options=_BLOCK, text_options=_BLOCK, preset="openvision_released",
       )

@@ -3,7 +3,7 @@
   bazel run //tools/bench:optimizers -- --out=/tmp/optimizers
   bazel run //tools/bench:optimizers -- --out=/tmp/optimizers -- --config.total_steps=700
 
-Every run is the app in a process of its own, in OUT/APP/OPTIMIZER-RATE-SEED. Its final evaluation
+Every run is the app in a separate process, in OUT/APP/OPTIMIZER-RATE-SEED. Its final evaluation
 is kept as OUT/APP/OPTIMIZER-RATE-SEED.json; a run that has one is not started again, and one that
 was interrupted resumes. Then a table is printed, of what is finished. Arguments after `--` go to
 every run; use another --out for others.

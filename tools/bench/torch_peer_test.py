@@ -13,7 +13,7 @@ _SHALLOW = {"depth": 1}
 CAPTIONER = ov_models.VisionLanguageConfig.openvision2(
   "Ti/16", "Ti", max_len=7, encoder_options=_SHALLOW, decoder_options=_SHALLOW, **_SMALL
 )
-PAIR = ov_models.VisionLanguageConfig.openvision(
+PAIR = ov_models.VisionLanguageConfig.from_names(
   "Ti/16", "Ti", "Ti", text_len=6, caption_len=8, encoder_options=_SHALLOW,
   text_options=_SHALLOW, decoder_options=_SHALLOW, preset="openvision_released", **_SMALL,
 )  # fmt: skip

@@ -14,7 +14,7 @@ from ov_convert import open_clip, testing, timm_vit, torch_module, transformers_
 import ov_models
 
 SMALL = {"width": 16, "depth": 2, "mlp_dim": 24, "num_heads": 2}
-PAIR = ov_models.VisionLanguageConfig.openvision(
+PAIR = ov_models.VisionLanguageConfig.from_names(
   "mu/8", "Ti", None, image_size=16, vocab_size=len(testing.words().vocabulary),
   text_len=testing.LENGTH, embed_dim=12, encoder_options=SMALL, text_options=SMALL,
   preset="openvision_released",

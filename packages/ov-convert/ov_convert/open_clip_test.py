@@ -106,7 +106,7 @@ def test_published_architectures():
   assert len(PUBLISHED) == 26
   source = dataclasses.replace(testing.words(), length=80)
   for size, patch, width, depth, heads, embed_dim, pixels in PUBLISHED:
-    config = VisionLanguageConfig.openvision(
+    config = VisionLanguageConfig.from_names(
       f"{size}/{patch}", size, size, image_size=pixels, preset="openvision_released"
     )
     found = open_clip.name_map(config)

@@ -129,7 +129,7 @@ def test_their_tree_of_the_published_size():
   ("name", "text"), [("Ti/16", "Ti"), ("So400m/14", "So400m"), ("g/14", "g")]
 )
 def test_their_tree_of_published_two_towers(name, text):
-  config = VisionLanguageConfig.openvision(name, text, text, preset="openvision_released")
+  config = VisionLanguageConfig.from_names(name, text, text, preset="openvision_released")
   entries = openvision_jax.name_map(config).entries
   layers = config.encoder.depth + config.text.depth + config.decoder.depth
   assert len(entries) == len({e.theirs for e in entries}) == 16 * layers + 17

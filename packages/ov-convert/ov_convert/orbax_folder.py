@@ -254,7 +254,7 @@ class _Sizes:
       "vocab_size": self.dim("txt/Embed_0/embedding", 0, 2),
       "max_len": self.dim("txt/pos_embedding", 1, 3),
     }
-    return fields | ov_models.TEXT_PRESETS["openvision_released"]
+    return fields | ov_models.PRESETS["openvision_released"].text
 
   def queries(self) -> dict[str, Any]:
     """Fields of the decoder of OpenVision."""

@@ -114,7 +114,7 @@ def test_other_towers_are_refused_by_field(changes, named, tmp_path):
 
 def test_published_sizes():
   for size, depth in (("Ti", 12), ("So400m", 27)):
-    config = VisionLanguageConfig.openvision(f"{size}/14", size, None)
+    config = VisionLanguageConfig.from_names(f"{size}/14", size, None)
     found = transformers_text.name_map(config)
     found.check_complete(config)
     assert len(found.entries) + len(found.fixed) == 16 * depth + 6

@@ -11,24 +11,19 @@ from ov_models.functional import (
   num_params,
 )
 from ov_models.generate import GenerateOutput, generate
-from ov_models.model import (
-  Embedded,
-  VisionLanguageConfig,
-  VisionLanguageModel,
-  VisionLanguageOutput,
-)
+from ov_models.model import Embedded, VisionLanguageModel, VisionLanguageOutput
+from ov_models.model_config import VisionLanguageConfig
 from ov_models.partition import on_mesh
 from ov_models.positions import resample_positions, sincos2d
 from ov_models.presets import EMBED_DIMS, PRESETS, Preset
 from ov_models.query_decoder import QueryDecoder, QueryDecoderConfig
-from ov_models.text import TEXT_PRESETS, TEXT_VARIANTS, TextConfig, TextEncoder, TextOutput
+from ov_models.text import TEXT_VARIANTS, TextConfig, TextEncoder, TextOutput
 from ov_models.vit import VIT_VARIANTS, ViT, ViTConfig, ViTOutput
 
 __all__ = [
   "DECODER_VARIANTS",
   "EMBED_DIMS",
   "PRESETS",
-  "TEXT_PRESETS",
   "TEXT_VARIANTS",
   "VIT_VARIANTS",
   "Decoder",

@@ -32,7 +32,7 @@ from ov_models.functional import (
   first_few,
   plain_dict,
 )
-from ov_models.model import VisionLanguageConfig
+from ov_models.model_config import VisionLanguageConfig
 from ov_models.query_decoder import QueryDecoderConfig
 from ov_models.text import TextConfig
 from ov_models.upgrade import upgrade_model

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from ov_models.config import TransformerConfig
 from ov_models.decoder import DecoderConfig
-from ov_models.model import VisionLanguageConfig, VisionLanguageModel
+from ov_models.model import VisionLanguageModel
+from ov_models.model_config import VisionLanguageConfig
 from ov_models.query_decoder import QueryDecoderConfig
 from ov_models.text import TextConfig, TextEncoder
 from ov_models.vit import ViT, ViTConfig
@@ -158,9 +159,7 @@ def num_params(config_or_params: Config | Params) -> int:
   return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
-def flops_per_example(
-  config: VisionLanguageConfig, text_len: int = 0, *, num_texts: int = 2
-) -> int:
+def flops_per_example(config: VisionLanguageConfig, *, num_texts: int = 2) -> int:
   """Floating point operations of one training example, forward and backward.
 
   Model FLOPs as used for MFU (https://arxiv.org/abs/2204.02311, appendix B): matmuls only, two
@@ -169,8 +168,7 @@ def flops_per_example(
   the similarity matrix of a contrastive loss, which belongs to the batch.
 
   Args:
-    config: of the model. Captions are as long as its decoder is made for.
-    text_len: T, tokens per text of the text tower, padding included.
+    config: of the model. Texts and captions have the length that its parts are made for.
     num_texts: texts per image through the text tower; published: 2.
   """
   vit = config.encoder
@@ -179,8 +177,8 @@ def flops_per_example(
   text_tokens = 0  # that a decoder with queries reads
   if (text := config.text) is not None:
     heads = vit.width + num_texts * text.width
-    total += num_texts * _stack_flops(text, text_len) + 2 * heads * config.embed_dim
-    text_tokens = text_len - 1 if text.pool == "last" else text_len
+    total += num_texts * _stack_flops(text, text.max_len) + 2 * heads * config.embed_dim
+    text_tokens = text.max_len - 1 if text.pool == "last" else text.max_len
   if isinstance(decoder := config.decoder, QueryDecoderConfig):
     tokens = config.num_kept + text_tokens + decoder.num_queries
     projected = config.num_kept * vit.width + text_tokens * (text.width if text else 0)

@@ -18,7 +18,7 @@ PAIR = VisionLanguageConfig.openvision2(
   "mu/8", "Ti", image_size=16, vocab_size=11, max_len=5, decoder_options={"depth": 2}
 )
 TEXT = TextConfig(width=32, depth=2, mlp_dim=64, num_heads=2, vocab_size=11, max_len=6)
-TOWERS = VisionLanguageConfig.openvision(
+TOWERS = VisionLanguageConfig.from_names(
   "mu/8", "Ti", "Ti", image_size=16, vocab_size=11, bias_init=-10.0, text_options={"depth": 2},
   decoder_options={"depth": 2},
 )  # fmt: skip

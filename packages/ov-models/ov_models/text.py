@@ -23,6 +23,7 @@ from ov_models.config import TransformerConfig, check_choice, from_fields, shown
 from ov_models.contexts import any_mesh
 from ov_models.decoder import text_style
 from ov_models.partition import constrain
+from ov_models.presets import PRESETS
 from ov_models.vit import MapPool
 
 # name: (width, depth, mlp_dim, num_heads)
@@ -37,12 +38,6 @@ TEXT_VARIANTS = {
   "g": (1280, 32, 5120, 16),
   "G": (1664, 48, 8192, 16),
   "e": (1792, 56, 15360, 16),
-}
-
-TEXT_PRESETS: dict[str, dict[str, Any]] = {
-  "default": {"mask": "full", "padding": "mask", "pool": "last"},
-  "openvision_released": {"mask": "full", "padding": "attend", "pool": "last"},
-  "clip": {"mask": "causal", "padding": "attend", "pool": "argmax"},
 }
 
 
@@ -95,7 +90,7 @@ class TextConfig(TransformerConfig):
     name: str,
     vocab_size: int = 32000,
     max_len: int = 80,
-    preset: Literal["default", "openvision_released", "clip"] = "default",
+    preset: str = "default",
     **overrides: Any,
   ) -> "TextConfig":
     """A published size, e.g. "L"; `overrides` set any field, over those of the preset.
@@ -104,15 +99,13 @@ class TextConfig(TransformerConfig):
       name: of TEXT_VARIANTS.
       vocab_size: V.
       max_len: tokens per text.
-      preset: "openvision_released" is what the published models compute: padding takes part in
-        attention. "default" is ours: the same with padding masked, so that the length of the
-        padding has no say. "clip": causal, pooled at the largest id.
+      preset: of PRESETS.
       **overrides: any field.
     """
-    check_choice("preset", preset, TEXT_PRESETS)
+    check_choice("preset", preset, PRESETS)
     sizes: dict[str, Any] = variant_sizes("text", name, TEXT_VARIANTS)
     sizes |= {"vocab_size": vocab_size, "max_len": max_len}
-    return from_fields(cls, sizes | TEXT_PRESETS[preset] | overrides)
+    return from_fields(cls, sizes | PRESETS[preset].text | overrides)
 
 
 @jax.tree_util.register_dataclass

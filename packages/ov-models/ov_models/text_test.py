@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ov_models import EMBED_DIMS, TEXT_PRESETS, TEXT_VARIANTS, TextConfig, bind, init, num_params
+from ov_models import EMBED_DIMS, PRESETS, TEXT_VARIANTS, TextConfig, bind, init, num_params
 from ov_models.testing import random_params
 
 T, V, D, CLS = 8, 30, 32, 29
@@ -69,8 +69,8 @@ def test_every_variant_has_the_parameters_of_its_sizes(name):
 
 def test_presets():
   fields = lambda preset: dataclasses.asdict(TextConfig.from_name("Ti", preset=preset)).items()
-  for preset, expected in TEXT_PRESETS.items():
-    assert expected.items() <= fields(preset)
+  for preset, expected in PRESETS.items():
+    assert expected.text.items() <= fields(preset)
   assert fields("default") == dataclasses.asdict(TextConfig.from_name("Ti")).items()
   ours = TextConfig.from_name("L", 100, 12, preset="clip", pool="mean", dtype="bfloat16")
   assert (ours.vocab_size, ours.max_len, ours.mask) == (100, 12, "causal")
@@ -171,7 +171,7 @@ def test_masked_padding_has_no_say(pool):
 
 @pytest.mark.parametrize("pool", POOLS)
 def test_padding_of_the_released_preset_is_a_token_like_any_other(pool):
-  config = options(**TEXT_PRESETS["openvision_released"] | {"pool": pool})
+  config = options(**PRESETS["openvision_released"].text | {"pool": pool})
   before, after = with_other_padding(config)
   assert (np.abs(after.pooled - before.pooled).max(axis=1) > 1e-4).all()
   assert (np.abs(after.tokens - before.tokens).max(axis=2) > 1e-4).all()

@@ -47,11 +47,11 @@ def test_every_field_refuses_values_of_another_kind(kind, value):
     (lambda: ov_models.TextConfig.from_name(None), "text variant=None"),
     (lambda: ov_models.DecoderConfig.from_name(["L"]), "decoder variant=['L']"),
     (
-      lambda: ov_models.VisionLanguageConfig.openvision("mu", "Ti", None, decoder_kind=[]),
+      lambda: ov_models.VisionLanguageConfig.from_names("mu", "Ti", None, decoder_kind=[]),
       "decoder_k",
     ),
     (
-      lambda: ov_models.VisionLanguageConfig.openvision("mu", "Ti", "Ti", decoder_options={"x": 1}),
+      lambda: ov_models.VisionLanguageConfig.from_names("mu", "Ti", "Ti", decoder_options={"x": 1}),
       "x",
     ),
     (lambda: ov_models.ViTConfig.from_name("mu/1", 2**20), "patches; expected at most"),
