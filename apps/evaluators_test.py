@@ -8,8 +8,8 @@ import ov_models
 
 _SIZES = {"image_size": 32, "vocab_size": 100}
 CAPTIONER = ov_models.VisionLanguageConfig.openvision2("mu/16", "Ti", max_len=12, **_SIZES)
-CLIP = ov_models.VisionLanguageConfig.openvision("mu/16", "Ti", None, text_len=16, **_SIZES)
-QUERIES = ov_models.VisionLanguageConfig.openvision("mu/16", "Ti", "Ti", text_len=16, **_SIZES)
+CLIP = ov_models.VisionLanguageConfig.from_names("mu/16", "Ti", None, text_len=16, **_SIZES)
+QUERIES = ov_models.VisionLanguageConfig.from_names("mu/16", "Ti", "Ti", text_len=16, **_SIZES)
 
 
 def _names(model, config):

@@ -40,12 +40,7 @@ from orbax.checkpoint._src.path import gcs_utils
 import tensorstore
 
 from apps.trainer import checkpoint_manifest, checkpoint_upgrade
-from apps.trainer.checkpoint_fit import (
-  check_restorable,
-  one_line,
-  saved_arrays,
-  saved_tree,
-)
+from apps.trainer.checkpoint_fit import check_restorable, saved_arrays, saved_tree
 from apps.trainer.checkpoint_folder import (
   absolute_path,
   check_path,
@@ -56,6 +51,7 @@ from apps.trainer.checkpoint_folder import (
   steps_in,
 )
 from apps.trainer.checkpoint_metadata import FORMAT, CheckpointError, read_metadata
+from apps.trainer.errors import one_line
 from apps.trainer.paths import flatten_paths
 from apps.trainer.state import TrainState
 
@@ -308,7 +304,7 @@ def restore_arrays(checkpoint: epath.Path, abstract: PyTree, *, partial: bool = 
     )
   except (ValueError, OSError, LookupError) as error:  # of TensorStore: files damaged or gone
     raise CheckpointError(
-      f"{checkpoint} cannot be restored: {one_line(error)}; use an older checkpoint, or a copy"
+      f"{checkpoint} cannot be restored: {one_line(error, 300)}; use an older checkpoint, or a copy"
     ) from error
   return checkpoint_upgrade.to_named(restored) if indexed else restored
 
@@ -356,7 +352,7 @@ def _cause(error: BaseException) -> str:
     return os.strerror(int(found[1]))
   if isinstance(error, OSError) and error.strerror:
     return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-  return one_line(error)
+  return one_line(error, 300)
 
 
 def _quiet(record: python_logging.LogRecord) -> bool:

@@ -10,6 +10,7 @@ import orbax.checkpoint as ocp
 
 from apps.trainer import checkpoint_upgrade
 from apps.trainer.checkpoint_metadata import CheckpointError
+from apps.trainer.errors import one_line
 from apps.trainer.paths import flatten_paths
 
 PyTree = Any
@@ -31,7 +32,7 @@ def saved_arrays(checkpoint: epath.Path) -> dict[str, jax.ShapeDtypeStruct]:
     }
   except Exception as error:  # of whichever library reads it
     raise CheckpointError(
-      f"{checkpoint}: the description of its arrays cannot be read: {one_line(error)}"
+      f"{checkpoint}: the description of its arrays cannot be read: {one_line(error, 300)}"
     ) from error
 
 
@@ -87,12 +88,6 @@ def check_restorable(
     "config is saved in its metadata), choose another --workdir, or take over the parameters only "
     "with config.init_from"
   )
-
-
-def one_line(error: BaseException, longest: int = 300) -> str:
-  """The text of an error of another library in one line, its type where it has none."""
-  text = " ".join(str(error).split()) or type(error).__name__
-  return text if len(text) <= longest else f"{text[:longest]} ..."
 
 
 def _differences(saved: dict[str, Any], wanted: dict[str, Any], partial: bool) -> list[str]:

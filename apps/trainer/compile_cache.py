@@ -37,7 +37,7 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from apps.trainer.compile_store import ENTRY, SUFFIX, Store, megabytes
-from apps.trainer.errors import UserError
+from apps.trainer.errors import UserError, one_line
 from apps.trainer.hooks import COMPILING, Hook
 
 if TYPE_CHECKING:
@@ -389,4 +389,4 @@ def _settings(values: dict[str, Any]) -> Iterator[None]:
 
 
 def _short(error: Exception) -> str:
-  return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+  return f"{type(error).__name__}: {one_line(error, 300)}"

@@ -224,7 +224,7 @@ def report(error: BaseException) -> int:
   """
   with_traceback = os.environ.get("OV_TRACEBACK") == "1"
   if isinstance(error, KeyboardInterrupt):
-    print(f"{program()}: {one_line(error) or 'interrupted'}", file=sys.stderr)
+    print(f"{program()}: {one_line(error) if str(error) else 'interrupted'}", file=sys.stderr)
   elif isinstance(error, UserError) and not with_traceback:
     print(f"{program()}: error: {one_line(error)}", file=sys.stderr)
   elif not isinstance(error, SystemExit):
@@ -232,15 +232,20 @@ def report(error: BaseException) -> int:
   return exit_code(error)
 
 
-def one_line(error: BaseException) -> str:
-  """Return the message of an error as it is printed: one line without control characters.
+def one_line(error: BaseException, longest: int = MAX_MESSAGE) -> str:
+  """Return the message of an error in one line without control characters, its type if it has none.
 
-  Of a message over `MAX_MESSAGE` characters, which a user's own text can make arbitrarily long, the
-  middle is left out: it begins with the value received and ends with the remedy.
+  A user's own text can make a message arbitrarily long. The middle of a long one is left out: it
+  begins with the value received and ends with the remedy.
+
+  Args:
+    error: whose message.
+    longest: characters of the line, at least 100.
   """
-  text = printable(" ".join(str(error).split()))
-  if len(text) > MAX_MESSAGE:
-    text = f"{text[: MAX_MESSAGE - 300]} ... ({len(text):,} characters) ... {text[-200:]}"
+  text = printable(" ".join(str(error).split())) or type(error).__name__
+  if len(text) > longest:
+    length, end = f" ... ({len(text):,} characters) ... ", longest // 5
+    text = text[: longest - end - len(length)] + length + text[-end:]
   return text
 
 

@@ -81,11 +81,11 @@ class Stepper:
       if step == first + 1:  # this step's time is mostly the compiler's
         self._settle()
         run.terminal.phase(f"{stage.name}: first step after {time.perf_counter() - began:.1f} s")
-        run.hooks.on_step(stage.first_step + step)
+      run.hooks.on_step(stage.first_step + step)
+      if step == first + 1:
         self._meter.reset()
       else:
         self._meter.step(waited)
-        run.hooks.on_step(stage.first_step + step)
       self._due(step, state, loader)
     self._settle()
     self._profile(step)

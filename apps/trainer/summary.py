@@ -10,7 +10,7 @@ from apps.trainer.errors import user_errors
 from apps.trainer.hooks import Hook
 from apps.trainer.progress import duration
 from apps.trainer.report import ReportData, key_figures, versions, write_report
-from apps.trainer.report import Stage as Mark
+from apps.trainer.report import Stage as ReportStage
 from apps.trainer.run import Run
 from apps.trainer.sinks import read_metrics
 from apps.trainer.stages import Stage
@@ -93,7 +93,7 @@ class Report(Hook):
         "devices": f"{devices}, mesh {mesh}",
         "compute": last.config.model.dtype,
       },
-      stages=tuple(Mark(s.name, s.first_step) for s in run.stages),
+      stages=tuple(ReportStage(s.name, s.first_step) for s in run.stages),
       samples=evaluation.samples,
       samples_note=f"the first held-out pictures, captions after step {self._evaluated_step:,}",
       attribute_words=evaluation.attribute_words,

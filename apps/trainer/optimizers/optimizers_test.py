@@ -193,7 +193,7 @@ def test_singular_values_of_muon_are_near_one_in_each_layer():
 
 @functools.cache
 def openvision(variant):
-  config = ov_models.VisionLanguageConfig.openvision(
+  config = ov_models.VisionLanguageConfig.from_names(
     variant, "Ti", "Ti", image_size=224, vocab_size=32_000
   )
   return ov_models.abstract_params(config)

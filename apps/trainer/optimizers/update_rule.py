@@ -81,7 +81,7 @@ def require_choice(rule: Any, name: str, *allowed: str) -> None:
 def per_layer(
   function: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> optax.GradientTransformation:
-  """Return a stateless transformation that treats each layer of a stack as an array of its own.
+  """Return a stateless transformation that treats each layer of a stack as a separate array.
 
   Args:
     function: (update, parameter) of one array or one layer -> update.
