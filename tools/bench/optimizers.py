@@ -97,7 +97,8 @@ def train(run: Run, out: Path, arguments: Sequence[str]) -> None:
   with (workdir / "log.txt").open("a") as log:
     code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
   if code:
-    raise UserError(f"{workdir} ended with exit code {code}; {log.name} says why")
+    last = (["nothing"] + Path(log.name).read_text("utf-8", "replace").splitlines())[-1]
+    raise UserError(f"{workdir} ended with exit code {code}: {last}; see {log.name}")
   unfinished = run.result(out).with_suffix(".tmp")
   shutil.copyfile(workdir / "evaluation.json", unfinished)
   unfinished.rename(run.result(out))

@@ -13,6 +13,7 @@ from tools.bench.optimizers import Run, table, train
 _BLOCK = "{'width': 32, 'depth': 1, 'mlp_dim': 64, 'num_heads': 2}"
 TINY = [
   "--config=:runlocal",
+  "--config.compile_cache=",  # the home directory is not writable in the sandbox of Bazel
   "--config.model.encoder=mu/16",
   "--config.model.encoder_options={}",
   f"--config.model.decoder_options={_BLOCK}",
@@ -52,7 +53,7 @@ def test_the_table_has_mean_and_spread_and_marks_the_best_rate(tmp_path):
 def test_a_run_that_fails_names_its_log_and_a_finished_one_is_not_started(tmp_path, monkeypatch):
   monkeypatch.setattr(Run, "command", lambda *_: [sys.executable, "-c", "print('why'); exit(3)"])
   run = Run("caption", "muon", "1e-3", "0")
-  with pytest.raises(UserError, match=r"muon-1e-3-0 ended with exit code 3; .*log.txt says why"):
+  with pytest.raises(UserError, match=r"muon-1e-3-0 ended with exit code 3: why; see .*log.txt"):
     train(run, tmp_path, [])
   assert (run.workdir(tmp_path) / "log.txt").read_text() == "why\n"
   write(run, tmp_path, 0.5)

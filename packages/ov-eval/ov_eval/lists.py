@@ -39,7 +39,8 @@ def read_list(path: str, kind: str) -> tuple[str, ...]:
   file = _path(path)
   if not os.path.isfile(file):
     what = "a file, but a folder" if os.path.isdir(file) else "a file"
-    raise ValueError(f"{path[:200]!r} is neither {kind} nor {what}; give one of them.")
+    shown = path[:4096]  # as long as a path can be
+    raise ValueError(f"{shown!r} is neither {kind} nor {what}; give one of them.")
   if file.suffix == ".json":
     value = read_json(path)
     if not isinstance(value, list):
