@@ -1,4 +1,4 @@
-"""Losses as pure functions: no model, no state."""
+"""Losses for vision-language models as pure functions."""
 
 from ov_losses.caption import (
   CaptionLoss,

@@ -1,11 +1,11 @@
-"""Caption cross-entropy from hidden states and a head matrix, without the [B,T,V] logits.
+"""Caption cross-entropy from hidden states and a head matrix, without materialised [B,T,V] logits.
 
   nll_bt  = logsumexp_v(x_bt . w_v) - x_bt . w_label            x = hidden, w = head columns
   loss    = sum(mask * ((1-a) nll + a uniform + z lse^2)) / (sum(mask) + 1e-8)
 
 `uniform` is the cross-entropy against the uniform distribution (label smoothing a), `lse` the
 logarithm of the partition function (z-loss, Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311,
-section 5). The logits are made by `ov_losses.tiles`, a few token columns at a time.
+section 5). `ov_losses.tiles` computes the logits for a few token columns at a time.
 """
 
 import functools
@@ -14,55 +14,59 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Integer
 
 from ov_losses import contexts
+from ov_losses.shapes import AnyArray
 from ov_losses.tiles import TokenTerms, token_terms, weighted_sum
+
+Weights = Bool[AnyArray, "B T"] | Float[AnyArray, "B T"]
 
 
 class CaptionLoss(NamedTuple):
-  """What one batch gives: float32 scalars, of which only the loss has a gradient."""
+  """Loss and metrics of a batch: float32 scalars. Only `loss` is differentiable."""
 
-  loss: jax.Array  # masked mean of the training objective: smoothing and z-loss included
-  nll: jax.Array  # masked mean negative log-likelihood in nats, without either
-  num_tokens: jax.Array  # sum of the mask
-  num_correct: jax.Array  # masked count of labels that have the strictly largest logit
+  loss: Float[Array, ""]  # masked mean with label smoothing and z-loss
+  nll: Float[Array, ""]  # masked mean negative log-likelihood in nats
+  num_tokens: Float[Array, ""]  # sum of the mask
+  num_correct: Float[Array, ""]  # masked count of labels that have the strictly largest logit
 
 
 def caption_cross_entropy(
-  hidden: jax.Array,  # [B,T,D] float32 or bfloat16
-  head: jax.Array,  # [D,V] any float dtype
-  labels: jax.Array,  # [B,T] integer, 0 <= label < V wherever mask is not 0
-  mask: jax.Array,  # [B,T] bool or float weights >= 0
+  hidden: Float[AnyArray, "B T D"],
+  head: Float[AnyArray, "D V"],
+  labels: Integer[AnyArray, "B T"],
+  mask: Weights,
   *,
   label_smoothing: float = 0.0,
   z_loss: float = 0.0,
   tile: int | None = None,
   batch_shards: int = 1,
 ) -> CaptionLoss:
-  """Masked mean cross-entropy over all tokens of the global batch.
+  """Compute the masked mean cross-entropy over all tokens of the global batch.
 
-  The logits are products in the dtype of `hidden` (`head` is cast to it) accumulated in float32;
-  softmax, loss and sums are float32. Gradients come back in the dtypes of `hidden` and `head`; they
-  are made along with the loss, by one product of the size of the logits less than a backward pass
-  would need that makes the logits again.
+  The logits are computed in the dtype of `hidden` (`head` is cast to it) with float32 accumulation;
+  softmax, loss and sums are float32. Gradients have the dtypes of `hidden` and `head`. They are
+  computed in the forward pass, which saves one logits-sized matmul over recomputing the logits in
+  the backward pass.
 
-  A batch without any token gives loss 0 and zero gradients. A label outside [0, V) under a mask
-  that is not 0 makes the loss NaN: under jit nothing can raise, and no other value would be true.
+  A batch without tokens has loss 0 and zero gradients. An out-of-range label with a nonzero mask
+  produces a NaN loss, because jitted code cannot raise.
 
   Args:
-    hidden: decoder states after the last norm.
+    hidden: decoder states after the final norm, float32 or bfloat16.
     head: output matrix; column v scores token v.
-    labels: target ids, for example from `shift_left`.
-    mask: weight of each target; 0 leaves it out. Not differentiated.
-    label_smoothing: share in [0, 1) of the target mass that is spread evenly over V.
-    z_loss: weight >= 0 of lse^2, which keeps the partition function near 1.
-    tile: most token columns per step of the scan, 16 by default. Memory is about
+    labels: target ids, for example from `shift_left`; in [0, V) where the mask is nonzero.
+    mask: nonnegative weight of each target; 0 excludes it. Not differentiated.
+    label_smoothing: fraction in [0, 1) of the target mass that is spread evenly over V.
+    z_loss: nonnegative weight of lse^2, which keeps the partition function near 1.
+    tile: maximum number of token columns per scan step, 16 by default. Memory is about
       B * tile * V * 4 bytes.
-    batch_shards: number of devices the batch axis is split over. It changes no value, only the
-      traffic: the gradient of the head is then summed across devices once, not once per tile.
+    batch_shards: number of devices that the batch axis is split over. It does not change the
+      result; the gradient of the head is summed across devices once instead of once per tile.
 
   Raises:
-    ValueError: on shapes, dtypes or options that do not fit; the message names them.
+    ValueError: if a shape, dtype or option is invalid.
   """
   if not 0.0 <= label_smoothing < 1.0:
     raise ValueError(f"label_smoothing={label_smoothing} is outside [0, 1).")
@@ -97,7 +101,7 @@ def _caption_cross_entropy(
     hidden, head, labels, weights / denominator,
     label_smoothing=label_smoothing, z_loss=z_loss, tile=tile, batch_shards=batch_shards,
   )  # fmt: skip
-  # A label that is none makes NaN of nll, and a sum with it in makes NaN of the loss.
+  # An out-of-range label gives a NaN term, hence a NaN loss.
   nll = _masked_sum(_nan_where_label_is_invalid(terms, labels, head.shape[1]), weights)
   return CaptionLoss(
     loss=jnp.where(jnp.isnan(nll), jnp.nan, loss),
@@ -108,15 +112,15 @@ def _caption_cross_entropy(
 
 
 def sequence_log_likelihood(
-  hidden: jax.Array,
-  head: jax.Array,
-  labels: jax.Array,
-  mask: jax.Array,
+  hidden: Float[AnyArray, "B T D"],
+  head: Float[AnyArray, "D V"],
+  labels: Integer[AnyArray, "B T"],
+  mask: Weights,
   tile: int | None = None,
-) -> jax.Array:
-  """log p(labels) of each row, summed over its unmasked tokens: [B] float32, in nats.
+) -> Float[Array, " B"]:
+  """Return log p(labels) of each row, summed over its unmasked tokens, in float32 nats.
 
-  Arguments as in `caption_cross_entropy`. A row without tokens scores 0.
+  The arguments are those of `caption_cross_entropy`. A row without tokens has log-likelihood 0.
   """
   hidden, head, labels, mask = map(jnp.asarray, (hidden, head, labels, mask))
   compute = functools.partial(_sequence_log_likelihood, tile=tile)
@@ -132,13 +136,22 @@ def _sequence_log_likelihood(
   return -_masked_sum(nll, weights, axis=1)
 
 
-def shift_left(ids: jax.Array, pad_id: int) -> tuple[jax.Array, jax.Array]:
-  """Next-token targets of [B,T] ids.
+def shift_left(
+  ids: Integer[AnyArray, "B T"], pad_id: int
+) -> tuple[Integer[Array, "B T"], Bool[Array, "B T"]]:
+  """Return the next-token targets of ids and their mask.
 
-  Position t predicts ids[t + 1]; the last position has nothing to predict and gets `pad_id`.
+  Position t predicts ids[t + 1]; the target of the last position is `pad_id`.
 
   Returns:
-    targets [B,T] in the dtype of `ids`, and mask [B,T] bool: true where the target is not a pad.
+    Targets in the dtype of `ids`, and a mask that is true where the target is not padding.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> import ov_losses
+    >>> targets, mask = ov_losses.shift_left(jnp.array([[1, 7, 8, 2, 0]]), pad_id=0)
+    >>> targets.tolist(), mask.tolist()
+    ([[7, 8, 2, 0, 0]], [[True, True, True, False, False]])
   """
   ids = jnp.asarray(ids)
   if ids.ndim != 2 or not jnp.issubdtype(ids.dtype, jnp.integer):
@@ -153,7 +166,7 @@ def _shift_left(ids: jax.Array, *, pad_id: int) -> tuple[jax.Array, jax.Array]:
 
 def _check_mask(mask: jax.Array, labels: jax.Array) -> jax.Array:
   if mask.shape != labels.shape:
-    raise ValueError(f"mask has shape {mask.shape}; expected that of labels, {labels.shape}.")
+    raise ValueError(f"mask has shape {mask.shape}; expected the shape of labels, {labels.shape}.")
   return jax.lax.stop_gradient(mask.astype(jnp.float32))
 
 
@@ -162,5 +175,5 @@ def _nan_where_label_is_invalid(terms: TokenTerms, labels: jax.Array, vocab: int
 
 
 def _masked_sum(x: jax.Array, weights: jax.Array, axis: int | None = None) -> jax.Array:
-  """Sum of weights * x that ignores x entirely, NaN included, where the weight is 0."""
+  """Return the sum of weights * x; entries of x with weight 0 are ignored, even if NaN."""
   return jnp.sum(jnp.where(weights > 0, x * weights, 0.0), axis=axis)

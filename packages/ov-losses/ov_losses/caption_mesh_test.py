@@ -1,4 +1,4 @@
-"""On 8 simulated devices: same values as on one, results sharded like the arguments."""
+"""Tests of the caption loss on 8 simulated devices."""
 
 import re
 
@@ -9,7 +9,8 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
-from ov_losses import caption_cross_entropy, naive, sequence_log_likelihood
+from ov_losses import caption_cross_entropy, sequence_log_likelihood
+from ov_losses.testing import naive
 
 AXES = ("data", "fsdp", "tensor")
 HEAD = P("fsdp", "tensor")
@@ -43,7 +44,7 @@ def compiled(mesh, batch_spec, sizes, batch_shards, dtype=jnp.float32):
 
 
 def collectives_in_loops(hlo):
-  """Shapes of the results of all collectives in bodies of while loops."""
+  """Return the result shapes of all collectives in while loop bodies."""
   bodies = set(re.findall(r"\bbody=%?([\w.-]+)", hlo))
   assert bodies
   found = []
@@ -81,7 +82,7 @@ def test_equals_one_device(shape, batch_spec, batch_shards):
   expected, expected_grads = jax.value_and_grad(naive.naive_loss, argnums=(0, 1))(
     hidden, head, labels, mask, 0.1, 1e-2
   )
-  # The same float32 sums in another order, as in caption_test.
+  # Different order of float32 sums, as in caption_test.
   np.testing.assert_allclose(loss, expected, rtol=1e-5)
   assert result.num_tokens == mask.sum()
   for got, want in zip(grads, expected_grads, strict=True):
@@ -94,7 +95,7 @@ def test_equals_one_device(shape, batch_spec, batch_shards):
   assert scores.sharding.is_equivalent_to(rows, 1)
 
 
-def test_batch_shards_takes_the_reduction_out_of_the_scan():
+def test_batch_shards_moves_the_all_reduce_out_of_the_scan():
   mesh = make_mesh((2, 4, 1))
   sizes = (16, 64, 32, 128)  # 4 tiles
   per_tile = collectives_in_loops(compiled(mesh, P(AXES), sizes, 1).as_text())
@@ -103,7 +104,7 @@ def test_batch_shards_takes_the_reduction_out_of_the_scan():
 
 
 def test_each_device_holds_one_partial_head_gradient():
-  # If the [batch_shards,D,V] sums were not split over the devices, 8 of them would be on each.
+  # Unsharded [batch_shards,D,V] sums would put 8 partial sums on each device.
   mesh = make_mesh((8, 1, 1))
   sizes = (8, 64, 256, 1024)
   head_bytes = 256 * 1024 * 4

@@ -3,17 +3,18 @@ import pathlib
 import chex
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
 import ov_losses
-from ov_losses import caption_cross_entropy, naive, sequence_log_likelihood, shift_left
-from ov_losses.memory_report import temporary_bytes
+from ov_losses import caption_cross_entropy, sequence_log_likelihood, shift_left
+from ov_losses.testing import naive
 
 GOLDEN = pathlib.Path(__file__).parent / "testdata" / "openvision2_caption_loss.npz"
 
-# float32 sums of up to a few thousand terms in another order: a few units in the last place of
-# 6e-8 grow to about sqrt(terms) of them.
+# Different order of float32 sums of a few thousand terms: a few ulps of
+# 6e-8 grow by about sqrt(terms).
 RTOL = 1e-5
 
 # Compiled once for all tests of the same shape.
@@ -23,7 +24,7 @@ naive_loss = jax.jit(naive.naive_loss, static_argnums=(4, 5))
 
 
 def example(b=3, t=13, d=24, v=101, dtype=jnp.float32, scale=1.0, seed=0):
-  """hidden, head, labels, mask; logits are of the order of `scale`."""
+  """Return hidden, head, labels and mask; logits are of order `scale`."""
   rng = np.random.default_rng(seed)
   hidden = (scale * rng.standard_normal((b, t, d))).astype(dtype)
   head = (rng.standard_normal((d, v)) / d**0.5).astype(np.float32)
@@ -34,7 +35,7 @@ def example(b=3, t=13, d=24, v=101, dtype=jnp.float32, scale=1.0, seed=0):
 
 
 def at(array, index, value):
-  """A copy of a numpy array with other entries at `index`."""
+  """Return a copy of a NumPy array with `value` at `index`."""
   array = array.copy()
   array[index] = value
   return array
@@ -63,11 +64,11 @@ def test_equals_naive_in_float32(t, tile, smoothing, z_loss):
       hidden, head, labels, mask, label_smoothing=smoothing, z_loss=z_loss, tile=tile
     ).loss
 
-  def whole(hidden, head):
+  def naive_value(hidden, head):
     return naive.naive_loss(hidden, head, labels, mask, smoothing, z_loss)
 
   loss, grads = value_and_grads(tiled, hidden, head)
-  expected, expected_grads = value_and_grads(whole, hidden, head)
+  expected, expected_grads = value_and_grads(naive_value, hidden, head)
   np.testing.assert_allclose(loss, expected, rtol=RTOL)
   for got, want in zip(grads, expected_grads, strict=True):
     np.testing.assert_allclose(got, want, rtol=RTOL, atol=1e-6 * np.abs(want).max())
@@ -77,9 +78,9 @@ def test_equals_naive_in_float32(t, tile, smoothing, z_loss):
   "scale, smoothing, z_loss",
   [(1.0, 0.1, 1e-2), (16.0, 0.0, 0.0), (16.0, 0.1, 1e-2)],  # 16 reaches |logit| > 40
 )
-def test_bfloat16_is_exact_up_to_the_rounding_of_dlogits(scale, smoothing, z_loss):
+def test_bfloat16_error_is_the_rounding_of_dlogits(scale, smoothing, z_loss):
   hidden, head, labels, mask = example(dtype=jnp.bfloat16, scale=scale)
-  head = head.astype(jnp.bfloat16)  # both exact in float32, where the truth is computed
+  head = head.astype(jnp.bfloat16)  # exact in float32, the dtype of the reference
   hidden32, head32 = hidden.astype(np.float32), head.astype(np.float32)
   logits = hidden32 @ head32
   if scale > 1:
@@ -90,7 +91,7 @@ def test_bfloat16_is_exact_up_to_the_rounding_of_dlogits(scale, smoothing, z_los
       hidden, head, labels, mask, label_smoothing=smoothing, z_loss=z_loss, tile=5
     ).loss
 
-  def from_logits(logits):  # an identity head: the gradient is that of the logits
+  def from_logits(logits):  # identity head: returns the gradient of the logits
     return naive.naive_loss(logits, jnp.eye(101), labels, mask, smoothing, z_loss)
 
   loss, (hidden_grad, head_grad) = value_and_grads(tiled, hidden, head)
@@ -99,9 +100,9 @@ def test_bfloat16_is_exact_up_to_the_rounding_of_dlogits(scale, smoothing, z_los
   dlogits = np.asarray(dlogits)
   np.testing.assert_allclose(loss, expected, rtol=RTOL)
 
-  # Rounding to the 8 bits of bfloat16 moves a number by at most 2^-8 of itself: here every term
-  # of a backward product once (dlogits), and its result once more. Beside that, float32 knows a
-  # probability to a few |logit| * 2^-24 of itself: 2e-5 at |logit| 60.
+  # bfloat16 rounding has a relative error of at most 2^-8. It applies to dlogits and to the result
+  # of each backward matmul. The relative float32 error of a probability is a few |logit| * 2^-24:
+  # 2e-5 at |logit| 60.
   unit = 2.0**-8
   softmax = np.exp(logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True))
   noise = 2e-5 * softmax * mask[..., None] / mask.sum()
@@ -116,13 +117,13 @@ def test_bfloat16_is_exact_up_to_the_rounding_of_dlogits(scale, smoothing, z_los
   ):
     error = np.abs(np.asarray(got, np.float32) - want)
     assert np.all(error <= unit * np.abs(want) + bound)
-    # Signs of the roundings are random, so that the whole is far closer than the bound.
+    # Rounding errors have random signs, so the norm of the error is far below the bound.
     assert np.linalg.norm(error) < unit * np.linalg.norm(want)
 
 
-def test_no_digits_cancel_when_logits_are_large():
-  # One logit of 1024 against 100 of 1016, all exact: nll = log1p(100 exp(-8)) = 0.033. Taken as
-  # lse - logit it would carry the spacing of float32 at 1024, 1.2e-4, an error of 0.4%.
+def test_large_logits_do_not_cancel():
+  # One logit of 1024 and 100 logits of 1016, all exact: nll = log1p(100 exp(-8)) = 0.033. Computing
+  # lse - logit would have the float32 spacing at 1024 as error: 1.2e-4, or 0.4%.
   head = jnp.full((1, 101), 1016.0).at[0, 0].set(1024.0)
   result = caption_cross_entropy(
     jnp.ones((1, 1, 1)), head, jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1))
@@ -143,7 +144,7 @@ def test_counts_and_unsmoothed_nll():
   chex.assert_shape(list(result), ())
 
 
-def test_a_tie_is_not_correct():
+def test_tie_is_not_correct():
   hidden, head, labels, mask = example()
   assert caption_loss(hidden * 0, head, labels, mask).num_correct == 0
 
@@ -157,7 +158,7 @@ def test_mask_weights_count():
   np.testing.assert_allclose(result.num_tokens, weights.sum(), rtol=RTOL)
 
 
-def test_masked_row_is_as_if_absent():
+def test_masked_row_is_ignored():
   hidden, head, labels, mask = example(b=4)
   mask[2] = False
 
@@ -204,10 +205,10 @@ def test_gradient_of_log_likelihood():
   def score(hidden, head):
     return -jnp.sum(sequence_log_likelihood(hidden, head, labels, mask, tile=4)) / mask.sum()
 
-  def whole(hidden, head):
+  def naive_value(hidden, head):
     return naive.naive_loss(hidden, head, labels, mask)
 
-  _, expected = value_and_grads(whole, hidden, head)
+  _, expected = value_and_grads(naive_value, hidden, head)
   _, grads = value_and_grads(score, hidden, head)
   for got, want in zip(grads, expected, strict=True):
     np.testing.assert_allclose(got, want, rtol=RTOL, atol=1e-6 * np.abs(want).max())
@@ -223,7 +224,7 @@ def test_only_the_loss_has_a_gradient():
   assert value > 0 and not any(np.any(g) for g in grads)
 
 
-def test_gradient_scales_with_what_is_made_of_the_loss():
+def test_gradient_scales_with_the_cotangent():
   hidden, head, labels, mask = example()
 
   def of(make):
@@ -248,12 +249,14 @@ def test_sequence_log_likelihood():
   assert got[1] == 0
 
 
-def test_shift_left():
+def test_shift_left(monkeypatch):
   ids = np.array([[1, 7, 8, 2, 0, 0], [1, 5, 5, 5, 5, 5]], np.int32)
   targets, mask = shift_left(ids, pad_id=0)
   np.testing.assert_array_equal(targets, [[7, 8, 2, 0, 0, 0], [5, 5, 5, 5, 5, 0]])
   np.testing.assert_array_equal(mask, [[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 0]])
   assert targets.dtype == ids.dtype and mask.dtype == bool
+  # Without the checks of signatures, as users run it.
+  monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
   with pytest.raises(ValueError, match=r"ids is int32\[6\]; expected integers \[B, T\]"):
     shift_left(ids[0], pad_id=0)
 
@@ -287,17 +290,17 @@ def test_inside_remat_and_scan():
     pairs = jax.tree.map(lambda x: x.reshape(2, 2, *x.shape[1:]), (hidden, labels, mask))
     return jax.lax.scan(jax.checkpoint(micro), 0.0, pairs)[0]
 
-  def whole(hidden):
+  def naive_value(hidden):
     return sum(
       naive.naive_loss(hidden[i : i + 2], head, labels[i : i + 2], mask[i : i + 2]) for i in (0, 2)
     )
 
-  got, want = jax.jit(jax.grad(loss))(hidden), jax.grad(whole)(hidden)
+  got, want = jax.jit(jax.grad(loss))(hidden), jax.grad(naive_value)(hidden)
   np.testing.assert_allclose(got, want, rtol=RTOL, atol=1e-6 * np.abs(want).max())
 
 
 def equations(jaxpr):
-  """All equations of a jaxpr, those of inner ones included."""
+  """Return all equations of a jaxpr, including inner jaxprs."""
   for equation in jaxpr.eqns:
     yield equation
     for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=is_jaxpr):
@@ -309,7 +312,7 @@ def is_jaxpr(x):
   return hasattr(x, "eqns") or hasattr(x, "jaxpr")
 
 
-def test_products_and_shapes_of_the_traced_program():
+def test_matmuls_and_shapes_of_the_traced_program():
   hidden, head, labels, mask = example(t=32, dtype=jnp.bfloat16)
 
   def loss(hidden, head):
@@ -327,14 +330,24 @@ def test_products_and_shapes_of_the_traced_program():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_compiled_memory_is_below_the_naive_form(dtype):
-  sizes = dict(batch=8, tokens=127, width=128, vocab=8000, dtype=dtype)
+def test_compiled_memory_is_below_the_naive_loss(dtype):
+  shapes = (
+    jax.ShapeDtypeStruct((8, 127, 128), dtype),
+    jax.ShapeDtypeStruct((128, 8000), jnp.float32),
+    jax.ShapeDtypeStruct((8, 127), jnp.int32),
+    jax.ShapeDtypeStruct((8, 127), jnp.bool_),
+  )
+
+  def temporary_bytes(loss):
+    compiled = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*shapes).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
   logits = 8 * 127 * 8000 * 4
-  naive_bytes = temporary_bytes("naive", **sizes)
-  tiled_bytes = temporary_bytes("tiled", **sizes)
+  naive_bytes = temporary_bytes(naive.naive_loss)
+  tiled_bytes = temporary_bytes(lambda *given: caption_cross_entropy(*given).loss)
   assert naive_bytes > logits
-  # One tile of logits and of their gradient (1/8 each) and twice the head's gradient (1/8): the
-  # whole must stay below one [B,T,V] float32 array.
+  # One tile of logits and of their gradient (1/8 each) and two head gradients (1/8): the total must
+  # be below one [B,T,V] float32 array.
   assert tiled_bytes < 0.75 * logits
   assert tiled_bytes < 0.4 * naive_bytes
 
@@ -345,7 +358,7 @@ def test_compiled_memory_is_below_the_naive_form(dtype):
     (dict(head=jnp.zeros((25, 101))), r"\(3, 13, 24\) and head \(25, 101\); expected \[B,T,D\]"),
     (dict(labels=jnp.zeros((3, 12), jnp.int32), mask=jnp.ones((3, 12))), r"labels has shape"),
     (dict(labels=jnp.zeros((3, 13))), "labels has dtype float32; expected an integer"),
-    (dict(mask=jnp.ones((3,))), r"mask has shape \(3,\); expected that of labels, \(3, 13\)"),
+    (dict(mask=jnp.ones((3,))), r"mask has shape \(3,\); expected the shape of labels, \(3, 13\)"),
     (dict(hidden=jnp.zeros((3, 13, 24), jnp.float16)), "hidden has dtype float16; expected"),
     (dict(head=jnp.zeros((24, 101), jnp.int8)), "head has dtype int8"),
     (dict(label_smoothing=1.0), r"label_smoothing=1.0 is outside \[0, 1\)"),
@@ -355,7 +368,9 @@ def test_compiled_memory_is_below_the_naive_form(dtype):
     (dict(batch_shards=2), "batch_shards=2 does not divide the batch of 3"),
   ],
 )
-def test_errors_name_value_and_expectation(change, message):
+def test_invalid_arguments(change, message, monkeypatch):
+  # Without the checks of signatures, as users run it.
+  monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
   hidden, head, labels, mask = example()
   arguments = dict(hidden=hidden, head=head, labels=labels, mask=mask) | change
   with pytest.raises(ValueError, match=message):

@@ -1,16 +1,15 @@
-"""Run array code inside the caller's `jax.shard_map` and on meshes with Explicit axes.
+"""Support for `jax.shard_map` and for meshes with Explicit axes.
 
-The losses are written for one device or for Auto axes. Two contexts of other people's code give
-arrays a stricter type:
+The losses are written for one device or for Auto axes. Two contexts give arrays a stricter type:
 
-  Explicit axes      the type holds the sharding, and every op must say how it changes it. `run`
-                     switches these axes to Auto for the loss; results come back Explicit.
-  jax.shard_map      the type holds the manual axes that the array varies over, and a `lax.scan`
-                     needs carries of one type. `run` makes all arguments vary over the same axes,
-                     and `zeros` makes carries that vary as another array does.
+  Explicit axes      the type includes the sharding, which every op must specify. `run` switches
+                     these axes to Auto for the loss; results are Explicit again.
+  jax.shard_map      the type includes the manual axes that the array varies over, and the carry of
+                     a `lax.scan` must keep its type. `run` makes all arguments vary over the same
+                     axes, and `zeros` creates carries that vary like another array.
 
-Both work without a look at private or version-dependent attributes: an empty sum is a zero that
-varies over the same axes as its array.
+No private or version-dependent attribute is used: an empty sum is a zero that varies over the same
+axes as its array.
 """
 
 from collections.abc import Callable
@@ -26,10 +25,10 @@ def run(f: Callable[..., Any], *args: Any, rows: jax.Array | None = None) -> Any
   """Return f(*args), computed with Auto axes and with arguments that vary over the same axes.
 
   Args:
-    f: must not close over arrays.
+    f: function that does not close over arrays.
     *args: trees of arrays.
-    rows: array whose first dimension is laid out as the first dimension of every result; None if
-      all results are scalars. Used on Explicit axes only.
+    rows: array whose first dimension has the sharding of the first dimension of every result; None
+      if all results are scalars. Used on Explicit axes only.
   """
   mesh = _explicit_mesh(args)
   if mesh is None:
@@ -53,13 +52,13 @@ def varying_zero(tree: Any) -> jax.Array | float:
 
 
 def manual_axes() -> tuple[str, ...]:
-  """Return the axes of the `jax.shard_map` (or `jax.pmap`) that is being traced."""
+  """Return the manual axes of the enclosing `jax.shard_map` or `jax.pmap`."""
   mesh = jax.sharding.get_abstract_mesh()
   return _axes_of_type(mesh, AxisType.Manual)
 
 
 def automatic_mesh(mesh: Mesh) -> Mesh | None:
-  """Return the mesh for a `jax.shard_map` inside `run`: None, the current one, where one is set."""
+  """Return the mesh for a `jax.shard_map` inside `run`; None if a mesh is already set."""
   if not jax.sharding.get_abstract_mesh().empty:
     return None
   if not _axes_of_type(mesh, AxisType.Explicit):
@@ -68,9 +67,9 @@ def automatic_mesh(mesh: Mesh) -> Mesh | None:
 
 
 def reshaped(x: jax.Array, change: Callable[[jax.Array], jax.Array], axis: int) -> jax.Array:
-  """Return change(x); on Explicit axes its dimension `axis` is laid out as x's first or second.
+  """Return change(x); on Explicit axes, its dimension `axis` gets the sharding of the batch of x.
 
-  The second counts where the first is not split.
+  The batch is the first dimension of x, or the second if the first is unsharded.
   """
   mesh = _explicit_mesh(x)
   if mesh is None:
@@ -95,7 +94,7 @@ def _varying_alike(args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _explicit_mesh(tree: Any) -> AbstractMesh | None:
-  """Return the mesh with Explicit axes that the arrays or the current context are on, if any."""
+  """Return the mesh with Explicit axes of the arrays or the current context, if any."""
   meshes = [jax.sharding.get_abstract_mesh()]
   meshes += [jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(tree)]
   return next((mesh for mesh in meshes if _axes_of_type(mesh, AxisType.Explicit)), None)

@@ -1,4 +1,4 @@
-"""On 8 simulated devices: values and gradients of the formula; what a device holds and sends."""
+"""Tests of the contrastive losses on 8 devices: values, gradients, memory and collectives."""
 
 import re
 
@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 
 from ov_losses import contrastive_sigmoid, contrastive_softmax
-from ov_losses.compiled import largest_array
-from ov_losses.contrastive_truth import Example, example, truth
+from ov_losses.testing.compiled import largest_array
+from ov_losses.testing.contrastive_reference import Example, example, reference
 
 AXES = ("data", "fsdp", "tensor")
 KINDS = ("softmax", "sigmoid")
 FORMS = ("naive", "gathered", "ring")
 
-# As in contrastive_test: the rounding of a cosine of float32 at scale 10, and two roundings to
-# bfloat16, as shares of the absolute terms of each sum.
+# As in contrastive_test: float32 rounding of a cosine at scale 10 and two bfloat16 roundings,
+# relative to the absolute terms of each sum.
 FLOAT32 = 1e-5
 BFLOAT16 = 2.0**-7
 
@@ -29,7 +29,7 @@ def make_mesh(shape):
 
 
 def value_and_gradients(kind, form, mesh, axes=AXES, chunk=None, given_over=None):
-  """Jitted: `Example` split over `given_over` -> `ContrastiveLoss` and gradients split likewise."""
+  """Return a jitted loss and its gradients for an `Example` sharded over `given_over`."""
 
   def loss(image, texts, scale, bias, valid, groups):
     options = dict(valid=valid, text_groups=groups, form=form, mesh=mesh, axes=axes, chunk=chunk)
@@ -69,15 +69,19 @@ def test_equals_the_formula(shape, axes, batch, num_texts, dtype, kind, form):
   mesh = make_mesh(shape)
   given = example(batch, num_texts, 24, dtype)
   (_, out), grads = value_and_gradients(kind, form, mesh, axes, chunk=3)(*given)
-  want = truth(kind, given)
-  assert 0 < want.image_top1 < 1
-  np.testing.assert_allclose(out.loss, want.loss, rtol=FLOAT32)
+  expected_result = reference(kind, given)
+  assert 0 < expected_result.image_top1 < 1
+  np.testing.assert_allclose(out.loss, expected_result.loss, rtol=FLOAT32)
   for name in ("image_top1", "text_top1", "mean_positive", "mean_negative"):
-    np.testing.assert_allclose(getattr(out, name), getattr(want, name), atol=1e-6)
+    np.testing.assert_allclose(getattr(out, name), getattr(expected_result, name), atol=1e-6)
   assert out.num_valid == given.valid.sum()
   rows = BFLOAT16 if dtype == jnp.bfloat16 else FLOAT32
   for got, expected, terms, share in zip(
-    grads, want.gradients, want.terms, (rows, rows, FLOAT32, FLOAT32), strict=True
+    grads,
+    expected_result.gradients,
+    expected_result.terms,
+    (rows, rows, FLOAT32, FLOAT32),
+    strict=True,
   ):
     if kind == "softmax" and got is grads[3]:
       assert got == 0  # the softmax has no bias
@@ -90,8 +94,8 @@ def test_equals_the_formula(shape, axes, batch, num_texts, dtype, kind, form):
 
 
 @pytest.mark.parametrize("form", ["gathered", "ring"])
-def test_rows_split_otherwise_and_not_valid(form):
-  # Rows come split over one axis only, and one device has no valid row; what is there is NaN.
+def test_other_input_shardings_and_invalid_rows(form):
+  # Inputs are sharded over one axis only; all rows of one device are invalid and contain NaN.
   mesh = make_mesh((2, 2, 2))
   given = example(40, 2, 24)
   given.valid[5:10] = False
@@ -99,20 +103,22 @@ def test_rows_split_otherwise_and_not_valid(form):
   given.texts[:, ~given.valid] = np.nan
   fn = value_and_gradients("softmax", form, mesh, chunk=3, given_over=("data",))
   (_, out), grads = fn(*given)
-  want = truth("softmax", given)
-  np.testing.assert_allclose(out.loss, want.loss, rtol=FLOAT32)
-  for got, expected, terms in zip(grads[:3], want.gradients[:3], want.terms[:3], strict=True):
+  expected_result = reference("softmax", given)
+  np.testing.assert_allclose(out.loss, expected_result.loss, rtol=FLOAT32)
+  for got, expected, terms in zip(
+    grads[:3], expected_result.gradients[:3], expected_result.terms[:3], strict=True
+  ):
     assert np.all(np.abs(np.asarray(got, np.float64) - expected) <= FLOAT32 * terms)
 
 
-def test_a_batch_that_does_not_divide():
+def test_indivisible_batch():
   given = example(12, 1, 8)
-  with pytest.raises(ValueError, match=r"batch of 12 rows is not a multiple of 8.* fits is 16"):
+  with pytest.raises(ValueError, match=r"batch of 12 rows is not a multiple of 8.* multiple is 16"):
     contrastive_softmax(*given[:3], form="ring", mesh=make_mesh((2, 2, 2)))
 
 
 def counts(compiled):
-  """Result shapes of each kind of collective."""
+  """Return the result shapes of each kind of collective."""
   found = {}
   for shape, name in re.findall(
     r"= \(?(\w+\[[\d,]*\])\S* (all-gather|reduce-scatter|collective-permute)\(",
@@ -123,7 +129,7 @@ def counts(compiled):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_a_device_holds_and_sends(kind):
+def test_memory_and_collectives_per_device(kind):
   mesh = make_mesh((8, 1, 1))
   batch, width, chunk = 512, 4, 8
   given = example(batch, 1, width)

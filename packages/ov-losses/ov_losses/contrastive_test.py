@@ -3,6 +3,7 @@ import functools
 import chex
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -14,23 +15,23 @@ from ov_losses import (
   similarity_blocks,
   text_groups,
 )
-from ov_losses.compiled import largest_array
-from ov_losses.contrastive_truth import Example, example, truth
+from ov_losses.testing.compiled import largest_array
+from ov_losses.testing.contrastive_reference import Example, example, reference
 
 KINDS = ("softmax", "sigmoid")
 FORMS = ("naive", "gathered", "ring")
 
-# Float32 knows a cosine to about 1e-7, so at scale 10 a logit to 1e-6 and a probability to that
-# share of itself. Shares are of the absolute terms of a sum (`Truth.terms`), for a sum that cancels
-# keeps the rounding of its terms.
+# The float32 error of a cosine is about 1e-7: at scale 10, the absolute error of a logit and the
+# relative error of a probability are 1e-6. Tolerances are relative to the sum of absolute terms
+# (`Reference.terms`), because a sum that cancels keeps the rounding error of its terms.
 FLOAT32 = 1e-5
-# Rounding to the 8 bits of bfloat16 moves a number by at most 2^-8 of itself: here each logit's
-# gradient before the backward products, and the result of those.
+# bfloat16 rounding has a relative error of at most 2^-8. It applies to the gradient of each logit
+# before the backward matmuls, and to their results.
 BFLOAT16 = 2.0**-7
 
 
 def loss_of(kind, **options):
-  """A function of the entries of `Example` that returns loss and `ContrastiveLoss`."""
+  """Return a function of the fields of `Example` -> loss, `ContrastiveLoss`."""
 
   def loss(image, texts, scale, bias, valid=None, groups=None):
     given = {"valid": valid, "text_groups": groups} | options
@@ -49,36 +50,36 @@ def value_and_gradients(kind, **options):
 
 
 def run(kind, given, **options):
-  """`ContrastiveLoss` and gradients by image, texts, scale and bias."""
+  """Return `ContrastiveLoss` and the gradients of image, texts, scale and bias."""
   (_, out), grads = value_and_gradients(kind, **options)(*given)
   return out, grads
 
 
-def assert_near(got, want, terms, share):
-  """At most `share` of `terms` apart, entry by entry."""
-  error = np.abs(np.asarray(got, np.float64) - want)
+def assert_near(got, expected_result, terms, share):
+  """Assert that the elementwise error is at most `share` of `terms`."""
+  error = np.abs(np.asarray(got, np.float64) - expected_result)
   assert np.all(error <= share * terms), np.max(error / np.maximum(terms, 1e-30))
 
 
-def assert_equals_truth(kind, given, out, grads):
-  want = truth(kind, given)
-  np.testing.assert_allclose(out.loss, want.loss, rtol=FLOAT32)
+def assert_equals_reference(kind, given, out, grads):
+  expected_result = reference(kind, given)
+  np.testing.assert_allclose(out.loss, expected_result.loss, rtol=FLOAT32)
   assert out.num_valid == given.valid.sum()
-  # Shares of whole numbers; no two cosines of an example are as near as `contrastive.TIE`.
-  np.testing.assert_allclose(out.image_top1, want.image_top1, rtol=1e-6)
-  np.testing.assert_allclose(out.text_top1, want.text_top1, rtol=1e-6)
-  np.testing.assert_allclose(out.mean_positive, want.mean_positive, atol=1e-6)
-  np.testing.assert_allclose(out.mean_negative, want.mean_negative, atol=1e-6)
+  # Fractions of integers; no two cosines of an example are closer than `contrastive.TIE`.
+  np.testing.assert_allclose(out.image_top1, expected_result.image_top1, rtol=1e-6)
+  np.testing.assert_allclose(out.text_top1, expected_result.text_top1, rtol=1e-6)
+  np.testing.assert_allclose(out.mean_positive, expected_result.mean_positive, atol=1e-6)
+  np.testing.assert_allclose(out.mean_negative, expected_result.mean_negative, atol=1e-6)
   rows = BFLOAT16 if given.image.dtype == jnp.bfloat16 else FLOAT32
   shares = (rows, rows, FLOAT32, FLOAT32)
   for name, got, expected, terms, share in zip(
-    Example._fields, grads, want.gradients, want.terms, shares, strict=False
+    Example._fields, grads, expected_result.gradients, expected_result.terms, shares, strict=False
   ):
     assert got.dtype == getattr(given, name).dtype
     if kind == "softmax" and name == "bias":
       assert got == 0
       continue
-    assert np.abs(expected).max() > 10 * share * np.mean(terms)  # else a zero would do
+    assert np.abs(expected).max() > 10 * share * np.mean(terms)  # otherwise 0 would pass
     assert_near(got, expected, terms, share)
 
 
@@ -88,15 +89,15 @@ def assert_equals_truth(kind, given, out, grads):
 @pytest.mark.parametrize("kind", KINDS)
 def test_equals_the_formula(kind, form, dtype, batch, num_texts, chunk):
   given = example(batch, num_texts, 24, dtype)
-  assert 0 < truth(kind, given).text_top1 < 1
+  assert 0 < reference(kind, given).text_top1 < 1
   out, grads = run(kind, given, form=form, chunk=chunk)
-  assert_equals_truth(kind, given, out, grads)
+  assert_equals_reference(kind, given, out, grads)
 
 
 @pytest.mark.parametrize("chunk", [1, 100])
 def test_any_chunk(chunk):
   given = example(11, 2, 24)
-  assert_equals_truth("softmax", given, *run("softmax", given, chunk=chunk))
+  assert_equals_reference("softmax", given, *run("softmax", given, chunk=chunk))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -108,18 +109,18 @@ def test_defaults(kind, form):
   )
   short = (given.image, given.texts[0], given.scale, given.bias)
   out, grads = run(kind, short, form=form)
-  assert_equals_truth(kind, given, out, (grads[0], grads[1][None], *grads[2:]))
+  assert_equals_reference(kind, given, out, (grads[0], grads[1][None], *grads[2:]))
 
 
 def test_groups_with_one_axis():
   given = example(9, 1, 24)
   out, grads = run("softmax", given._replace(groups=given.groups[0]))
-  assert_equals_truth("softmax", given, out, grads)
+  assert_equals_reference("softmax", given, out, grads)
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_that_are_not_valid_may_hold_anything(kind, form):
+def test_invalid_rows_are_ignored(kind, form):
   given = example(16, 2, 24)
   clean = run(kind, given, form=form, chunk=5)
   filled = given._replace(image=given.image.copy(), texts=given.texts.copy())
@@ -138,12 +139,12 @@ def test_a_batch_without_valid_rows(kind, form):
   given = example(16, 2, 24)._replace(valid=np.zeros(16, bool))
   out, grads = run(kind, given, form=form, chunk=5)
   assert out == ContrastiveLoss(*[0.0] * 6)
-  assert all(not np.any(g) for g in grads)  # NaN counts as any
+  assert all(not np.any(g) for g in grads)  # NaN is truthy
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_row_without_negatives(form):
-  # Alone among rows that are not valid, or among copies of its text: nothing to tell apart.
+  # The only valid row, or a row whose text equals all others, has no negatives.
   given = example(13, 1, 24)
   alone = given._replace(valid=np.arange(13) == 2)
   copies = given._replace(groups=np.zeros((1, 13), np.int32))
@@ -152,9 +153,9 @@ def test_a_row_without_negatives(form):
     assert out.loss == 0 and out.image_top1 == 1 and out.mean_negative == 0
     assert all(not np.any(g) for g in grads)
     out, grads = run("sigmoid", given, form=form, chunk=4)
-    want = truth("sigmoid", given)
-    np.testing.assert_allclose(out.loss, want.loss, rtol=FLOAT32)
-    assert_near(grads[0], want.gradients.image, want.terms.image, FLOAT32)
+    expected_result = reference("sigmoid", given)
+    np.testing.assert_allclose(out.loss, expected_result.loss, rtol=FLOAT32)
+    assert_near(grads[0], expected_result.gradients.image, expected_result.terms.image, FLOAT32)
 
 
 def test_a_batch_of_one():
@@ -168,35 +169,35 @@ def test_a_batch_of_one():
 @pytest.mark.parametrize("form", ["gathered", "ring"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_extreme_temperatures(kind, form, sign, scale):
-  # Pairs that match best, and pairs that match worst.
+  # Best and worst matching pairs.
   given = example(13, 1, 24, scale=scale)
   given = given._replace(texts=sign * given.image[None])
   out, grads = run(kind, given, form=form, chunk=4)
-  want = truth(kind, given)
+  expected_result = reference(kind, given)
   # A cosine is known to 1e-7, the loss to as many logits as it sums, and the gradient by the scale
   # to a cosine: which of two equal ones is the larger is open at scale 1e6.
-  np.testing.assert_allclose(out.loss, want.loss, rtol=FLOAT32, atol=4e-6 * scale)
-  np.testing.assert_allclose(grads[2], want.gradients.scale, rtol=1e-3, atol=1e-6)
+  np.testing.assert_allclose(out.loss, expected_result.loss, rtol=FLOAT32, atol=4e-6 * scale)
+  np.testing.assert_allclose(grads[2], expected_result.gradients.scale, rtol=1e-3, atol=1e-6)
   assert all(np.isfinite(np.asarray(g)).all() for g in grads)
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_small_loss_keeps_its_digits(form):
+def test_small_loss_is_accurate(form):
   # As logsumexp minus the positive, in float32, both are 32 and their difference is 0.
   given = example(13, 1, 24, scale=32.0)
   given = given._replace(texts=given.image[None])
   out, grads = run("softmax", given, form=form, chunk=4)
-  want = truth("softmax", given)
-  assert 0 < want.loss < 1e-8
+  expected_result = reference("softmax", given)
+  assert 0 < expected_result.loss < 1e-8
   # exp of a logit that is known to 32 * 1e-7.
-  np.testing.assert_allclose(out.loss, want.loss, rtol=1e-4)
-  np.testing.assert_allclose(grads[2], want.gradients.scale, rtol=1e-4)
+  np.testing.assert_allclose(out.loss, expected_result.loss, rtol=1e-4)
+  np.testing.assert_allclose(grads[2], expected_result.gradients.scale, rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("form", FORMS)
-def test_a_tie_is_not_a_hit(form, dtype):
-  # All rows alike, as in a model that has collapsed. Their products are summed in several orders.
+def test_tie_is_not_a_hit(form, dtype):
+  # Identical rows, as in a collapsed model. The summation order of the cosines varies.
   row = example(1, 1, 768, dtype).image
   same = jnp.tile(row, (37, 1))
   out = jax.jit(lambda x: contrastive_softmax(x, x, jnp.float32(100), form=form, chunk=8))(same)
@@ -218,14 +219,14 @@ def test_only_the_loss_has_gradients():
   ("scale", "limit", "expected"),
   [(7.0, 100.0, 7.0), (101.0, 100.0, 100.0), (0.5, 100.0, 1.0), (3.0, 1.0, 1.0)],
 )
-def test_the_temperature_is_clipped_as_open_clip_does(scale, limit, expected):
+def test_clamp_log_scale(scale, limit, expected):
   got = clamp_log_scale(jnp.log(jnp.float32(scale)), limit)
   assert got.dtype == jnp.float32
   np.testing.assert_allclose(jnp.exp(got), expected, rtol=1e-5)  # log and exp of float32
 
 
 @pytest.mark.parametrize("limit", [0, 0.5, -2.0, float("nan"), float("inf")])
-def test_impossible_limits_of_the_temperature_are_refused(limit):
+def test_invalid_max_scale(limit):
   with pytest.raises(ValueError, match=r"max_scale=.*; expected a finite number of at least 1"):
     clamp_log_scale(jnp.zeros(()), limit)
 
@@ -253,7 +254,7 @@ def test_a_temperature_above_the_limit_returns_to_the_best_one(start):
   np.testing.assert_allclose(jnp.exp(train(jnp.log(start))), best, rtol=0.06)  # one step of sign
 
 
-def test_equal_texts_have_equal_groups_and_others_not():
+def test_equal_texts_have_equal_groups_and_others_not(monkeypatch):
   # All texts of 8 tokens out of 3, in a shuffled order, each twice: 21 million pairs of different
   # texts, of which a good hash confuses 0.005.
   texts = np.stack(np.meshgrid(*[np.arange(3)] * 8), -1).reshape(-1, 8).astype(np.int32)
@@ -269,11 +270,13 @@ def test_equal_texts_have_equal_groups_and_others_not():
   stacked = text_groups(texts[:12].reshape(3, 4, 8))
   np.testing.assert_array_equal(stacked.reshape(-1), text_groups(texts[:12]))
   np.testing.assert_array_equal(text_groups(texts[:12].astype(np.uint8)), stacked.reshape(-1))
+  # Without the checks of signatures, as users run it.
+  monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
   with pytest.raises(ValueError, match=r"ids is float32\[2, 3\]; expected integers"):
     text_groups(jnp.zeros((2, 3)))
 
 
-def test_copies_of_a_text_are_no_negatives():
+def test_equal_texts_are_not_negatives():
   # Rows 0 and 3 share their text: to both, the other is neither positive nor negative.
   given = example(6, 1, 16)._replace(valid=np.ones(6, bool))
   ids = np.arange(6 * 4).reshape(6, 4).astype(np.int32)
@@ -300,7 +303,9 @@ def test_copies_of_a_text_are_no_negatives():
     ({"groups": np.zeros(4, np.float32)}, r"text_groups is float32\[1, 4\]; expected int"),
   ],
 )
-def test_errors_name_the_value(change, message):
+def test_invalid_arguments(change, message, monkeypatch):
+  # Without the checks of signatures, as users run it.
+  monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
   given = example(4, 1, 8)
   arrays = given._replace(**{k: v for k, v in change.items() if k in Example._fields})
   options = {k: v for k, v in change.items() if k not in Example._fields}
@@ -309,12 +314,12 @@ def test_errors_name_the_value(change, message):
       loss_of(kind, **options)(*arrays)
 
 
-def test_errors_of_the_mesh_name_the_axes():
+def test_invalid_mesh_axes():
   mesh = jax.make_mesh((1,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
   given = example(4, 1, 8)
-  with pytest.raises(ValueError, match=r"axes=\('data', 'fsdp', 'tensor'\) are none .*'rows'"):
+  with pytest.raises(ValueError, match=r"axes=\('data', 'fsdp', 'tensor'\) are not axes .*'rows'"):
     loss_of("softmax", mesh=mesh)(*given)
-  # A mesh of one device is like none.
+  # A mesh of one device equals no mesh.
   chex.assert_trees_all_equal(
     run("softmax", given, mesh=mesh, axes=("rows",)), run("softmax", given)
   )
@@ -343,7 +348,7 @@ def lowered(kind, batch, chunk, form):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_matrix_is_never_held_whole(kind):
+def test_full_matrix_is_not_materialised(kind):
   batch, chunk = 256, 16
   for form in ("gathered", "ring"):
     assert largest_array(lowered(kind, batch, chunk, form).compile()) == chunk * batch
@@ -353,7 +358,7 @@ def test_the_matrix_is_never_held_whole(kind):
 @pytest.mark.parametrize("form", ["gathered", "ring"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_program_does_not_grow_with_the_batch(kind, form):
-  # What is compiled, and so the time it takes, is the same for 32 chunks as for 2.
+  # The program, and hence the compile time, is the same for 32 chunks as for 2.
   lines = [len(lowered(kind, batch, 8, form).as_text().splitlines()) for batch in (16, 256)]
   assert lines[0] == lines[1]
 

@@ -1,7 +1,7 @@
-"""Every loss in every context of other people's JAX code: value and gradient of the naive formula.
+"""Tests that every loss equals its naive reference in all JAX contexts, such as shard_map.
 
-Runs on two devices and on any jax that the package supports: with the oldest and the newest by
-`tests/standalone/jax_versions_check.py`.
+Runs on two devices and with any supported jax; `tests/standalone/jax_versions_check.py` runs it
+with the oldest and the newest.
 """
 
 import contextlib
@@ -17,14 +17,14 @@ import numpy as np
 import pytest
 
 import ov_losses
-from ov_losses.naive import naive_loss
+from ov_losses.testing.naive import naive_loss
 
 ROWS, LENGTH, WIDTH, VOCAB, TEXTS = 4, 5, 8, 11, 2
 AXIS = "d"
 
 
 class Case(NamedTuple):
-  """A loss of arguments whose dimension `axes` is the batch; a naive formula of the same."""
+  """A loss, its naive reference, and the batch dimension `axes` of each argument."""
 
   loss: Any
   naive: Any
@@ -67,7 +67,7 @@ def contrastive(kind, form, image, texts, scale, ids):
 
 
 def naive_contrastive(kind, image, texts, scale, ids):
-  """Straight from the formulas, float32, without blocks."""
+  """Compute the loss by its formula in float32, without blocks."""
   image, texts = unit(image).astype(jnp.float32), unit(texts).astype(jnp.float32)
   same = jnp.all(ids[:, None, :] == ids[None, :, :], axis=-1) & ~np.eye(len(ids), dtype=bool)
   total = 0.0
@@ -85,7 +85,7 @@ def naive_contrastive(kind, image, texts, scale, ids):
 
 
 def accumulated(kind, image, texts, scale, ids):
-  """Through gradient_cache, two microbatches; its gradients stand in for those of the loss."""
+  """Compute loss and gradients by gradient_cache with two microbatches."""
   rows = {"image": image, "text": jnp.swapaxes(texts, 0, 1), "ids": ids}
   batches = jax.tree.map(lambda x: jnp.stack([x[0::2], x[1::2]]), rows)
 
@@ -176,25 +176,20 @@ def placed(mesh, case, split=True):
   ]
 
 
-def in_mesh(mesh):
-  """The context manager that sets a mesh; jax 0.7.0 has another name for it."""
-  return (getattr(jax, "set_mesh", None) or jax.sharding.use_mesh)(mesh)
-
-
 def on_mesh(kind, context, case, function):
   mesh = mesh_of(kind)
-  with in_mesh(mesh) if context else contextlib.nullcontext():
+  with jax.set_mesh(mesh) if context else contextlib.nullcontext():
     return jax.jit(value_and_grad(function, case))(*placed(mesh, case))
 
 
 def eagerly_on_mesh(kind, case, function):
   mesh = mesh_of(kind)
-  with in_mesh(mesh):
+  with jax.set_mesh(mesh):
     return value_and_grad(function, case)(*placed(mesh, case))
 
 
 def mapped(check_vma, inside, case, function):
-  """Each device's own loss; differentiated inside the map, or from outside."""
+  """Compute the loss of each device, differentiated inside or outside the map."""
   specs = tuple(map(spec, case.axes))
   mean = lambda x: jax.lax.pmean(x, AXIS)
   options = {"mesh": mesh_of(AxisType.Auto), "in_specs": specs, "check_vma": check_vma}
@@ -251,8 +246,8 @@ def x64():
   jax.config.update("jax_enable_x64", False)
 
 
-# All pairs take minutes. Without OV_ALL_CONTEXTS=1 every loss is tried where arrays have stricter
-# types, and two losses everywhere.
+# All pairs take minutes. Without OV_ALL_CONTEXTS=1, all losses run in the contexts with stricter
+# array types, and two losses in all contexts.
 STRICT = ("explicit mesh", "shard_map", "grad of shard_map")
 PAIRS = [
   (name, context)
@@ -267,7 +262,7 @@ PAIRS = [
 @pytest.mark.parametrize(("name", "context"), PAIRS)
 def test_value_and_gradient_are_those_of_the_naive_formula(name, context):
   case, run = CASES[name], CONTEXTS[context]
-  # The naive formulas index and reshape as Explicit axes do not allow.
+  # The naive references use indexing that Explicit axes do not support.
   expected = (jitted if "explicit" in context or "mesh" in context else run)(case, case.naive)
   close(run(case, case.loss), expected)
 
@@ -293,7 +288,7 @@ def test_x64_keeps_float32(x64, name, context):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_float64_is_refused_in_one_line(x64, name):
+def test_float64_raises_a_one_line_error(x64, name):
   case = CASES[name]
   args = [a.astype(np.float64) if a.dtype == np.float32 else a for a in case.args]
   with pytest.raises(ValueError, match=r"float64.*expected .*float32 or .*bfloat16; cast") as e:
@@ -309,7 +304,7 @@ def test_float64_of_numpy_becomes_float32_as_everywhere_in_jax():
 
 @pytest.mark.parametrize("differentiated", [False, True])
 @pytest.mark.parametrize("name", CASES)
-def test_an_empty_batch_has_loss_0_and_gradients_0(name, differentiated):
+def test_empty_batch(name, differentiated):
   case = CASES[name]
   args = [
     a if axis is None else a[(slice(None),) * axis + (slice(0, 0),)]
@@ -376,7 +371,7 @@ def test_gradient_cache(kind, context):
       return x if axis is None else jnp.concatenate([x], axis)
 
     args = [spread(x, a) for x, a in zip(placed(mesh, case, split=False), axes, strict=True)]
-    with in_mesh(mesh):
+    with jax.set_mesh(mesh):
       close(jax.jit(found)(*args), expected(image, texts, scale, ids))
   elif context == "pmap":
     stacked = [None if a is None else np.stack(np.split(x, 2, a))
@@ -415,7 +410,7 @@ def test_gradient_cache_with_split_rows_and_params_on_explicit_axes():
     rows = np.swapaxes(x, 0, 1).reshape(-1, WIDTH) @ w
     return ov_losses.contrastive_softmax(rows[:, :3], rows[:, 3:], jnp.float32(2)).loss
 
-  with in_mesh(mesh):
+  with jax.set_mesh(mesh):
     step = lambda p, b: ov_losses.gradient_cache(
       embed, combine, p, b, jax.random.key(0), shardings=split
     )
@@ -429,7 +424,7 @@ def test_gradient_cache_with_split_rows_and_params_on_explicit_axes():
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("context", [False, True])
 @pytest.mark.parametrize("name", [name for name in CASES if "naive" not in name][2:])
-def test_forms_over_a_mesh_of_the_caller(name, kind, context):
+def test_forms_over_a_custom_mesh(name, kind, context):
   case, mesh = CASES[name], mesh_of(kind)
   loss_kind, form = name.split()
 
@@ -441,17 +436,17 @@ def test_forms_over_a_mesh_of_the_caller(name, kind, context):
       form=form, mesh=mesh, axes=(AXIS,), chunk=2,
     ).loss  # fmt: skip
 
-  with in_mesh(mesh) if context else contextlib.nullcontext():
+  with jax.set_mesh(mesh) if context else contextlib.nullcontext():
     found = jax.jit(value_and_grad(loss, case))(*placed(mesh, case))
   close(found, jitted(case, case.naive))
-  with in_mesh(mesh) if context else contextlib.nullcontext():
+  with jax.set_mesh(mesh) if context else contextlib.nullcontext():
     empty = jax.jit(loss)(np.ones((0, 4), np.float32), np.ones((1, 0, 4), np.float32),
                           np.float32(1), np.zeros((0, 3), np.int32))  # fmt: skip
   assert empty == 0.0
 
 
 @pytest.mark.parametrize("form", ["gathered", "ring"])
-def test_a_mesh_inside_shard_map_is_refused_in_one_line(form):
+def test_mesh_inside_shard_map_raises_a_one_line_error(form):
   mesh = mesh_of(AxisType.Auto)
   loss = lambda x: ov_losses.contrastive_softmax(x, x, 1.0, form=form, mesh=mesh, axes=(AXIS,)).loss
   mapped = jax.shard_map(loss, mesh=mesh, in_specs=P(AXIS), out_specs=P(), check_vma=False)

@@ -1,23 +1,24 @@
-"""Exact gradients of a contrastive batch that does not fit in memory, in two passes.
+"""Gradient cache: exact gradients of contrastive batches that do not fit in memory.
 
-A contrastive loss is no sum over microbatches: every row meets every other. But it depends on the
-parameters through one small embedding per row. So (Gao et al. 2021,
-https://arxiv.org/abs/2101.06983):
+A contrastive loss is not a sum over microbatches, but it depends on the parameters only through one
+small embedding per row. The algorithm of Gao et al. 2021 (https://arxiv.org/abs/2101.06983):
 
-  1. embed every microbatch and keep only the embeddings;
-  2. take the loss of all of them together, and its gradient with respect to each;
-  3. embed every microbatch again, and pull its part of that gradient back to the parameters.
+  1. Embed every microbatch and keep only the embeddings.
+  2. Compute the loss of all embeddings and its gradient with respect to each embedding.
+  3. Embed every microbatch again and backpropagate its part of that gradient to the parameters.
 
-The price is a second forward pass of what makes the embeddings; the activations of one microbatch
-are alive at a time. Losses that rows have on their own (captions) ride along in pass 3.
+The cost is a second forward pass of the encoders; only the activations of one microbatch are live
+at a time. Per-row losses such as captioning are computed in step 3.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from einops import rearrange
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from ov_losses import contexts
 
@@ -25,94 +26,107 @@ PyTree = Any
 
 
 class LossTerms(NamedTuple):
-  """Any three of this form will do, also as a plain tuple.
+  """Loss, weight and metrics of a microbatch. Plain 3-tuples are accepted as well.
 
   Attributes:
-    loss: float32 [], a mean over `weight` units.
-    weight: float32 [], how many units that is; 0 if there were none, with a finite loss.
-    metrics: name -> float32 [], means over the same units.
+    loss: float32 mean over `weight` units; finite if `weight` is 0.
+    weight: float32 number of units, such as tokens or rows.
+    metrics: float32 means over the same units.
   """
 
-  loss: jax.Array
-  weight: jax.Array
-  metrics: dict[str, jax.Array]
+  loss: Float[Array, ""]
+  weight: Float[Array, ""]
+  metrics: dict[str, Float[Array, ""]]
 
 
 Terms = tuple[jax.Array, jax.Array, dict[str, jax.Array]]
+RowLosses = Terms | Sequence[Terms]
 
 
 def gradient_cache(
-  embed: Callable[[PyTree, PyTree, jax.Array], tuple[PyTree, Terms]],
+  embed: Callable[[PyTree, PyTree, jax.Array], tuple[PyTree, RowLosses]],
   combine: Callable[[PyTree, PyTree], Terms],
   params: PyTree,
   batches: PyTree,
-  key: jax.Array,
+  key: PRNGKeyArray,
   *,
   shardings: PyTree | None = None,
 ) -> tuple[PyTree, LossTerms]:
-  """Gradient of `combine` over the rows of all microbatches, plus the mean of their own losses.
+  """Compute the gradient of a batch-level loss plus per-row losses over all microbatches.
 
-    loss = combine.loss + sum_j own_j.weight * own_j.loss / sum_j own_j.weight
+    loss = combine.loss + sum_own sum_j own_j.weight * own_j.loss / sum_j own_j.weight
 
-  It equals the gradient of the whole batch at once up to float32 rounding, if `embed` treats rows
-  independently; draws it makes from its key differ.
+  The result equals the gradient of the full batch up to float32 rounding if `embed` treats rows
+  independently. Random numbers that `embed` draws from its key differ from those of the full batch.
 
   Args:
-    embed: (params, microbatch [b,...], key) -> (rows, own): a tree of arrays [b,...] for `combine`,
-      of which whole numbers and bools have no gradient, and the loss that rows have on their own.
-    combine: (params, rows [k*b,...]) -> the loss of all rows together. Row i*k + j is row i of
-      microbatch j, so rows that are split over devices stay where they are.
-    params: what to differentiate by.
+    embed: function (params, microbatch [b,...], key) -> (rows, own). `rows` is a tree of arrays
+      [b,...] for `combine`; integer and bool arrays have no gradient. `own` is the per-row loss of
+      the microbatch, or a list of such losses, which may have different units.
+    combine: function (params, rows [k*b,...]) -> batch-level loss. Row i*k + j is row i of
+      microbatch j, so rows that are sharded over devices are not moved.
+    params: parameters to differentiate with respect to.
     batches: tree of arrays [k,b,...].
-    key: microbatch j is given fold_in(key, j), in both passes.
-    shardings: of `params`, for the float32 sums of the gradients; None leaves them to the compiler.
+    key: random key; microbatch j gets fold_in(key, j) in both passes.
+    shardings: shardings of `params` for the float32 gradient sums; None leaves them to the
+      compiler.
 
   Returns:
-    Gradients in float32, shaped like `params`; and the loss with the weight of `combine`, and the
-    metrics of both.
+    The float32 gradients with the structure of `params`, and the total loss with the weight of
+    `combine` and all metrics.
 
   Raises:
-    ValueError: `batches` has no arrays, no microbatch, or arrays of different numbers of them.
+    ValueError: if `batches` has no arrays, no microbatch, or different numbers of microbatches.
   """
   k = _num_microbatches(batches)
   keys = jax.vmap(lambda j: jax.random.fold_in(key, j))(jnp.arange(k))
 
-  def first(_: None, xs: tuple[PyTree, jax.Array]) -> tuple[None, tuple[PyTree, jax.Array]]:
+  def embed_pass(_: None, xs: tuple[PyTree, jax.Array]) -> tuple[None, tuple[PyTree, PyTree]]:
     rows, own = embed(params, *xs)
-    return None, (rows, own[1])  # own loss and metrics are dead code here
+    return None, (rows, [terms[1] for terms in _as_list(own)])
 
-  _, (rows, weights) = jax.lax.scan(first, None, (batches, keys))
+  _, (rows, weights) = jax.lax.scan(embed_pass, None, (batches, keys))
   leaves, tree = jax.tree.flatten(jax.tree.map(_interleave, rows))
   floats = [x for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]
 
-  def together(params: PyTree, floats: list[jax.Array]) -> tuple[jax.Array, Terms]:
+  def batch_loss(params: PyTree, floats: list[jax.Array]) -> tuple[jax.Array, Terms]:
     given = iter(floats)
     merged = [next(given) if jnp.issubdtype(x.dtype, jnp.inexact) else x for x in leaves]
     out = combine(params, jax.tree.unflatten(tree, merged))
     return out[0], out
 
-  (params_grad, rows_grad), combined = jax.grad(together, (0, 1), has_aux=True)(params, floats)
+  (params_grad, rows_grad), combined = jax.grad(batch_loss, (0, 1), has_aux=True)(params, floats)
   rows_grad = jax.tree.map(lambda x: _deinterleave(x, k), rows_grad)
-  shares = weights / jnp.where(weights.sum() > 0, weights.sum(), 1.0)
+  fractions = [w / jnp.where(w.sum() > 0, w.sum(), 1.0) for w in weights]
 
-  def second(sums: PyTree, xs: tuple) -> tuple[PyTree, Terms]:
-    batch, key, rows_grad, share = xs
+  def gradient_pass(sums: PyTree, xs: tuple) -> tuple[PyTree, Sequence[Terms]]:
+    batch, key, rows_grad, fractions = xs
 
-    def outputs(params: PyTree) -> tuple[tuple[list[jax.Array], jax.Array], Terms]:
+    def outputs(params: PyTree) -> tuple[tuple[list[jax.Array], list[jax.Array]], Sequence[Terms]]:
       rows, own = embed(params, batch, key)
+      own = _as_list(own)
       floats = [x for x in jax.tree.leaves(rows) if jnp.issubdtype(x.dtype, jnp.inexact)]
-      return (floats, own[0] + contexts.varying_zero(own)), own
+      return (floats, [terms[0] + contexts.varying_zero(terms) for terms in own]), own
 
-    (_, loss), pull, own = jax.vjp(outputs, params, has_aux=True)
-    share = share + contexts.varying_zero(loss)
-    (grads,) = pull((rows_grad, share.astype(loss.dtype)))
+    (_, losses), pull, own = jax.vjp(outputs, params, has_aux=True)
+    fractions = [
+      (fraction + contexts.varying_zero(loss)).astype(loss.dtype)
+      for fraction, loss in zip(fractions, losses, strict=True)
+    ]
+    (grads,) = pull((rows_grad, fractions))
     return _constrain(_add(sums, grads), shardings), own
 
   start = _constrain(jax.tree.map(lambda g: g.astype(jnp.float32), params_grad), shardings)
-  grads, own = jax.lax.scan(second, start, (batches, keys, rows_grad, shares))
-  mean = lambda x: jnp.sum(jnp.where(shares > 0, shares * x, 0.0))
-  metrics = {**combined[2], **jax.tree.map(mean, own[2])}
-  return grads, LossTerms(combined[0] + mean(own[0]), combined[1], metrics)
+  grads, own = jax.lax.scan(gradient_pass, start, (batches, keys, rows_grad, fractions))
+  loss, metrics = combined[0], dict(combined[2])
+  for terms, fraction in zip(own, fractions, strict=True):
+    mean = lambda x, fraction=fraction: jnp.sum(jnp.where(fraction > 0, fraction * x, 0.0))
+    loss, metrics = loss + mean(terms[0]), metrics | jax.tree.map(mean, terms[2])
+  return grads, LossTerms(loss, combined[1], metrics)
+
+
+def _as_list(own: RowLosses) -> Sequence[Terms]:
+  return own if isinstance(own, list) else [own]  # type: ignore[list-item]  # a single 3-tuple
 
 
 def _num_microbatches(batches: PyTree) -> int:
@@ -120,7 +134,7 @@ def _num_microbatches(batches: PyTree) -> int:
   if len(sizes) != 1 or sizes & {(), (0,)}:
     raise ValueError(
       f"batches has arrays with leading dimensions {sorted(sizes)}; expected arrays [k,b,...] with "
-      "one k of at least 1 microbatch."
+      "the same k >= 1."
     )
   return sizes.pop()[0]
 
@@ -139,12 +153,8 @@ def _constrain(grads: PyTree, shardings: PyTree | None) -> PyTree:
 
 
 def _interleave(x: jax.Array) -> jax.Array:
-  """[k,b,...] -> [b*k,...]."""
-  k, b, *rest = x.shape
-  return contexts.reshaped(x, lambda x: x.swapaxes(0, 1).reshape(b * k, *rest), axis=0)
+  return contexts.reshaped(x, lambda x: rearrange(x, "k b ... -> (b k) ..."), axis=0)
 
 
 def _deinterleave(x: jax.Array, k: int) -> jax.Array:
-  """[b*k,...] -> [k,b,...]."""
-  rows, *rest = x.shape
-  return contexts.reshaped(x, lambda x: x.reshape(rows // k, k, *rest).swapaxes(0, 1), axis=1)
+  return contexts.reshaped(x, lambda x: rearrange(x, "(b k) ... -> k b ...", k=k), axis=1)

@@ -21,7 +21,7 @@ def make_params(seed=0):
 
 
 def make_batch(rows=ROWS, seed=1):
-  """Rows with unequal numbers of caption tokens, two of them not valid."""
+  """Return rows with different numbers of caption tokens; two rows are invalid."""
   rng = np.random.default_rng(seed)
   valid = np.ones(rows, bool)
   valid[[2, 5]] = False
@@ -67,7 +67,7 @@ def combine(params, rows):
 
 
 def split(batch, k):
-  """Row i of microbatch j is row i * k + j."""
+  """Split rows into microbatches: row i of microbatch j is row i * k + j."""
   return jax.tree.map(lambda x: np.stack([x[j::k] for j in range(k)]), batch)
 
 
@@ -78,14 +78,14 @@ def whole(params, batch, embed=embed):
 
 
 @pytest.mark.parametrize("k", [1, 6])
-def test_equals_the_gradient_of_the_whole_batch(k):
+def test_equals_the_gradient_of_the_full_batch(k):
   params, batch = make_params(), make_batch()
   (loss, (own, out)), expected = jax.jit(jax.value_and_grad(whole, has_aux=True))(params, batch)
 
   cached = jax.jit(lambda p, b: gradient_cache(embed, combine, p, b, jax.random.key(0)))
   grads, terms = cached(params, split(batch, k))
 
-  # The same float32 sums in another order.
+  # Different order of float32 sums.
   np.testing.assert_allclose(terms.loss, loss, rtol=1e-6)
   assert terms.weight == ROWS - 2
   assert terms.metrics["image_top1"] == out[2]["image_top1"]
@@ -93,10 +93,37 @@ def test_equals_the_gradient_of_the_whole_batch(k):
   chex.assert_trees_all_equal_structs(grads, expected)
   for got, want in zip(jax.tree.leaves(grads), jax.tree.leaves(expected), strict=True):
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6 * np.abs(want).max())
-  assert all(np.abs(g).max() > 1e-4 for g in jax.tree.leaves(expected))  # every part is tested
+  assert all(np.abs(g).max() > 1e-4 for g in jax.tree.leaves(expected))  # every part has a gradient
 
 
-def test_rows_come_in_the_order_of_the_whole_batch():
+def two_means(params, batch, key):
+  """Return a loss over tokens and one over valid rows, with different weights per microbatch."""
+  rows, of_tokens = embed(params, batch, key)
+  count = batch["valid"].sum().astype(jnp.float32)
+  error = jnp.where(batch["valid"], (rows["image"] ** 4).sum(1), 0)
+  of_rows = error.sum() / jnp.maximum(count, 1)
+  return rows, [of_tokens, (of_rows, count, {"error": of_rows})]
+
+
+@pytest.mark.parametrize("k", [1, 6])
+def test_losses_with_different_weights(k):
+  params, batch = make_params(), make_batch()
+
+  def whole(params):
+    rows, own = two_means(params, batch, None)
+    return combine(params, rows)[0] + sum(terms[0] for terms in own), own
+
+  (loss, own), expected = jax.jit(jax.value_and_grad(whole, has_aux=True))(params)
+  cached = jax.jit(lambda p, b: gradient_cache(two_means, combine, p, b, jax.random.key(0)))
+  grads, terms = cached(params, split(batch, k))
+  # Different order of float32 sums.
+  np.testing.assert_allclose(terms.loss, loss, rtol=1e-6)
+  for name, of in (("accuracy", own[0]), ("error", own[1])):
+    np.testing.assert_allclose(terms.metrics[name], of[2][name], rtol=1e-6)
+  chex.assert_trees_all_close(grads, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_rows_keep_the_order_of_the_full_batch():
   batch = {"index": np.arange(12, dtype=np.int32)}
   seen = {}
 
@@ -111,8 +138,8 @@ def test_rows_come_in_the_order_of_the_whole_batch():
   np.testing.assert_array_equal(seen["order"], np.arange(12))
 
 
-def test_both_passes_draw_the_same():
-  # With noise in the embedding, pass 3 must pull back at the point where pass 2 took the gradient.
+def test_both_passes_use_the_same_randomness():
+  # With noisy embeddings, both passes must use the same random numbers.
   params, batch = make_params(), make_batch()
   k = 4
 
@@ -137,7 +164,7 @@ def test_both_passes_draw_the_same():
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6 * np.abs(want).max())
 
 
-def test_microbatches_without_tokens_count_for_nothing():
+def test_microbatches_without_tokens_have_weight_zero():
   params, batch = make_params(), make_batch()
   cached = jax.jit(
     lambda batches: gradient_cache(embed, combine, params, batches, jax.random.key(0))
@@ -154,7 +181,7 @@ def test_microbatches_without_tokens_count_for_nothing():
   np.testing.assert_allclose(terms.loss, together, rtol=1e-6)
 
 
-def test_memory_follows_the_microbatch():
+def test_memory_scales_with_the_microbatch():
   # 64 rows of 4,096 hidden numbers: 1 MiB of activations each layer in one piece.
   rows, hidden = 64, 4096
   params = {"in": jnp.zeros((INPUT, hidden)), "out": jnp.zeros((hidden, WIDTH))}

@@ -1,4 +1,4 @@
-"""Every example of the README runs; the first is run alone by //tests/standalone too."""
+"""Tests of the README examples; //tests/standalone runs the first one alone, too."""
 
 import pathlib
 import re
@@ -18,12 +18,12 @@ def test_captions_and_pairs(capsys):
 
 def test_gradient_cache(capsys):
   exec(CACHE, {})
-  at_once, *cached = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()]
+  full_batch, *cached = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()]
   assert cached == sorted(cached, reverse=True)
-  assert cached[0] < at_once / 3 and cached[1] < at_once / 7  # as the README says
+  assert cached[0] < full_batch / 3 and cached[1] < full_batch / 7  # as stated in the README
 
 
-def test_a_mesh_of_the_caller(capsys):
+def test_shard_map_example(capsys):
   exec(CAPTIONS_AND_PAIRS + OWN_MESH, {})
   first = CAPTIONS_AND_PAIRS.count("print(")
   assert re.fullmatch(r"\(\d+, \d+\)", capsys.readouterr().out.splitlines()[first])

@@ -1,20 +1,20 @@
-"""Softmax terms of a linear head per token, computed a few token columns at a time.
+"""Tiled softmax terms of a linear head, computed for a few token columns at a time.
 
-The [B,T,V] logits of a caption batch are its largest array by far: 64 captions of 127 tokens over
-32,000 words are 1.04 GB in float32, as much again for their gradient. Here a `lax.scan` over tiles
-of the token axis makes them piecewise and throws them away. The token axis is tiled, not the batch,
-so that a batch sharded over devices stays where it is.
+The [B,T,V] logits of a caption batch are large: 64 captions of 127 tokens with a vocabulary of
+32,000 take 1.04 GB in float32, and as much again for their gradient. A `lax.scan` over tiles of the
+token axis computes and discards them. Tiling the token axis instead of the batch axis keeps sharded
+batches in place.
 
-  token_terms      each token's terms, of which any scalar may be made; the backward pass makes the
-                   logits again: four products of the size of the logits
-  weighted_sum     one weighted sum of the terms, the loss of training; since the weights are known,
-                   the gradient is made while a tile is there: three products
+  token_terms      terms of each token; the backward pass recomputes the logits: four logits-sized
+                   matmuls
+  weighted_sum     weighted sum of the terms, the training loss; the weights are known, so the
+                   gradient is computed in the forward pass: three logits-sized matmuls
 
-Three rules keep it exact and fast:
-  - every logits product accumulates in float32 (`preferred_element_type`), in both passes: logits
-    rounded to bfloat16 in one pass only make the recomputed softmax wrong by percents;
-  - the softmax gradient is cast to the activation dtype before the two backward products;
-  - the label is picked by a dense compare, which shards over V; a gather or scatter does not.
+Numerics and performance:
+  - Logits accumulate in float32 (`preferred_element_type`) in both passes. Rounding them to
+    bfloat16 in one pass only gives errors of several percent in the recomputed softmax.
+  - The softmax gradient is cast to the activation dtype before the two backward matmuls.
+  - Labels are selected by a dense comparison, which shards over V; gather and scatter do not.
 """
 
 from collections.abc import Callable
@@ -31,7 +31,7 @@ DEFAULT_TILE = 16  # token columns; 8 tiles for a caption of 127
 
 
 class TokenTerms(NamedTuple):
-  """Softmax terms of every token, each [B,T] float32. All but `correct` are differentiable."""
+  """Softmax terms of every token; [B,T] float32. All but `correct` are differentiable."""
 
   nll: jax.Array  # lse - logit of the label
   uniform_nll: jax.Array  # lse - mean logit: cross-entropy against the uniform distribution
@@ -47,20 +47,20 @@ def token_terms(
   tile: int | None = None,
   batch_shards: int = 1,
 ) -> TokenTerms:
-  """Softmax terms of `hidden @ head`, of which at most [B,tile,V] exists at a time.
+  """Return the softmax terms of `hidden @ head` with at most [B,tile,V] live logits.
 
   Args:
-    hidden: states to score; their dtype is the dtype of the products.
+    hidden: hidden states; their dtype is the dtype of the matmuls.
     head: output matrix, cast to the dtype of `hidden`.
     labels: target ids.
-    tile: most token columns per scan step; None is 16. Tiles are made equal, so that little is
-      padded: 20 tokens are 2 tiles of 10.
-    batch_shards: devices the batch is split over, a divisor of B. The gradient of the head is
-      kept as that many partial sums [batch_shards,D,V] until the scan ends, which under a batch
-      sharding means one [D,V] per device and a single reduction.
+    tile: maximum number of token columns per scan step; None means 16. Tiles have equal sizes to
+      reduce padding: 20 tokens give 2 tiles of 10.
+    batch_shards: number of devices that the batch is split over, a divisor of B. The gradient of
+      the head is kept as partial sums [batch_shards,D,V] until the scan ends: one [D,V] per device
+      and a single reduction.
 
   Raises:
-    ValueError: on shapes or dtypes that do not fit.
+    ValueError: if a shape or dtype is invalid.
   """
   _check(hidden, head, labels, tile, batch_shards)
   split = _tiles_of(labels.shape[1], tile)
@@ -80,14 +80,14 @@ def weighted_sum(
   tile: int | None = None,
   batch_shards: int = 1,
 ) -> tuple[jax.Array, TokenTerms]:
-  """sum(weights * ((1-a) nll + a uniform_nll + z lse^2)) and the terms, which have no gradient.
+  """Return sum(weights * ((1-a) nll + a uniform_nll + z lse^2)) and the terms.
 
-  Where it is differentiated, the gradients of `hidden` and `head` are made in the forward pass and
-  kept until the backward pass scales them: they are of the size of their arguments. The weights
-  have no gradient. Other arguments as in `token_terms`.
+  The gradients of `hidden` and `head` are computed in the forward pass, and the backward pass
+  scales them. The weights and the returned terms have no gradient. The other arguments are those of
+  `token_terms`.
 
   Raises:
-    ValueError: on shapes or dtypes that do not fit.
+    ValueError: if a shape or dtype is invalid.
   """
   _check(hidden, head, labels, tile, batch_shards)
   split = _tiles_of(labels.shape[1], tile)
@@ -117,7 +117,7 @@ def _check(
   if head.shape[1] < 1:
     raise ValueError(f"head has shape {head.shape}; expected [D,V] with at least 1 token.")
   if tile is not None and tile < 1:
-    raise ValueError(f"tile={tile}; expected at least 1 token column, or None to choose.")
+    raise ValueError(f"tile={tile}; expected at least 1 token column, or None for the default.")
   if batch_shards < 1 or hidden.shape[0] % batch_shards:
     raise ValueError(
       f"batch_shards={batch_shards} does not divide the batch of {hidden.shape[0]}; pass the "
@@ -126,7 +126,7 @@ def _check(
 
 
 def _tiles_of(length: int, tile: int | None) -> Callable[[jax.Array], jax.Array]:
-  """[B,T,...] -> [tiles,B,t,...], the last tile filled up with zeros."""
+  """Return a function [B,T,...] -> [tiles,B,t,...] that pads the last tile with zeros."""
   num_tiles = max(1, math.ceil(length / (tile or DEFAULT_TILE)))
   padding = num_tiles * math.ceil(length / num_tiles) - length
 
@@ -139,7 +139,7 @@ def _tiles_of(length: int, tile: int | None) -> Callable[[jax.Array], jax.Array]
 
 
 def _join(x: jax.Array) -> jax.Array:
-  """[tiles,B,t,...] -> [B,tiles*t,...]."""
+  """Join [tiles,B,t,...] -> [B,tiles*t,...]."""
   x = jnp.moveaxis(x, 0, 1)
   return x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:])
 
@@ -153,7 +153,7 @@ def _is_label(labels: jax.Array, vocab: int) -> jax.Array:
 
 
 class _Tile(NamedTuple):
-  """One tile of tokens: its terms, and the softmax they come from."""
+  """Terms and softmax of one tile of tokens."""
 
   terms: TokenTerms  # each [B,t]
   probabilities: jax.Array  # [B,t,V] float32
@@ -164,7 +164,7 @@ def _tile(hidden: jax.Array, head: jax.Array, labels: jax.Array) -> _Tile:
   is_label = _is_label(labels, head.shape[1])
   best_other = jnp.max(jnp.where(is_label, -jnp.inf, logits), axis=-1)
   label_logit = jnp.sum(jnp.where(is_label, logits, 0.0), axis=-1)
-  # Everything is measured from the largest logit, so that no digits cancel in lse - logit.
+  # Subtract the largest logit first: lse - logit would cancel for large logits.
   peak = jnp.maximum(best_other, label_logit)
   shifted = logits - peak[..., None]
   exponentials = jnp.exp(shifted)
@@ -187,7 +187,7 @@ def _tile_gradients(
   cotangents: TokenTerms,
   batch_shards: int,
 ) -> tuple[jax.Array, jax.Array]:
-  """Of hidden [B,t,D] in its dtype, and of the head: partial sums [batch_shards,D,V] float32.
+  """Return the gradient of hidden [B,t,D] and float32 partial sums [batch_shards,D,V] of the head.
 
   d logits = (g_nll + g_uniform + g_lse) softmax - g_nll [v = label] - g_uniform / V
   """
@@ -215,7 +215,7 @@ def _terms(
   labels: jax.Array,  # [tiles,B,t]
   batch_shards: int,
 ) -> TokenTerms:  # each [tiles,B,t]
-  del batch_shards  # matters to the backward pass only
+  del batch_shards  # used by the backward pass only
   head = head.astype(hidden.dtype)
 
   def step(_: None, xs: tuple[jax.Array, jax.Array]) -> tuple[None, TokenTerms]:
@@ -274,7 +274,7 @@ def _sum(
 def _objective(
   terms: TokenTerms, weights: jax.Array, label_smoothing: float, z_loss: float
 ) -> jax.Array:
-  """What each token adds; nothing, NaN included, where its weight is 0."""
+  """Return the loss of each token; 0 where the weight is 0, even if a term is NaN."""
   value = (1.0 - label_smoothing) * terms.nll
   if label_smoothing:
     value += label_smoothing * terms.uniform_nll
@@ -322,7 +322,7 @@ def _sum_bwd(
   cotangents: tuple[jax.Array, TokenTerms],
 ) -> tuple[jax.Array, jax.Array, None, None]:
   del label_smoothing, z_loss, batch_shards
-  slope, _ = cotangents  # the terms came with stop_gradient
+  slope, _ = cotangents  # the terms are wrapped in stop_gradient
   hidden_grad, head_grad = gradients
   scale = lambda x: (slope * x.astype(jnp.float32)).astype(x.dtype)
   return scale(hidden_grad), scale(head_grad), None, None

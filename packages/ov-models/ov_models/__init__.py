@@ -1,4 +1,4 @@
-"""Vision and text encoders and caption decoders of OpenVision: arithmetic over plain parameters."""
+"""OpenVision models: vision encoders, text encoders and caption decoders."""
 
 from ov_models.decoder import DECODER_VARIANTS, Decoder, DecoderConfig
 from ov_models.files import config_from_dict, config_to_dict, load, read_config, save
@@ -13,7 +13,7 @@ from ov_models.functional import (
 from ov_models.generate import GenerateOutput, generate
 from ov_models.model import Embedded, VisionLanguageModel, VisionLanguageOutput
 from ov_models.model_config import VisionLanguageConfig
-from ov_models.partition import on_mesh
+from ov_models.partition import RULES
 from ov_models.positions import resample_positions, sincos2d
 from ov_models.presets import EMBED_DIMS, PRESETS, Preset
 from ov_models.query_decoder import QueryDecoder, QueryDecoderConfig
@@ -24,6 +24,7 @@ __all__ = [
   "DECODER_VARIANTS",
   "EMBED_DIMS",
   "PRESETS",
+  "RULES",
   "TEXT_VARIANTS",
   "VIT_VARIANTS",
   "Decoder",
@@ -52,7 +53,6 @@ __all__ = [
   "load",
   "logical_axes",
   "num_params",
-  "on_mesh",
   "read_config",
   "resample_positions",
   "save",

@@ -1,7 +1,8 @@
-"""Stacking, scanning and rematerialisation change nothing but time and memory."""
+"""Tests of stacked blocks, scan and rematerialisation."""
 
 import dataclasses
 
+import chex
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,9 @@ import numpy as np
 import pytest
 
 from ov_models import VisionLanguageConfig, ViTConfig, bind, init
+from ov_models.attention import FULL
+from ov_models.blocks import run_blocks, take_layer
+from ov_models.testing import random_params
 
 VIT = ViTConfig(width=32, depth=3, mlp_dim=64, num_heads=2, patch_size=4, image_size=16)
 
@@ -23,9 +27,12 @@ def value_and_grad(config, params, images):
 
 
 def assert_same(ours, expected):
-  """Equal up to the order of float32 sums."""
-  for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
-    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6 * max(1e-3, np.abs(b).max()))
+  """Assert equality up to the order of float32 sums."""
+
+  def close(a, b):
+    return np.allclose(a, b, rtol=1e-4, atol=1e-6 * max(1e-3, np.abs(b).max()))
+
+  chex.assert_trees_all_equal_comparator(close, lambda a, b: f"{a} != {b}", ours, expected)
 
 
 @pytest.fixture(scope="module")
@@ -39,14 +46,14 @@ def reference():
   ("scan", "remat"),
   [(True, "full"), (True, "dots"), (True, "offload"), (False, "none"), (False, "full")],
 )
-def test_scan_and_remat_change_nothing(reference, scan, remat):
+def test_scan_and_remat_do_not_change_values(reference, scan, remat):
   params, images, expected = reference
   config = dataclasses.replace(VIT, scan=scan, remat=remat)
   assert_same(value_and_grad(config, params, images), expected)
 
 
 def test_remat_saves_memory():
-  """The compiler needs least for "full", most for "none"."""
+  """Remat "full" needs the least memory, "none" the most."""
   temp = {}
   for remat in ("none", "dots", "full"):
     config = dataclasses.replace(VIT, depth=12, remat=remat)
@@ -69,13 +76,61 @@ def test_scan_compiles_the_block_once():
   assert lines(12, scan=False) > 2 * lines(2, scan=False)
 
 
+def rope(q, k, position):
+  """Apply 1-D rotary positions: https://arxiv.org/abs/2104.09864."""
+  angle = position[..., None, None] / 100 ** jnp.linspace(0, 1, q.shape[3] // 2)
+
+  def turn(a):
+    real, imaginary = jnp.split(a, 2, axis=-1)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    return jnp.concatenate([real * cos - imaginary * sin, real * sin + imaginary * cos], axis=-1)
+
+  return turn(q), turn(k)
+
+
+@pytest.mark.parametrize(("scan", "remat"), [(True, "full"), (False, "none")])
+def test_rotary_attention_depends_on_distances_only(scan, remat):
+  config = dataclasses.replace(VIT, scan=scan, remat=remat)
+  blocks = bind(config, random_params(config)).blocks
+  x = jax.random.normal(jax.random.key(0), (2, 9, 32))
+  plain = run_blocks(blocks, x, FULL, config)
+
+  def value_and_grad(shift):
+    rotate = lambda q, k: rope(q, k, jnp.arange(9) + shift)
+    return jax.value_and_grad(
+      lambda x: (run_blocks(blocks, x, FULL, config, None, rotate) ** 2).sum()
+    )(x)
+
+  chex.assert_trees_all_close(value_and_grad(0), value_and_grad(20), rtol=1e-4, atol=1e-3)
+  assert abs(value_and_grad(0)[0] - (plain**2).sum()) > 1
+  shuffled = run_blocks(
+    blocks, x[:, ::-1], FULL, config, None, lambda q, k: rope(q, k, 8 - jnp.arange(9))
+  )
+  rotated = run_blocks(blocks, x, FULL, config, None, lambda q, k: rope(q, k, jnp.arange(9)))
+  chex.assert_trees_all_close(shuffled[:, ::-1], rotated, atol=1e-5)
+
+
+def test_rotated_keys_can_be_cached():
+  # As in decoding with a cache: tokens are rotated one at a time.
+  config = dataclasses.replace(VIT, depth=1)
+  block = take_layer(bind(config, random_params(config)).blocks, 0)
+  x = jax.random.normal(jax.random.key(0), (2, 9, 32))
+  whole = block.qkv(x, lambda q, k: rope(q, k, jnp.arange(9)))
+  steps = [
+    block.qkv(x[:, t : t + 1], lambda q, k, t=t: rope(q, k, jnp.array([t]))) for t in range(9)
+  ]
+  chex.assert_trees_all_close(
+    whole, tuple(jnp.concatenate(a, axis=1) for a in zip(*steps)), atol=1e-6
+  )
+
+
 def std(a):
   return float(np.std(a))
 
 
 def test_vision_initialisers():
-  # Statistics of at least 6 * 64 * 64 draws: relative error of a std below 1 / sqrt(2 * 24576) =
-  # 0.5%; 3% is six of them.
+  # At least 6 * 64 * 64 samples: the relative error of a std is below 1 / sqrt(2 * 24576) =
+  # 0.5%; the tolerance of 3% is six standard errors.
   config = ViTConfig(width=64, depth=6, mlp_dim=256, num_heads=2, patch_size=16, image_size=32)
   p = init(config, jax.random.key(0))
   blocks = p["blocks"]
@@ -85,7 +140,7 @@ def test_vision_initialisers():
   assert std(blocks["mlp"]["up"]["kernel"]) == pytest.approx(0.02, rel=0.03)
   down = blocks["mlp"]["down"]["kernel"]
   assert std(down) == pytest.approx((0.3072 / 64) ** 0.5, rel=0.03)
-  assert np.abs(down).max() < 2.3 * std(down)  # truncated at two (before the variance is restored)
+  assert np.abs(down).max() < 2.3 * std(down)  # truncated at two standard deviations, then rescaled
   bound = (6 / (16 * 16 * 3)) ** 0.5
   kernel = p["patch_embed"]["kernel"]
   assert std(kernel) == pytest.approx(bound / 3**0.5, rel=0.03)
@@ -131,7 +186,7 @@ def test_layers_and_towers_differ():
   ]
   flat = np.stack([k.ravel() for k in kernels])
   correlation = np.corrcoef(flat) - np.eye(len(kernels))
-  # Independent draws of 36864 numbers: correlation 0.005 standard error.
+  # Independent samples of 36864 numbers: the standard error of the correlation is 0.005.
   assert np.abs(correlation).max() < 0.03
 
 

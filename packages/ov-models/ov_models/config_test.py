@@ -1,4 +1,4 @@
-"""Impossible configurations are refused with value, expectation and remedy."""
+"""Tests of config validation and presets."""
 
 import dataclasses
 
@@ -15,7 +15,7 @@ def vit(**overrides):
   ("build", "message"),
   [
     (lambda: ViTConfig.from_name("Tl/16"), r"ViT variant='Tl' is unknown.*mu, Ti, S.*nearest: Ti"),
-    (lambda: ViTConfig.from_name("L/big"), r"patch size 'big' in 'L/big' is no number"),
+    (lambda: ViTConfig.from_name("L/big"), r"patch size 'big' in 'L/big' is not an integer"),
     (lambda: DecoderConfig.from_name("XL"), r"decoder variant='XL' is unknown.*nearest: L"),
     (lambda: vit(num_heads=5), r"width=192 is not a multiple of num_heads=5; nearest width: 190"),
     (lambda: vit(width=190, num_heads=5), r"width=190 cannot hold sine-cosine .*nearest: 192"),
@@ -23,7 +23,7 @@ def vit(**overrides):
     (lambda: vit(patch_size=0), r"patch_size=0 must be a positive integer"),
     (lambda: vit(depth=1.5), r"depth=1.5 must be a positive integer"),
     (lambda: vit(mask_ratio=1.0), r"mask_ratio=1.0 is out of range; give a fraction in \[0, 1\)"),
-    (lambda: vit(pool="mean"), r"pool='mean' is unknown; choose one of gap, tok, map"),
+    (lambda: vit(pool="max"), r"pool='max' is unknown; choose one of gap, mean, tok, last, map"),
     (lambda: vit(position="sincos1d"), r"position='sincos1d' is unknown.*nearest: sincos2d"),
     (lambda: vit(mask_mode="block"), r"mask_mode='block' is unknown"),
     (lambda: vit(dtype="float16"), r"dtype='float16' is unknown; choose one of float32, bfloat16"),
@@ -50,7 +50,7 @@ def vit(**overrides):
     ),
   ],
 )
-def test_refusals(build, message):
+def test_invalid_configs(build, message):
   with pytest.raises(ValueError, match=message):
     build()
 
@@ -65,7 +65,7 @@ def test_configs_are_hashable_and_frozen():
 def test_patch_is_optional_and_any_field_can_be_set():
   config = ViTConfig.from_name("B", 224, depth=3)
   assert (config.patch_size, config.depth, config.width) == (16, 3, 768)
-  assert ViTConfig.from_name("L/14", 384).grid == (27, 27)  # 6 pixels fill no patch
+  assert ViTConfig.from_name("L/14", 384).grid == (27, 27)  # 6 pixels are dropped
 
 
 def test_presets():

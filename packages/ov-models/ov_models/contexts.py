@@ -1,10 +1,10 @@
-"""Run models inside the caller's `jax.shard_map` and on meshes with Explicit axes.
+"""Support for `jax.shard_map` and for meshes with Explicit axes.
 
-The models are written for one device or for Auto axes. On Explicit axes the type of an array holds
-its sharding, and every op must say how it changes it: `run` and `any_mesh` switch such axes to Auto
-for the model, and its results come back Explicit, split as the batch is. Inside `jax.shard_map` the
-type holds the manual axes that an array varies over, and loops need carries of one type: `vary_as`
-makes an array vary as others do.
+The models are written for one device or for Auto axes. With Explicit axes, the type of an array
+includes its sharding, which every op must specify. `run` and `any_mesh` switch these axes to Auto
+for the model; results are Explicit again and sharded like the batch. Inside `jax.shard_map`, the
+type includes the manual axes that an array varies over, and loop carries must keep their type:
+`vary_as` makes an array vary over the axes of others.
 """
 
 from collections.abc import Callable
@@ -21,10 +21,10 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def any_mesh(axis: int = 0) -> Callable[[Method], Method]:
-  """Make a method of a module work on Explicit axes.
+  """Make a method of a module work with Explicit axes.
 
   Args:
-    axis: dimension of every result that is the batch, the first dimension of the first argument.
+    axis: batch dimension of every result; the batch is the first dimension of the first argument.
   """
 
   def decorate(method: Method) -> Method:
@@ -46,13 +46,13 @@ def any_mesh(axis: int = 0) -> Callable[[Method], Method]:
 
 
 def run(f: Callable[..., Any], *args: Any, rows: jax.Array, axis: int = 0) -> Any:
-  """Return f(*args) computed with Auto axes.
+  """Return f(*args), computed with Auto axes.
 
   Args:
-    f: must not close over arrays.
+    f: function that does not close over arrays.
     *args: trees of arrays.
-    rows: array whose first dimension is the batch, laid out as dimension `axis` of every result.
-    axis: see `rows`.
+    rows: array whose first dimension is the batch.
+    axis: dimension of every result that gets the sharding of the batch.
   """
   mesh = explicit_mesh(args)
   if mesh is None:
@@ -63,7 +63,7 @@ def run(f: Callable[..., Any], *args: Any, rows: jax.Array, axis: int = 0) -> An
 
 
 def vary_as(x: jax.Array, tree: Any) -> jax.Array:
-  """Return x, varying over the manual axes of every array in `tree` as well as over its own."""
+  """Return x, varying over its manual axes and those of every array in `tree`."""
   if not manual_axes():
     return x
   for leaf in jax.tree.leaves(tree):
@@ -75,25 +75,15 @@ def vary_as(x: jax.Array, tree: Any) -> jax.Array:
 
 
 def manual_axes() -> tuple[str, ...]:
-  """Return the axes of the `jax.shard_map` (or `jax.pmap`) that is being traced."""
+  """Return the manual axes of the enclosing `jax.shard_map` or `jax.pmap`."""
   return _axes_of_type(jax.sharding.get_abstract_mesh(), AxisType.Manual)
 
 
 def explicit_mesh(tree: Any) -> AbstractMesh | None:
-  """Return the mesh with Explicit axes that the arrays or the current context are on, if any."""
+  """Return the mesh with Explicit axes of the arrays or the current context, if any."""
   meshes = [jax.sharding.get_abstract_mesh()]
   meshes += [jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(tree)]
   return next((mesh for mesh in meshes if _axes_of_type(mesh, AxisType.Explicit)), None)
-
-
-def automatic_mesh(mesh: Mesh) -> Mesh | AbstractMesh:
-  """Return the mesh for constraints inside `run`: the current one if `mesh` has Explicit axes."""
-  if not _axes_of_type(mesh, AxisType.Explicit):
-    return mesh
-  current = jax.sharding.get_abstract_mesh()
-  if not current.empty:
-    return current
-  return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
 
 def _numbers(leaf: jax.Array) -> jax.Array:

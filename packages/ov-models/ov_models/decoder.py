@@ -1,4 +1,4 @@
-"""The caption decoder of OpenVision 2: next-token prediction over [image tokens | text].
+"""Caption decoder of OpenVision 2: next-token prediction over [image tokens | text].
 
 OpenVision 2: https://arxiv.org/abs/2509.01644.
 """
@@ -9,6 +9,7 @@ from typing import Any, Literal
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 from ov_models.attention import Mask, attend, attend_xla, check_implementation
 from ov_models.blocks import (
@@ -16,16 +17,17 @@ from ov_models.blocks import (
   BlockStyle,
   axes,
   fold_blocks,
-  layer_norm,
   linear,
+  norm_of,
   normal,
   run_blocks,
   stack_blocks,
 )
 from ov_models.config import TransformerConfig, check_choice, check_flag, from_fields, variant_sizes
 from ov_models.contexts import any_mesh
-from ov_models.partition import constrain
+from ov_models.partition import HIDDEN, constrain
 from ov_models.positions import check_sincos_dim, sincos1d
+from ov_models.shapes import AnyArray
 
 # name: (width, depth, mlp_dim, num_heads)
 DECODER_VARIANTS = {
@@ -41,26 +43,25 @@ DECODER_VARIANTS = {
   "e": (1792, 56, 15360, 16),
 }
 
-# The published models scale the residual projections by (2 * 12)^-0.5 at every depth: the depth
-# never reached their initialiser. Kept, so that a run started here starts where theirs did.
+# The released code scales residual projections by (2 * 12)^-0.5 at every depth, because its
+# initialiser ignores the depth. Kept to match its initialisation.
 _INIT_DEPTH = 12
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig(TransformerConfig):
-  """A caption decoder.
+  """Config of a teacher-forced caption decoder.
 
   Attributes:
-    vocab_size: V, of the embedding and of the (untied) head.
-    max_len: longest text T; learned positions have as many rows.
-    mask: "prefix" the image tokens see each other and all text sees them; "causal" one triangle
-      over image and text, as published.
-    position: of text tokens: "learned", "sincos" (computed, any length) or "none". Image tokens
-      get none here: they carry the encoder's. The default is "learned": under a prefix mask
-      the order of the text is otherwise visible only through how many tokens each one sees, which
-      a shallow decoder can hardly use, and T * D parameters are few.
-    parallel: the decoder can also predict a whole caption at once (CapPa,
-      https://arxiv.org/abs/2306.07915); adds one parameter, mask_embedding [D].
+    vocab_size: vocabulary size V of the embedding and the (untied) head.
+    max_len: maximum text length T and number of learned positions.
+    mask: "prefix": image tokens attend to each other, and text attends to all of them; "causal":
+      causal over image and text, as published.
+    position: positions of the text tokens: "learned", "sincos" (any length) or "none". Image tokens
+      have the positions of the encoder. The default is "learned", because with a prefix mask a
+      shallow decoder can hardly infer the text order without positions.
+    parallel: whether the decoder can also predict all tokens in parallel (CapPa,
+      https://arxiv.org/abs/2306.07915); adds a parameter mask_embedding [D].
   """
 
   vocab_size: int
@@ -82,15 +83,15 @@ class DecoderConfig(TransformerConfig):
       check_implementation(self.attention, "parallel prediction (parallel=True)")
       if self.position == "none":
         raise ValueError(
-          "position='none' with parallel=True: all tokens are hidden, and without positions all "
-          "predictions would be the same; set position='learned' or 'sincos'."
+          "position='none' with parallel=True: tokens are masked, so without positions all "
+          "predictions would be equal; set position='learned' or 'sincos'."
         )
 
   @classmethod
   def from_name(
     cls, name: str, vocab_size: int = 32000, max_len: int = 127, **overrides: Any
   ) -> "DecoderConfig":
-    """A published size, e.g. "L"; `overrides` set any field."""
+    """Return the config of a published size, e.g. "L"; `overrides` set any field."""
     sizes: dict[str, Any] = variant_sizes("decoder", name, DECODER_VARIANTS)
     sizes |= {"vocab_size": vocab_size, "max_len": max_len}
     return from_fields(cls, sizes | overrides)
@@ -99,18 +100,17 @@ class DecoderConfig(TransformerConfig):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-  """Keys and values of all tokens so far, [L, B, K + T, N, H] each; the first K are the image."""
+  """Key-value cache; the first `num_image` tokens are image tokens."""
 
-  keys: jax.Array
-  values: jax.Array
+  keys: Float[Array, "L B T N H"]
+  values: Float[Array, "L B T N H"]
   num_image: int = dataclasses.field(metadata={"static": True})
 
 
 def text_style(width: int) -> BlockStyle:
-  """Blocks of all published text models: the decoders and the text tower."""
+  """Return the block style of the published decoders and text towers."""
   residual = width**-0.5 * (2 * _INIT_DEPTH) ** -0.5
   return BlockStyle(
-    gelu_tanh=True,
     qkv=normal(width**-0.5),
     out=normal(residual),
     up=normal((2 * width) ** -0.5),
@@ -136,29 +136,33 @@ class Decoder(nnx.Module):
       image_width, d, normal(image_width**-0.5), ("embed", None), f32, rngs, bias=False
     )
     self.blocks = stack_blocks(config, text_style(d), rngs=rngs)
-    self.norm = layer_norm(d, f32, rngs)
+    self.norm = norm_of(config, rngs, dtype=f32)
     self.head = linear(d, v, normal(d**-0.5), ("embed", "vocab"), f32, rngs, bias=False)
 
   @any_mesh()
   def __call__(
-    self, image_tokens: jax.Array, ids: jax.Array, parallel: jax.Array | None = None
-  ) -> jax.Array:
-    """Hidden states that predict the next token.
+    self,
+    image_tokens: Float[AnyArray, "B K E"],
+    ids: Int[AnyArray, "B T"],
+    parallel: Bool[AnyArray, " B"] | None = None,
+  ) -> Float[Array, "B T D"]:
+    """Return the hidden states that predict the next token.
 
-    In rows with `parallel` every token is replaced by one learned embedding and sees all
-    positions: the whole caption is predicted at once, from the image alone.
+    In rows with `parallel`, all tokens are replaced by one learned embedding and attend to all
+    positions: the caption is predicted in parallel from the image alone.
 
     Args:
-      image_tokens: [B, K, E] of the vision tower.
-      ids: int32 [B, T], T <= max_len; ids[:, 0] is usually the begin token.
-      parallel: bool [B], or None for no row; needs `config.parallel`.
+      image_tokens: tokens of the vision tower.
+      ids: token ids, T <= max_len; ids[:, 0] is usually the begin token.
+      parallel: rows to predict in parallel, or None; requires `config.parallel`.
 
     Returns:
-      float32 [B, T, D]; position i has seen the image and ids[:, :i + 1], or only the image.
+      float32 hidden states; position i depends on the image and on ids[:, :i + 1], or on the image
+      only in parallel rows.
 
     Raises:
-      ValueError: T > max_len with learned positions, shapes that do not fit, or `parallel` for a
-        decoder built without it.
+      ValueError: if T > max_len with learned positions, a shape is invalid, or `parallel` is not
+        supported by the config.
     """
     num_image = image_tokens.shape[1]
     text = self.embed_text(ids, parallel)
@@ -166,43 +170,45 @@ class Decoder(nnx.Module):
     mask: Mask | jax.Array = self.mask(num_image)
     if parallel is not None:
       allowed = jnp.asarray(self.mask(num_image).array(x.shape[1]))
-      mask = constrain(allowed | parallel[:, None, None, None])
+      mask = constrain(allowed | parallel[:, None, None, None], "batch", None, "length", "length")
     x = run_blocks(self.blocks, x, mask, self.config)
     return self.norm(x[:, num_image:])
 
-  def prefill(self, image_tokens: jax.Array, max_len: int) -> Cache:
-    """Runs the image tokens [B, K, E] and makes room for a text of `max_len` tokens."""
+  def prefill(self, image_tokens: Float[AnyArray, "B K E"], max_len: int) -> Cache:
+    """Run the image tokens and allocate a cache for `max_len` text tokens."""
     num_image = image_tokens.shape[1]
     mask = self.mask(num_image)
 
     def step(block: Block, x: jax.Array, _: None) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-      q, k, v = block.project(x)
-      return block.finish(x, attend(q, k, v, mask, block.implementation)), (k, v)
+      q, k, v = block.qkv(x)
+      return block.residual(x, attend(q, k, v, mask, block.implementation)), (k, v)
 
     x = self.embed_image(image_tokens)
     _, (keys, values) = fold_blocks(step, self.blocks, x, None, self.config)
-    room = ((0, 0), (0, 0), (0, max_len), (0, 0), (0, 0))
-    return Cache(jnp.pad(keys, room), jnp.pad(values, room), num_image)
+    padding = ((0, 0), (0, 0), (0, max_len), (0, 0), (0, 0))
+    return Cache(jnp.pad(keys, padding), jnp.pad(values, padding), num_image)
 
-  def step(self, ids: jax.Array, position: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-    """One text token: equal to column `position` of `__call__` on the text so far.
+  def step(
+    self, ids: Int[Array, " B"], position: Int[Array, ""], cache: Cache
+  ) -> tuple[Float[Array, "B D"], Cache]:
+    """Run one text token; equals column `position` of `__call__` on the text so far.
 
     Args:
-      ids: int32 [B], the token at `position`.
-      position: int32 scalar, from 0.
-      cache: has seen the image and every earlier position.
+      ids: token ids at `position`.
+      position: text position, from 0.
+      cache: cache with the image and all earlier positions.
 
     Returns:
-      hidden float32 [B, D] and the cache with this token.
+      The float32 hidden state, and the cache with this token.
     """
     at = cache.num_image + position
     allowed = jnp.arange(cache.keys.shape[2]) <= at
 
     def step(block: Block, x: jax.Array, past: tuple[jax.Array, jax.Array]) -> tuple[Any, Any]:
-      q, k, v = block.project(x)
+      q, k, v = block.qkv(x)
       keys = jax.lax.dynamic_update_slice_in_dim(past[0], k, at, axis=1)
       values = jax.lax.dynamic_update_slice_in_dim(past[1], v, at, axis=1)
-      return block.finish(x, attend_xla(q, keys, values, allowed)), (keys, values)
+      return block.residual(x, attend_xla(q, keys, values, allowed)), (keys, values)
 
     x = self.embed(ids[:, None])
     if (table := self.positions(cache.keys.shape[2] - cache.num_image)) is not None:
@@ -213,26 +219,28 @@ class Decoder(nnx.Module):
     return self.norm(x[:, 0]), dataclasses.replace(cache, keys=keys, values=values)
 
   @property
-  def head_kernel(self) -> jax.Array:
-    """float32 [D, V]."""
+  def head_kernel(self) -> Float[AnyArray, "D V"]:
+    """Return the float32 head weights."""
     return self.head.kernel[...]
 
   @any_mesh()
-  def logits(self, hidden: jax.Array) -> jax.Array:
-    """[..., D] -> float32 [..., V]. Large: a loss should take hidden and head_kernel."""
+  def logits(self, hidden: Float[AnyArray, "*B D"]) -> Float[Array, "*B V"]:
+    """Return float32 logits. To save memory, pass hidden and head_kernel to the loss instead."""
     return jnp.einsum("...d,dv->...v", hidden, self.head_kernel, preferred_element_type=jnp.float32)
 
   def mask(self, num_image: int) -> Mask:
-    """Who sees whom in a sequence of `num_image` image tokens [B, K, E] and any text after them."""
+    """Return the attention mask of `num_image` image tokens followed by text."""
     return Mask(self.config.mask, num_image if self.config.mask == "prefix" else 0)
 
-  def embed_image(self, image_tokens: jax.Array) -> jax.Array:
-    """[B, K, E] -> [B, K, D] in compute dtype."""
-    x = constrain(self.image_proj(image_tokens.astype(jnp.float32)))
-    return x.astype(self.config.compute_dtype)
+  def embed_image(self, image_tokens: Float[AnyArray, "B K E"]) -> Float[Array, "B K D"]:
+    """Project image tokens to the width, in compute dtype."""
+    x = self.image_proj(image_tokens.astype(jnp.float32))
+    return constrain(x, *HIDDEN).astype(self.config.compute_dtype)
 
-  def embed_text(self, ids: jax.Array, parallel: jax.Array | None = None) -> jax.Array:
-    """int [B, T] -> [B, T, D] in compute dtype, positions from 0; rows of `parallel` masked."""
+  def embed_text(
+    self, ids: Int[AnyArray, "B T"], parallel: Bool[AnyArray, " B"] | None = None
+  ) -> Float[Array, "B T D"]:
+    """Embed ids with positions, in compute dtype; `parallel` rows get the mask embedding."""
     if ids.ndim != 2:
       raise ValueError(f"ids have shape {tuple(ids.shape)}; expected [B, T].")
     x = self.embed(ids)
@@ -249,13 +257,13 @@ class Decoder(nnx.Module):
       x = x + table
     return x.astype(self.config.compute_dtype)
 
-  def positions(self, length: int) -> jax.Array | None:
-    """What is added to the text embeddings: float32 [length, D] or None."""
+  def positions(self, length: int) -> Float[AnyArray, "{length} D"] | None:
+    """Return the float32 position embeddings of the text, or None."""
     config = self.config
     if config.position == "none":
       return None
     if config.position == "sincos":
-      # At the scale of a fresh embedding (rms 0.02), else the first norm drowns the words.
+      # Scaled to the rms of initial embeddings (0.02); otherwise positions dominate after the norm.
       return 0.02 * 2**0.5 * jnp.asarray(sincos1d(length, config.width))
     if length > config.max_len:
       raise ValueError(

@@ -1,8 +1,9 @@
-"""Parallel prediction (CapPa): rows that see no word and every position, beside rows that do."""
+"""Tests of parallel prediction (CapPa) mixed with autoregressive rows."""
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -50,7 +51,7 @@ def inputs(seed=0):
 
 
 def naive(params, image, ids, parallel, mask):
-  """One row at a time, one head at a time, every pair of positions from the definition."""
+  """Compute the decoder by its definition, row by row and head by head."""
 
   def norm(p, x):
     centred = x - x.mean(-1, keepdims=True)
@@ -106,28 +107,28 @@ def test_value_and_gradients_equal_the_naive_form(decoder):
   used = {k: v for k, v in decoder.params.items() if k != "head"}
   (_, hidden), (grads, image_grad) = ours(decoder.params, image)
   (_, expected), expected_grads = slow(used, image)
-  # float32: hidden states of unit scale, sums in another order through two blocks.
+  # Different order of float32 sums in two blocks; hidden states have unit scale.
   np.testing.assert_allclose(hidden, expected, atol=1e-5)
   np.testing.assert_array_equal(grads.pop("head")["kernel"], 0.0)
   leaves = zip(jax.tree.leaves((grads, image_grad)), jax.tree.leaves(expected_grads), strict=True)
   for a, b in leaves:
-    # The gradient of a key bias is zero but for rounding: hence the 1e-8.
+    # The gradient of a key bias is zero up to rounding, hence the 1e-8.
     np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5 * np.abs(b).max() + 1e-8)
 
 
-def test_words_matter_in_the_other_rows_only(decoder):
+def test_parallel_rows_ignore_the_words(decoder):
   image, ids = inputs()
   before, after = decoder(image, ids, PARALLEL), decoder(image, (ids + 1) % V, PARALLEL)
   np.testing.assert_array_equal(before[PARALLEL], after[PARALLEL])
   assert (np.abs(before - after)[~PARALLEL].max(axis=2) > 1e-4).all()
-  # And those rows are what they are without parallel prediction.
+  # The other rows are unchanged by parallel prediction.
   np.testing.assert_allclose(before[~PARALLEL], decoder(image, ids)[~PARALLEL], atol=1e-6)
   np.testing.assert_allclose(
     decoder(image, ids, jnp.zeros(4, bool)), decoder(image, ids), atol=1e-6
   )
 
 
-def test_parallel_rows_see_later_positions(decoder):
+def test_parallel_rows_attend_to_later_positions(decoder):
   image, ids = inputs()
   before = decoder(image, ids, PARALLEL)
   for at in range(T):
@@ -138,7 +139,7 @@ def test_parallel_rows_see_later_positions(decoder):
     np.testing.assert_array_equal(changed[~PARALLEL], np.tile(np.arange(T) >= at, (2, 1)))
 
 
-def test_parallel_rows_see_the_image_and_tell_positions_apart(decoder):
+def test_parallel_rows_depend_on_image_and_position(decoder):
   image, ids = inputs()
   everywhere = jnp.ones(4, bool)
   before = decoder(image, ids, everywhere)
@@ -148,7 +149,7 @@ def test_parallel_rows_see_the_image_and_tell_positions_apart(decoder):
   assert (np.abs(before[:, 1:] - before[:, :-1]).max(axis=2) > 1e-3).all()
 
 
-def test_one_more_parameter_and_only_if_asked(decoder):
+def test_mask_embedding_exists_only_with_parallel(decoder):
   plain = Jitted(parallel=False).params
   assert jax.tree.map(jnp.shape, plain | {"mask_embedding": jnp.zeros(D)}) == jax.tree.map(
     jnp.shape, decoder.params
@@ -161,11 +162,13 @@ def test_sincos_positions_and_bfloat16():
   exact = Jitted(position="sincos")(image, ids, PARALLEL)
   low = Jitted(position="sincos", dtype="bfloat16")(image, ids, PARALLEL)
   assert low.dtype == jnp.float32
-  # Hidden states have unit scale after the norm; 8-bit mantissas over two blocks: a few percent.
+  # Hidden states have unit scale; bfloat16 rounding in two blocks gives errors of a few percent.
   assert 0 < np.abs(low - exact).max() < 0.1
 
 
-def test_refusals(decoder):
+def test_invalid_arguments(decoder, monkeypatch):
+  # Disable the jaxtyping checks, as in production.
+  monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
   image, ids = inputs()
   with pytest.raises(ValueError, match=r"position='none' with parallel=True.*'learned' or 'sinc"):
     Jitted(position="none")

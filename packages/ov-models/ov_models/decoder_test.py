@@ -1,10 +1,11 @@
-"""The caption decoder: who sees whom, sizes, and the cached step."""
+"""Tests of the caption decoder: attention masks, sizes and the cached step."""
 
 import functools
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -32,7 +33,7 @@ def captioner(mask="prefix", position="learned", **options):
 
 
 class Jitted:
-  """The decoder of a captioner, each method compiled once."""
+  """Decoder of a captioner with jitted methods."""
 
   def __init__(self, config, edit=lambda params: params):
     params = random_params(config)
@@ -46,7 +47,7 @@ class Jitted:
 
 @pytest.fixture(scope="module")
 def built():
-  """Jitted decoders by (mask, position)."""
+  """Return jitted decoders by (mask, position)."""
   return functools.cache(lambda *options: Jitted(captioner(*options)))
 
 
@@ -62,8 +63,8 @@ def inputs(batch=2):
   return context, ids
 
 
-# The published captioner of the first OpenVision, same size and tower: it has 128 learned queries
-# and a projection of text tokens (as wide as itself) where this decoder has an embedding.
+# Compared with the published captioner of the first OpenVision, which has 128 learned queries and
+# a projection of text tokens of another width instead of an embedding.
 FIRST = {
   ("Ti/16", "Ti"): 11_581_056,
   ("S/16", "S"): 33_926_400,
@@ -107,7 +108,7 @@ def test_text_is_causal(built, mask, position):
 
 
 @pytest.mark.parametrize("mask", ["prefix", "causal"])
-def test_all_text_sees_every_image_token(built, mask):
+def test_text_attends_to_every_image_token(built, mask):
   decoder = built(mask, "learned")
   context, ids = inputs()
   before = decoder.call(context, ids)
@@ -117,8 +118,8 @@ def test_all_text_sees_every_image_token(built, mask):
 
 
 @pytest.mark.parametrize("mask", ["prefix", "causal"])
-def test_image_tokens_see_each_other_or_only_earlier_ones(built, mask):
-  # The keys of the last layer are made from states that one layer of attention has mixed.
+def test_image_tokens_follow_the_mask(built, mask):
+  # The keys of the last layer depend on one layer of attention.
   keys = lambda context: built(mask, "learned").prefill(context, 1).keys[-1, :, :K]
   context, _ = inputs()
   before = keys(context)
@@ -139,9 +140,9 @@ def test_order_of_image_tokens_matters_only_under_the_causal_mask(built):
 @pytest.mark.parametrize(
   ("position", "sees"), [("none", False), ("learned", True), ("sincos", True)]
 )
-def test_positions_show_where_a_repeated_word_stands(position, sees):
-  # All tokens zero: without positions only averages of equal values are seen, so that every
-  # position looks alike.
+def test_positions_distinguish_repeated_words(position, sees):
+  # All tokens are equal: without positions, attention averages equal values, so all positions
+  # have the same state.
   def blank(params):
     params["image_proj"]["kernel"] *= 0
     params["embed"]["embedding"] *= 0
@@ -160,15 +161,15 @@ def test_positions_show_where_a_repeated_word_stands(position, sees):
     ("causal", "learned", False),
   ],
 )
-def test_cached_steps_equal_the_whole(mask, position, scan):
-  # Also shows that the image never sees the text: the cache of the image is made without it.
+def test_cached_steps_equal_the_full_forward(mask, position, scan):
+  # The image cache is computed without the text, so images do not attend to the text.
   decoder = Jitted(captioner(mask, position, scan=scan))
   context, ids = inputs()
   whole = decoder.call(context, ids)
   cache = decoder.prefill(context, T)
   for t in range(T):
     hidden, cache = decoder.step(ids[:, t], jnp.int32(t), cache)
-    # float32: hidden states of unit scale, sums in another order through two blocks.
+    # Different order of float32 sums in two blocks; hidden states have unit scale.
     np.testing.assert_allclose(hidden, whole[:, t], atol=1e-5)
 
 
@@ -177,12 +178,14 @@ def test_hidden_is_float32_also_under_bfloat16(built):
   exact = built("prefix", "learned").call(context, ids)
   low = Jitted(captioner(dtype="bfloat16")).call(context, ids)
   assert low.dtype == jnp.float32
-  # Hidden states have unit scale after the norm; 8-bit mantissas over two blocks: a few percent.
+  # Hidden states have unit scale; bfloat16 rounding in two blocks gives errors of a few percent.
   assert np.abs(low - exact).max() < 0.1
   assert np.abs(low - exact).mean() < 0.02
 
 
-def test_too_long_text(built):
+def test_too_long_text(built, monkeypatch):
+  # Disable the jaxtyping checks, as in production.
+  monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
   context, ids = inputs()
   long = jnp.concatenate([ids, ids], axis=1)
   with pytest.raises(ValueError, match=r"text of 14 tokens exceeds max_len=7.*position='sincos'"):

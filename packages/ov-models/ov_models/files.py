@@ -1,10 +1,10 @@
-"""A model as two files: config.json says what it is, model.safetensors holds its parameters.
+"""Save and load models as config.json and model.safetensors.
 
   config, params = ov_models.load("folder")
   model = ov_models.bind(config, params)
 
-Tensors have the names of our paths ("encoder/blocks/attn/query/kernel"), layers stacked as in
-`init`. Nothing in the files is executed; sizes are checked before anything is read.
+Tensor names are parameter paths ("encoder/blocks/attn/query/kernel") with stacked layers, as in
+`init`. Loading executes no code and checks sizes before it reads tensors.
 """
 
 from collections.abc import Mapping
@@ -64,28 +64,28 @@ def save(
   dtype: str = "float32",
   extra: Mapping[str, Any] | None = None,
 ) -> None:
-  """Writes config.json and model.safetensors into `folder`.
+  """Write config.json and model.safetensors to `folder`.
 
   Args:
-    folder: made where missing.
-    config: of the model.
-    params: its parameters.
-    dtype: of the file: "float32", "bfloat16" or "float16"; the latter two round.
-    extra: JSON values to keep in config.json beside "model".
+    folder: output folder, created if it does not exist.
+    config: configuration of the model.
+    params: parameters of the model.
+    dtype: dtype of the tensors in the file: "float32", "bfloat16" or "float16".
+    extra: additional top-level JSON values of config.json.
 
   Raises:
-    ValueError: parameters that do not fit the config, are not finite, or are beyond `dtype`.
+    ValueError: if the parameters do not match the config, contain NaN or Inf, or overflow `dtype`.
   """
   check_choice("dtype", dtype, FILE_DTYPES)
   bind(config, params)
   params = plain_dict(params)
-  flat = {name: _rounded(name, value, dtype) for name, value in _flat(params).items()}
+  flat = {name: _cast(name, value, dtype) for name, value in _flatten(params).items()}
   path = pathlib.Path(folder)
   path.mkdir(parents=True, exist_ok=True)
   content = {"format": _FORMAT, "library": "openvision", "dtype": dtype}
   content |= {"model": config_to_dict(config), **(extra or {})}
   text = json.dumps(content, indent=2) + "\n"
-  # Both are complete before either gets its name: a reader never sees half a file.
+  # Both files are complete before either is renamed, so readers never see a partial file.
   with tempfile.TemporaryDirectory(prefix=".model-", dir=path) as unfinished:
     weights, config_file = (pathlib.Path(unfinished) / n for n in (WEIGHTS_FILE, CONFIG_FILE))
     safetensors.numpy.save_file(flat, weights, metadata={"format": "np"})
@@ -99,11 +99,14 @@ def save(
 
 
 def load(folder: str | os.PathLike[str]) -> tuple[Config, Params]:
-  """Reads what `save` wrote: the config, and float32 parameters on the host for `bind`.
+  """Load a model that `save` wrote.
+
+  Returns:
+    The config, and float32 parameters on the host for `bind`.
 
   Raises:
-    FileNotFoundError: one of the two files is missing.
-    ValueError: a file that is damaged, of a later format, or does not fit the other.
+    FileNotFoundError: if one of the two files is missing.
+    ValueError: if a file is damaged or of a later format, or if the files do not match.
   """
   path = pathlib.Path(folder)
   try:
@@ -114,7 +117,7 @@ def load(folder: str | os.PathLike[str]) -> tuple[Config, Params]:
     if str(error).startswith(str(path)):
       raise
     raise ValueError(f"{path / CONFIG_FILE}: {error}") from None
-  expected = _flat(abstract_params(config))
+  expected = _flatten(abstract_params(config))
   try:
     with safetensors.safe_open(path / WEIGHTS_FILE, "np") as file:
       found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
@@ -124,20 +127,20 @@ def load(folder: str | os.PathLike[str]) -> tuple[Config, Params]:
           raise ValueError(f"{path / WEIGHTS_FILE}: {name} is {kind}; expected {_FLOATS}.")
       flat = {name: np.asarray(file.get_tensor(name), np.float32) for name in expected}
   except safetensors.SafetensorError as error:
-    found_fault = " ".join(str(error).split())
-    raise ValueError(f"{path / WEIGHTS_FILE} is damaged: {found_fault}.") from None
+    reason = " ".join(str(error).split())
+    raise ValueError(f"{path / WEIGHTS_FILE} is damaged: {reason}.") from None
   for name, value in flat.items():
     if not np.isfinite(value).all():
-      raise ValueError(f"{path / WEIGHTS_FILE}: {name} holds values that are not finite.")
-  return config, _nested(flat)
+      raise ValueError(f"{path / WEIGHTS_FILE}: {name} contains NaN or Inf.")
+  return config, _unflatten(flat)
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
-  """config.json of a folder that `save` wrote, with what was kept as `extra`.
+  """Return the content of config.json of a saved model, including `extra`.
 
   Raises:
-    FileNotFoundError: there is none.
-    ValueError: it is damaged, of another library or of a later format.
+    FileNotFoundError: if one of the two files is missing.
+    ValueError: if the file is damaged, from another library or of a later format.
   """
   file = pathlib.Path(folder) / CONFIG_FILE
   for name in (CONFIG_FILE, WEIGHTS_FILE):
@@ -146,24 +149,24 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
   if (size := file.stat().st_size) > _MAX_CONFIG_BYTES:
     raise ValueError(f"{file} has {size} bytes; a configuration has at most {_MAX_CONFIG_BYTES}.")
   try:
-    content = json.loads(file.read_text("utf-8"), object_pairs_hook=_unique)
+    content = json.loads(file.read_text("utf-8"), object_pairs_hook=_reject_duplicate_keys)
     library, version = content["library"], int(content["format"])
     content["model"]["kind"]
   except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
     raise ValueError(
-      f"{file} is no configuration that ov_models.save wrote: {type(error).__name__}: "
-      f"{error}. Folders of other libraries are imported by //apps:export."
+      f"{file} was not written by ov_models.save: {type(error).__name__}: {error}. Import models "
+      "of other libraries with //apps:export."
     ) from None
   if library != "openvision" or version > _FORMAT:
     raise ValueError(
-      f"{file} is of {library!r}, format {version}; this version reads openvision, up to format "
-      f"{_FORMAT}."
+      f"{file} has library {library!r}, format {version}; this version reads openvision, up to "
+      f"format {_FORMAT}."
     )
   return content
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:
-  """A config as JSON values; "kind" names the class."""
+  """Convert a config to JSON values; "kind" is the name of the class."""
   fields: dict[str, Any] = {"kind": type(config).__name__.removesuffix("Config")}
   for field in dataclasses.fields(config):
     value = getattr(config, field.name)
@@ -172,10 +175,10 @@ def config_to_dict(config: Any) -> dict[str, Any]:
 
 
 def config_from_dict(fields: Mapping[str, Any]) -> Any:
-  """The inverse of `config_to_dict`, also of an earlier version.
+  """Convert the result of `config_to_dict` of this or an earlier version back to a config.
 
   Raises:
-    ValueError: an unknown kind, unknown or missing fields, or values that cannot be.
+    ValueError: if the kind is unknown, or a field is unknown, missing or invalid.
   """
   if not isinstance(fields, Mapping):
     raise ValueError(f"model={shown(fields)}; expected an object with a kind and its fields.")
@@ -190,8 +193,8 @@ def config_from_dict(fields: Mapping[str, Any]) -> Any:
   return from_fields(_KINDS[str(kind)], values)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-  """The dict of a JSON object; ValueError where a key appears twice."""
+def _reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  """Return the dict of a JSON object; raise ValueError for duplicate keys."""
   found = dict(pairs)
   if len(found) < len(pairs):
     twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
@@ -199,14 +202,16 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
   return found
 
 
-def _rounded(name: str, value: Any, dtype: str) -> np.ndarray:
+def _cast(name: str, value: Any, dtype: str) -> np.ndarray:
   array = np.asarray(value, np.float32)
   if not np.isfinite(array).all():
-    raise ValueError(f"{name} holds values that are not finite; this model is not worth saving.")
-  with np.errstate(over="ignore"):  # told below, with the name
+    raise ValueError(f"cannot save: {name} contains NaN or Inf.")
+  with np.errstate(over="ignore"):  # reported below with the parameter name
     rounded = np.asarray(array.astype(jnp.dtype(dtype)), order="C")
   if not np.isfinite(rounded).all():
-    raise ValueError(f"{name} reaches {np.abs(array).max():.3g}, beyond {dtype}; take bfloat16.")
+    raise ValueError(
+      f"{name} has values up to {np.abs(array).max():.3g}, which overflow {dtype}; use bfloat16."
+    )
   return rounded
 
 
@@ -217,16 +222,17 @@ def _check_shapes(
   if want == found:
     return
   raise ValueError(
-    f"{file} does not fit {CONFIG_FILE} in the same folder: {first_few(differences(want, found))}."
+    f"{file} does not match {CONFIG_FILE} in the same folder: "
+    f"{first_few(differences(want, found))}."
   )
 
 
-def _flat(params: Params) -> dict[str, Any]:
+def _flatten(params: Params) -> dict[str, Any]:
   leaves = jax.tree_util.tree_leaves_with_path(params)
   return {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in leaves}
 
 
-def _nested(flat: Mapping[str, Any]) -> Params:
+def _unflatten(flat: Mapping[str, Any]) -> Params:
   tree: Params = {}
   for name, value in flat.items():
     *parents, leaf = name.split("/")

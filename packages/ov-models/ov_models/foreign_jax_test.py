@@ -1,7 +1,7 @@
-"""Every model in every context of other people's JAX code has the value it has on one device.
+"""Tests that every model has the same values in all JAX contexts, such as shard_map.
 
-Runs on two devices and on any jax that the package supports: with the oldest and the newest by
-`tests/standalone/jax_versions_check.py`.
+Runs on two devices and with any supported jax; `tests/standalone/jax_versions_check.py` runs it
+with the oldest and the newest.
 """
 
 import functools
@@ -75,11 +75,7 @@ DIFFERENTIABLE = ["encoder", "text", "captioner", "two towers"]
 
 def mesh_of(kind):
   assert jax.device_count() >= 2, "run with --xla_force_host_platform_device_count=2"
-  return jax.make_mesh((2,), ("d",), axis_types=(kind,), devices=jax.devices()[:2])
-
-
-def in_mesh(mesh):
-  return (getattr(jax, "set_mesh", None) or jax.sharding.use_mesh)(mesh)
+  return jax.make_mesh((2,), ("data",), axis_types=(kind,), devices=jax.devices()[:2])
 
 
 def put(tree, mesh, spec):
@@ -88,19 +84,19 @@ def put(tree, mesh, spec):
 
 def on_mesh(kind, split, run, params, *batch):
   mesh = mesh_of(kind)
-  spec = lambda p: P("d") if split and p.ndim and p.shape[0] % 2 == 0 else P()
-  with in_mesh(mesh):
+  spec = lambda p: P("data") if split and p.ndim and p.shape[0] % 2 == 0 else P()
+  with jax.set_mesh(mesh):
     params = jax.tree.map(lambda p: put(p, mesh, spec(p)), params)
-    return jax.jit(run)(params, *put(batch, mesh, P("d")))
+    return jax.jit(run)(params, *put(batch, mesh, P("data")))
 
 
 def explicit_arrays(run, params, *batch):
   mesh = mesh_of(AxisType.Explicit)
-  return jax.jit(run)(put(params, mesh, P()), *put(batch, mesh, P("d")))
+  return jax.jit(run)(put(params, mesh, P()), *put(batch, mesh, P("data")))
 
 
 def mapped(check_vma, run, params, *batch):
-  mesh, split = mesh_of(AxisType.Auto), P("d")
+  mesh, split = mesh_of(AxisType.Auto), P("data")
   run = jax.shard_map(
     run, mesh=mesh, in_specs=(P(), split, split), out_specs=split, check_vma=check_vma
   )
@@ -110,7 +106,7 @@ def mapped(check_vma, run, params, *batch):
 def params_that_vary(run, params, *batch):
   mesh = mesh_of(AxisType.Auto)
   local = lambda params, *batch: run(jax.tree.map(lambda p: p[0], params), *batch)[None]
-  on_each = jax.shard_map(local, mesh=mesh, in_specs=(P("d"), P(), P()), out_specs=P("d"))
+  on_each = jax.shard_map(local, mesh=mesh, in_specs=(P("data"), P(), P()), out_specs=P("data"))
   both = jax.jit(on_each)(jax.tree.map(lambda p: jnp.stack([p, p]), params), *batch)
   np.testing.assert_array_equal(both[0], both[1])
   return both[0]
@@ -146,8 +142,8 @@ def reference(name):
   return params, jax.jit(run)(params, IMAGES, IDS)
 
 
-# All pairs take minutes. Without OV_ALL_CONTEXTS=1 every model is tried where arrays have stricter
-# types, and two models everywhere.
+# All pairs take minutes. Without OV_ALL_CONTEXTS=1, all models run in the contexts with stricter
+# array types, and two models in all contexts.
 PAIRS = [
   (name, context)
   for name in MODELS
@@ -168,6 +164,22 @@ def test_value(name, context):
   np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
+def refuses_erf():
+  """Return whether jax rejects gradients of erf in shard_map, as 0.12.0 does."""
+  grad = jax.shard_map(
+    jax.grad(lambda x: jnp.sum(jax.lax.erf(x))),
+    mesh=mesh_of(AxisType.Auto),
+    in_specs=P("data"),
+    out_specs=P("data"),
+  )
+  try:
+    jax.jit(grad)(jnp.ones(2))
+  except ValueError as error:
+    assert "check_vma=False" in str(error), error  # the message contains the remedy
+    return True
+  return False
+
+
 @pytest.mark.parametrize("context", ["explicit", "inside shard_map", "through shard_map"])
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_gradient(name, context):
@@ -177,9 +189,17 @@ def test_gradient(name, context):
   if context == "explicit":
     found = on_mesh(AxisType.Explicit, False, jax.grad(loss), params, IMAGES, IDS)
   else:
-    specs = {"mesh": mesh_of(AxisType.Auto), "in_specs": (P(), P("d"), P("d")), "out_specs": P()}
-    inside = jax.shard_map(jax.grad(loss), **specs)
-    through = jax.grad(jax.shard_map(lambda *args: jax.lax.psum(loss(*args), "d"), **specs))
+    specs = {
+      "mesh": mesh_of(AxisType.Auto),
+      "in_specs": (P(), P("data"), P("data")),
+      "out_specs": P(),
+    }
+    grad = jax.grad(loss)
+    if refuses_erf():  # unchecked, the sum over the devices is the caller's
+      specs["check_vma"] = False
+      grad = lambda *args: jax.lax.psum(jax.grad(loss)(*args), "data")
+    inside = jax.shard_map(grad, **specs)
+    through = jax.grad(jax.shard_map(lambda *args: jax.lax.psum(loss(*args), "data"), **specs))
     found = jax.jit(inside if "inside" in context else through)(params, IMAGES, IDS)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), found, expected)
 
@@ -201,7 +221,7 @@ def test_x64_computes_in_float32(x64, name, wide):
   assert found.dtype == jnp.float32
   jax.config.update("jax_enable_x64", False)
   _, expected = reference(name)
-  if name != "sample":  # draws of 64 bits are other ones
+  if name != "sample":  # 64-bit samples differ
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -235,21 +255,7 @@ def test_an_empty_batch_and_a_batch_of_one(name):
     (lambda p: p | {"cls": p["cls"][:3]}, r"cls is \(3,\), expected \(8,\)\.$"),
   ],
 )
-def test_params_that_do_not_fit_are_refused_in_one_line(change, message):
+def test_mismatching_params_raise_a_one_line_error(change, message):
   with pytest.raises(ValueError, match=message) as e:
     ov_models.bind(VIT, change(random_params(VIT)))
   assert "\n" not in str(e.value) and len(str(e.value)) < 1000
-
-
-def test_on_mesh_inside_the_contexts_of_the_caller():
-  params, expected = reference("encoder")
-  mesh = mesh_of(AxisType.Explicit)
-
-  def run(*args):
-    with ov_models.on_mesh(mesh, batch=("d",), tensor=None):
-      return encode(*args)
-
-  found = on_mesh(AxisType.Explicit, False, run, params, IMAGES, IDS)
-  np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
-  assert found.sharding.spec[0] == "d"
-  np.testing.assert_allclose(mapped(True, run, params, IMAGES, IDS), expected, rtol=1e-4, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Models as pure functions over plain nested dicts of arrays."""
+"""Functional API: models as pure functions over nested dicts of arrays."""
 
 from collections.abc import Mapping
 import functools
@@ -8,6 +8,7 @@ from typing import Any, overload
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jaxtyping import PRNGKeyArray
 
 from ov_models.config import TransformerConfig
 from ov_models.decoder import DecoderConfig
@@ -37,21 +38,21 @@ def _build(config: Config, rngs: nnx.Rngs) -> nnx.Module:
 
 @functools.lru_cache(maxsize=64)
 def _abstract(config: Config) -> tuple[Any, nnx.State]:
-  """Structure and abstract parameters. The key is made inside: nothing touches a device."""
+  """Return the graph definition and abstract parameters, without using a device."""
   return nnx.split(nnx.eval_shape(lambda: _build(config, nnx.Rngs(jax.random.key(0)))))
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def init(config: Config, key: jax.Array) -> Params:
-  """Fresh parameters: nested dict of float32 arrays.
+def init(config: Config, key: PRNGKeyArray) -> Params:
+  """Return initial parameters as a nested dict of float32 arrays.
 
-  To create them sharded, wrap it: `jax.jit(partial(init, config), out_shardings=...)(key)`.
+  To create sharded parameters, use `jax.jit(partial(init, config), out_shardings=...)(key)`.
   """
   return nnx.to_pure_dict(nnx.state(_build(config, nnx.Rngs(key))))
 
 
 def abstract_params(config: Config) -> Params:
-  """The tree of `init` as jax.ShapeDtypeStruct, without computing anything."""
+  """Return the tree of `init` as jax.ShapeDtypeStruct, without allocating arrays."""
   return jax.tree.map(
     lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype), nnx.to_pure_dict(_abstract(config)[1])
   )
@@ -64,22 +65,22 @@ def bind(config: TextConfig, params: Params) -> TextEncoder: ...
 @overload
 def bind(config: VisionLanguageConfig, params: Params) -> VisionLanguageModel: ...
 def bind(config: Config, params: Params) -> ViT | TextEncoder | VisionLanguageModel:
-  """The module of `config` over `params`; cheap, usable inside jit, grad and vmap.
+  """Return the module of `config` with parameters `params`; cheap, and usable inside jit and grad.
 
   Raises:
-    ValueError: a parameter is missing, left over, of another shape, or no float; the message
-      lists the first ones.
+    ValueError: if a parameter is missing, unexpected, of another shape, or not a float array. The
+      message lists the first mismatches.
   """
   params = plain_dict(params)
   _check_tree(abstract_params(config), params)
-  return nnx.merge(_abstract(config)[0], jax.tree.map(_at_most_float32, params))
+  return nnx.merge(_abstract(config)[0], jax.tree.map(_float64_to_float32, params))
 
 
 def plain_dict(params: Any) -> Params:
-  """Nested dicts from nested mappings, such as flax's FrozenDict or nnx.State.
+  """Convert nested mappings, such as FrozenDict or nnx.State, to nested dicts.
 
   Raises:
-    ValueError: `params` is no mapping.
+    ValueError: if `params` is not a mapping.
   """
   if isinstance(params, nnx.State):
     return nnx.to_pure_dict(params)
@@ -91,7 +92,7 @@ def plain_dict(params: Any) -> Params:
   return {k: plain_dict(v) if isinstance(v, Mapping) else v for k, v in params.items()}
 
 
-def _at_most_float32(leaf: jax.Array) -> jax.Array:
+def _float64_to_float32(leaf: jax.Array) -> jax.Array:
   return leaf.astype(jnp.float32) if leaf.dtype == jnp.float64 else leaf
 
 
@@ -101,24 +102,24 @@ def _check_tree(expected: Params, got: Params) -> None:
     return {jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in leaves}
 
   leaves = flat(got)
-  strange = [name for name, leaf in leaves.items() if not hasattr(leaf, "dtype")]
-  found = [f"{name} is a {type(leaves[name]).__name__}, expected an array" for name in strange]
+  non_arrays = [name for name, leaf in leaves.items() if not hasattr(leaf, "dtype")]
+  found = [f"{name} is a {type(leaves[name]).__name__}, expected an array" for name in non_arrays]
   want = {name: tuple(leaf.shape) for name, leaf in flat(expected).items()}
-  have = {name: tuple(leaf.shape) for name, leaf in leaves.items() if name not in strange}
-  found += differences(want, have | {name: want.get(name, ()) for name in strange})
+  have = {name: tuple(leaf.shape) for name, leaf in leaves.items() if name not in non_arrays}
+  found += differences(want, have | {name: want.get(name, ()) for name in non_arrays})
   found += [
     f"{name} is {leaves[name].dtype}, expected float32"
     for name in have
     if not jnp.issubdtype(leaves[name].dtype, jnp.floating)
   ]
   if found:
-    raise ValueError(f"parameters do not fit the config: {first_few(found)}.")
+    raise ValueError(f"parameters do not match the config: {first_few(found)}.")
 
 
 def differences(want: Mapping[str, tuple], have: Mapping[str, tuple]) -> list[str]:
-  """What two tables of names and shapes do not share, in words."""
+  """Return descriptions of the differences between two mappings from names to shapes."""
   found = [f"missing {name} {want[name]}" for name in want if name not in have]
-  found += [f"left over {name} {have[name]}" for name in have if name not in want]
+  found += [f"unexpected {name} {have[name]}" for name in have if name not in want]
   found += [
     f"{name} is {have[name]}, expected {want[name]}"
     for name in want
@@ -128,16 +129,16 @@ def differences(want: Mapping[str, tuple], have: Mapping[str, tuple]) -> list[st
 
 
 def first_few(found: list[str], most: int = 6) -> str:
-  """The first of many differences, for a message of one line."""
+  """Return the first differences in one line, for an error message."""
   more = f"; and {len(found) - most} more" if len(found) > most else ""
   return "; ".join(found[:most]) + more
 
 
 def logical_axes(config: Config) -> Params:
-  """Logical axis names of every parameter: the tree of `init` with tuples as leaves.
+  """Return the logical axis names of every parameter: the tree of `init` with tuples as leaves.
 
-  Names: "embed", "mlp", "vocab", "norm", None for an axis that stays whole, and "layers" first
-  for stacked layers.
+  Names are "embed", "mlp", "vocab", "norm", None for an unsharded axis, and "layers" for the first
+  axis of stacked layers.
   """
 
   tree: Params = {}
@@ -152,7 +153,13 @@ def logical_axes(config: Config) -> Params:
 
 
 def num_params(config_or_params: Config | Params) -> int:
-  """Number of parameters of a config or of a tree."""
+  """Return the number of parameters of a config or parameter tree.
+
+  Examples:
+    >>> import ov_models
+    >>> ov_models.num_params(ov_models.ViTConfig.from_name("Ti/16", image_size=160))
+    5486400
+  """
   tree = config_or_params
   if isinstance(tree, Config):
     tree = abstract_params(tree)
@@ -160,23 +167,24 @@ def num_params(config_or_params: Config | Params) -> int:
 
 
 def flops_per_example(config: VisionLanguageConfig, *, num_texts: int = 2) -> int:
-  """Floating point operations of one training example, forward and backward.
+  """Return the model FLOPs of one training example, forward and backward.
 
-  Model FLOPs as used for MFU (https://arxiv.org/abs/2204.02311, appendix B): matmuls only, two
-  operations per multiply-add, backward twice the forward, nothing for rematerialisation, full
-  T x T attention whatever the mask. Masked patches and dropped tokens are not counted; nor is
-  the similarity matrix of a contrastive loss, which belongs to the batch.
+  Model FLOPs as defined for MFU (https://arxiv.org/abs/2204.02311, appendix B): matmuls only, two
+  operations per multiply-add, backward twice the forward, no rematerialisation, and full T x T
+  attention for any mask. Masked patches, dropped tokens and the similarity matrix of a contrastive
+  loss are not counted.
 
   Args:
-    config: of the model. Texts and captions have the length that its parts are made for.
-    num_texts: texts per image through the text tower; published: 2.
+    config: configuration of the model. Texts and captions have their maximum length.
+    num_texts: number of texts per image for the text tower; 2 in the published recipe.
   """
   vit = config.encoder
   patch = 2 * vit.num_patches * 3 * vit.patch_size**2 * vit.width
-  total = patch + _stack_flops(vit, vit.num_unmasked + 1)
-  text_tokens = 0  # that a decoder with queries reads
+  tokens = vit.num_unmasked + vit.num_prefix
+  total = patch + _stack_flops(vit, tokens) + _pool_flops(vit, tokens)
+  text_tokens = 0  # text tokens that a query decoder reads
   if (text := config.text) is not None:
-    heads = vit.width + num_texts * text.width
+    heads = vit.width * config.image_head + num_texts * text.width
     total += num_texts * _stack_flops(text, text.max_len) + 2 * heads * config.embed_dim
     text_tokens = text.max_len - 1 if text.pool == "last" else text.max_len
   if isinstance(decoder := config.decoder, QueryDecoderConfig):
@@ -197,5 +205,17 @@ def _decoder_flops(config: DecoderConfig, image_width: int, num_image: int) -> i
 
 def _stack_flops(config: TransformerConfig, tokens: int) -> int:
   d = config.width
-  weights = 4 * d * d + 2 * d * config.mlp_dim
+  weights = (5 if config.attention_gate else 4) * d * d
+  weights += (3 if config.mlp == "gated" else 2) * d * config.mlp_dim
   return config.depth * (2 * tokens * weights + 4 * tokens * tokens * d)
+
+
+def _pool_flops(config: ViTConfig, tokens: int) -> int:
+  """Return the FLOPs of attention pooling: keys and values of all tokens, and one query."""
+  d = config.width
+  if config.pool not in ("map", "attend"):
+    return 0
+  one = d * d  # the output projection
+  if config.pool == "map":
+    one += d * d + 2 * d * config.pool_config.mlp_dim
+  return 2 * (2 * tokens * d * d + one) + 4 * tokens * d

@@ -1,4 +1,4 @@
-"""Plain parameters: trees, names, binding."""
+"""Tests of the functional API: parameter trees, names and binding."""
 
 import dataclasses
 from functools import partial
@@ -92,7 +92,7 @@ def test_names_and_axes_of_the_captioner():
   }
 
 
-def test_kernels_are_what_weight_decay_should_find():
+def test_weight_decay_applies_to_kernels():
   shapes = flatten(ov_models.abstract_params(PAIR))
   matrices = {n for n, s in shapes.items() if len(s.shape) - ("blocks" in n) >= 2}
   kernels = {n for n in shapes if n.endswith("/kernel")}
@@ -100,7 +100,7 @@ def test_kernels_are_what_weight_decay_should_find():
   assert kernels <= matrices
 
 
-def test_decay_finds_the_heads_of_two_towers_and_no_scalar():
+def test_weight_decay_applies_to_heads_and_not_to_scalars():
   shapes = flatten(ov_models.abstract_params(TOWERS))
   matrices = {n for n, s in shapes.items() if len(s.shape) - ("blocks" in n) >= 2}
   kernels = {n for n in shapes if n.endswith("/kernel")}
@@ -113,7 +113,7 @@ def test_decay_finds_the_heads_of_two_towers_and_no_scalar():
 
 
 def test_logical_axes_do_not_shard_by_themselves():
-  # With a mesh set, flax would try to place parameters by metadata it knows; ours it must ignore.
+  # With a mesh set, flax shards parameters by the metadata keys that it knows.
   mesh = jax.make_mesh((1,), ("embed",), axis_types=(jax.sharding.AxisType.Auto,))
   with jax.set_mesh(mesh):
     params = ov_models.init(VIT, jax.random.key(0))
@@ -128,7 +128,7 @@ def test_init_is_a_function_of_the_key():
   c = ov_models.init(VIT, jax.random.key(1))
   assert np.abs(a["blocks"]["mlp"]["up"]["kernel"] - c["blocks"]["mlp"]["up"]["kernel"]).max() > 0
   inside = jax.jit(partial(ov_models.init, VIT))(jax.random.key(0))
-  # Fusion may round differently.
+  # Fusion may change rounding.
   chex.assert_trees_all_close(a, inside, atol=1e-6)
 
 
@@ -140,7 +140,7 @@ def test_bind_takes_numpy_and_works_under_transformations():
   np.testing.assert_allclose(jax.vmap(one)(images), out, atol=1e-4)
 
 
-def test_bind_lists_every_misfit():
+def test_bind_lists_every_mismatch():
   params = random_params(VIT)
   del params["cls"]
   params["head"] = {"kernel": jnp.zeros((2, 2))}
@@ -148,7 +148,7 @@ def test_bind_lists_every_misfit():
   with pytest.raises(ValueError) as error:
     ov_models.bind(VIT, params)
   assert "missing cls (32,)" in str(error.value)
-  assert "left over head/kernel (2, 2)" in str(error.value)
+  assert "unexpected head/kernel (2, 2)" in str(error.value)
   assert "norm/scale is (7,), expected (32,)" in str(error.value)
 
 

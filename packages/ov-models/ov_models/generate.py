@@ -1,45 +1,50 @@
-"""Captions from images: greedy, sampled or by beam search, with a key-value cache."""
+"""Caption generation with a key-value cache: greedy, sampling and beam search."""
 
 import dataclasses
 from functools import partial
 from typing import Any, Literal, Protocol
 
+from einops import rearrange
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from ov_models import contexts, partition
+from ov_models import contexts
 from ov_models.config import check_choice, check_ratio
 from ov_models.decoder import Decoder, DecoderConfig
+from ov_models.shapes import AnyArray
 
 Method = Literal["greedy", "sample", "beam"]
 
 
 class CaptionModel(Protocol):
-  """What `generate` needs: a VisionLanguageModel, or another nnx.Module with these methods."""
+  """Protocol of models for `generate`: VisionLanguageModel, or an nnx.Module with these methods."""
 
   @property
   def decoder(self) -> Any:
-    """A Decoder."""
+    """Return the Decoder."""
 
-  def encode(self, images: jax.Array, key: jax.Array | None = None) -> tuple[Any, jax.Array]:
-    """Anything, and the image tokens [B, K, E] for the decoder."""
+  def encode(
+    self, images: Float[AnyArray, "B H W 3"], key: PRNGKeyArray | None = None
+  ) -> tuple[Any, Float[Array, "B K E"]]:
+    """Return a pair whose second element is the image tokens for the decoder."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class GenerateOutput:
-  """Captions.
+  """Generated captions.
 
   Attributes:
-    ids: int32 [B, T], what follows the begin token: words, end token, padding.
-    length: int32 [B], tokens before the padding, the end token included.
-    log_prob: float32 [B], of those tokens under the model (temperature and top-p not applied).
+    ids: int32 token ids after the begin token: words, end token, padding.
+    length: int32 number of tokens, including the end token.
+    log_prob: float32 log probability of these tokens, without temperature and top-p.
   """
 
-  ids: jax.Array
-  length: jax.Array
-  log_prob: jax.Array
+  ids: Int[AnyArray, "B T"]
+  length: Int[Array, " B"]
+  log_prob: Float[Array, " B"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +62,7 @@ class _Options:
 
 def generate(
   model: CaptionModel,
-  images: jax.Array,
+  images: Float[AnyArray, "B H W 3"],
   *,
   max_len: int,
   bos_id: int,
@@ -68,35 +73,35 @@ def generate(
   top_p: float = 1.0,
   num_beams: int = 4,
   length_penalty: float = 1.0,
-  key: jax.Array | None = None,
+  key: PRNGKeyArray | None = None,
 ) -> GenerateOutput:
-  """Writes one caption per image; compiled once per model structure, shape and set of options.
+  """Generate one caption per image. Compiled once per model structure, shapes and options.
 
   Args:
-    model: the bound model, with a `Decoder`. A captioner's `eval_keep` says which image tokens are
-      used.
-    images: float32 [B, H, W, 3], normalised.
-    max_len: T, most tokens to write.
-    bos_id: the token that starts each caption.
-    eos_id: the token that ends one.
-    pad_id: what fills up after the end.
-    method: "greedy", "sample" or "beam".
-    temperature: of "sample": logits are divided by it.
-    top_p: of "sample": only the smallest set of tokens that holds this probability is drawn from
-      (nucleus sampling, https://arxiv.org/abs/1904.09751).
-    num_beams: of "beam": hypotheses kept. Ended ones stay in the beam and compete.
-    length_penalty: of "beam": hypotheses are ranked by log_prob / length ** length_penalty.
-    key: random key of "sample".
+    model: bound model with a `Decoder`. `eval_keep` of its config selects the image tokens.
+    images: normalised images.
+    max_len: maximum number T of tokens to generate.
+    bos_id: id of the begin token.
+    eos_id: id of the end token.
+    pad_id: id of the padding token.
+    method: decoding method, "greedy", "sample" or "beam".
+    temperature: divisor of the logits for "sample".
+    top_p: probability mass for nucleus sampling with "sample"
+      (https://arxiv.org/abs/1904.09751).
+    num_beams: number of hypotheses for "beam". Finished hypotheses stay in the beam.
+    length_penalty: exponent for "beam"; hypotheses are ranked by
+      log_prob / length ** length_penalty.
+    key: random key for "sample".
 
   Raises:
-    TypeError: the model has no decoder that is fed its own words.
-    ValueError: an option out of range, or "sample" without a key.
+    TypeError: if the model has no autoregressive decoder.
+    ValueError: if an option is out of range, or "sample" has no key.
   """
   decoder = getattr(model, "decoder", None)
   if not isinstance(decoder, Decoder):
     raise TypeError(
-      f"the decoder of {type(model).__name__} is a {type(decoder).__name__}; generation feeds "
-      "each written token back and needs a Decoder: build the model with a DecoderConfig."
+      f"the decoder of {type(model).__name__} is a {type(decoder).__name__}; generation needs an "
+      "autoregressive Decoder: build the model with a DecoderConfig."
     )
   options = _Options(
     max_len, bos_id, eos_id, pad_id, method, temperature, top_p, num_beams, length_penalty
@@ -104,7 +109,7 @@ def generate(
   _check(decoder.config, options, key)
   graphdef, params = nnx.split(model)
   key = key if method == "sample" else None
-  return _generate(params, images, key, graphdef, options, partition.current())
+  return _generate(params, images, key, graphdef, options)
 
 
 def _check(text: DecoderConfig, options: _Options, key: jax.Array | None) -> None:
@@ -119,20 +124,20 @@ def _check(text: DecoderConfig, options: _Options, key: jax.Array | None) -> Non
   if text.position == "learned" and options.max_len > text.max_len:
     raise ValueError(
       f"max_len={options.max_len} exceeds the {text.max_len} learned positions of the decoder; "
-      f"ask for at most {text.max_len} tokens."
+      f"set max_len to at most {text.max_len}."
     )
   if options.temperature <= 0:
     raise ValueError(
       f"temperature={options.temperature} must be positive; use method='greedy' for the limit 0."
     )
   if options.method == "sample" and key is None:
-    raise ValueError("method='sample' draws at random: pass key=jax.random.key(seed).")
+    raise ValueError("method='sample' needs a random key; pass key=jax.random.key(seed).")
 
 
-@partial(jax.jit, static_argnames=("graphdef", "options", "layout"))
+@partial(jax.jit, static_argnames=("graphdef", "options"))
 def _generate(
   params: Any, images: jax.Array, key: jax.Array | None,
-  graphdef: Any, options: _Options, layout: Any,
+  graphdef: Any, options: _Options,
 ) -> GenerateOutput:  # fmt: skip
   def run(params: Any, images: jax.Array, key: jax.Array | None) -> GenerateOutput:
     model = nnx.merge(graphdef, params)
@@ -142,14 +147,13 @@ def _generate(
       return _beam(model.decoder, image_tokens, options)
     return _single(model.decoder, image_tokens, options, key)
 
-  with partition.using(layout):
-    return contexts.run(run, params, images, key, rows=images)
+  return contexts.run(run, params, images, key, rows=images)
 
 
 def _single(
   decoder: Decoder, image_tokens: jax.Array, options: _Options, key: jax.Array | None
 ) -> GenerateOutput:
-  """One hypothesis per image: sampled with a key, greedy without."""
+  """Generate one hypothesis per image: sampling with a key, greedy without."""
   batch, max_len = image_tokens.shape[0], options.max_len
 
   def unfinished(state: dict[str, Any]) -> jax.Array:
@@ -191,7 +195,7 @@ def _single(
 
 
 def _nucleus(logits: jax.Array, top_p: float) -> jax.Array:
-  """Logits [B, V] with all but the likeliest tokens of total probability top_p at -inf."""
+  """Return logits [B, V] with all tokens outside the top-p nucleus set to -inf."""
   descending = jnp.sort(logits, axis=-1, descending=True)
   probability = jax.nn.softmax(descending)
   before = jnp.cumsum(probability, axis=-1) - probability
@@ -200,10 +204,10 @@ def _nucleus(logits: jax.Array, top_p: float) -> jax.Array:
 
 
 def _beam(decoder: Decoder, image_tokens: jax.Array, options: _Options) -> GenerateOutput:
-  """Beam search over W hypotheses per image, flattened to B * W rows for the decoder."""
+  """Run beam search over W hypotheses per image, flattened to B * W rows for the decoder."""
   batch, width, max_len = image_tokens.shape[0], options.num_beams, options.max_len
   vocab = decoder.config.vocab_size
-  # An ended hypothesis goes on with padding, free of charge.
+  # Finished hypotheses continue with padding of log probability 0.
   only_pad = jnp.where(jnp.arange(vocab) == options.pad_id, 0.0, -jnp.inf).astype(jnp.float32)
 
   def rank(log_prob: jax.Array, length: jax.Array) -> jax.Array:
@@ -227,9 +231,9 @@ def _beam(decoder: Decoder, image_tokens: jax.Array, options: _Options) -> Gener
       return jnp.take_along_axis(a, index, axis)
 
     def inherit_cache(a: jax.Array) -> jax.Array:
-      # Within each image's beam: an index over B * W rows would cross devices.
-      beams = a.reshape(a.shape[0], batch, width, *a.shape[2:])
-      return inherit(beams, axis=2).reshape(a.shape)
+      # Index within the beam of each image; indexing B * W rows would cross devices.
+      beams = rearrange(a, "l (b w) ... -> l b w ...", w=width)
+      return rearrange(inherit(beams, axis=2), "l b w ... -> l (b w) ...")
 
     return {
       "t": t + 1,
@@ -248,7 +252,7 @@ def _beam(decoder: Decoder, image_tokens: jax.Array, options: _Options) -> Gener
     "token": jnp.full((batch, width), options.bos_id, jnp.int32),
     "ids": jnp.full((batch, width, max_len), options.pad_id, jnp.int32),
     "length": jnp.zeros((batch, width), jnp.int32),
-    # All start equal: only the first may branch, or all would hold the same caption.
+    # All beams start equal, so only the first is active; otherwise all would be the same caption.
     "log_prob": jnp.tile(first_only.astype(jnp.float32), (batch, 1)),
     "done": jnp.zeros((batch, width), bool),
     "cache": jax.tree.map(lambda a: jnp.repeat(a, width, axis=1), cache),

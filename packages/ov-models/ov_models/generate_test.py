@@ -1,4 +1,4 @@
-"""Generation against slow references that know no cache."""
+"""Tests of generation against references without a cache."""
 
 import dataclasses
 import itertools
@@ -35,7 +35,7 @@ def model(mask="prefix", position="learned", vocab=V, **options):
     ),
   )  # fmt: skip
   params = random_params(config, seed=3)
-  # Words, image and order that matter, so that captions differ, and some end early.
+  # Scaled so that captions depend on words, image and order, and some end early.
   decoder = params["decoder"]
   decoder["embed"]["embedding"] *= 10
   decoder["image_proj"]["kernel"] *= 20
@@ -56,7 +56,7 @@ def _exact_matmuls():
 
 
 class Reference:
-  """log p(next | image, text so far), recomputed from scratch without a cache."""
+  """Computes log p(next | image, text so far) without a cache."""
 
   def __init__(self, captioner, pictures):
     self.tokens = captioner.encode(pictures)[1]
@@ -65,7 +65,7 @@ class Reference:
     )
 
   def next(self, written):
-    """written: [B, t] after the begin token; [B, V]."""
+    """Return [B, V] log-probabilities after the tokens written [B, t]."""
     batch = self.tokens.shape[0]
     ids = np.full((batch, T), PAD, np.int32)
     ids[:, 0] = BOS
@@ -88,7 +88,7 @@ def test_greedy_equals_the_uncached_decoder(mask, position):
     written = np.concatenate([written, token[:, None].astype(np.int32)], axis=1)
   np.testing.assert_array_equal(out.ids, written)
   np.testing.assert_allclose(out.log_prob, total, atol=1e-4)
-  assert len({tuple(row) for row in written}) > 1  # the images matter
+  assert len({tuple(row) for row in written}) > 1  # captions depend on the images
 
 
 def test_stops_at_the_end_token():
@@ -103,7 +103,9 @@ def test_stops_at_the_end_token():
 
 def test_loop_ends_early_when_all_have_ended():
   captioner = model()
-  captioner.decoder.head.kernel[...] = jnp.zeros((32, V))  # all alike: argmax is token 0 = end
+  captioner.decoder.head.kernel[...] = jnp.zeros(
+    (32, V)
+  )  # equal logits: argmax is token 0, the end token
   out = generate(captioner, images(), max_len=T, bos_id=BOS, eos_id=0, pad_id=5)
   np.testing.assert_array_equal(out.ids[:, 0], 0)
   np.testing.assert_array_equal(out.ids[:, 1:], 5)
@@ -133,7 +135,7 @@ def test_wide_beam_finds_the_best_of_all_captions(penalty):
   for words in itertools.product(range(vocab), repeat=length):
     end = words.index(EOS) + 1 if EOS in words else length
     if any(w != PAD for w in words[end:]):
-      continue  # the same caption written twice
+      continue  # duplicate caption
     total = np.zeros(3)
     for t in range(end):
       written = np.tile(np.array(words[:t], np.int32), (3, 1)).reshape(3, t)
@@ -151,7 +153,7 @@ def test_beam_is_at_least_as_good_as_greedy_without_penalty():
   beam = generate(
     captioner, images(32), max_len=T, method="beam", num_beams=6, length_penalty=0.0, **IDS
   )
-  # Not a theorem (the greedy path can leave the beam), but so for these weights, and some better.
+  # Not guaranteed (the greedy path can leave the beam), but true for these weights.
   assert (beam.log_prob >= greedy.log_prob - 1e-4).all()
   assert (beam.log_prob > greedy.log_prob + 1e-2).any()
 
@@ -168,7 +170,7 @@ def test_sampling_follows_the_model():
   first = np.asarray(sample(captioner, picture).ids[:, 0])
   expected = np.exp(Reference(captioner, images(1)).next(np.zeros((1, 0), np.int32))[0])
   share = np.bincount(first, minlength=V) / 3000
-  # Standard error of a share at most 0.5 / sqrt(3000) = 0.009; four of them.
+  # The standard error of a fraction is at most 0.5 / sqrt(3000) = 0.009; tolerance: four of them.
   np.testing.assert_allclose(share, expected, atol=0.037)
 
 
@@ -212,7 +214,7 @@ def test_runs_inside_jit_and_compiles_once():
 
 
 class Pixels(nnx.Module):
-  """A model of someone's own: a decoder that reads patches of pixels."""
+  """Custom model whose decoder reads patches of pixels."""
 
   def __init__(self, decoder):
     self.decoder = decoder
@@ -221,7 +223,7 @@ class Pixels(nnx.Module):
     return None, pictures.reshape(pictures.shape[0], 32, 24)
 
 
-def test_any_model_with_encode_and_decoder_writes():
+def test_custom_model_with_encode_and_decoder():
   own = Pixels(model().decoder)
   out = generate(own, images(), max_len=T, method="beam", **IDS)
   assert len({tuple(row) for row in np.asarray(out.ids)}) > 1
@@ -234,7 +236,7 @@ def test_any_model_with_encode_and_decoder_writes():
   np.testing.assert_allclose(out.log_prob, total, atol=1e-4)
 
 
-def test_other_parameters_of_the_same_config_do_not_compile_again():
+def test_new_parameters_do_not_recompile():
   config = model().config
   generate(model(), images(), max_len=T, **IDS)
   before = _generate._cache_size()
@@ -243,7 +245,7 @@ def test_other_parameters_of_the_same_config_do_not_compile_again():
   assert _generate._cache_size() == before
 
 
-def test_models_that_cannot_be_fed_their_words_are_refused():
+def test_models_without_autoregressive_decoder():
   config = QueryDecoderConfig(width=8, depth=1, mlp_dim=8, num_heads=2, vocab_size=V, num_queries=4)
   own = Pixels(QueryDecoder(config, 24, rngs=nnx.Rngs(0)))
   with pytest.raises(TypeError, match=r"decoder of Pixels is a QueryDecoder.*with a DecoderConfig"):
@@ -272,11 +274,11 @@ def test_bfloat16_runs():
     ({"num_beams": 0, "method": "beam"}, r"num_beams=0 must be at least 1"),
   ],
 )
-def test_refusals(options, message):
+def test_invalid_options(options, message):
   with pytest.raises(ValueError, match=message):
     generate(model(), images(), **({"max_len": T} | IDS | options))
 
 
-def test_sincos_positions_have_no_longest_text():
+def test_sincos_positions_allow_any_length():
   out = generate(model(position="sincos"), images(), max_len=2 * T, **IDS)
   assert out.ids.shape == (6, 2 * T)

@@ -1,4 +1,4 @@
-"""Token subsets have the right size and the right shape."""
+"""Tests of token masking."""
 
 import chex
 import jax
@@ -17,7 +17,7 @@ from ov_models import masking
     (36, 0.35, 12),
     (256, 0.35, 89),
     (576, 0.35, 201),
-    (7, 0.001, 1),  # never none
+    (7, 0.001, 1),  # at least one
     (7, 1.0, 7),
     (49, 1 - 0.75, 12),
   ],
@@ -39,7 +39,7 @@ def test_random_index_is_a_subset_per_example():
 def test_random_index_is_uniform():
   index = np.asarray(masking.random_index(jax.random.key(1), 4000, 10, 3, ordered=True))
   share = np.bincount(index.ravel(), minlength=10) / 4000
-  # Binomial with p = 0.3: standard error 0.0072; five of them.
+  # Binomial with p = 0.3: the standard error is 0.0072; tolerance: five of them.
   np.testing.assert_allclose(share, 0.3, atol=0.036)
 
 

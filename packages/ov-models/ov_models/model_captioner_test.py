@@ -1,4 +1,4 @@
-"""The whole captioner: which tokens reach the decoder, keys, and counted work."""
+"""Tests of the captioner: kept tokens, random keys and FLOPs."""
 
 import dataclasses
 from functools import partial
@@ -41,7 +41,7 @@ def kept(config, params, images, key=None):
 
 
 def kept_index(config, key):
-  """Which of the tower's tokens the decoder gets, found by their values: [B, K]."""
+  """Return the indices [B, K] of the tokens that the decoder gets, found by their values."""
   out, tokens = kept(config, random_params(config), inputs()[0], key)
   same = (tokens[:, :, None] == out.tokens[:, None]).all(axis=-1)
   assert (same.sum(axis=-1) == 1).all()
@@ -62,7 +62,7 @@ def test_released_order_is_random():
   assert (np.diff(index, axis=1) < 0).any(axis=1).all()
 
 
-def test_evaluation_keeps_all_or_a_fixed_share():
+def test_evaluation_keeps_all_or_a_fixed_fraction():
   assert kept_index(RELEASED, None).shape == (3, 36)
   fixed = kept_index(dataclasses.replace(RELEASED, eval_keep="fixed"), None)
   assert fixed.shape == (3, 12)
@@ -114,18 +114,18 @@ def test_one_trace_over_several_steps():
 
 
 def test_unused_outputs_get_no_gradient():
-  # As published: the pooled vector does not enter the caption, its norm stays as initialised.
+  # As published: the pooled vector is not used for captions, so its norm gets no gradient.
   params, (images, ids) = random_params(CONFIG), inputs()
   grads = jax.grad(lambda p: (forward(CONFIG, p, images, ids).hidden ** 2).sum())(params)
   assert not grads["encoder"]["norm"]["scale"].any()
   for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
     name = jax.tree_util.keystr(path, simple=True, separator="/")
-    # The head reads hidden states, the loss here is on them.
+    # The loss here is on the hidden states, before the head.
     if not name.startswith(("encoder/norm", "decoder/head")):
       assert leaf.any(), name
 
 
-def test_logits_are_float32_products_with_the_head():
+def test_logits_are_float32_matmuls_with_the_head():
   params, (images, ids) = random_params(CONFIG), inputs()
   model = bind(CONFIG, params)
   hidden = forward(CONFIG, params, images, ids).hidden
@@ -136,7 +136,7 @@ def test_logits_are_float32_products_with_the_head():
 
 
 def test_flops_against_the_compiler():
-  """XLA counts multiply-adds of matmuls as two operations too; unrolled, it sees every layer."""
+  """XLA counts a multiply-add as two operations, too, and all layers if unrolled."""
   config = VisionLanguageConfig(
     encoder=dataclasses.replace(CONFIG.encoder, width=64, mlp_dim=256, depth=2, scan=False),
     decoder=dataclasses.replace(CONFIG.decoder, width=64, mlp_dim=256, depth=2, scan=False),
@@ -150,7 +150,7 @@ def test_flops_against_the_compiler():
     return (logits**2).mean()
 
   cost = jax.jit(jax.grad(loss)).lower(params).compile().cost_analysis()
-  # The compiler also counts norms, softmax, GELU and the update of embeddings, and leaves out the
+  # XLA also counts norms, softmax, GELU and embedding updates, and does not count the
   # gradient with respect to the pixels.
   assert flops_per_example(config) == pytest.approx(cost["flops"], rel=0.15)
 

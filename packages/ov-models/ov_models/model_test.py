@@ -1,6 +1,6 @@
-"""The two-tower model: published sizes, what joins the parts, models without a part, counted work.
+"""Tests of the vision-language model: published sizes, embeddings, missing parts and FLOPs.
 
-Its numbers are held against the predecessor's in //tests/golden:openvision1_model_test.
+//tests/golden:openvision1_model_test compares the numbers with the released OpenVision code.
 """
 
 import dataclasses
@@ -51,7 +51,7 @@ def inputs(batch=B):
 
 
 def forward(config, params, images, texts, captions, key=None):
-  """Both embeddings and the hidden states of the captions, None for what there is not."""
+  """Return both embeddings and the hidden states of the captions; None for missing parts."""
   return _forward(config, params, images, texts, captions, key)
 
 
@@ -102,7 +102,7 @@ def test_parameter_counts_are_the_published_ones(image, text):
   ],
 )  # fmt: skip
 def test_embed_dim_follows_the_image_variant(image, embed_dim):
-  # The published ones, and the width of the tower where none was.
+  # The published sizes; otherwise the width of the tower.
   config = VisionLanguageConfig.from_names(image, "Ti", None)
   assert config.embed_dim == embed_dim
   assert EMBED_DIMS.get(image.split("/")[0], config.encoder.width) == embed_dim
@@ -145,7 +145,7 @@ def test_initial_temperature_bias_and_heads():
   assert params["log_scale"].shape == params["bias"].shape == ()
   np.testing.assert_allclose(params["log_scale"], math.log(10), rtol=1e-6)
   np.testing.assert_array_equal(params["bias"], -10.0)
-  # At least 9,600 draws: the standard error is below 1%.
+  # At least 9,600 samples: the standard error is below 1%.
   np.testing.assert_allclose(np.std(params["image_head"]["kernel"]), 0.02, rtol=0.04)
   np.testing.assert_allclose(np.std(params["text_head"]["kernel"]), 16**-0.5, rtol=0.04)
 
@@ -165,7 +165,7 @@ def test_embeddings_are_projected_and_of_unit_length():
   assert hidden.shape == (B, Q, 32)
 
 
-def test_a_vector_of_zeros_has_a_finite_embedding():
+def test_zero_vector_has_a_finite_embedding():
   params = random_params(MODEL)
   params["image_head"]["kernel"] *= 0
   image, _, _ = forward(MODEL, params, *inputs())
@@ -180,7 +180,7 @@ def test_embeddings_are_float32_also_under_bfloat16():
   for out, exact in zip(run(low)[:2], run(MODEL)[:2], strict=True):
     assert out.unit.dtype == out.raw.dtype == jnp.float32
     assert out.tokens.dtype == jnp.bfloat16
-    # 8-bit mantissas over one block: a few percent of entries of size 20^-0.5.
+    # bfloat16 rounding in one block: a few percent of entries of size 20^-0.5.
     assert 0 < np.abs(out.unit - exact.unit).max() < 0.03
   assert run(low)[2].dtype == jnp.float32
 
@@ -206,7 +206,7 @@ def test_teacher_forced_decoder_reads_image_and_caption():
   np.testing.assert_array_equal(changed, np.arange(Q) >= 2)
   model = bind(config, params)
   np.testing.assert_array_equal(model.head_kernel, params["decoder"]["head"]["kernel"])
-  # It generates, from the same tokens.
+  # Generation works with the same tokens.
   out = generate(model, images, max_len=Q, bos_id=1, eos_id=2, pad_id=0)
   ids = jnp.concatenate([jnp.ones((B, 1), jnp.int32), out.ids[:, :-1]], axis=1)
   logits = hidden(images, texts, ids) @ model.head_kernel
@@ -214,16 +214,16 @@ def test_teacher_forced_decoder_reads_image_and_caption():
   np.testing.assert_array_equal(logits.argmax(-1)[written], out.ids[written])
 
 
-def test_share_of_captions_in_parallel():
+def test_fraction_of_parallel_captions():
   config = dataclasses.replace(
     MODEL, decoder=dataclasses.replace(FORCED, parallel=True), parallel_ratio=0.75
   )
   params, (images, texts, captions) = random_params(config), inputs(256)
   hidden = lambda captions, key=None: forward(config, params, images, texts, captions, key)[2]
   changed = np.abs(hidden(captions, jax.random.key(0)) - hidden(captions)).max(axis=(1, 2)) > 1e-6
-  # 256 draws: a standard deviation of 0.027.
+  # 256 samples: the standard deviation is 0.027.
   assert abs(changed.mean() - 0.75) < 0.11
-  # Those rows see nothing of their caption; the others all that comes before.
+  # Parallel rows do not attend to their caption; the others attend to earlier tokens.
   other = np.abs(
     hidden((captions + 1) % V, jax.random.key(0)) - hidden(captions, jax.random.key(0))
   ).max(axis=(1, 2))
@@ -257,13 +257,13 @@ def test_without_decoder_there_is_no_caption():
     model.caption_hidden(jnp.zeros((B, 4, 24)))
   with pytest.raises(ValueError, match="no decoder; build it"):
     _ = model.head_kernel
-  # The towers are those of the model with one.
+  # The towers equal those of the model with a decoder.
   shared = {name: random_params(MODEL)[name] for name in params}
   for a, b in zip(forward(config, shared, *inputs())[:2], run(MODEL)[:2], strict=True):
     chex.assert_trees_all_close(a, b, atol=1e-6)
 
 
-def test_missing_inputs_are_named():
+def test_missing_inputs():
   with pytest.raises(ValueError, match=r"text_tokens=None.*pass text_tokens \[B, T, 16\]"):
     bind(MODEL, random_params(MODEL)).caption_hidden(jnp.zeros((B, 4, 24)))
   config = dataclasses.replace(MODEL, decoder=FORCED)
@@ -275,7 +275,7 @@ def test_missing_inputs_are_named():
   ("fields", "message"),
   [
     ({"embed_dim": 0}, "embed_dim=0 must be a positive integer"),
-    ({"text": None, "decoder": None}, "leave an image tower; use its ViTConfig"),
+    ({"text": None, "decoder": None}, "leave only an image tower; use a ViTConfig"),
     ({"text": None}, "embed_dim=20 without a text tower.*set embed_dim=24"),
     ({"text": None, "embed_dim": 24, "bias_init": -10.0}, "no similarities to add it to"),
     ({"parallel_ratio": 1.0}, r"parallel_ratio=1.0 is out of range; give a fraction in \[0, 1\)"),
@@ -283,12 +283,12 @@ def test_missing_inputs_are_named():
     ({"parallel_ratio": 0.5, "decoder": FORCED}, "needs a teacher-forced decoder with parallel"),
   ],
 )
-def test_impossible_configs(fields, message):
+def test_invalid_configs(fields, message):
   with pytest.raises(ValueError, match=message):
     dataclasses.replace(MODEL, **fields)
 
 
-def test_impossible_names():
+def test_invalid_names():
   with pytest.raises(ValueError, match="embed_dim=0 must be a positive integer"):
     VisionLanguageConfig.from_names("Ti/16", "Ti", "Ti", embed_dim=0)
   with pytest.raises(ValueError, match="decoder_kind='query' is unknown.*nearest: queries"):
@@ -319,7 +319,7 @@ def test_one_trace_over_several_steps_and_every_parameter_learns():
 
 
 def test_flops_of_a_published_size():
-  """Forward by hand, backward twice that: each block multiplies by 12 D^2 weights."""
+  """Compare with a manual count: 12 D^2 weights per block, backward twice the forward."""
   blocks = lambda depth, t, d: depth * (2 * t * 12 * d**2 + 4 * t**2 * d)
   encoder = 2 * 256 * 588 * 1024 + blocks(24, 257, 1024)
   texts = 2 * blocks(12, 80, 768)
@@ -332,7 +332,7 @@ def test_flops_of_a_published_size():
   assert flops_per_example(config, num_texts=1) == flops_per_example(config) - one
   clip = dataclasses.replace(config, decoder=None)
   assert flops_per_example(clip) == 3 * (encoder + texts + heads)
-  # Teacher-forced: image and caption in, no text beside it.
+  # Teacher-forced: image and caption, no other text.
   forced = 2 * 256 * 1024 * 768 + blocks(12, 256 + 127, 768) + 2 * 127 * 768 * 32000
   cap = VisionLanguageConfig.from_names(
     "L/14", None, "L", decoder_kind="teacher_forced", caption_len=127
@@ -342,7 +342,7 @@ def test_flops_of_a_published_size():
 
 @pytest.mark.parametrize("decoder", [QUERIES, FORCED], ids=["queries", "forced"])
 def test_flops_against_the_compiler(decoder):
-  """XLA counts multiply-adds of matmuls as two operations too; unrolled, it sees every layer."""
+  """XLA counts a multiply-add as two operations, too, and all layers if unrolled."""
   wide = {"width": 64, "mlp_dim": 256, "scan": False}
   config = VisionLanguageConfig(
     encoder=dataclasses.replace(IMAGE, **wide),

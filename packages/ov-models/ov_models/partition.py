@@ -1,106 +1,109 @@
-"""Where activations live on a device mesh, told from outside for the duration of a trace.
+"""Logical axis names of parameters and activations, and the rules that map them to mesh axes.
 
-Modules know no mesh. A train step that runs on several devices enters `on_mesh` around its call of
-the model, inside the jitted function. It pins activations to the batch axes, so that XLA gathers
-sharded weights instead of splitting activations, and lets the TPU kernel, which XLA cannot
-partition, run per device.
+Modules name the dimensions of their parameters and activations; `RULES` maps each name to mesh
+axes. The caller of `init` shards parameters with `logical_axes`. Under `jax.set_mesh`, `constrain`
+shards activations, so that XLA gathers sharded weights instead of splitting activations.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-import contextlib
-import contextvars
-import dataclasses
+from collections.abc import Callable, Mapping
+import math
+from types import MappingProxyType
+from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
-from ov_models.contexts import automatic_mesh, manual_axes
+# Logical name -> mesh axes; an empty tuple leaves the dimension unsharded.
+RULES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+  {
+    "batch": ("data", "fsdp"),
+    "length": (),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv": (),
+    "layers": (),
+    "mlp": ("tensor",),
+    "norm": ("tensor",),
+    "vocab": ("tensor",),
+  }
+)
+
+HIDDEN = ("batch", "length", "embed")
+HEADS = ("batch", "length", "heads", "kv")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Layout:
-  mesh: Mesh
-  batch: tuple[str, ...]
-  tensor: str | None
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+  """Constrain the sharding of x on the current mesh by the names of its dimensions.
 
-
-_layout: contextvars.ContextVar[_Layout | None] = contextvars.ContextVar("layout", default=None)
-
-
-@contextlib.contextmanager
-def on_mesh(
-  mesh: Mesh | None, batch: tuple[str, ...] = ("data", "fsdp"), tensor: str | None = "tensor"
-) -> Iterator[None]:
-  """While active, models traced by this thread lay their activations out on `mesh`.
+  Without a mesh and inside `jax.shard_map`, x is returned unchanged. A mesh axis is used for the
+  first dimension with its name only. A dimension is left unsharded if its size is not divisible by
+  the mesh axes, and left to XLA if the mesh has none of the axes. If no dimension is sharded, x is
+  left to XLA as a whole.
 
   Args:
-    mesh: None switches the layout off.
-    batch: mesh axes that share the batch; those the mesh lacks are ignored.
-    tensor: mesh axis that shares heads, MLP units and vocabulary, if the mesh has it.
+    x: array of any rank.
+    *names: key of `RULES` for each dimension, or None for an unsharded dimension.
   """
-  layout = None
-  if mesh is not None:
-    names = mesh.axis_names
-    layout = _Layout(
-      mesh, tuple(a for a in batch if a in names), tensor if tensor in names else None
-    )
-  token = _layout.set(layout)
-  try:
-    yield
-  finally:
-    _layout.reset(token)
-
-
-def current() -> _Layout | None:
-  """The active layout; part of the cache key of whatever jits a model on its own."""
-  return _layout.get()
-
-
-@contextlib.contextmanager
-def using(layout: _Layout | None) -> Iterator[None]:
-  """Re-enters a layout taken by `current`."""
-  token = _layout.set(layout)
-  try:
-    yield
-  finally:
-    _layout.reset(token)
-
-
-def constrain(x: jax.Array, tensor_axis: int | None = None) -> jax.Array:
-  """Pins x [B, ...] to the batch axes, and dimension `tensor_axis` to the tensor axis."""
-  layout = _layout.get()
-  if layout is None or manual_axes():  # a device inside jax.shard_map has its part only
+  mesh = _automatic_mesh()
+  if mesh is None:
     return x
-  spec = _spec(layout, x.ndim, tensor_axis)
-  sharding = NamedSharding(automatic_mesh(layout.mesh), spec)
-  return jax.lax.with_sharding_constraint(x, sharding)
+  spec = _spec(mesh, x.shape, names)
+  if all(entry is PartitionSpec.UNCONSTRAINED or entry is None for entry in spec):
+    return x
+  return jax.lax.with_sharding_constraint(x, spec)
 
 
 def per_device(
-  f: Callable[..., jax.Array], tensor_axes: Sequence[int | None]
+  f: Callable[..., jax.Array], names: tuple[tuple[str | None, ...], ...]
 ) -> Callable[..., jax.Array]:
-  """f over arrays [B, ...], run on each device's part of batch and heads.
+  """Return f, mapped over the shards of its arguments.
 
   Args:
-    f: its result is laid out as its first argument.
-    tensor_axes: which dimension of each argument the tensor axis shares, or None.
+    f: function whose result has the dimensions of its first argument.
+    names: dimension names of each argument, as for `constrain`.
   """
-  layout = _layout.get()
-  if layout is None or manual_axes():
-    return f
 
   def run(*args: jax.Array) -> jax.Array:
-    specs = tuple(_spec(layout, a.ndim, axis) for a, axis in zip(args, tensor_axes, strict=True))
-    mesh = automatic_mesh(layout.mesh)
-    mapped = jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)
-    return mapped(*args)
+    mesh = _automatic_mesh()
+    if mesh is None:
+      return f(*args)
+    free = PartitionSpec.UNCONSTRAINED
+    specs = tuple(
+      PartitionSpec(*[None if entry is free else entry for entry in _spec(mesh, a.shape, own)])
+      for a, own in zip(args, names, strict=True)
+    )
+    return jax.shard_map(f, in_specs=specs, out_specs=specs[0], check_vma=False)(*args)
 
   return run
 
 
-def _spec(layout: _Layout, ndim: int, tensor_axis: int | None) -> PartitionSpec:
-  names: list[tuple[str, ...] | str | None] = [None] * ndim
-  names[0] = layout.batch
-  if tensor_axis is not None:
-    names[tensor_axis] = layout.tensor
-  return PartitionSpec(*names)
+def platform() -> str:
+  """Return the platform of the current mesh, or of the default device without a mesh."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  # Before jax 0.10, abstract meshes have no platform.
+  return getattr(device, "platform", None) or jax.default_backend()
+
+
+def _automatic_mesh() -> AbstractMesh | None:
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types):
+    return None
+  return mesh
+
+
+def _spec(
+  mesh: AbstractMesh, shape: tuple[int, ...], names: tuple[str | None, ...]
+) -> PartitionSpec:
+  entries: list[Any] = []
+  used: set[str] = set()
+  for size, name in zip(shape, names, strict=True):
+    rule = () if name is None else RULES[name]
+    axes = tuple(axis for axis in rule if axis in mesh.axis_names)
+    if rule and not axes:
+      entries.append(PartitionSpec.UNCONSTRAINED)
+    elif used.intersection(axes) or size % math.prod(mesh.shape[axis] for axis in axes):
+      entries.append(None)
+    else:
+      entries.append(axes or None)
+    used.update(axes)  # also if they do not divide: rows that stay whole do not spread "embed"
+  return PartitionSpec(*entries)

@@ -1,4 +1,4 @@
-"""On eight devices: the same numbers, laid out as asked."""
+"""Tests of activation sharding on eight devices."""
 
 from functools import partial
 
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from ov_models import (
+  RULES,
   DecoderConfig,
   VisionLanguageConfig,
   ViTConfig,
@@ -18,7 +19,6 @@ from ov_models import (
   bind,
   generate,
   logical_axes,
-  on_mesh,
   partition,
 )
 from ov_models.testing import random_params
@@ -32,7 +32,6 @@ CONFIG = VisionLanguageConfig(
   ),
   keep_ratio=0.5,
 )  # fmt: skip
-RULES = {"embed": "fsdp", "mlp": "tensor", "vocab": "tensor", "norm": "tensor"}
 
 
 @pytest.fixture(autouse=True)
@@ -51,10 +50,10 @@ def inputs():
 
 
 def put(mesh):
-  """Parameters and inputs on the mesh, by the rules a trainer would use."""
+  """Put parameters and inputs on the mesh by the default rules."""
   params = random_params(CONFIG)
   specs = jax.tree.map(
-    lambda names: NamedSharding(mesh, P(*(RULES.get(n) for n in names))),
+    lambda names: NamedSharding(mesh, P(*(RULES.get(n) or None for n in names))),
     logical_axes(CONFIG),
     is_leaf=lambda x: isinstance(x, tuple),
   )
@@ -62,10 +61,9 @@ def put(mesh):
   return jax.device_put(params, specs), *jax.device_put(inputs(), batch)
 
 
-def loss_and_grads(params, images, ids, mesh):
+def loss_and_grads(params, images, ids):
   def loss(params):
-    with on_mesh(mesh):
-      return (bind(CONFIG, params)(images, ids, jax.random.key(3)).hidden ** 3).mean()
+    return (bind(CONFIG, params)(images, ids, jax.random.key(3)).hidden ** 3).mean()
 
   return jax.value_and_grad(loss)(params)
 
@@ -73,60 +71,71 @@ def loss_and_grads(params, images, ids, mesh):
 @pytest.fixture(scope="module")
 def expected():
   with jax.default_matmul_precision("highest"):
-    return jax.jit(partial(loss_and_grads, mesh=None))(random_params(CONFIG), *inputs())
+    return jax.jit(loss_and_grads)(random_params(CONFIG), *inputs())
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 1), (2, 4, 1), (2, 2, 2)])
 def test_sharded_equals_single_device(expected, shape):
   mesh = make_mesh(*shape)
   args = put(mesh)
-  step = jax.jit(partial(loss_and_grads, mesh=mesh)).lower(*args).compile()
+  with jax.set_mesh(mesh):
+    step = jax.jit(loss_and_grads).lower(*args).compile()
   loss, grads = step(*args)
-  # float32, sums over devices in another order.
+  # Different order of float32 sums over devices.
   np.testing.assert_allclose(loss, expected[0], rtol=1e-5)
   for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(expected[1]), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5 * np.abs(b).max() + 1e-8)
   if shape == (1, 8, 1):
-    # Weights are gathered, activations are not: those have the whole batch of 16 first.
+    # Weights are gathered, activations are not; gathered activations would have a batch of 16.
     gathers = [line for line in step.as_text().splitlines() if " all-gather(" in line]
     assert gathers
     assert not [line for line in gathers if "f32[16," in line]
 
 
-def test_activations_are_pinned():
+def laid_out(mesh, x, *names):
+  with jax.set_mesh(mesh):
+    return jax.jit(lambda x: partition.constrain(x, *names))(x).sharding.spec
+
+
+def test_constrain_shards_by_names():
   mesh = make_mesh(2, 2, 2)
   x = jnp.zeros((8, 6, 4, 2))
+  rows = ("data", "fsdp")
+  assert laid_out(mesh, x, *partition.HEADS) == P(rows, None, "tensor")
+  assert laid_out(mesh, x[..., 0], *partition.HIDDEN) == P(rows)  # "fsdp" is used by the rows
+  assert laid_out(mesh, x, None, None, "mlp", "mlp") == P(None, None, "tensor")
+  assert partition.constrain(x, *partition.HEADS) is x  # no mesh
+  with pytest.raises(ValueError):  # a name for each dimension
+    laid_out(mesh, x, "batch")
 
-  def pinned(tensor_axis):
-    with on_mesh(mesh):
-      return jax.jit(lambda x: partition.constrain(x, tensor_axis))(x).sharding.spec
 
-  assert pinned(None) == P(("data", "fsdp"))
-  assert pinned(2) == P(("data", "fsdp"), None, "tensor")
-  assert partition.constrain(x) is x  # nothing outside
+def test_indivisible_dimension_is_left_unsharded():
+  x = jnp.zeros((6, 6, 3, 2))
+  assert laid_out(make_mesh(2, 2, 2), x, *partition.HEADS) == P()
+  assert laid_out(make_mesh(1, 2, 4), x, *partition.HEADS) == P("fsdp")
+  assert laid_out(make_mesh(2, 2, 2), jnp.zeros((6, 6, 4)), *partition.HIDDEN) == P()
 
 
-def test_axes_the_mesh_lacks_are_ignored():
+def test_axes_that_the_mesh_lacks_are_left_to_xla():
   mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-  with on_mesh(mesh):
-    out = jax.jit(lambda x: partition.constrain(x, 1))(jnp.zeros((8, 4)))
-  assert out.sharding.spec == P("data")
+  assert laid_out(mesh, jnp.zeros((8, 6, 4, 2)), *partition.HEADS) == P("data")
+  mesh = jax.make_mesh((4, 2), ("rows", "tensor"), axis_types=(AxisType.Auto,) * 2)
+  x = jax.device_put(jnp.zeros((8, 6, 4, 2)), NamedSharding(mesh, P("rows")))
+  assert laid_out(mesh, x, *partition.HEADS) == P("rows", None, "tensor")
+  assert laid_out(mesh, x[..., 0], *partition.HIDDEN) == P("rows")
 
 
 def test_tpu_kernel_runs_per_device(monkeypatch):
   interpreted = partial(splash_attention.make_splash_mha_single_device, interpret=True)
   monkeypatch.setattr(splash_attention, "make_splash_mha_single_device", interpreted)
-  monkeypatch.setattr(attention, "_platform", lambda: "tpu")
+  monkeypatch.setattr(attention, "platform", lambda: "tpu")
   q, k, v = jax.random.normal(jax.random.key(0), (3, 8, 20, 2, 8))
   mask = attention.Mask("prefix", 5)
   mesh = make_mesh(2, 2, 2)
 
-  @jax.jit
-  def run(q, k, v):
-    with on_mesh(mesh):
-      return attention.attend(q, k, v, mask, "tpu")
-
-  out = run(*jax.device_put((q, k, v), NamedSharding(mesh, P(("data", "fsdp")))))
+  run = jax.jit(partial(attention.attend, mask=mask, implementation="tpu"))
+  with jax.set_mesh(mesh):
+    out = run(*jax.device_put((q, k, v), NamedSharding(mesh, P(("data", "fsdp")))))
   assert out.sharding.spec == P(("data", "fsdp"), None, "tensor")
   np.testing.assert_allclose(out, attention.attend(q, k, v, mask, "xla"), atol=2e-6)
 
@@ -138,7 +147,7 @@ def test_generation_on_a_mesh(method):
   if method == "sample":
     options["key"] = jax.random.key(0)
   params, images, _ = put(mesh)
-  with on_mesh(mesh):
+  with jax.set_mesh(mesh):
     out = generate(bind(CONFIG, params), images, **options)
   single = generate(bind(CONFIG, random_params(CONFIG)), inputs()[0], **options)
   np.testing.assert_array_equal(out.ids, single.ids)

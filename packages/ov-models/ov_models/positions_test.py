@@ -1,4 +1,4 @@
-"""Position tables."""
+"""Tests of position embeddings."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from ov_models.positions import resample_positions, sincos1d, sincos2d
 
 
 def test_sincos2d_against_the_formula():
-  # Written out once more, entry by entry, as the publication of the weights defines it.
+  # Entry by entry, as defined for the published weights.
   height, width, dim = 3, 5, 16
   table = sincos2d(height, width, dim)
   k = dim // 4
@@ -20,19 +20,19 @@ def test_sincos2d_against_the_formula():
         [np.sin(x * w) for w in omega] + [np.cos(x * w) for w in omega]
         + [np.sin(y * w) for w in omega] + [np.cos(y * w) for w in omega]
       )  # fmt: skip
-      # float32 rounds entries of at most 1 by at most 6e-8.
+      # float32 rounding of entries of at most 1.
       np.testing.assert_allclose(table[y * width + x], expected, atol=1e-7)
   assert table.dtype == np.float32
 
 
-def test_sincos1d_tells_positions_apart():
+def test_sincos1d_positions_differ():
   table = sincos1d(50, 8)
   assert table.shape == (50, 8)
   assert len(np.unique(table.round(5), axis=0)) == 50
 
 
 @pytest.mark.parametrize("dim", [6, 4])
-def test_sincos2d_refuses_widths_it_cannot_fill(dim):
+def test_sincos2d_invalid_width(dim):
   with pytest.raises(ValueError, match=f"width={dim} cannot hold sine-cosine"):
     sincos2d(2, 2, dim)
 
@@ -56,10 +56,10 @@ def test_resample_is_antialiased_and_the_identity_on_the_same_grid():
   np.testing.assert_array_equal(resample_positions(table, (8, 8), (8, 8)), table)
   stripes = jnp.concatenate([jnp.zeros((1, 1)), jnp.tile(jnp.array([[1.0], [-1.0]]), (32, 1))])
   small = resample_positions(stripes, (8, 8), (2, 2))
-  # Sampling would return 1 or -1; the average over the wider triangle is near 0.
+  # Without antialiasing the result would be 1 or -1 instead of about 0.
   assert np.abs(small[1:]).max() < 0.2
 
 
-def test_resample_refuses_another_grid():
+def test_resample_wrong_grid():
   with pytest.raises(ValueError, match=r"shape \(65, 3\) does not match grid \(7, 7\).*\[50, D\]"):
     resample_positions(jnp.zeros((65, 3)), (7, 7), (2, 2))

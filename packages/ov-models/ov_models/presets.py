@@ -1,21 +1,21 @@
-"""Published behavior of whole models, as fields to set over the defaults of the configs.
+"""Presets: config fields that reproduce the behavior of published models.
 
-The sizes of a model are a name per part ("L/14", "L", "L"); a preset is how its parts compute.
+Variant names ("L/14", "L", "L") set the sizes of a model, presets its masks, pooling and positions.
 """
 
 from typing import Any, NamedTuple
 
-# E of the published pairs, by the variant of the image tower; elsewhere the width of that tower.
+# E of the published models by image variant. Other variants use the width of the image tower.
 EMBED_DIMS = {"Ti": 192, "S": 384, "B": 512, "L": 768, "So400m": 1152, "H": 1024, "g": 1024}
 
 
 class Preset(NamedTuple):
-  """Fields that a preset sets.
+  """Config fields that a preset sets.
 
   Attributes:
-    model: of VisionLanguageConfig.
-    text: of TextConfig.
-    decoder: of DecoderConfig; a decoder with learned queries has nothing to set.
+    model: fields of VisionLanguageConfig.
+    text: fields of TextConfig.
+    decoder: fields of DecoderConfig; presets do not affect QueryDecoderConfig.
   """
 
   model: dict[str, Any] = {}  # noqa: RUF012, never changed
@@ -24,16 +24,16 @@ class Preset(NamedTuple):
 
 
 PRESETS = {
-  # Ours: padding is masked; kept image tokens stay in image order; the decoder has a prefix mask
-  # and learned text positions.
+  # Padding is masked, kept image tokens stay in image order, and the decoder has a prefix mask and
+  # learned text positions.
   "default": Preset(),
-  # As the released code computes https://arxiv.org/abs/2505.04601: padding takes part in attention.
+  # Released code of https://arxiv.org/abs/2505.04601: padding is not masked.
   "openvision_released": Preset(text={"padding": "attend"}),
-  # As the released code computes https://arxiv.org/abs/2509.01644: causal over image and text, kept
-  # tokens in random order, no positions in the decoder.
+  # Released code of https://arxiv.org/abs/2509.01644: causal mask over image and text, kept tokens
+  # in random order, no positions in the decoder.
   "openvision2_released": Preset(
     model={"keep_order": "random"}, decoder={"mask": "causal", "position": "none"}
   ),
-  # The text tower of https://arxiv.org/abs/2103.00020: causal, pooled at the largest id.
+  # Text tower of https://arxiv.org/abs/2103.00020: causal mask, pooled at the largest id.
   "clip": Preset(text={"mask": "causal", "padding": "attend", "pool": "argmax"}),
 }

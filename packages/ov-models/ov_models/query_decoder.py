@@ -1,4 +1,4 @@
-"""The caption decoder of the first OpenVision: learned queries over [image | text | queries].
+"""Caption decoder of OpenVision: learned queries over [image | text | queries].
 
 OpenVision: https://arxiv.org/abs/2505.04601.
 """
@@ -7,24 +7,25 @@ import dataclasses
 from typing import Any
 
 from flax import nnx
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from ov_models.attention import Mask
-from ov_models.blocks import axes, layer_norm, linear, normal, run_blocks, stack_blocks
+from ov_models.blocks import axes, linear, norm_of, normal, run_blocks, stack_blocks
 from ov_models.config import TransformerConfig, from_fields, variant_sizes
 from ov_models.contexts import any_mesh
 from ov_models.decoder import DECODER_VARIANTS, text_style
-from ov_models.partition import constrain
+from ov_models.partition import HIDDEN, constrain
+from ov_models.shapes import AnyArray
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QueryDecoderConfig(TransformerConfig):
-  """A caption decoder that is never shown the caption.
+  """Config of a caption decoder with learned queries, which does not read the caption.
 
   Attributes:
-    vocab_size: V, of the head.
-    num_queries: Q, caption tokens that it writes at once.
+    vocab_size: vocabulary size V of the head.
+    num_queries: number Q of queries, one per predicted caption token.
   """
 
   vocab_size: int
@@ -39,24 +40,24 @@ class QueryDecoderConfig(TransformerConfig):
   def from_name(
     cls, name: str, vocab_size: int = 32000, num_queries: int = 128, **overrides: Any
   ) -> "QueryDecoderConfig":
-    """A published size, e.g. "L"; `overrides` set any field."""
+    """Return the config of a published size, e.g. "L"; `overrides` set any field."""
     sizes: dict[str, Any] = variant_sizes("decoder", name, DECODER_VARIANTS)
     sizes |= {"vocab_size": vocab_size, "num_queries": num_queries}
     return from_fields(cls, sizes | overrides)
 
 
 class QueryDecoder(nnx.Module):
-  """Each caption token is read off one learned query.
+  """Caption decoder that predicts each caption token from one learned query.
 
-  The sequence is [image | text | queries]. Image and text see each other and no query; query i
-  sees both and queries 0..i. There are no positions: a query is its own, and image and text carry
-  those of their towers. Between two words passes only what the states of the queries hold, so this
-  decoder writes a caption less well than `Decoder`, and cannot generate token by token.
+  The sequence is [image | text | queries]. Image and text tokens attend to each other; query i
+  attends to both and to queries 0..i. No positions are added: queries are learned, and image and
+  text tokens have the positions of their towers. The decoder does not read caption tokens, so it is
+  less accurate than `Decoder` and cannot generate token by token.
 
   Args:
-    config: sizes.
-    image_width: E, of the image tokens.
-    text_width: W, of the text tokens; None for a decoder that sees the image only.
+    config: configuration of the decoder.
+    image_width: width E of the image tokens.
+    text_width: width W of the text tokens; None for a decoder without text.
   """
 
   def __init__(
@@ -78,29 +79,33 @@ class QueryDecoder(nnx.Module):
     queries = normal(1.0)(rngs.params(), (config.num_queries, d))
     self.queries = nnx.Param(queries, **axes(None, "embed"))
     self.blocks = stack_blocks(config, text_style(d), rngs=rngs)
-    self.norm = layer_norm(d, f32, rngs)
+    self.norm = norm_of(config, rngs, dtype=f32)
     self.head = linear(d, v, normal(d**-0.5), ("embed", "vocab"), f32, rngs, bias=False)
 
   @any_mesh()
-  def __call__(self, image_tokens: jax.Array, text_tokens: jax.Array | None = None) -> jax.Array:
-    """Hidden states that predict the caption.
+  def __call__(
+    self,
+    image_tokens: Float[AnyArray, "B K E"],
+    text_tokens: Float[AnyArray, "B T W"] | None = None,
+  ) -> Float[Array, "B Q D"]:
+    """Return the hidden states that predict the caption.
 
     Args:
-      image_tokens: [B, K, E] of the vision tower.
-      text_tokens: [B, T, W] of the text tower; None exactly if the decoder has no text_width.
+      image_tokens: tokens of the vision tower.
+      text_tokens: tokens of the text tower; None if the decoder has no text_width.
 
     Returns:
-      float32 [B, Q, D]; row i predicts caption token i.
+      float32 hidden states; row i predicts caption token i.
 
     Raises:
-      ValueError: text tokens are missing, or given to a decoder without a projection for them.
+      ValueError: if text tokens are missing, or the decoder was built without text.
     """
     dtype = self.config.compute_dtype
     parts = [self.image_proj(image_tokens.astype(jnp.float32))]
     if self.text_proj is not None:
       if text_tokens is None:
         raise ValueError(
-          "text_tokens=None, but this decoder reads a text beside the image; pass text_tokens "
+          "text_tokens=None, but this decoder reads a text and the image; pass text_tokens "
           f"[B, T, {self.text_proj.in_features}], or build it with text_width=None."
         )
       parts.append(self.text_proj(text_tokens.astype(jnp.float32)))
@@ -112,6 +117,7 @@ class QueryDecoder(nnx.Module):
     prefix = sum(part.shape[1] for part in parts)
     queries = self.queries[...]
     parts.append(jnp.broadcast_to(queries, (image_tokens.shape[0], *queries.shape)))
-    x = constrain(jnp.concatenate([part.astype(dtype) for part in parts], axis=1))
+    x = jnp.concatenate([part.astype(dtype) for part in parts], axis=1)
+    x = constrain(x, *HIDDEN)
     x = run_blocks(self.blocks, x, Mask("prefix", prefix), self.config)
     return self.norm(x[:, prefix:])

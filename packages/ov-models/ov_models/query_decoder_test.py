@@ -1,6 +1,6 @@
-"""The decoder with learned queries: published sizes, who sees whom, what it starts from.
+"""Tests of the query decoder: published sizes, attention mask and initialisation.
 
-Its numbers are held against the predecessor's in //tests/golden:openvision1_model_test.
+//tests/golden:openvision1_model_test compares the numbers with the released OpenVision code.
 """
 
 from flax import nnx
@@ -25,7 +25,7 @@ class Jitted:
     make = lambda: QueryDecoder(config, E, text_width, rngs=nnx.Rngs(0))
     graphdef, state = nnx.split(nnx.eval_shape(make))
     self.params = random_like(nnx.to_pure_dict(state))
-    # Of unit scale, as initialised: smaller ones would hardly see each other.
+    # Unit scale, as initialised; smaller queries would hardly affect each other.
     self.params["queries"] *= 10
     self.call = jax.jit(lambda params, *tokens: nnx.merge(graphdef, params)(*tokens))
 
@@ -67,8 +67,8 @@ def test_parameter_counts_are_the_published_ones(name, image, text, count):
   assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count
 
 
-def test_a_query_sees_itself_and_the_queries_before(decoder):
-  # Two layers: were image and text to see the queries, the change would come back to all of them.
+def test_queries_are_causal(decoder):
+  # With two layers, a query would affect all queries if image and text attended to it.
   before = decoder(*inputs())
   assert before.shape == (2, Q, 32)
   for at in range(Q):
@@ -78,7 +78,7 @@ def test_a_query_sees_itself_and_the_queries_before(decoder):
     np.testing.assert_array_equal(changed, np.arange(Q) >= at)
 
 
-def test_every_query_sees_every_image_and_text_token(decoder):
+def test_queries_attend_to_all_image_and_text_tokens(decoder):
   image, text = inputs()
   before = decoder(image, text)
   changed = [decoder(image.at[:, k].add(1.0), text) for k in range(K)]
@@ -94,7 +94,7 @@ def test_rows_are_independent_and_the_prefix_has_no_order(decoder):
   np.testing.assert_allclose(whole, decoder(image[:, ::-1], text[:, ::-1]), atol=1e-5)
 
 
-def test_without_text_is_as_with_a_text_of_no_tokens(decoder):
+def test_without_text_equals_empty_text(decoder):
   image, text = inputs()
   alone = Jitted(text_width=None)
   alone.params = {k: v for k, v in decoder.params.items() if k != "text_proj"}
@@ -106,19 +106,19 @@ def test_options_of_the_blocks_do_not_change_values(decoder):
   expected = jax.value_and_grad(loss(decoder))(decoder.params)
   other = jax.value_and_grad(loss(Jitted(scan=False, remat="full")))(decoder.params)
   for a, b in zip(jax.tree.leaves(other), jax.tree.leaves(expected), strict=True):
-    # The gradient of a key bias is zero but for rounding: hence the 1e-8.
+    # The gradient of a key bias is zero up to rounding, hence the 1e-8.
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max() + 1e-8)
 
 
 def test_hidden_is_float32_also_under_bfloat16(decoder):
   exact, low = decoder(*inputs()), Jitted(dtype="bfloat16")(*inputs())
   assert low.dtype == jnp.float32
-  # Hidden states have unit scale after the norm; 8-bit mantissas over two blocks: a few percent.
+  # Hidden states have unit scale; bfloat16 rounding in two blocks gives errors of a few percent.
   assert 0 < np.abs(low - exact).max() < 0.1
 
 
 def test_initial_scales_are_the_published_ones():
-  # 12 in the scale of the residual projections whatever the depth: see decoder.text_style.
+  # The residual scale uses depth 12 for every depth, see decoder.text_style.
   config = QueryDecoderConfig(width=128, depth=2, mlp_dim=256, num_heads=2, vocab_size=500)
   make = jax.jit(lambda: nnx.state(QueryDecoder(config, 64, 256, rngs=nnx.Rngs(0))))
   params = nnx.to_pure_dict(make())
@@ -134,11 +134,11 @@ def test_initial_scales_are_the_published_ones():
     (block["mlp"]["down"]["kernel"], (128 * 24) ** -0.5),
   ]
   for values, std in expected:
-    # At least 8,000 draws: the standard error is below 1%.
+    # At least 8,000 samples: the standard error is below 1%.
     np.testing.assert_allclose(np.std(values), std, rtol=0.04)
 
 
-def test_refusals(decoder):
+def test_invalid_arguments(decoder):
   image, text = inputs()
   with pytest.raises(ValueError, match=r"pass text_tokens \[B, T, 16\], or build it with text_w"):
     decoder(image)

@@ -1,6 +1,6 @@
-"""The text encoder of OpenVision: token ids to one pooled vector and to token features.
+"""Text encoder of OpenVision.
 
-OpenVision: https://arxiv.org/abs/2505.04601. CLIP's: https://arxiv.org/abs/2103.00020.
+OpenVision: https://arxiv.org/abs/2505.04601. CLIP: https://arxiv.org/abs/2103.00020.
 """
 
 import dataclasses
@@ -9,12 +9,12 @@ from typing import Any, Literal
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 from ov_models.attention import Mask
 from ov_models.blocks import (
   axes,
-  block_outputs,
-  layer_norm,
+  norm_of,
   normal,
   run_blocks,
   stack_blocks,
@@ -22,8 +22,10 @@ from ov_models.blocks import (
 from ov_models.config import TransformerConfig, check_choice, from_fields, shown, variant_sizes
 from ov_models.contexts import any_mesh
 from ov_models.decoder import text_style
-from ov_models.partition import constrain
+from ov_models.partition import HIDDEN, constrain
 from ov_models.presets import PRESETS
+from ov_models.shapes import AnyArray
+from ov_models.tokens import mean_of
 from ov_models.vit import MapPool
 
 # name: (width, depth, mlp_dim, num_heads)
@@ -43,19 +45,19 @@ TEXT_VARIANTS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextConfig(TransformerConfig):
-  """A text tower.
+  """Config of a text tower.
 
   Attributes:
-    vocab_size: V.
-    max_len: longest text T, rows of the learned positions. With pool "last" every text has exactly
-      this length, for the pooled token stands at its end and its position is learned there.
-    pool: which normed token stands for the text: "last" (a [CLS] that the tokenizer puts into the
-      last column, after the padding), "first", "argmax" (where the id is largest: the end token of
-      CLIP's vocabulary), "mean" of all tokens, or "map" attention pooling over them.
-    mask: "full" each token sees all, "causal" each sees itself and earlier ones.
-    padding: "mask" no token sees padding, and "mean" and "map" leave it out; "attend" padding is a
-      token like any other, so that a text padded further is another text.
-    pad_id: the id of padding.
+    vocab_size: vocabulary size V.
+    max_len: maximum text length T and number of learned positions. With pool "last", all texts must
+      have this length, because the pooled token is in the last column.
+    pool: pooling of the normalised tokens: "last" (a [CLS] token that the tokenizer puts in the
+      last column, after the padding), "first", "argmax" (the token with the largest id, the end
+      token of CLIP), "mean", or "map" (attention pooling).
+    mask: "full", or "causal": each token attends to itself and earlier tokens.
+    padding: "mask": no token attends to padding, and "mean" and "map" ignore it; "attend": padding
+      is treated like any other token, so the embedding depends on it.
+    pad_id: id of the padding token.
   """
 
   vocab_size: int
@@ -72,15 +74,15 @@ class TextConfig(TransformerConfig):
     check_choice("pool", self.pool, ("last", "first", "argmax", "mean", "map"))
     check_choice("mask", self.mask, ("full", "causal"))
     check_choice("padding", self.padding, ("attend", "mask"))
-    whole = isinstance(self.pad_id, int) and not isinstance(self.pad_id, bool)
-    if not whole or not 0 <= self.pad_id < self.vocab_size:
+    is_integer = isinstance(self.pad_id, int) and not isinstance(self.pad_id, bool)
+    if not is_integer or not 0 <= self.pad_id < self.vocab_size:
       raise ValueError(
-        f"pad_id={shown(self.pad_id)} is no id of a vocabulary of {self.vocab_size}; give the "
-        "tokenizer's."
+        f"pad_id={shown(self.pad_id)} is not in the vocabulary of {self.vocab_size} tokens; pass "
+        "the pad_id of the tokenizer."
       )
     if self.pool == "first" and self.mask == "causal":
       raise ValueError(
-        "pool='first' with mask='causal': the first token sees nothing but itself; set pool='last' "
+        "pool='first' with mask='causal': the first token attends to itself only; set pool='last' "
         "or mask='full'."
       )
 
@@ -93,14 +95,14 @@ class TextConfig(TransformerConfig):
     preset: str = "default",
     **overrides: Any,
   ) -> "TextConfig":
-    """A published size, e.g. "L"; `overrides` set any field, over those of the preset.
+    """Return the config of a published size, e.g. "L".
 
     Args:
-      name: of TEXT_VARIANTS.
-      vocab_size: V.
-      max_len: tokens per text.
-      preset: of PRESETS.
-      **overrides: any field.
+      name: key of TEXT_VARIANTS.
+      vocab_size: vocabulary size V.
+      max_len: number of tokens per text.
+      preset: key of PRESETS.
+      **overrides: fields to set over those of the preset.
     """
     check_choice("preset", preset, PRESETS)
     sizes: dict[str, Any] = variant_sizes("text", name, TEXT_VARIANTS)
@@ -111,14 +113,19 @@ class TextConfig(TransformerConfig):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TextOutput:
-  """pooled float32 [B, D] after the norm; tokens [B, T, D] before it, in compute dtype."""
+  """Output of a text tower.
 
-  pooled: jax.Array
-  tokens: jax.Array
+  Attributes:
+    pooled: float32 pooled vector after the norm.
+    tokens: token features before the norm, in compute dtype.
+  """
+
+  pooled: Float[Array, "B D"]
+  tokens: Float[Array, "B T D"]
 
 
 class TextEncoder(nnx.Module):
-  """Text tower. Build it by `init` and `bind`, not by hand."""
+  """Text tower. Create it with `init` and `bind`."""
 
   def __init__(self, config: TextConfig, *, rngs: nnx.Rngs) -> None:
     self.config = config
@@ -130,43 +137,44 @@ class TextEncoder(nnx.Module):
     table = normal(0.01)(rngs.params(), (config.max_len, d))
     self.position_embedding = nnx.Param(table, **axes(None, "embed"))
     self.blocks = stack_blocks(config, style, rngs=rngs)
-    self.norm = layer_norm(d, jnp.dtype("float32"), rngs)
+    self.norm = norm_of(config, rngs, dtype=jnp.dtype("float32"))
     if config.pool == "map":
       float32 = dataclasses.replace(config, dtype="float32", attention="xla")
       self.pool = MapPool(float32, style, rngs=rngs)
 
   @any_mesh()
-  def __call__(self, ids: jax.Array) -> TextOutput:
-    """Encodes texts.
+  def __call__(self, ids: Int[AnyArray, "B T"]) -> TextOutput:
+    """Encode texts.
 
     Args:
-      ids: int32 [B, T]; T = max_len with pool "last", else at most that.
-
-    Returns:
-      TextOutput.
+      ids: token ids; T is max_len with pool "last", otherwise at most max_len.
 
     Raises:
-      ValueError: ids of another rank or of a length that does not fit.
+      ValueError: if the rank or length of the ids is invalid.
     """
-    x, mask = self._embed(ids)
-    x = run_blocks(self.blocks, x, mask, self.config)
-    return TextOutput(pooled=self._pool(x, ids, mask.keys), tokens=x)
+    x, valid = self._embed(ids)
+    x = run_blocks(self.blocks, x, Mask(self.config.mask), self.config, valid)
+    return TextOutput(pooled=self._pool(x, ids, valid), tokens=x)
 
   @any_mesh(axis=1)
-  def hidden_states(self, ids: jax.Array) -> jax.Array:
-    """[L + 1, B, T, D] in compute dtype: what enters the blocks, and what leaves each of them."""
-    x, mask = self._embed(ids)
-    return block_outputs(self.blocks, x, mask, self.config)
+  def hidden_states(self, ids: Int[AnyArray, "B T"]) -> Float[Array, "L B T D"]:
+    """Return the input of the first block and the outputs of all blocks, in compute dtype."""
+    x, valid = self._embed(ids)
+    return run_blocks(self.blocks, x, Mask(self.config.mask), self.config, valid, all_layers=True)
 
-  def _embed(self, ids: jax.Array) -> tuple[jax.Array, Mask]:
-    """Tokens with positions [B, T, D] in compute dtype, and who sees whom."""
-    config = self.config
+  def _embed(
+    self, ids: Int[AnyArray, "B T"]
+  ) -> tuple[Float[Array, "B T D"], Bool[Array, "B T"] | None]:
+    """Return embedded tokens in compute dtype, and the padding mask if padding is masked."""
+    config, ids = self.config, jnp.asarray(ids)
     self._check(ids)
     x = self.embed(ids) + self.position_embedding[: ids.shape[1]]
-    real = constrain(ids != config.pad_id) if config.padding == "mask" else None
-    return constrain(x.astype(config.compute_dtype)), Mask(config.mask, keys=real)
+    valid = constrain(ids != config.pad_id, "batch", "length") if config.padding == "mask" else None
+    return constrain(x.astype(config.compute_dtype), *HIDDEN), valid
 
-  def _pool(self, x: jax.Array, ids: jax.Array, real: jax.Array | None) -> jax.Array:
+  def _pool(
+    self, x: Float[Array, "B T D"], ids: Int[AnyArray, "B T"], valid: Bool[Array, "B T"] | None
+  ) -> Float[Array, "B D"]:
     pool = self.config.pool
     if pool == "last":
       return self.norm(x[:, -1])
@@ -176,11 +184,8 @@ class TextEncoder(nnx.Module):
       return self.norm(jnp.take_along_axis(x, ids.argmax(axis=1)[:, None, None], axis=1)[:, 0])
     normed = self.norm(x)
     if pool == "map":
-      return self.pool(normed, real)
-    if real is None:
-      return normed.mean(axis=1)
-    count = jnp.maximum(real.sum(axis=1, keepdims=True), 1)
-    return (normed * real[:, :, None]).sum(axis=1) / count
+      return self.pool(normed, valid)
+    return mean_of(normed, valid)
 
   def _check(self, ids: jax.Array) -> None:
     config = self.config
@@ -190,7 +195,7 @@ class TextEncoder(nnx.Module):
     if config.pool == "last" and length != config.max_len:
       raise ValueError(
         f"texts of {length} tokens, but pool='last' reads the token in column {config.max_len - 1}"
-        f"; pad or cut texts to max_len={config.max_len}, with [CLS] at the end."
+        f"; pad or truncate texts to max_len={config.max_len}, with [CLS] at the end."
       )
     if length > config.max_len:
       raise ValueError(

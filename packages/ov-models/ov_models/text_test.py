@@ -1,6 +1,6 @@
-"""The text tower: published sizes, who sees whom, what stands for the text.
+"""Tests of the text tower: published sizes, attention mask and pooling.
 
-Its numbers are held against the predecessor's in //tests/golden:openvision1_model_test.
+//tests/golden:openvision1_model_test compares the numbers with the released OpenVision code.
 """
 
 import dataclasses
@@ -9,6 +9,7 @@ from functools import partial
 import chex
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -18,7 +19,7 @@ from ov_models.testing import random_params
 T, V, D, CLS = 8, 30, 32, 29
 TEXT = TextConfig(width=D, depth=2, mlp_dim=64, num_heads=2, vocab_size=V, max_len=T)
 POOLS = ("last", "first", "argmax", "mean", "map")
-# Two texts of four words: padding before the [CLS] at the end.
+# Two texts of four words, with padding before the final [CLS].
 IDS = np.array([[1, 5, 9, 4, 0, 0, 0, CLS], [1, 7, 7, 3, 0, 0, 0, CLS]], np.int32)
 
 
@@ -42,7 +43,7 @@ def options(**fields):
   return dataclasses.replace(TEXT, **fields)
 
 
-# With 32,000 words, 80 positions and a head of width E, without bias, as published.
+# Vocabulary 32,000, 80 positions and a head of width E without bias, as published.
 PUBLISHED = {
   "Ti": 11_534_976,
   "S": 33_760_512,
@@ -92,7 +93,7 @@ def dense(x, params):
 
 
 def attention_pool(x, params, seen):
-  """One learned query over the tokens [T, D] that are `seen`, then an MLP beside it."""
+  """Pool the `seen` tokens [T, D] by one learned query and a residual MLP."""
   x = x[seen]
   q = dense(np.asarray(params["probe"])[None], params["attn"]["query"]).reshape(2, D // 2)
   k, v = (dense(x, params["attn"][name]).reshape(-1, 2, D // 2) for name in ("key", "value"))
@@ -115,11 +116,11 @@ def test_pooling_against_a_direct_computation(pool, padding):
   expected = {
     "last": lambda x, seen: x[-1],
     "first": lambda x, seen: x[0],
-    "argmax": lambda x, seen: x[T - 1],  # where the id is CLS, the largest
+    "argmax": lambda x, seen: x[T - 1],  # CLS has the largest id
     "mean": lambda x, seen: x[seen].mean(axis=0),
     "map": lambda x, seen: attention_pool(x, params["pool"], seen),
   }[pool]
-  # float32 against float64: entries of size 1, tens of operations.
+  # float32 against float64; entries have size 1.
   direct = [expected(x, row) for x, row in zip(normed, seen, strict=True)]
   np.testing.assert_allclose(out.pooled, direct, atol=2e-5)
 
@@ -129,15 +130,15 @@ def test_argmax_is_where_the_id_is_largest():
   params = random_params(config)
   ids = np.array([[1, 5, 28, 4, 0, 0, 0, 0], [1, 28, 3, 28, 2, 0, 0, 0]], np.int32)
   out = run(config, ids, params)
-  at = out.tokens[np.arange(2), [2, 1]]  # the first of two equal ones
+  at = out.tokens[np.arange(2), [2, 1]]  # the first of two equal maxima
   np.testing.assert_allclose(out.pooled, layer_norm(at, params["norm"]), atol=2e-5)
-  # As CLIP's texts: what follows the end token is not seen.
+  # As in CLIP, tokens after the end token are ignored.
   after = run(config, np.where(np.arange(T) > 3, 6, ids), params)
   np.testing.assert_array_equal(after.pooled, out.pooled)
 
 
 @pytest.mark.parametrize("mask", ["causal", "full"])
-def test_who_sees_whom(mask):
+def test_attention_mask(mask):
   config = options(mask=mask, pool="argmax", padding="attend")
   params = random_params(config)
   ids = np.array([[1, 5, 9, 4, 6, 8, 3, 2], [9, 8, 7, 6, 5, 4, 3, 2]], np.int32)
@@ -154,7 +155,7 @@ PADDED = IDS == 0
 
 
 def with_other_padding(config):
-  """Outputs, and those where the embedding of padding is another vector."""
+  """Return the outputs with the original and with another padding embedding."""
   params = random_params(config)
   embedding = params["embed"]["embedding"]
   other = params | {"embed": {"embedding": embedding.at[0].set(-3 * embedding[12])}}
@@ -162,7 +163,7 @@ def with_other_padding(config):
 
 
 @pytest.mark.parametrize("pool", POOLS)
-def test_masked_padding_has_no_say(pool):
+def test_masked_padding_is_ignored(pool):
   before, after = with_other_padding(options(pool=pool))
   np.testing.assert_array_equal(after.pooled, before.pooled)
   np.testing.assert_array_equal(after.tokens[~PADDED], before.tokens[~PADDED])
@@ -170,7 +171,7 @@ def test_masked_padding_has_no_say(pool):
 
 
 @pytest.mark.parametrize("pool", POOLS)
-def test_padding_of_the_released_preset_is_a_token_like_any_other(pool):
+def test_released_preset_attends_to_padding(pool):
   config = options(**PRESETS["openvision_released"].text | {"pool": pool})
   before, after = with_other_padding(config)
   assert (np.abs(after.pooled - before.pooled).max(axis=1) > 1e-4).all()
@@ -184,7 +185,7 @@ def test_texts_may_be_padded_to_any_length(pool):
   ids = np.array([[1, 5, 9, 2], [1, 7, 2, 0]], np.int32)
   short = run(config, ids, params)
   long = run(config, np.pad(ids, ((0, 0), (0, T - 4))), params)
-  # Sums over more, masked, terms.
+  # The sums include more masked terms.
   np.testing.assert_allclose(long.pooled, short.pooled, atol=1e-5)
   np.testing.assert_allclose(long.tokens[:, :4], short.tokens, atol=1e-5)
   attend = options(pool=pool, padding="attend")
@@ -192,7 +193,7 @@ def test_texts_may_be_padded_to_any_length(pool):
   assert np.abs(longer.pooled - run(attend, ids, params).pooled).max() > 1e-3
 
 
-def test_another_id_of_padding():
+def test_custom_pad_id():
   config = options(pool="mean", pad_id=3)
   params = random_params(config)
   ids = np.array([[1, 5, 0, 9, 3, 3, 3, 3]] * 2, np.int32)
@@ -202,7 +203,7 @@ def test_another_id_of_padding():
 
 
 @pytest.mark.parametrize("pool", POOLS)
-def test_a_text_of_padding_alone_is_finite_and_harms_no_other(pool):
+def test_text_of_padding_only_is_finite(pool):
   config = options(pool=pool)
   empty = run(config, np.stack([IDS[0], np.zeros(T, np.int32)]))
   chex.assert_tree_all_finite(empty)
@@ -214,11 +215,13 @@ def test_positions_are_learned_rows():
   params = random_params(config)
   ids = np.full((2, T), 5, np.int32)
   tokens = run(config, ids, params).tokens
-  assert np.abs(tokens - tokens[:, :1]).max(axis=2)[0, 1:].min() > 1e-2  # the same word, placed
+  assert (
+    np.abs(tokens - tokens[:, :1]).max(axis=2)[0, 1:].min() > 1e-2
+  )  # equal words at different positions
   zero = params | {"position_embedding": jnp.zeros((T, D))}
   tokens = run(config, ids, zero).tokens
   np.testing.assert_allclose(tokens, jnp.broadcast_to(tokens[:, :1], tokens.shape), atol=1e-5)
-  # Without them the tower does not know the order of words.
+  # Without positions the tower is invariant to word order.
   a, b = run(config, IDS, zero).pooled, run(config, IDS[:, ::-1], zero).pooled
   np.testing.assert_allclose(a, b, atol=1e-5)
   assert np.abs(run(config, IDS).pooled - run(config, IDS[:, ::-1]).pooled).max() > 1e-2
@@ -234,7 +237,7 @@ def test_options_of_the_blocks_do_not_change_values():
   for fields in ({"scan": False}, {"remat": "full"}, {"remat": "dots", "scan": False}):
     other = value_and_grad(options(**fields), params)
     for a, b in zip(jax.tree.leaves(other), jax.tree.leaves(expected), strict=True):
-      # The gradient of a key bias is zero but for rounding: hence the 1e-7.
+      # The gradient of a key bias is zero up to rounding, hence the 1e-7.
       np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max() + 1e-7)
 
 
@@ -243,12 +246,12 @@ def test_bfloat16_is_close_and_pools_in_float32(pool):
   exact, low = run(options(pool=pool)), run(options(pool=pool, dtype="bfloat16"))
   assert low.tokens.dtype == jnp.bfloat16
   assert low.pooled.dtype == jnp.float32
-  # Normed values have size 1; 8-bit mantissas over two blocks: a few percent.
+  # Normalised values have size 1; bfloat16 rounding in two blocks gives a few percent.
   assert 0 < np.abs(low.pooled - exact.pooled).max() < 0.1
 
 
 def test_initial_scales_are_the_published_ones():
-  # 12 in the scale of the residual projections whatever the depth: see decoder.text_style.
+  # The residual scale uses depth 12 for every depth, see decoder.text_style.
   d = 128
   config = TextConfig(width=d, depth=4, mlp_dim=256, num_heads=2, vocab_size=500, max_len=64)
   params = init(config, jax.random.key(0))
@@ -262,7 +265,7 @@ def test_initial_scales_are_the_published_ones():
     (blocks["mlp"]["down"]["kernel"], (d * 24) ** -0.5),
   ]
   for values, std in expected:
-    # At least 8,192 draws: the standard error is below 1%.
+    # At least 8,192 samples: the standard error is below 1%.
     np.testing.assert_allclose(np.std(values), std, rtol=0.04)
 
 
@@ -274,11 +277,11 @@ def test_initial_scales_are_the_published_ones():
     ({"pool": "frist"}, r"pool='frist' is unknown.*nearest: first"),
     ({"mask": "prefix"}, "mask='prefix' is unknown"),
     ({"padding": "skip"}, "padding='skip' is unknown"),
-    ({"pad_id": V}, "pad_id=30 is no id of a vocabulary of 30"),
-    ({"pool": "first", "mask": "causal"}, "first token sees nothing but itself; set pool='last'"),
+    ({"pad_id": V}, "pad_id=30 is not in the vocabulary of 30"),
+    ({"pool": "first", "mask": "causal"}, "first token attends to itself only; set pool='last'"),
   ],
 )
-def test_impossible_configs(fields, message):
+def test_invalid_configs(fields, message):
   with pytest.raises(ValueError, match=message):
     options(**fields)
 
@@ -293,12 +296,14 @@ def test_unknown_names():
 @pytest.mark.parametrize(
   ("pool", "shape", "message"),
   [
-    ("last", (2, T - 1), r"texts of 7 tokens, but pool='last' reads .* column 7; pad or cut"),
+    ("last", (2, T - 1), r"texts of 7 tokens, but pool='last' reads .* column 7; pad or truncate"),
     ("last", (2, T + 1), r"texts of 9 tokens, but pool='last'"),
     ("mean", (2, T + 1), r"text of 9 tokens exceeds max_len=8"),
     ("mean", (T,), r"ids have shape \(8,\); expected \[B, T\]"),
   ],
 )
-def test_bad_texts(pool, shape, message):
+def test_invalid_ids(pool, shape, message, monkeypatch):
+  # Disable the jaxtyping checks, as in production.
+  monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
   with pytest.raises(ValueError, match=message):
     run(options(pool=pool), np.ones(shape, np.int32))

@@ -1,4 +1,4 @@
-"""Models that version 1 of the file format holds, written by the code of 2026-11-28."""
+"""Tests that models saved in format 1 (by the code of 2026-11-28) still load."""
 
 import pathlib
 

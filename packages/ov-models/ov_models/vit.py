@@ -1,40 +1,53 @@
-"""The vision transformer of OpenVision: patches to one pooled vector and to patch features.
+"""Vision transformer of OpenVision, with the options of other published image towers.
 
 OpenVision: https://arxiv.org/abs/2505.04601. ViT: https://arxiv.org/abs/2010.11929.
 """
 
 import dataclasses
+import math
 from typing import Any, Literal
 
+from einops import rearrange
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+import numpy as np
 
 from ov_models import masking
-from ov_models.attention import FULL, Mask, attend
+from ov_models.attention import FULL, attend
 from ov_models.blocks import (
   Attention,
   BlockStyle,
   Mlp,
+  Rotate,
   axes,
-  block_outputs,
-  layer_norm,
+  drop_path,
+  linear,
+  norm_of,
   normal,
   run_blocks,
   stack_blocks,
 )
 from ov_models.config import (
   LARGEST_SIZE,
+  Activation,
   TransformerConfig,
   check_choice,
+  check_flag,
+  check_range,
   check_ratio,
+  check_size,
   from_fields,
   shown,
   variant_sizes,
 )
 from ov_models.contexts import any_mesh
-from ov_models.partition import constrain
+from ov_models.partition import HIDDEN, constrain
 from ov_models.positions import check_sincos_dim, resample_positions, sincos2d
+from ov_models.rotary import rotation
+from ov_models.shapes import AnyArray, Segments
+from ov_models.tokens import Tokens, grid_coords, is_valid, mean_of
 
 # name: (width, depth, mlp_dim, num_heads)
 VIT_VARIANTS = {
@@ -54,26 +67,70 @@ VIT_VARIANTS = {
 }
 
 
+# Values of the fields of ViTConfig with a choice.
+_CHOICES = {
+  "position": ("sincos2d", "learned", "none"),
+  "position_resize": ("bilinear", "bicubic"),
+  "rotary": ("none", "dinov3", "pe"),
+  "pool": ("gap", "mean", "tok", "last", "map", "attend"),
+  "drop_path_rule": ("linear", "constant"),
+  "mask_mode": ("random", "grid"),
+}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ViTConfig(TransformerConfig):
-  """A vision tower.
+  """Config of a vision tower.
 
   Attributes:
-    patch_size: P, pixels; right and bottom pixels that fill no patch are ignored, see
-      `dropped_pixels`.
-    image_size: pixels, the size learned positions are made for. Forward takes any size.
-    position: "sincos2d" computed and never stored, "learned" a table [1 + T, D].
-    pool: "gap" norm of the mean patch, "tok" the normed cls token, "map" attention pooling over
-      all normed tokens.
-    mask_ratio: share of patches dropped in training, before the blocks; in [0, 1).
-    mask_mode: "random" subset, or "grid": a lattice with random offset. Kept patches stay in image
-      order; the published code shuffles them, which the blocks cannot tell.
+    patch_size: patch size P in pixels. Right and bottom pixels of incomplete patches are ignored,
+      see `dropped_pixels`.
+    image_size: image size in pixels for learned positions. The model accepts any size.
+    cls_token: whether a learned token precedes the patches.
+    registers: number of learned tokens without position between cls and the patches
+      (https://arxiv.org/abs/2309.16588).
+    patch_bias: whether the patch embedding has a bias.
+    patch_norm: whether embedded patches are normalised before positions are added.
+    pre_norm: whether all tokens are normalised before the first block.
+    position: "sincos2d" (computed), "learned" (a table for cls and all patches), or "none".
+    position_resize: resampling of learned positions to other image sizes, antialiased.
+    rotary: rotation of queries and keys by the positions of patches, see `rotary`.
+    rotary_base: base of the frequencies of `rotary`.
+    rotary_rescale: the coordinates of "dinov3" are multiplied in training by a factor that is
+      log-uniform in [1 / r, r]; None for 1.
+    pool: "gap" (norm of the mean patch), "mean" (mean of the normalised patches), "tok" (normalised
+      cls token), "last" (normalised last patch), "map" (attention pooling over all normalised
+      tokens, followed by an MLP, https://arxiv.org/abs/2106.04560), or "attend" (attention pooling
+      with a learned query and an output projection, https://arxiv.org/abs/2401.08541).
+    pool_heads: attention heads of pool "map" and "attend"; None for num_heads.
+    pool_mlp_dim: hidden width of the MLP of pool "map"; None for mlp_dim.
+    drop_path: fraction in [0, 1) of the branches dropped in training, per image
+      (https://arxiv.org/abs/1603.09382).
+    drop_path_rule: "linear": the fraction grows from 0 in the first block to `drop_path` in the
+      last one; "constant": it is the same in all blocks.
+    mask_ratio: fraction in [0, 1) of the patches dropped before the blocks in training.
+    mask_mode: "random" subset, or "grid": a lattice with a random offset. Kept patches stay in
+      image order; the released code shuffles them, which does not change the result.
   """
 
   patch_size: int
   image_size: int
-  position: Literal["sincos2d", "learned"] = "sincos2d"
-  pool: Literal["gap", "tok", "map"] = "gap"
+  activation: Activation = "gelu"
+  cls_token: bool = True
+  registers: int = 0
+  patch_bias: bool = False
+  patch_norm: bool = False
+  pre_norm: bool = False
+  position: Literal["sincos2d", "learned", "none"] = "sincos2d"
+  position_resize: Literal["bilinear", "bicubic"] = "bilinear"
+  rotary: Literal["none", "dinov3", "pe"] = "none"
+  rotary_base: float = 100.0
+  rotary_rescale: float | None = None
+  pool: Literal["gap", "mean", "tok", "last", "map", "attend"] = "gap"
+  pool_heads: int | None = None
+  pool_mlp_dim: int | None = None
+  drop_path: float = 0.0
+  drop_path_rule: Literal["linear", "constant"] = "linear"
   mask_ratio: float = 0.0
   mask_mode: Literal["random", "grid"] = "random"
 
@@ -81,83 +138,139 @@ class ViTConfig(TransformerConfig):
     super().__post_init__()
     self._check_positive("patch_size")
     self._check_positive("image_size")
-    check_choice("position", self.position, ("sincos2d", "learned"))
-    check_choice("pool", self.pool, ("gap", "tok", "map"))
-    check_choice("mask_mode", self.mask_mode, ("random", "grid"))
+    for name, allowed in _CHOICES.items():
+      check_choice(name, getattr(self, name), allowed)
+    for name in ("cls_token", "patch_bias", "patch_norm", "pre_norm"):
+      check_flag(name, getattr(self, name))
+    if self.registers != 0:
+      check_size("registers", self.registers, 4096)
     check_ratio("mask_ratio", self.mask_ratio, zero=True, one=False)
+    check_ratio("drop_path", self.drop_path, zero=True, one=False)
     if self.position == "sincos2d":
       check_sincos_dim(self.width, 4)
+    if self.pool == "tok" and not self.cls_token:
+      raise ValueError("pool='tok' reads the cls token, but cls_token=False; use pool='gap'.")
+    self._check_rotary()
+    self._check_pool()
     if self.num_patches > LARGEST_SIZE:
       raise ValueError(
-        f"image_size={self.image_size} with patch_size={self.patch_size} makes "
+        f"image_size={self.image_size} with patch_size={self.patch_size} gives "
         f"{self.num_patches} patches; expected at most {LARGEST_SIZE}."
+      )
+
+  def _check_rotary(self) -> None:
+    check_range("rotary_base", self.rotary_base, 1e-3, 1e9)
+    if self.rotary != "none" and self.head_dim % 4:
+      raise ValueError(
+        f"rotary={self.rotary!r} needs heads of a multiple of 4 channels, but width={self.width} "
+        f"with num_heads={self.num_heads} gives {self.head_dim}; change num_heads."
+      )
+    if self.rotary_rescale is None:
+      return
+    check_range("rotary_rescale", self.rotary_rescale, 1, 1e3)
+    if self.rotary != "dinov3":
+      raise ValueError(
+        f"rotary_rescale={self.rotary_rescale} with rotary={self.rotary!r}; it requires "
+        "rotary='dinov3', otherwise None."
+      )
+
+  def _check_pool(self) -> None:
+    for name in ("pool_heads", "pool_mlp_dim"):
+      if (value := getattr(self, name)) is None:
+        continue
+      check_size(name, value)
+      pools = ("map", "attend") if name == "pool_heads" else ("map",)
+      if self.pool not in pools:
+        raise ValueError(f"{name}={value} has no effect with pool={self.pool!r}; leave it out.")
+    if self.pool_heads is not None and self.width % self.pool_heads:
+      raise ValueError(
+        f"pool_heads={self.pool_heads} does not divide width={self.width}; choose a divisor."
       )
 
   @classmethod
   def from_name(cls, name: str, image_size: int = 224, **overrides: Any) -> "ViTConfig":
-    """A published size, e.g. "L/14" (patch 16 when not given); `overrides` set any field.
+    """Return the config of a published size, e.g. "L/14"; `overrides` set any field.
+
+    The default patch size is 16.
 
     Raises:
-      ValueError: unknown variant, patch that is no number, or an impossible combination.
+      ValueError: if the variant is unknown, or the patch size or a field is invalid.
     """
     if not isinstance(name, str):
       raise ValueError(f"ViT variant={shown(name)}; expected a name such as 'L/14'.")
     variant, _, patch = name.partition("/")
     if patch and not (patch.isascii() and patch.isdigit() and len(patch) < 9):
       raise ValueError(
-        f"patch size {shown(patch)} in {shown(name)} is no number of at most 8 digits; write e.g. "
-        "'L/14'."
+        f"patch size {shown(patch)} in {shown(name)} is not an integer of at most 8 digits; use a "
+        "name such as 'L/14'."
       )
     sizes: dict[str, Any] = variant_sizes("ViT", variant, VIT_VARIANTS)
     sizes |= {"patch_size": int(patch or 16), "image_size": image_size}
     return from_fields(cls, sizes | overrides)
 
   def grid_of(self, height: int, width: int) -> tuple[int, int]:
-    """Rows and columns of patches of an image; ValueError if it is smaller than one patch."""
+    """Return the patch grid of an image; raise ValueError if it is smaller than one patch."""
     if min(height, width) < self.patch_size:
       raise ValueError(
         f"image of {height} x {width} pixels is smaller than one patch of {self.patch_size}; "
-        "give a larger image or a smaller patch_size."
+        "use a larger image or a smaller patch_size."
       )
     return height // self.patch_size, width // self.patch_size
 
   def dropped_pixels(self, height: int, width: int) -> tuple[int, int]:
-    """Rows at the bottom and columns at the right of an image that fill no patch and are ignored.
+    """Return the numbers of bottom rows and right columns of an image that are ignored.
 
-    (0, 0) where both sides are multiples of `patch_size`. Published models are trained at sizes
-    where it is not: So400m/14 at 384 pixels ignores 6 rows and 6 columns.
+    (0, 0) if both sides are multiples of `patch_size`. Some published models ignore pixels:
+    So400m/14 at 384 pixels drops 6 rows and 6 columns.
     """
     rows, columns = self.grid_of(height, width)
     return height - rows * self.patch_size, width - columns * self.patch_size
 
   @property
   def grid(self) -> tuple[int, int]:
-    """Rows and columns of patches at `image_size`."""
+    """Return the patch grid at `image_size`."""
     return self.grid_of(self.image_size, self.image_size)
 
   @property
   def num_patches(self) -> int:
-    """Patches at `image_size`."""
+    """Return the number of patches at `image_size`."""
     return self.grid[0] * self.grid[1]
 
   @property
+  def num_prefix(self) -> int:
+    """Return the number of tokens before the patches: cls and registers."""
+    return int(self.cls_token) + self.registers
+
+  @property
+  def pool_config(self) -> TransformerConfig:
+    """Return the config of the attention pooling: blocks without options other than biases."""
+    fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(TransformerConfig)}
+    fields |= {"num_heads": self.pool_heads or self.num_heads, "mlp": "plain"}
+    fields |= {"mlp_dim": self.pool_mlp_dim or self.mlp_dim, "layer_scale": None}
+    return TransformerConfig(**fields | {"qk_norm": False, "attention_gate": False})
+
+  @property
   def num_unmasked(self) -> int:
-    """Patches that enter the blocks in training."""
+    """Return the number of patches that enter the blocks in training."""
     return masking.num_kept(self.num_patches, 1 - self.mask_ratio)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ViTOutput:
-  """pooled [B, D]; tokens [B, T, D], patches after the last block, before any norm, no cls."""
+  """Output of a vision tower.
 
-  pooled: jax.Array
-  tokens: jax.Array
+  Attributes:
+    pooled: pooled vector after the norm.
+    tokens: patch features of the last block, before any norm and without cls.
+  """
+
+  pooled: Float[Array, "B D"]
+  tokens: Float[Array, "B T D"]
 
 
 def _style(width: int) -> BlockStyle:
   return BlockStyle(
-    gelu_tanh=False,
     qkv=normal(0.02),
     out=normal(0.02),
     up=normal(0.02),
@@ -169,7 +282,7 @@ def _style(width: int) -> BlockStyle:
 
 
 class MapPool(nnx.Module):
-  """Attention pooling by one learned query: [B, T, D] -> [B, D]."""
+  """Attention pooling with one learned query."""
 
   def __init__(self, config: TransformerConfig, style: BlockStyle, *, rngs: nnx.Rngs) -> None:
     d = config.width
@@ -177,98 +290,188 @@ class MapPool(nnx.Module):
     probe = jax.nn.initializers.xavier_uniform(dtype=jnp.float32)(rngs.params(), (1, d))
     self.probe = nnx.Param(probe[0], **axes(None))
     self.attn = Attention(config, style, rngs=rngs)
-    self.norm = layer_norm(d, self.dtype, rngs)
+    self.norm = norm_of(config, rngs)
     self.mlp = Mlp(config, style, rngs=rngs)
 
-  def __call__(self, x: jax.Array, keys: jax.Array | None = None) -> jax.Array:
-    """Pools x, of the tokens in `keys` bool [B, T] only (None: of all)."""
+  def __call__(
+    self, x: Float[Array, "B T D"], segments: Segments | None = None
+  ) -> Float[Array, "B D"]:
+    """Pool the tokens of x that are not padding; `segments` as in Tokens."""
+    valid = None if segments is None else is_valid(segments)
     probe = jnp.broadcast_to(self.probe[...].astype(self.dtype), (x.shape[0], 1, x.shape[2]))
-    q, k, v = self.attn.project(probe, x)
-    pooled = self.attn.merge(attend(q, k, v, Mask(keys=keys), "xla"))
+    q, k, v = self.attn.qkv(probe, x)
+    pooled = self.attn.output(attend(q, k, v, FULL, "xla", valid))
     return (pooled + self.mlp(self.norm(pooled)))[:, 0]
 
 
+class AttendPool(nnx.Module):
+  """Attention pooling with one learned query, keys and values without bias, and no MLP."""
+
+  def __init__(self, config: TransformerConfig, style: BlockStyle, *, rngs: nnx.Rngs) -> None:
+    d, self.dtype, self.num_heads = config.width, config.compute_dtype, config.num_heads
+    self.query = nnx.Param(normal(0.02)(rngs.params(), (d,)), **axes(None))
+    project = {"bias": config.qkv_bias == "all"}
+    self.key = linear(d, d, style.qkv, ("embed", "mlp"), self.dtype, rngs, **project)
+    self.value = linear(d, d, style.qkv, ("embed", "mlp"), self.dtype, rngs, **project)
+    self.out = linear(d, d, style.out, ("mlp", "embed"), self.dtype, rngs)
+
+  def __call__(
+    self, x: Float[Array, "B T D"], segments: Segments | None = None
+  ) -> Float[Array, "B D"]:
+    """Pool the tokens of x that are not padding; `segments` as in Tokens."""
+    valid = None if segments is None else is_valid(segments)
+    q = jnp.broadcast_to(self.query[...].astype(self.dtype), (x.shape[0], 1, x.shape[2]))
+    q, k, v = (
+      rearrange(a, "b t (n h) -> b t n h", n=self.num_heads)
+      for a in (q, self.key(x), self.value(x))
+    )
+    return self.out(rearrange(attend(q, k, v, FULL, "xla", valid), "b t n h -> b t (n h)"))[:, 0]
+
+
 class ViT(nnx.Module):
-  """Vision tower. Build it by `init` and `bind`, not by hand."""
+  """Vision tower. Create it with `init` and `bind`."""
 
   def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs) -> None:
     self.config = config
     d, p = config.width, config.patch_size
     self.patch_embed = nnx.Conv(
-      3, d, (p, p), strides=(p, p), padding="VALID", use_bias=False, dtype=jnp.float32,
+      3, d, (p, p), strides=(p, p), padding="VALID", use_bias=config.patch_bias, dtype=jnp.float32,
       kernel_init=jax.nn.initializers.variance_scaling(2.0, "fan_in", "uniform"),
-      kernel_metadata=axes(None, None, None, "embed"), rngs=rngs,
+      kernel_metadata=axes(None, None, None, "embed"), bias_metadata=axes(None), rngs=rngs,
     )  # fmt: skip
-    self.cls = nnx.Param(normal(1e-6)(rngs.params(), (d,)), **axes(None))
+    f32 = jnp.dtype("float32")
+    if config.cls_token:
+      self.cls = nnx.Param(normal(1e-6)(rngs.params(), (d,)), **axes(None))
+    if config.registers:
+      registers = normal(1e-6)(rngs.params(), (config.registers, d))
+      self.registers = nnx.Param(registers, **axes(None, "embed"))
+    if config.patch_norm:
+      self.patch_norm = norm_of(config, rngs, dtype=f32)
+    if config.pre_norm:
+      self.pre_norm = norm_of(config, rngs, dtype=f32)
     if config.position == "learned":
-      table = normal(0.02)(rngs.params(), (1 + config.num_patches, d))
+      table = normal(0.02)(rngs.params(), (config.cls_token + config.num_patches, d))
       self.position_embedding = nnx.Param(table, **axes(None, "embed"))
     self.blocks = stack_blocks(config, _style(d), rngs=rngs)
-    self.norm = layer_norm(d, config.compute_dtype, rngs)
+    self.norm = norm_of(config, rngs)
     if config.pool == "map":
-      self.pool = MapPool(config, _style(d), rngs=rngs)
+      self.pool: MapPool | AttendPool = MapPool(config.pool_config, _style(d), rngs=rngs)
+    elif config.pool == "attend":
+      self.pool = AttendPool(config.pool_config, _style(d), rngs=rngs)
 
   @any_mesh()
-  def __call__(self, images: jax.Array, key: jax.Array | None = None) -> ViTOutput:
-    """Encodes images.
+  def __call__(
+    self, images: Float[AnyArray, "B H W 3"], key: PRNGKeyArray | None = None
+  ) -> ViTOutput:
+    """Encode images.
 
     Args:
-      images: float32 [B, H, W, 3], already normalised; any H, W of at least one patch.
-      key: randomness of training. Without it no patch is dropped.
+      images: normalised images of at least one patch.
+      key: random key for training; None disables patch masking, drop path and rotary rescaling.
 
     Returns:
-      ViTOutput in compute dtype; T = patches of the image, fewer with a key and mask_ratio > 0.
+      ViTOutput in compute dtype. T is the number of patches, or fewer with patch masking.
 
     Raises:
-      ValueError: images of another rank, channel count or below one patch.
+      ValueError: if the rank, the number of channels or the size of the images is invalid.
     """
     config = self.config
-    x, grid = self._embed(images)
+    tokens = self._embed(images)
     if key is not None and config.mask_ratio > 0:
-      x = jnp.concatenate([x[:, :1], self._drop(x[:, 1:], grid, key)], axis=1)
-    x = run_blocks(self.blocks, x, FULL, config)
-    return ViTOutput(pooled=self._pool(x), tokens=x[:, 1:])
+      tokens = self._drop(tokens, key)
+    keep = None
+    if key is not None and config.drop_path > 0:
+      path_key = jax.random.fold_in(key, 1)  # `_drop` uses the key itself
+      keep = drop_path(path_key, self._drop_rates(), tokens.x.shape[0], config.compute_dtype)
+    rotate = self._rotate(tokens, key)
+    x = run_blocks(self.blocks, tokens.x, FULL, config, tokens.segments, rotate, keep=keep)
+    tokens = dataclasses.replace(tokens, x=x)
+    return ViTOutput(pooled=self._pool(tokens), tokens=tokens.patches.x)
 
   @any_mesh(axis=1)
-  def hidden_states(self, images: jax.Array) -> jax.Array:
-    """[L + 1, B, 1 + T, D] in compute dtype: what enters the blocks, and what leaves each of them.
+  def hidden_states(self, images: Float[AnyArray, "B H W 3"]) -> Float[Array, "L B T D"]:
+    """Return the input of the first block and the outputs of all blocks, in compute dtype.
 
-    The cls token comes first; no norm is applied. `[-2]` is the penultimate layer that multimodal
-    models read; `[-1][:, 1:]` are the tokens of a call.
+    The `num_prefix` prefix tokens (cls) come first. No norm is applied. `[-2]` is the penultimate
+    layer that multimodal models use; `[-1][:, num_prefix:]` equals `ViTOutput.tokens`.
     """
-    x, _ = self._embed(images)
-    return block_outputs(self.blocks, x, FULL, self.config)
+    tokens, config = self._embed(images), self.config
+    rotate = self._rotate(tokens, None)
+    return run_blocks(self.blocks, tokens.x, FULL, config, tokens.segments, rotate, all_layers=True)
 
-  def _embed(self, images: jax.Array) -> tuple[jax.Array, tuple[int, int]]:
-    """cls and patches with positions: [B, 1 + T, D] in compute dtype, and the grid."""
+  def _embed(self, images: Float[AnyArray, "B H W 3"]) -> Tokens:
+    """Embed prefix and patches with positions, in compute dtype."""
     config = self.config
     images = jnp.asarray(images)
     if images.ndim != 4 or images.shape[3] != 3:
       raise ValueError(f"images have shape {tuple(images.shape)}; expected [B, H, W, 3].")
     grid = config.grid_of(images.shape[1], images.shape[2])
-    # float32 up to here whatever the compute dtype: pixels and positions need the bits.
-    x = self.patch_embed(images.astype(jnp.float32))
-    x = constrain(x.reshape(x.shape[0], grid[0] * grid[1], config.width))
-    cls = jnp.broadcast_to(self.cls[...], (x.shape[0], 1, config.width))
+    # Pixels and positions need float32 precision for any compute dtype.
+    x = rearrange(self.patch_embed(images.astype(jnp.float32)), "b h w d -> b (h w) d")
+    x = constrain(x, *HIDDEN)
+    if config.patch_norm:
+      x = self.patch_norm(x)
+    if config.position == "sincos2d":
+      x = x + sincos2d(*grid, config.width)
+    tokens = Tokens(x, grid_coords(grid), grid)
+    if config.registers:
+      tokens = tokens.with_prefix(self._rows(self.registers[...], x.shape[0]))
+    if config.cls_token:
+      tokens = tokens.with_prefix(self._rows(self.cls[...], x.shape[0]))
+    x = tokens.x
     if config.position == "learned":
-      table = resample_positions(self.position_embedding[...], config.grid, grid)
-      x = jnp.concatenate([cls, x], axis=1) + table
-    else:
-      x = jnp.concatenate([cls, x + sincos2d(*grid, config.width)], axis=1)
-    return x.astype(config.compute_dtype), grid
+      # The table has a row for cls, but none for registers.
+      table = resample_positions(
+        self.position_embedding[...], config.grid, grid, int(config.cls_token),
+        config.position_resize,
+      )  # fmt: skip
+      if config.registers:
+        table = jnp.insert(table, np.full(config.registers, int(config.cls_token)), 0.0, axis=0)
+      x = x + table
+    if config.pre_norm:
+      x = self.pre_norm(x)
+    return dataclasses.replace(tokens, x=x.astype(config.compute_dtype))
 
-  def _drop(self, patches: jax.Array, grid: tuple[int, int], key: jax.Array) -> jax.Array:
-    batch, total = patches.shape[:2]
+  def _rows(self, vectors: Float[AnyArray, "*R D"], batch: int) -> Float[Array, "B R D"]:
+    """Return learned tokens for every image."""
+    shape = (batch, 1 if vectors.ndim == 1 else vectors.shape[0], self.config.width)
+    return jnp.broadcast_to(vectors, shape)
+
+  def _rotate(self, tokens: Tokens, key: PRNGKeyArray | None) -> Rotate | None:
+    config, scale = self.config, None
+    if config.rotary == "none":
+      return None
+    if key is not None and config.rotary_rescale is not None:
+      limit = math.log(config.rotary_rescale)
+      draw = jax.random.uniform(jax.random.fold_in(key, 2), (), jnp.float32, -limit, limit)
+      scale = jnp.exp(draw)
+    return rotation(
+      config.rotary, tokens, config.head_dim, config.rotary_base,
+      offset=int(config.cls_token), scale=scale,
+    )  # fmt: skip
+
+  def _drop_rates(self) -> np.ndarray:
+    rate, depth = self.config.drop_path, self.config.depth
+    if self.config.drop_path_rule == "constant":
+      return np.full(depth, rate)
+    return np.linspace(0.0, rate, depth)
+
+  def _drop(self, tokens: Tokens, key: PRNGKeyArray) -> Tokens:
+    batch, total = tokens.x.shape[0], tokens.x.shape[1] - tokens.num_prefix
     keep = masking.num_kept(total, 1 - self.config.mask_ratio)
     if self.config.mask_mode == "grid":
-      index = masking.grid_index(key, batch, grid, keep)
-    else:
-      index = masking.random_index(key, batch, total, keep, ordered=True)
-    return masking.take_tokens(patches, index)
+      assert isinstance(tokens.grid, tuple)  # all images have one size
+      return tokens.take(masking.grid_index(key, batch, tokens.grid, keep))
+    return tokens.take(masking.random_index(key, batch, total, keep, ordered=True))
 
-  def _pool(self, x: jax.Array) -> jax.Array:
-    if self.config.pool == "gap":
-      return self.norm(x[:, 1:].mean(axis=1))
-    if self.config.pool == "tok":
-      return self.norm(x[:, 0])
-    return self.pool(self.norm(x))
+  def _pool(self, tokens: Tokens) -> Float[Array, "B D"]:
+    pool, patches = self.config.pool, tokens.patches
+    if pool == "gap":
+      return self.norm(mean_of(patches.x, patches.segments))
+    if pool == "mean":
+      return mean_of(self.norm(patches.x), patches.segments)
+    if pool == "tok":
+      return self.norm(tokens.x[:, 0])
+    if pool == "last":
+      return self.norm(tokens.x[:, -1])
+    return self.pool(self.norm(tokens.x), tokens.segments)

@@ -1,4 +1,4 @@
-"""The vision tower."""
+"""Tests of the vision tower."""
 
 import dataclasses
 from functools import partial
@@ -6,6 +6,7 @@ from functools import partial
 import chex
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -84,12 +85,12 @@ def test_gap_and_tok_by_hand():
   gap = run(VIT, images(), params=params)
   np.testing.assert_allclose(gap.pooled, norm(gap.tokens.mean(axis=1)), atol=1e-5)
   tok = run(dataclasses.replace(VIT, pool="tok"), images(), params=params)
-  # Pooling leaves the patch tokens alone; the cls token is another one.
+  # Pooling does not change the patch tokens.
   np.testing.assert_array_equal(tok.tokens, gap.tokens)
   assert np.abs(tok.pooled - gap.pooled).max() > 0.01
 
 
-def test_map_pool_looks_at_the_tokens():
+def test_map_pool_depends_on_the_tokens():
   config = dataclasses.replace(VIT, pool="map")
   params = random_params(config)
   pooled = lambda x: run(config, x, params=params).pooled
@@ -109,8 +110,8 @@ def test_remainder_pixels_are_dropped():
   np.testing.assert_array_equal(run(VIT, x).tokens, run(VIT, x[:, :16, :16]).tokens)
 
 
-def test_positions_are_those_of_the_image():
-  # A 2 x 4 grid is not a 4 x 2 grid: positions follow the shape, not only the count.
+def test_positions_follow_the_image_shape():
+  # 2 x 4 and 4 x 2 grids have different positions.
   x = images(8, 16)
   swapped = run(VIT, jnp.swapaxes(x, 1, 2))
   assert not np.allclose(run(VIT, x).pooled, swapped.pooled, atol=1e-4)
@@ -141,7 +142,7 @@ def test_masking_keeps_the_right_number(mode, ratio):
 
 
 def test_masked_tokens_do_not_matter():
-  """Pixels under dropped patches have no influence, those under kept ones have."""
+  """Only pixels of kept patches affect the output."""
   config = dataclasses.replace(VIT, mask_ratio=0.5)
   params = random_params(config)
   x = images(batch=1)
@@ -165,7 +166,7 @@ def test_bfloat16_computes_in_bfloat16_with_float32_params():
   assert {a.dtype for a in jax.tree.leaves(params)} == {jnp.dtype("float32")}
   out, exact = run(config, images(), params=params), run(VIT, images(), params=params)
   assert out.pooled.dtype == out.tokens.dtype == jnp.bfloat16
-  # bfloat16 has 8 bits: each rounding errs by up to 2^-9 of the value; a few tens of them add up
+  # bfloat16 has 8 bits: each rounding has a relative error of up to 2^-9, and a few tens add up
   # at random, so expect about 1% of the scale.
   scale = np.abs(exact.tokens).max()
   assert np.abs(out.tokens - exact.tokens).max() < 0.03 * scale
@@ -183,7 +184,9 @@ def test_bfloat16_computes_in_bfloat16_with_float32_params():
     ((2, 3, 16, 3), r"image of 3 x 16 pixels is smaller than one patch of 4"),
   ],
 )
-def test_bad_images(shape, message):
+def test_invalid_images(shape, message, monkeypatch):
+  # Disable the jaxtyping checks, as in production.
+  monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
   with pytest.raises(ValueError, match=message):
     run(VIT, jnp.zeros(shape))
 
@@ -209,11 +212,11 @@ def test_one_trace_over_several_steps():
     ("mu/16", (16, 31), (0, 15)),
   ],
 )
-def test_pixels_that_fill_no_patch_are_counted(name, sides, dropped):
+def test_dropped_pixels(name, sides, dropped):
   assert ViTConfig.from_name(name).dropped_pixels(*sides) == dropped
 
 
-def test_pixels_that_fill_no_patch_change_nothing():
+def test_dropped_pixels_are_ignored():
   config = dataclasses.replace(VIT, patch_size=8)  # 20 pixels: 2 patches and 4 pixels
   assert config.dropped_pixels(20, 20) == (4, 4)
   whole = images(20)

@@ -1,7 +1,7 @@
-"""Host batches to global arrays and back.
+"""Conversion between host batches and global arrays.
 
-The leading dimension of a batch is split over all three mesh axes jointly: every device gets other
-rows. A host therefore reads one contiguous slice of each global batch, `process_rows`.
+The leading dimension of a batch is split over all three mesh axes, so every device gets different
+rows. Each host reads one contiguous slice of the global batch, `process_rows`.
 """
 
 from typing import TypeVar
@@ -15,24 +15,32 @@ Tree = TypeVar("Tree")
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Leading dimension over all mesh axes jointly, the rest whole."""
+  """Return the sharding that splits the leading dimension over all mesh axes."""
   return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """The whole array on every device."""
+  """Return the fully replicated sharding."""
   return NamedSharding(mesh, PartitionSpec())
 
 
 def process_rows(mesh: Mesh, global_batch_size: int) -> slice:
-  """The rows of each global batch that this process reads.
+  """Return the rows of each global batch that this process reads.
 
-  Processes take slices in the order in which their devices first appear in the mesh. Where the
-  interconnect makes the mesh alternate between hosts, the rows of the global array are in device
-  order, a fixed permutation of these slices: every row is there once, on a device of its host.
+  Slices are assigned to processes in the order in which their devices first appear in the mesh. If
+  the mesh alternates between hosts, the rows of the global array are a fixed permutation of these
+  slices: every row occurs once, on a device of its host.
 
   Raises:
-    ValueError: when the batch does not divide by the number of devices, or this process has none.
+    ValueError: if the batch size is not divisible by the number of devices, or this process has no
+      device in the mesh.
+
+  Examples:
+    >>> import jax
+    >>> import ov_sharding
+    >>> mesh = ov_sharding.make_mesh(ov_sharding.MeshConfig(), jax.devices()[:1])
+    >>> ov_sharding.process_rows(mesh, 64)
+    slice(0, 64, None)
   """
   owners = [device.process_index for device in mesh.devices.flat]
   if global_batch_size < 1 or global_batch_size % len(owners):
@@ -55,17 +63,17 @@ def process_rows(mesh: Mesh, global_batch_size: int) -> slice:
 
 
 def global_batch(host_batch: Tree, mesh: Mesh) -> Tree:
-  """Global arrays from the rows of each host.
+  """Return global arrays assembled from the rows of each host.
 
   Args:
-    host_batch: tree of numpy arrays [b, ...], the rows `process_rows(mesh, B)` of the batch.
-    mesh: its devices receive the rows.
+    host_batch: tree of NumPy arrays [b, ...] with the rows `process_rows(mesh, B)` of the batch.
+    mesh: device mesh that receives the rows.
 
   Returns:
     The same tree of `jax.Array` [B, ...] with `batch_sharding(mesh)`.
 
   Raises:
-    ValueError: when a leading dimension does not divide by the devices of this process.
+    ValueError: if a leading dimension is not divisible by the number of local devices.
   """
   sharding = batch_sharding(mesh)
   local = len(mesh.local_devices)
@@ -83,13 +91,13 @@ def global_batch(host_batch: Tree, mesh: Mesh) -> Tree:
 
 
 def local_rows(tree: Tree) -> Tree:
-  """The rows of this process, in the order in which `global_batch` took them.
+  """Return the rows of this process, in the order of the input of `global_batch`.
 
   Args:
-    tree: of `jax.Array` [B, ...] with `batch_sharding(mesh)`.
+    tree: tree of `jax.Array` [B, ...] with `batch_sharding(mesh)`.
 
   Returns:
-    The same tree of numpy arrays [b, ...].
+    The same tree of NumPy arrays [b, ...].
   """
 
   def fetch(x: jax.Array) -> np.ndarray:
@@ -100,10 +108,9 @@ def local_rows(tree: Tree) -> Tree:
 
 
 def to_host(tree: Tree) -> Tree:
-  """Numpy copies of global arrays, whole on every process.
+  """Return unsharded NumPy copies of global arrays on every process.
 
-  Arrays that this process can see in full are copied; others are gathered, which every process
-  must then do together.
+  Arrays that are not fully addressable are gathered, so all processes must call this together.
   """
 
   def fetch(x: jax.Array) -> np.ndarray:

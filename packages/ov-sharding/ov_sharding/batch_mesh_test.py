@@ -1,4 +1,4 @@
-"""Host batches to global arrays, on 8 simulated devices of one process."""
+"""Tests of host batches and global arrays on 8 simulated devices of one process."""
 
 from types import SimpleNamespace
 
@@ -36,7 +36,7 @@ def test_content_and_placement(sizes):
   for name, array in placed.items():
     assert array.sharding == batch_sharding(mesh)
     assert array.sharding.spec == P(AXES)
-    # Row 2i and 2i + 1 are on the i-th device of the mesh, whatever its shape.
+    # Rows 2i and 2i + 1 are on device i of the mesh for any mesh shape.
     for i, device in enumerate(mesh.devices.flat):
       shard = next(s for s in array.addressable_shards if s.device == device)
       np.testing.assert_array_equal(shard.data, BATCH[name][2 * i : 2 * i + 2])
@@ -74,7 +74,7 @@ def test_process_rows_of_two_processes(owners, rows, monkeypatch):
     process_rows(mesh, 8)
 
 
-def test_batch_that_does_not_divide():
+def test_indivisible_batch():
   mesh = make_mesh(MeshConfig())
   with pytest.raises(ValueError, match=r"batch\['x'\] has shape \(6, 2\); expected a leading dim"):
     global_batch({"x": np.zeros((6, 2))}, mesh)

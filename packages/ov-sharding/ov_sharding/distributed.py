@@ -1,10 +1,10 @@
-"""Multi-host start-up: one call that is right on a laptop, in a Slurm job and on a TPU pod.
+"""Multi-host initialisation for a single machine, a Slurm or Open MPI job, or a TPU pod.
 
-Who the other processes are is taken from the first of these that says anything:
+The coordinator and the number of processes come from the first of these that is set:
   1. the arguments of `initialize`;
   2. OV_COORDINATOR (host:port), OV_NUM_PROCESSES, OV_PROCESS_ID;
-  3. Slurm, Open MPI or a TPU host, recognised by `detect_cluster` and read by `jax.distributed`.
-Otherwise this is a run of one process, and nothing is started: no look-up, no socket, no wait.
+  3. Slurm, Open MPI or a TPU host, detected by `detect_cluster` and read by `jax.distributed`.
+Otherwise the run has one process, and `initialize` does nothing.
 """
 
 from collections.abc import Iterator, Mapping
@@ -26,7 +26,7 @@ _VARIABLES = {
   "num_processes": "OV_NUM_PROCESSES",
   "process_id": "OV_PROCESS_ID",
 }
-# What jax needs to see to read a Slurm step or an Open MPI job by itself.
+# Variables that `jax.distributed` needs to configure itself in a Slurm step or Open MPI job.
 _SLURM = (
   "SLURM_JOB_ID",
   "SLURM_STEP_NODELIST",
@@ -45,40 +45,40 @@ def initialize(
   timeout_seconds: int = 300,
   gone_after_seconds: int = 30,
 ) -> None:
-  """Connects the processes of a run; call it once, before anything that touches a device.
+  """Connect the processes of a run. Call this once, before JAX uses any device.
 
   Args:
-    coordinator: host:port at which process 0 listens; the same for all processes.
-    num_processes: processes in the run.
-    process_id: 0 <= process_id < num_processes, different in each.
-    timeout_seconds: how long to wait for the others.
-    gone_after_seconds: a process that gives no sign of life for so long counts as gone, and the
-      runtime of jax ends the others by SIGABRT. The signs come from threads of its own: a process
-      that computes, waits or holds Python's lock is not gone.
+    coordinator: host:port of process 0; the same for all processes.
+    num_processes: number of processes in the run.
+    process_id: unique index of this process, 0 <= process_id < num_processes.
+    timeout_seconds: maximum time to wait for the other processes.
+    gone_after_seconds: heartbeat timeout. If a process sends no heartbeat for this long, the JAX
+      runtime terminates the others with SIGABRT. Heartbeats come from runtime threads, so a
+      process that computes, waits or holds the GIL is not affected.
 
   Raises:
-    ValueError: when only some of the three values are known, or they make no sense.
-    RuntimeError: when devices are in use already, this was called before, or the coordinator
-      cannot be reached. If another process never comes, process 0 logs an error that names the
-      coordinator, and the runtime of jax then ends it.
+    ValueError: if only some of the three values are set, or a value is invalid.
+    RuntimeError: if devices are already in use, this was called before, or the coordinator cannot
+      be reached. If another process never connects, process 0 logs an error with the address of
+      the coordinator, and the JAX runtime then terminates it.
   """
-  given = _given(coordinator, num_processes, process_id)
-  if given is None:
+  explicit = _explicit_settings(coordinator, num_processes, process_id)
+  if explicit is None:
     cluster = detect_cluster()
     if cluster is not None:
-      with _waiting_aloud(f"the {cluster} environment", timeout_seconds):
+      with _log_while_waiting(f"the {cluster} environment", timeout_seconds):
         _prepare()
         jax.distributed.initialize(
           initialization_timeout=timeout_seconds, heartbeat_timeout_seconds=gone_after_seconds
         )
     return
 
-  address, count, index = given
+  address, count, index = explicit
   if count == 1:
     return
   if index > 0:
     _wait_for_coordinator(address, count, index, timeout_seconds)
-  with _waiting_aloud(f"coordinator {address}, process {index} of {count}", timeout_seconds):
+  with _log_while_waiting(f"coordinator {address}, process {index} of {count}", timeout_seconds):
     _prepare()
     jax.distributed.initialize(
       coordinator_address=address,
@@ -93,13 +93,13 @@ def initialize(
 def detect_cluster(
   env: Mapping[str, str] | None = None, root: pathlib.Path = pathlib.Path("/")
 ) -> str | None:
-  """The multi-process environment this process was started in, or None.
+  """Return the name of the multi-process environment of this process, or None.
 
-  Only what is really there counts, for asking a cluster that is not costs minutes of time-outs.
+  The check is strict, because `jax.distributed` waits minutes for a cluster that does not exist.
 
   Args:
     env: environment variables; default: those of this process.
-    root: where /dev and /sys are.
+    root: directory that contains dev and sys.
   """
   env = os.environ if env is None else env
   if all(name in env for name in _SLURM) and int(env["SLURM_NTASKS"]) > 1:
@@ -119,15 +119,15 @@ def _is_google_tpu_host(root: pathlib.Path) -> bool:
 
 
 def is_google_host(root: pathlib.Path = pathlib.Path("/")) -> bool:
-  """Whether this is a virtual machine of Google Compute Engine; asks the firmware, no network."""
+  """Return whether this is a Google Compute Engine VM, from firmware data without the network."""
   product = root / "sys/class/dmi/id/product_name"
   return product.is_file() and "Google" in product.read_text()
 
 
-def _given(
+def _explicit_settings(
   coordinator: str | None, num_processes: int | None, process_id: int | None
 ) -> tuple[str, int, int] | None:
-  """The three values from arguments and environment, checked; None if there are none."""
+  """Return the validated values from arguments and environment, or None if none is set."""
   values: dict[str, object] = {
     "coordinator": coordinator,
     "num_processes": num_processes,
@@ -141,7 +141,7 @@ def _given(
     return None
   if len(known) < len(values):
     missing = ", ".join(f"{n} (or {v})" for n, v in _VARIABLES.items() if n not in known)
-    raise ValueError(f"multi-process start-up got only {known}; also needed: {missing}.")
+    raise ValueError(f"multi-process start-up got only {known}; also set {missing}.")
   address = str(known["coordinator"])
   host, _, port = address.rpartition(":")
   if not host or not port.isdecimal():
@@ -159,13 +159,13 @@ def _given(
 
 def _prepare() -> None:
   if jax.distributed.is_initialized():
-    raise RuntimeError("initialize() was called before in this process; call it once.")
-  # Collectives between CPU processes need a library; other backends ignore this.
+    raise RuntimeError("initialize() was already called in this process; call it once.")
+  # CPU backends need this for collectives across processes; other backends ignore it.
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
 
 
 def _wait_for_coordinator(address: str, count: int, index: int, timeout_seconds: int) -> None:
-  """Returns once something listens at `address`; the client of jax would abort instead of raise."""
+  """Wait until `address` accepts connections; the JAX client aborts instead of raising."""
   host, _, port = address.rpartition(":")
   deadline = time.monotonic() + timeout_seconds
   while True:
@@ -182,8 +182,8 @@ def _wait_for_coordinator(address: str, count: int, index: int, timeout_seconds:
 
 
 @contextlib.contextmanager
-def _waiting_aloud(what: str, timeout_seconds: int) -> Iterator[None]:
-  """Logs while start-up waits for others, for the runtime of jax says nothing until it aborts."""
+def _log_while_waiting(what: str, timeout_seconds: int) -> Iterator[None]:
+  """Log while start-up waits for other processes; the JAX runtime is silent until it aborts."""
   done = threading.Event()
 
   def watch() -> None:
@@ -199,7 +199,7 @@ def _waiting_aloud(what: str, timeout_seconds: int) -> Iterator[None]:
           what,
         )
         return
-      logger.warning("Waiting for the other processes since %.0f s (%s)", waited, what)
+      logger.warning("Still waiting for the other processes after %.0f s (%s)", waited, what)
       pause = min(pause, max(timeout_seconds - waited, 0.1))
 
   logger.info("Connecting: %s", what)

@@ -1,4 +1,4 @@
-"""Start-up in one process; //tests/multiprocess starts several."""
+"""Tests of `initialize` in one process; //tests/multiprocess starts several."""
 
 import importlib.util
 import socket
@@ -25,7 +25,7 @@ OPEN_MPI = {
 
 @pytest.fixture(autouse=True)
 def jax_distributed(monkeypatch):
-  """No cluster around, and a record of what jax is told instead of a real start."""
+  """Remove cluster variables and record calls of `jax.distributed.initialize`."""
   calls = []
   for name in (*VARIABLES, *SLURM, *OPEN_MPI, "TPU_WORKER_HOSTNAMES"):
     monkeypatch.delenv(name, raising=False)
@@ -68,14 +68,14 @@ def test_explicit_values(source, jax_distributed, monkeypatch):
   "arguments, message",
   [
     (dict(coordinator="h:1"), r"num_processes \(or OV_NUM_PROCESSES\), process_id \(or OV_PROC"),
-    (dict(num_processes=2, process_id=0), r"also needed: coordinator \(or OV_COORDINATOR\)"),
+    (dict(num_processes=2, process_id=0), r"also set coordinator \(or OV_COORDINATOR\)"),
     (dict(coordinator="host", num_processes=2, process_id=0), "'host'; expected host:port"),
     (dict(coordinator="h:x", num_processes=2, process_id=0), "'h:x'; expected host:port"),
     (dict(coordinator="h:1", num_processes=2, process_id=2), "process_id=2 with num_processes=2"),
     (dict(coordinator="h:1", num_processes=2, process_id=-1), "process_id=-1 with num_processes=2"),
   ],
 )
-def test_values_that_make_no_sense(arguments, message):
+def test_invalid_values(arguments, message):
   with pytest.raises(ValueError, match=message):
     initialize(**arguments)
 
@@ -87,15 +87,15 @@ def test_variables_must_be_integers(monkeypatch):
     initialize()
 
 
-def test_missing_coordinator_is_named():
+def test_missing_coordinator():
   with socket.socket() as s:
-    s.bind(("127.0.0.1", 0))  # bound but not listening: the port refuses
+    s.bind(("127.0.0.1", 0))  # bound but not listening, so connections are refused
     address = f"127.0.0.1:{s.getsockname()[1]}"
     with pytest.raises(RuntimeError, match=f"process 1 of 2: nothing listens at .*{address} after"):
       initialize(address, 2, 1, timeout_seconds=1)
 
 
-def test_failures_of_jax_carry_the_context(monkeypatch):
+def test_jax_errors_include_the_context(monkeypatch):
   def fail(**kwargs):
     raise RuntimeError("must be called before any JAX calls")
 
@@ -143,7 +143,7 @@ def test_detects_tpu_hosts(env, files, libtpu, expected, tmp_path, monkeypatch):
   assert distributed.detect_cluster(env, tmp_path) == expected
 
 
-def test_a_detected_cluster_is_left_to_jax(jax_distributed, monkeypatch):
+def test_jax_configures_a_detected_cluster(jax_distributed, monkeypatch):
   for name, value in SLURM.items():
     monkeypatch.setenv(name, value)
   initialize(timeout_seconds=9)

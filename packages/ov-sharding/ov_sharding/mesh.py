@@ -1,8 +1,8 @@
-"""The device mesh: three named axes over all devices of all hosts.
+"""Device mesh with three named axes over all devices of all hosts.
 
-data    replicas; each sees other rows of the batch; the only one that goes across TPU slices
-fsdp    also other rows; params and optimizer state are split over it
-tensor  also other rows of the input; heads, mlp and vocabulary are split over it
+data    data parallelism; the only axis that spans TPU slices
+fsdp    data parallelism with sharded parameters and optimizer state
+tensor  tensor parallelism over heads, MLP and vocabulary; input batches are split over it too
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ AXES = ("data", "fsdp", "tensor")
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-  """Sizes of the mesh axes. At most one is -1: whatever the other two leave of the devices."""
+  """Sizes of the mesh axes. At most one may be -1, which infers it from the device count."""
 
   data: int = -1
   fsdp: int = 1
@@ -40,10 +40,10 @@ class MeshConfig:
     return " x ".join(f"{axis}={size}" for axis, size in zip(AXES, self.sizes, strict=True))
 
   def resolve(self, num_devices: int) -> "MeshConfig":
-    """The same mesh with every size known.
+    """Return the config with the inferred size filled in.
 
     Raises:
-      ValueError: when the sizes do not multiply to `num_devices`.
+      ValueError: if the product of the sizes is not `num_devices`.
     """
     known = math.prod(size for size in self.sizes if size != -1)
     if -1 in self.sizes and num_devices % known == 0:
@@ -59,27 +59,33 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """The mesh of `config` over `devices` (default: all of them, on all hosts).
+  """Return the mesh of `config` over `devices` (default: all devices of all hosts).
 
-  Within a slice the order of devices is the one that jax picks for the interconnect.
-  Several TPU slices, which only the network of the data centre joins, follow one another along
-  `data`: what crosses that network is the mean of the gradients. Axis types are Auto: the compiler
-  propagates shardings.
+  Within a slice, JAX orders the devices for the interconnect. Several TPU slices are laid out along
+  `data`, so only the gradient all-reduce crosses the data centre network. Axis types are Auto: the
+  compiler propagates shardings.
 
   Raises:
-    ValueError: when the sizes do not multiply to the number of devices, or `fsdp` and `tensor` do
-      not stay within a slice.
+    ValueError: if the product of the sizes is not the number of devices, or if `fsdp` and `tensor`
+      do not fit into a slice.
+
+  Examples:
+    >>> import jax
+    >>> import ov_sharding
+    >>> mesh = ov_sharding.make_mesh(ov_sharding.MeshConfig(), jax.devices()[:1])
+    >>> dict(mesh.shape)
+    {'data': 1, 'fsdp': 1, 'tensor': 1}
   """
   devices = jax.devices() if devices is None else list(devices)
   sizes = config.resolve(len(devices)).sizes
   types = (AxisType.Auto,) * len(AXES)
   slices: dict[int, list[jax.Device]] = {}
   for device in devices:
-    # Only TPUs know of slices; what else has several hosts is one network to this package.
+    # Only TPU devices have a slice_index; other platforms are treated as one slice.
     slices.setdefault(getattr(device, "slice_index", 0), []).append(device)
   shape = _within_slice(sizes, {index: len(members) for index, members in slices.items()})
-  # A slice may have no axes of just these lengths: fsdp=16 on 4 x 8 x 8 chips. Where whole ones do
-  # not do, parts of them are taken; `jax.make_mesh` refuses.
+  # A mesh axis may need part of a physical axis, such as fsdp=16 on 4 x 8 x 8 chips, which
+  # `jax.make_mesh` does not support.
   parts = [
     mesh_utils.create_device_mesh(shape, slices[index], allow_split_physical_axes=True)
     for index in sorted(slices)
@@ -88,11 +94,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def _within_slice(sizes: tuple[int, int, int], counts: Mapping[int, int]) -> tuple[int, int, int]:
-  """Sizes of the part of a mesh that is in one slice.
+  """Return the mesh sizes within one slice.
 
   Args:
-    sizes: of the whole mesh.
-    counts: devices of each slice.
+    sizes: sizes of the full mesh.
+    counts: number of devices of each slice.
   """
   data, fsdp, tensor = sizes
   (per_slice, *others) = set(counts.values())
@@ -103,7 +109,7 @@ def _within_slice(sizes: tuple[int, int, int], counts: Mapping[int, int]) -> tup
   if per_slice % (fsdp * tensor):
     raise ValueError(
       f"mesh {MeshConfig(*sizes)} does not fit: fsdp x tensor = {fsdp * tensor} must divide the "
-      f"{per_slice} devices of a slice, for only data goes across the {len(counts)} slices; make "
-      "fsdp or tensor smaller, and data -1."
+      f"{per_slice} devices of a slice, because only data spans the {len(counts)} slices; reduce "
+      "fsdp or tensor and set data=-1."
     )
   return data // len(counts), fsdp, tensor

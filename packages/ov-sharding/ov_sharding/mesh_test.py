@@ -65,7 +65,7 @@ def test_mesh_of_one_device():
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """As much of a v4 chip as a mesh asks for."""
+  """Fake v4 chip with the attributes that mesh construction reads."""
 
   id: int
   slice_index: int
@@ -77,16 +77,16 @@ class Chip:
 
 
 def sliced(*counts):
-  """Chips of slices of these sizes, in rows of two, which are hosts; listed from last to first."""
-  places = [(index, chip) for index, count in enumerate(counts) for chip in range(count)]
-  chips = [Chip(i, s, i // 2, (chip % 2, chip // 2, 0)) for i, (s, chip) in enumerate(places)]
+  """Return the chips of slices of these sizes in reverse order; two chips form one host."""
+  positions = [(index, chip) for index, count in enumerate(counts) for chip in range(count)]
+  chips = [Chip(i, s, i // 2, (chip % 2, chip // 2, 0)) for i, (s, chip) in enumerate(positions)]
   return chips[::-1]
 
 
 @pytest.mark.parametrize("fsdp", [1, 2, 4, 8, 16, 32, 64, 128, 256])
-def test_any_axis_on_a_slice_that_has_none_of_its_length(fsdp):
-  """v4-512 is 4 x 8 x 8 chips: an axis of 16 takes one of 8 and half of another."""
-  chips = [Chip(i, 0, i // 4, tuple(place)) for i, place in enumerate(np.ndindex(4, 8, 8))]
+def test_mesh_axis_that_splits_a_physical_axis(fsdp):
+  """v4-512 has 4 x 8 x 8 chips, so an axis of 16 uses one of 8 and half of another."""
+  chips = [Chip(i, 0, i // 4, tuple(coords)) for i, coords in enumerate(np.ndindex(4, 8, 8))]
   mesh = make_mesh(MeshConfig(-1, fsdp, 1), chips)
   assert mesh.devices.shape == (256 // fsdp, fsdp, 1)
   assert {device.id for device in mesh.devices.flat} == set(range(256))
@@ -101,12 +101,12 @@ def test_any_axis_on_a_slice_that_has_none_of_its_length(fsdp):
     (MeshConfig(-1, 2, 2), (2, 2, 2)),
   ],
 )
-def test_only_data_goes_across_slices(config, shape):
+def test_only_data_spans_slices(config, shape):
   mesh = make_mesh(config, sliced(4, 4))
   assert mesh.devices.shape == shape and mesh.axis_types == (AxisType.Auto,) * 3
   assert sorted(device.id for device in mesh.devices.flat) == list(range(8))
   index = np.vectorize(lambda device: device.slice_index)(mesh.devices)
-  # The first half of data is the first slice, whatever fsdp and tensor are.
+  # The first half of data is the first slice for any fsdp and tensor.
   expected = np.repeat([0, 1], shape[0] // 2)[:, None, None]
   np.testing.assert_array_equal(index, np.broadcast_to(expected, shape))
 
@@ -119,7 +119,7 @@ def test_hosts_of_all_slices_share_the_rows(monkeypatch):
     rows.append(process_rows(mesh, 24))
   assert sorted((r.start, r.stop) for r in rows) == [(i, i + 4) for i in range(0, 24, 4)]
   slices = [process // 2 for process in sorted(range(6), key=lambda p: rows[p].start)]
-  assert slices == [0, 0, 1, 1, 2, 2]  # a slice reads rows that follow one another
+  assert slices == [0, 0, 1, 1, 2, 2]  # the rows of a slice are contiguous
 
 
 @pytest.mark.parametrize(

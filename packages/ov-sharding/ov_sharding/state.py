@@ -1,4 +1,4 @@
-"""Shardings of a whole training state from those of its params."""
+"""Shardings of a training state, derived from the shardings of its parameters."""
 
 import logging
 import math
@@ -13,25 +13,28 @@ logger = logging.getLogger(__name__)
 
 
 def state_shardings(state: Any, params: Any, param_shardings: Any, mesh: Mesh) -> Any:
-  """Shardings for a state that holds copies of the params: moments, averages, the params.
+  """Return shardings for a state that contains parameter-like trees, such as Adam moments or EMA.
 
-  A leaf whose path ends with the path of a param (the longest such one) and that has its shape
-  takes its sharding: `opt/0/mu/encoder/kernel` follows `encoder/kernel`. One that has as many
-  dimensions, but other lengths (means over rows, a scale for each block), is split along those of
-  them that the param's mesh axes divide. All other leaves are replicated; those with more than one
-  element are logged, for they cost memory on every device.
+  A leaf matches the parameter with the longest path that is a suffix of the path of the leaf:
+  `opt/0/mu/encoder/kernel` matches `encoder/kernel`.
+
+  - A leaf with the shape of its parameter gets the sharding of the parameter.
+  - A leaf with the same number of dimensions but other sizes (row means, per-block scales) is
+    sharded along the dimensions that the mesh axes of the parameter divide.
+  - All other leaves are replicated. Those with more than one element are logged, because they use
+    memory on every device.
 
   Args:
     state: tree of arrays or `jax.ShapeDtypeStruct`s, for example an optimizer state.
-    params: tree of the params' shapes.
-    param_shardings: the same tree of shardings.
-    mesh: the devices of the replicated leaves.
+    params: tree of parameter shapes.
+    param_shardings: tree of shardings with the structure of `params`.
+    mesh: device mesh of the replicated leaves.
 
   Returns:
-    The tree of `state` with a sharding for each leaf.
+    A tree of shardings with the structure of `state`.
 
   Raises:
-    ValueError: when `params` and `param_shardings` have different numbers of leaves.
+    ValueError: if `params` and `param_shardings` have different numbers of leaves.
   """
   by_path = jax.tree_util.tree_flatten_with_path(params)[0]
   flat_shardings = jax.tree.leaves(param_shardings)
@@ -56,18 +59,18 @@ def state_shardings(state: Any, params: Any, param_shardings: Any, mesh: Mesh) -
           return _split_where_even(shape, sharding)
         break
     if math.prod(shape) > 1:
-      logger.warning("%s %s follows no param: replicated", "/".join(keys), shape)
+      logger.warning("%s %s matches no parameter; replicated", "/".join(keys), shape)
     return replicated(mesh)
 
   return jax.tree_util.tree_map_with_path(follow, state)
 
 
 def bytes_per_device(shapes: Any, shardings: Any) -> int:
-  """Bytes that one device holds of a tree of arrays.
+  """Return the number of bytes of a tree of arrays on one device.
 
   Args:
-    shapes: tree of arrays or `jax.ShapeDtypeStruct`s; key arrays count by their raw words.
-    shardings: the same tree of shardings.
+    shapes: tree of arrays or `jax.ShapeDtypeStruct`s. PRNG key arrays count as their key data.
+    shardings: tree of shardings with the same structure.
   """
 
   def size(array: Any, sharding: Sharding) -> int:
@@ -79,7 +82,7 @@ def bytes_per_device(shapes: Any, shardings: Any) -> int:
 
 
 def _split_where_even(shape: tuple[int, ...], sharding: NamedSharding) -> NamedSharding:
-  """The sharding without the mesh axes of dimensions that they do not divide."""
+  """Return the sharding without the mesh axes that do not divide their dimension."""
   entries = [*sharding.spec, *[None] * (len(shape) - len(sharding.spec))]
   axes = [() if e is None else (e,) if isinstance(e, str) else tuple(e) for e in entries]
   parts = [math.prod(sharding.mesh.shape[axis] for axis in names) for names in axes]

@@ -1,4 +1,4 @@
-"""Optimizer states follow the params, on 8 simulated devices."""
+"""Tests of state shardings on 8 simulated devices."""
 
 import logging
 from typing import NamedTuple
@@ -18,6 +18,7 @@ class AdamState(NamedTuple):  # the shape of an optax state, which this package 
 
 
 AXES = {"encoder": {"kernel": ("embed", "mlp")}, "kernel": ("mlp", "embed"), "bias": ("norm",)}
+RULES = {"embed": ("fsdp",), "mlp": ("tensor",), "norm": ("tensor",)}
 
 
 def params():
@@ -31,7 +32,7 @@ def params():
 def shapes_and_shardings():
   mesh = make_mesh(MeshConfig(2, 2, 2))
   shapes = jax.eval_shape(params)
-  return shapes, tree_shardings(AXES, shapes, mesh), mesh
+  return shapes, tree_shardings(AXES, shapes, mesh, RULES), mesh
 
 
 def specs(tree):
@@ -45,7 +46,7 @@ PARAM_SPECS = {
 }
 
 
-def test_moments_averages_and_params_follow_the_params():
+def test_moments_and_ema_get_the_shardings_of_the_params():
   shapes, shardings, mesh = shapes_and_shardings()
 
   def init():
@@ -64,8 +65,8 @@ def test_moments_averages_and_params_follow_the_params():
   assert state["opt"][1].mu["encoder"]["kernel"].sharding.spec == P("fsdp", "tensor")
 
 
-def test_the_longest_path_decides():
-  # "kernel" alone is a param of the same shape and another sharding.
+def test_longest_path_suffix_wins():
+  # The top-level "kernel" has the same shape but a different sharding.
   shapes, shardings, mesh = shapes_and_shardings()
   moment = {"kernel": shapes["kernel"]}
   got = state_shardings({"encoder": moment, "decoder": moment}, shapes, shardings, mesh)
@@ -74,7 +75,7 @@ def test_the_longest_path_decides():
 
 
 def test_other_shapes_are_replicated_and_reported(caplog):
-  # The factored moments of optax keep the path of the param, and lose a dimension.
+  # Factored moments in optax keep the path of the parameter but have one dimension fewer.
   shapes, shardings, mesh = shapes_and_shardings()
   state = {
     "row": {"encoder": {"kernel": jax.ShapeDtypeStruct((8,), jnp.float32)}},
@@ -85,16 +86,16 @@ def test_other_shapes_are_replicated_and_reported(caplog):
     got = state_shardings(state, shapes, shardings, mesh)
   assert all(s.is_fully_replicated for s in jax.tree.leaves(got))
   assert [r.getMessage() for r in caplog.records] == [
-    "histogram (100,) follows no param: replicated",
-    "row/encoder/kernel (8,) follows no param: replicated",
+    "histogram (100,) matches no parameter; replicated",
+    "row/encoder/kernel (8,) matches no parameter; replicated",
   ]
 
 
-def test_as_many_dimensions_of_other_lengths_are_split_where_that_is_even(caplog):
+def test_same_rank_with_other_sizes_is_sharded_where_divisible(caplog):
   shapes, shardings, mesh = shapes_and_shardings()
   leaf = lambda *shape: {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)}
   state = {"rows": leaf(8, 1), "columns": leaf(1, 16), "scales": leaf(8, 4), "odd": leaf(6, 3)}
-  got = state_shardings(state, shapes, shardings, mesh)  # of the param: P("tensor", "fsdp")
+  got = state_shardings(state, shapes, shardings, mesh)  # the parameter has P("tensor", "fsdp")
   assert got["rows"]["kernel"].spec == P("tensor", None)
   assert got["columns"]["kernel"].spec == P(None, "fsdp")
   assert got["scales"]["kernel"].spec == P("tensor", "fsdp")

@@ -1,4 +1,4 @@
-"""Parameters for tests: made on the host, without compiling initialisers."""
+"""Random parameters for tests, created on the host without compiling initialisers."""
 
 from typing import Any
 
@@ -9,15 +9,15 @@ from ov_models.functional import Config, Params, abstract_params
 
 
 def random_params(config: Config, seed: int = 0) -> Params:
-  """Parameters of `config` with nothing at 0 or 1, so that a forgotten bias or scale shows.
+  """Return random parameters of `config`, including biases and norm scales.
 
-  Kernels and tables have std 0.1, biases 0.1 around 0, norm scales 0.1 around 1.
+  All have a standard deviation of 0.1; norm scales have mean 1, all others mean 0.
   """
   return random_like(abstract_params(config), seed)
 
 
 def random_like(shapes: Params, seed: int = 0) -> Params:
-  """The same for a tree of jax.ShapeDtypeStruct."""
+  """Return random parameters with the shapes of a tree of jax.ShapeDtypeStruct."""
   rng = np.random.default_rng(seed)
 
   def draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:

@@ -1,18 +1,22 @@
-"""The caption loss with all logits held at once: the yardstick of tests and memory report."""
+"""Caption loss that materialises all logits: the reference of the tests."""
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Integer
+
+from ov_losses.caption import Weights
+from ov_losses.shapes import AnyArray
 
 
 def naive_loss(
-  hidden: jax.Array,  # [B,T,D]
-  head: jax.Array,  # [D,V]
-  labels: jax.Array,  # [B,T]
-  mask: jax.Array,  # [B,T]
+  hidden: Float[AnyArray, "B T D"],
+  head: Float[AnyArray, "D V"],
+  labels: Integer[AnyArray, "B T"],
+  mask: Weights,
   label_smoothing: float = 0.0,
   z_loss: float = 0.0,
-) -> jax.Array:
-  """Scalar masked mean cross-entropy through [B,T,V] float32 logits and automatic gradients."""
+) -> Float[Array, ""]:
+  """Compute the masked mean cross-entropy from all float32 logits, with automatic gradients."""
   logits = jnp.einsum(
     "btd,dv->btv", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32
   )

@@ -1,7 +1,6 @@
-"""The contrastive losses as their formula says, with written-out gradients, in float64 numpy.
+"""Float64 NumPy reference of the contrastive losses and their gradients.
 
-The yardstick of the tests and of the report: it holds every array whole and shares no code with
-what it measures.
+It materialises the full similarity matrix and shares no code with the losses.
 """
 
 from typing import NamedTuple
@@ -22,7 +21,7 @@ class Example(NamedTuple):
 
 
 class Gradients(NamedTuple):
-  """By the first four of `Example`, in their shapes."""
+  """Gradients with respect to the first four fields of `Example`."""
 
   image: np.ndarray
   texts: np.ndarray
@@ -30,13 +29,13 @@ class Gradients(NamedTuple):
   bias: np.ndarray
 
 
-class Truth(NamedTuple):
-  """What the losses should give; float64.
+class Reference(NamedTuple):
+  """Expected loss, metrics and gradients in float64.
 
   Attributes:
-    gradients: of the loss.
-    terms: the sums of the absolute terms that each gradient is made of. The rounding of a sum is a
-      share of these, however much of it cancels.
+    gradients: gradients of the loss.
+    terms: sums of the absolute terms of each gradient. The rounding error of a sum is proportional
+      to these, even if the terms cancel.
   """
 
   loss: float
@@ -57,7 +56,7 @@ def example(
   bias: float = -3.0,
   seed: int = 0,
 ) -> Example:
-  """Unit rows where image and text are somewhat alike, a fifth not valid, some texts equal."""
+  """Return unit rows with correlated images and texts, 20% invalid rows and some equal texts."""
   rng = np.random.default_rng(seed)
   unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
   image = unit(rng.standard_normal((batch, width)))
@@ -75,8 +74,8 @@ def example(
   )
 
 
-def truth(kind: str, given: Example) -> Truth:
-  """Loss, metrics and gradients; `kind` is "softmax" or "sigmoid". Some row must be valid."""
+def reference(kind: str, given: Example) -> Reference:
+  """Return the reference for `kind` "softmax" or "sigmoid". At least one row must be valid."""
   rows = given.valid
   image = given.image[rows].astype(np.float64)
   texts = given.texts[:, rows].astype(np.float64)
@@ -101,7 +100,7 @@ def truth(kind: str, given: Example) -> Truth:
   dlogits = dlogits / per_row.size
 
   others = np.where(negative, logits, -np.inf)
-  return Truth(
+  return Reference(
     loss=per_row.mean(),
     image_top1=(positives > others.max(2)).mean(),
     text_top1=(positives > others.max(1)).mean(),
@@ -115,7 +114,7 @@ def truth(kind: str, given: Example) -> Truth:
 def _gradients(
   given: Example, dlogits: np.ndarray, image: np.ndarray, texts: np.ndarray, cosines: np.ndarray
 ) -> Gradients:
-  """From those by the logits of the valid rows."""
+  """Return the gradients of the arguments from the gradients of the logits of the valid rows."""
   by_image, by_texts = np.zeros(given.image.shape), np.zeros(given.texts.shape)
   by_image[given.valid] = given.scale * np.einsum("kij,kje->ie", dlogits, texts)
   by_texts[:, given.valid] = given.scale * np.einsum("kij,ie->kje", dlogits, image)
