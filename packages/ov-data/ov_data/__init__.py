@@ -1,10 +1,10 @@
-"""Records and pictures to numpy batches: read, order, decode, tokenise, write. Knows no JAX."""
+"""Input pipeline from records and image files to numpy batches, without JAX."""
 
 from ov_data.bad_records import TooManyBadRecords
 from ov_data.decode import Crop, DecodeError, Limits
 from ov_data.loader import Loader
 from ov_data.order import Order
-from ov_data.record_source import RecordSource, Skip
+from ov_data.record_source import Record, RecordSource, Skip
 from ov_data.records import RecordError
 from ov_data.shards import find_shards
 from ov_data.sources import Dataset, Source
@@ -20,6 +20,7 @@ __all__ = [
   "Limits",
   "Loader",
   "Order",
+  "Record",
   "RecordError",
   "RecordSource",
   "ShardWriter",

@@ -1,4 +1,4 @@
-"""Counts and logs the records that cannot be used, and stops a run that has too many of them."""
+"""Count and log unusable records, and stop a run that has too many of them."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,12 +12,12 @@ from ov_data.decode import DecodeError
 from ov_data.example import FeatureError
 from ov_data.records import RecordError
 
-_GRACE_ROWS = 200  # bad records are weighed against at least so many
-# Failures of the process or of the storage as a whole. A restart resumes at the same position.
+_MIN_ROWS = 200  # minimum number of rows before `max_fraction` applies
+# Failures of the process or of the whole storage, not of one record.
 PROCESS_ERRORS = (MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit)
 _STORAGE_ERRNOS = (
-  None,  # a remote store
-  errno.ENOENT,  # a shard; an image file that is missing is a FeatureError
+  None,  # remote storage
+  errno.ENOENT,  # a shard; a missing image file raises FeatureError instead
   errno.ENOMEM,
   errno.EMFILE,
   errno.ENFILE,
@@ -30,36 +30,37 @@ log = logging.getLogger("ov_data")
 
 
 class TooManyBadRecords(RuntimeError):
-  """More records are broken than `max_bad_fraction` allows, or none is good."""
+  """More records are broken than `max_bad_fraction` allows, or no record is usable."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-  """A record that cannot be used.
+  """An unusable record.
 
   Attributes:
-    reason: a short phrase, fit for counting.
-    place: file and byte offset.
-    detail: the message of the error.
+    reason: short phrase by which problems are counted.
+    location: file and byte offset.
+    detail: message of the error.
   """
 
   reason: str
-  place: str
+  location: str
   detail: str
 
 
 class BadRecords:
-  """The account of a loader.
+  """Statistics of the bad records of a loader.
 
   Args:
-    max_fraction: fraction of bad records past which `add` raises.
-    num_examples: records in all; if none of so many is good, `add` raises whatever the fraction.
+    max_fraction: fraction of bad records above which `add` raises.
+    num_examples: total number of records; if that many records are all bad, `add` raises for any
+      fraction.
 
   Raises:
-    ValueError: max_fraction is no fraction.
+    ValueError: if max_fraction is not in [0, 1].
 
   Attributes:
-    counts: bad records by reason.
+    counts: number of bad records by reason.
   """
 
   def __init__(self, max_fraction: float, num_examples: int):
@@ -69,30 +70,28 @@ class BadRecords:
     self._max_fraction = max_fraction
     self._num_examples = num_examples
     self._rows = self._bad = 0
-    self._unexpected: set[str] = set()  # types of exceptions that were logged with a traceback
+    self._unexpected: set[str] = set()  # exception types already logged with a traceback
     self._lock = threading.Lock()
 
   def restart(self, counts: Mapping[str, int]) -> None:
-    """Begin a new count of rows, with these counts by reason."""
+    """Reset the row count and set the counts by reason."""
     self.counts = Counter(counts)
     self._rows = self._bad = 0
 
   @contextlib.contextmanager
-  def caught(
-    self, problems: list[Problem], locate: Callable[[], tuple[str, int]]
-  ) -> Iterator[None]:
-    """Turn an exception into a problem. Safe to call from many threads.
+  def catch(self, problems: list[Problem], locate: Callable[[], str]) -> Iterator[None]:
+    """Convert an exception into a `Problem`. Thread-safe.
 
-    The first exception of each type that a broken record does not explain is logged with its
-    traceback, since it may be a bug. Libraries in Rust panic with a `BaseException`.
+    The first exception of each unexpected type is logged with its traceback, since it may be a
+    bug. Rust libraries panic with a `BaseException`.
 
     Args:
-      problems: is appended to.
-      locate: returns file and byte offset of the record.
+      problems: list to which the problem is appended.
+      locate: function that returns the location of the record, "FILE at byte 120".
 
     Raises:
-      MemoryError, KeyboardInterrupt, OSError: not the record is broken, but the process is out of
-        memory or files, was interrupted, or its storage is gone.
+      MemoryError, KeyboardInterrupt, OSError: if the process ran out of memory or file handles,
+        was interrupted, or lost its storage.
     """
     try:
       yield
@@ -101,42 +100,43 @@ class BadRecords:
     except BaseException as error:
       if isinstance(error, OSError) and error.errno in _STORAGE_ERRNOS:
         raise
-      file, offset = locate()
-      place = f"{file} at byte {offset}"
+      location = locate()
       if isinstance(error, DecodeError | FeatureError | RecordError):
-        problems.append(Problem(error.reason, place, str(error)))
+        problems.append(Problem(error.reason, location, str(error)))
         return
       name = type(error).__name__
       with self._lock:
         is_new = name not in self._unexpected
         self._unexpected.add(name)
       if is_new:
-        log.error("%s: unexpected %s; the record is skipped", place, name, exc_info=error)
+        log.error("%s: unexpected %s; the record is skipped", location, name, exc_info=error)
       reason = "unreadable file" if isinstance(error, OSError) else f"unexpected {name}"
-      problems.append(Problem(reason, place, f"{name}: {error}"))
+      problems.append(Problem(reason, location, f"{name}: {error}"))
 
   def add(self, problems: Sequence[Problem], rows: int) -> None:
     """Count and log the problems among `rows` records.
 
     Raises:
-      TooManyBadRecords: more are bad than allowed, or none is good.
+      TooManyBadRecords: if more records are bad than allowed, or no record is usable.
     """
     self._rows += rows
     self._bad += len(problems)
     for problem in problems:
       self.counts[problem.reason] += 1
       count = self.counts[problem.reason]
-      if count <= 4 or not count & (count - 1):  # then at 8, 16, 32 ...
-        log.warning("skipped %s (%d so far): %s", problem.place, count, problem.detail)
-    none_good = self._bad == self._rows >= min(self._num_examples, _GRACE_ROWS)
+      if count <= 4 or not count & (count - 1):  # then at powers of two
+        log.warning("skipped %s (%d so far): %s", problem.location, count, problem.detail)
+    none_good = self._bad == self._rows >= min(self._num_examples, _MIN_ROWS)
     if not problems or not (
-      none_good or self._bad > self._max_fraction * max(self._rows, _GRACE_ROWS)
+      none_good or self._bad > self._max_fraction * max(self._rows, _MIN_ROWS)
     ):
       return
     counts = ", ".join(f"{count} x {reason}" for reason, count in self.counts.most_common())
-    allowed = "none is good" if none_good else f"more than max_bad_fraction={self._max_fraction}"
+    allowed = (
+      "no record is usable" if none_good else f"more than max_bad_fraction={self._max_fraction}"
+    )
     remedy = "Repair the data" if none_good else "Repair the data, or raise max_bad_fraction"
     raise TooManyBadRecords(
       f"{self._bad} of {self._rows} records are broken, {allowed} ({counts}); the last: "
-      f"{problems[-1].place}: {problems[-1].detail}. {remedy}."
+      f"{problems[-1].location}: {problems[-1].detail}. {remedy}."
     )

@@ -1,4 +1,4 @@
-"""WordPiece as the published models read texts, put together from the `tokenizers` library."""
+"""BERT text preparation and WordPiece as used by the published models."""
 
 from collections.abc import Callable
 import json
@@ -7,28 +7,29 @@ from typing import Any, NamedTuple
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from ov_data import own_pieces, word_pieces
+from ov_data import reversible_pieces, word_pieces
 
 MAX_WORD_CHARS = 100  # a longer word is [UNK]
-# What `normalizer` makes of ASCII.
+# `normalizer` restricted to ASCII.
 NORMAL_ASCII = str.maketrans(
   {i: chr(i).lower() if chr(i).isprintable() else " " for i in range(128)}
 )
 
 
 def normalizer() -> normalizers.Normalizer:
-  """The text preparation of TensorFlow Text's BertTokenizer(lower_case=True).
+  """Return the normalizer of TensorFlow Text's BertTokenizer(lower_case=True).
 
-  That is NFKC_Casefold, NFD, removal of marks (Mn), control and format characters to spaces.
-  Compared over the 26,391 assigned characters outside the large CJK, Hangul and historic blocks,
-  ids differ for about 100 that captions do not hold (later punctuation, historic letters); Hugging
-  Face's own BERT normaliser differs for 3,964. Words are limited to 100 characters, there 100
-  bytes: longer unbroken runs of non-Latin script are [UNK] there.
+  It applies NFKC_Casefold and NFD, removes marks (Mn), and maps control and format characters to
+  spaces. Over the 26,391 assigned characters outside the large CJK, Hangul and historic blocks, ids
+  differ from TensorFlow Text for about 100 characters that captions do not contain (recent
+  punctuation, historic letters). Hugging Face's BERT normalizer differs for 3,964. Words are
+  limited to 100 characters here and to 100 bytes in TensorFlow Text, so longer unbroken runs of
+  non-Latin script are [UNK] there.
   """
   return normalizers.Sequence(
     [
       normalizers.NFKD(),
-      normalizers.Replace("\u0345", "\u03b9"),  # iota subscript, a letter once case is folded
+      normalizers.Replace("\u0345", "\u03b9"),  # iota subscript; case folding makes it a letter
       normalizers.Replace(
         tokenizers.Regex(r"[\p{Default_Ignorable_Code_Point}\p{Mn}]"),
         "",
@@ -43,35 +44,35 @@ def normalizer() -> normalizers.Normalizer:
   )
 
 
-class ShortCut(NamedTuple):
-  """A faster way to the same ids for ASCII texts.
+class AsciiFastPath(NamedTuple):
+  """Faster encoding of ASCII texts with identical ids.
 
   Attributes:
-    backend: the tokenizer without its normaliser.
-    prepare: does to an ASCII text what the normaliser does.
+    backend: tokenizer without its normalizer.
+    prepare: function that normalizes an ASCII text.
   """
 
   backend: tokenizers.Tokenizer
   prepare: Callable[[str], str]
 
 
-def ascii_short_cut(tokenizer: tokenizers.Tokenizer) -> ShortCut | None:
-  """Return a copy without normaliser, which takes half of the time.
+def ascii_fast_path(tokenizer: tokenizers.Tokenizer) -> AsciiFastPath | None:
+  """Return a tokenizer without normalizer, which takes half the time.
 
-  None where that would not be the same, because the normaliser is another or tokens were added.
+  Returns None if the ids could differ because of another normalizer or added tokens.
   """
   content = json.loads(tokenizer.to_str())
   if content["added_tokens"]:
     return None
   for own, prepare in (
     (normalizer(), _lower_ascii),
-    *((own_pieces.normalizer(strip_accents=strip, letters=letters), _join_ascii)
+    *((reversible_pieces.normalizer(strip_accents=strip, letters=letters), _join_ascii)
       for strip in (False, True) for letters in (False, True)),
   ):  # fmt: skip
     if content["normalizer"] == _as_json(own):
       copy = tokenizers.Tokenizer.from_str(json.dumps({**content, "normalizer": None}))
       copy.encode_special_tokens = True
-      return ShortCut(copy, prepare)
+      return AsciiFastPath(copy, prepare)
   return None
 
 
@@ -86,11 +87,11 @@ def _lower_ascii(text: str) -> str:
 
 
 def _join_ascii(text: str) -> str:
-  return own_pieces.join_ascii(text.translate(NORMAL_ASCII))
+  return reversible_pieces.join_ascii(text.translate(NORMAL_ASCII))
 
 
 def backend(vocabulary: dict[str, int]) -> tokenizers.Tokenizer:
-  """WordPiece over a vocabulary, texts and words prepared as BERT's are."""
+  """Return a WordPiece tokenizer over a vocabulary with BERT's text preparation."""
   tokenizer = tokenizers.Tokenizer(
     models.WordPiece(
       vocabulary,

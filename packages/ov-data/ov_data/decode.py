@@ -1,18 +1,17 @@
-"""Encoded image -> uint8 [size, size, 3]: bounded, always RGB, cropped and resized in one step.
+"""Image decoding, cropping and resizing to uint8 [size, size, 3] RGB.
 
-Training decodes no more than it needs: a JPEG is decoded at 1/2, 1/4 or 1/8 (in the DCT domain)
-as long as the crop still has at least `size` pixels, and what remains is one antialiased bilinear
-resize of the crop. (At 3/8, 5/8, 6/8 and 7/8 libjpeg-turbo has no SIMD code and takes as long as
-for the whole image, or longer.) Evaluation decodes at full size and resizes in float, as the
-published models were evaluated. All heavy work happens in compiled code with the interpreter lock
-released.
+Training decodes a JPEG at 1/2, 1/4 or 1/8 (in the DCT domain) if the crop keeps at least `size`
+pixels, followed by one antialiased bilinear resize of the crop. (At 3/8, 5/8, 6/8 and 7/8
+libjpeg-turbo has no SIMD code and takes at least as long as a full decode.) Evaluation decodes at
+full size and resizes in float, as in the evaluation of the published models. All expensive work
+runs in compiled code that releases the GIL.
 
-JPEGs are decoded with the fast integer DCT, as TensorFlow does by default: the pixels equal those
-that the published models were trained and evaluated on.
+JPEGs are decoded with the fast integer DCT, which is TensorFlow's default: the pixels equal those
+on which the published models were trained and evaluated.
 
-Of metadata only the EXIF orientation is read, and applied. Transparent pixels are laid over white,
-as a browser shows them; of an animation the first frame is used; 16-bit samples keep their upper 8
-bits. A PNG of which a checksum that matters is wrong is refused; other formats have none.
+The EXIF orientation is applied; other metadata is ignored. Transparent pixels are composited on
+white. The first frame of an animation is used. 16-bit samples keep their upper 8 bits. A PNG with a
+wrong checksum in a chunk that affects pixels is rejected; other formats have no checksums.
 """
 
 import contextlib
@@ -33,23 +32,23 @@ from ov_data.resample import Box
 
 Pixels = NDArray[np.uint8]  # [h, w, 3]
 
-# From which factor between crop and target on a JPEG is decoded at 1/8, 1/4, 1/2. Of an 8 x 8 block
-# the first two keep so little that they are given a quarter more pixels than the crop needs.
+# Minimum ratio of crop to target size for decoding at 1/8, 1/4 and 1/2. The first two keep little
+# of an 8 x 8 block, so they require 25% more pixels than the target has.
 _SCALES = ((10, 8), (5, 4), (2, 2))
-_SIDEWAYS = (5, 6, 7, 8)  # values of the EXIF orientation that swap width and height
+_ROTATED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-  """What an encoded image may cost; checked before a pixel is decoded.
+  """Limits of an encoded image, checked before decoding.
 
   Attributes:
-    max_bytes: size of the encoded image.
-    max_pixels: width x height, for instance 8000 x 8000.
-    max_side: pixels of the longer side.
-    max_aspect: longer side / shorter side.
-    max_scans: passes over the pixels of a JPEG. Each takes time, however few bytes it has.
-    max_scan_pixels: scans x width x height; 10 ns each.
+    max_bytes: maximum size of the encoded image.
+    max_pixels: maximum width x height, for example 8000 x 8000.
+    max_side: maximum length of the longer side in pixels.
+    max_aspect: maximum ratio of longer to shorter side.
+    max_scans: maximum number of scans of a JPEG. A scan takes time even if it has few bytes.
+    max_scan_pixels: maximum of scans x width x height; 10 ns each.
   """
 
   max_bytes: int = 64 << 20
@@ -60,7 +59,7 @@ class Limits:
   max_scan_pixels: int = 1_000_000_000
 
   def check(self, header: Header) -> None:
-    """Raise DecodeError if the image is over a limit."""
+    """Raise DecodeError if the image exceeds a limit."""
     width, height, scans = header.width, header.height, header.scans
     size = f"{width} x {height}"
     if width * height > self.max_pixels:
@@ -78,16 +77,17 @@ DEFAULT_LIMITS = Limits()
 
 @dataclasses.dataclass(frozen=True)
 class Crop:
-  """A random crop of a share of the area, its shape stretched to a square afterwards.
+  """Inception-style random crop, resized to a square afterwards.
 
-  Draws aspect and height until the box fits, as TensorFlow's sample_distorted_bounding_box does:
-  aspect uniform in its range, then height uniform among those that keep box and area allowed.
+  Samples aspect ratio and height until the box fits, like TensorFlow's
+  sample_distorted_bounding_box: the aspect ratio is uniform in its range, the height is uniform
+  among those that keep the box inside the image and the area in its range.
   Paper: Szegedy et al. 2014, https://arxiv.org/abs/1409.4842, section 6.
   """
 
-  area: tuple[float, float] = (0.4, 1.0)  # share of the image
+  area: tuple[float, float] = (0.4, 1.0)  # fraction of the image
   aspect: tuple[float, float] = (0.75, 1.33)  # width / height
-  attempts: int = 100  # then the whole image
+  attempts: int = 100  # after which the full image is used
 
   def __post_init__(self) -> None:
     if not 0 < self.area[0] <= self.area[1] <= 1:
@@ -96,8 +96,8 @@ class Crop:
       raise ValueError(f"aspect={self.aspect}: expected 0 < smallest <= largest")
 
   def box(self, width: int, height: int, uniforms: Uniforms) -> Box:
-    """A box inside width x height pixels, in whole pixels."""
-    smallest, largest = (share * width * height for share in self.area)
+    """Return a box inside width x height pixels, with integer borders."""
+    smallest, largest = (fraction * width * height for fraction in self.area)
     for _ in range(self.attempts):
       aspect = self.aspect[0] + (self.aspect[1] - self.aspect[0]) * uniforms()
       low = round((smallest / aspect) ** 0.5)
@@ -114,10 +114,10 @@ class Crop:
 def random_crop(
   data: bytes, size: int, uniforms: Uniforms, crop: Crop, limits: Limits = DEFAULT_LIMITS
 ) -> Pixels:
-  """A random crop of the encoded image, as uint8 [size, size, 3].
+  """Return a random crop of the encoded image, as uint8 [size, size, 3].
 
   Raises:
-    DecodeError: the bytes are no usable image.
+    DecodeError: if the bytes are not a supported image.
   """
   pixels, box = scaled(data, size, uniforms, crop, limits)
   return resample.triangle(pixels, box, size)
@@ -126,21 +126,24 @@ def random_crop(
 def scaled(
   data: bytes, size: int, uniforms: Uniforms, crop: Crop, limits: Limits = DEFAULT_LIMITS
 ) -> tuple[Pixels, Box]:
-  """Do the first half of `random_crop`: draw the crop and decode, a JPEG no larger than needed.
+  """Sample the crop of `random_crop` and decode the image, a JPEG at the smallest usable scale.
 
   Returns:
-    The whole image as uint8 [h, w, 3], and the crop in its pixels.
+    The uncropped image as uint8 [h, w, 3], and the crop in its pixels.
 
   Raises:
-    DecodeError: the bytes are no usable image.
+    DecodeError: if the bytes are not a supported image.
   """
   header = _checked_header(data, limits)
   width, height = _upright_size(header)
   left, top, right, bottom = crop.box(width, height, uniforms)
   keep = min((right - left) / size, (bottom - top) / size)
   pixels = _decoded(data, header, next((scale for least, scale in _SCALES if keep >= least), 1))
-  down, across = pixels.shape[0] / height, pixels.shape[1] / width  # 1, or less where scaled
+  down, across = pixels.shape[0] / height, pixels.shape[1] / width  # below 1 if scaled
   return pixels, (left * across, top * down, right * across, bottom * down)
+
+
+_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
 def whole(
@@ -148,21 +151,22 @@ def whole(
   size: int,
   fit: Literal["center", "squash"] = "center",
   limits: Limits = DEFAULT_LIMITS,
+  interpolation: Literal["bilinear", "bicubic"] = "bilinear",
 ) -> Pixels:
-  """The encoded image for evaluation, as uint8 [size, size, 3].
+  """Return the encoded image for evaluation, as uint8 [size, size, 3].
 
-  "center" brings the shorter side to `size` and keeps the middle; "squash" stretches the whole
-  image. Fractions are cut off, not rounded, as in the evaluation of the published models.
+  "center" resizes the shorter side to `size` and crops the center; "squash" ignores the aspect
+  ratio. Pixel values are truncated, not rounded, as in the evaluation of the published models.
 
   Raises:
-    DecodeError: the bytes are no usable image.
+    DecodeError: if the bytes are not a supported image.
   """
   header = _checked_header(data, limits)
   width, height = _upright_size(header)
   pixels = _decoded(data, header)
   box = (0.0, 0.0, float(width), float(height))
   if fit == "center":
-    # The published preprocessing rounds in float32; so do we, or some sides would be 1 pixel off.
+    # Round in float32 like the published preprocessing; otherwise some sides differ by 1 pixel.
     ratio = np.float32(size) / np.float32(min(width, height))
     across = width / int(np.round(np.float32(width) * ratio))
     down = height / int(np.round(np.float32(height) * ratio))
@@ -171,27 +175,32 @@ def whole(
     box = (left * across, top * down, (left + size) * across, (top + size) * down)
   elif fit != "squash":
     raise ValueError(f"fit={fit!r}: expected 'center' or 'squash'")
+  if interpolation not in _FILTERS:
+    raise ValueError(f"interpolation={interpolation!r}: expected 'bilinear' or 'bicubic'")
   channels = [
     Image.fromarray(pixels[..., channel].astype(np.float32)).resize(
-      (size, size), Image.Resampling.BILINEAR, box
+      (size, size), _FILTERS[interpolation], box
     )
     for channel in range(3)
   ]
-  return np.stack([np.asarray(c) for c in channels], axis=-1).astype(np.uint8)
+  resized = np.stack([np.asarray(c) for c in channels], axis=-1)
+  if interpolation == "bicubic":  # its weights are partly negative
+    resized = resized.clip(0, 255)
+  return resized.astype(np.uint8)
 
 
 def full(data: bytes, limits: Limits = DEFAULT_LIMITS) -> Image.Image:
-  """Decode an image at its own size, upright, as RGB: to check it or to store it anew.
+  """Decode an image at full size, upright, as RGB, to verify or re-encode it.
 
   Args:
-    data: the encoded image.
-    limits: what it may cost.
+    data: encoded image.
+    limits: limits of the encoded image.
 
   Returns:
     The image. JPEGs are decoded with the accurate DCT.
 
   Raises:
-    DecodeError: the bytes are no usable image.
+    DecodeError: if the bytes are not a supported image.
   """
   return Image.fromarray(_decoded(data, _checked_header(data, limits), fast=False))
 
@@ -205,8 +214,8 @@ def _checked_header(data: bytes, limits: Limits) -> Header:
 
 
 def _upright_size(header: Header) -> tuple[int, int]:
-  """Return width and height as a viewer sees them."""
-  if header.orientation in _SIDEWAYS:
+  """Return width and height after the EXIF orientation is applied."""
+  if header.orientation in _ROTATED:
     return header.height, header.width
   return header.width, header.height
 
@@ -214,28 +223,28 @@ def _upright_size(header: Header) -> tuple[int, int]:
 def _decoded(data: bytes, header: Header, scale: int = 1, fast: bool = True) -> Pixels:
   """Decode to upright RGB, uint8 [h, w, 3].
 
-  simplejpeg decodes JPEGs that are flawless. Pillow decodes everything else, and gives the reason
-  where that fails. Both call libjpeg-turbo.
+  simplejpeg decodes valid JPEGs. Pillow decodes everything else and reports the reason of a
+  failure. Both use libjpeg-turbo.
 
   Args:
-    data: the encoded image.
-    header: of the same bytes, within the limits.
+    data: encoded image.
+    header: header of `data`, within the limits.
     scale: 1, 2, 4 or 8; a JPEG may be returned smaller by up to this factor.
-    fast: whether a JPEG is decoded with the fast DCT.
+    fast: whether to decode a JPEG with the fast DCT.
 
   Raises:
-    DecodeError: the bytes are no usable image.
+    DecodeError: if the bytes are not a supported image.
   """
   if header.format == "JPEG":
     height, width = -(-header.height // scale), -(-header.width // scale)
     with contextlib.suppress(ValueError):
       jpeg = data if header.has_end else data + JPEG_END
-      # The size that was checked against the limits is the size that will be allocated.
+      # Ensure that the decoder allocates the size that was checked against the limits.
       if simplejpeg.decode_jpeg_header(jpeg)[:2] == (header.height, header.width):
         if header.components in (1, 3):
           pixels = simplejpeg.decode_jpeg(jpeg, fastdct=fast, min_height=height, min_width=width)
           return _upright(pixels, header.orientation)
-        if not header.has_end:  # raises ValueError if pixels are missing, which Pillow does not see
+        if not header.has_end:  # ValueError if pixels are missing, which Pillow ignores
           simplejpeg.decode_jpeg(jpeg, "CMYK")
           header = dataclasses.replace(header, has_end=True)
     if not header.has_end:
@@ -244,7 +253,7 @@ def _decoded(data: bytes, header: Header, scale: int = 1, fast: bool = True) -> 
 
 
 def _pillow(data: bytes, header: Header, scale: int) -> Pixels:
-  """Decode to RGB with Pillow, a JPEG at 1/scale."""
+  """Decode to RGB with Pillow; a JPEG is decoded at 1/scale."""
   if header.format == "PNG" and (problem := png_chunks.problem(data)):
     raise DecodeError("broken image", problem)
   clean = header.without_metadata(data)
@@ -258,16 +267,16 @@ def _pillow(data: bytes, header: Header, scale: int) -> Pixels:
     return np.asarray(_rgb(image))
   except (DecodeError, MemoryError):
     raise
-  except Exception as error:  # OSError, SyntaxError, struct.error ... of the many formats
-    # A message without the address of the buffer, which would be another in every run.
+  except Exception as error:  # OSError, SyntaxError, struct.error, ..., depending on the format
+    # Remove the buffer address, which changes in every run.
     text = str(error).partition(" <_io.")[0] or type(error).__name__
     reason = "truncated image" if "truncated" in text.lower() else "broken image"
     raise DecodeError(reason, text) from None
 
 
 def _upright(pixels: Pixels, orientation: int) -> Pixels:
-  """Apply an EXIF orientation; returns a view."""
-  if orientation in _SIDEWAYS:
+  """Return a view with the EXIF orientation applied."""
+  if orientation in _ROTATED:
     pixels = pixels.swapaxes(0, 1)
   if orientation in (2, 3, 6, 7):
     pixels = pixels[:, ::-1]

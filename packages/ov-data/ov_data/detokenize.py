@@ -1,8 +1,8 @@
-"""Text from the words of BERT's tokenizer, which splits at punctuation and keeps no spaces.
+"""Detokenization of BERT words, which are split at punctuation without keeping spaces.
 
-Spaces are put back as English and other European languages are usually written: "man ' s" becomes
-"man's", "$ 3. 50" becomes "$3.50", "well - lit" becomes "well-lit". Letters of Chinese and Japanese
-are joined. Where writers differ ("red - brown", "red - a colour") this is a guess.
+Spaces follow the usual rules of English and other European languages: "man ' s" becomes "man's",
+"$ 3. 50" becomes "$3.50", "well - lit" becomes "well-lit". Chinese and Japanese characters are
+joined. Ambiguous cases ("red - brown", "red - a colour") are guessed.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from ov_data import word_pieces
 
 _CLOSING = frozenset(".,;:!?)]}%…。、」』》）】”’»")
 _OPENING = frozenset("([{$€£¥#¿¡“‘«「『《（【")
-_JOINING = frozenset("-/_–—‐‑@\\")  # between two words
+_JOINING = frozenset("-/_–—‐‑@\\")  # join the words on both sides
 _PAIRED = frozenset("\"'`")
 _CLITICS = frozenset(("s", "t", "re", "ve", "ll", "d", "m", "em", "n"))
 _ELISIONS = frozenset(
@@ -28,7 +28,7 @@ _EAST_ASIAN = re.compile(
 
 
 def splits_as_bert(tokenizer: tokenizers.Tokenizer) -> bool:
-  """Return whether a tokenizer splits words and marks pieces as BERT does."""
+  """Return whether a tokenizer splits words and marks pieces like BERT."""
   splitter, decoder = tokenizer.pre_tokenizer, tokenizer.decoder
   return (
     isinstance(splitter, pre_tokenizers.BertPreTokenizer)
@@ -38,7 +38,7 @@ def splits_as_bert(tokenizer: tokenizers.Tokenizer) -> bool:
 
 
 def join_pieces(pieces: Sequence[str]) -> str:
-  """Return the text of WordPiece's pieces."""
+  """Return the text of WordPiece tokens."""
   words: list[str] = []
   for piece in pieces:
     if words and piece.startswith(word_pieces.PREFIX):
@@ -49,7 +49,7 @@ def join_pieces(pieces: Sequence[str]) -> str:
 
 
 def join_words(words: Sequence[str]) -> str:
-  """Return the text of words; punctuation marks are words of one character."""
+  """Return the text of words; each punctuation mark is a word."""
   text = ""
   open_quotes: set[str] = set()
   glued = True  # whether the next word follows without a space
@@ -63,12 +63,12 @@ def join_words(words: Sequence[str]) -> str:
 
 
 def _sides(before: str, word: str, after: str, open_quotes: set[str]) -> tuple[bool, bool]:
-  """Return whether a word joins the one before it, and the one after it."""
+  """Return whether to omit the space before and the space after a word."""
   between = _is_word(before) and _is_word(after)
   if word == "'" and between and (after in _CLITICS or before in _ELISIONS):
     return True, True
   if word == "'" and before.endswith("s") and word not in open_quotes:
-    return True, False  # the dogs' ball
+    return True, False  # possessive: the dogs' ball
   if word in _PAIRED:
     if word in open_quotes:
       open_quotes.remove(word)

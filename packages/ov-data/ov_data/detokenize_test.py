@@ -1,4 +1,4 @@
-"""Texts from BERT's words: spaces as they are usually written."""
+"""Detokenization of BERT words."""
 
 import pytest
 
@@ -23,7 +23,7 @@ _SENTENCES = [
 
 
 @pytest.mark.parametrize("text", _SENTENCES)
-def test_decode_puts_spaces_where_they_are_usual(tmp_path, text: str):
+def test_decode_restores_usual_spaces(tmp_path, text: str):
   characters = dict.fromkeys("".join(_SENTENCES).replace(" ", ""))
   tokens = ["[PAD]", "[bos]", "[eos]", "[UNK]", *characters, *(f"##{c}" for c in characters)]
   (tmp_path / "vocab.txt").write_text("\n".join(tokens) + "\n", "utf-8")
@@ -34,7 +34,7 @@ def test_decode_puts_spaces_where_they_are_usual(tmp_path, text: str):
 @pytest.mark.parametrize(
   ("pieces", "text"),
   [
-    (["##ing", "a"], "##ing a"),  # a generated row may begin anywhere
+    (["##ing", "a"], "##ing a"),  # generated rows may begin with a continuation
     (["", "run", "##ning"], "running"),
     (["'", "a"], "'a"),
     (["a", '"'], 'a "'),
@@ -43,5 +43,5 @@ def test_decode_puts_spaces_where_they_are_usual(tmp_path, text: str):
     ([], ""),
   ],
 )
-def test_odd_rows(pieces, text):
+def test_unusual_rows(pieces, text):
   assert join_pieces(pieces) == text

@@ -1,11 +1,11 @@
-"""`tf.train.Example` without TensorFlow: the same wire format from four message descriptors.
+"""`tf.train.Example` serialization without TensorFlow.
 
     Example  { Features features = 1 }
     Features { map<string, Feature> feature = 1 }
     Feature  { oneof kind { BytesList = 1, FloatList = 2, Int64List = 3 } }
     *List    { repeated bytes | float | int64 value = 1 }
 
-The messages live in their own descriptor pool, so they never clash with TensorFlow's.
+The messages use a separate descriptor pool, so they do not conflict with TensorFlow's.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -14,12 +14,12 @@ from typing import Any
 from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
 import numpy as np
 
-Feature = list[bytes] | np.ndarray  # bytes features as a list, numbers as float32 or int64 [n]
+Feature = list[bytes] | np.ndarray  # list of bytes, or float32 or int64 [n]
 Writable = bytes | str | int | float | np.ndarray | Sequence[bytes | str | int | float]
 
 
 class FeatureError(ValueError):
-  """An example without what is needed; `reason` is a short phrase, fit for counting."""
+  """An example that lacks a required feature; `reason` is a short phrase for counting."""
 
   def __init__(self, reason: str):
     super().__init__(reason)
@@ -52,7 +52,7 @@ def _example_class(key_type: int) -> Any:
     )
   features = file.message_type.add(name="Features")
   entry = features.nested_type.add(name="FeatureEntry")
-  entry.options.map_entry = key_type == field.TYPE_STRING  # keys of maps cannot be bytes
+  entry.options.map_entry = key_type == field.TYPE_STRING  # map keys cannot be bytes
   entry.field.add(name="key", number=1, label=field.LABEL_OPTIONAL, type=key_type)
   entry.field.add(
     name="value",
@@ -82,17 +82,17 @@ def _example_class(key_type: int) -> Any:
 
 
 _Example = _example_class(descriptor_pb2.FieldDescriptorProto.TYPE_STRING)
-# The same bytes with names that need not be UTF-8, as a list of entries.
+# The same wire format as a list of entries whose names need not be UTF-8.
 _RawExample = _example_class(descriptor_pb2.FieldDescriptorProto.TYPE_BYTES)
 
 
 def parse(data: bytes, keys: Collection[str] | None = None) -> dict[str, Feature]:
-  """Return the features of a serialised Example; only those in `keys`, where given and present.
+  """Return the features of a serialized Example, restricted to `keys` if given.
 
-  Names that are not valid UTF-8 are decoded with surrogateescape, as those of files.
+  Names that are not valid UTF-8 are decoded with surrogateescape, like file names.
 
   Raises:
-    ValueError: the bytes are no Example.
+    ValueError: if the bytes are not a serialized Example.
   """
   try:
     try:
@@ -103,19 +103,19 @@ def parse(data: bytes, keys: Collection[str] | None = None) -> dict[str, Feature
       entries = _RawExample.FromString(data).features.feature
       features = {e.key.decode("utf-8", "surrogateescape"): e.value for e in entries}
   except message.DecodeError as error:
-    raise ValueError(f"{len(data)} bytes are no tf.train.Example: {error}") from None
+    raise ValueError(f"{len(data)} bytes are not a tf.train.Example: {error}") from None
   return {key: _value(features[key]) for key in features if keys is None or key in keys}
 
 
 def serialise(features: Mapping[str, Writable]) -> bytes:
-  """Return an Example of named values: bytes or str, ints, floats, or lists of one of them.
+  """Serialize features to an Example: bytes, str, int, float, or lists of one of these types.
 
-  The same features give the same bytes, whatever their order. Strings are stored as UTF-8; what
-  surrogateescape has made of other bytes, in file names for instance, becomes these bytes again.
+  The bytes do not depend on the order of the features. Strings are encoded as UTF-8 with
+  surrogateescape, so invalid bytes in file names are preserved.
 
   Raises:
-    TypeError: a value of another type, named with its key.
-    ValueError: a string with another lone surrogate, or a key that is no valid UTF-8.
+    TypeError: if a value has another type; the message names its key.
+    ValueError: if a string contains another lone surrogate, or a key is not valid UTF-8.
   """
   example = _Example()
   for key, value in features.items():

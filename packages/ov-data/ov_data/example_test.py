@@ -44,11 +44,11 @@ def test_same_wire_format_as_tensorflow():
 def test_errors_name_the_key():
   with pytest.raises(TypeError, match="'meta' is dict"):
     example.serialise({"meta": {"a": 1}})
-  with pytest.raises(ValueError, match="4 bytes are no tf.train.Example"):
+  with pytest.raises(ValueError, match="4 bytes are not a tf.train.Example"):
     example.parse(b"\xff\xff\xff\xff")
 
 
-def test_strings_that_are_no_utf8():
+def test_strings_that_are_not_utf8():
   assert example.parse(example.serialise({"key": "caf\udce9.jpg"})) == {"key": [b"caf\xe9.jpg"]}
   with pytest.raises(ValueError, match=r"feature 'txt' has the lone surrogate .* at character 2"):
     example.serialise({"txt": ["ab", "ab\ud83d"]})
@@ -56,7 +56,7 @@ def test_strings_that_are_no_utf8():
     example.serialise({"caf\udce9": "x"})
 
 
-def test_names_that_are_no_utf8():
+def test_names_that_are_not_utf8():
   data = example.serialise({"name": "b", "txt": ["a", "c"], "n": 7, "none": []})
   data = data.replace(b"name", b"n\xe9me")
   found = example.parse(data)

@@ -1,4 +1,4 @@
-"""Files that are not TFRecord shards: what they are, by their names, and how to use them."""
+"""Descriptions and remedies for files in other formats than TFRecord."""
 
 from collections.abc import Sequence
 import re
@@ -8,20 +8,23 @@ from ov_data import fs
 _CONVERT = "convert {it} to shards: bazel run //tools/data:convert -- --input=... --output=FOLDER"
 _LIST = f"list the images in a captions.jsonl and {_CONVERT.replace('{it}', 'that')}"
 
-_KINDS = {  # endings -> (one file, several files, remedy)
-  r"tar": ("a tar file", "tar files", _CONVERT),
+_SEPARATE = "use a separate Source for each format"
+
+_KINDS = {  # suffixes -> (singular, plural, remedy)
+  r"tar": ("a tar file", "tar files", _SEPARATE),
   r"(tar\.(gz|bz2|xz|zst)|tgz|tbz2|txz)": (
-    "a compressed tar file", "compressed tar files", f"uncompress {{it}}, then {_CONVERT}"
+    "a compressed tar file", "compressed tar files",
+    "decompress {it} (gunzip, unxz, zstd -d); uncompressed tars are read directly"
   ),
   r"(zip|7z|rar)": (
-    "an archive", "archives", f"unpack {{it}}, then {_CONVERT.replace('{it}', 'the folder')}"
+    "an archive", "archives", f"extract {{it}}, then {_CONVERT.replace('{it}', 'the folder')}"
   ),
   r"(jsonl|ndjson)": ("a list of JSON lines", "lists of JSON lines", _CONVERT),
   r"(csv|tsv|xlsx?)": ("a table", "tables", _LIST),
-  r"parquet": ("a Parquet file", "Parquet files", _LIST),
+  r"parquet": ("a Parquet file", "Parquet files", _SEPARATE),
   r"(arrow|feather)": ("an Arrow file", "Arrow files", _LIST),
   r"(array_?record|riegeli)": (
-    "an ArrayRecord file", "ArrayRecord files", "write the data set as TFRecord"
+    "an ArrayRecord file", "ArrayRecord files", _SEPARATE
   ),
   r"(h5|hdf5|npz|npy|mdb|lmdb|beton|pkl|pickle)": (
     "a file of another format", "files of another format", _LIST
@@ -30,11 +33,11 @@ _KINDS = {  # endings -> (one file, several files, remedy)
 
 
 def describe(names: Sequence[str], *, with_name: bool = True) -> str:
-  """Return what files are and how to use them; "" if none has a known ending of other formats.
+  """Return the file format and how to convert it; "" if no suffix is known.
 
   Args:
-    names: of one file, or of those in a folder; the first kind that is found is described.
-    with_name: whether to name a file of that kind.
+    names: file names; the first known format is described.
+    with_name: whether to include the name of a file of that format.
   """
   for ending, (one, several, remedy) in _KINDS.items():
     pattern = re.compile(rf".*\.{ending}(-\d+-of-\d+)?", re.S | re.I)

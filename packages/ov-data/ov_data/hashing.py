@@ -1,6 +1,6 @@
-"""Random numbers that are functions of integers: no state, the same on every host and version.
+"""Stateless random numbers keyed by integers, identical on all hosts and versions.
 
-`mix` is the finaliser of splitmix64, https://doi.org/10.1145/2714064.2660195.
+`mix` is the finalizer of splitmix64, https://doi.org/10.1145/2714064.2660195.
 """
 
 import numpy as np
@@ -15,14 +15,14 @@ _SECOND = 0x94D049BB133111EB
 
 
 def mix(x: Uint64s) -> Uint64s:
-  """A bijection of 64-bit words in which every input bit moves about half of the output bits."""
+  """Apply a bijection of 64-bit words; each input bit flips about half of the output bits."""
   x = (x ^ (x >> np.uint64(30))) * np.uint64(_FIRST)
   x = (x ^ (x >> np.uint64(27))) * np.uint64(_SECOND)
   return x ^ (x >> np.uint64(31))
 
 
 def keys(*words: ArrayLike) -> Uint64s:
-  """One 64-bit key for each broadcast tuple of integers; always an array of at least 1 dim."""
+  """Return a 64-bit key for each broadcast tuple of integers, as an array of at least 1 dim."""
   key = np.zeros(1, np.uint64)
   for word in words:
     key = mix((key ^ np.atleast_1d(np.asarray(word)).astype(np.uint64)) + np.uint64(_GAMMA))
@@ -30,7 +30,7 @@ def keys(*words: ArrayLike) -> Uint64s:
 
 
 def key(*words: int) -> int:
-  """What `keys` gives for one tuple, in plain integers: faster where there is no array."""
+  """Return the key of one tuple as a Python int; equals `keys` and is faster for scalars."""
   value = 0
   for word in words:
     value = _mix((value ^ (word & _MASK)) + _GAMMA & _MASK)
@@ -38,9 +38,9 @@ def key(*words: int) -> int:
 
 
 class Uniforms:
-  """A stream of uniform numbers in [0, 1) that belongs to a tuple of integers.
+  """Stream of uniform numbers in [0, 1), keyed by a tuple of integers.
 
-  Plain Python integers: half a microsecond a number, and an image needs about six of them.
+  Uses Python integers: 0.5 us per number, and an image needs about six numbers.
   """
 
   def __init__(self, *words: int):
@@ -51,7 +51,7 @@ class Uniforms:
     return (_mix(self._state) >> 11) * 2.0**-53
 
   def below(self, n: int) -> int:
-    """A uniform integer in [0, n)."""
+    """Return a uniform integer in [0, n)."""
     return int(self() * n)
 
 

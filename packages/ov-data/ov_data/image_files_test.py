@@ -1,9 +1,8 @@
-"""The loader on images in files: which features they give, and how they are chosen."""
+"""Loader on image files: features, selection and errors."""
 
 import io
 import json
 from pathlib import Path
-import tarfile
 
 import numpy as np
 from PIL import Image
@@ -36,8 +35,8 @@ def _keys(source: Source) -> list[str]:
   return [row["key"][0].decode("utf-8", "surrogateescape") for row in _rows(source)]
 
 
-class Lengths:
-  """A fake tokenizer: token id = number of characters."""
+class FakeTokenizer:
+  """Fake tokenizer; the token id is the number of characters."""
 
   pad_id = 0
 
@@ -65,7 +64,7 @@ def test_captions_and_labels_in_lists(tmp_path: Path):
   assert [int(row["label"][0]) for row in rows] == [0, 1]
   assert Dataset(source).class_names == ("cap", "hat")
   with Loader.evaluation(
-    source, image_size=4, batch_size=2, tokenizer=Lengths(), text_len=2, captions="all"
+    source, image_size=4, batch_size=2, tokenizer=FakeTokenizer(), text_len=2, captions="all"
   ) as batches:
     assert [batch["captions"] for batch in batches] == [[["x", "y"], ["z"]]]
 
@@ -119,7 +118,7 @@ def test_coco_captions(tmp_path: Path):
   assert _rows(source)[0]["txt"] == [b"one", b"two"]
 
 
-def test_captions_next_to_images_are_never_lost_as_classes(tmp_path: Path):
+def test_captions_next_to_images_are_never_ignored(tmp_path: Path):
   _image(tmp_path / "dog/1.png")
   (tmp_path / "dog/1.txt").write_text("a dog")
   _image(tmp_path / "cat/2.png")
@@ -132,14 +131,7 @@ def test_captions_next_to_images_are_never_lost_as_classes(tmp_path: Path):
     Dataset(Source(str(tmp_path), format="zip"))
 
 
-def test_tars_are_refused_with_the_remedy(tmp_path: Path):
-  with tarfile.open(tmp_path / "0.tar", "w"):
-    pass
-  with pytest.raises(ValueError, match=r"convert them to shards: bazel run //tools/data:convert"):
-    Dataset(Source(str(tmp_path)))
-
-
-# Made by the version before layouts had one reader: interrupted runs must resume.
+# Fingerprints of an earlier version, because interrupted runs must resume.
 @pytest.mark.parametrize(
   ("split", "fingerprint", "first"),
   [

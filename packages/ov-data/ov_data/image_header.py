@@ -1,8 +1,8 @@
-"""Reads size and orientation of encoded images, and removes their metadata.
+"""Header parsing (size, orientation) and metadata removal for encoded images.
 
-Decoders parse text, profiles, thumbnails and maker notes that no pixel depends on, and fail on odd
-ones. Here a container is walked once: what the pixels need is kept, of EXIF only the orientation is
-read, and everything else is skipped by its length. Nothing is decoded, and the walk is bounded.
+Decoders parse text, profiles, thumbnails and maker notes, which do not affect pixels, and fail on
+malformed ones. This module walks a container once, keeps the parts that affect pixels, reads the
+EXIF orientation, and skips everything else by its length. The walk is bounded and decodes nothing.
 
 Formats: JPEG https://www.w3.org/Graphics/JPEG/itu-t81.pdf, PNG https://www.w3.org/TR/png-3,
 WebP https://developers.google.com/speed/webp/docs/riff_container,
@@ -20,23 +20,23 @@ from ov_data import png_chunks
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 JPEG_END = b"\xff\xd9"
 
-_MAX_PARTS = 65_536  # segments, chunks or blocks of one image; sound files have far fewer
-_MAX_GIF_BLOCKS = 1 << 20  # of at most 255 bytes
-_MAX_RLE_BYTES = 4 << 20  # of a run-length BMP, which Pillow decodes in Python
+_MAX_PARTS = 65_536  # segments, chunks or blocks of one image; valid files have far fewer
+_MAX_GIF_BLOCKS = 1 << 20  # blocks of at most 255 bytes
+_MAX_RLE_BYTES = 4 << 20  # limit for run-length BMPs, which Pillow decodes in Python
 _PNG_PIXEL_CHUNKS = (b"PLTE", b"IDAT")
-_PNG_TRANSPARENCY = {0: (2,), 2: (6,), 3: range(1, 257)}  # bytes of tRNS by type of color
+_PNG_TRANSPARENCY = {0: (2,), 2: (6,), 3: range(1, 257)}  # allowed sizes of tRNS by color type
 _WEBP_PIXEL_CHUNKS = (b"ALPH", b"VP8 ", b"VP8L")
-_ANIMATION = 0x02  # flag of VP8X
+_ANIMATION = 0x02  # VP8X flag
 _ALPHA = 0x10
 _ORIENTATION_TAG = 0x0112
 _EXIF = b"Exif\0\0"
-# Baseline, extended and progressive, with Huffman or arithmetic codes.
+# Baseline, extended and progressive frames, with Huffman or arithmetic coding.
 _JPEG_FRAMES = {0xC0, 0xC1, 0xC2, 0xC9, 0xCA}
 _JPEG_OTHER_FRAMES = {
   0xC3: "lossless", 0xC5: "hierarchical", 0xC6: "hierarchical", 0xC7: "hierarchical",
   0xCB: "lossless", 0xCD: "hierarchical", 0xCE: "hierarchical", 0xCF: "hierarchical",
 }  # fmt: skip
-# Ends a run of entropy-coded bytes: any marker but a stuffed zero, a restart or a fill byte.
+# End of entropy-coded data: any marker except a stuffed zero, a restart or a fill byte.
 _AFTER_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 _OTHER_FORMATS = {
   b"II*\0": "TIFF", b"MM\0*": "TIFF", b"II+\0": "BigTIFF", b"MM\0+": "BigTIFF",
@@ -48,7 +48,7 @@ _OTHER_FORMATS = {
 
 
 class DecodeError(ValueError):
-  """An image that cannot be used; `reason` is one of few short phrases, fit for counting."""
+  """An unusable image; `reason` is one of a few short phrases for counting."""
 
   def __init__(self, reason: str, detail: object = ""):
     super().__init__(f"{reason}: {detail}" if detail else reason)
@@ -57,19 +57,19 @@ class DecodeError(ValueError):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Header:
-  """What is known of an encoded image before it is decoded.
+  """Properties of an encoded image that are known before decoding.
 
   Attributes:
     format: one of FORMATS.
-    width: pixels of a row as stored, before the orientation is applied.
-    height: rows as stored.
-    orientation: of EXIF, 1 (upright) to 8.
+    width: stored width in pixels, before the orientation is applied.
+    height: stored height in pixels.
+    orientation: EXIF orientation, 1 (upright) to 8.
     components: color components of a JPEG; 0 for other formats.
-    scans: passes over the pixels of a JPEG that decoding takes.
+    scans: number of scans of a JPEG.
     has_end: whether a JPEG has its end marker.
-    kept: stretches of the file that the pixels depend on, as (start, stop).
-    head: bytes that replace what comes before the first stretch.
-    tail: bytes that belong after the last stretch.
+    kept: byte ranges (start, stop) that affect pixels.
+    head: bytes that replace everything before the first range.
+    tail: bytes to append after the last range.
   """
 
   format: Literal["JPEG", "PNG", "WEBP", "GIF", "BMP"]
@@ -84,7 +84,7 @@ class Header:
   tail: bytes = b""
 
   def without_metadata(self, data: bytes) -> bytes:
-    """Return the same image without text, profiles, thumbnails and other metadata."""
+    """Return the encoded image without text, profiles, thumbnails and other metadata."""
     if not self.kept:
       return data
     return b"".join((self.head, *(data[start:stop] for start, stop in self.kept), self.tail))
@@ -94,8 +94,8 @@ def read_header(data: bytes) -> Header:
   """Read the header of an encoded image.
 
   Raises:
-    DecodeError: the bytes are no image, are cut off before its pixels, or are of a kind that is not
-      supported; the message names it.
+    DecodeError: if the bytes are not an image, are truncated before the pixels, or have an
+      unsupported format, which the message names.
   """
   read = next((read for magic, read in _READERS.items() if data.startswith(magic)), None)
   if read is None or read is _webp and data[8:12] != b"WEBP":
@@ -124,7 +124,7 @@ def _unknown(data: bytes) -> DecodeError:
 
 
 def orientation(exif: bytes) -> int:
-  """Return the orientation in an EXIF block, 1 (upright) to 8; 1 where there is none."""
+  """Return the orientation in an EXIF block, 1 (upright) to 8; 1 if it has none."""
   tiff = exif.removeprefix(_EXIF)
   order: Literal["little", "big"] = "little" if tiff[:2] == b"II" else "big"
   if tiff[:4] not in (b"II*\0", b"MM\0*"):
@@ -143,7 +143,7 @@ def _jpeg(data: bytes) -> Header:
   position, end = 2, len(data)
   turned = width = height = components = frame = 0
   kept: list[tuple[int, int]] = []
-  start = 0  # of the stretch that is kept
+  start = 0  # of the current kept range
   for _ in range(_MAX_PARTS):
     position = data.find(b"\xff", position)
     while position >= 0 and position + 1 < end and data[position + 1] == 0xFF:
@@ -169,11 +169,11 @@ def _jpeg(data: bytes) -> Header:
         reason = "unsupported 12-bit JPEG" if precision == 12 else "broken header"
         raise DecodeError(reason, f"{precision} bits per sample, expected 8")
       if not height:
-        raise DecodeError("unsupported JPEG", "the number of rows follows after the pixels")
+        raise DecodeError("unsupported JPEG", "the height is stored after the pixels")
     elif 0xE0 <= marker <= 0xEF or marker == 0xFE:
       if marker == 0xE1 and not turned and data.startswith(_EXIF, position + 4):
         turned = orientation(data[position + 4 : after])
-      # JFIF and Adobe say which colors are stored. Short ones do not, and Pillow fails on them.
+      # JFIF and Adobe segments define the color space. Pillow fails on truncated ones.
       if not (
         marker == 0xE0 and after - position >= 16 or marker == 0xEE and after - position >= 14
       ):
@@ -203,7 +203,7 @@ def _jpeg(data: bytes) -> Header:
 
 
 def _jpeg_scans(data: bytes, position: int) -> tuple[int, bool]:
-  """Return how many scans begin at or after `position`, and whether an end marker follows them."""
+  """Return the number of scans from `position` on, and whether an end marker follows them."""
   scans = 0
   for _ in range(_MAX_PARTS):
     if data[position + 1] == 0xDA:
@@ -231,7 +231,7 @@ def _png(data: bytes) -> Header:
     is_cut = stop > len(data) and kind in _PNG_PIXEL_CHUNKS
     if number == 0:
       if kind != b"IHDR":
-        detail = "Apple's own form (CgBI)" if kind == b"CgBI" else f"begins with {kind!r}"
+        detail = "Apple's proprietary format (CgBI)" if kind == b"CgBI" else f"begins with {kind!r}"
         raise DecodeError("unsupported PNG" if kind == b"CgBI" else "broken header", detail)
       width, height = struct.unpack_from(">II", data, start + 8)
       kept.append((start, stop))
@@ -239,13 +239,13 @@ def _png(data: bytes) -> Header:
       kind == b"tRNS" and length in _PNG_TRANSPARENCY.get(data[25], ())
     ):
       kept.append((start, stop))
-    elif kind == b"eXIf" and stop <= len(data) and png_chunks.is_sound(data, chunk):
+    elif kind == b"eXIf" and stop <= len(data) and png_chunks.has_valid_checksum(data, chunk):
       turned = orientation(data[start + 8 : stop - 4])
     if number >= _MAX_PARTS:
       raise DecodeError("broken header", f"over {_MAX_PARTS} chunks")
   if len(kept) == 1:
     raise DecodeError("truncated image", f"{len(data)} bytes end in the header")
-  # Pixels that are all there do not depend on what should follow them.
+  # Complete pixel data do not need the chunks after them.
   tail = b"" if is_cut else b"\0\0\0\0IEND\xaeB`\x82"
   return Header("PNG", width, height, turned, kept=tuple(kept), tail=tail)
 
@@ -254,7 +254,7 @@ def _webp(data: bytes) -> Header:
   turned, width, height, flags = 1, 0, 0, 0
   canvas = b""
   kept: list[tuple[int, int]] = []
-  size = 4  # bytes after the size of the file itself
+  size = 4  # bytes after the RIFF size field
   for kind, start, stop in _riff_chunks(data, 12, len(data)):
     if kind == b"VP8X":
       flags = data[start]
@@ -283,7 +283,7 @@ def _webp(data: bytes) -> Header:
 
 
 def _riff_chunks(data: bytes, position: int, end: int) -> Iterator[tuple[bytes, int, int]]:
-  """Yield (kind, start, stop) of the content of each chunk; the last may be cut off."""
+  """Yield (kind, start, stop) of the content of each chunk; the last may be truncated."""
   for _ in range(_MAX_PARTS):
     if position + 8 > end:
       return
@@ -304,7 +304,7 @@ def _webp_frame_size(kind: bytes, begin: bytes) -> tuple[int, int]:
 
 
 def _gif(data: bytes) -> Header:
-  """The first frame alone: comments are parsed by Pillow in time that grows with their square."""
+  """Keep the first frame only; Pillow's parsing time is quadratic in the number of comments."""
   width, height, flags = struct.unpack_from("<HHB", data, 6)
   position = 13 + (6 << (flags & 7) if flags & 0x80 else 0)
   kept = [(0, position)]
@@ -313,14 +313,14 @@ def _gif(data: bytes) -> Header:
     kind = data[position]
     if kind == 0x21:
       after, count = _gif_blocks(data, position + 2)
-      if data[position + 1] == 0xF9:  # transparency of the next frame
+      if data[position + 1] == 0xF9:  # graphic control: transparency of the next frame
         kept.append((position, after))
     elif kind == 0x2C:
       left, top, w, h, local = struct.unpack_from("<HHHHB", data, position + 1)
       first = position + 11 + (6 << (local & 7) if local & 0x80 else 0)
       after, count = _gif_blocks(data, first)
       kept.append((position, after))
-      # Pillow makes the canvas larger where the frame is.
+      # Pillow enlarges the canvas to contain the frame.
       size = max(width, left + w), max(height, top + h)
       return Header("GIF", *size, kept=tuple(kept), tail=b"\x3b")
     elif kind == 0x3B:
@@ -334,7 +334,7 @@ def _gif(data: bytes) -> Header:
 
 
 def _gif_blocks(data: bytes, position: int) -> tuple[int, int]:
-  """Return where the sub-blocks that begin at `position` end, and how many there are."""
+  """Return the end and the number of the sub-blocks that begin at `position`."""
   for count in range(_MAX_GIF_BLOCKS):
     if position >= len(data):
       return position, count

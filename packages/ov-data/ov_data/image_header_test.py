@@ -25,7 +25,7 @@ def _encode(format="PNG", image=None, **options):
 
 
 def _entry(rng, order):
-  """An IFD entry with a random tag, type, count and value; not the orientation."""
+  """Return an IFD entry with random tag (not the orientation), type, count and value."""
   tag = int(rng.choice([0x10F, 0x11A, 0x11B, 0x128, 0x8769, 0x8825, 0x927C, 0xA005, 0x9286]))
   kind = int(rng.integers(0, 20))
   count = int(rng.choice([0, 1, 2, 5, 1000, 2**31, 2**32 - 1]))
@@ -33,7 +33,7 @@ def _entry(rng, order):
 
 
 def _exif(rng, orientation):
-  """An EXIF block with odd tags around the orientation."""
+  """Return an EXIF block with random tags around the orientation."""
   order = rng.choice(["<", ">"])
   entries = [_entry(rng, order) for _ in range(rng.integers(0, 6))]
   turned = struct.pack(order + "HHIHH", 0x112, 3, 1, orientation, 0)
@@ -66,7 +66,7 @@ XMP = b'<x:xmpmeta xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="
 def _jpeg_with_metadata(rng, orientation):
   jpeg = _encode("JPEG", quality=95)
   others = [
-    _segment(0xE0, b"JFIF\0"[: rng.integers(0, 6)]),  # too short to count as JFIF
+    _segment(0xE0, b"JFIF\0"[: rng.integers(0, 6)]),  # too short for JFIF
     _segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0" + XMP),
     _segment(0xE2, b"ICC_PROFILE\0" + rng.bytes(20)),
     _segment(0xE2, b"MPF\0" + rng.bytes(30)),
@@ -125,8 +125,8 @@ MAKERS = {"JPEG": _jpeg_with_metadata, "PNG": _png_with_metadata, "WEBP": _webp_
 
 @pytest.mark.parametrize("format", MAKERS)
 @pytest.mark.filterwarnings("error")
-def test_metadata_changes_no_pixel_but_by_orientation(format):
-  # The pixels are those of the image without any metadata, turned by an EXIF orientation of 1 to 8.
+def test_only_orientation_of_metadata_affects_pixels(format):
+  # The pixels equal those of the image without metadata after applying the EXIF orientation.
   rng = np.random.default_rng(7)
   options = {"JPEG": dict(quality=95), "PNG": {}, "WEBP": dict(lossless=True)}[format]
   plain = np.asarray(decode.full(_encode(format, **options)))
@@ -137,7 +137,7 @@ def test_metadata_changes_no_pixel_but_by_orientation(format):
     assert read_header(data).orientation == valid
     want = decode._upright(plain, valid)
     np.testing.assert_array_equal(np.asarray(decode.full(data)), want)
-    # Decoders of the loader: training and evaluation.
+    # Decoding for training and evaluation.
     assert decode.whole(data, 16).shape == (16, 16, 3)
     assert decode.random_crop(data, 16, Uniforms(0), decode.Crop()).shape == (16, 16, 3)
 
@@ -152,7 +152,7 @@ def test_metadata_changes_no_pixel_but_by_orientation(format):
     (b"Exif\0\0MM\0*" + struct.pack(">IHHHIHH", 8, 1, 0x112, 3, 1, 8, 0), 8),
     (b"II*\0" + struct.pack("<IHHHII", 8, 1, 0x112, 4, 1, 3), 3),  # as LONG
     (b"II*\0" + struct.pack("<IHHHII", 8, 1, 0x112, 10, 1, 6), 1),  # as a fraction
-    (b"II*\0" + struct.pack("<IHHHII", 2**32 - 1, 1, 0x112, 3, 1, 6), 1),  # out of the block
+    (b"II*\0" + struct.pack("<IHHHII", 2**32 - 1, 1, 0x112, 3, 1, 6), 1),  # outside the block
     (b"II*\0" + struct.pack("<IH", 8, 65535), 1),
     (b"XX*\0" + struct.pack("<IHHHIHH", 8, 1, 0x112, 3, 1, 6, 0), 1),
   ],
@@ -209,7 +209,7 @@ def test_a_jpeg_without_its_end_marker_is_used(mode, progressive):
     with pytest.raises(DecodeError) as error:
       decode.full(data[:-cut])
     assert error.value.reason == "truncated image"
-  # What follows the end of an image does not matter.
+  # Data after the end of an image is ignored.
   np.testing.assert_array_equal(np.asarray(decode.full(data + bytes(100))), want)
 
 
@@ -232,7 +232,7 @@ def test_a_webp_whose_metadata_are_cut_off_is_used():
 
 
 def _scans(side, copies, mode="L"):
-  """A progressive JPEG whose last scan is repeated."""
+  """Return a progressive JPEG whose last scan is repeated."""
   data = _encode("JPEG", Image.new(mode, (side, side), 128), progressive=True, quality=50)
   last = data.rindex(b"\xff\xda")
   return data[:-2] + data[last:-2] * copies + data[-2:]
@@ -245,7 +245,7 @@ def test_scans_are_counted_and_limited():
     assert decode.whole(data, 16).shape == (16, 16, 3)
   assert read_header(_encode("JPEG")).scans == 1
   assert read_header(_encode("JPEG", progressive=True)).scans == 10
-  for side, copies in ((64, 300), (5000, 40)):  # too many; too many for so many pixels
+  for side, copies in ((64, 300), (5000, 40)):  # too many scans; too many scans x pixels
     start = time.process_time()
     for read in (lambda d: decode.whole(d, 16), decode.full):
       with pytest.raises(DecodeError) as error:
@@ -263,7 +263,7 @@ def test_scans_of_a_thumbnail_do_not_count():
 
 
 def _png_of(width, height):
-  """A sound PNG of one color, 1 bit a pixel."""
+  """Return a valid PNG of one color with 1 bit per pixel."""
   rows = zlib.compressobj(9)
   row = b"\0" + bytes((width + 7) // 8)
   body = b"".join(rows.compress(row) for _ in range(height)) + rows.flush()
@@ -330,7 +330,7 @@ UNSUPPORTED = {
   "unsupported 12-bit JPEG: 12 bits per sample, expected 8": _with_precision(12),
   "unsupported lossless JPEG: expected baseline": _with_frame(0xC3),
   "unsupported hierarchical JPEG": _with_frame(0xC5),
-  "unsupported PNG: Apple's own form": b"\x89PNG\r\n\x1a\n"
+  "unsupported PNG: Apple's proprietary format": b"\x89PNG\r\n\x1a\n"
   + _chunk(b"CgBI", bytes(4))
   + _encode()[8:],
   "unsupported TIFF: expected JPEG, PNG": _encode("TIFF"),
@@ -361,7 +361,7 @@ def test_transparency_of_a_wrong_size_is_skipped(content):
 
 
 @pytest.mark.parametrize("message", UNSUPPORTED)
-def test_the_reason_names_what_is_unsupported(message):
+def test_the_reason_names_the_unsupported_feature(message):
   with pytest.raises(DecodeError) as error:
     decode.whole(UNSUPPORTED[message], 8)
   assert str(error.value).startswith(message)

@@ -1,4 +1,4 @@
-"""Indexes of shards: sidecars that are used, refused and rebuilt; damage; the command."""
+"""Shard indexes: valid, invalid and rebuilt sidecars, damage, and the command."""
 
 import json
 import os
@@ -10,9 +10,10 @@ import google_crc32c
 import numpy as np
 import pytest
 
-from ov_data import fs, index, records
+from ov_data import Dataset, Source, fs, index, records
 from ov_data.index import __main__ as command
 from ov_data.index import build, sidecar
+from ov_data.testing.shards import write_tar
 
 
 def _write(path, count=5, seed=0):
@@ -31,7 +32,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def builds(monkeypatch):
-  """How often a shard was scanned."""
+  """Count the scans of shards."""
   paths = []
   original = build._build
   monkeypatch.setattr(build, "_build", lambda path, *a: (paths.append(path), original(path, *a))[1])
@@ -79,7 +80,7 @@ def _sealed(header, payload=b""):
 
 
 def _as_format_1(whole):
-  """The sidecar as version 1 wrote it: without a checksum over the header."""
+  """Return the sidecar in format 1, without a checksum over the header."""
   line, _, payload = whole[:-4].partition(b"\n")
   header = {**json.loads(line), "format": "ov_data index 1", "damage": []}
   header["checksum"] = google_crc32c.value(payload)
@@ -150,7 +151,7 @@ def test_a_broken_sidecar_is_replaced(tmp_path, builds, break_it):
   assert len(builds) == 2 and side.read_bytes() == whole
 
 
-def test_every_flipped_bit_of_a_sidecar_is_noticed(tmp_path):
+def test_every_flipped_bit_of_a_sidecar_is_detected(tmp_path):
   path = str(tmp_path / "a.tfrecord")
   _write(path, count=2)
   whole = sidecar.serialise(index.load_index(path))
@@ -166,11 +167,11 @@ def test_a_damaged_sidecar_is_logged(tmp_path, caplog):
   side = pathlib.Path(path + ".ovidx")
   side.write_bytes(side.read_bytes().replace(b'"records": 5', b'"records": 0'))
   index.load_index(path)
-  assert f"the index at {side} is damaged (checksum) and is built again" in caplog.text
+  assert f"the index at {side} is damaged (checksum) and is rebuilt" in caplog.text
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda p: os.symlink("nowhere", p)])
-def test_a_sidecar_that_is_no_file_is_passed_over(tmp_path, make):
+def test_a_sidecar_that_is_not_a_regular_file_is_ignored(tmp_path, make):
   path = str(tmp_path / "a.tfrecord")
   _write(path)
   make(path + ".ovidx")
@@ -186,21 +187,21 @@ def test_a_sidecar_that_is_no_file_is_passed_over(tmp_path, make):
     (lambda p: os.symlink("nowhere", p), "No such file"),
   ],
 )
-def test_a_shard_that_is_no_file_is_named(tmp_path, make, message):
+def test_a_shard_that_is_not_a_regular_file_is_named(tmp_path, make, message):
   path = str(tmp_path / "a.tfrecord")
   make(path)
   with pytest.raises(OSError, match=message):
     index.load_index(path)
 
 
-def test_names_that_are_no_utf8(tmp_path, monkeypatch):
+def test_names_that_are_not_utf8(tmp_path, monkeypatch):
   path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.tfrecord")
   _write(path)
   write = fs.write_atomic
   monkeypatch.setattr(
     fs, "write_atomic", lambda p, d: _refuse(p) if p.startswith(path) else write(p, d)
   )
-  assert len(index.load_index(path)) == 5  # stored in the cache, under a hash of the name
+  assert len(index.load_index(path)) == 5  # stored in the cache under a hash of the path
   assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
@@ -274,7 +275,7 @@ def test_command(tmp_path):
   _write(tmp_path / "d/val-0.tfrecord")
   done = _command(str(tmp_path / "d"))  # all splits
   assert (done.returncode, done.stderr) == (0, "")
-  assert done.stdout == f"{tmp_path}/d: 10 records in 2 shards, 0 damaged\n"
+  assert done.stdout == f"{tmp_path}/d: 10 records in 2 shards, 0 damaged; indexes use 0.0 MB\n"
   assert (tmp_path / "d/train-0.tfrecord.ovidx").exists()
 
 
@@ -299,17 +300,109 @@ def test_command_reports_damage(tmp_path, capsys):
   assert "split 'train' has 5 records, but its shards hold 0" in capsys.readouterr().err
 
 
-def test_mistakes_of_the_command_take_one_line(tmp_path):
-  (tmp_path / "a.tar").write_bytes(b"")
+def test_errors_of_the_command_are_one_line(tmp_path):
+  (tmp_path / "a.zip").write_bytes(b"")
   os.mkfifo(tmp_path / "b.tfrecord")
   os.mkdir(tmp_path / "empty")
-  paths = [tmp_path / name for name in ("nowhere", "a.tar", "b.tfrecord", "empty", "*.tfrecord")]
+  paths = [tmp_path / name for name in ("nowhere", "a.zip", "b.tfrecord", "empty", "*.tfrecord")]
   done = _command(*map(str, paths))
   assert done.returncode == 2 and not done.stdout
   lines = done.stderr.splitlines()
   assert len(lines) == 5 and all(line.startswith("ov_data.index: error: ") for line in lines)
   assert "no shards at" in lines[0] and "no such file or directory" in lines[0]
-  assert "a.tar is a tar file, not a TFRecord shard" in lines[1] and "convert" in lines[1]
+  assert "a.zip is an archive" in lines[1] and "convert" in lines[1]
   assert "b.tfrecord is a pipe" in lines[2]
   assert "no *.tfrecord* file in it" in lines[3]
   assert _command().returncode == 2 and "usage" in _command().stderr
+
+
+def test_command_indexes_tars(tmp_path, capsys):
+  write_tar(tmp_path / "00000.tar", [{"jpg": b"x", "txt": "a"}] * 3)
+  write_tar(tmp_path / "00001.tar", [{"jpg": b"x", "txt": "a"}] * 3)
+  assert command.main([str(tmp_path)]) == 0
+  assert "6 records in 2 shards, 0 damaged" in capsys.readouterr().out
+  assert (tmp_path / "00001.tar.ovidx").exists()
+
+
+@pytest.fixture
+def many(tmp_path, monkeypatch):
+  """Paths of shards, for which a catalog is stored."""
+  monkeypatch.setattr(build, "_CATALOG_SHARDS", 3)
+  paths = [str(tmp_path / f"{number}.tfrecord") for number in range(4)]
+  for number, path in enumerate(paths):
+    _write(path, seed=number, count=number + 1)
+  return paths
+
+
+@pytest.fixture
+def opened(monkeypatch):
+  """Paths of the shards whose edges are read."""
+  paths = []
+  original = build.load_index
+  monkeypatch.setattr(build, "load_index", lambda p, *a: (paths.append(p), original(p, *a))[1])
+  return paths
+
+
+def _facts(indexes):
+  return [(i.path, i.size, i.fingerprint, len(i), i.damage, i.offsets.tolist()) for i in indexes]
+
+
+def test_a_catalog_opens_many_shards_without_reading_them(many, opened):
+  os.truncate(many[2], os.path.getsize(many[2]) - 1)
+  first = index.load_indexes(many)
+  assert sorted(opened) == many
+  again = index.load_indexes(many)
+  assert len(opened) == 4 and _facts(again) == _facts(first)
+  assert index.counts(again) == [1, 2, 2, 4] and index.paths_of(again) == many
+  assert [i.path for i in index.damaged(again)] == [many[2]] == [first[2].path]
+  assert again[-1].path == many[3] and [i.path for i in again[1:3]] == many[1:3]
+
+
+def test_a_catalog_loads_only_shards_that_changed(many, opened):
+  index.load_indexes(many)
+  opened.clear()
+  _write(many[1], seed=9, count=2)  # same size
+  os.remove(many[3] + ".ovidx")
+  found = index.load_indexes(many)
+  assert sorted(opened) == [many[1], many[3]] and len(found[1]) == 2
+  opened.clear()
+  index.load_indexes(many)
+  assert not opened
+  os.remove(many[0])
+  with pytest.raises(FileNotFoundError):
+    index.load_indexes(many)
+
+
+@pytest.mark.parametrize(
+  "change", [lambda data: b"", lambda data: data[:-1], lambda data: b"{" * 99]
+)
+def test_a_damaged_catalog_is_rebuilt(many, opened, cache, change, caplog):
+  index.load_indexes(many)
+  (catalog,) = cache.glob("*.ovcat")
+  whole = catalog.read_bytes()
+  catalog.write_bytes(change(whole))
+  index.load_indexes(many)
+  assert len(opened) == 8 and "is damaged" in caplog.text
+  index.load_indexes(many)
+  assert len(opened) == 8
+
+
+def test_positions_are_not_in_memory(tmp_path):
+  path = str(tmp_path / "a.tfrecord")
+  data = _write(path)
+  found = index.load_index(path)
+  assert found.columns is None and found.sidecar == path + ".ovidx"
+  positions = found.part(1, 4).positions(1, 3)
+  assert [positions.lengths.tolist(), len(positions)] == [[len(d) for d in data[2:4]], 2]
+
+
+def test_a_removed_sidecar_is_rebuilt_during_a_run(tmp_path, caplog):
+  for name in ("a", "b"):
+    _write(str(tmp_path / f"{name}.tfrecord"))
+  dataset = Dataset(Source(str(tmp_path / "*.tfrecord"), "[1:9]"))
+  expected = [dataset.locate(n) for n in range(8)]
+  dataset._records._reader.cache_clear()
+  for path in tmp_path.glob("*.ovidx"):
+    path.unlink()
+  assert [dataset.locate(n) for n in range(8)] == expected
+  assert "was removed and is rebuilt" in caplog.text

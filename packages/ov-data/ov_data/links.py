@@ -1,9 +1,8 @@
-"""Symbolic links that lead out of a folder of images.
+"""Detection of symbolic links that point outside a folder of images.
 
-A folder of images often comes from someone else. A link in it may lead to any file of this machine,
-which would end up among the training data. So links are followed only within the folder, unless the
-user allows more. Paths that the user names, such as the folder itself, a shard or a tar, may be
-links to anywhere.
+A link in an untrusted folder could add any local file to the training data. Links are therefore
+followed only within the folder, unless the user permits more. Paths given by the user (the folder
+itself, a shard, a tar) may be links to any target.
 """
 
 import functools
@@ -11,22 +10,22 @@ import os
 
 from ov_data import fs
 
-LEADS_OUT = "link leads outside"  # a reason for skipping, fit for counting
+POINTS_OUTSIDE = "link leads outside"  # reason of a skip
 
 
 class LinkError(OSError):
-  """A link leads out of the folder of its collection."""
+  """A link points outside the folder of its collection."""
 
 
 def target_outside(root: str, name: str) -> str | None:
-  """Return where a file really is, if links lead out of the folder of its collection.
+  """Return the resolved path of a file that is outside the folder of its collection.
 
   Args:
-    root: the folder. If it is a link itself, its target is the folder.
-    name: of the file, relative to it.
+    root: folder of the collection; a link is resolved first.
+    name: file name relative to `root`.
 
   Returns:
-    The path of the target; None where it is in the folder, or the folder is remote.
+    The path of the target, or None if it is inside the folder or the folder is remote.
   """
   if fs.is_remote(root):
     return None
@@ -41,7 +40,7 @@ def target_outside(root: str, name: str) -> str | None:
 
 
 def describe(name: str, target: str) -> str:
-  """Return which link leads where, and the remedy."""
+  """Return a message with the link, its target and the remedy."""
   return (
     f"{fs.printable(name)} -> {fs.printable(target)}; copy it into the folder, or set follow_links "
     "if you trust all links"
@@ -49,12 +48,12 @@ def describe(name: str, target: str) -> str:
 
 
 def check_list(root: str, name: str) -> None:
-  """Raise ValueError where a list of images that was found in a folder is not in it."""
+  """Raise ValueError if a list of images in a folder is a link to a file outside the folder."""
   if target := target_outside(root, name):
-    raise ValueError(f"{fs.printable(root)}: {LEADS_OUT}: {describe(name, target)}")
+    raise ValueError(f"{fs.printable(root)}: {POINTS_OUTSIDE}: {describe(name, target)}")
 
 
 @functools.lru_cache(maxsize=4096)
 def _real_folder(here: str, path: str) -> str:
-  """Return the path of a folder without links; `here` is what a relative path begins at."""
+  """Return the resolved path of a folder; relative paths are relative to `here`."""
   return os.path.realpath(os.path.join(here, path))

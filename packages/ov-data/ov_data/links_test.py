@@ -1,4 +1,4 @@
-"""Links that lead out of a folder of images are counted, not followed; others are followed."""
+"""Links in image folders: links to outside are counted, others are followed."""
 
 import io
 import json
@@ -22,7 +22,7 @@ def _image(path: Path) -> None:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-  """Class folders with links inside, links that lead out, and a file outside."""
+  """Class folders with links to inside and outside, and a file outside."""
   _image(tmp_path / "private/secret.png")
   for name in ("cat", "dog"):
     _image(tmp_path / "photos" / name / "own.png")
@@ -33,12 +33,12 @@ def photos(tmp_path: Path) -> Path:
 
 
 def _readable(source: Source) -> tuple[set[str], set[str]]:
-  """Return the keys of the records that can be read, and the reasons of the others."""
+  """Return the keys of readable records and the reasons of the others."""
   data = Dataset(source)
   keys, reasons = set(), set()
   for record in range(len(data)):
     try:
-      keys.add(example.parse(data.read(record))["key"][0].decode())
+      keys.add(data.read(record).texts["key"][0].decode())
     except example.FeatureError as error:
       reasons.add(error.reason)
   return keys, reasons | {skip.reason for skip in data.skips}
@@ -49,7 +49,7 @@ _INSIDE = {"cat/own.png", "cat/inside.png", "dog/own.png"}
 
 def test_class_folders(photos: Path):
   source = Source(str(photos), caption_keys=())
-  assert _readable(source) == (_INSIDE, {links.LEADS_OUT})
+  assert _readable(source) == (_INSIDE, {links.POINTS_OUTSIDE})
   [skip] = Dataset(source).skips
   assert skip.key == "ant" and f"-> {photos.parent}/private" in skip.detail
   assert Dataset(source).class_names == ("cat", "dog")
@@ -74,33 +74,33 @@ def test_lists(photos: Path, name: str):
   path = photos / name
   path.write_text(json.dumps({"images": images}) if name.endswith(".json") else rows)
   assert _readable(Source(str(path)))[0] == _INSIDE
-  assert links.LEADS_OUT in _readable(Source(str(path)))[1]
+  assert links.POINTS_OUTSIDE in _readable(Source(str(path)))[1]
   assert _readable(Source(str(path), follow_links=True))[0] == set(names)
 
 
-def test_a_list_of_nothing_but_links_says_how_to_follow_them(photos: Path):
-  """As with an image_root whose train2014 is a link to another disk."""
+def test_a_list_of_links_only_names_the_remedy(photos: Path):
+  """For example an image_root whose train2014 is a link to another disk."""
   path = photos / "dataset_coco.json"
   path.write_text(json.dumps({"images": [{"filename": "ant/secret.png", "sentences": []}]}))
   with pytest.raises(
-    ValueError, match="all images lead out of .* ant/secret.png -> .*follow_links"
+    ValueError, match="all images are links that point outside .* ant/secret.png -> .*follow_links"
   ):
     Dataset(Source(str(path)))
 
 
-def test_a_folder_of_nothing_but_links_says_how_to_follow_them(tmp_path: Path):
+def test_a_folder_of_links_only_names_the_remedy(tmp_path: Path):
   _image(tmp_path / "private/secret.png")
   (tmp_path / "photos").mkdir()
   (tmp_path / "photos/ant").symlink_to("../private")
   with pytest.raises(ValueError, match="link leads outside: ant -> .*set follow_links"):
     Dataset(Source(str(tmp_path / "photos")))
-  with pytest.raises(ValueError, match="links that lead out of it, the first ant -> "):
+  with pytest.raises(ValueError, match="links that point outside, for example ant -> "):
     layouts.read(str(tmp_path / "photos"))
 
 
 @pytest.mark.parametrize("name", ["captions.jsonl", "metadata.jsonl"])
-def test_a_list_in_a_folder_that_leads_out(photos: Path, name: str):
-  """Its content would be in messages and in captions."""
+def test_a_list_in_a_folder_that_points_outside(photos: Path, name: str):
+  """Otherwise its content would appear in messages and captions."""
   secret = photos.parent / "private/passwords"
   secret.write_text("root:x:0:0\n")
   (photos / name).symlink_to(secret)
@@ -109,7 +109,7 @@ def test_a_list_in_a_folder_that_leads_out(photos: Path, name: str):
   assert "root:x" not in str(error.value)
 
 
-def test_a_caption_next_to_an_image_that_leads_out(tmp_path: Path):
+def test_a_caption_next_to_an_image_that_points_outside(tmp_path: Path):
   for number in range(2):
     _image(tmp_path / f"photos/{number}.png")
   (tmp_path / "secret").write_text("a password")
@@ -117,7 +117,7 @@ def test_a_caption_next_to_an_image_that_leads_out(tmp_path: Path):
   (tmp_path / "photos/1.txt").write_text("a cat")
   found = layouts.read(str(tmp_path / "photos"))
   assert [item.captions for item in found.items] == [("a cat",)]
-  assert [(skip.key, skip.reason) for skip in found.skips] == [("0.png", links.LEADS_OUT)]
+  assert [(skip.key, skip.reason) for skip in found.skips] == [("0.png", links.POINTS_OUTSIDE)]
   assert len(layouts.read(str(tmp_path / "photos"), follow_links=True).items) == 2
 
 
@@ -130,7 +130,7 @@ def test_shards_may_be_links_to_anywhere(tmp_path: Path):
   assert _readable(Source(str(tmp_path / "data"), "train")) == ({"a"}, set())
 
 
-def test_links_that_go_round_lead_nowhere(tmp_path: Path):
+def test_links_in_cycles_are_broken(tmp_path: Path):
   os.symlink("b", tmp_path / "a")
   os.symlink("a", tmp_path / "b")
   assert links.target_outside(str(tmp_path), "a") is None

@@ -1,10 +1,10 @@
-"""Batches of numpy arrays from records: deterministic, resumable by one integer.
+"""Deterministic data loader: batches of numpy arrays, resumable from one integer.
 
-    position -> order -> record bytes -> parse -> decode, crop, resize -> token ids -> batch
+    position -> order -> record -> decode, crop, resize -> token ids -> batch
 
-Everything behind `order` runs in a pool of threads whose work is C code without the interpreter
-lock. A few batches are under way at a time; they come out in order. All randomness is keyed by
-(seed, position), so a batch is a function of its number, on any number of hosts and threads.
+Everything after `order` runs in a thread pool, mostly in C code that releases the GIL. A few
+batches are prefetched and returned in order. All randomness is keyed by (seed, position), so
+batches do not depend on the number of hosts and threads.
 """
 
 from collections import Counter, deque
@@ -24,63 +24,64 @@ from ov_data.bad_records import PROCESS_ERRORS, BadRecords, Problem
 from ov_data.example import FeatureError
 from ov_data.hashing import Uniforms
 from ov_data.index import Progress
-from ov_data.order import Order, Places
+from ov_data.order import Order, RecordRefs
 from ov_data.sources import Dataset, Source
-from ov_data.texts import Choice, Chosen, TextReader, TextSpec, Tokenizer
+from ov_data.texts import Choice, SelectedTexts, TextReader, TextSpec, Tokenizer
 
 _CROP_SALT = 1
-_TASK_ROWS = 8  # rows of a batch that one task fills
-_REMOTE_THREADS = 8  # for each core: they mostly wait for the network
+_TASK_ROWS = 8  # rows per task of the thread pool
+_REMOTE_THREADS = 8  # threads per core for remote data, which are network-bound
 
 
 @dataclasses.dataclass(frozen=True)
 class _Pending:
   batch: dict[str, Any]
-  rows: int  # that hold a record, broken or not
+  rows: int  # rows that hold a record, valid or not
   tasks: list[futures.Future[list[Problem]]]
 
 
 class Loader:
-  """An iterator of batches, the rows of this host:
+  """Iterator over batches that contain the rows of this host:
 
       image   uint8 [b, S, S, 3]     ids   int32 [b, T]     mask  bool [b, T], True on real tokens
       valid   bool [b]               index int64 [b], the position in the global stream
-      <text>  int32 [b, T of it], for each of `texts`, which take the place of ids and mask
-      <key>   list of b values, for each of `extra_keys`: bytes, int or float; a list where the
-              feature holds several; None in rows that are not valid
+      <text>  int32 [b, T of it], for each of `texts`, instead of ids and mask
+      <key>   list of b values, for each of `extra_keys`: bytes, int or float; a list if the
+              feature has several values; None in invalid rows
 
-  A broken record keeps its row: `valid` False, padding for texts, black image. So shapes, order and
-  resuming never depend on what is broken. A record is broken if anything fails while it is read,
-  decoded or tokenized, unless the process or the whole storage is at fault.
+  A bad record keeps its row, with `valid` False, padded texts and a black image, so shapes, order
+  and resuming do not depend on damage. A record is bad if reading, decoding or tokenizing it fails,
+  except for failures of the process or of the whole storage.
 
   Args:
-    sources: one, or several that are mixed by weight.
-    image_size: S, pixels.
-    batch_size: rows of the global batch, over all hosts.
-    rows: the slice of the global batch that this host loads; all of it by default.
-    tokenizer: see `ov_data.texts.Tokenizer`.
-    text_len: T, tokens of ids; needed without `texts`, unused with them.
-    texts: several texts of each example instead of one, see `TextSpec`; {} for none at all. Then
-      the caption keys of the sources are read for captions="all" only.
-    seed: of order, crops and choice of captions.
-    shuffle, block, window, lanes: see `Order`. `lanes` = number of hosts, or a multiple of it.
-    position: where to start; see `restore`.
-    passes: None for an endless stream; a number to stop after so many passes over one source, the
-      last batch filled with rows that are not valid. Each `for` over such a loader starts anew.
-    fit: "crop" for random crops, "center" or "squash" for evaluation, see ov_data.decode.
-    captions: "random" or "first" among the texts of an example. "all" encodes the first and
-      delivers all under the source's caption keys: "captions", a list of b lists of str; of keys
-      that hold the same texts only those of the first.
-    extra_keys: further features to deliver.
-    crop, limits: see ov_data.decode.
-    max_bad_fraction: fraction of broken records past which `TooManyBadRecords` stops the run. It
-      also stops where the first 200 records, or all, are broken.
-    threads: that decode; all cores by default, more where data are remote.
-    prefetch: batches under way beside the one that is handed out.
-    progress: is told of the indexing, (bytes done, bytes in all).
+    sources: one source, or several sources mixed by weight.
+    image_size: image size S in pixels.
+    batch_size: number of rows of the global batch over all hosts.
+    rows: slice of the global batch that this host loads; all rows by default.
+    tokenizer: tokenizer, see `ov_data.texts.Tokenizer`.
+    text_len: number of tokens T of ids; required without `texts`, ignored otherwise.
+    texts: several texts per example, see `TextSpec`; {} for no texts. The caption keys of the
+      sources are then read only for captions="all".
+    seed: seed of order, crops and choice of captions.
+    shuffle, block, window, lanes: see `Order`. `lanes` should be a multiple of the number of hosts.
+    position: start position, see `restore`.
+    passes: number of passes over one source, or None for an endless stream. The last batch is
+      padded with invalid rows. Each `for` loop over a finite loader restarts it.
+    fit: "crop" for random crops, "center" or "squash" for evaluation, see `ov_data.decode`.
+    captions: "random" or "first" of the texts of an example. "all" encodes the first and adds all
+      texts of the source's caption keys as "captions", a list of b lists of str; keys with
+      identical texts are used once.
+    extra_keys: additional features to return.
+    crop, limits: see `ov_data.decode`.
+    max_bad_fraction: fraction of bad records above which `TooManyBadRecords` is raised. It is also
+      raised if the first 200 records, or all records, are bad.
+    threads: number of decoding threads; by default all cores, more for remote data.
+    prefetch: number of batches to prefetch.
+    progress: callback for the indexing, (bytes done, total bytes).
 
   Raises:
-    ValueError: the data are not there, or not as described; see also `Dataset` and `Order`.
+    ValueError: if the data do not exist or do not match the arguments; see also `Dataset` and
+      `Order`.
   """
 
   def __init__(
@@ -115,8 +116,8 @@ class Loader:
     self.batch_size = batch_size
     self.lanes = lanes
     self.passes = passes
-    self.position = position  # of the next batch to be handed out
-    self.wait_seconds = 0.0  # that the caller of next() has waited for data
+    self.position = position  # of the next batch to return
+    self.wait_seconds = 0.0  # total time that next() waited for data
     self._texts = TextReader(tokenizer, texts, text_len, captions, seed)
     self._seed = seed
     self._fit = fit
@@ -130,13 +131,13 @@ class Loader:
 
     lane_rows = batch_size // lanes if lanes > 1 else 1
     block = -(-block // lane_rows) * lane_rows
-    share = (self.rows.stop - self.rows.start) / batch_size
+    fraction = (self.rows.stop - self.rows.start) / batch_size
     self.datasets = [
       Dataset(
         source,
         progress,
         run=block if shuffle == "block" else 1,
-        cached_runs=2 * window * (int(lanes * share) + 1),
+        cached_runs=2 * window * (int(lanes * fraction) + 1),
       )
       for source in self.sources
     ]
@@ -160,7 +161,7 @@ class Loader:
   def evaluation(
     cls, source: Source, *, fit: Literal["center", "squash"] = "center", **arguments: Any
   ) -> Self:
-    """One pass over a source as it lies, whole pictures, first captions."""
+    """Return a loader for one pass over a source in stored order with the first captions."""
     defaults = dict(shuffle="none", passes=1, captions="first")
     return cls(source, fit=fit, **{**defaults, **arguments})
 
@@ -189,50 +190,50 @@ class Loader:
     self.close()
 
   def close(self) -> None:
-    """Ends the threads. The loader cannot be used afterwards."""
+    """Stop the threads. The loader cannot be used afterwards."""
     self._pool.shutdown(cancel_futures=True)
     self._pending.clear()
 
   @property
   def num_examples(self) -> int:
-    """Usable records over all sources."""
+    """Number of usable records over all sources."""
     return sum(map(len, self.datasets))
 
   @property
   def num_batches(self) -> int | None:
-    """Batches until the end; None for an endless loader."""
+    """Number of batches; None for an endless loader."""
     return None if self.passes is None else -(-self._end() // self.batch_size)
 
   @property
   def epochs(self) -> tuple[float, ...]:
-    """How often each source has been read so far."""
+    """Number of epochs completed for each source, as fractions."""
     weights = np.asarray(self.order.weights) / sum(self.order.weights)
     return tuple(
-      float(self.position * share / size) for share, size in zip(weights, self.order.sizes)
+      float(self.position * fraction / size) for fraction, size in zip(weights, self.order.sizes)
     )
 
   @property
   def skipped(self) -> Counter[str]:
-    """Broken records among the rows handed out, by reason."""
+    """Number of bad records among the returned rows, by reason."""
     return self._bad.counts
 
   @property
   def damaged(self) -> Counter[str]:
-    """Inputs that were found and give no record, by reason; they have no position."""
+    """Number of inputs without a record, by reason; they have no position."""
     return Counter(skip.reason for dataset in self.datasets for skip in dataset.skips)
 
   @property
   def fingerprint(self) -> str:
-    """16 hex digits of what is read, over all sources, see `Dataset.fingerprint`."""
+    """Fingerprint over all sources as 16 hex digits, see `Dataset.fingerprint`."""
     return hashlib.sha256(" ".join(d.fingerprint for d in self.datasets).encode()).hexdigest()[:16]
 
   def locate(self, position: int) -> tuple[str, int]:
-    """File and byte offset of the record at a position of the global stream."""
-    places = self.order(np.array([position]))
-    return self.datasets[places.source[0]].locate(int(places.record[0]))
+    """Return file and byte offset of the record at a position of the global stream."""
+    refs = self.order(np.array([position]))
+    return self.datasets[refs.source[0]].locate(int(refs.record[0]))
 
   def state(self) -> dict[str, Any]:
-    """All that is needed to go on behind the last batch handed out; small, fit for JSON."""
+    """Return a JSON-serializable state to resume after the last returned batch."""
     order = dataclasses.asdict(self.order)
     return {
       "position": self.position,
@@ -242,18 +243,18 @@ class Loader:
     }
 
   def restore(self, state: dict[str, Any]) -> None:
-    """Goes on from a state, of this or another number of hosts.
+    """Resume from a state, which may come from another number of hosts.
 
     Raises:
-      ValueError: the state belongs to other data or another order; says which.
+      ValueError: if the state belongs to other data or another order.
     """
-    mine = self.state()
-    for key, value in {"fingerprint": mine["fingerprint"], **mine["order"]}.items():
-      theirs = state[key] if key == "fingerprint" else state["order"].get(key)
-      if theirs != value:
+    current = self.state()
+    for key, value in {"fingerprint": current["fingerprint"], **current["order"]}.items():
+      saved = state[key] if key == "fingerprint" else state["order"].get(key)
+      if saved != value:
         raise ValueError(
-          f"the data position was saved with {key}={theirs}, and now {key}={value}: examples would "
-          "be lost or repeated. Use the same data and order, or start at a position of your choice "
+          f"the data position was saved with {key}={saved}, and now {key}={value}: examples would "
+          "be lost or repeated. Use the same data and order, or start at another position "
           f"with Loader(position=...); it was at {state['position']}."
         )
     self._start(state["position"], state["skipped"])
@@ -270,7 +271,7 @@ class Loader:
     return (self.passes or 0) * len(self.datasets[0])
 
   def _submit(self) -> _Pending | None:
-    """Starts the work on the next batch that is not yet under way; None behind the last."""
+    """Submit the next batch to the thread pool; return None after the last batch."""
     start = self.position + len(self._pending) * self.batch_size
     if self.passes is not None and start >= self._end():
       return None
@@ -286,34 +287,34 @@ class Loader:
       "index": index,
       **{key: [None] * size for key in self._extra_keys},
     }
-    places = self.order(index[:rows])
+    refs = self.order(index[:rows])
     tasks = [
-      self._pool.submit(self._fill, batch, first, min(first + _TASK_ROWS, rows), places)
+      self._pool.submit(self._fill, batch, first, min(first + _TASK_ROWS, rows), refs)
       for first in range(0, rows, _TASK_ROWS)
     ]
     return _Pending(batch, rows, tasks)
 
-  def _fill(self, batch: dict[str, Any], first: int, stop: int, places: Places) -> list[Problem]:
-    """Loads the rows first to stop of a batch, in place."""
+  def _fill(self, batch: dict[str, Any], first: int, stop: int, refs: RecordRefs) -> list[Problem]:
+    """Load rows [first, stop) of a batch in place."""
     problems: list[Problem] = []
-    chosen: dict[int, Chosen] = {}
+    chosen: dict[int, SelectedTexts] = {}
 
-    def caught(row: int) -> contextlib.AbstractContextManager[None]:
-      dataset = self.datasets[places.source[row]]
-      return self._bad.caught(problems, lambda: dataset.locate(int(places.record[row])))
+    def catch(row: int) -> contextlib.AbstractContextManager[None]:
+      dataset = self.datasets[refs.source[row]]
+      return self._bad.catch(problems, lambda: dataset.location(int(refs.record[row])))
 
     for row in range(first, stop):
-      with caught(row):
-        dataset = self.datasets[places.source[row]]
-        chosen[row] = self._fill_row(batch, row, dataset, int(places.record[row]))
+      with catch(row):
+        dataset = self.datasets[refs.source[row]]
+        chosen[row] = self._fill_row(batch, row, dataset, int(refs.record[row]))
     try:
       self._texts.write(batch, [*chosen], [*chosen.values()])
       batch["valid"][[*chosen]] = True
     except PROCESS_ERRORS:
       raise
-    except BaseException:  # one of the texts; the others are written without it
+    except BaseException:  # caused by one text: retry row by row
       for row, texts in chosen.items():
-        with caught(row):
+        with catch(row):
           self._texts.write(batch, [row], [texts])
           batch["valid"][row] = True
     for row in range(first, stop) if problems else ():
@@ -322,24 +323,26 @@ class Loader:
     return problems
 
   def _clear_row(self, batch: dict[str, Any], row: int) -> None:
-    """Undoes what was written before something failed."""
+    """Reset a row after a failure."""
     batch["image"][row] = 0
     for key, blank in self._texts.blank(1).items():
       batch[key][row] = blank[0]
     for key in self._extra_keys:
       batch[key][row] = None
 
-  def _fill_row(self, batch: dict[str, Any], row: int, dataset: Dataset, record: int) -> Chosen:
-    """Writes image and extra features of one row; returns its texts."""
+  def _fill_row(
+    self, batch: dict[str, Any], row: int, dataset: Dataset, record: int
+  ) -> SelectedTexts:
+    """Write image and extra features of one row; return its texts."""
     position = int(batch["index"][row])
     source = dataset.source
     keys = (source.image_key, *self._texts.keys(source.caption_keys), *self._extra_keys)
-    features = dataset.features(record, keys)
-    texts = self._texts.choose(features, source.caption_keys, position)
-    image = features.get(source.image_key)
-    if not isinstance(image, list) or not image:
+    found = dataset.read(record, keys)
+    texts = self._texts.choose(found.texts, source.caption_keys, position)
+    if found.image is None:
       raise FeatureError(f"no image under {source.image_key}")
-    batch["image"][row] = self._decode(image[0], position)
+    batch["image"][row] = self._decode(found.image, position)
+    features = found.features(source.image_key) if self._extra_keys else {}
     for key in self._extra_keys:
       values = list(features.get(key, ()))
       items = [value.item() if isinstance(value, np.generic) else value for value in values]
@@ -353,7 +356,7 @@ class Loader:
     return decode.whole(data, self.image_size, self._fit, self._limits)
 
   def _default_threads(self) -> int:
-    remote = any(fs.is_remote(path) for source in self.sources for path in source.places)
+    remote = any(fs.is_remote(path) for source in self.sources for path in source.all_paths)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return (cores or 1) * (_REMOTE_THREADS if remote else 1)
 
@@ -369,15 +372,15 @@ class Loader:
       raise ValueError(f"fit={self._fit!r}: expected 'crop', 'center' or 'squash'")
     if self.passes is not None and len(self.sources) != 1:
       raise ValueError(
-        f"passes={self.passes} over {len(self.sources)} sources: only one source "
-        "has an end; evaluate several one after the other"
+        f"passes={self.passes} over {len(self.sources)} sources: expected one source; "
+        "evaluate several sources one after the other"
       )
     if taken := set(self._extra_keys) & {"image", "valid", "index", *self._texts.names}:
-      raise ValueError(f"extra_keys: {', '.join(sorted(taken))} are names of the batch itself")
+      raise ValueError(f"extra_keys: {', '.join(sorted(taken))} are reserved names of the batch")
 
 
 def _checked_rows(rows: slice | None, batch_size: int) -> slice:
   rows = rows or slice(0, batch_size)
   if rows.step not in (None, 1) or not 0 <= rows.start < rows.stop <= batch_size:
-    raise ValueError(f"rows={rows}: expected a part of the {batch_size} rows of the global batch")
+    raise ValueError(f"rows={rows}: expected a slice of the {batch_size} rows of the global batch")
   return rows

@@ -18,7 +18,7 @@ from ov_data.sources import Dataset, Source
 
 
 class Words:
-  """Token id = 10 + the number in the text; stands for a tokenizer."""
+  """Fake tokenizer; the token id is 10 + the number in the text."""
 
   pad_id = 0
 
@@ -39,7 +39,7 @@ def _jpeg(number, size=(24, 20)):
 
 
 def _write(path, numbers, replace=None):
-  """One shard; the caption of each record is its number."""
+  """Write a shard; the caption of each record is its number."""
   pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
   with open(path, "wb") as file:
     for number in numbers:
@@ -88,7 +88,7 @@ def test_a_batch(data):
 
 
 @pytest.mark.parametrize("shuffle", ["global", "block", "none"])
-def test_epochs_are_whole_and_flow_into_each_other(data, shuffle):
+def test_epochs_are_complete_and_contiguous(data, shuffle):
   with _loader(data, shuffle=shuffle, block=4, window=2) as batches:
     numbers = _numbers(_take(batches, 15))
     assert batches.epochs == (4.0,)
@@ -96,7 +96,7 @@ def test_epochs_are_whole_and_flow_into_each_other(data, shuffle):
     assert sorted(numbers[30 * epoch : 30 * epoch + 30]) == list(range(30))
 
 
-def test_same_seed_same_batches_whatever_the_threads(data):
+def test_same_seed_same_batches_independent_of_the_threads(data):
   with (
     _loader(data, seed=3, threads=1, prefetch=0) as one,
     _loader(data, seed=3, threads=5, prefetch=4) as other,
@@ -123,7 +123,7 @@ def test_hosts_split_the_global_batch(data, shuffle):
       _assert_equal(joined, expected[step])
 
 
-def test_resume_is_exact_and_knows_only_what_was_handed_out(data):
+def test_resume_is_exact_and_counts_returned_rows_only(data):
   with _loader(data, prefetch=3) as batches:
     _take(batches, 2)
     state = json.loads(json.dumps(batches.state()))
@@ -134,7 +134,7 @@ def test_resume_is_exact_and_knows_only_what_was_handed_out(data):
       _assert_equal(next(batches), batch)
   with _loader(data) as batches:
     next(batches)
-    batches.restore(state)  # also with batches under way
+    batches.restore(state)  # also with pending batches
     for batch in expected:
       _assert_equal(next(batches), batch)
 
@@ -149,7 +149,7 @@ def test_resume_on_another_number_of_hosts(data):
     np.testing.assert_array_equal(next(batches)["ids"], expected["ids"][4:])
 
 
-def test_resume_refuses_other_data_or_order(data, tmp_path):
+def test_resume_rejects_other_data_or_order(data, tmp_path):
   with _loader(data) as batches:
     state = batches.state()
   with _loader(data, seed=1) as batches, pytest.raises(ValueError, match="seed=0, and now seed=1"):
@@ -180,7 +180,7 @@ def test_evaluation_is_one_padded_pass(data):
     data, image_size=8, batch_size=8, tokenizer=Words(), text_len=4, extra_keys=("label",)
   ) as batches:
     assert batches.num_batches == 4
-    for _ in range(2):  # each loop is a new pass
+    for _ in range(2):  # each loop restarts
       found = list(batches)
       assert [batch["valid"].sum() for batch in found] == [8, 8, 8, 6]
       last = found[-1]
@@ -192,7 +192,7 @@ def test_evaluation_is_one_padded_pass(data):
 
 
 def test_evaluation_gives_every_host_the_same_number_of_batches(data):
-  # 30 examples, batches of 28: the last batch holds 2, all of them on the first host.
+  # 30 examples in batches of 28: the last batch has 2 examples, both on the first host.
   for host, valid in enumerate(([14, 2], [14, 0])):
     with Loader.evaluation(
       data, image_size=8, batch_size=28, rows=slice(14 * host, 14 * host + 14),
@@ -246,7 +246,7 @@ def test_too_many_broken_records_stop_the_run(tmp_path):
       bad_records.TooManyBadRecords, match=r"more than max_bad_fraction=0.1 .* x unknown"
     ):
       _take(batches, 15)
-    assert batches.position <= 240  # soon: 20 of the first 200 are what is allowed
+    assert batches.position <= 240  # limit: 20 of the first 200
   with _loader(Source(str(tmp_path / "b")), batch_size=40, max_bad_fraction=0.25) as batches:
     assert len(_take(batches, 15)) == 15
 
@@ -259,7 +259,7 @@ def test_damage_in_shards_is_counted(data, tmp_path):
     assert batches.num_examples == 29
 
 
-def test_captions_are_drawn_among_keys_and_strings(tmp_path):
+def test_captions_are_sampled_from_keys_and_strings(tmp_path):
   _write(
     tmp_path / "c" / "0.tfrecord",
     range(64),
@@ -270,7 +270,7 @@ def test_captions_are_drawn_among_keys_and_strings(tmp_path):
     counts = np.zeros(6)
     for batch in _take(batches, 10):
       counts += np.bincount(batch["ids"][:, 0] - 10, minlength=6)
-  # 640 draws: 1/4 for each of txt, 1/6 for each of long; 5 standard deviations are below 55.
+  # 640 samples: 1/4 for each of txt, 1/6 for each of long; 5 standard deviations are below 55.
   np.testing.assert_allclose(counts, [0, 160, 160, 107, 107, 107], atol=55)
   with _loader(source, batch_size=64, captions="first") as batches:
     assert (next(batches)["ids"][:, 0] == 11).all()
@@ -298,18 +298,18 @@ def test_misspelt_keys_fail_at_once(data):
   [
     (dict(batch_size=0), "batch_size=0"),
     (dict(image_size=-1), "image_size=-1"),
-    (dict(rows=slice(4, 20)), "part of the 8 rows"),
+    (dict(rows=slice(4, 20)), "slice of the 8 rows"),
     (dict(position=-8), "position=-8"),
     (dict(fit="pad"), "fit='pad'"),
     (dict(captions="some"), "captions='some'"),
     (dict(text_len=None), "text_len=None"),
     (dict(text_len=0), "text_len=0: expected the tokens"),
-    (dict(seed=2**70), f"seed={2**70}: expected an integer of 64 bits"),
+    (dict(seed=2**70), f"seed={2**70}: expected a 64-bit integer"),
     (dict(max_bad_fraction=-0.1), "max_bad_fraction=-0.1: expected a fraction from 0 to 1"),
     (dict(max_bad_fraction=float("nan")), "max_bad_fraction=nan"),
     (dict(shuffle="full"), "shuffle='full'"),
     (dict(lanes=3), "not a multiple of lanes=3"),
-    (dict(extra_keys=("image",)), "names of the batch itself"),
+    (dict(extra_keys=("image",)), "reserved names of the batch"),
   ],
 )
 def test_argument_errors(data, arguments, message):
@@ -323,12 +323,12 @@ def test_passes_need_one_source(data):
 
 
 class _Panic(BaseException):
-  """What a library in Rust raises."""
+  """Panic of a Rust library."""
 
 
 @pytest.mark.parametrize("error", [struct.error("odd"), RecursionError(), _Panic("panicked")])
 @pytest.mark.parametrize("where", ["decode", "tokenize"])
-def test_any_exception_costs_one_record(data, error, where, monkeypatch, caplog):
+def test_any_exception_loses_one_record(data, error, where, monkeypatch, caplog):
   whole, encode = decode.whole, Words.encode_batch
 
   def fails_on_5(image, *arguments):
@@ -348,7 +348,7 @@ def test_any_exception_costs_one_record(data, error, where, monkeypatch, caplog)
   else:
     monkeypatch.setattr(Words, "encode_batch", fails_on_word_5)
   with _loader(data, shuffle="none", passes=1, fit="center") as batches:
-    for _ in range(2):  # the second pass counts anew, and logs no traceback again
+    for _ in range(2):  # the second pass restarts the count and logs no traceback
       got = [*batches][0]
       assert batches.skipped == {f"unexpected {type(error).__name__}": 1}
     shard, offset = batches.locate(5)
@@ -384,16 +384,16 @@ def test_failures_of_the_process_reach_the_caller(data, error, monkeypatch):
     next(batches)
 
 
-def test_an_unreadable_file_costs_one_record(data, monkeypatch):
-  features = Dataset.features
+def test_an_unreadable_file_loses_one_record(data, monkeypatch):
+  read = Dataset.read
 
   def fails_on_3(self, record, keys=None):
     if record == 3:
       raise OSError(errno.EIO, "Input/output error")
-    return features(self, record, keys)
+    return read(self, record, keys)
 
   with _loader(data, shuffle="none") as batches:
-    monkeypatch.setattr(Dataset, "features", fails_on_3)
+    monkeypatch.setattr(Dataset, "read", fails_on_3)
     assert next(batches)["valid"].tolist() == [n != 3 for n in range(8)]
     assert batches.skipped == {"unreadable file": 1}
 

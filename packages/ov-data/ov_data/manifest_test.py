@@ -1,4 +1,4 @@
-"""Shards that are not those of their manifest: replaced, exchanged, copied, renamed."""
+"""Shards that do not match their manifest: replaced, swapped, copied, renamed."""
 
 import os
 import pathlib
@@ -7,13 +7,14 @@ import shutil
 import pytest
 
 from ov_data import shards, writer
+from ov_data.request import Request, Source
 from ov_data.shard_names import find_shards
 from ov_data.splits import Split
 
 
 def _make(split: str, number: int):
   for i in range(3):
-    yield {"txt": f"{split} {number} {i}"}  # of equal size in every shard
+    yield {"txt": f"{split} {number} {i}"}  # equal size in every shard
 
 
 def _make_longer(split: str, number: int):
@@ -31,7 +32,7 @@ def _name(number: int) -> str:
 
 
 def _open(folder: pathlib.Path) -> shards.Shards:
-  return shards.Shards([str(folder)], Split("train"))
+  return shards.Shards(Request(Source(str(folder)), Split("train")))
 
 
 def test_a_shard_of_another_data_set(tmp_path):
@@ -53,9 +54,7 @@ def test_a_shard_of_the_same_size(tmp_path, exchange):
     os.rename(data / "0", data / _name(1))
   else:
     shutil.copy(data / _name(0), data / _name(1))
-  with pytest.raises(
-    ValueError, match="split 'train' are not those that were written.*or by a copy"
-  ):
+  with pytest.raises(ValueError, match="split 'train' are not the written ones.*or by a copy"):
     _open(data)
 
 
@@ -63,16 +62,16 @@ def test_a_number_outside_of_the_set(tmp_path):
   data = _data(tmp_path)
   shutil.copy(data / _name(0), data / _name(2))
   with pytest.raises(
-    ValueError, match=f"{_name(2)}: shards are numbered from 0.*none of 2; remove"
+    ValueError, match=f"{_name(2)}: shards are numbered from 0.*not one of 2; remove"
   ):
     find_shards(str(data))
   with pytest.raises(
-    ValueError, match=f"2 shards, numbered from 0, and {_name(2)} is none of them"
+    ValueError, match=f"2 shards, numbered from 0, and {_name(2)} is not one of them"
   ):
-    shards.Shards([str(data / _name(2))], Split(None))
+    shards.Shards(Request(Source(str(data / _name(2))), Split(None)))
 
 
-def test_an_index_without_its_shard_is_not_taken_for_one(tmp_path):
+def test_an_index_without_its_shard_is_not_a_shard(tmp_path):
   data = _data(tmp_path)
   for number in range(2):
     (data / _name(number)).unlink()
@@ -83,7 +82,9 @@ def test_an_index_without_its_shard_is_not_taken_for_one(tmp_path):
 def test_a_shard_that_the_manifest_does_not_list(tmp_path):
   data = _data(tmp_path)
   shutil.copy(data / _name(0), data / "train-copy.tfrecord")
-  with pytest.raises(ValueError, match=r"train-copy\.tfrecord next to them is none of them; move"):
+  with pytest.raises(
+    ValueError, match=r"train-copy\.tfrecord next to them is not one of them; move"
+  ):
     _open(data)
-  assert len(shards.Shards([f"{data}/train-0*"], Split(None))) == 6
-  assert len(shards.Shards([f"{data}/train-copy.tfrecord"], Split(None))) == 3
+  assert len(shards.Shards(Request(Source(f"{data}/train-0*"), Split(None)))) == 6
+  assert len(shards.Shards(Request(Source(f"{data}/train-copy.tfrecord"), Split(None)))) == 3

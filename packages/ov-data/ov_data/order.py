@@ -1,13 +1,13 @@
-"""Which record stands at which place of the training stream: a function, so nothing to store.
+"""Stateless shuffling: a map from a position in the training stream to a record.
 
     Order(sizes, ...)(positions) -> source, record, epoch
 
-A position is the number of an example in the endless global stream, over all hosts. The whole
-reading state is therefore one integer, and a host that owns the rows [a, b) of a global batch
-reads the positions [start + a, start + b), however many hosts there are.
+A position is the index of an example in the endless global stream over all hosts. The reading state
+is therefore one integer, and a host with rows [a, b) of a global batch reads the positions
+[start + a, start + b) for any number of hosts.
 
-Shuffling never makes a list. `permute` is a keyed bijection of [0, n): an alternating Feistel
-network on the next power of two, walked until it falls below n (Black and Rogaway 2002,
+Shuffling needs no index list. `permute` is a keyed bijection of [0, n): an alternating Feistel
+network on the next power of two with cycle walking (Black and Rogaway 2002,
 https://doi.org/10.1007/3-540-45760-7_9). Time and memory do not depend on n.
 """
 
@@ -22,34 +22,41 @@ from ov_data.hashing import Uint64s, keys, mix
 
 Int64s = NDArray[np.int64]
 
-_ROUNDS = 4  # of two half-rounds each
-_PATTERN = 1000  # longest mixing pattern: weights are met to within half a thousandth
+_ROUNDS = 4  # rounds of two half-rounds
+_PATTERN = 1000  # maximum length of the mixing pattern: weights are accurate to 0.0005
 _WINDOW_SALT, _BLOCK_SALT = 1, 2
 
 
 @dataclasses.dataclass(frozen=True)
-class Places:
-  """What stands at n positions."""
+class RecordRefs:
+  """The records at n positions."""
 
   source: Int64s  # [n]
-  record: Int64s  # [n], number of the record within its source
-  epoch: Int64s  # [n], how often that source has been read to its end before
+  record: Int64s  # [n], index of the record in its source
+  epoch: Int64s  # [n], epoch of that source
 
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-  """The order of reading `sizes` records from each source.
+  """Order of the records of one or several sources of the given `sizes`.
 
-  Several sources are mixed by `weights` in a fixed repeating pattern; each runs through its own
-  epochs, in each of which every record comes exactly once.
+  Several sources are mixed by `weights` in a fixed periodic pattern. Each source has its own
+  epochs, which contain every record exactly once.
 
-  shuffle:
-    "global": any record may stand anywhere in the epoch; for local disks and fast stores.
-    "block": runs of `block` neighbouring records are permuted, then records are shuffled within
-      windows of `window` runs; for object stores and spinning disks, where neighbours are cheap.
-      With `lanes` > 1 that many windows are open at a time, and the rows of a batch are dealt to
-      them in stripes of `lane_rows`, so that a host reads only the windows of its own rows.
-    "none": as they lie on disk, the same in every epoch.
+  Values of shuffle:
+    "global": permute all records of an epoch; for local disks and fast storage.
+    "block": permute runs of `block` consecutive records, then shuffle records within windows of
+      `window` runs; for object stores and spinning disks, where sequential reads are cheap. With
+      `lanes` > 1, that many windows are read at a time, and the rows of a batch are assigned to
+      them in stripes of `lane_rows`, so a host reads only the windows of its own rows.
+    "none": stored order, the same in every epoch.
+
+  Examples:
+    >>> import numpy as np
+    >>> import ov_data
+    >>> order = ov_data.Order((4,), seed=1)
+    >>> sorted(order(np.arange(4)).record.tolist())  # an epoch has every record once
+    [0, 1, 2, 3]
   """
 
   sizes: tuple[int, ...]
@@ -68,13 +75,13 @@ class Order:
         "many weights as sources, and at least one"
       )
     if not -(2**63) <= self.seed < 2**63:
-      raise ValueError(f"seed={self.seed}: expected an integer of 64 bits")
+      raise ValueError(f"seed={self.seed}: expected a 64-bit integer")
     if min(self.sizes) < 1:
-      raise ValueError(f"sizes={self.sizes}: every source needs at least one record")
+      raise ValueError(f"sizes={self.sizes}: every source requires at least one record")
     if not all(0 < weight < math.inf for weight in self.weights):
       raise ValueError(
-        f"weights={self.weights}: expected positive numbers; leave a source out "
-        "instead of giving it no weight"
+        f"weights={self.weights}: expected positive numbers; omit a source "
+        "instead of setting its weight to 0"
       )
     if self.shuffle not in ("global", "block", "none"):
       raise ValueError(f"shuffle={self.shuffle!r}: expected 'global', 'block' or 'none'")
@@ -87,19 +94,19 @@ class Order:
         f"lane_rows={self.lane_rows}"
       )
 
-  def __call__(self, positions: Int64s) -> Places:
-    """The places at global positions `positions` (int64 [n], >= 0)."""
+  def __call__(self, positions: Int64s) -> RecordRefs:
+    """Return the records at global positions (int64 [n], >= 0)."""
     pattern = mixing_pattern(self.weights)
     cycle, phase = np.divmod(positions, len(pattern))
     source = pattern[phase].astype(np.int64)
     record, epoch = np.zeros_like(positions), np.zeros_like(positions)
     for number, size in enumerate(self.sizes):
-      mine = source == number
-      before = np.cumsum(pattern == number) - (pattern == number)  # of this source, in the pattern
-      local = cycle[mine] * np.count_nonzero(pattern == number) + before[phase[mine]]
-      epoch[mine], within = np.divmod(local, size)
-      record[mine] = self._shuffled(within, size, keys(self.seed, number, epoch[mine]))
-    return Places(source, record, epoch)
+      selected = source == number
+      before = np.cumsum(pattern == number) - (pattern == number)  # earlier entries of this source
+      local = cycle[selected] * np.count_nonzero(pattern == number) + before[phase[selected]]
+      epoch[selected], within = np.divmod(local, size)
+      record[selected] = self._shuffled(within, size, keys(self.seed, number, epoch[selected]))
+    return RecordRefs(source, record, epoch)
 
   def _shuffled(self, within: Int64s, size: int, key: Uint64s) -> Int64s:
     if self.shuffle == "global":
@@ -110,30 +117,30 @@ class Order:
 
   def _block_shuffled(self, within: Int64s, size: int, key: Uint64s) -> Int64s:
     window_records = self.block * self.window
-    turn = self.lanes * window_records  # all lanes, one window each
+    turn = self.lanes * window_records  # one window per lane
     in_turns = within < size // turn * turn
-    turns, place = np.divmod(within, turn)
-    lane = place // self.lane_rows % self.lanes
-    stripe = place // (self.lane_rows * self.lanes)
-    # Behind the last whole turn the windows follow one another, and the last one may be short.
+    turns, slot = np.divmod(within, turn)
+    lane = slot // self.lane_rows % self.lanes
+    stripe = slot // (self.lane_rows * self.lanes)
+    # After the last complete turn, windows are read one by one; the last may be short.
     window = np.where(in_turns, turns * self.lanes + lane, within // window_records)
-    place = np.where(
-      in_turns, stripe * self.lane_rows + place % self.lane_rows, within % window_records
+    slot = np.where(
+      in_turns, stripe * self.lane_rows + slot % self.lane_rows, within % window_records
     )
     window_key = keys(key, _WINDOW_SALT, window)
     whole = window < size // window_records
-    place[whole] = permute(place[whole], window_records, window_key[whole])
-    place[~whole] = permute(place[~whole], size % window_records, window_key[~whole])
-    run, offset = np.divmod(window * window_records + place, self.block)
-    whole = run < size // self.block  # the short run at the very end stays where it is
+    slot[whole] = permute(slot[whole], window_records, window_key[whole])
+    slot[~whole] = permute(slot[~whole], size % window_records, window_key[~whole])
+    run, offset = np.divmod(window * window_records + slot, self.block)
+    whole = run < size // self.block  # a short run at the end is not moved
     run[whole] = permute(run[whole], size // self.block, keys(key, _BLOCK_SALT)[whole])
     return run * self.block + offset
 
 
 def permute(x: Int64s, size: int, key: Uint64s) -> Int64s:
-  """Where a shuffle of [0, size) puts `x`, for one key each (both [n]); a bijection in x.
+  """Apply a keyed permutation of [0, size) to `x`, with one key per element (both [n]).
 
-  Expected work: under two passes of the network for each element.
+  The expected cost is less than two evaluations of the network per element.
   """
   bits = max(1, (size - 1).bit_length())
   right_bits = np.uint64(bits - bits // 2)
@@ -153,11 +160,11 @@ def permute(x: Int64s, size: int, key: Uint64s) -> Int64s:
 
 
 def mixing_pattern(weights: tuple[float, ...]) -> NDArray[np.int32]:
-  """Source numbers of one period of the mixture, each source spread evenly over it."""
-  shares = np.asarray(weights) / np.sum(weights)
-  counts = np.maximum(1, np.floor(shares * _PATTERN).astype(int))
-  while counts.sum() < _PATTERN:  # the largest remainder gains one
-    counts[np.argmax(shares * _PATTERN - counts)] += 1
+  """Return the source index at each position of one period, with sources evenly interleaved."""
+  fractions = np.asarray(weights) / np.sum(weights)
+  counts = np.maximum(1, np.floor(fractions * _PATTERN).astype(int))
+  while counts.sum() < _PATTERN:  # largest remainder method
+    counts[np.argmax(fractions * _PATTERN - counts)] += 1
   counts //= np.gcd.reduce(counts)
   source = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
   due = np.concatenate([(np.arange(count) + 0.5) / count for count in counts])

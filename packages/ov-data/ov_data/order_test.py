@@ -25,8 +25,8 @@ def test_permute_needs_no_memory_for_a_billion_records():
 
 @pytest.mark.parametrize("size", [3, 5, 10, 100])
 def test_permute_is_uniform(size):
-  # Each element falls on each place equally often: chi-square with (size - 1)^2 degrees of
-  # freedom stays within 5 standard deviations (sqrt(2 dof)) of its mean.
+  # Uniformity of element and position: chi-square with (size - 1)^2 degrees of freedom stays within
+  # 5 standard deviations (sqrt(2 dof)) of its mean.
   trials = 40_000 // size
   x = np.tile(np.arange(size), trials)
   y = permute(x, size, np.repeat(keys(np.arange(trials)), size))
@@ -37,19 +37,19 @@ def test_permute_is_uniform(size):
   assert abs(chi2 - dof) < 5 * np.sqrt(2 * dof)
 
 
-def test_neighbours_part():
-  # For a random permutation of n the distance of neighbours is n / 3 on average.
+def test_neighbors_are_separated():
+  # The mean distance of neighbors in a random permutation of n is n / 3.
   y = permute(np.arange(100_000), 100_000, _key(1, 100_000))
   assert abs(np.abs(np.diff(y)).mean() / 100_000 - 1 / 3) < 0.01
   assert abs(np.corrcoef(np.arange(100_000), y)[0, 1]) < 0.02  # 1 / sqrt(n) = 0.003
 
 
 def test_the_order_is_frozen():
-  # A changed order would silently make old checkpoints repeat and lose examples.
-  places = Order(sizes=(10,), seed=7)(np.arange(12))
-  assert places.record.tolist() == FROZEN_GLOBAL
-  places = Order(sizes=(10,), seed=7, shuffle="block", block=2, window=2)(np.arange(12))
-  assert places.record.tolist() == FROZEN_BLOCK
+  # A changed order would silently repeat and lose examples when old checkpoints resume.
+  refs = Order(sizes=(10,), seed=7)(np.arange(12))
+  assert refs.record.tolist() == FROZEN_GLOBAL
+  refs = Order(sizes=(10,), seed=7, shuffle="block", block=2, window=2)(np.arange(12))
+  assert refs.record.tolist() == FROZEN_BLOCK
   assert [round(Uniforms(1, 2)(), 12)] == FROZEN_UNIFORM
 
 
@@ -63,10 +63,10 @@ FROZEN_UNIFORM = [0.900610908893]
 @pytest.mark.parametrize("lanes", [1, 3])
 def test_every_record_once_an_epoch(shuffle, size, lanes):
   order = Order((size,), seed=1, shuffle=shuffle, block=6, window=3, lanes=lanes, lane_rows=2)
-  places = order(np.arange(3 * size))
-  np.testing.assert_array_equal(places.epoch, np.repeat([0, 1, 2], size))
+  refs = order(np.arange(3 * size))
+  np.testing.assert_array_equal(refs.epoch, np.repeat([0, 1, 2], size))
   for epoch in range(3):
-    np.testing.assert_array_equal(np.sort(places.record[places.epoch == epoch]), np.arange(size))
+    np.testing.assert_array_equal(np.sort(refs.record[refs.epoch == epoch]), np.arange(size))
 
 
 @pytest.mark.parametrize("shuffle", ["global", "block"])
@@ -80,9 +80,9 @@ def test_epochs_and_seeds_differ(shuffle):
 
 
 @pytest.mark.parametrize("shuffle", ["global", "block"])
-def test_hosts_may_come_and_go(shuffle):
-  # Batches of 24 over an epoch of 100, read by 1, 2, 4 and again 1 host(s): nothing lost, nothing
-  # twice, and the stream is the one a single host reads, over the border of the epoch too.
+def test_hosts_may_change(shuffle):
+  # Batches of 24 over epochs of 100, read by 1, 2, 4 and 1 host(s): the stream equals that of a
+  # single host, without lost or repeated examples, also across epochs.
   order = Order((100,), seed=5, shuffle=shuffle, block=8, window=2, lanes=2, lane_rows=4)
   stream = []
   for step, hosts in enumerate([1, 2, 2, 4, 4, 1, 2, 4]):
@@ -94,7 +94,7 @@ def test_hosts_may_come_and_go(shuffle):
   np.testing.assert_array_equal(np.sort(stream[:100]), np.arange(100))
 
 
-def test_blocks_keep_neighbours_together():
+def test_blocks_keep_neighbors_together():
   order = Order((10_000,), shuffle="block", block=50, window=4)
   records = order(np.arange(10_000)).record.reshape(-1, 200)  # by window
   assert all(len(np.unique(window // 50)) == 4 for window in records)
@@ -111,14 +111,14 @@ def test_a_host_reads_only_its_lanes():
 
 def test_mixing_follows_the_weights():
   order = Order((1000, 50), weights=(3.0, 1.0), seed=2)
-  places = order(np.arange(4000))
-  assert np.count_nonzero(places.source == 0) == 3000
-  for start in range(0, 4000, 4):  # evenly, not only on average
-    assert np.count_nonzero(places.source[start : start + 4] == 1) == 1
-  small = places.record[places.source == 1].reshape(-1, 50)  # 20 epochs of the small source
+  refs = order(np.arange(4000))
+  assert np.count_nonzero(refs.source == 0) == 3000
+  for start in range(0, 4000, 4):  # evenly interleaved
+    assert np.count_nonzero(refs.source[start : start + 4] == 1) == 1
+  small = refs.record[refs.source == 1].reshape(-1, 50)  # 20 epochs of the small source
   for epoch in small:
     np.testing.assert_array_equal(np.sort(epoch), np.arange(50))
-  np.testing.assert_array_equal(np.sort(places.record[places.source == 0][:1000]), np.arange(1000))
+  np.testing.assert_array_equal(np.sort(refs.record[refs.source == 0][:1000]), np.arange(1000))
 
 
 @pytest.mark.parametrize("weights", [(1.0,), (1.0, 1.0), (0.7, 0.2, 0.1), (1000.0, 0.001)])

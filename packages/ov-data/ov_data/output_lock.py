@@ -1,38 +1,35 @@
-"""One writer at a time in an output directory, on local disks and shared file systems.
+"""Exclusive lock of an output directory on local and shared file systems.
 
-`dataset.lock` is locked with `flock`, which ends with the process and its workers, however they
-end. Its content names the owner, for messages. On a file system without `flock` the content counts:
-an owner on this machine by its process, one on another machine by whether it renews the file. A
-lock file that is left over is never in the way.
+`dataset.lock` is locked with `flock`, which is released when the process and its workers exit. The
+file names the owner for messages. On a file system without `flock`, an owner on this machine is
+active while its process runs, and an owner on another machine while it renews the file. A stale
+lock file does not block new writers.
 """
 
 from collections.abc import Iterator
 import contextlib
-import datetime
 import errno
 import fcntl
 import functools
-import json
 import os
 from pathlib import Path
-import socket
 import threading
 import time
-from typing import Any
 
-from ov_data import fs
+from ov_data import fs, lock_owner
+from ov_data.lock_owner import Owner
 
 LOCK = "dataset.lock"
 
-_ORPHANS_SECONDS = 60.0  # for workers to notice that the process that started them was killed
+_ORPHANS_SECONDS = 60.0  # time for workers to notice that their parent was killed
 _RENEW_SECONDS = 3.0  # without flock
 _STALE_SECONDS = 15.0
-_SETTLE_SECONDS = 0.2  # for another writer that took the file at the same moment
+_SETTLE_SECONDS = 0.2  # wait for a writer that claims the file at the same time
 _NO_FLOCK = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
 def check(directory: Path) -> None:
-  """Raise ValueError where another process is known to write there."""
+  """Raise ValueError if another process writes to the directory."""
   try:
     descriptor = os.open(directory / LOCK, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
   except OSError:
@@ -40,7 +37,7 @@ def check(directory: Path) -> None:
   try:
     free = _lock(descriptor, fcntl.LOCK_SH)
     owner = None if free else _running_owner(descriptor)
-    if owner is not None and (free is False or owner.get("host") == socket.gethostname()):
+    if owner is not None and (free is False or _is_here(owner)):
       raise ValueError(_busy(directory, owner))
   finally:
     os.close(descriptor)
@@ -48,14 +45,14 @@ def check(directory: Path) -> None:
 
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[int]:
-  """Create the directory and keep other writers out of it until the block ends.
+  """Create the directory and lock it until the block ends.
 
-  Yields the descriptor that holds the lock. Worker processes inherit it, so that the lock lasts
-  until the last of them ends, however the writer itself ends.
+  Yields the descriptor that holds the lock. Worker processes inherit it, so the lock is held until
+  the last of them exits.
 
   Raises:
-    ValueError: another process writes there; names it.
-    OSError: the directory cannot be created or written.
+    ValueError: if another process writes to the directory; the message names the process.
+    OSError: if the directory cannot be created or written.
   """
   fs.make_folder(str(directory))
   path = directory / LOCK
@@ -73,7 +70,7 @@ def locked(directory: Path) -> Iterator[int]:
 
 
 def _acquire(directory: Path, path: Path) -> tuple[int, bool]:
-  """Return the descriptor of the locked file, and whether the file system has locks."""
+  """Return the descriptor of the locked file, and whether the file system supports `flock`."""
   deadline = time.monotonic() + _ORPHANS_SECONDS
   while True:
     with fs.writing(str(path)):
@@ -84,8 +81,8 @@ def _acquire(directory: Path, path: Path) -> tuple[int, bool]:
         _wait_for_owner(directory, descriptor)
         _write_owner(path, descriptor)
         time.sleep(_SETTLE_SECONDS)
-        if (other := _owner(descriptor)) != _process(os.getpid()):
-          raise ValueError(_busy(directory, other))
+        if (other := _owner(descriptor)) != _me(os.getpid()):
+          raise ValueError(_busy(directory, other, "another process"))
         return descriptor, False
       if not free:
         owner = _running_owner(descriptor)
@@ -97,12 +94,12 @@ def _acquire(directory: Path, path: Path) -> tuple[int, bool]:
     except BaseException:
       os.close(descriptor)
       raise
-    os.close(descriptor)  # removed by its owner just now, or held by workers that are about to end
+    os.close(descriptor)  # just removed by its owner, or held by exiting workers
     time.sleep(0.05)
 
 
 def _lock(descriptor: int, kind: int) -> bool | None:
-  """Lock a file without waiting; return whether no other process holds it, None without locks."""
+  """Try to lock a file without waiting; return success, or None if locks are unsupported."""
   try:
     fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
   except BlockingIOError:
@@ -115,10 +112,10 @@ def _lock(descriptor: int, kind: int) -> bool | None:
 
 
 def _wait_for_owner(directory: Path, descriptor: int) -> None:
-  """Raise ValueError if the owner in a file without flock is at work."""
+  """Raise ValueError if the owner of a lock file without `flock` is active."""
   if (owner := _running_owner(descriptor)) is None:
     return
-  is_here = owner.get("host") == socket.gethostname()
+  is_here = _is_here(owner)
   before, end = os.fstat(descriptor).st_mtime_ns, time.monotonic() + _STALE_SECONDS
   while not is_here and time.monotonic() < end and os.fstat(descriptor).st_mtime_ns == before:
     time.sleep(0.1)
@@ -128,71 +125,46 @@ def _wait_for_owner(directory: Path, descriptor: int) -> None:
 
 def _renew(descriptor: int, done: threading.Event) -> None:
   while not done.wait(_RENEW_SECONDS):
-    with contextlib.suppress(OSError):  # closed just now
+    with contextlib.suppress(OSError):  # just closed
       os.utime(descriptor)
 
 
 def _write_owner(path: Path, descriptor: int) -> None:
   with fs.writing(str(path)):
     os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, json.dumps(_process(os.getpid())).encode(), 0)
+    os.pwrite(descriptor, lock_owner.to_bytes(_me(os.getpid())), 0)
 
 
 @functools.cache
-def _process(pid: int) -> dict[str, Any]:
-  """Return what the file says of this process, whose number is `pid`; always the same."""
-  now = datetime.datetime.now(datetime.UTC)
-  return {
-    "pid": pid,
-    "host": socket.gethostname(),
-    "since": now.strftime("%Y-%m-%d %H:%M:%S UTC"),
-    "ticks": _start_ticks(pid),
-  }
+def _me(pid: int) -> Owner:
+  """Return the entry of this process, which is `pid`."""
+  return lock_owner.this_process()
 
 
-def _start_ticks(pid: int) -> str:
-  """Return when a process has started, which tells apart two of one number; "" if unknown."""
-  try:
-    stat = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace")
-    return stat.rpartition(")")[2].split()[19]  # after the name, which may hold blanks
-  except (OSError, IndexError):
-    return ""
+def _owner(descriptor: int) -> Owner | None:
+  """Return the owner in the lock file; None if the file is damaged."""
+  return lock_owner.parse(os.pread(descriptor, 4096, 0))
 
 
-def _owner(descriptor: int) -> dict[str, Any]:
-  """Return what the file says; {} if that is damaged."""
-  try:
-    owner = json.loads(os.pread(descriptor, 4096, 0))
-    int(owner["pid"]), str(owner["host"])
-    return dict(owner)
-  except (ValueError, LookupError, TypeError, RecursionError, OverflowError):
-    return {}
+def _is_here(owner: Owner) -> bool:
+  return owner.machine == _me(os.getpid()).machine
 
 
-def _running_owner(descriptor: int) -> dict[str, Any] | None:
-  """Return the owner that the file names; None if it ran on this machine and has ended."""
+def _running_owner(descriptor: int) -> Owner | None:
+  """Return the owner in the lock file; None if it ran on this machine and has exited."""
   owner = _owner(descriptor)
-  if not owner or owner["host"] != socket.gethostname():
-    return owner or None
-  pid, ticks = int(owner["pid"]), owner.get("ticks")
-  try:
-    os.kill(pid, 0)  # sends nothing; raises where the process has ended
-  except (ProcessLookupError, OverflowError):
-    return None
-  except PermissionError:  # of another user
-    return owner
-  return owner if not ticks or _start_ticks(pid) in ("", ticks) else None
+  ended = owner and _is_here(owner) and lock_owner.has_ended(owner, _me(os.getpid()))
+  return None if ended else owner
 
 
-def _busy(directory: Path, owner: dict[str, Any] | None) -> str:
-  holder = "another process"
+def _busy(
+  directory: Path, owner: Owner | None, unknown: str = "workers of a killed process"
+) -> str:
+  holder = unknown
   if owner:
-    holder = f"process {owner['pid']} on {fs.printable(str(owner['host']))}"
-    if owner.get("since"):
-      holder += f", started {fs.printable(str(owner['since']))}"
-  elif owner is None:
-    holder = "workers of a killed process"
+    host, since = fs.printable(owner.host), fs.printable(owner.since)
+    holder = f"process {owner.pid} on {host}, started {since}"
   return (
-    f"{fs.printable(str(directory))} is being written by {holder}; wait until it ends, or choose "
+    f"{fs.printable(str(directory))} is locked by {holder}; wait until it has finished, or choose "
     "another output directory"
   )

@@ -1,4 +1,4 @@
-"""Output directories: checked before any work. `ov_data.output_lock` keeps other writers out."""
+"""Validation of output paths before any work; see `ov_data.output_lock` for locking."""
 
 from collections.abc import Collection
 import contextlib
@@ -10,14 +10,14 @@ from ov_data import fs, manifest, output_lock, unfinished
 from ov_data.output_lock import LOCK as LOCK
 from ov_data.output_lock import locked as locked
 
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")  # pathlib makes one slash of two
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")  # pathlib collapses "//"
 
 
 def local_path(path: str | os.PathLike[str]) -> Path:
-  """Return an output path.
+  """Return a local output path.
 
   Raises:
-    ValueError: it is in a bucket or another remote store, or no file can have that name.
+    ValueError: if the path is remote or not a valid file name.
   """
   text = os.fsdecode(path)
   fs.check_name(text)
@@ -26,17 +26,17 @@ def local_path(path: str | os.PathLike[str]) -> Path:
     url = f"{match[1]}://{rest}"
     remedy = f"write to a local directory and copy it to {url} when it is complete"
     if match[1].lower() == "file":
-      url, remedy = f"file:///{rest}", f"leave out the scheme: /{rest}"
+      url, remedy = f"file:///{rest}", f"omit the scheme: /{rest}"
     raise ValueError(f"output {fs.printable(url)}: expected a local path; {remedy}")
   return Path(text)
 
 
 def check_file(path: str | os.PathLike[str]) -> Path:
-  """Return the path of a file to write.
+  """Return the path of an output file.
 
   Raises:
-    ValueError: it is remote, a directory, or in a directory that does not exist.
-    OSError: its directory cannot be written.
+    ValueError: if the path is remote, a directory, or in a directory that does not exist.
+    OSError: if its directory is not writable.
   """
   file = local_path(path)
   if file.is_dir():
@@ -56,18 +56,18 @@ def check_directory(path: str | os.PathLike[str]) -> Path:
   """Return the path of an output directory, which need not exist.
 
   Raises:
-    ValueError: it is remote, no directory, or another process writes there.
-    OSError: it cannot be created or written.
+    ValueError: if the path is remote or not a directory, or another process writes to it.
+    OSError: if the directory cannot be created or written.
   """
   directory = local_path(path)
   name = fs.printable(str(directory))
   with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-    os.stat(directory)  # raises where the name is too long, or may not be looked up
+    os.stat(directory)  # raises if the name is too long or not accessible
   nearest = directory
   while not os.path.lexists(nearest):
     nearest = nearest.parent
   if nearest.is_symlink() and not nearest.exists():
-    raise ValueError(f"output {name}: {nearest} is a link whose target is missing; remove it")
+    raise ValueError(f"output {name}: {nearest} is a broken link; remove it")
   if not nearest.is_dir():
     raise ValueError(f"output {name}: {nearest} is not a directory; choose another path")
   _check_writable(nearest)
@@ -76,31 +76,31 @@ def check_directory(path: str | os.PathLike[str]) -> Path:
 
 
 def check_names(directory: Path, more: Collection[str] = ()) -> None:
-  """Check that what is written to a directory is not there already as something else.
+  """Check that no output file name is taken by something other than a regular file.
 
   Args:
-    directory: of the output; it need not exist.
-    more: names of files that are written there besides those of every data set.
+    directory: output directory, which need not exist.
+    more: names of output files in addition to those of every data set.
 
   Raises:
-    ValueError: a name is taken, for instance by a directory, a pipe or a link that leads nowhere.
+    ValueError: if a name is taken, for example by a directory, a pipe or a broken link.
   """
   for name in (LOCK, manifest.MANIFEST, manifest.SKIPPED, unfinished.FOLDER, *more):
     path = directory / name
     fits = path.is_dir() if name == unfinished.FOLDER else path.is_file()
     if os.path.lexists(path) and (not fits or name == LOCK and path.is_symlink()):
       raise ValueError(
-        f"{fs.printable(str(path))} is taken by something else than a data set writes there; "
+        f"{fs.printable(str(path))} exists and is not a file of a data set; "
         "remove it, or choose another output directory"
       )
 
 
 def check_readable(directory: Path, splits: Collection[str]) -> None:
-  """Check that `ov_data.Source(directory, split)` will read what is written there.
+  """Check that `ov_data.Source(directory, split)` will be able to read the output.
 
   Raises:
-    ValueError: a split has an impossible name, or something in the directory goes before shards,
-      or takes the name of a file of the data set.
+    ValueError: if a split name is invalid, or a file in the directory takes precedence over shards
+      or has the name of a file of the data set.
   """
   check_names(directory)
   for split in splits:
@@ -112,7 +112,7 @@ def check_readable(directory: Path, splits: Collection[str]) -> None:
       )
     if (directory / split).is_dir():
       raise ValueError(
-        f"{directory} has a folder {split!r}, which readers take for the split of that name; "
+        f"{directory} has a folder {split!r}, which would be read as the split of that name; "
         "choose another output directory"
       )
   if directory.is_dir() and manifest.is_tfds(str(directory)):

@@ -1,6 +1,7 @@
-"""Output directories: checks before the work, errors of writing, one writer at a time."""
+"""Output directories: validation, write errors, and locking."""
 
 from collections.abc import Iterator
+import dataclasses
 import errno
 import json
 import os
@@ -12,7 +13,7 @@ import time
 
 import pytest
 
-from ov_data import fs, output_lock, outputs, shards, sources, writer
+from ov_data import fs, lock_owner, output_lock, outputs, shards, sources, writer
 
 
 def _make_shard(split: str, number: int) -> Iterator[writer.Features]:
@@ -30,24 +31,22 @@ def _write(
 
 @pytest.mark.parametrize("scheme", ["gs", "s3", "http", "https", "hdfs", "abfss", "GS"])
 @pytest.mark.parametrize("as_path", [False, True])
-def test_remote_outputs_are_refused(tmp_path, monkeypatch, scheme, as_path):
+def test_remote_outputs_are_rejected(tmp_path, monkeypatch, scheme, as_path):
   monkeypatch.chdir(tmp_path)
   url = f"{scheme}://bucket/shards"
-  path = pathlib.Path(url) if as_path else url  # which has one slash only
+  path = pathlib.Path(url) if as_path else url  # pathlib collapses "//"
   message = f"output {url}: expected a local path; write to a local directory and copy it to {url}"
   with pytest.raises(ValueError, match=message):
     _write(path)
-  with pytest.raises(ValueError, match="expected a local path"):
-    writer.make_scenes_dataset(path, {"train": 5}, workers=0)
   with pytest.raises(ValueError, match="expected a local path"):
     writer.ShardWriter(path)
   assert not list(tmp_path.iterdir())
 
 
 def test_file_urls_and_nul(tmp_path):
-  with pytest.raises(ValueError, match=f"leave out the scheme: {tmp_path}"):
+  with pytest.raises(ValueError, match=f"omit the scheme: {tmp_path}"):
     _write(f"file://{tmp_path}")
-  with pytest.raises(ValueError, match="has a NUL byte"):
+  with pytest.raises(ValueError, match="contains a NUL byte"):
     _write(f"{tmp_path}/a\0b")
 
 
@@ -71,8 +70,8 @@ def test_impossible_directories(tmp_path, monkeypatch):
     ("file", "file is not a directory"),
     ("file/below", "file is not a directory"),
     ("pipe", "pipe is not a directory"),
-    ("link", "link is a link whose target is missing"),
-    ("link/below", "link is a link whose target is missing"),
+    ("link", "link is a broken link"),
+    ("link/below", "link is a broken link"),
   ):
     with pytest.raises(ValueError, match=message):
       _write(tmp_path / path)
@@ -90,7 +89,7 @@ def test_impossible_directories(tmp_path, monkeypatch):
 
 def test_directories_that_would_not_be_read(tmp_path):
   (tmp_path / "a/train").mkdir(parents=True)
-  with pytest.raises(ValueError, match="has a folder 'train', which readers take for the split"):
+  with pytest.raises(ValueError, match="has a folder 'train', which would be read as the split"):
     _write(tmp_path / "a")
   (tmp_path / "b").mkdir()
   (tmp_path / "b/dataset_info.json").write_text('{"splits": []}')
@@ -104,43 +103,38 @@ def test_directories_that_would_not_be_read(tmp_path):
 
 @pytest.mark.parametrize("name", ["dataset.json", "skipped.jsonl", "dataset.lock", "classes.txt"])
 @pytest.mark.parametrize("kind", ["directory", "pipe", "link to nowhere"])
-def test_names_that_are_taken(tmp_path, name, kind):
+def test_names_that_already_exist(tmp_path, name, kind):
   {
     "directory": os.mkdir,
     "pipe": os.mkfifo,
     "link to nowhere": lambda path: os.symlink(tmp_path / "none", path),
   }[kind](tmp_path / name)
-  with pytest.raises(ValueError, match=f"{name} is taken by something else .* remove it"):
+  with pytest.raises(
+    ValueError, match=f"{name} exists and is not a file of a data set.* remove it"
+  ):
     outputs.check_names(tmp_path, ("classes.txt",))
   if name != "classes.txt":
-    with pytest.raises(ValueError, match=f"{name} is taken by something else"):
+    with pytest.raises(ValueError, match=f"{name} exists and is not a file of a data set"):
       _write(tmp_path)
   assert os.listdir(tmp_path) == [name]
 
 
 def test_a_file_where_the_progress_is_kept(tmp_path):
   (tmp_path / "dataset.progress").write_text("")
-  with pytest.raises(ValueError, match="dataset.progress is taken by something else"):
+  with pytest.raises(ValueError, match="dataset.progress exists and is not a file of a data set"):
     _write(tmp_path)
 
 
-def test_a_negative_number_of_workers(tmp_path):
+def test_impossible_numbers_of_workers(tmp_path):
   with pytest.raises(ValueError, match="workers=-1: expected 0 .* or a number of processes"):
     writer.write_dataset(tmp_path / "out", {"train": 1}, _make_shard, {}, workers=-1)
-  assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("sizes", [{}, {"train": 0}, {"train": 10**24}, {"test": 1}])
-def test_absurd_numbers_of_scenes_are_refused_before_any_work(tmp_path, sizes):
-  with pytest.raises(ValueError, match=r"sizes=.*: expected 1 to 1,000,000,000 of train, heldout"):
-    writer.make_scenes_dataset(tmp_path / "out", sizes)
   with pytest.raises(ValueError, match="workers=1000000000: .* at most 1,024"):
-    writer.make_scenes_dataset(tmp_path / "out", {"train": 1}, workers=10**9)
+    writer.write_dataset(tmp_path / "out", {"train": 1}, _make_shard, {}, workers=10**9)
   assert not (tmp_path / "out").exists()
 
 
 class _Full:
-  """A file on a disk that is full after some bytes."""
+  """File on a disk that becomes full after some bytes."""
 
   def __init__(self, file, room, error):
     self._file, self._room, self._error = file, room, error
@@ -159,7 +153,7 @@ class _Full:
   "code, message",
   [
     (errno.ENOSPC, r"No space left on device \([\d,]+ bytes free\); free some space"),
-    (errno.EDQUOT, "quota is used up"),
+    (errno.EDQUOT, "quota is exceeded"),
     (errno.EROFS, "mounted read-only; choose another directory"),
     (errno.EACCES, "choose another directory, or change its permissions"),
   ],
@@ -187,7 +181,7 @@ def test_a_full_disk_while_files_are_replaced(tmp_path, monkeypatch):
 
 def test_a_shard_that_cannot_be_read_back(tmp_path):
   with (
-    pytest.raises(OSError, match="3 records were written and 2 can be read back"),
+    pytest.raises(OSError, match="3 records were written but 2 can be read"),
     writer.ShardWriter(tmp_path / "a.tfrecord") as out,
   ):
     for number in range(3):
@@ -206,7 +200,7 @@ _HOLD = (
 
 @pytest.fixture
 def other_writer(tmp_path):
-  """A process that writes to tmp_path/d."""
+  """Process that writes to tmp_path/d."""
   env = {**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
   command = [sys.executable, "-c", _HOLD, str(tmp_path / "d")]
   with subprocess.Popen(command, env=env, stdout=subprocess.PIPE) as process:
@@ -215,9 +209,9 @@ def other_writer(tmp_path):
     process.kill()
 
 
-def test_a_second_writer_is_refused_until_the_first_ends(tmp_path, other_writer):
+def test_a_second_writer_is_rejected_until_the_first_ends(tmp_path, other_writer):
   folder = tmp_path / "d"
-  message = rf"d is being written by process {other_writer.pid} on .*wait until it ends"
+  message = rf"d is locked by process {other_writer.pid} on .*wait until it has finished"
   with pytest.raises(ValueError, match=message):
     _write(folder)
   with pytest.raises(ValueError, match=message), outputs.locked(folder):
@@ -227,7 +221,7 @@ def test_a_second_writer_is_refused_until_the_first_ends(tmp_path, other_writer)
   _write(tmp_path / "e")  # another directory
   other_writer.kill()
   other_writer.wait()
-  assert (folder / outputs.LOCK).exists()  # left by a killed process, and not in the way
+  assert (folder / outputs.LOCK).exists()  # a stale lock file does not block
   assert _write(folder).examples == {"train": 6}
   assert not (folder / outputs.LOCK).exists()
 
@@ -241,24 +235,24 @@ _ORPHAN = (
 
 
 def test_workers_of_a_killed_writer_keep_others_out(tmp_path, monkeypatch):
-  """What they still write would end up among the shards of the next writer."""
+  """Otherwise their output would mix with the shards of the next writer."""
   env = {**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
   subprocess.run([sys.executable, "-c", _ORPHAN, str(tmp_path / "d"), "2"], env=env, check=False)
   start = time.monotonic()
-  outputs.check_directory(tmp_path / "d")  # they are about to end
+  outputs.check_directory(tmp_path / "d")  # workers are exiting
   assert _write(tmp_path / "d").examples == {"train": 6}
   assert time.monotonic() - start > 1
   subprocess.run([sys.executable, "-c", _ORPHAN, str(tmp_path / "e"), "9"], env=env, check=False)
   monkeypatch.setattr(output_lock, "_ORPHANS_SECONDS", 0.1)
-  with pytest.raises(ValueError, match="e is being written by workers of a killed process"):
+  with pytest.raises(ValueError, match="e is locked by workers of a killed process"):
     _write(tmp_path / "e")
 
 
-def test_a_number_that_another_process_has_by_now(tmp_path, other_writer):
-  """The owner was killed, and its workers still hold the lock: it is not "process 1234"."""
+def test_a_number_that_another_process_reuses(tmp_path, other_writer):
+  """A reused PID is not reported as the owner while workers of a killed owner hold the lock."""
   path = tmp_path / "d" / outputs.LOCK
   owner = json.loads(path.read_text())
-  path.write_text(json.dumps(owner | {"ticks": "1"}))
+  path.write_text(json.dumps(owner | {"started": "1"}))
   outputs.check_directory(tmp_path / "d")
   path.write_text(json.dumps(owner))
   with pytest.raises(
@@ -269,7 +263,7 @@ def test_a_number_that_another_process_has_by_now(tmp_path, other_writer):
 
 @pytest.fixture
 def no_flock(monkeypatch):
-  """A file system without locks."""
+  """Simulate a file system without locks."""
 
   def flock(descriptor, kind):
     raise OSError(errno.ENOLCK, "No locks available")
@@ -283,7 +277,7 @@ def no_flock(monkeypatch):
 def test_without_flock_an_owner_on_this_machine_counts_by_its_process(
   tmp_path, other_writer, no_flock
 ):
-  message = rf"d is being written by process {other_writer.pid} on "
+  message = rf"d is locked by process {other_writer.pid} on "
   with pytest.raises(ValueError, match=message):
     outputs.check_directory(tmp_path / "d")
   with pytest.raises(ValueError, match=message), outputs.locked(tmp_path / "d"):
@@ -297,14 +291,20 @@ def test_without_flock_an_owner_on_this_machine_counts_by_its_process(
 
 def test_without_flock_an_owner_elsewhere_counts_while_it_renews_the_file(tmp_path, no_flock):
   path = tmp_path / outputs.LOCK
-  owner = {"pid": 7, "host": "elsewhere", "since": "2026-11-28 10:00:00 UTC", "ticks": "5"}
-  path.write_text(json.dumps(owner))
-  with outputs.locked(tmp_path):  # nobody renews it
+  owner = dataclasses.replace(
+    lock_owner.this_process(),
+    pid=7,
+    host="elsewhere",
+    machine="elsewhere",
+    since="2026-11-28 10:00:00 UTC",
+  )
+  path.write_bytes(lock_owner.to_bytes(owner))
+  with outputs.locked(tmp_path):  # not renewed
     assert json.loads(path.read_text())["pid"] == os.getpid()
     before = path.stat().st_mtime_ns
     time.sleep(0.3)
     assert path.stat().st_mtime_ns > before
-  path.write_text(json.dumps(owner))
+  path.write_bytes(lock_owner.to_bytes(owner))
   timer = threading.Timer(0.2, os.utime, [path])
   timer.start()
   with (
@@ -328,11 +328,18 @@ def test_a_failed_writer_leaves_no_lock(tmp_path):
 
 
 def test_two_writers_at_once_make_one_data_set(tmp_path):
-  """Of two processes that start together, one writes and the other is refused or finds all done."""
-  program = (
-    "import sys; from ov_data import writer;"
-    "print(writer.make_scenes_dataset(sys.argv[1], {'train': 300}, image_size=32, workers=0))"
-  )
+  """Of two concurrent processes, one writes; the other fails or finds a complete data set."""
+  program = """if True:
+    import sys, time
+    from ov_data import writer
+
+    def shard(split, number):
+      for i in range(100):
+        time.sleep(0.01 if number else 0)
+        yield {"txt": f"{number} {i}"}
+
+    print(writer.write_dataset(sys.argv[1], {"train": 3}, shard, {}, workers=0))
+  """
   env = {**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
   command = [sys.executable, "-c", program, str(tmp_path / "d")]
   processes = [
@@ -343,9 +350,9 @@ def test_two_writers_at_once_make_one_data_set(tmp_path):
   for process in processes:
     out, err = process.communicate()
     outcomes.append(process.returncode == 0 and "300 train" in out)
-    assert outcomes[-1] or "is being written by process" in err
+    assert outcomes[-1] or "is locked by process" in err
   assert any(outcomes)
-  assert len(shards.find_shards(str(tmp_path / "d"), "train")) == 1
+  assert len(shards.find_shards(str(tmp_path / "d"), "train")) == 3
 
 
 def test_foreign_partial_files_are_kept(tmp_path):

@@ -1,8 +1,8 @@
-"""Walks the chunks of a PNG, and verifies the checksums of those that its pixels depend on.
+"""Iteration over PNG chunks and verification of the checksums that affect pixels.
 
-Each chunk ends with a CRC-32 of its type and content. Pillow skips those of the pixels. Here a
-wrong checksum makes the image unusable, except in chunks without which the pixels are the same
-(text, profiles, gamma, times, frames of an animation): these are left out anyway.
+Each chunk ends with a CRC-32 of its type and content. Pillow does not verify it for pixel data.
+This module rejects an image with a wrong checksum, except in chunks that do not affect pixels
+(text, profiles, gamma, times, animation frames), which are removed anyway.
 
 Format: https://www.w3.org/TR/png-3/#5Chunk-layout. WebP, GIF, JPEG and BMP have no checksums.
 """
@@ -14,10 +14,10 @@ import zlib
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
-_OVERHEAD = 12  # bytes of a chunk besides its content: length, type, checksum
-_ANCILLARY = 0x20  # the bit of the first letter of a type: set in chunks that a decoder may skip
-# Chunks that change pixels. A type that was damaged shows in a checksum that is right for one of
-# these instead.
+_OVERHEAD = 12  # bytes of length, type and checksum
+_ANCILLARY = 0x20  # bit of the first letter of the type, set in chunks that a decoder may skip
+# Chunks that affect pixels. If the checksum is correct for one of these types instead, the type of
+# the chunk is damaged.
 _PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"IDAT", b"tRNS")
 
 
@@ -25,9 +25,9 @@ class Chunk(NamedTuple):
   """A chunk of a PNG.
 
   Attributes:
-    kind: its type, four letters.
-    start, stop: where it is in the file, with length, type and checksum. The last one may be cut
-      off: then `stop` is after the end of the file.
+    kind: chunk type of four letters.
+    start, stop: byte range in the file, including length, type and checksum. `stop` is after the
+      end of the file if the last chunk is truncated.
   """
 
   kind: bytes
@@ -47,18 +47,18 @@ def walk(data: bytes) -> Iterator[Chunk]:
     position = stop
 
 
-def is_sound(data: bytes, chunk: Chunk) -> bool:
-  """Return whether the checksum of a chunk is right."""
+def has_valid_checksum(data: bytes, chunk: Chunk) -> bool:
+  """Return whether the checksum of a chunk is correct."""
   return _checksum(data, chunk, chunk.kind) == _stored(data, chunk)
 
 
 def problem(data: bytes) -> str:
-  """Return why the pixels of a PNG cannot be trusted; "" if all checksums they need are right."""
+  """Return which chunk is damaged; "" if all checksums that affect pixels are correct."""
   for chunk in walk(data):
     kind, start, stop = chunk
     if stop > len(data):
-      return ""  # cut off, which the decoder reports where pixels are missing
-    if is_sound(data, chunk):
+      return ""  # truncated; the decoder reports missing pixels
+    if has_valid_checksum(data, chunk):
       continue
     stored = _stored(data, chunk)
     skipped = kind.isalpha() and kind[0] & _ANCILLARY and kind not in _PIXEL_CHUNKS

@@ -1,4 +1,4 @@
-"""A PNG of which some bit was flipped has the same pixels, or is refused."""
+"""A PNG with a flipped bit has the same pixels or is rejected."""
 
 from collections import Counter
 import io
@@ -63,13 +63,13 @@ def _pixels(data):
 @pytest.mark.parametrize("mode", _IMAGES)
 def test_no_flipped_bit_changes_pixels(mode):
   data = _png(before_pixels=_chunk(b"tEXt", b"Comment\0a castle"), **_IMAGES[mode])
-  want = _pixels(data)
+  expected = _pixels(data)
   results = Counter()
   for bit in range(8 * len(data)):
     damaged = bytearray(data)
     damaged[bit // 8] ^= 1 << bit % 8
     try:
-      np.testing.assert_array_equal(_pixels(bytes(damaged)), want, f"byte {bit // 8}")
+      np.testing.assert_array_equal(_pixels(bytes(damaged)), expected, f"byte {bit // 8}")
       results["same"] += 1
     except decode.DecodeError:
       results["refused"] += 1
@@ -79,14 +79,14 @@ def test_no_flipped_bit_changes_pixels(mode):
 
 @pytest.mark.parametrize("kind", [b"IHDR", b"PLTE", b"IDAT", b"tRNS", b"IEND"])
 @pytest.mark.parametrize("byte", [-1, -4, -5])
-def test_a_wrong_checksum_of_a_chunk_that_matters(kind, byte):
+def test_a_wrong_checksum_of_a_chunk_that_affects_pixels(kind, byte):
   data = bytearray(_png(**_IMAGES["P"]))
   chunk = next(chunk for chunk in png_chunks.walk(bytes(data)) if chunk.kind == kind)
   data[chunk.stop + byte] ^= 1
   with pytest.raises(decode.DecodeError) as error:
     decode.full(bytes(data))
   if byte == -5 and kind == b"IEND":
-    assert error.value.reason == "broken image"  # its type is damaged: it has no content
+    assert error.value.reason == "broken image"  # damaged chunk type
     return
   assert str(error.value) == (
     f"broken image: wrong checksum of the PNG chunk {kind!r} at byte {chunk.start}"
@@ -98,10 +98,10 @@ def test_a_wrong_checksum_of_a_chunk_that_matters(kind, byte):
 
 @pytest.mark.parametrize("kind", _ANCILLARY)
 def test_a_wrong_checksum_of_another_chunk_is_ignored(kind):
-  want = _pixels(_png(**_IMAGES["P"]))
+  expected = _pixels(_png(**_IMAGES["P"]))
   odd = _chunk(kind, _ANCILLARY[kind], checksum_error=1)
   for place in ("before_pixels", "after_pixels"):
-    np.testing.assert_array_equal(_pixels(_png(**_IMAGES["P"], **{place: odd})), want)
+    np.testing.assert_array_equal(_pixels(_png(**_IMAGES["P"], **{place: odd})), expected)
 
 
 def test_an_orientation_with_a_wrong_checksum_is_not_applied():
@@ -111,10 +111,10 @@ def test_an_orientation_with_a_wrong_checksum_is_not_applied():
 
 
 def test_an_unknown_critical_chunk():
-  """Pixels do not depend on it, but its type may be what was damaged."""
-  want = _pixels(_png(**_IMAGES["RGBA"]))
+  """It does not affect pixels, but its type may be damaged."""
+  expected = _pixels(_png(**_IMAGES["RGBA"]))
   whole = _png(**_IMAGES["RGBA"], before_pixels=_chunk(b"ABCD", b"12"))
-  np.testing.assert_array_equal(_pixels(whole), want)
+  np.testing.assert_array_equal(_pixels(whole), expected)
   broken = _png(**_IMAGES["RGBA"], before_pixels=_chunk(b"ABCD", b"12", checksum_error=1))
   with pytest.raises(decode.DecodeError, match="wrong checksum of the PNG chunk b'ABCD'"):
     decode.full(broken)
@@ -125,7 +125,7 @@ def test_bytes_after_the_end_do_not_matter():
   np.testing.assert_array_equal(_pixels(data + b"\0\0\0\1IDATx" + bytes(90)), _pixels(data))
 
 
-def test_limits_come_before_checksums():
+def test_limits_precede_checksums():
   data = bytearray(_png(**_IMAGES["RGBA"]))
   data[16] = 0x40  # over a billion pixels in a row
   with pytest.raises(decode.DecodeError, match="too many pixels"):

@@ -1,10 +1,9 @@
-"""Runs a function in fresh worker processes that import nothing of the calling program.
+"""Worker processes that do not import the main module of the caller.
 
-`multiprocessing` either forks, which is unsafe once JAX or any other library runs threads, or
-imports the caller's main module again in every worker, which costs seconds where that is a
-training app. These workers are `python -c` with the same sys.path and import only what the
-function needs. They are in process groups of their own, where Ctrl-C does not reach them, and end
-when the caller ends, however it ends.
+`multiprocessing` either forks, which is unsafe once JAX or another library runs threads, or imports
+the caller's main module in every worker, which takes seconds for a training app. These workers are
+`python -c` processes with the same sys.path that import only what the function needs. They run in
+separate process groups, so Ctrl-C does not reach them, and exit when the caller exits.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +19,7 @@ import threading
 import traceback
 from typing import Any, TypeVar
 
-Report = Callable[[int], None]  # called by the function as often as it likes
+Report = Callable[[int], None]  # progress callback
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
@@ -32,17 +31,18 @@ def map_in_processes(
   report: Report = lambda n: None,
   inherited: Sequence[int] = (),
 ) -> Iterator[tuple[_Item, _Result]]:
-  """Calls `function(item, report)` for every item; yields (item, result) as they finish.
+  """Call `function(item, report)` for every item; yield (item, result) as they finish.
 
   Args:
-    function: picklable by reference: a function of a module, or an object of a class of one.
+    function: callable that is picklable by reference: a module-level function, or an instance of a
+      module-level class.
     items: picklable arguments.
-    workers: processes; 0 calls the function here, one item after the other.
-    report: gets, in some thread of this process, what the function reports from its own.
-    inherited: file descriptors that stay open in the workers.
+    workers: number of processes; 0 runs sequentially in this process.
+    report: callback that receives the reports of the workers in a thread of this process.
+    inherited: file descriptors that remain open in the workers.
 
   Raises:
-    ChildProcessError: a worker died; otherwise whatever the function raised, with its traceback.
+    ChildProcessError: if a worker died. Exceptions of the function are raised with their traceback.
   """
   if workers <= 0 or not items:
     for item in items:
@@ -67,14 +67,14 @@ def map_in_processes(
       for task in futures.as_completed(tasks):
         yield tasks[task], task.result()
     except BaseException:
-      stack.close()  # ends the workers, and with them the calls that wait for them
+      stack.close()  # stops the workers and the calls that wait for them
       raise
     finally:
       pool.shutdown(cancel_futures=True)
 
 
 class _Worker:
-  """One process, used by one thread at a time."""
+  """A worker process, used by one thread at a time."""
 
   def __init__(self, function: Callable[..., Any], report: Report, inherited: Sequence[int]):
     self._report = report
@@ -95,7 +95,7 @@ class _Worker:
     self._process.kill()
     self._process.wait()
     for pipe in (self._process.stdin, self._process.stdout):
-      with contextlib.suppress(OSError):  # what the dead process did not read
+      with contextlib.suppress(OSError):  # unread input of a dead process
         if pipe:
           pipe.close()
 
@@ -113,14 +113,14 @@ class _Worker:
 
   @contextlib.contextmanager
   def _alive(self, item: Any) -> Iterator[None]:
-    """Report the end of the process, which is all that a broken pipe can mean in this block."""
+    """Raise ChildProcessError for a broken pipe, which means that the process has exited."""
     try:
       yield
     except (EOFError, BrokenPipeError, pickle.UnpicklingError):
       code = self._process.wait()
-      hint = " (killed; too little memory for so many workers?)" if code == -9 else ""
+      hint = " (killed; not enough memory for this number of workers?)" if code == -9 else ""
       raise ChildProcessError(
-        f"a worker process ended with code {code}{hint} at {item!r}; give the same command again"
+        f"a worker process ended with code {code}{hint} at {item!r}; repeat the command"
         f"{', with fewer workers' if hint else ''}"
       ) from None
 
@@ -131,10 +131,10 @@ class _Worker:
 
 
 def serve() -> None:
-  """The loop of a worker: reads the function, then items, from stdin until the caller ends."""
+  """Run the worker loop: read the function, then items, from stdin until the caller exits."""
   signal.signal(signal.SIGINT, signal.SIG_IGN)
   inbox, outbox = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-  os.dup2(2, 1)  # whatever prints goes to the terminal, not into the answers
+  os.dup2(2, 1)  # send printed output to stderr, not into the results
   threading.current_thread().name = "ov-worker"
 
   def send(kind: str, value: Any) -> None:
@@ -157,5 +157,5 @@ def _picklable(error: Exception) -> Exception:
   try:
     pickle.loads(pickle.dumps(error))
     return error
-  except Exception:  # exceptions with arguments of their own often cannot be rebuilt
+  except Exception:  # exceptions with custom arguments often cannot be unpickled
     return RuntimeError(f"{type(error).__name__}: {error}")

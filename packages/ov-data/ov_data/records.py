@@ -1,9 +1,9 @@
-"""TFRecord framing: one record = length, its checksum, the bytes, their checksum.
+"""TFRecord framing: length, checksum of the length, data, checksum of the data.
 
     uint64 length | uint32 masked_crc32c(length) | data[length] | uint32 masked_crc32c(data)
 
-all little-endian. The checksums are CRC-32C, rotated and offset ("masked") so that data which
-themselves contain checksums stay well protected.
+All fields are little-endian. The checksums are CRC-32C, rotated and offset ("masked") because CRCs
+of data that contain CRCs are weak.
 Format: https://www.tensorflow.org/tutorials/load_data/tfrecord#tfrecords_format_details
 """
 
@@ -20,11 +20,11 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-HEADER_BYTES = 12  # length and its checksum, before the data
-FOOTER_BYTES = 4  # checksum of the data, after it
-MAX_RECORD_BYTES = 1 << 30  # a longer length field is taken as damage, not as an allocation request
+HEADER_BYTES = 12  # length and its checksum
+FOOTER_BYTES = 4  # checksum of the data
+MAX_RECORD_BYTES = 1 << 30  # larger length fields are treated as damage
 
-_FOREIGN = {  # first bytes of files that are often taken for shards
+_FOREIGN = {  # signatures of files that are often mistaken for shards
   b"\x1f\x8b": "gzip-compressed shard",
   b"\x28\xb5\x2f\xfd": "zstd-compressed shard",
   b"BZh": "bzip2-compressed shard",
@@ -41,12 +41,12 @@ FOREIGN_REASONS = frozenset((*_FOREIGN.values(), "zlib-compressed shard"))
 _HEADER = struct.Struct("<QI")
 _FOOTER = struct.Struct("<I")
 _CHUNK_BYTES = 8 << 20
-_FIRST_WINDOW, _LAST_WINDOW = 4 << 10, 1 << 20  # bytes searched at once after damage
-_FREE_BYTES, _READS_OF_A_BYTE, _MAX_SEARCHES = 64 << 20, 8, 10_000  # bounds on that search
+_FIRST_WINDOW, _LAST_WINDOW = 4 << 10, 1 << 20  # bytes per search step after damage
+_FREE_BYTES, _READS_PER_BYTE, _MAX_SEARCHES = 64 << 20, 8, 10_000  # bounds on that search
 
 
 class RecordError(ValueError):
-  """A record that cannot be read: `offset` (bytes into the shard) and `reason` (a short word)."""
+  """An unreadable record, with `offset` in the shard in bytes and `reason` as a short phrase."""
 
   def __init__(self, offset: int, reason: str):
     super().__init__(f"record at byte {offset}: {reason}")
@@ -56,13 +56,13 @@ class RecordError(ValueError):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Entry:
-  """A record of a shard, or a damaged stretch of it.
+  """A record or a damaged byte range of a shard.
 
   Attributes:
-    offset: first data byte of the record; first byte of the stretch where no header is intact.
-    length: bytes of data, or of the damaged stretch.
-    damage: why the bytes must not be used; None for a sound record.
-    records: number of records here; None for a stretch whose headers are lost, at least 1.
+    offset: first data byte of the record, or first byte of a range without a valid header.
+    length: number of data bytes or damaged bytes.
+    damage: reason of the damage; None for a valid record.
+    records: number of records; None (at least 1) for a range without valid headers.
   """
 
   offset: int
@@ -77,7 +77,7 @@ def masked_crc32c(data: bytes) -> int:
 
 
 def frame(data: bytes) -> bytes:
-  """The record that holds `data`, ready to be appended to a shard."""
+  """Return `data` framed as a TFRecord."""
   length = struct.pack("<Q", len(data))
   return b"".join(
     (length, _FOOTER.pack(masked_crc32c(length)), data, _FOOTER.pack(masked_crc32c(data)))
@@ -85,10 +85,14 @@ def frame(data: bytes) -> bytes:
 
 
 def unframe(record: bytes, offset: int = 0) -> bytes:
-  """The data of one framed record; `offset` only serves the error.
+  """Return the data of one framed record.
+
+  Args:
+    record: bytes of the framed record.
+    offset: byte offset of the record, for the error message.
 
   Raises:
-    RecordError: a checksum or the length does not fit.
+    RecordError: if the length or a checksum does not match.
   """
   length = _data_length(record[:HEADER_BYTES], offset)
   if len(record) != HEADER_BYTES + length + FOOTER_BYTES:
@@ -100,15 +104,15 @@ def unframe(record: bytes, offset: int = 0) -> bytes:
 
 
 def scan(stream: BinaryIO, size: int | None = None) -> Iterator[Entry]:
-  """Yield every record of a shard in order, both checksums verified.
+  """Yield the records of a shard in order and verify both checksums.
 
-  A record whose data are damaged is one entry with `damage`. Where a header is damaged, the scan
-  continues at the next offset at which a whole record begins: header, data and both checksums fit.
-  The bytes up to there are one entry. The work is bounded by a multiple of the size of the shard.
+  A record with damaged data is one entry with `damage`. After a damaged header, the scan resumes at
+  the next offset at which a complete record with two valid checksums begins. The bytes in between
+  are one entry. The work is bounded by a multiple of the size of the shard.
 
   Args:
-    stream: the shard; seekable.
-    size: bytes of the shard; None asks the stream.
+    stream: seekable stream of the shard.
+    size: size of the shard in bytes; None determines it from the stream.
   """
   if size is None:
     size = stream.seek(0, os.SEEK_END)
@@ -116,7 +120,7 @@ def scan(stream: BinaryIO, size: int | None = None) -> Iterator[Entry]:
   search = Search(stream, size)
   position = 0  # of `buffer[start]` in the shard
   buffer, start, chunk = b"", 0, _CHUNK_BYTES
-  suspect: Entry | None = None  # its data are damaged; so may be its length, see the next header
+  suspect: Entry | None = None  # damaged data, maybe damaged length
   while True:
     while len(buffer) - start < HEADER_BYTES and (more := stream.read(chunk)):
       buffer, start, chunk = buffer[start:] + more, 0, min(2 * chunk, _CHUNK_BYTES)
@@ -165,25 +169,25 @@ def scan(stream: BinaryIO, size: int | None = None) -> Iterator[Entry]:
 
 
 class Search:
-  """Finds where records continue after damage.
+  """Search for the next valid record after damage.
 
   Args:
-    stream: the shard.
-    size: bytes of the shard.
+    stream: seekable stream of the shard.
+    size: size of the shard in bytes.
   """
 
   def __init__(self, stream: BinaryIO, size: int):
     self._stream = stream
     self._size = size
-    self._budget = _FREE_BYTES + _READS_OF_A_BYTE * size  # or crafted headers cost quadratic time
+    self._budget = _FREE_BYTES + _READS_PER_BYTE * size  # avoids quadratic time
     self._searches = _MAX_SEARCHES
 
   def spend(self, count: int) -> None:
-    """Count bytes that were checksummed in vain."""
+    """Charge bytes of failed checksums to the budget."""
     self._budget -= count
 
   def next_record(self, position: int) -> int:
-    """Return the offset of the first whole record from `position` on; the size if there is none."""
+    """Return the offset of the first complete record from `position` on, or the shard size."""
     self._searches -= 1
     window = _FIRST_WINDOW
     while self._searches >= 0 and self._budget > 0 and position < self._size:
@@ -210,13 +214,13 @@ class Search:
 
 
 def _headers(data: bytes) -> Iterator[tuple[int, int]]:
-  """Yield offset and length of every 12 bytes that form a header with a fitting checksum."""
+  """Yield offset and record length of every valid header in `data`."""
   count = len(data) - HEADER_BYTES + 1
   if count <= 0:
     return
   octets = np.frombuffer(data, np.uint8)
   zero = octets == 0
-  possible = octets[3 : 3 + count] <= MAX_RECORD_BYTES >> 24  # a length has 31 bits
+  possible = octets[3 : 3 + count] <= MAX_RECORD_BYTES >> 24  # lengths have at most 31 bits
   for byte in range(4, 8):
     possible &= zero[byte : byte + count]
   offsets = np.flatnonzero(possible)
@@ -235,7 +239,7 @@ def _headers(data: bytes) -> Iterator[tuple[int, int]]:
 
 @functools.cache
 def _length_tables() -> list[NDArray[np.uint32]]:
-  """Return what each value of bytes 0 to 3 of a length adds to the checksum of its 8 bytes."""
+  """Return CRC tables for bytes 0 to 3 of the 8-byte length."""
   zeros = google_crc32c.value(bytes(8))
   return [
     np.array(
@@ -258,7 +262,7 @@ def _data_length(header: bytes, offset: int) -> int:
 
 
 def _foreign_format(header: bytes) -> str:
-  """Return why the first header of a shard is none."""
+  """Return the format of a file that does not begin with a valid header."""
   for start, reason in _FOREIGN.items():
     if header.startswith(start):
       return reason

@@ -38,7 +38,7 @@ def test_unframe():
     records.unframe(records.frame(b"hello")[:-1], 7)
 
 
-def test_flipped_data_byte_costs_one_record():
+def test_flipped_data_byte_loses_one_record():
   data, shard = _shard([10, 20, 30])
   damaged = bytearray(shard)
   damaged[26 + 12 + 5] ^= 1
@@ -56,7 +56,7 @@ def _sound(shard):
   return [shard[e.offset : e.offset + e.length] for e in _entries(shard) if e.damage is None]
 
 
-def test_damaged_length_costs_one_record():
+def test_damaged_length_loses_one_record():
   data, shard = _shard([10, 20, 30])
   damaged = bytearray(shard)
   damaged[26] ^= 1
@@ -80,7 +80,7 @@ def test_only_records_that_damage_touches_are_lost(first, stop):
 
 @pytest.mark.parametrize("first, stop", [(30, 60), (38, 39), (70, 5400), (27, 28)])
 def test_records_after_missing_bytes_are_found(first, stop):
-  """Bytes were lost, so that the length of the damaged record reaches into its neighbours."""
+  """After lost bytes, the damaged record extends into the following records."""
   data, shard = _shard([10, 40, 300, 5000, 30, 3])
   ends = np.cumsum([len(d) + 16 for d in data])
   untouched = [d for d, end in zip(data, ends) if end <= first or end - len(d) - 16 >= stop]
@@ -96,7 +96,7 @@ def test_nothing_is_found_in_random_bytes_or_zeros():
 
 @pytest.mark.parametrize("length", [0, 1 << 19, 1 << 29])
 def test_work_on_crafted_headers_is_bounded(length):
-  """Every 12 bytes claim to be the header of a record; a naive search takes quadratic time."""
+  """Every 12 bytes are a valid header, for which a naive search takes quadratic time."""
   header = records.frame(bytes(length))[:12] if length < 1 << 20 else None
   if header is None:
     packed = length.to_bytes(8, "little")
@@ -110,7 +110,7 @@ def test_work_on_crafted_headers_is_bounded(length):
 def test_many_damaged_stretches_are_bounded():
   shard = (records.frame(b"x" * 30) + b"\1" * 12) * 30_000
   start = time.process_time()
-  assert len(_sound(shard)) == 10_001  # the bound on searches; the rest is one stretch
+  assert len(_sound(shard)) == 10_001  # limited by the number of searches; the rest is one range
   assert time.process_time() - start < 20
 
 
@@ -121,7 +121,7 @@ def test_many_damaged_stretches_are_bounded():
     (zlib.compress(b"x" * 99), "zlib-compressed shard"),
     (b"<html>404 Not Found</html>", "web page"),
     (b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS pointer"),
-    (b"\x78\x9c" + b"\xff" * 20, "length checksum"),  # begins like zlib, and is not
+    (b"\x78\x9c" + b"\xff" * 20, "length checksum"),  # zlib signature without zlib data
     (b"something else", "length checksum"),
   ],
 )
@@ -130,7 +130,7 @@ def test_other_content_is_named(head, reason):
 
 
 @pytest.mark.parametrize("cut, reason", [(3, "truncated record"), (40, "truncated header")])
-def test_truncated_shard_keeps_what_is_whole(cut, reason):
+def test_truncated_shard_keeps_complete_records(cut, reason):
   _, shard = _shard([10, 20, 30])
   entries = list(records.scan(io.BytesIO(shard[:-cut])))
   assert [e.damage for e in entries] == [None, None, reason]

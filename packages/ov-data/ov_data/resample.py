@@ -1,9 +1,9 @@
-"""Antialiased resize of a box of pixels: the triangle filter of Pillow and TensorFlow, with SIMD.
+"""Antialiased bilinear resize of a box (triangle filter as in Pillow and TensorFlow), with SIMD.
 
-The filter grows with the factor, so stripes finer than the new pixels come out grey at any factor.
-cykooz-resizer takes a third of Pillow's time and differs by at most 1 of 255, in few values. It
-counts in integers: its results are the same whatever the processor offers. Pillow resizes where it
-has no wheel (Linux on ARM).
+The filter support scales with the resize factor, which prevents aliasing at any factor.
+cykooz-resizer takes a third of Pillow's time; few values differ, by at most 1 of 255. It uses
+integer arithmetic, so results do not depend on the CPU. Pillow is used on platforms without a
+cykooz-resizer wheel (Linux on ARM).
 """
 
 import math
@@ -20,22 +20,22 @@ except ImportError:
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 
-_FRACTIONS = 1 << 16  # of a pixel; then sums are exact, and none is out of the image by an ulp
-_thread = threading.local()  # a resizer has a lock: one for each thread
+_FRACTIONS = 1 << 16  # subpixel steps; sums are exact and never exceed the image by an ulp
+_thread = threading.local()  # a resizer has a lock: one per thread
 
 
 def triangle(pixels: NDArray[np.uint8], box: Box, size: int) -> NDArray[np.uint8]:
-  """A box of an image (uint8 [h, w, 3]) stretched to [size, size, 3]; sides may cut pixels.
+  """Resize a box of an image (uint8 [h, w, 3]) to [size, size, 3].
 
-  As in Pillow, the filter reaches over the sides of the box as far as there are pixels.
+  The box may have fractional borders. As in Pillow, the filter also reads pixels outside the box.
   """
   if cykooz_resizer is None:
     image = Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR, box)
     return np.asarray(image)
-  # The library copies what it is given, so it is given no more than the filter reads.
+  # The library copies its input, so pass only the pixels that the filter reads.
   left, top, right, bottom = (round(side * _FRACTIONS) / _FRACTIONS for side in box)
-  first_x, stop_x = _reach(left, right, pixels.shape[1], size)
-  first_y, stop_y = _reach(top, bottom, pixels.shape[0], size)
+  first_x, stop_x = _read_range(left, right, pixels.shape[1], size)
+  first_y, stop_y = _read_range(top, bottom, pixels.shape[0], size)
   part = pixels[first_y:stop_y, first_x:stop_x]
   kind = cykooz_resizer.PixelType.U8x3
   source = cykooz_resizer.ImageData(stop_x - first_x, stop_y - first_y, kind, part.tobytes())
@@ -50,7 +50,7 @@ def triangle(pixels: NDArray[np.uint8], box: Box, size: int) -> NDArray[np.uint8
   return np.frombuffer(target.get_buffer(), np.uint8).reshape(size, size, 3)
 
 
-def _reach(start: float, stop: float, side: int, size: int) -> tuple[int, int]:
-  """The pixels of one side that a resize of [start, stop) to `size` reads, and a few more."""
+def _read_range(start: float, stop: float, side: int, size: int) -> tuple[int, int]:
+  """Return a pixel range that contains all pixels read by a resize of [start, stop) to `size`."""
   margin = math.ceil((stop - start) / size) + 1
   return max(0, math.floor(start) - margin), min(side, math.ceil(stop) + margin)

@@ -1,4 +1,4 @@
-"""Mutated data sets: every record is read, counted, or the opening fails in one line."""
+"""Mutated data sets: each record is read or counted, or opening fails with a one-line error."""
 
 import os
 from pathlib import Path
@@ -8,6 +8,7 @@ import shutil
 import pytest
 
 from ov_data import records, shards, writer
+from ov_data.request import Request, Source
 from ov_data.splits import Split
 
 _SHARDS, _RECORDS = 3, 12
@@ -70,11 +71,11 @@ def base(tmp_path_factory):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_nothing_is_lost_silently_or_invented(base, tmp_path, seed, monkeypatch):
+def test_no_record_is_lost_or_invented(base, tmp_path, seed, monkeypatch):
   monkeypatch.setenv("OV_DATA_CACHE", str(tmp_path / "cache"))
   total = _SHARDS * _RECORDS
   written = _open(base)
-  truth = {written.read(number) for number in range(total)}
+  truth = {written.data(number) for number in range(total)}
   rng = random.Random(seed)
   outcomes = {"used": 0, "counted": 0, "error": 0}
   for _ in range(_MUTATIONS // 4):
@@ -101,7 +102,7 @@ def test_nothing_is_lost_silently_or_invented(base, tmp_path, seed, monkeypatch)
 
 @pytest.mark.parametrize("name", ["dataset.json", "train-00001-of-00003.tfrecord"])
 def test_damaged_manifests_and_shards(base, tmp_path, name):
-  """Of a manifest every change is noticed, or it is no longer a manifest of this writer."""
+  """Each change of a manifest is detected, or it is no longer a manifest of this writer."""
   rng = random.Random(7)
   for _ in range(_MUTATIONS // 4):
     folder = tmp_path / "d"
@@ -117,15 +118,15 @@ def test_damaged_manifests_and_shards(base, tmp_path, name):
 
 
 def _open(folder: Path) -> shards.Shards:
-  return shards.Shards([str(folder)], Split("train"))
+  return shards.Shards(Request(Source(str(folder)), Split("train")))
 
 
 def _read(opened: shards.Shards) -> tuple[set[bytes], int]:
-  """Return the records, and how many have changed since they were indexed."""
+  """Return the records and the number of records that changed after indexing."""
   found, broken = set(), 0
   for number in range(len(opened)):
     try:
-      found.add(opened.read(number))
-    except records.RecordError:  # in bytes that no fingerprint of the sidecar covers
+      found.add(opened.data(number))
+    except records.RecordError:  # not covered by the fingerprint in the sidecar
       broken += 1
   return found, broken

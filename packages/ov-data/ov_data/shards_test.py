@@ -1,4 +1,4 @@
-"""Shards: what paths mean, counts compared with manifests, damage, messages."""
+"""Shards: path resolution, comparison with manifests, damage, and messages."""
 
 import json
 import os
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from ov_data import example, records, shard_names, shards
+from ov_data.request import Request
 from ov_data.sources import Dataset, Source
 from ov_data.splits import Split
 
@@ -52,7 +53,7 @@ def data(tmp_path, request):
 
 
 def _open(path, split=None):
-  return shards.Shards([str(path)], Split.parse(split))
+  return shards.Shards(Request(Source(str(path)), Split.parse(split)))
 
 
 def _path(folder, number):
@@ -60,7 +61,7 @@ def _path(folder, number):
 
 
 def _numbers(opened):
-  return [int(opened.features(record)["n"][0]) for record in range(len(opened))]
+  return [int(opened.read(record).labels["n"][0]) for record in range(len(opened))]
 
 
 def test_counts_that_fit(data):
@@ -70,7 +71,7 @@ def test_counts_that_fit(data):
 
 @pytest.mark.parametrize("left", [0, 7])
 def test_a_shard_cut_between_records_is_an_error(data, left):
-  """A shard that arrived empty, or without its last three records."""
+  """The shard is empty or lacks its last three records."""
   path = _path(data, 1)
   path.write_bytes(b"".join(_frames(10, left)))
   found = rf"({path.name} holds {left} of 10|shards hold {30 + left}; .*{path.name} with {left})"
@@ -110,7 +111,7 @@ def test_damaged_records_are_counted_not_missing(data):
 
 
 def test_a_damaged_stretch_counts_all_its_records(data):
-  """The manifest knows how many records were in bytes that hold no intact header."""
+  """The manifest has the number of records in ranges without a valid header."""
   size = len(_frames(10, 1)[0])
   path = _path(data, 1)
   content = bytearray(path.read_bytes())
@@ -122,8 +123,8 @@ def test_a_damaged_stretch_counts_all_its_records(data):
   assert opened.skips[0].detail == f"4 records in bytes {2 * size} to {6 * size}"
 
 
-def test_a_shard_of_which_nothing_is_left(data):
-  """Its records are counted: the manifest knows how many they were."""
+def test_a_shard_without_any_valid_record(data):
+  """Its records are counted from the manifest."""
   path = _path(data, 2)
   path.write_bytes(bytes(path.stat().st_size))
   opened = _open(f"{data}/*-of-00004*")
@@ -132,7 +133,7 @@ def test_a_shard_of_which_nothing_is_left(data):
 
 
 def test_a_shard_cut_within_a_record(data):
-  """The record that was cut is damage; records after it are missing."""
+  """The truncated record is damaged; the following records are missing."""
   path, size = _path(data, 3), len(_frames(30, 1)[0])
   os.truncate(path, 10 * size - 5)
   assert [skip.reason for skip in _open(f"{data}/*-of-00004*").skips] == ["truncated record"]
@@ -188,12 +189,12 @@ def test_a_damaged_manifest_is_an_error_in_one_line(tmp_path, content):
     _open(tmp_path / "d")
 
 
-def test_a_manifest_with_impossible_numbers_costs_no_time(tmp_path):
+def test_a_manifest_with_impossible_numbers_takes_no_time(tmp_path):
   _write(tmp_path / "d" / "train-00000-of-00001.tfrecord")
   split = {**_SPLIT, "shards": 10**15}
   content = {"format": "ov_data dataset 1", "splits": {"train": split}}
   (tmp_path / "d" / "dataset.json").write_text(json.dumps(content))
-  assert len(_open(tmp_path / "d")) == 10  # counts another set of shards
+  assert len(_open(tmp_path / "d")) == 10  # the manifest counts another set of shards
   (tmp_path / "d" / "train-00000-of-99999999999999.tfrecord").write_bytes(b"")
   with pytest.raises(ValueError, match="several sets"):
     _open(tmp_path / "d")
@@ -209,7 +210,7 @@ def test_folders_with_special_names(tmp_path, name):
   folder = tmp_path / name
   for number in range(3):
     _write(folder / f"train-{number:05d}-of-00003.tfrecord", 10 * number)
-  _write(tmp_path / "b1" / "train-00000-of-00001.tfrecord", 500)  # what b[1] means as a pattern
+  _write(tmp_path / "b1" / "train-00000-of-00001.tfrecord", 500)  # matched by the pattern b[1]
   train = [str(folder / f"train-{number:05d}-of-00003.tfrecord") for number in range(3)]
   assert shards.find_shards(str(folder), "train") == train
   assert shards.find_shards(f"{folder}/train-*") == train
@@ -246,7 +247,7 @@ def test_missing_shards_that_a_glob_means(tmp_path):
       _open(f"{tmp_path}/{pattern}")
   assert len(_open(f"{tmp_path}/train-0000[02]-*")) == 20
   paths = [f"{tmp_path}/train-0000{number}-of-00004.tfrecord" for number in (0, 2)]
-  assert len(shards.Shards(paths, Split.parse(None))) == 20
+  assert len(shards.Shards(Request(Source(tuple(paths)), Split(None)))) == 20
 
 
 def test_old_and_new_shards_are_not_mixed(tmp_path):
@@ -264,21 +265,24 @@ def _fails(path, message, split=None):
   assert "\n" not in str(caught.value)
 
 
-def test_a_glob_without_shards_says_what_is_there(tmp_path):
+def test_a_glob_without_shards_lists_existing_files(tmp_path):
   for number in range(2):
     _write(tmp_path / f"train-{number:05d}-of-00002")
   here = str(tmp_path)
-  message = r"2 files match, and none is named like a shard.*train-00000-of-00002 lacks that ending"
-  _fails(f"{here}/train-*", message + ".*give train@2")
-  _fails(here, r"no \*\.tfrecord\* file in it; train-00000-of-00002 lacks that ending")
+  message = (
+    r"2 files match, and none has the name of a shard.*train-00000-of-00002 lacks that suffix"
+  )
+  _fails(f"{here}/train-*", message + ".*use train@2")
+  _fails(here, r"no \*\.tfrecord\* file in it; train-00000-of-00002 lacks that suffix")
   assert len(_open(f"{here}/train@2")) == 20
   _fails(f"{here}/test-*", "no file matches; there are train-00000-of-00002, train-00001-of-00002$")
   _fails(f"{here}/train@3", "no file is named .*-of-00003; there are train-00000-of-00002")
   _fails(f"{here}/nowhere", "no such file or directory")
   os.symlink("nowhere", tmp_path / "link.tfrecord")
-  _fails(f"{here}/link.tfrecord", "a link whose target is missing")
-  _fails(f"{here}/a\0b", "has a NUL byte")
-  _fails(f"{here}/train-{{00000..00001}}", "braces have no meaning here")
+  _fails(f"{here}/link.tfrecord", "a broken link")
+  _fails(f"{here}/a\0b", "contains a NUL byte")
+  _fails(f"{here}/train-{{00000..00001}}.tfrecord", "2 of 2 files are missing, .*train-00000")
+  _fails(f"{here}/train-{{00000,00001}}", "braces are only supported in ranges")
   _fails("gs:/bucket/x", "did you mean gs://bucket/x")
   _fails("", "is empty; name a folder")
 
@@ -286,22 +290,22 @@ def test_a_glob_without_shards_says_what_is_there(tmp_path):
 @pytest.mark.parametrize(
   "name, what",
   [
-    ("a.tar", "a tar file.*tools/data:convert"),
-    ("a.tar.gz", "a compressed tar file.*uncompress"),
+    ("a.tar", "a tar file.*separate Source"),
+    ("a.tar.gz", "a compressed tar file.*decompress"),
     ("a.tgz", "a compressed tar file"),
-    ("a.zip", "an archive.*unpack"),
+    ("a.zip", "an archive.*extract"),
     ("a.csv", r"a table.*captions\.jsonl.*tools/data:convert"),
     ("a.tsv", "a table"),
     ("a.jsonl", "a list of JSON lines.*tools/data:convert"),
-    ("a.parquet", r"a Parquet file.*captions\.jsonl"),
+    ("a.parquet", r"a Parquet file.*separate Source"),
     ("data-00000-of-00001.arrow", "an Arrow file"),
-    ("set-train.array_record-00000-of-00001", "an ArrayRecord file.*TFRecord"),
+    ("set-train.array_record-00000-of-00001", "an ArrayRecord file.*separate Source"),
   ],
 )
 def test_other_formats_are_named(tmp_path, name, what):
   (tmp_path / name).write_bytes(b"something")
   _fails(tmp_path / name, rf"{name} is {what}")
-  _fails(f"{tmp_path}/{name[:3]}*", rf"what matches is {what}")
+  _fails(f"{tmp_path}/{name[:3]}*", rf"the match is {what}")
   _fails(tmp_path, rf"no \*\.tfrecord\* file in it; it holds {what}")
   shutil.copy(tmp_path / name, tmp_path / f"b{name}")
   _fails(tmp_path, "it holds 2 .*files|lists|tables|archives")
@@ -318,17 +322,19 @@ def test_a_damaged_tfds_directory(tmp_path, content):
   pytest.importorskip("tensorflow_datasets")
   _write(tmp_path / "set-train.tfrecord-00000-of-00001")
   (tmp_path / "dataset_info.json").write_text(content)
-  _fails(tmp_path, "is damaged|cannot be opened as a TensorFlow Datasets directory", "train")
+  message = "is damaged|cannot be opened as a TensorFlow Datasets directory"
+  with pytest.raises(ValueError, match=message):
+    Dataset(Source(str(tmp_path), "train"))
 
 
 def test_compressed_shards(tmp_path):
   import gzip
 
   (tmp_path / "a.tfrecord.gz").write_bytes(gzip.compress(_frames(0, 3)[0]))
-  _fails(tmp_path, r"no usable record .*at byte 0: gzip-compressed shard\. Uncompress")
+  _fails(tmp_path, r"no usable record .*at byte 0: gzip-compressed shard\. Decompress")
   _write(tmp_path / "a.tfrecord")
-  message = r"1 of 2 shards have no usable record; first damage: .*a\.tfrecord\.gz .*Uncompress"
-  _fails(tmp_path, message + ".*or leave them out with a glob")
+  message = r"1 of 2 shards have no usable record; first damage: .*a\.tfrecord\.gz .*Decompress"
+  _fails(tmp_path, message + ".*or exclude them with a glob")
 
 
 @pytest.mark.parametrize(
@@ -339,17 +345,17 @@ def test_compressed_shards(tmp_path):
     (b"x" * 999, "length checksum.*Are they TFRecord files"),
   ],
 )
-def test_files_that_are_no_shards(tmp_path, content, message):
-  """One of them among shards would lose an unknown number of records."""
+def test_files_that_are_not_shards(tmp_path, content, message):
+  """Ignoring such a file would lose an unknown number of records."""
   (tmp_path / "train-00000-of-00002.tfrecord").write_bytes(content)
   _fails(f"{tmp_path}/train-00000*", f"no usable record in the 1 shard.*{message}")
   _write(tmp_path / "train-00001-of-00002.tfrecord")
   _fails(tmp_path, f"1 of 2 shards have no usable record; .*{message}")
   assert len(_open(f"{tmp_path}/*-00001-*")) == 10
-  assert len(list(tmp_path.glob("*.ovidx"))) == 1  # none next to what is no shard
+  assert len(list(tmp_path.glob("*.ovidx"))) == 1  # none next to files that are not shards
 
 
-def test_file_names_that_are_no_utf8(tmp_path):
+def test_file_names_that_are_not_utf8(tmp_path):
   folder = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
   _write(folder + "/train-00000-of-00001.tfrecord")
   assert len(_open(folder)) == 10
@@ -358,17 +364,17 @@ def test_file_names_that_are_no_utf8(tmp_path):
     _open(folder, "test")
 
 
-def test_records_whose_feature_names_are_no_utf8(tmp_path):
+def test_records_whose_feature_names_are_not_utf8(tmp_path):
   content = example.serialise({"txt": "a", "name": "b"}).replace(b"name", b"n\xe9me")
   (tmp_path / "a.tfrecord").write_bytes(records.frame(content))
   opened = _open(tmp_path)
-  assert opened.features(0) == {"txt": [b"a"], "n\udce9me": [b"b"]}
-  assert opened.features(0, ("txt",)) == {"txt": [b"a"]}
+  assert opened.read(0).texts == {"txt": [b"a"], "n\udce9me": [b"b"]}
+  assert opened.read(0, ("txt",)).texts == {"txt": [b"a"]}
 
 
 def test_a_folder_of_versions_names_one(tmp_path):
   _write(tmp_path / "pairs" / "1.0.0" / "pairs-train.tfrecord-00000-of-00001")
-  _fails(tmp_path / "pairs", r"its folder 1\.0\.0 has some: give .*/pairs/1\.0\.0$", "train")
+  _fails(tmp_path / "pairs", r"its subfolder 1\.0\.0 has some: use .*/pairs/1\.0\.0$", "train")
 
 
 def test_find_all_counts_every_split(tmp_path):
@@ -384,7 +390,7 @@ def test_find_all_counts_every_split(tmp_path):
 
 
 def test_fingerprint_is_that_of_the_first_version(tmp_path):
-  """A run resumes on data whose fingerprint was stored by an older version."""
+  """Runs must resume with fingerprints stored by older versions."""
   rng = np.random.default_rng(0)
   frames = b"".join(records.frame(rng.bytes(50)) for _ in range(5))
   (tmp_path / "train-00000-of-00001.tfrecord").write_bytes(frames)

@@ -21,12 +21,12 @@ def _write(path, texts, **more):
 
 
 def _texts(dataset):
-  return [example.parse(dataset.read(n))["txt"][0].decode() for n in range(len(dataset))]
+  return [dataset.read(n).texts["txt"][0].decode() for n in range(len(dataset))]
 
 
 @pytest.fixture
 def shards(tmp_path):
-  """Three shards of split train with 4 records each, one of split val; texts are 0, 1, 2 ..."""
+  """Three train shards with 4 records each and one val shard; texts are 0, 1, 2, ..."""
   for number in range(3):
     name = f"train-{number:05d}-of-00003.tfrecord"
     _write(tmp_path / "d" / name, map(str, range(4 * number, 4 * number + 4)))
@@ -44,7 +44,7 @@ def test_ways_to_name_shards(shards):
   assert shards_lib.find_shards(f"{shards}/train@3") == train
   assert shards_lib.find_shards(f"{shards}/train@") == train
   assert shards_lib.find_shards(train[1]) == train[1:2]
-  Dataset(Source(str(shards), split="train"))  # leaves sidecars, which are no shards
+  Dataset(Source(str(shards), split="train"))  # creates sidecars, which are not shards
   assert shards_lib.find_shards(f"{shards}/train-*") == train
   assert shards_lib.find_shards(str(shards), "train") == train
   assert _texts(Dataset(Source((train[2], train[0])))) == [
@@ -106,7 +106,7 @@ def test_runs_are_fetched_once(shards, monkeypatch):
   assert sorted(fetched) == [0, 1, 2]
 
 
-def test_fingerprint_knows_the_data_but_not_the_place(shards, tmp_path):
+def test_fingerprint_depends_on_the_data_but_not_the_path(shards, tmp_path):
   fingerprint = Dataset(Source(str(shards), split="train")).fingerprint
   moved = shards.rename(tmp_path / "moved")
   assert Dataset(Source(str(moved), split="train")).fingerprint == fingerprint
@@ -131,22 +131,22 @@ def _fails(message, **source):
     Dataset(Source(**source))
 
 
-def test_errors_name_what_is_there(shards, tmp_path):
+def test_errors_list_existing_names(shards, tmp_path):
   here = str(shards)
   _fails(r"no shards at .*/absent: no such file", path=str(tmp_path / "absent"))
   _fails(r"no shards at .*\*\.tar: no file matches", path=f"{here}/*.tar")
   _fails(r"no file is named .*test-\?", path=f"{here}/test@4")
-  _fails(r"holds several splits \(train, val\)", path=here)
+  _fails(r"contains several splits \(train, val\)", path=here)
   _fails(r"no \*\.tfrecord\* file of split 'test'", path=here, split="test")
   _fails(r"split='train\[1\]'", path=here, split="train[1]")
   _fails(r"split='train\[1:2'", path=here, split="train[1:2")
-  _fails(r"split='train\[5:5\]' takes none of the records", path=here, split="train[5:5]")
+  _fails(r"split='train\[5:5\]' selects none of the records", path=here, split="train[5:5]")
   (tmp_path / "empty").mkdir()
   _fails(r"no \*\.tfrecord\* file in it", path=str(tmp_path / "empty"))
   (shards / "train-00001-of-00003.tfrecord").unlink()
   _fails(r"1 of 3 shards are missing \(number 1", path=here, split="train")
-  _fails(r"1 of 3 shards are missing \(number 1", path=f"{here}/train-*")  # it matches number 1 too
-  assert len(Dataset(Source(f"{here}/train-0000[02]*"))) == 8  # these two were asked for
+  _fails(r"1 of 3 shards are missing \(number 1", path=f"{here}/train-*")  # also matches number 1
+  assert len(Dataset(Source(f"{here}/train-0000[02]*"))) == 8  # requests exactly these two
 
 
 def test_no_usable_record(tmp_path):
@@ -168,7 +168,7 @@ def test_missing_keys_name_the_present_ones(shards):
 
 
 def test_remote_paths_read_the_same(shards, monkeypatch, tmp_path):
-  # TensorFlow's file system in memory stands for gs://: the same interface, the same code here.
+  # TensorFlow's in-memory file system replaces gs://; both use the same code.
   gfile = pytest.importorskip("tensorflow").io.gfile
   monkeypatch.setenv("OV_DATA_CACHE", str(tmp_path / "cache"))
   gfile.makedirs("ram://bucket/d/")
@@ -187,16 +187,18 @@ def test_remote_paths_read_the_same(shards, monkeypatch, tmp_path):
   _fails("split 'test'", path="ram://bucket/d", split="test")
 
 
-def test_remote_pictures_read_the_same(tmp_path):
+def test_remote_images_read_the_same(tmp_path):
   gfile = pytest.importorskip("tensorflow").io.gfile
   buffer = io.BytesIO()
   Image.new("RGB", (6, 4), (200, 0, 0)).save(buffer, "PNG")
   files = dict.fromkeys(("val/cat/1.png", "val/cat/more/2.png", "val/dog/3.png"), buffer.getvalue())
   images = [
     {"filepath": "val/cat", "filename": f"{number}.png", "sentences": [{"raw": "a cat"}]}
-    for number in (1, 9)  # the second is missing
+    for number in (1, 9)  # missing shard
   ]
   files["dataset.json"] = json.dumps({"images": images}).encode()
+  files["listed/3.png"] = buffer.getvalue()
+  files["listed/captions.jsonl"] = b'{"file": "3.png", "caption": "a cat"}\n'
   for name, data in files.items():
     for root in (str(tmp_path), "ram://pictures"):
       gfile.makedirs(f"{root}/{name}".rpartition("/")[0])
@@ -209,15 +211,16 @@ def test_remote_pictures_read_the_same(tmp_path):
   for source, valid in (
     (Source("ram://pictures", "val", caption_keys=("class",)), 3),
     (Source("ram://pictures/dataset.json"), 1),
+    (Source("ram://pictures/listed"), 1),
     (Source(f"{tmp_path}/dataset.json", image_root="ram://pictures"), 1),
   ):
     with Loader.evaluation(source, **shared) as batches:
       (batch,) = batches
       assert batch["valid"].sum() == valid and batch["image"][0, 0, 0].tolist() == [200, 0, 0]
-      assert batches.skipped["image file is missing"] == (valid == 1)
+      assert batches.skipped["image file is missing"] == ("dataset.json" in source.path)
 
 
-def test_what_needs_tensorflow_says_so(tmp_path, monkeypatch):
+def test_missing_tensorflow_error_names_the_remedy(tmp_path, monkeypatch):
   for name in ("tensorflow", "tensorflow.io", "tensorflow_datasets"):
     monkeypatch.setitem(sys.modules, name, None)
   with pytest.raises(ImportError, match=r"reading gs://b/d.* pip install 'ov-data\[tensorflow\]'"):
@@ -228,7 +231,7 @@ def test_what_needs_tensorflow_says_so(tmp_path, monkeypatch):
 
 
 def test_tensorflow_datasets_directory(tmp_path):
-  pytest.importorskip("tensorflow")  # TFDS imports without, but neither writes nor decodes
+  pytest.importorskip("tensorflow")  # TFDS imports without it, but cannot write or decode
   tfds = pytest.importorskip("tensorflow_datasets")
   features = tfds.features.FeaturesDict(
     {
@@ -260,11 +263,11 @@ def test_tensorflow_datasets_directory(tmp_path):
   texts = list(map(str, range(20)))
   whole = Dataset(Source(str(tmp_path)))
   assert _texts(whole) == texts
-  assert example.parse(whole.read(3))["meta/captions"] == [b"3a", b"3b"]
+  assert whole.read(3).texts["meta/captions"] == [b"3a", b"3b"]
   assert _texts(Dataset(Source(str(tmp_path), split="full[25%:]"))) == texts[5:]
   _fails("has the splits full; split='train'", path=str(tmp_path), split="train")
 
-  shard = tmp_path / "pairs-full.tfrecord-00001-of-00002"  # as it arrives where a copy was cut off
+  shard = tmp_path / "pairs-full.tfrecord-00001-of-00002"  # truncated copy
   shard.write_bytes(b"".join(serialised(number) for number in range(10, 17)))
   message = r"dataset_info\.json: split 'full' has 20 records, but .*00001-of-00002 holds 7 of 10"
   for split in (None, "full", "full[:2]"):

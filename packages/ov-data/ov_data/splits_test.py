@@ -11,7 +11,7 @@ from ov_data.splits import Split
     ("train", "train", range(10)),
     ("train+restval", "train+restval", range(10)),
     ("train[:]", "train", range(10)),
-    ("train[:25%]", "train", range(2)),  # 2.5 is rounded to the even neighbour
+    ("train[:25%]", "train", range(2)),  # 2.5 rounds to even
     ("train[25%:]", "train", range(2, 10)),
     ("[3:7]", None, range(3, 7)),
     ("val[-3:]", "val", range(7, 10)),
@@ -35,7 +35,7 @@ def test_forms(text, name, kept):
 
 
 @pytest.mark.parametrize("total", [0, 1, 2, 3, 7, 10, 99, 1001])
-def test_percentages_share_everything_out_once(total):
+def test_percentages_cover_every_record_once(total):
   parts = [Split.parse(f"train[{a}%:{a + 10}%]").range(total) for a in range(0, 100, 10)]
   assert [i for part in parts for i in part] == list(range(total))
 
@@ -43,6 +43,6 @@ def test_percentages_share_everything_out_once(total):
 @pytest.mark.parametrize(
   "text", ["train[1]", "train[1:2", "train]", "train[a:b]", "train[::2]", "[1:2]train", "[1.5:]"]
 )
-def test_other_forms_are_refused(text):
-  with pytest.raises(ValueError, match=r"split='.*': expected a name, or a part such as"):
+def test_other_forms_are_rejected(text):
+  with pytest.raises(ValueError, match=r"split='.*': expected a name, or a slice such as"):
     Split.parse(text)

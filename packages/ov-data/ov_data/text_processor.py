@@ -1,9 +1,8 @@
-"""The text side of a trained model in one folder: tokenizer, packing, pooling, prompt preparation.
+"""Text preprocessing of a trained model: tokenizer, packing, pooling and prompt preparation.
 
-A text tower only works with the ids it was trained on: the same lower-casing, length, special
-tokens, and the same place to pool. So these are written once, at training, and read wherever the
-model is used. The folder holds checksums and texts with their ids, and `TextProcessor.load` refuses
-one that was changed or no longer reproduces them.
+A text tower requires the tokenization and pooling of its training. The trainer therefore saves them
+in one folder with the model. The folder contains checksums and texts with their ids, and
+`TextProcessor.load` rejects a folder that was modified or no longer reproduces them.
 """
 
 from collections.abc import Sequence
@@ -49,18 +48,19 @@ _GOLDEN_PROMPTS = (
 
 @dataclasses.dataclass(frozen=True)
 class TextProcessor:
-  """Texts to the ids that one text tower was trained on, and back. Safe to share between threads.
+  """Encoder and decoder of the texts of one text tower. Thread-safe.
 
-  tokenizer: its own `append_cls` plays no part.
-  length: T, tokens of a text with [bos], [eos] and [CLS].
-  append_cls: whether the last column is [CLS].
-  pool, padding: how the tower reads its tokens, as in its configuration: which token stands for
-    the text, and whether padding is attended to. Kept here so that neither can get lost.
-  canonical: whether prompts are canonicalised, see `encode_prompts`.
+  Attributes:
+    tokenizer: tokenizer; its `append_cls` is ignored.
+    length: number of tokens T of a text, including [bos], [eos] and [CLS].
+    append_cls: whether the last column is [CLS].
+    pool, padding: configuration of the text tower: the pooled token, and whether padding is
+      attended to.
+    canonical: whether to canonicalize prompts, see `encode_prompts`.
 
   Raises:
-    ValueError: a value that is none of these, no room for a word, no [CLS] in the vocabulary, or
-      a pooling that would not find its token.
+    ValueError: if a value is not supported, `length` is too short, the vocabulary has no [CLS], or
+      the pooled token does not exist.
   """
 
   tokenizer: Tokenizer
@@ -76,59 +76,58 @@ class TextProcessor:
         raise ValueError(f"{name}={value!r}: expected one of {', '.join(get_args(kind))}")
     if self.pool == "last" and not self.append_cls:
       raise ValueError(
-        "pool='last' reads the last column, which is padding after most texts; "
-        "set append_cls=True, or pool another way"
+        "pool='last' reads the last column, which is usually padding; "
+        "set append_cls=True, or use another pooling"
       )
     for name in ("append_cls", "canonical"):
       if type(value := getattr(self, name)) is not bool:
         raise ValueError(f"{name}={value!r}: expected True or False")
     if type(self.length) is not int or self.length > MAX_LENGTH:
-      raise ValueError(f"length={self.length!r}: expected a whole number of at most {MAX_LENGTH:,}")
+      raise ValueError(f"length={self.length!r}: expected an integer of at most {MAX_LENGTH:,}")
     end, last = self.tokenizer.eos_id, self.tokenizer.vocab_size - 1
     if self.pool == "argmax" and end != last:
       raise ValueError(
         f"pool='argmax' reads the token of the largest id, which should be [eos]; here that is id "
-        f"{end} of 0 to {last}, so it would read some word. Use pool='last' with append_cls=True"
+        f"{end} of 0 to {last}, so it would read a word. Use pool='last' with append_cls=True"
       )
-    self.encode([])  # raises where length or [CLS] do not fit
+    self.encode([])  # validates length and [CLS]
 
   @property
   def pad_id(self) -> int:
     return self.tokenizer.pad_id
 
   def encode(self, texts: Sequence[str | bytes]) -> NDArray[np.int32]:
-    """Ids int32 [N, length] of captions, as in training."""
+    """Encode captions as in training; return ids, int32 [N, length]."""
     return self.tokenizer.encode_batch(texts, self.length, self.append_cls)[0]
 
   def encode_prompts(self, texts: Sequence[str]) -> NDArray[np.int32]:
-    """Ids int32 [N, length] of prompts: templates filled with the names of classes.
+    """Encode prompts (templates with class names); return ids, int32 [N, length].
 
-    They are canonicalised as in the evaluation of OpenVision: `_` becomes a space, ASCII
-    punctuation but "," goes, then lower case and single spaces.
+    Prompts are canonicalized as in the evaluation of OpenVision: `_` becomes a space, ASCII
+    punctuation except "," is removed, then lower case and single spaces.
     """
     if self.canonical:
       texts = [canonicalise_text(text, ",") for text in texts]
     return self.encode(texts)
 
   def decode(self, ids: NDArray[np.int32]) -> list[str]:
-    """Texts of the rows of ids [N, T]."""
+    """Decode the rows of ids [N, T]."""
     return self.tokenizer.decode_batch(ids)
 
   @functools.cached_property
   def fingerprint(self) -> str:
-    """16 hex digits that change with anything that changes ids, or how the tower reads them."""
+    """16 hex digits of everything that affects ids or their use by the text tower."""
     content = json.dumps([self.tokenizer.fingerprint, self._settings()], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
   def save(self, folder: str | os.PathLike[str]) -> None:
-    """Write the folder of `Tokenizer.save`, and text_processor.json next to its files.
+    """Write the files of `Tokenizer.save` and text_processor.json to a folder.
 
-    A new folder is complete or absent; where the tokenizer in it is the same, its files stay. Where
-    it is replaced and the save is interrupted, `is_complete` is False and `load` raises
-    FileNotFoundError.
+    A new folder is created atomically. Files of an identical tokenizer are kept. After an
+    interrupted replacement, `is_complete` is False and `load` raises FileNotFoundError.
 
     Raises:
-      ValueError: the folder is not local.
+      ValueError: if the folder is not local.
     """
     path = tokenizer_folder.check_local(folder)
     files = self.tokenizer.files()
@@ -144,17 +143,17 @@ class TextProcessor:
 
   @staticmethod
   def is_complete(folder: str | os.PathLike[str]) -> bool:
-    """Return whether a folder holds all files of `save`; their content is not checked."""
+    """Return whether a folder contains all files of `save`, without checking their content."""
     return Tokenizer.is_complete(folder) and (pathlib.Path(folder) / PROCESSOR_FILE).is_file()
 
   @classmethod
   def load(cls, folder: str | os.PathLike[str]) -> "TextProcessor":
-    """Reads a folder that `save` wrote and checks that it is unchanged and encodes as it did then.
+    """Load a folder of `save` and verify checksums and golden ids.
 
     Raises:
-      FileNotFoundError: the folder or one of its files is missing.
-      ValueError: a file was changed, cannot be read or is of a later format, or texts no longer
-        encode to the stored ids.
+      FileNotFoundError: if the folder or one of its files is missing.
+      ValueError: if a file was modified, is malformed or has a newer format, or texts do not encode
+        to the stored ids.
     """
     file = pathlib.Path(folder) / PROCESSOR_FILE
     tokenizer = Tokenizer.load(folder)
@@ -178,7 +177,7 @@ class TextProcessor:
     if checksum != tokenizer_folder.sha256(data):
       raise ValueError(
         f"{file} belongs to another {TOKENIZER_FILE} than the one next to it; one of the two was "
-        "changed or exchanged. Take both from the same run."
+        "modified or replaced. Copy both from the same run."
       )
     try:
       processor = cls(tokenizer, **settings)
@@ -187,9 +186,9 @@ class TextProcessor:
     for text, ids, encode in golden:
       if (now := encode(processor, [text])[0].tolist()) != ids:
         raise ValueError(
-          f"the text processor in {folder} no longer encodes as when it was saved: {text[:40]!r} "
-          f"was {_shown(ids)}, is {_shown(now)}. Either its files were changed, or tokenizers "
-          f"{tokenizers.__version__} differs from {content.get('tokenizers_version')}."
+          f"the text processor in {folder} no longer reproduces its golden ids: {text[:40]!r} "
+          f"was {_format_ids(ids)}, is {_format_ids(now)}. Either its files were modified, or "
+          f"tokenizers {tokenizers.__version__} differs from {content.get('tokenizers_version')}."
         )
     return processor
 
@@ -201,7 +200,7 @@ def _pairs(texts: Sequence[str], ids: NDArray[np.int32]) -> list[dict[str, Any]]
   return [{"text": text, "ids": row.tolist()} for text, row in zip(texts, ids, strict=True)]
 
 
-def _shown(ids: Sequence[int]) -> str:
-  """Ids without the padding in their middle, cut to what a reader takes in."""
+def _format_ids(ids: Sequence[int]) -> str:
+  """Return ids for a message, shortened and without the padding in the middle."""
   words = [str(i) for i in ids if i]
   return " ".join(words[:12]) + (" ..." if len(words) > 12 else "")

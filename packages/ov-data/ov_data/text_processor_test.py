@@ -1,4 +1,4 @@
-"""The text side of a model: golden ids, the saved folder, impossible settings."""
+"""Text processor: golden ids, saved folders, and invalid settings."""
 
 import dataclasses
 import io
@@ -33,7 +33,7 @@ def _jpeg() -> bytes:
 
 @pytest.fixture(scope="module")
 def bert() -> Tokenizer:
-  """The vocabulary behind the golden ids; its licence keeps it out of this repository."""
+  """Vocabulary of the golden ids, which cannot be distributed with this repository."""
   places = [os.environ["OV_GOLDEN"]] if os.environ.get("OV_GOLDEN") else []
   places += [str(p / "shared" / "golden") for p in pathlib.Path(__file__).absolute().parents]
   for place in places:
@@ -48,7 +48,7 @@ def words() -> Tokenizer:
 
 
 def test_golden_ids(bert: Tokenizer):
-  """Pinned to the ids that the predecessor's evaluation and training made of the same texts."""
+  """Ids equal those of evaluation and training in the released OpenVision code."""
   ids = TextProcessor(bert, 80).encode([golden["text"] for golden in _GOLDEN])
   assert ids.dtype == np.int32
   for row, golden in zip(ids.tolist(), _GOLDEN, strict=True):
@@ -56,7 +56,7 @@ def test_golden_ids(bert: Tokenizer):
 
 
 def test_golden_rows_of_training(bert: Tokenizer, tmp_path: pathlib.Path):
-  """What the loader delivers for a record is what the predecessor trained on, target and mask."""
+  """Loader targets and masks equal those of the released OpenVision code."""
   texts = [golden["text"] for golden in _GOLDEN if golden["text"].strip()]
   framed = [records.frame(example.serialise({"jpg": _jpeg(), "txt": t, "long": t})) for t in texts]
   (tmp_path / "0.tfrecord").write_bytes(b"".join(framed))
@@ -78,7 +78,7 @@ def test_golden_rows_of_training(bert: Tokenizer, tmp_path: pathlib.Path):
     assert mask.astype(int).tolist() == expected["openvision1_cap_loss_mask_128"]
 
 
-def test_prompts_are_canonicalised_and_captions_are_not(bert: Tokenizer):
+def test_prompts_are_canonicalized_and_captions_are_not(bert: Tokenizer):
   processor = TextProcessor(bert, 16)
   prompt = ["a Close-up   photo of_the Great White Shark, man-eater."]
   plain = ["a closeup photo of the great white shark, maneater"]
@@ -119,7 +119,7 @@ def test_save_and_load(words: Tokenizer, tmp_path: pathlib.Path, settings):
   assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
-def test_the_tokenizers_own_cls_plays_no_part_in_ids(words: Tokenizer, tmp_path: pathlib.Path):
+def test_the_tokenizers_own_cls_does_not_affect_ids(words: Tokenizer, tmp_path: pathlib.Path):
   words.save(tmp_path)
   own = Tokenizer.from_file(tmp_path / "tokenizer.json", append_cls=True)
   for append_cls, pool in ((True, "last"), (False, "mean")):
@@ -127,7 +127,7 @@ def test_the_tokenizers_own_cls_plays_no_part_in_ids(words: Tokenizer, tmp_path:
     np.testing.assert_array_equal(one.encode(["a red circle"]), other.encode(["a red circle"]))
 
 
-def test_fingerprint_knows_every_setting(words: Tokenizer):
+def test_fingerprint_depends_on_every_setting(words: Tokenizer):
   base = TextProcessor(words, 20)
   changes = [
     dict(length=21),
@@ -143,7 +143,7 @@ def test_fingerprint_knows_every_setting(words: Tokenizer):
 
 
 def _change(folder: pathlib.Path, name: str, **values) -> None:
-  """Change values and seal the file again, so that only the values are wrong."""
+  """Change values and seal the file again, so that its checksum is valid."""
   content = json.loads((folder / name).read_text("utf-8"))
   content.pop("sha256")
   (folder / name).write_bytes(tokenizer_folder.seal(content | values))
@@ -152,40 +152,40 @@ def _change(folder: pathlib.Path, name: str, **values) -> None:
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    (dict(length=20), "no longer encodes as when it was saved"),
-    (dict(append_cls=False, pool="mean"), "no longer encodes"),
-    (dict(canonical=False), "no longer encodes.*itap|no longer encodes.*bad photo"),
-    (dict(format=3), "is of format 3, and this version of ov_data reads formats up to 2"),
+    (dict(length=20), "no longer reproduces its golden ids"),
+    (dict(append_cls=False, pool="mean"), "no longer reproduces"),
+    (dict(canonical=False), "no longer reproduces.*itap|no longer reproduces.*bad photo"),
+    (dict(format=3), "has format 3, but this version of ov_data supports formats up to 2"),
     (dict(format="2"), "is damaged: its format is '2'"),
     (dict(golden=[{"text": "a"}]), "is damaged: KeyError"),
     (dict(golden={"a": [1]}), "is damaged: .*expected a list"),
     (dict(golden_prompts=[["a", [1]]]), "is damaged: .*expected a text and a list of ids"),
     (dict(pool="best"), r"text_processor\.json: pool='best'"),
     (dict(pool=["last"]), r"pool=\['last'\]: expected one of"),
-    (dict(length=2**31), "length=2147483648: expected a whole number of at most 1,048,576"),
-    (dict(length=24.0), "length=24.0: expected a whole number"),
+    (dict(length=2**31), "length=2147483648: expected an integer of at most 1,048,576"),
+    (dict(length=24.0), "length=24.0: expected an integer"),
     (dict(canonical="no"), "canonical='no': expected True or False"),
     (dict(tokenizer_sha256="0"), "belongs to another tokenizer.json"),
   ],
 )
-def test_load_refuses_a_changed_folder(words: Tokenizer, tmp_path: pathlib.Path, change, message):
+def test_load_rejects_a_changed_folder(words: Tokenizer, tmp_path: pathlib.Path, change, message):
   TextProcessor(words, 24).save(tmp_path)
   _change(tmp_path, "text_processor.json", **change)
   with pytest.raises(ValueError, match=message):
     TextProcessor.load(tmp_path)
 
 
-def test_load_refuses_the_tokenizer_of_another_run(words: Tokenizer, tmp_path: pathlib.Path):
+def test_load_rejects_the_tokenizer_of_another_run(words: Tokenizer, tmp_path: pathlib.Path):
   TextProcessor(words).save(tmp_path / "a")
   other = Tokenizer.train(["a photo of a large red circle, handheld sharks and zebras"], 100)
   TextProcessor(other).save(tmp_path / "b")
   for name in ("tokenizer.json", "packing.json"):  # consistent with each other
     shutil.copy(tmp_path / "b" / name, tmp_path / "a" / name)
-  with pytest.raises(ValueError, match=r"another tokenizer\.json .* Take both from the same run"):
+  with pytest.raises(ValueError, match=r"another tokenizer\.json .* Copy both from the same run"):
     TextProcessor.load(tmp_path / "a")
 
 
-def test_load_names_what_is_missing_or_damaged(words: Tokenizer, tmp_path: pathlib.Path):
+def test_load_names_missing_or_damaged_files(words: Tokenizer, tmp_path: pathlib.Path):
   with pytest.raises(FileNotFoundError, match=r"packing\.json is missing"):
     TextProcessor.load(tmp_path / "nowhere")
   words.save(tmp_path)
@@ -203,7 +203,7 @@ def test_load_names_what_is_missing_or_damaged(words: Tokenizer, tmp_path: pathl
     (dict(pool="cls"), "pool='cls': expected one of last, first, argmax, mean, map"),
     (dict(padding="none"), "padding='none': expected one of attend, mask"),
     (dict(append_cls=False), "pool='last' reads the last column.*append_cls=True"),
-    (dict(length=2), "length=2 has no room"),
+    (dict(length=2), "length=2 is too short"),
     (dict(pool="argmax"), r"largest id, which should be \[eos\]; here that is id 2 of 0 to"),
   ],
 )

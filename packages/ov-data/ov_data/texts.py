@@ -1,7 +1,7 @@
-"""Which texts of a record a batch holds, and how: several at once, whole or one sentence of them.
+"""Selection and encoding of the texts of a batch.
 
-Training of two towers wants more than one text of a picture: its alt text, one sentence of a long
-caption as a second positive, and the whole caption as the decoder's target. Each is a `TextSpec`.
+Training can use several texts per image: the alt text, one sentence of a long caption as a second
+positive, and the complete caption as the target of the decoder. Each is a `TextSpec`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,46 +13,47 @@ import zlib
 import numpy as np
 from numpy.typing import NDArray
 
-from ov_data.example import Feature, FeatureError
+from ov_data.example import FeatureError
 from ov_data.hashing import Uniforms
 from ov_data.tokenizer import MAX_CHARS
 
 if TYPE_CHECKING:
   from ov_data.sources import Dataset
 
-Features = Mapping[str, Feature]
+Texts = Mapping[str, list[bytes]]  # texts of a record by feature
 Choice = Literal["random", "first", "all"]
 
 _CAPTION_SALT = 2
-_BREAKS = ".!|"  # that end a sentence, in runs; the predecessor marked its breaks with "|"
+_BREAKS = ".!|"  # sentence delimiters; the released OpenVision code marks breaks with "|"
 _SENTENCE_END = re.compile(r"[.!|]+")
-_EMPTY = f" \t\n\v\f\r{_BREAKS}".encode()  # what a text without a sentence consists of
+_EMPTY = f" \t\n\v\f\r{_BREAKS}".encode()  # characters of a text without a sentence
 _BATCH_NAMES = frozenset({"image", "valid", "index", "captions"})
 
 
 class Tokenizer(Protocol):
-  """What the loader needs of a tokenizer."""
+  """Tokenizer interface that the loader requires."""
 
   pad_id: int
 
   def encode_batch(
     self, texts: Sequence[str], length: int, append_cls: bool | None = None
   ) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-    """Token ids and which of them are real, both [len(texts), length]."""
+    """Return token ids and the mask of real tokens, both [len(texts), length]."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TextSpec:
   """One text of each example, as a row of token ids.
 
-  keys: features with texts; one is drawn first among those the record has, then among its texts.
-    Specs of equal keys draw the same text of a record, so that a sentence is one of the caption.
-  length: T, tokens with [bos], [eos] and [CLS].
-  pick: "whole", or "sentence" for one sentence, see `split_sentences`.
-  append_cls: whether the last column is [CLS], whatever the tokenizer's own setting.
-  fallback: keys to draw from, always a whole text, where `keys` hold none.
-  needs_words: whether a text of nothing but `.`, `!` and `|` is replaced by one of `fallback`. If
-    there is none either, it is used as it is.
+  Attributes:
+    keys: features with texts. First one of the present features is sampled, then one of its texts.
+      Specs with equal keys sample the same text, so a sentence is taken from the same caption.
+    length: number of tokens T, including [bos], [eos] and [CLS].
+    pick: "whole", or "sentence" for one sentence, see `split_sentences`.
+    append_cls: whether the last column is [CLS]; overrides the setting of the tokenizer.
+    fallback: features to sample a complete text from if `keys` have none.
+    needs_words: whether to replace a text that contains only `.`, `!` and `|` by a fallback text,
+      if there is one.
   """
 
   keys: tuple[str, ...]
@@ -73,40 +74,40 @@ class TextSpec:
       raise ValueError(f"pick={self.pick!r}: expected 'whole' or 'sentence'")
     least = 3 if self.append_cls else 2
     if self.length < least:
-      raise ValueError(f"length={self.length}: the special tokens alone take {least}")
+      raise ValueError(f"length={self.length}: the special tokens need {least}")
 
 
 def split_sentences(text: str) -> list[str]:
-  """The parts of a text between runs of `.` and `!`, those without a word left out.
+  """Split a text at runs of `.` and `!` and drop parts without a word.
 
-  `?` ends no sentence and decimal points do, as in the training of OpenVision.
+  As in the training of OpenVision, decimal points end a sentence and `?` does not.
   """
   return [part for part in _SENTENCE_END.split(text) if part.strip()]
 
 
 @dataclasses.dataclass(frozen=True)
-class Chosen:
-  """The texts of one row: one for each array of ids, and all captions where asked for."""
+class SelectedTexts:
+  """The texts of one row: one for each array of ids, and all captions if requested."""
 
   texts: tuple[str, ...]
   captions: list[str] | None
 
 
 class TextReader:
-  """Chooses the texts of records and writes their ids into batches. Holds no state of the reading.
+  """Stateless selection of the texts of records, and writing of their ids to batches.
 
   Args:
-    tokenizer: see `Tokenizer`.
-    specs: what to deliver under which name; None for one caption of the source's `caption_keys`
-      as "ids" with its "mask", of `length` tokens.
-    length: of these; unused with specs.
-    captions: "random" or "first" among the texts of a record; "all" is "first", and all captions
-      of the source's `caption_keys` besides, as strings under "captions"; of keys that hold the
-      same ones only the first.
-    seed: of the choice.
+    tokenizer: tokenizer, see `Tokenizer`.
+    specs: texts by the name of their batch entry; None for one caption of the source's
+      `caption_keys` as "ids" with "mask".
+    length: number of tokens without `specs`; ignored otherwise.
+    captions: "random" or "first" of the texts of a record; "all" is "first" and adds all captions
+      of the source's `caption_keys` as strings under "captions"; keys with identical captions are
+      used once.
+    seed: seed of the selection.
 
   Raises:
-    ValueError: an argument out of range, or a name that the batch needs itself.
+    ValueError: if an argument is out of range or a name is reserved.
   """
 
   def __init__(
@@ -122,7 +123,7 @@ class TextReader:
     if specs is None and (length is None or length < 1):
       raise ValueError(f"text_len={length}: expected the tokens of a caption, or texts=...")
     if taken := _BATCH_NAMES & set(specs or ()):
-      raise ValueError(f"texts: {', '.join(sorted(taken))} are names of the batch itself")
+      raise ValueError(f"texts: {', '.join(sorted(taken))} are reserved names of the batch")
     self._tokenizer = tokenizer
     self._specs = None if specs is None else dict(specs)
     self._length = length or 0
@@ -131,28 +132,27 @@ class TextReader:
 
   @property
   def names(self) -> set[str]:
-    """Keys of a batch that this class fills."""
+    """Batch entries that this class fills."""
     names = {"ids", "mask"} if self._specs is None else set(self._specs)
     return names | ({"captions"} if self._captions == "all" else set())
 
   @property
   def uses_caption_keys(self) -> bool:
-    """Whether the `caption_keys` of the sources are read."""
+    """Whether the `caption_keys` of the sources are used."""
     return self._specs is None or self._captions == "all"
 
   def keys(self, caption_keys: Sequence[str]) -> tuple[str, ...]:
-    """Features to read of a source with these caption keys."""
+    """Return the features to read from a source with these caption keys."""
     keys = tuple(caption_keys) if self.uses_caption_keys else ()
     for spec in (self._specs or {}).values():
       keys += spec.keys + spec.fallback
     return tuple(dict.fromkeys(keys))
 
   def check_keys(self, datasets: Sequence["Dataset"]) -> None:
-    """Looks at first records: every key of the specs must stand in some source, and every source
-    must have one for each spec.
+    """Check the keys of the specs against the first records.
 
     Raises:
-      ValueError: a key that no source has, or a source without any of a spec's keys.
+      ValueError: if no source has a key, or a source has none of the keys of a spec.
     """
     known = [(d.source.path, d.present_keys) for d in datasets if d.present_keys]
     everything = sorted(set().union(*(keys for _, keys in known)))
@@ -162,7 +162,7 @@ class TextReader:
         if known and key not in everything:
           raise ValueError(
             f"texts: {name!r} reads feature {key!r}, which is in none of the first records; they "
-            f"have {', '.join(everything)}. Set the keys of the TextSpec to what is there."
+            f"have {', '.join(everything)}. Set the keys of the TextSpec to existing features."
           )
       for path, keys in known:
         if not keys & set(wanted):
@@ -173,7 +173,7 @@ class TextReader:
           )
 
   def blank(self, size: int) -> dict[str, Any]:
-    """The texts of a batch of `size` rows before any is written."""
+    """Return the empty texts of a batch of `size` rows."""
     batch: dict[str, Any] = {}
     for name, length in self._lengths().items():
       batch[name] = np.full((size, length), self._tokenizer.pad_id, np.int32)
@@ -183,25 +183,29 @@ class TextReader:
       batch["captions"] = [[] for _ in range(size)]
     return batch
 
-  def choose(self, features: Features, caption_keys: Sequence[str], position: int) -> Chosen:
-    """The texts of the record at a position of the global stream.
+  def choose(self, found: Texts, caption_keys: Sequence[str], position: int) -> SelectedTexts:
+    """Select the texts of the record at a position of the global stream.
 
     Raises:
-      FeatureError: a text is wanted, and the record has none.
+      FeatureError: if the record lacks a required text.
     """
     captions = None
     if self._captions == "all":
-      # The keys of a split file all hold the same list, which must not count twice in retrieval.
-      lists = dict.fromkeys(tuple(_texts(features, key)) for key in caption_keys)
+      # All keys of a split file hold the same list, which retrieval must not count twice.
+      lists = dict.fromkeys(tuple(_texts(found, key)) for key in caption_keys)
       captions = [text.decode(errors="replace") for texts in lists for text in texts]
       if caption_keys and not captions:
         raise FeatureError(f"no caption under {', '.join(caption_keys)}")
     if self._specs is None:
-      return Chosen((self._one_caption(features, caption_keys, position),), captions)
-    return Chosen(tuple(self._one(features, s, position) for s in self._specs.values()), captions)
+      return SelectedTexts((self._one_caption(found, caption_keys, position),), captions)
+    return SelectedTexts(
+      tuple(self._one(found, s, position) for s in self._specs.values()), captions
+    )
 
-  def write(self, batch: dict[str, Any], rows: Sequence[int], chosen: Sequence[Chosen]) -> None:
-    """Encodes the chosen texts of these rows of a batch, in place."""
+  def write(
+    self, batch: dict[str, Any], rows: Sequence[int], chosen: Sequence[SelectedTexts]
+  ) -> None:
+    """Encode the selected texts of the rows of a batch, in place."""
     if self._specs is None:
       texts = [row.texts[0] for row in chosen]
       batch["ids"][rows], batch["mask"][rows] = self._tokenizer.encode_batch(texts, self._length)
@@ -217,15 +221,15 @@ class TextReader:
       return {"ids": self._length}
     return {name: spec.length for name, spec in self._specs.items()}
 
-  def _one_caption(self, features: Features, keys: Sequence[str], position: int) -> str:
+  def _one_caption(self, found: Texts, keys: Sequence[str], position: int) -> str:
     if not keys:
       return ""
-    choices = [texts for key in keys if (texts := _texts(features, key))]
+    choices = [texts for key in keys if (texts := _texts(found, key))]
     if not choices:
       raise FeatureError(f"no caption under {', '.join(keys)}")
     return self._draw(choices, self._uniforms(position)).decode(errors="replace")
 
-  def _one(self, features: Features, spec: TextSpec, position: int) -> str:
+  def _one(self, found: Texts, spec: TextSpec, position: int) -> str:
     for keys, pick, needs_words in (
       (spec.keys, spec.pick, spec.needs_words),
       (spec.fallback, "whole", False),
@@ -234,11 +238,11 @@ class TextReader:
       choices = [
         texts
         for key in keys
-        if (texts := [t for t in _texts(features, key) if not needs_words or t.strip(_EMPTY)])
+        if (texts := [t for t in _texts(found, key) if not needs_words or t.strip(_EMPTY)])
       ]
       if not choices:
         continue
-      # The keys are part of the draw: the same text for the same keys, unrelated ones for others.
+      # Seed with the keys: equal keys sample the same text, other keys sample independently.
       uniforms = self._uniforms(position, zlib.crc32("\0".join(keys).encode()))
       text = self._draw(choices, uniforms)[: 4 * MAX_CHARS].decode(errors="replace")
       if pick == "whole":
@@ -260,5 +264,5 @@ class TextReader:
     return texts[uniforms.below(len(texts))]
 
 
-def _texts(features: Features, key: str) -> list[bytes]:
-  return [t for t in features.get(key, ()) if isinstance(t, bytes) and t.strip()]
+def _texts(found: Texts, key: str) -> list[bytes]:
+  return [text for text in found.get(key, ()) if text.strip()]

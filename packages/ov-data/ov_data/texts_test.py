@@ -89,24 +89,24 @@ def test_rows_are_as_the_tokenizer_packs_them(load, tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("long", ["", "  ", "..!", [], ["", "."], "\u00a0."])
-def test_without_a_sentence_the_fallback_stands_for_it(load, tokenizer, tmp_path, long):
-  with_long = {"txt": "alt", "long": "dog"}  # so that the key is known
+def test_without_a_sentence_the_fallback_replaces_it(load, tokenizer, tmp_path, long):
+  with_long = {"txt": "alt", "long": "dog"}  # makes the key known
   source = _write(tmp_path / "d", [with_long, *[{"txt": ["one", "two. three"], "long": long}] * 3])
   rows, _ = load(source, 20)
   alt, sentence, whole = (
     tokenizer.decode_batch(np.asarray(rows[name])) for name in ("labels1", "labels2", "caption")
   )
   drawn = [i for i in range(80) if i % 4]
-  if long != "\u00a0.":  # has a character, so it counts as a text
-    assert all(alt[i] == sentence[i] == whole[i] for i in drawn)  # one draw for all three
+  if long != "\u00a0.":  # contains a character, so it is a text
+    assert all(alt[i] == sentence[i] == whole[i] for i in drawn)  # one sample for all three
     assert {alt[i] for i in drawn} == {"one", "two. three"}
   assert all(rows["valid"])
 
 
 @pytest.mark.parametrize("text", ["...", "!", " | ", "?", "—", "🙂"])
 @pytest.mark.parametrize("pick", ["whole", "sentence"])
-def test_texts_of_punctuation_are_trained_on(load, tokenizer, tmp_path, text, pick):
-  # As in the released code, which replaces only long captions without a sentence.
+def test_texts_of_punctuation_are_used_for_training(load, tokenizer, tmp_path, text, pick):
+  # As in the released code, only long captions without a sentence are replaced.
   source = Source(_write(tmp_path / "d", [{"txt": text}] * 4).path)
   want, _ = tokenizer.encode_batch([text], 8)
   for specs in (None, {"ids": TextSpec(("txt",), 8, pick=pick)}):
@@ -127,7 +127,7 @@ def test_only_texts_that_need_words_are_replaced(load, tokenizer, tmp_path):
     np.testing.assert_array_equal(rows[name], np.repeat(want, 4, 0))
 
 
-def test_a_sentence_is_one_of_the_caption_that_was_drawn(load, tokenizer, tmp_path):
+def test_a_sentence_is_one_of_the_caption_that_was_sampled(load, tokenizer, tmp_path):
   captions = ["one two. one three", "four five! four six", "seven. seven eight"]
   source = _write(tmp_path / "d", [{"txt": "alt", "long": captions}] * 4)
   rows, _ = load(source, 25)
@@ -137,7 +137,7 @@ def test_a_sentence_is_one_of_the_caption_that_was_drawn(load, tokenizer, tmp_pa
   assert len(set(sentence)) == 6 and len(set(whole)) == 3
 
 
-def test_draws_under_other_keys_are_independent(load, tokenizer, tmp_path):
+def test_samples_under_other_keys_are_independent(load, tokenizer, tmp_path):
   two = {"txt": ["one", "two"], "long": ["one", "two"]}
   source = _write(tmp_path / "d", [two] * 4)
   rows, _ = load(source, 100)
@@ -145,7 +145,7 @@ def test_draws_under_other_keys_are_independent(load, tokenizer, tmp_path):
   assert 140 < same[:, 1].sum() < 260  # of 400; 6 standard deviations
 
 
-def test_draws_depend_on_seed_and_position_alone(load, tmp_path):
+def test_samples_depend_on_seed_and_position_alone(load, tmp_path):
   captions = [f"{a} {b}." for a in ("one", "two", "three") for b in ("dog", "cat", "tree")]
   source = _write(tmp_path / "d", [{"txt": captions, "long": " ".join(captions)}] * 8)
   whole, _ = load(source, 6, seed=3)
@@ -170,14 +170,14 @@ def test_a_record_without_text_keeps_its_row(load, tmp_path):
   good = {"txt": "alt", "long": "one"}
   source = _write(tmp_path / "d", [good, {"label": 1}, good, {"txt": b"\xff\xfe caf\xe9"}])
   rows, loader = load(source, 1, max_bad_fraction=0.5)
-  assert rows["valid"] == [True, False, True, True]  # damaged UTF-8 is still a text
+  assert rows["valid"] == [True, False, True, True]  # invalid UTF-8 is still a text
   assert loader.skipped == {"no text under txt": 1}
   assert all(not rows[name][1].any() for name in _OPENVISION)
 
 
 def test_no_texts(load, tmp_path):
   source = _write(tmp_path / "d", [{"label": n} for n in range(4)])
-  rows, _ = load(Source(source.path), 1, specs={}, extra_keys=("label",))  # no txt, and no need
+  rows, _ = load(Source(source.path), 1, specs={}, extra_keys=("label",))  # txt is not required
   assert rows.keys() == {"image", "valid", "index", "label"}
   assert all(rows["valid"]) and rows["label"] == [0, 1, 2, 3]
 
@@ -194,7 +194,7 @@ def test_all_captions(tokenizer, tmp_path, specs):
     batches = list(loader)
   captions = sum((batch["captions"] for batch in batches), [])
   assert captions[:5] == [["one", "two.", *["three"] * n] for n in range(5)]
-  assert captions[5:] == [[], [], []]  # broken, and behind the end
+  assert captions[5:] == [[], [], []]  # bad record, and padding after the end
   assert np.concatenate([b["valid"] for b in batches]).tolist() == [True] * 5 + [False] * 3
   ids = batches[0]["ids" if specs is None else "labels1"]
   assert tokenizer.decode_batch(ids) == ["one"] * 4
@@ -224,8 +224,8 @@ def test_a_mixture_may_name_its_texts_differently(load, tokenizer, tmp_path):
     (dict(keys="txt"), "expected a tuple"),
     (dict(fallback="txt"), "expected a tuple"),
     (dict(pick="half"), "pick='half'"),
-    (dict(length=1), "length=1: the special tokens alone take 2"),
-    (dict(length=2, append_cls=True), "length=2: the special tokens alone take 3"),
+    (dict(length=1), "length=1: the special tokens need 2"),
+    (dict(length=2, append_cls=True), "length=2: the special tokens need 3"),
   ],
 )
 def test_spec_errors(arguments, message):
@@ -235,7 +235,7 @@ def test_spec_errors(arguments, message):
 
 def test_argument_errors(load, tmp_path):
   source = _write(tmp_path / "d", [{"txt": "one"}])
-  with pytest.raises(ValueError, match="texts: image are names of the batch itself"):
+  with pytest.raises(ValueError, match="texts: image are reserved names of the batch"):
     load(source, 1, specs={"image": _ALT})
-  with pytest.raises(ValueError, match="extra_keys: alt are names of the batch itself"):
+  with pytest.raises(ValueError, match="extra_keys: alt are reserved names of the batch"):
     load(source, 1, specs={"alt": _ALT}, extra_keys=("alt",))

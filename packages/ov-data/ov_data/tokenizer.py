@@ -1,11 +1,10 @@
-"""Text to token ids: WordPiece through the `tokenizers` library, and the packing of captions.
+"""WordPiece tokenizer on top of the `tokenizers` library, and packing of captions.
 
-A caption becomes `[bos] pieces [eos]`, padded to a fixed length; where it is too long, the last
-slot is overwritten with [eos], so that every row ends in one. With `append_cls` the last column
-is [CLS], after the padding.
+A caption becomes `[bos] pieces [eos]`, padded or truncated to a fixed length. Truncated rows also
+end with [eos]. With `append_cls` the last column is [CLS], after the padding.
 
-The tokenizer is part of a trained model. `save` writes it as one folder together with checksums, a
-few texts and their ids, and `load` refuses a folder that was changed or no longer reproduces them.
+The tokenizer is part of a trained model. `save` writes it to a folder with checksums and a few
+texts with their ids. `load` rejects a folder that was modified or no longer reproduces the ids.
 """
 
 from collections import Counter
@@ -24,26 +23,26 @@ from ov_data import (
   bert,
   detokenize,
   fs,
-  own_pieces,
+  reversible_pieces,
   tokenizer_folder,
   tokenizer_json,
   word_pieces,
 )
 
-MAX_CHARS = 16_384  # of a text; what follows is cut off before tokenising
-# More texts in a call are spread over the library's threads. For fewer, waking them costs more than
-# it saves: the loader has threads of its own.
+MAX_CHARS = 16_384  # longer texts are truncated before tokenization
+# Larger calls use the threads of the library. For smaller calls the overhead exceeds the gain,
+# because the loader is multithreaded.
 _FEW_TEXTS = 64
 
 TOKENIZER_FILE = "tokenizer.json"
 PACKING_FILE = "packing.json"  # written last: a folder without it is incomplete
-PROCESSOR_FILE = "text_processor.json"  # of `TextProcessor`; belongs to the tokenizer next to it
-MAX_LENGTH = 1 << 20  # tokens of a row
+PROCESSOR_FILE = "text_processor.json"  # written by `TextProcessor`
+MAX_LENGTH = 1 << 20  # maximum number of tokens of a row
 
 _TRAINED_SPECIALS = ("[PAD]", "[bos]", "[eos]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-# ov_convert.hf_tokenizer has the same table; importer_test of apps/exporter compares them.
+# Keep in sync with ov_convert.hf_tokenizer; importer_test of apps/exporter compares the tables.
 _SPECIAL_NAMES = {
-  "pad": ("[PAD]", "<pad>"),
+  "pad": ("[PAD]", "<pad>", "<|endoftext|>"),  # CLIP pads with its end token
   "bos": ("[bos]", "[BOS]", "<bos>", "<s>", "<|startoftext|>"),
   "eos": ("[eos]", "[EOS]", "<eos>", "</s>", "<|endoftext|>"),
   "unk": ("[UNK]", "<unk>"),
@@ -60,26 +59,26 @@ _GOLDEN_TEXTS = (
 
 
 class Tokenizer:
-  """Encodes texts to fixed-length id rows and back. Safe to share between threads, picklable.
+  """Encoder of texts to fixed-length rows of ids, and decoder. Thread-safe and picklable.
 
   Attributes:
-    append_cls: whether rows end in [CLS].
+    append_cls: whether rows end with [CLS].
     pad_id, bos_id, eos_id: ids of the special tokens.
-    unk_id, cls_id: the same, or None where the vocabulary has none.
-    vocab_size: one more than the largest id; the model's vocabulary must be at least as large.
+    unk_id, cls_id: ids of the special tokens, or None if the vocabulary lacks them.
+    vocab_size: largest id + 1; lower bound of the vocabulary size of the model.
   """
 
   def __init__(self, backend: tokenizers.Tokenizer, *, append_cls: bool = False):
-    """Takes a tokenizer of the `tokenizers` library; use the named constructors otherwise.
+    """Wrap a tokenizer of the `tokenizers` library; see also the named constructors.
 
     Raises:
-      ValueError: the vocabulary lacks a token for padding, beginning, end, or (if asked) [CLS].
+      ValueError: if the vocabulary lacks a pad, bos, eos or (if requested) [CLS] token.
     """
     backend.no_padding()
     backend.no_truncation()
-    backend.encode_special_tokens = True  # "[eos]" in a caption is text, not the end of it
+    backend.encode_special_tokens = True  # "[eos]" in a caption is plain text
     self._backend = backend
-    self._ascii = bert.ascii_short_cut(backend)
+    self._ascii = bert.ascii_fast_path(backend)
     self._splits_as_bert = detokenize.splits_as_bert(backend)
     vocabulary = backend.get_vocab(with_added_tokens=True)
     found = {
@@ -96,18 +95,18 @@ class Tokenizer:
 
   @classmethod
   def from_vocab(cls, path: str | os.PathLike[str], *, append_cls: bool = False) -> "Tokenizer":
-    """From a WordPiece vocabulary: UTF-8 text, one token a line, the line number is the id.
+    """Create a tokenizer from a WordPiece vocabulary file in UTF-8, one token per line.
 
-    A byte order mark at the beginning is no part of the first token. Empty lines at the end are
-    ignored.
+    A byte order mark and trailing empty lines are ignored.
 
-    Text is prepared as by TensorFlow Text's BertTokenizer(lower_case=True), which the OpenVision
-    models were trained with. Note that this is not what Hugging Face's BERT normaliser does: it
-    also folds compatibility characters ("½" to "1/2" with U+2044, "…" to "...", "™" to "tm").
+    Text preparation equals TensorFlow Text's BertTokenizer(lower_case=True), with which the
+    OpenVision models were trained. Unlike Hugging Face's BERT normalizer, it also folds
+    compatibility characters ("½" to "1/2" with U+2044, "…" to "...", "™" to "tm").
 
     Raises:
-      ValueError: not UTF-8, an empty or a repeated line, or no [PAD], [bos], [eos], [UNK].
-      FileNotFoundError: no such file.
+      ValueError: if the file is not UTF-8, has empty or repeated lines, or lacks [PAD], [bos],
+        [eos] or [UNK].
+      FileNotFoundError: if the file does not exist.
     """
     vocabulary = tokenizer_json.parse_lines(_read(path), path)
     if "[UNK]" not in vocabulary:
@@ -122,11 +121,14 @@ class Tokenizer:
 
   @classmethod
   def from_file(cls, path: str | os.PathLike[str], *, append_cls: bool = False) -> "Tokenizer":
-    """From a tokenizer.json of the `tokenizers` library; its padding and template are not used.
+    """Create a tokenizer from a tokenizer.json of the `tokenizers` library.
+
+    Padding, truncation and template of the file are ignored.
 
     Raises:
-      ValueError: not such a file, ids out of range, or no tokens for padding, beginning and end.
-      FileNotFoundError: no such file.
+      ValueError: if the file is malformed, ids are out of range, or pad, bos or eos tokens are
+        missing.
+      FileNotFoundError: if the file does not exist.
     """
     backend = tokenizer_json.parse(_read(path), path)
     try:
@@ -145,24 +147,25 @@ class Tokenizer:
     append_cls: bool = False,
     strip_accents: bool = False,
   ) -> "Tokenizer":
-    """Learns a vocabulary; the same texts, in any order, give the same tokenizer.
+    """Learn a vocabulary. The result does not depend on the order of the texts.
 
-    Texts are normalised (NFC) and in lower case. `decode` gives back such a text as it was, up to
-    white space, where the vocabulary has its letters; see `own_pieces`.
+    Texts are normalized to NFC and lower case. `decode` restores such a text up to white space if
+    the vocabulary contains its letters; see `reversible_pieces`.
 
     Args:
       texts: captions of the training split.
-      vocab_size: upper limit, with the 7 special tokens: [PAD] 0, [bos] 1, [eos] 2, [UNK] 3 ...
-      kind: "pieces" spells rare words in parts; "words" knows whole words only, and is the better
-        choice for a small closed language.
-      min_frequency: words or pieces seen less often are left out.
-      append_cls: see the class.
-      strip_accents: removes accents, as the released models do, and all other nonspacing marks,
-        among them vowel signs of Hindi, Thai and many more. Makes small European vocabularies
-        smaller; loses what such marks mean.
+      vocab_size: maximum vocabulary size, including the 7 special tokens [PAD] 0, [bos] 1, [eos] 2,
+        [UNK] 3, ...
+      kind: "pieces" splits rare words into parts; "words" contains only complete words and suits a
+        small closed language.
+      min_frequency: minimum frequency of words or pieces.
+      append_cls: whether rows end with [CLS].
+      strip_accents: whether to remove accents, as in the released models, and all other nonspacing
+        marks, including vowel signs of Hindi, Thai and other scripts. Reduces small European
+        vocabularies, but loses the meaning of such marks.
 
     Raises:
-      ValueError: vocab_size leaves no room, or the texts hold no word.
+      ValueError: if vocab_size is too small or the texts contain no word.
     """
     if kind not in ("pieces", "words"):
       raise ValueError(f"kind={kind!r}: expected 'pieces' or 'words'.")
@@ -172,40 +175,40 @@ class Tokenizer:
         f"vocab_size={vocab_size}: expected more than the {len(_TRAINED_SPECIALS)} special tokens."
       )
     letters = kind == "words"
-    normalizer = own_pieces.normalizer(strip_accents=strip_accents, letters=letters)
+    normalizer = reversible_pieces.normalizer(strip_accents=strip_accents, letters=letters)
     counts: Counter[str] = Counter()
     for text in texts:
       words = normalizer.normalize_str(_clean(text)).split()
-      counts.update(word for word in words if len(word) <= own_pieces.MAX_WORD_CHARS)
+      counts.update(word for word in words if len(word) <= reversible_pieces.MAX_WORD_CHARS)
     if not counts:
-      raise ValueError("the texts to train a tokenizer on hold no word.")
+      raise ValueError("the training texts contain no word.")
     learn = word_pieces.word_pieces if kind == "pieces" else word_pieces.frequent_words
     learnt = learn(counts, room, min_frequency)
-    learnt += own_pieces.other_forms(learnt, letters=letters)[: room - len(learnt)]
+    learnt += reversible_pieces.spelling_tokens(learnt, letters=letters)[: room - len(learnt)]
     tokens = [*_TRAINED_SPECIALS, *learnt]
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    backend = own_pieces.backend(vocabulary, strip_accents=strip_accents, letters=letters)
+    backend = reversible_pieces.backend(vocabulary, strip_accents=strip_accents, letters=letters)
     return cls(backend, append_cls=append_cls)
 
   def encode(self, text: str | bytes) -> list[int]:
-    """Ids of the text alone, without special tokens."""
+    """Return the ids of a text without special tokens."""
     return self._backend.encode(_clean(text), add_special_tokens=False).ids
 
   def encode_batch(
     self, texts: Sequence[str | bytes], length: int, append_cls: bool | None = None
   ) -> tuple[np.ndarray, np.ndarray]:
-    """Encodes and packs texts.
+    """Encode and pack texts.
 
     Args:
-      texts: B captions; bytes are read as UTF-8, damaged parts of it as U+FFFD.
-      length: T, columns of the result, [bos], [eos] and [CLS] included.
-      append_cls: overrides the tokenizer's own setting.
+      texts: B captions; bytes are decoded as UTF-8 with U+FFFD for invalid bytes.
+      length: number of columns T of the result, including [bos], [eos] and [CLS].
+      append_cls: overrides the setting of the tokenizer.
 
     Returns:
-      ids int32 [B, T], and mask bool [B, T]: True where the id is not padding.
+      ids int32 [B, T], and mask bool [B, T], which is False on padding.
 
     Raises:
-      ValueError: length leaves no room for the special tokens, or the vocabulary has no [CLS].
+      ValueError: if length is too small for the special tokens, or the vocabulary has no [CLS].
     """
     append_cls = self.append_cls if append_cls is None else append_cls
     cls_id = self.cls_id if append_cls else None
@@ -213,23 +216,26 @@ class Tokenizer:
       raise ValueError(f"append_cls: {_missing_special('cls', self._backend.get_vocab())}")
     content = length - 1 if append_cls else length
     if not isinstance(length, int | np.integer) or length > MAX_LENGTH:
-      raise ValueError(f"length={length!r}: expected a whole number of at most {MAX_LENGTH:,}.")
+      raise ValueError(f"length={length!r}: expected an integer of at most {MAX_LENGTH:,}.")
     if content < 2:
       specials = "[bos], [eos] and [CLS]" if append_cls else "[bos] and [eos]"
-      raise ValueError(f"length={length} has no room for {specials}; raise it.")
+      raise ValueError(f"length={length} is too short for {specials}; raise it.")
     encodings = self._encodings([_clean(text) for text in texts])
     ids = np.full((len(encodings), length), self.pad_id, np.int32)
-    for row, encoding in zip(ids, encodings):
+    mask = np.zeros((len(encodings), length), bool)
+    for row, used, encoding in zip(ids, mask, encodings):
       words = encoding.ids[: content - 2]
+      used[: len(words) + 2] = True
       row[0] = self.bos_id
       row[1 : 1 + len(words)] = words
       row[1 + len(words)] = self.eos_id
     if cls_id is not None:
       ids[:, -1] = cls_id
-    return ids, ids != self.pad_id
+      mask[:, -1] = True
+    return ids, mask
 
   def _encodings(self, texts: list[str]) -> list[tokenizers.Encoding]:
-    """Batches of one do release the interpreter lock, a plain `encode` does not."""
+    """Encode texts. Uses `encode_batch` for single texts too, because `encode` holds the GIL."""
     if len(texts) > _FEW_TEXTS:
       return self._backend.encode_batch_fast(texts, add_special_tokens=False)
     encodings = []
@@ -241,11 +247,10 @@ class Tokenizer:
     return encodings
 
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-    """Text of one row, up to its first [eos]; special and unused ids are passed over.
+    """Return the text of one row up to its first [eos], without special and unused ids.
 
-    A tokenizer of `train` gives back where spaces were. The text preparation of BERT loses them
-    around punctuation; they are put back as they are usually written. An unknown word is "[UNK]",
-    or what else the vocabulary calls it.
+    A tokenizer of `train` restores spaces. BERT's text preparation loses spaces around punctuation;
+    they are restored by the usual rules of spelling. Unknown words become the unknown token.
     """
     words: list[int] = []
     for i in np.asarray(ids).tolist():
@@ -258,11 +263,11 @@ class Tokenizer:
     return self._backend.decode(words, skip_special_tokens=False)
 
   def decode_batch(self, ids: np.ndarray) -> list[str]:
-    """Texts of the rows of ids [B, T]."""
+    """Return the texts of the rows of ids [B, T]."""
     return [self.decode(row) for row in ids]
 
   def check_fits(self, model_vocab_size: int) -> None:
-    """Raises ValueError where the model has fewer embeddings than the vocabulary has tokens."""
+    """Raise ValueError if the model has fewer embeddings than the vocabulary has tokens."""
     if self.vocab_size > model_vocab_size:
       raise ValueError(
         f"the tokenizer has {self.vocab_size} tokens but the model's vocab_size is "
@@ -270,18 +275,18 @@ class Tokenizer:
       )
 
   def to_json(self) -> str:
-    """What makes the pieces, as a tokenizer.json of the `tokenizers` library."""
+    """Return the tokenizer as a tokenizer.json of the `tokenizers` library, without packing."""
     return self._backend.to_str(pretty=True)
 
   @property
   def fingerprint(self) -> str:
-    """Changes with anything that changes ids."""
+    """Hex digits of everything that affects ids."""
     content = json.loads(self.to_json())
     text = json.dumps([content, self.append_cls], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
   def files(self) -> dict[str, bytes]:
-    """Return the files of `save` by name: tokenizer.json, and packing.json, which marks the end."""
+    """Return the files of `save` by name: tokenizer.json and packing.json, in this order."""
     tokenizer = self.to_json().encode()
     packing = {
       "append_cls": self.append_cls,
@@ -299,36 +304,36 @@ class Tokenizer:
     return {TOKENIZER_FILE: tokenizer, PACKING_FILE: tokenizer_folder.seal(packing)}
 
   def save(self, folder: str | os.PathLike[str]) -> None:
-    """Write tokenizer.json, and packing.json with the packing, checksums and golden vectors.
+    """Write tokenizer.json, and packing.json with the packing, checksums and golden ids.
 
-    A new folder is complete or absent. Where another tokenizer is replaced and the save is
-    interrupted, `is_complete` is False and `load` raises FileNotFoundError.
+    A new folder is created atomically. After an interrupted replacement of another tokenizer,
+    `is_complete` is False and `load` raises FileNotFoundError.
 
     Raises:
-      ValueError: the folder is not local.
+      ValueError: if the folder is not local.
     """
     path = tokenizer_folder.check_local(folder)
     tokenizer_folder.write(path, self.files(), marks=(PACKING_FILE, PROCESSOR_FILE))
 
   @staticmethod
   def is_complete(folder: str | os.PathLike[str]) -> bool:
-    """Return whether a folder holds all files of `save`; their content is not checked."""
+    """Return whether a folder contains all files of `save`, without checking their content."""
     path = pathlib.Path(folder)
     return all((path / name).is_file() for name in (PACKING_FILE, TOKENIZER_FILE))
 
   @classmethod
   def load(cls, folder: str | os.PathLike[str]) -> "Tokenizer":
-    """Reads a folder that `save` wrote and checks that it is unchanged and encodes as it did then.
+    """Load a folder of `save` and verify checksums and golden ids.
 
     Raises:
-      FileNotFoundError: the folder or one of its files is missing.
-      ValueError: a file was changed or cannot be read, or texts no longer encode to the stored ids.
+      FileNotFoundError: if the folder or one of its files is missing.
+      ValueError: if a file was modified or is malformed, or texts do not encode to the stored ids.
     """
     path = pathlib.Path(folder)
     for name in (PACKING_FILE, TOKENIZER_FILE):
       if not (path / name).is_file():
         raise FileNotFoundError(
-          f"no tokenizer in {path}: {name} is missing. This is no folder of a tokenizer, or saving "
+          f"no tokenizer in {path}: {name} is missing. This is not a tokenizer folder, or saving "
           "it was interrupted; save the tokenizer again."
         )
     packing = tokenizer_folder.read_sealed(path / PACKING_FILE)
@@ -342,24 +347,24 @@ class Tokenizer:
     data = _read(path / TOKENIZER_FILE)
     if packing.get("tokenizer_sha256") not in (None, tokenizer_folder.sha256(data)):
       raise ValueError(
-        f"{path / TOKENIZER_FILE} was changed or exchanged after {PACKING_FILE} was written; a "
-        "model needs the tokenizer that it was trained with. Take both files from its run again."
+        f"{path / TOKENIZER_FILE} was modified or replaced after {PACKING_FILE} was written; a "
+        "model needs the tokenizer that it was trained with. Copy both files from its run again."
       )
     tokenizer = cls.from_file(path / TOKENIZER_FILE, append_cls=append_cls)
     same_library = packing.get("tokenizers_version") == tokenizers.__version__
     if same_library and packing.get("fingerprint") not in (None, tokenizer.fingerprint):
       raise ValueError(
         f"the tokenizer in {path} has fingerprint {tokenizer.fingerprint}, but {PACKING_FILE} says "
-        f"{str(packing['fingerprint'])[:40]!r}; {TOKENIZER_FILE} was changed. Take both files from "
-        "the same run."
+        f"{str(packing['fingerprint'])[:40]!r}; {TOKENIZER_FILE} was modified. Copy both files "
+        "from the same run."
       )
     for (text, ids), now in zip(
       expected, tokenizer._golden_ids([text for text, _ in expected], length), strict=True
     ):
       if now != ids:
         raise ValueError(
-          f"the tokenizer in {path} no longer encodes as when it was saved: {text[:40]!r} was "
-          f"{ids}, is {now}. Either its files were changed, or tokenizers "
+          f"the tokenizer in {path} no longer reproduces its golden ids: {text[:40]!r} was "
+          f"{ids}, is {now}. Either its files were modified, or tokenizers "
           f"{tokenizers.__version__} differs from {packing.get('tokenizers_version')}."
         )
     return tokenizer
@@ -369,14 +374,14 @@ class Tokenizer:
 
 
 def canonicalise_text(text: str, keep: str = "") -> str:
-  """Prepares class names and prompt templates as the OpenVision evaluation does.
+  """Canonicalize a class name or prompt template as in the OpenVision evaluation.
 
-  Underscores become spaces, ASCII punctuation goes (hyphens leave no space behind), upper case
-  becomes lower, runs of white space become one space.
+  Underscores become spaces, ASCII punctuation is removed (hyphens without a space), the text is
+  lower-cased, and runs of white space become one space.
 
   Args:
-    text: a class name or template.
-    keep: a literal that stays as it is: "," for class names, "{}" for templates.
+    text: class name or template.
+    keep: literal that is not changed: "," for class names, "{}" for templates.
   """
   drop = str.maketrans("", "", string.punctuation)
   text = text.replace("_", " ")
@@ -385,7 +390,7 @@ def canonicalise_text(text: str, keep: str = "") -> str:
 
 
 def _clean(text: str | bytes) -> str:
-  """At most MAX_CHARS characters that can be encoded as UTF-8."""
+  """Return at most MAX_CHARS characters of valid Unicode."""
   if isinstance(text, bytes):
     return text[: 4 * MAX_CHARS].decode("utf-8", "replace")[:MAX_CHARS]
   text = text[:MAX_CHARS]
@@ -395,11 +400,11 @@ def _clean(text: str | bytes) -> str:
 
 
 def _read(path: str | os.PathLike[str]) -> bytes:
-  """Return the content of a local file; FileNotFoundError where it is no regular one."""
+  """Return the content of a local file; raise FileNotFoundError if it is not a regular file."""
   name = os.fsdecode(path)
   fs.check_name(name)
   if fs.is_remote(name):
-    raise FileNotFoundError(f"{name}: expected a local file; copy it to a disk first")
+    raise FileNotFoundError(f"{name}: expected a local file; copy it to a local disk first")
   return fs.read_regular(name, tokenizer_json.MAX_BYTES)
 
 

@@ -1,9 +1,8 @@
-"""Folders of tokenizers: written completely or not at all, and any changed byte is noticed.
+"""Atomic, checksummed tokenizer folders.
 
-Each JSON file that describes the tokenizer is sealed: it holds the SHA-256 of its content. A
-new folder is written under another name next to it and renamed. In a folder that exists, the files
-that mark it as complete are removed first and written last, so that an interrupted save is
-recognised.
+Each JSON file that describes the tokenizer is sealed: it contains the SHA-256 of its content. A new
+folder is written under a temporary name and renamed. In an existing folder, the files that mark it
+as complete are removed first and written last, so an interrupted save is detected.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,18 +26,18 @@ _MAX_GOLDEN = 100
 
 
 def seal(content: Mapping[str, Any]) -> bytes:
-  """Return a JSON file of the current format with its own SHA-256 (over zeros in its place)."""
+  """Return a JSON file with the SHA-256 of its content, computed with zeros for the digest."""
   sealed = {"format": FORMAT, _SEAL: _ZEROS.decode(), **content}
   data = json.dumps(sealed, ensure_ascii=False, indent=1).encode() + b"\n"
   return data.replace(_ZEROS, hashlib.sha256(data).hexdigest().encode(), 1)
 
 
 def read_sealed(file: pathlib.Path) -> dict[str, Any]:
-  """Return the content of a file of `seal`, or of one of format 1, which may have no seal.
+  """Return the content of a sealed file, or of a file of format 1, which may have no seal.
 
   Raises:
-    ValueError: the file was changed after it was written, or is no such file.
-    FileNotFoundError: there is no such regular file.
+    ValueError: if the file was modified after it was written, or has another format.
+    FileNotFoundError: if there is no regular file of that name.
   """
   data = fs.read_regular(os.fspath(file), tokenizer_json.MAX_BYTES)
   try:
@@ -50,22 +49,22 @@ def read_sealed(file: pathlib.Path) -> dict[str, Any]:
     raise ValueError(f"{file} is damaged: its format is {str(version)[:40]!r}.")
   if version > FORMAT:
     raise ValueError(
-      f"{file} is of format {version}, and this version of ov_data reads formats up to {FORMAT}; "
-      "use the version that wrote it."
+      f"{file} has format {version}, but this version of ov_data supports formats up to {FORMAT}; "
+      "use the version that wrote the file."
     )
   if version > 1 or _SEAL in content:
     found = _SEAL_VALUE.search(data)
     plain = data[: found.start(2)] + _ZEROS + data[found.end(2) :] if found else data
     if not found or hashlib.sha256(plain).hexdigest().encode() != found[2]:
       raise ValueError(
-        f"{file} is damaged: it was changed after it was written. Take the folder from its run "
+        f"{file} is damaged: it was modified after it was written. Copy the folder from its run "
         "again."
       )
   return content
 
 
 def golden(entries: object) -> list[tuple[str, list[int]]]:
-  """Return texts and their ids from the entries of a file; ValueError for another shape."""
+  """Return texts and their ids from the entries of a file; raise ValueError if malformed."""
   if not isinstance(entries, list) or len(entries) > _MAX_GOLDEN:
     raise ValueError(f"expected a list of at most {_MAX_GOLDEN} texts with ids")
   pairs = []
@@ -78,19 +77,18 @@ def golden(entries: object) -> list[tuple[str, list[int]]]:
 
 
 def sha256(data: bytes) -> str:
-  """Return the SHA-256 of bytes as hex digits."""
+  """Return the SHA-256 of the bytes as hex digits."""
   return hashlib.sha256(data).hexdigest()
 
 
 def write(folder: pathlib.Path, files: Mapping[str, bytes], marks: Sequence[str]) -> None:
-  """Write the files of a folder, and others in it stay.
+  """Write files to a folder and keep its other files.
 
   Args:
-    folder: to write to; its parents are created.
-    files: content by name, in the order of writing.
-    marks: all names that the folder may have and that mark it as complete, the most important one
-      first. They are removed in this order before another file is replaced. Those among `files`
-      come last there.
+    folder: folder to write to; created with its parents if needed.
+    files: content by name, in the order of writing; `marks` must be last.
+    marks: all names that can mark the folder as complete, the most important first. They are
+      removed in this order before another file is replaced.
   """
   if not folder.exists():
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -116,12 +114,12 @@ def write(folder: pathlib.Path, files: Mapping[str, bytes], marks: Sequence[str]
 
 
 def check_local(folder: str | os.PathLike[str]) -> pathlib.Path:
-  """Return a folder to write to; ValueError where it is remote."""
+  """Return a folder to write to; raise ValueError if it is remote."""
   return outputs.local_path(folder)
 
 
 def _remove_unfinished(folder: pathlib.Path) -> None:
-  """Remove what an interrupted save left next to a folder."""
+  """Remove temporary folders of interrupted saves."""
   name = re.compile(rf"\.{re.escape(folder.name)}\.[0-9a-f]{{12}}\.partial")
   for path in folder.parent.iterdir():
     if name.fullmatch(path.name) and not path.is_symlink():
@@ -135,7 +133,7 @@ def _holds(file: pathlib.Path, data: bytes) -> bool:
 
 
 def _write(file: pathlib.Path, data: bytes) -> None:
-  """Write a new file, never through a link, and wait until it is stored."""
+  """Write a new file without following links, and sync it to disk."""
   file.unlink(missing_ok=True)
   with fs.writing(str(file)), open(file, "xb") as stream:
     stream.write(data)

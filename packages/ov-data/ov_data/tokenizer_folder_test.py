@@ -1,4 +1,4 @@
-"""Folders of tokenizers: changes are noticed, interrupted saves are recognised, old ones load."""
+"""Tokenizer folders: detection of changes and interrupted saves, and older formats."""
 
 import json
 import os
@@ -20,7 +20,7 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.mark.parametrize("name", _FILES)
-def test_any_changed_byte_is_noticed(tokenizer: Tokenizer, tmp_path: pathlib.Path, name: str):
+def test_any_changed_byte_is_detected(tokenizer: Tokenizer, tmp_path: pathlib.Path, name: str):
   TextProcessor(tokenizer, 24).save(tmp_path)
   file = tmp_path / name
   data = file.read_bytes()
@@ -43,7 +43,7 @@ def test_every_byte_of_the_seal_counts(tokenizer: Tokenizer, tmp_path: pathlib.P
   tokenizer.save(tmp_path)
   file = tmp_path / "packing.json"
   data = file.read_bytes()
-  for i in range(120):  # the format and the seal are in here
+  for i in range(120):  # covers format and seal
     for other in b'0123"x F':
       if data[i] != other:
         file.write_bytes(data[:i] + bytes([other]) + data[i + 1 :])
@@ -52,7 +52,7 @@ def test_every_byte_of_the_seal_counts(tokenizer: Tokenizer, tmp_path: pathlib.P
 
 
 def _swap_words(folder: pathlib.Path) -> None:
-  """Exchange the ids of two words that no golden text holds."""
+  """Swap the ids of two words that are in no golden text."""
   file = folder / "tokenizer.json"
   content = json.loads(file.read_text("utf-8"))
   vocabulary = content["model"]["vocab"]
@@ -68,10 +68,10 @@ def _of_format_1(folder: pathlib.Path, *drop: str) -> None:
   file.write_text(json.dumps(content), "utf-8")
 
 
-def test_another_tokenizer_json_is_refused(tokenizer: Tokenizer, tmp_path: pathlib.Path):
+def test_another_tokenizer_json_is_rejected(tokenizer: Tokenizer, tmp_path: pathlib.Path):
   tokenizer.save(tmp_path)
   _swap_words(tmp_path)
-  message = r"tokenizer\.json was changed or exchanged after packing\.json.*Take both files from"
+  message = r"tokenizer\.json was modified or replaced after packing\.json.*Copy both files from"
   with pytest.raises(ValueError, match=message):
     Tokenizer.load(tmp_path)
 
@@ -84,11 +84,11 @@ def test_folders_without_checksums_load(tokenizer: Tokenizer, tmp_path: pathlib.
   with pytest.raises(ValueError, match=r"has fingerprint .* but packing\.json says"):
     Tokenizer.load(tmp_path)
   _of_format_1_without_fingerprint(tmp_path)
-  Tokenizer.load(tmp_path)  # as the folder of another program: only its texts are compared
+  Tokenizer.load(tmp_path)  # without seal, only golden ids are compared
   content = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))
   content["normalizer"] = None
   (tmp_path / "tokenizer.json").write_text(json.dumps(content), "utf-8")
-  with pytest.raises(ValueError, match="no longer encodes as when it was saved.*was .* is "):
+  with pytest.raises(ValueError, match="no longer reproduces its golden ids.*was .* is "):
     Tokenizer.load(tmp_path)
 
 
@@ -118,10 +118,10 @@ def test_another_library_version_may_write_other_json(tokenizer: Tokenizer, tmp_
     (dict(golden=[{"text": "a", "ids": 1}]), "expected a text and a list of ids"),
     (dict(golden=[{"text": "a"}] * 101), "at most 100"),
     (dict(format=[1]), "its format is"),
-    (dict(format=3), "is of format 3, and this version of ov_data reads formats up to 2"),
+    (dict(format=3), "has format 3, but this version of ov_data supports formats up to 2"),
   ],
 )
-def test_wrong_values_end_in_one_line(tokenizer: Tokenizer, tmp_path, change, message):
+def test_wrong_values_give_one_line_errors(tokenizer: Tokenizer, tmp_path, change, message):
   tokenizer.save(tmp_path)
   file = tmp_path / "packing.json"
   content = json.loads(file.read_text("utf-8"))
@@ -141,7 +141,7 @@ def test_files_of_other_shapes_are_damaged(tokenizer: Tokenizer, tmp_path, data)
       TextProcessor.load(tmp_path)
 
 
-def test_incomplete_folders_are_recognised(tokenizer: Tokenizer, tmp_path: pathlib.Path):
+def test_incomplete_folders_are_detected(tokenizer: Tokenizer, tmp_path: pathlib.Path):
   assert not Tokenizer.is_complete(tmp_path / "none")
   TextProcessor(tokenizer, 24).save(tmp_path / "a")
   assert Tokenizer.is_complete(tmp_path / "a") and TextProcessor.is_complete(tmp_path / "a")
@@ -161,7 +161,7 @@ class _Killed(BaseException):
 
 
 def _kill_at(monkeypatch, number: int) -> None:
-  """Every change of files before the one with this number is done, the others raise."""
+  """Make all file changes from the given number on fail."""
   done = 0
 
   def counted(change):
@@ -177,12 +177,12 @@ def _kill_at(monkeypatch, number: int) -> None:
   monkeypatch.setattr(tokenizer_folder, "_write", counted(tokenizer_folder._write))
   for name in ("mkdir", "rename", "replace", "unlink"):
     monkeypatch.setattr(pathlib.Path, name, counted(getattr(pathlib.Path, name)))
-  # A killed process cleans nothing up.
+  # A killed process does not clean up.
   monkeypatch.setattr(tokenizer_folder.shutil, "rmtree", lambda *args, **kwargs: None)
 
 
 @pytest.mark.parametrize("before", ["nothing", "same tokenizer", "other tokenizer"])
-def test_a_killed_save_leaves_a_complete_folder_or_a_recognised_one(
+def test_a_killed_save_leaves_a_complete_folder_or_a_detectable_one(
   tokenizer: Tokenizer, tmp_path: pathlib.Path, before: str
 ):
   new = TextProcessor(tokenizer, 24)
@@ -211,7 +211,7 @@ def test_a_killed_save_leaves_a_complete_folder_or_a_recognised_one(
     else:
       states.add("incomplete")
       assert before != "same tokenizer"
-    new.save(folder)  # whatever was left, the next save succeeds and cleans up
+    new.save(folder)  # the next save succeeds and cleans up
     assert TextProcessor.load(folder).fingerprint == new.fingerprint
     assert os.listdir(folder.parent) == ["tokenizer"] and len(os.listdir(folder)) == 3
     if done:

@@ -1,7 +1,7 @@
-"""Files of vocabularies: tokenizer.json, checked before the library reads it, and lists of tokens.
+"""Validated parsing of tokenizer.json and vocabulary files.
 
-The library takes time and memory that grow with the largest id, raises bare exceptions, and panics
-on some files. So sizes, types and ids are checked first.
+The `tokenizers` library uses time and memory proportional to the largest id, raises bare
+exceptions, and panics on some files. Sizes, types and ids are therefore validated first.
 """
 
 import codecs
@@ -11,7 +11,7 @@ from typing import Any
 import tokenizers
 
 MAX_BYTES = 64 << 20
-MAX_TOKENS = 10_000_000  # ids must be below
+MAX_TOKENS = 10_000_000  # exclusive upper bound of ids
 _PROBES = ("a photo, 3.5", "Ünïcödé 東京 \U0001f600 สวัสดี")
 
 
@@ -20,30 +20,30 @@ def parse(data: bytes, path: object) -> tokenizers.Tokenizer:
 
   Args:
     data: content of the file.
-    path: of the file, for messages.
+    path: path of the file, for messages.
 
   Raises:
-    ValueError: the content is no such file, has ids out of range, or cannot encode a text.
+    ValueError: if the content is malformed, has ids out of range, or cannot encode a text.
   """
   data = data.removeprefix(codecs.BOM_UTF8)
   try:
     _check(load_object(data))
     backend = tokenizers.Tokenizer.from_buffer(data)
-    for text in _PROBES:  # an unknown token may be missing
+    for text in _PROBES:  # fails if the unknown token is missing
       backend.encode(text, add_special_tokens=False)
   except BaseException as error:  # the library raises bare Exception and panics
     if not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
       raise
     reason = " ".join(str(error).split())[:200]
-    raise ValueError(f"{path} is no tokenizer.json: {reason}") from None
+    raise ValueError(f"{path} is not a tokenizer.json: {reason}") from None
   return backend
 
 
 def parse_lines(data: bytes, path: object) -> dict[str, int]:
-  """Return the tokens of a vocabulary file, one a line, with their ids.
+  """Return the tokens of a vocabulary file, one per line, with their ids.
 
   Raises:
-    ValueError: not UTF-8, an empty or a repeated line, or too many lines.
+    ValueError: if the file is not UTF-8, has empty or repeated lines, or too many lines.
   """
   data = data.removeprefix(codecs.BOM_UTF8)
   try:
@@ -58,18 +58,18 @@ def parse_lines(data: bytes, path: object) -> dict[str, int]:
   for i, line in enumerate(text.rstrip("\r\n").split("\n")):
     token = line.removesuffix("\r")
     if not token:
-      raise ValueError(f"vocabulary {path}, line {i + 1}: empty; every line is one token.")
+      raise ValueError(f"vocabulary {path}, line {i + 1}: empty; every line must be a token.")
     if token in vocabulary:
       first = vocabulary[token] + 1
-      raise ValueError(f"vocabulary {path}, line {i + 1}: {token!r} is on line {first}, too.")
+      raise ValueError(f"vocabulary {path}, line {i + 1}: {token!r} is also on line {first}.")
     if i == MAX_TOKENS:
-      raise ValueError(f"vocabulary {path}: more than {MAX_TOKENS:,} lines; every one is a token.")
+      raise ValueError(f"vocabulary {path}: more than {MAX_TOKENS:,} lines.")
     vocabulary[token] = i
   return vocabulary
 
 
 def load_object(data: bytes) -> dict[str, Any]:
-  """Return the JSON object of a file; ValueError with the reason where it holds none."""
+  """Return the JSON object of a file; raise ValueError if it does not contain one."""
   try:
     content = json.loads(data.decode("utf-8"))
   except UnicodeDecodeError as error:
@@ -82,7 +82,7 @@ def load_object(data: bytes) -> dict[str, Any]:
 
 
 def _check(content: dict[str, Any]) -> None:
-  """Raise ValueError for a vocabulary that the library should not see."""
+  """Raise ValueError for a vocabulary that the library cannot handle."""
   model = content.get("model")
   if not isinstance(model, dict):
     raise ValueError(f"expected an object under 'model', got {type(model).__name__}")
@@ -106,7 +106,7 @@ def _check(content: dict[str, Any]) -> None:
     raise ValueError(f"expected a list under 'added_tokens', got {_kind(added)}")
   for entry in added or ():
     if not isinstance(entry, dict) or not isinstance(entry.get("content"), str):
-      raise ValueError("an entry of 'added_tokens' is no object with a text under 'content'")
+      raise ValueError("an entry of 'added_tokens' is not an object with a text under 'content'")
     _check_id(entry["content"], entry.get("id"))
 
 
@@ -114,7 +114,7 @@ def _check_id(token: str, number: object) -> None:
   if type(number) is not int:
     raise ValueError(f"the id of {token[:40]!r} is of type {_kind(number)}; expected a number")
   if not 0 <= number < MAX_TOKENS:
-    shown = number if abs(number) < 10**18 else "a number of over 18 digits"
+    shown = number if abs(number) < 10**18 else "a number with more than 18 digits"
     raise ValueError(f"the id of {token[:40]!r} is {shown}; expected 0 to {MAX_TOKENS - 1:,}")
 
 

@@ -1,4 +1,4 @@
-"""tokenizer.json files of other shapes and sizes: one line each, before any work."""
+"""Malformed and oversized tokenizer.json files raise one-line errors."""
 
 import json
 import pathlib
@@ -44,7 +44,7 @@ def _refused(path: pathlib.Path, data: str | bytes, message: str) -> None:
   [
     (2**31, "the id of 'dog' is 2147483648; expected 0 to 9,999,999"),
     (10**7, "the id of 'dog' is 10000000; expected"),
-    (10**30, "the id of 'dog' is a number of over 18 digits"),
+    (10**30, "the id of 'dog' is a number with more than 18 digits"),
     (-1, "the id of 'dog' is -1"),
     (5.0, "the id of 'dog' is of type float; expected a number"),
     (True, "of type bool"),
@@ -64,10 +64,10 @@ def test_ids_are_checked_before_the_library_reads_them(content, tmp_path, number
     _refused(tmp_path / "tokenizer.json", json.dumps(changed), message)
 
 
-def test_other_shapes_end_in_one_line(content, tmp_path):
+def test_other_shapes_give_one_line_errors(content, tmp_path):
   path = tmp_path / "tokenizer.json"
   for value in (None, [], "x", 3, True):
-    _refused(path, json.dumps(value), "is no tokenizer.json: expected a JSON object")
+    _refused(path, json.dumps(value), "is not a tokenizer.json: expected a JSON object")
     _refused(path, json.dumps(_with(content, value, "model")), "an object under 'model'")
   for value in (None, "x", 3):
     _refused(path, json.dumps(_with(content, value, "model", "vocab")), "under 'vocab'")
@@ -75,19 +75,19 @@ def test_other_shapes_end_in_one_line(content, tmp_path):
     _refused(path, json.dumps(_with(content, value, "added_tokens")), "added_tokens")
   for key in ("normalizer", "pre_tokenizer", "decoder", "post_processor"):
     for value in ([], 3, {"type": "None of these"}):
-      _refused(path, json.dumps(_with(content, value, key)), "is no tokenizer.json")
+      _refused(path, json.dumps(_with(content, value, key)), "is not a tokenizer.json")
   _refused(path, json.dumps(_without(content, "model", "vocab")), "under 'vocab'")
   _refused(path, "[" * 200_000, "nested too deeply")
   _refused(path, '{"model": ' + "[" * 200_000, "nested too deeply")
   _refused(path, b'{"a": "\xe9"}', "byte 7 is not UTF-8")
-  _refused(path, "{", "is no tokenizer.json")
-  _refused(path, '{"model": ' + "9" * 5000 + "}", "is no tokenizer.json")
+  _refused(path, "{", "is not a tokenizer.json")
+  _refused(path, '{"model": ' + "9" * 5000 + "}", "is not a tokenizer.json")
 
 
-def test_a_file_that_cannot_encode_is_refused(content, tmp_path):
+def test_a_file_that_cannot_encode_is_rejected(content, tmp_path):
   changed = _with(content, "[none]", "model", "unk_token")
   _refused(
-    tmp_path / "tokenizer.json", json.dumps(changed), "is no tokenizer.json: WordPiece error"
+    tmp_path / "tokenizer.json", json.dumps(changed), "is not a tokenizer.json: WordPiece error"
   )
 
 
@@ -100,4 +100,4 @@ def test_vocabularies_as_lists_are_read(tmp_path):
   assert tokenizer.vocab_size == 6 and tokenizer.encode("ab") == [4, 5]
   for bad in ([["a"]], [[1, 2]], ["a"], [["a", "b"]]):
     changed = {"version": "1.0", "model": {**model, "vocab": bad}}
-    _refused(path, json.dumps(changed), "is no tokenizer.json")
+    _refused(path, json.dumps(changed), "is not a tokenizer.json")

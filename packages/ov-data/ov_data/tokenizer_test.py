@@ -1,4 +1,4 @@
-"""Tokenizer: golden ids, packing, training, the saved folder, wrong vocabularies."""
+"""Tokenizer: golden ids, packing, training, saved folders, and invalid vocabularies."""
 
 from concurrent import futures
 import json
@@ -29,7 +29,7 @@ _CAPTIONS = [
 
 @pytest.fixture(scope="module")
 def bert_vocabulary() -> pathlib.Path:
-  """The vocabulary behind the golden ids; its licence keeps it out of this repository."""
+  """Vocabulary of the golden ids, which cannot be distributed with this repository."""
   places = [os.environ["OV_GOLDEN"]] if os.environ.get("OV_GOLDEN") else []
   here = pathlib.Path(__file__).absolute()
   places += [str(parent / "shared" / "golden") for parent in here.parents]
@@ -51,7 +51,7 @@ def _write_vocabulary(path: pathlib.Path, tokens: list[str]) -> pathlib.Path:
 
 @pytest.mark.parametrize("i", range(len(_GOLDEN)))
 def test_golden_ids(bert_vocabulary: pathlib.Path, i: int):
-  """Every field of the predecessors' labels; packing lengths are those of their recipes."""
+  """Labels and packing lengths equal those of the released OpenVision code."""
   golden = _GOLDEN[i]
   plain = Tokenizer.from_vocab(bert_vocabulary)
   with_cls = Tokenizer.from_vocab(bert_vocabulary, append_cls=True)
@@ -60,7 +60,7 @@ def test_golden_ids(bert_vocabulary: pathlib.Path, i: int):
   assert ids_80[0].tolist() == golden["eval_80"] == golden["openvision1_labels1_80"]
   ids_128, mask = with_cls.encode_batch([text], 128)
   assert ids_128[0].tolist() == golden["openvision2_labels_128"]
-  # The caption mask tells which next tokens are real; [CLS], the last column, never is a target.
+  # The caption mask marks real next tokens; [CLS], the last column, is never a target.
   assert mask[0, 1:-1].astype(int).tolist() == golden["openvision2_cap_loss_mask"][:-1]
   assert golden["openvision2_cap_loss_mask"][-1] == 0
   ids, mask = plain.encode_batch([text], 128)
@@ -89,10 +89,10 @@ def test_golden_vocabulary(bert_vocabulary: pathlib.Path):
     ("Ça\u0301 va", "ca va"),
   ],
 )
-def test_text_is_prepared_as_in_training_of_the_predecessors(
+def test_text_is_prepared_as_in_the_released_code(
   bert_vocabulary: pathlib.Path, text: str, same_as: str
 ):
-  """Both sides encode alike with TensorFlow Text 2.21; `test_golden_ids` covers plain text."""
+  """Compared with TensorFlow Text 2.21; `test_golden_ids` covers plain text."""
   tokenizer = Tokenizer.from_vocab(bert_vocabulary)
   assert tokenizer.encode(text) == tokenizer.encode(same_as)
   assert tokenizer.unk_id not in tokenizer.encode(text)
@@ -119,7 +119,7 @@ def test_packing_with_cls():
 
 
 @pytest.mark.parametrize("own", [False, True])
-def test_append_cls_of_a_call_goes_before_the_own_one(own: bool):
+def test_append_cls_of_a_call_overrides_the_setting(own: bool):
   tokenizers = {c: Tokenizer.train(_CAPTIONS, 100, append_cls=c) for c in (False, True)}
   for append_cls in (False, True):
     ids, mask = tokenizers[own].encode_batch(_CAPTIONS, 9, append_cls)
@@ -142,7 +142,7 @@ def test_exact_fit_is_not_truncated(words: Tokenizer):
 @pytest.mark.parametrize(("append_cls", "length"), [(False, 1), (True, 2), (False, -3)])
 def test_length_without_room(append_cls: bool, length: int):
   tokenizer = Tokenizer.train(_CAPTIONS, 100, append_cls=append_cls)
-  with pytest.raises(ValueError, match=f"length={length} has no room"):
+  with pytest.raises(ValueError, match=f"length={length} is too short"):
     tokenizer.encode_batch(["a"], length)
 
 
@@ -158,7 +158,7 @@ def test_decode_inverts_encode(kind: str):
   assert tokenizer.decode_batch(ids) == _CAPTIONS
 
 
-def test_decode_passes_over_what_is_no_word(words: Tokenizer):
+def test_decode_skips_special_ids(words: Tokenizer):
   a = words.encode("a")[0]
   assert words.decode([1, a, 0, 31999, -1, a, 2, a]) == "a a"
   assert words.decode(np.array([2, a], np.int32)) == ""
@@ -173,7 +173,7 @@ def test_special_tokens_in_a_caption_are_text(words: Tokenizer, tmp_path: pathli
 
 
 def test_special_tokens_of_a_foreign_file_are_text(tmp_path: pathlib.Path):
-  """Files from elsewhere list them as added tokens, which match inside a text by default."""
+  """Other programs store them as added tokens, which match inside texts by default."""
   backend = Tokenizer.train(_CAPTIONS, 300)._backend
   backend.add_special_tokens(["[PAD]", "[bos]", "[eos]"])
   backend.enable_padding(length=7)
@@ -186,7 +186,7 @@ def test_special_tokens_of_a_foreign_file_are_text(tmp_path: pathlib.Path):
   assert row.count(2) == 1 and tokenizer.decode(row).endswith("large red circle")
 
 
-def test_odd_input_never_raises(words: Tokenizer):
+def test_unusual_input_never_raises(words: Tokenizer):
   texts: list[str | bytes] = [
     "x" * 5_000_000,
     " " * 5_000_000,
@@ -208,13 +208,13 @@ def test_bytes_encode_as_their_text(words: Tokenizer):
 
 
 def _alone(tokenizer: Tokenizer, text: str, length: int) -> list[int]:
-  """What the library makes of a text with the normaliser of the file, packed."""
+  """Return the packed ids of the library with the normalizer of the file."""
   ids = tokenizer.encode(text)[: length - 2]
   row = [tokenizer.bos_id, *ids, tokenizer.eos_id]
   return row + [tokenizer.pad_id] * (length - len(row))
 
 
-def test_ascii_texts_take_a_short_cut_to_the_same_ids(tmp_path: pathlib.Path):
+def test_ascii_texts_use_a_fast_path_with_equal_ids(tmp_path: pathlib.Path):
   characters = [chr(i) for i in range(128)]
   words = [f"{a}{b}" for a in "ab" for b in "abc"]
   tokens = ["[PAD]", "[bos]", "[eos]", "[UNK]", *string.punctuation, "a", "##a", "##b", "b", *words]
@@ -232,8 +232,8 @@ def test_ascii_texts_take_a_short_cut_to_the_same_ids(tmp_path: pathlib.Path):
   assert tokenizer._ascii is not None
 
 
-def test_foreign_text_preparation_has_no_short_cut():
-  # This one keeps upper case, and knows a token that may contain a space.
+def test_foreign_text_preparation_has_no_fast_path():
+  # This tokenizer keeps upper case and has a token that may contain a space.
   backend = tokenizers.Tokenizer(
     tokenizers.models.WordPiece(
       {"[PAD]": 0, "[bos]": 1, "[eos]": 2, "[UNK]": 3, "A": 4, "a": 5}, unk_token="[UNK]"
@@ -263,7 +263,7 @@ def test_pickle_keeps_ids(words: Tokenizer):
 
 @pytest.mark.parametrize("kind", ["words", "pieces"])
 def test_training_is_deterministic_across_processes(kind: str):
-  """In new processes, with other hash seeds and the texts in another order."""
+  """Train in new processes with other hash seeds and another order of the texts."""
   program = (
     "import sys; from ov_data.tokenizer import Tokenizer; texts = eval(sys.argv[1]);"
     f"print(Tokenizer.train(texts, 60, kind={kind!r}).fingerprint)"
@@ -289,7 +289,7 @@ def test_trained_vocabulary():
   vocabulary = tokenizer._backend.get_vocab()
   by_id = sorted(vocabulary, key=vocabulary.__getitem__)
   assert by_id[:7] == ["[PAD]", "[bos]", "[eos]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-  # "a" stands 5 times, "large" 3 times, then the words that stand twice, by spelling.
+  # "a" occurs 5 times, "large" 3 times, then words that occur twice in alphabetical order.
   assert by_id[7:] == ["a", "large", "blue", "small", "solid"]
   assert tokenizer.vocab_size == 12
   assert tokenizer.encode("a zebra") == [7, tokenizer.unk_id]
@@ -319,7 +319,7 @@ def test_small_vocabularies_keep_their_limit(vocab_size: int):
 def test_training_errors():
   with pytest.raises(ValueError, match="vocab_size=7: expected more than the 7"):
     Tokenizer.train(_CAPTIONS, 7)
-  with pytest.raises(ValueError, match="hold no word"):
+  with pytest.raises(ValueError, match="contain no word"):
     Tokenizer.train(["", "  "], 100)
   with pytest.raises(ValueError, match="kind='bpe'"):
     Tokenizer.train(_CAPTIONS, 100, kind="bpe")
@@ -339,7 +339,7 @@ def test_save_and_load(tmp_path: pathlib.Path):
     assert sorted(p.name for p in folder.iterdir()) == ["packing.json", "tokenizer.json"]
 
 
-def test_remote_folders_are_refused(tmp_path: pathlib.Path, monkeypatch):
+def test_remote_folders_are_rejected(tmp_path: pathlib.Path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   for folder in ("gs://bucket/tokenizer", pathlib.Path("gs://bucket/tokenizer")):
     with pytest.raises(ValueError, match="output gs://bucket/tokenizer: expected a local path"):
@@ -357,7 +357,7 @@ _SPECIALS = ["[PAD]", "[bos]", "[eos]", "[UNK]"]
     (["[PAD]", "[unused0]", "[unused1]", "[UNK]"], "stock BERT vocabulary"),
     (["[bos]", "[eos]", "[UNK]"], r"no \[PAD\]"),
     (["[PAD]", "[bos]", "[eos]", "a"], r"no \[UNK\]"),
-    ([*_SPECIALS, "a", "b", "a"], "line 7: 'a' is on line 5, too"),
+    ([*_SPECIALS, "a", "b", "a"], "line 7: 'a' is also on line 5"),
     ([*_SPECIALS, "", "b"], "line 5: empty"),
   ],
 )
@@ -378,12 +378,12 @@ def test_wrong_vocabulary_files(tmp_path: pathlib.Path):
   path = _write_vocabulary(path, _SPECIALS)
   with pytest.raises(ValueError, match=r"no \[CLS\]"):
     Tokenizer.from_vocab(path, append_cls=True)
-  with pytest.raises(ValueError, match=r"is no tokenizer\.json"):
+  with pytest.raises(ValueError, match=r"is not a tokenizer\.json"):
     Tokenizer.from_file(path)
 
 
 @pytest.mark.parametrize("read", [Tokenizer.from_vocab, Tokenizer.from_file])
-def test_what_is_no_regular_file_is_never_waited_for(tmp_path: pathlib.Path, read):
+def test_special_files_never_block(tmp_path: pathlib.Path, read):
   os.mkfifo(tmp_path / "pipe")
   for path in (tmp_path / "pipe", "/dev/zero", tmp_path, ""):
     with pytest.raises(FileNotFoundError):
@@ -397,7 +397,7 @@ def test_empty_lines_at_the_end_of_a_vocabulary(tmp_path: pathlib.Path):
   path.write_bytes(path.read_bytes() + b"\n\r\n")
   assert Tokenizer.from_vocab(path).vocab_size == 5
   path.write_bytes(b"[PAD]\n\n[bos]\n")
-  with pytest.raises(ValueError, match="line 2: empty; every line is one token"):
+  with pytest.raises(ValueError, match="line 2: empty; every line must be a token"):
     Tokenizer.from_vocab(path)
 
 
@@ -432,6 +432,6 @@ def test_canonicalise_text(text: str, keep: str, expected: str):
   assert canonicalise_text(text, keep) == expected
 
 
-def test_cap_is_far_above_what_fits(words: Tokenizer):
-  """A caption is cut only behind every token that could still be used."""
+def test_truncation_keeps_all_tokens_that_fit(words: Tokenizer):
+  """Truncation to MAX_CHARS never removes a token that would fit."""
   assert MAX_CHARS > 100 * 128

@@ -1,10 +1,10 @@
-"""What an interrupted writer has finished: one checksummed log for each shard, and the recipe.
+"""Progress of an interrupted writer: the recipe and a checksummed log per shard.
 
     dataset.progress/recipe.json
     dataset.progress/train-00000-of-00002.tfrecord.json
 
-A log is believed if its checksum fits, it is of the same recipe, and the shard still has the bytes
-that were written: all of them are read. Otherwise the shard is set aside and written again.
+A shard is reused if the checksum of its log is valid, the recipe is the same, and the shard still
+has the checksum of the written bytes. Otherwise it is renamed and written again.
 """
 
 from collections import Counter
@@ -23,25 +23,26 @@ from typing import Any
 import google_crc32c
 
 from ov_data import fs, index, manifest, shard_names, shards
+from ov_data.request import Request, Source
 from ov_data.splits import Split
 
 FOLDER = "dataset.progress"
 _RECIPE = "recipe.json"
 _PART = re.compile(
   r"(.+\.(tfrecord|ovidx|json|jsonl)|classes\.txt)\.[0-9a-f]+\.part", re.S
-)  # the last one is of the converter
-_READERS = 4  # threads that read shards back
+)  # the last one belongs to the converter
+_READERS = 4  # threads that verify shards
 _CHUNK_BYTES = 4 << 20
-_EXCERPT = 60  # characters of a value in a message
+_EXCERPT = 60  # maximum number of characters of a value in a message
 
 log = logging.getLogger("ov_data")
 
 
-def claim(path: Path, recipe: Mapping[str, Any], overwrite: bool) -> None:
-  """Make sure that what is in the directory belongs to this recipe; clear it if `overwrite`.
+def prepare_directory(path: Path, recipe: Mapping[str, Any], overwrite: bool) -> None:
+  """Check that the content of the directory belongs to this recipe; clear it if `overwrite`.
 
   Raises:
-    ValueError: the directory holds the data of another recipe, or shards of unknown origin.
+    ValueError: if the directory contains data of another recipe or shards of unknown origin.
   """
   progress = path / FOLDER
   if find_complete(path, recipe):
@@ -62,21 +63,21 @@ def claim(path: Path, recipe: Mapping[str, Any], overwrite: bool) -> None:
     if not overwrite:
       if found == recipe:
         raise ValueError(
-          f"{path} was complete, and now {_change(path, content)}. Copy the shards again, or "
+          f"{path} was complete, but now {_change(path, content)}. Copy the shards again, or "
           "replace the data set with overwrite."
         )
       raise ValueError(
-        f"{path} holds another data set: {difference(found or {}, recipe)}. Choose another "
+        f"{path} contains another data set: {difference(found or {}, recipe)}. Choose another "
         "directory, or replace it with overwrite."
       )
     break
   else:
     if any(map(shard_names.is_shard, _names(path))) and not overwrite:
       raise ValueError(
-        f"{path} holds record files but neither {manifest.MANIFEST} nor unfinished work of this "
+        f"{path} contains record files but neither {manifest.MANIFEST} nor unfinished work of this "
         "writer. Choose another directory, or replace them with overwrite."
       )
-  for name in (manifest.MANIFEST, manifest.SKIPPED):  # first: they describe what is cleared
+  for name in (manifest.MANIFEST, manifest.SKIPPED):  # first, because they describe the other files
     (path / name).unlink(missing_ok=True)
   shutil.rmtree(progress, ignore_errors=True)
   for name in _names(path):
@@ -89,7 +90,7 @@ def claim(path: Path, recipe: Mapping[str, Any], overwrite: bool) -> None:
 
 
 def find_complete(path: Path, recipe: Mapping[str, Any]) -> dict[str, Any] | None:
-  """Return the manifest of a complete data set of this recipe; None if there is none."""
+  """Return the manifest if the directory contains a complete data set of this recipe, else None."""
   try:
     content = manifest.read_json(str(path / manifest.MANIFEST))
   except (FileNotFoundError, ValueError):
@@ -100,13 +101,13 @@ def find_complete(path: Path, recipe: Mapping[str, Any]) -> dict[str, Any] | Non
 
 
 def _change(path: Path, content: Mapping[str, Any]) -> str:
-  """Return how the shards differ from those that the manifest describes; "" if they do not."""
+  """Return how the shards differ from the manifest; "" if they match."""
   try:
     for name, split in content["splits"].items():
       if split["examples"]:
-        found = shards.Shards([str(path)], Split(name))
+        found = shards.Shards(Request(Source(str(path)), Split(name)))
         if found.fingerprint != split["fingerprint"]:
-          return f"the shards of split {name!r} are not those that were written"
+          return f"the shards of split {name!r} are not the written ones"
         if changed := _changed_shards(found.indexes, split.get("checksums")):
           shown = ", ".join(fs.printable(fs.basename(shard)) for shard in changed[:4])
           return f"{len(changed)} of its shards are damaged: {shown}"
@@ -119,7 +120,7 @@ def _change(path: Path, content: Mapping[str, Any]) -> str:
 
 
 def _changed_shards(indexes: Sequence[index.ShardIndex], checksums: Any) -> list[str]:
-  """Return the shards whose bytes are not those of the checksums in the manifest, if it has any."""
+  """Return the shards whose bytes do not match the checksums in the manifest, if it has any."""
   if checksums is None:
     return []
   if len(checksums) != len(indexes):
@@ -129,26 +130,26 @@ def _changed_shards(indexes: Sequence[index.ShardIndex], checksums: Any) -> list
     return [i.path for i, ours, theirs in zip(indexes, found, checksums) if ours != theirs]
 
 
-def has_leftovers(path: Path) -> bool:
-  """Return whether a complete data set has files of a writer that was killed at its end."""
+def has_temporary_files(path: Path) -> bool:
+  """Return whether a complete data set has temporary files of a killed writer."""
   return any(name == FOLDER or _PART.fullmatch(name) for name in _names(path))
 
 
-def tidy(path: Path) -> None:
-  """Remove them."""
+def remove_temporary_files(path: Path) -> None:
+  """Remove temporary files of a killed writer."""
   clear(path)
   _remove_parts(path)
 
 
 def write_log(path: Path, name: str, recipe: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-  """Store what is known of a finished shard.
+  """Store the log of a finished shard.
 
   Args:
-    path: of the data set.
-    name: of the shard.
-    recipe: of the data set.
-    facts: what the manifest needs to know of the shard, fit for JSON; "checksum" is the crc32c of
-      the bytes that were written.
+    path: path of the data set.
+    name: name of the shard.
+    recipe: recipe of the data set.
+    facts: JSON-serializable data of the shard for the manifest; "checksum" is the crc32c of the
+      written bytes.
   """
   size = fs.size(str(path / name))
   content = {"facts": facts, "recipe": _digest(recipe), "bytes": size}
@@ -156,31 +157,31 @@ def write_log(path: Path, name: str, recipe: Mapping[str, Any], facts: Mapping[s
 
 
 def read_log(path: Path, name: str, recipe: Mapping[str, Any]) -> tuple[dict[str, Any] | None, str]:
-  """Return what is known of a finished shard, and what is wrong with it.
+  """Read the log of a shard and verify the shard.
 
-  A shard of which a byte has changed is renamed: its name ends with ".damaged" then.
+  A modified shard is renamed with the suffix ".damaged".
 
   Returns:
-    The facts, None if the shard has to be written; and why it has to be written again, "" where it
-    was never finished.
+    The facts, or None if the shard must be written; and the reason to write it again, "" if it was
+    never finished.
   """
   try:
-    sealed = manifest.read_json(str(_log_path(path, name)))
+    entry = manifest.read_json(str(_log_path(path, name)))
   except FileNotFoundError:
     return None, ""
   except (ValueError, OSError) as error:
     return None, f"its log is damaged ({_reason(error)})"
-  if not isinstance(sealed, list) or len(sealed) != 2 or sealed[0] != _checksum(sealed[1]):
-    return None, "its log is damaged, or of another version"
+  if not isinstance(entry, list) or len(entry) != 2 or entry[0] != _checksum(entry[1]):
+    return None, "its log is damaged or has another version"
   try:
-    content = sealed[1]
+    content = entry[1]
     if content["recipe"] != _digest(recipe):
-      return None, "its log is of another recipe"
+      return None, "its log belongs to another recipe"
     facts: dict[str, Any] = content["facts"]
     expected = content["bytes"], facts["checksum"]
     int(facts["examples"]), len(facts["skipped"]), facts["features"].items()
   except (LookupError, TypeError, ValueError, AttributeError):
-    return None, "its log is of another version"
+    return None, "its log has another version"
   try:
     reader = fs.Reader(str(path / name))
     if reader.size() == expected[0] and _checksum_of(reader) == expected[1]:
@@ -191,23 +192,23 @@ def read_log(path: Path, name: str, recipe: Mapping[str, Any]) -> tuple[dict[str
   except OSError as error:
     problem = f"it cannot be read ({_reason(error)})"
   kept = _set_aside(path, name)
-  return None, f"{problem}; the damaged one is kept as {fs.printable(kept)}"
+  return None, f"{problem}; the damaged file is kept as {fs.printable(kept)}"
 
 
 def read_logs(
   path: Path, names: Iterable[str], recipe: Mapping[str, Any], progress: Callable[[int], None]
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
-  """Read the logs of an interrupted writer, and verify the shards that it has finished.
+  """Read the logs of an interrupted writer and verify its finished shards.
 
   Args:
-    path: of the data set.
-    names: of all its shards.
-    recipe: of the data set.
-    progress: gets the number of examples of each shard that can be used.
+    path: path of the data set.
+    names: names of all shards.
+    recipe: recipe of the data set.
+    progress: callback that receives the number of examples of each reusable shard.
 
   Returns:
-    The facts of shards that can be used, by name; and the names of those that were finished and
-    have to be written again, each logged with the reason.
+    The facts of reusable shards by name; and the names of finished shards that must be written
+    again. The reasons are logged.
   """
   found: dict[str, dict[str, Any]] = {}
   again: list[str] = []
@@ -232,14 +233,14 @@ def _checksum_of(reader: fs.Reader) -> int:
 
 
 def _set_aside(path: Path, name: str) -> str:
-  """Rename a damaged shard, without a change to what is there already; return its new name."""
+  """Rename a damaged shard to an unused name; return that name."""
   for number in itertools.count(1):
     kept = f"{name}{f'.{number}' if number > 1 else ''}{shard_names.DAMAGED}"
     if not os.path.lexists(path / kept):
       with fs.writing(str(path / kept)):
         os.rename(path / name, path / kept)
       return kept
-  raise AssertionError("the count does not end")
+  raise AssertionError("there are too many damaged copies")
 
 
 def _reason(error: Exception) -> str:
@@ -248,12 +249,12 @@ def _reason(error: Exception) -> str:
 
 
 def clear(path: Path) -> None:
-  """Remove the logs: the data set is complete."""
+  """Remove the logs of a complete data set."""
   shutil.rmtree(path / FOLDER, ignore_errors=True)
 
 
 def difference(found: Any, wanted: Any, name: str = "") -> str:
-  """Return where two recipes differ: the names of the values, and both values there."""
+  """Return the first difference of two recipes: the name and both values."""
   if isinstance(found, dict) and isinstance(wanted, dict):
     keys = [key for key in {**wanted, **found} if found.get(key, ...) != wanted.get(key, ...)]
     prefix = f"{name}." if name else ""
@@ -268,7 +269,7 @@ def difference(found: Any, wanted: Any, name: str = "") -> str:
 
 
 def _excerpt(value: Any, other: Any) -> str:
-  """Return a value in at most about 60 characters, around where it begins to differ."""
+  """Return an excerpt of about 60 characters of a value, around the first difference."""
   if value is ...:
     return "not set"
   text, other = fs.printable(str(value)), fs.printable(str(other))
@@ -285,7 +286,7 @@ def _names(path: Path) -> list[str]:
 
 
 def _remove_parts(path: Path) -> None:
-  """Remove the partial files of an earlier writer that was killed."""
+  """Remove partial files of a killed writer."""
   for folder in (path, path / FOLDER):
     for name in _names(folder):
       if _PART.fullmatch(name):

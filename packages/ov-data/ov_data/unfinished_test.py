@@ -1,4 +1,4 @@
-"""Resuming: what an interrupted writer left is used only if it is sound and of the same recipe."""
+"""Resuming: only valid shards of the same recipe are reused."""
 
 from collections.abc import Callable, Iterator
 import dataclasses
@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from ov_data import example, index, sources, unfinished, writer
+from ov_data import index, sources, unfinished, writer
 
 
 @dataclasses.dataclass(frozen=True)
 class _Texts:
-  """Three examples a shard; fails at one shard; logs which shards were made."""
+  """Three examples per shard; fails at one shard and records the written shards."""
 
   text: str = "a"
   fail: int = -1
@@ -38,7 +38,7 @@ def _write(path: Path, texts: _Texts, **arguments: object) -> writer.Summary:
 
 @pytest.fixture
 def stopped(tmp_path: Path) -> Path:
-  """Three of four shards are there."""
+  """Interrupted data set with three of four shards."""
   with pytest.raises(RuntimeError):
     _write(tmp_path / "d", _Texts(fail=3))
   return tmp_path / "d"
@@ -46,14 +46,14 @@ def stopped(tmp_path: Path) -> Path:
 
 def _texts(path: Path) -> list[str]:
   data = sources.Dataset(sources.Source(str(path), "train"))
-  return [example.parse(data.read(i))["txt"][0].decode() for i in range(len(data))]
+  return [data.read(i).texts["txt"][0].decode() for i in range(len(data))]
 
 
 _EXPECTED = [f"a {number} {i}" for number in range(4) for i in range(3)]
 
 
 def _resume(path: Path) -> list[str]:
-  """Finish, check the result, and return which shards were written."""
+  """Resume, check the result, and return the written shards."""
   made = path.parent / "made"
   summary = _write(path, _Texts(made=str(made)))
   assert summary.examples == {"train": 12} and summary.skipped == {"left out": 4}
@@ -88,7 +88,7 @@ def _log(path: Path) -> Path:
     lambda data: data.replace(b'"recipe": "', b'"recipe": "0'),
   ],
 )
-def test_a_damaged_log_redoes_its_shard(stopped: Path, change: Callable[[bytes], bytes], caplog):
+def test_a_damaged_log_rewrites_its_shard(stopped: Path, change: Callable[[bytes], bytes], caplog):
   log = _log(stopped)
   log.write_bytes(change(log.read_bytes()))
   assert _resume(stopped) == ["1", "3"]
@@ -96,11 +96,11 @@ def test_a_damaged_log_redoes_its_shard(stopped: Path, change: Callable[[bytes],
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda p: os.symlink("nowhere", p)])
-def test_a_log_that_is_no_file(stopped: Path, make: Callable[[Path], None]):
+def test_a_log_that_is_not_a_regular_file(stopped: Path, make: Callable[[Path], None]):
   _log(stopped).unlink()
   make(_log(stopped))
   if _log(stopped).is_dir():
-    with pytest.raises(IsADirectoryError):  # names it, in one line
+    with pytest.raises(IsADirectoryError):  # one-line error with the name
       _resume(stopped)
   else:
     assert _resume(stopped) == ["1", "3"]
@@ -126,11 +126,13 @@ def test_a_shard_that_changed_is_written_again(
   assert _resume(stopped) == ["1", "3"]
   assert (stopped / f"{shard.name}.2.damaged").read_bytes() == damaged
   assert (stopped / f"{shard.name}.damaged").read_bytes() == b"set aside by an earlier run"
-  assert f"{shard} is written again: its bytes have changed; the damaged one is kept" in caplog.text
+  assert (
+    f"{shard} is written again: its bytes have changed; the damaged file is kept" in caplog.text
+  )
 
 
 def test_every_byte_of_a_finished_shard_is_verified(tmp_path: Path):
-  """The damage is far from both ends, in bytes that no sidecar covers."""
+  """The damage is in bytes not covered by the fingerprint in the sidecar."""
   with pytest.raises(RuntimeError):
     _write(tmp_path / "d", _Texts("long " * 40_000, fail=2))
   shard = tmp_path / "d" / "train-00001-of-00004.tfrecord"
@@ -140,7 +142,7 @@ def test_every_byte_of_a_finished_shard_is_verified(tmp_path: Path):
     file.write(bytes([whole[len(whole) // 2] ^ 1]))
   summary = _write(tmp_path / "d", _Texts("long " * 40_000))
   assert summary.resumed == 1 and summary.damaged == (shard.name,)
-  assert "1 finished but damaged written again (train-00001-of-00004.tfrecord)" in str(summary)
+  assert "1 damaged shards written again (train-00001-of-00004.tfrecord)" in str(summary)
   assert shard.read_bytes() == whole
   assert not sources.Dataset(sources.Source(str(tmp_path / "d"), "train")).skips
 
@@ -153,12 +155,12 @@ def test_a_sidecar_of_a_damaged_shard_is_not_used_for_the_new_one(tmp_path: Path
     file.seek(300_000)
     file.write(b"?")
   Path(f"{shard}.ovidx").unlink()
-  assert index.load_index(str(shard)).damage  # and its size and edges are those of the new shard
+  assert index.load_index(str(shard)).damage  # size and edges equal those of the new shard
   assert _write(tmp_path / "d", _Texts("long " * 40_000)).damaged == (shard.name,)
   assert not index.load_index(str(shard)).damage
 
 
-def test_damage_of_a_complete_data_set_is_noticed_by_the_same_command(tmp_path: Path):
+def test_damage_of_a_complete_data_set_is_detected_by_the_same_command(tmp_path: Path):
   _write(tmp_path / "d", _Texts("long " * 40_000))
   shard = tmp_path / "d" / "train-00002-of-00004.tfrecord"
   with shard.open("r+b") as file:
@@ -168,7 +170,7 @@ def test_damage_of_a_complete_data_set_is_noticed_by_the_same_command(tmp_path: 
     _write(tmp_path / "d", _Texts("long " * 40_000))
 
 
-def test_what_a_writer_left_that_was_killed_at_its_end_is_removed(tmp_path: Path):
+def test_temporary_files_of_a_killed_writer_are_removed(tmp_path: Path):
   _write(tmp_path / "d", _Texts())
   before = sorted(os.listdir(tmp_path / "d"))
   (tmp_path / "d" / unfinished.FOLDER).mkdir()
@@ -178,7 +180,7 @@ def test_what_a_writer_left_that_was_killed_at_its_end_is_removed(tmp_path: Path
   assert sorted(os.listdir(tmp_path / "d")) == before
 
 
-def test_a_finished_shard_that_is_gone_is_counted(stopped: Path, caplog):
+def test_a_finished_shard_that_is_missing_is_counted(stopped: Path, caplog):
   (stopped / "train-00001-of-00004.tfrecord").unlink()
   assert _write(stopped, _Texts()).damaged == ("train-00001-of-00004.tfrecord",)
   assert "train-00001-of-00004.tfrecord is written again: it is missing" in caplog.text
@@ -186,14 +188,14 @@ def test_a_finished_shard_that_is_gone_is_counted(stopped: Path, caplog):
 
 
 def test_shards_of_two_recipes_are_never_mixed(stopped: Path):
-  with pytest.raises(ValueError, match="holds another data set: text was a, now b"):
+  with pytest.raises(ValueError, match="contains another data set: text was a, now b"):
     _write(stopped, _Texts("b"))
   _write(stopped, _Texts("b"), overwrite=True)
   assert _texts(stopped) == [text.replace("a", "b") for text in _EXPECTED]
 
 
 def test_logs_of_another_recipe_are_not_used(stopped: Path):
-  """A log that a copy has brought back belongs to shards with other content."""
+  """A copied log may belong to shards with other content."""
   log = _log(stopped).read_bytes()
   with pytest.raises(RuntimeError):
     _write(stopped, _Texts("b", fail=1), overwrite=True)
@@ -219,13 +221,13 @@ def test_a_complete_data_set_that_lost_a_shard(tmp_path: Path, lose: Callable[[P
   path = tmp_path / "d"
   _write(path, _Texts())
   lose(path / "train-00002-of-00004.tfrecord")
-  with pytest.raises(ValueError, match="was complete, and now .*Copy the shards again, or replace"):
+  with pytest.raises(ValueError, match="was complete, but now .*Copy the shards again, or replace"):
     _write(path, _Texts())
   assert _write(path, _Texts(), overwrite=True).resumed == 0
   assert _texts(path) == _EXPECTED
 
 
-def test_any_changed_digit_of_a_manifest_is_noticed(tmp_path: Path):
+def test_any_changed_digit_of_a_manifest_is_detected(tmp_path: Path):
   path = tmp_path / "d"
   _write(path, _Texts())
   text = (path / "dataset.json").read_text()
@@ -246,11 +248,11 @@ def test_a_complete_data_set_with_a_damaged_manifest(tmp_path: Path, change: tup
   content = json.loads((path / "dataset.json").read_text())
   content["splits"]["train"][change[0]] = change[1]
   (path / "dataset.json").write_text(json.dumps(content))
-  with pytest.raises(ValueError, match="was complete, and now"):
+  with pytest.raises(ValueError, match="was complete, but now"):
     _write(path, _Texts())
 
 
-def test_names_that_are_no_utf8_reach_the_list_of_skipped_inputs(tmp_path: Path):
+def test_names_that_are_not_utf8_reach_the_list_of_skipped_inputs(tmp_path: Path):
   name = os.fsdecode(b"caf\xe9.jpg")
   path = tmp_path / os.fsdecode(b"d\xe9")
 
@@ -264,7 +266,7 @@ def test_names_that_are_no_utf8_reach_the_list_of_skipped_inputs(tmp_path: Path)
   assert json.loads(line) == {"key": name, "reason": f"reason {name}", "detail": "ä"}
   assert json.loads((path / "dataset.json").read_text("utf-8"))["recipe"]["name"] == name
   data = sources.Dataset(sources.Source(str(path), "train"))
-  assert example.parse(data.read(0))["key"] == [b"caf\xe9.jpg"]
+  assert data.read(0).texts["key"] == [b"caf\xe9.jpg"]
 
 
 @pytest.mark.parametrize(
@@ -283,7 +285,7 @@ def test_difference(found: object, wanted: object, expected: str):
 
 
 def test_difference_of_long_values():
-  """Values that differ after their first 60 characters are shown where they differ."""
+  """The excerpt contains the first difference even after 60 characters."""
   text = unfinished.difference({"a": "x" * 500 + "1" + "z" * 90}, {"a": "x" * 500 + "2"})
   assert "1zzz" in text and text.endswith("xx2") and len(text) < 180
   was, now = text.removeprefix("a was ").split(", now ")

@@ -1,7 +1,7 @@
-"""Learns a vocabulary from word counts: the same counts always give the same vocabulary.
+"""Deterministic WordPiece vocabulary training from word counts.
 
-The trainers of the `tokenizers` library break ties by hash order, so that two runs over the same
-texts give different vocabularies (checked with 0.23.3); here ties are broken by the text itself.
+The trainers of the `tokenizers` library break ties by hash order, so two runs over the same texts
+give different vocabularies (checked with 0.23.3). Here ties are broken by the text.
 """
 
 from collections import Counter, defaultdict
@@ -14,22 +14,22 @@ _Pair = tuple[str, str]
 
 
 def frequent_words(counts: Mapping[str, int], size: int, min_frequency: int) -> list[str]:
-  """The most frequent words, at most `size`, each seen at least `min_frequency` times."""
+  """Return the most frequent words, at most `size`, with at least `min_frequency` occurrences."""
   return _ranked(counts, min_frequency)[:size]
 
 
 def word_pieces(counts: Mapping[str, int], size: int, min_frequency: int) -> list[str]:
-  """A WordPiece vocabulary by byte-pair merging: characters first, then merges by frequency.
+  """Return a WordPiece vocabulary learned by byte-pair merges.
 
-  Words are spelt in pieces "w", "##o", "##r", "##d"; the pair of neighbours that is most frequent
-  over all words becomes one piece, again and again.
+  Words start as pieces "w", "##o", "##r", "##d". The most frequent pair of adjacent pieces over all
+  words is merged repeatedly.
   Paper: Sennrich et al. 2016, https://arxiv.org/abs/1508.07909, algorithm 1.
 
   Args:
-    counts: how often each word occurs.
-    size: upper limit of the vocabulary. Where the characters alone exceed it, the most frequent
-      are kept, and words with the others stay unknown.
-    min_frequency: pieces seen less often are not added.
+    counts: number of occurrences of each word.
+    size: maximum vocabulary size. If there are more characters, only the most frequent are kept,
+      and words with other characters remain unknown.
+    min_frequency: minimum frequency of added pieces.
   """
   alphabet: Counter[str] = Counter()
   for word, count in counts.items():
@@ -45,7 +45,7 @@ def word_pieces(counts: Mapping[str, int], size: int, min_frequency: int) -> lis
     for pair in zip(pieces, pieces[1:]):
       pair_counts[pair] += count
       where[pair].add(i)
-  # The heap holds a pair once for every count it ever had; only the current count is acted on.
+  # The heap contains a pair for every count that it ever had; stale counts are ignored.
   heap = [(-count, pair) for pair, count in pair_counts.items()]
   heapq.heapify(heap)
   while heap and len(vocabulary) < size:

@@ -1,4 +1,4 @@
-"""Vocabulary learning: against a plain version that recounts all pairs at every merge."""
+"""Vocabulary training compared with a reference that recounts all pairs at every merge."""
 
 from collections import Counter
 import random

@@ -1,13 +1,13 @@
-"""Write data sets: sharded TFRecords with their indexes, and a manifest when all is complete.
+"""Resumable writer of sharded TFRecord data sets with indexes and a manifest.
 
     train-00000-of-00002.tfrecord    train-00000-of-00002.tfrecord.ovidx
     train-00001-of-00002.tfrecord    train-00001-of-00002.tfrecord.ovidx
-    skipped.jsonl                    one line for each input that was left out, if any, and why
+    skipped.jsonl                    skipped inputs with reasons, if any
     dataset.json                     written last: a directory without it is incomplete
 
-The content of a shard depends on its number and the recipe alone, so that shards are made in any
-order by any number of processes, and an interrupted run resumes with those that are missing.
-Directories are local. They are checked before any work, and locked while they are written.
+The content of a shard depends only on its number and the recipe. Shards can therefore be written in
+any order by any number of processes, and an interrupted run resumes with the missing shards.
+Directories must be local. They are validated before any work and locked while they are written.
 """
 
 from collections import Counter
@@ -18,41 +18,40 @@ import json
 import os
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 import google_crc32c
 
-from ov_data import example, fs, index, outputs, processes, records, scenes, unfinished
-from ov_data.manifest import FORMAT, MANIFEST, SKIPPED, sealed
+from ov_data import example, fs, index, outputs, processes, records, unfinished
+from ov_data.manifest import FORMAT, MANIFEST, SKIPPED, add_checksum
 from ov_data.record_source import Skip
+from ov_data.request import Request, Source
 from ov_data.shards import Shards
 from ov_data.splits import Split
 
 __all__ = ["MANIFEST", "SKIPPED", "Features", "MakeShard", "ShardWriter", "Skip", "Summary"]
-__all__ += ["make_scenes_dataset", "shard_count", "shard_name", "write_dataset"]
+__all__ += ["shard_count", "shard_name", "write_dataset"]
 
-_SCENES_IN_SHARD = 2500  # about 6 MB at 64 px
 _MOST_WORKERS = 1024
-_MOST_SCENES = 1_000_000_000
 _REPORT_EVERY = 50  # examples
 
 Features = Mapping[str, example.Writable]
 
 
-# The examples of one shard: (split, number of the shard) -> features, or what was skipped.
+# (split, number of the shard) -> features or skips of the shard
 MakeShard = Callable[[str, int], Iterable[Features | Skip]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-  """What a data set holds and what was left out."""
+  """Statistics of a written data set."""
 
   directory: str
   examples: Mapping[str, int]  # by split
   skipped: Mapping[str, int]  # by reason
-  fingerprints: Mapping[str, str]  # by split, as `sources.Dataset.fingerprint` gives them
-  resumed: int  # shards that were there already
-  damaged: tuple[str, ...] = ()  # finished shards that were written again since they had changed
+  fingerprints: Mapping[str, str]  # by split, equal to `sources.Dataset.fingerprint`
+  resumed: int  # number of reused shards
+  damaged: tuple[str, ...] = ()  # finished shards that had changed and were written again
 
   def __str__(self) -> str:
     parts = [f"{n:,} {split}" for split, n in self.examples.items()]
@@ -64,16 +63,16 @@ class Summary:
     if self.damaged:
       shown = ", ".join(map(fs.printable, self.damaged[:4]))
       more = " ..." if len(self.damaged) > 4 else ""
-      text += f"; {len(self.damaged):,} finished but damaged written again ({shown}{more})"
+      text += f"; {len(self.damaged):,} damaged shards written again ({shown}{more})"
     return text
 
 
 class ShardWriter:
-  """One shard: appears whole, with its index, when the `with` block ends without an error.
+  """Context manager that writes one shard atomically with its index.
 
   Raises:
-    ValueError: the path is remote, a directory, or in a directory that does not exist.
-    OSError: it cannot be written; names path, free space and remedy.
+    ValueError: if the path is remote, a directory, or in a directory that does not exist.
+    OSError: if the shard cannot be written; the message has path, free space and remedy.
   """
 
   def __init__(self, path: str | os.PathLike[str]):
@@ -89,7 +88,7 @@ class ShardWriter:
     return self
 
   def write(self, features: Features) -> None:
-    """Append one example; strings are stored as UTF-8, lists as several values."""
+    """Append an example; see `example.serialise` for the supported values."""
     record = records.frame(example.serialise(features))
     with fs.writing(self.path):
       self._file.write(record)
@@ -110,17 +109,17 @@ class ShardWriter:
         if kind is None:
           os.replace(self._part, self.path)
     except OSError:
-      if kind is None:  # otherwise the first error counts
+      if kind is None:  # do not hide an earlier error
         raise
     finally:
       with contextlib.suppress(FileNotFoundError):
         os.remove(self._part)
     if kind is None:
-      found = index.load_index(self.path, verify=True)  # reads the shard back, stores the index
+      found = index.load_index(self.path, verify=True)  # verifies the shard, stores the index
       if len(found) != self.examples:
         raise OSError(
-          f"{self.path}: {self.examples} records were written and {len(found)} can be read back; "
-          "the disk or the file system fails"
+          f"{self.path}: {self.examples} records were written but {len(found)} can be read; "
+          "the disk or file system has errors"
         )
 
 
@@ -134,43 +133,43 @@ def write_dataset(
   progress: Callable[[int], None] = lambda n: None,
   overwrite: bool = False,
 ) -> Summary:
-  """Write all shards that are not there yet, then the manifest.
+  """Write all missing shards, then the manifest.
 
   Args:
-    directory: local; created if need be.
+    directory: local output directory, created if needed.
     shards: number of shards of each split. It should not depend on the machine.
-    make_shard: yields the examples of a shard; a pure function of its arguments, picklable by
-      reference (an object of a module-level class, for instance).
-    recipe: JSON values that determine the data: what else `make_shard` depends on.
-    workers: processes; None takes one for each core, 0 stays in this process.
-    progress: gets the number of examples done since it was called last, skipped ones included.
-    overwrite: replaces a data set of another recipe instead of refusing.
+    make_shard: function that yields the examples of a shard; pure and picklable by reference (for
+      example an instance of a module-level class).
+    recipe: JSON values that determine the data, including everything that `make_shard` depends on.
+    workers: number of processes; None uses all cores, 0 runs in this process.
+    progress: callback that receives the number of new examples, including skipped ones.
+    overwrite: whether to replace a data set of another recipe.
 
   Raises:
-    ValueError: the directory is remote, holds the data of another recipe or shards of unknown
-      origin, is being written by another process, or could not be read as a data set; or workers is
-      negative.
-    OSError: it cannot be written; names path, free space and remedy.
+    ValueError: if the directory is remote, contains data of another recipe or shards of unknown
+      origin, is locked by another process, or would not be readable as a data set; or if `workers`
+      is negative.
+    OSError: if the data set cannot be written; the message has path, free space and remedy.
   """
   if workers is not None and not 0 <= workers <= _MOST_WORKERS:
     raise ValueError(
-      f"workers={workers}: expected 0 (this process alone) or a number of processes, at most "
+      f"workers={workers}: expected 0 (this process only) or a number of processes, at most "
       f"{_MOST_WORKERS:,}."
     )
   path = outputs.local_path(directory)
   outputs.check_readable(path, shards)
-  # A data set is what the recipe says; whoever reads JSON back gets lists for tuples.
+  # Normalize through JSON, which converts tuples to lists.
   wanted: dict[str, Any] = json.loads(json.dumps({**recipe, "shards": shards}))
   if content := unfinished.find_complete(path, wanted):
-    if unfinished.has_leftovers(path) or (path / outputs.LOCK).exists():
-      # The data set may be read-only by now.
+    if unfinished.has_temporary_files(path) or (path / outputs.LOCK).exists():
+      # The data set may be read-only.
       with contextlib.suppress(OSError, ValueError), outputs.locked(path):
-        unfinished.tidy(path)
+        unfinished.remove_temporary_files(path)
     return _summary(path, content)
   outputs.check_directory(path)
   with outputs.locked(path) as lock:
-    unfinished.claim(path, wanted, overwrite)
-    if content := unfinished.find_complete(path, wanted):  # by now, by another process
+    unfinished.prepare_directory(path, wanted, overwrite)
+    if content := unfinished.find_complete(path, wanted):  # another process may have finished it
       return _summary(path, content)
     names = {(s, i): shard_name(s, i, n) for s, n in shards.items() for i in range(n)}
     done, damaged = unfinished.read_logs(path, names.values(), wanted, progress)
@@ -191,13 +190,13 @@ def shard_name(split: str, number: int, count: int) -> str:
 
 
 def shard_count(examples: int, bytes_each: int, shard_bytes: int = 64 << 20) -> int:
-  """Shards of about `shard_bytes`, at least one."""
+  """Return the number of shards of about `shard_bytes`, at least 1."""
   return max(1, round(examples * bytes_each / shard_bytes))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
-  """Writes one shard and logs it, in whatever process."""
+  """Picklable function that writes one shard and its log."""
 
   directory: str
   make_shard: MakeShard
@@ -259,7 +258,7 @@ def _finish(
     },
     "skipped": dict(Counter(skip["reason"] for skip in skipped)),
   }
-  text = json.dumps(sealed(manifest), indent=1, ensure_ascii=False)
+  text = json.dumps(add_checksum(manifest), indent=1, ensure_ascii=False)
   _write_json(path / MANIFEST, text + "\n")
   unfinished.clear(path)
   return _summary(path, manifest)
@@ -268,20 +267,20 @@ def _finish(
 def _facts(
   path: Path, split: str, names: list[str], logs: Mapping[str, dict[str, Any]]
 ) -> dict[str, Any]:
-  """Return what the manifest records of a split.
+  """Return the manifest entry of a split.
 
   Raises:
-    ValueError: the shards hold other numbers of records than were written.
+    ValueError: if the record counts of the shards differ from the written ones.
   """
   counts = [logs[name]["examples"] for name in names]
   fingerprint = ""
   if sum(counts):
-    shards = Shards([str(path)], Split(split))
+    shards = Shards(Request(Source(str(path)), Split(split)))
     found = {fs.basename(i.path): len(i) for i in shards.indexes}
     if changed := [name for name, count in zip(names, counts) if found.get(name) != count]:
       raise ValueError(
         f"{path}: {', '.join(changed[:4])} changed while the data set was written; remove them and "
-        "give the same command again"
+        "repeat the command"
       )
     fingerprint = shards.fingerprint
   return {
@@ -295,7 +294,7 @@ def _facts(
 
 
 def _write_json(path: Path, text: str) -> None:
-  """Write JSON as UTF-8; lone surrogates, of file names for instance, become escapes of JSON."""
+  """Write JSON as UTF-8; lone surrogates, for example in file names, become JSON escapes."""
   fs.write_atomic(str(path), text.encode("utf-8", "backslashreplace"))
 
 
@@ -315,71 +314,3 @@ def _kind(value: example.Writable) -> str:
   if isinstance(first, bytes | str):
     return "bytes"
   return "float" if isinstance(first, float) else "int64"
-
-
-# The demo data.
-
-
-@dataclasses.dataclass(frozen=True)
-class _Scenes:
-  sizes: dict[str, int]  # scenes of each split
-  seed: int
-  image_size: int
-  num_objects: int | None
-  label: scenes.ClassKind
-
-  def __call__(self, split: str, number: int) -> Iterator[Features]:
-    start = number * _SCENES_IN_SHARD
-    for i in range(start, min(start + _SCENES_IN_SHARD, self.sizes[split])):
-      scene = scenes.sample_scene(self.seed, i, cast(scenes.Split, split), self.num_objects)
-      yield scenes.scene_example(scene, self.image_size, self.label)
-
-
-def make_scenes_dataset(
-  directory: str | os.PathLike[str],
-  sizes: Mapping[str, int],
-  *,
-  seed: int = 0,
-  image_size: int = 64,
-  num_objects: int | None = None,
-  label: scenes.ClassKind = "shape",
-  workers: int | None = None,
-  progress: Callable[[int], None] = lambda n: None,
-  overwrite: bool = False,
-) -> Summary:
-  """Write the demo data set: scenes of `ov_data.scenes` with jpg, txt, description, alt, truth.
-
-  Args:
-    directory: see `write_dataset`, also for workers, progress, overwrite.
-    sizes: number of scenes of each split, for instance {"train": 60_000, "heldout": 1_000}.
-    seed: of all scenes.
-    image_size: 32 to 256 px.
-    num_objects: 1 or 2 for all scenes; None mixes them.
-    label: the kind of class under `label`, in scenes that have it; see `scenes.class_prompts`.
-
-  Raises:
-    ValueError: an unknown split, class or size, no scenes, or a directory with other data; see also
-      `write_dataset`.
-  """
-  if (
-    not sizes
-    or not set(sizes) <= set(scenes.SPLITS)
-    or not all(1 <= size <= _MOST_SCENES for size in sizes.values())
-  ):
-    raise ValueError(
-      f"sizes={dict(sizes)}: expected 1 to {_MOST_SCENES:,} of {', '.join(scenes.SPLITS)}."
-    )
-  for split in sizes:  # fails here, with one clear line, rather than in a worker
-    scene = scenes.sample_scene(seed, 0, cast(scenes.Split, split), num_objects)
-    scenes.scene_example(scene, image_size)
-  scenes.class_prompts(label)
-  job = _Scenes(dict(sizes), seed, image_size, num_objects, label)
-  return write_dataset(
-    directory,
-    {split: -(-size // _SCENES_IN_SHARD) for split, size in sizes.items()},
-    job,
-    {"kind": "scenes", "version": 5, **dataclasses.asdict(job)},
-    workers=workers,
-    progress=progress,
-    overwrite=overwrite,
-  )

@@ -1,4 +1,4 @@
-"""Writer: atomic shards, resuming, equality over process counts, refusals, the manifest."""
+"""Writer: atomic shards, resuming, number of processes, errors, and the manifest."""
 
 from collections.abc import Iterator
 import dataclasses
@@ -12,12 +12,12 @@ import time
 
 import pytest
 
-from ov_data import example, processes, records, scenes, sources, writer
+from ov_data import example, processes, records, sources, writer
 
 
 @dataclasses.dataclass(frozen=True)
 class _Numbers:
-  """Ten examples a shard, every fifth skipped; a shard can be told to fail."""
+  """Ten examples per shard with every fifth skipped; one shard can be set to fail."""
 
   fail: int = -1
   log: str = ""
@@ -45,10 +45,10 @@ def _files(path: pathlib.Path) -> dict[str, bytes]:
 
 def _read(path: pathlib.Path, split: str) -> list[dict[str, example.Feature]]:
   data = sources.Dataset(sources.Source(str(path), split))
-  return [example.parse(data.read(i)) for i in range(len(data))]
+  return [data.features(i) for i in range(len(data))]
 
 
-def test_what_is_written_can_be_read(tmp_path: pathlib.Path):
+def test_written_shards_can_be_read(tmp_path: pathlib.Path):
   seen: list[int] = []
   summary = writer.write_dataset(tmp_path, _SHARDS, _Numbers(), {}, workers=0, progress=seen.append)
   assert summary.examples == {"train": 24, "test": 8}
@@ -93,10 +93,19 @@ def test_a_failed_run_is_resumed(tmp_path: pathlib.Path, workers: int):
   assert _files(tmp_path / "a") == _files(tmp_path / "b")
 
 
+class Slow:
+  """One fast shard, then slow ones; also used by a process that is killed."""
+
+  def __call__(self, split: str, number: int) -> Iterator[writer.Features]:
+    for i in range(100):
+      time.sleep(0.01 if number else 0)
+      yield {"txt": f"{number} {i}"}
+
+
 def test_a_killed_run_is_resumed(tmp_path: pathlib.Path):
   program = (
-    "import sys; from ov_data import writer;"
-    "writer.make_scenes_dataset(sys.argv[1], {'train': 5_000}, image_size=32, workers=1)"
+    "import sys; from ov_data import writer, writer_test;"
+    "writer.write_dataset(sys.argv[1], {'train': 2}, writer_test.Slow(), {}, workers=1)"
   )
   env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
   process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "a")], env=env)
@@ -106,22 +115,20 @@ def test_a_killed_run_is_resumed(tmp_path: pathlib.Path):
   process.send_signal(signal.SIGKILL)
   process.wait()
   assert not (tmp_path / "a" / "dataset.json").exists()
-  summary = writer.make_scenes_dataset(tmp_path / "a", {"train": 5_000}, image_size=32, workers=0)
-  assert summary.examples == {"train": 5_000} and summary.resumed >= 1
-  rows = sources.Dataset(sources.Source(str(tmp_path / "a"), "train"))
-  assert len(rows) == 5_000
-  last = example.parse(rows.read(4_999))
-  assert last["txt"] == [scenes.sample_scene(0, 4_999).caption.encode()]
+  summary = writer.write_dataset(tmp_path / "a", {"train": 2}, Slow(), {}, workers=0)
+  assert summary.examples == {"train": 200} and summary.resumed == 1
+  texts = [row["txt"] for row in _read(tmp_path / "a", "train")]
+  assert texts == [[f"{number} {i}".encode()] for number in range(2) for i in range(100)]
 
 
-def test_a_complete_data_set_is_left_alone(tmp_path: pathlib.Path):
+def test_a_complete_data_set_is_not_modified(tmp_path: pathlib.Path):
   first = writer.write_dataset(tmp_path, _SHARDS, _Numbers(), {"a": (1, 2)}, workers=0)
   again = writer.write_dataset(tmp_path, _SHARDS, _Numbers(fail=0), {"a": (1, 2)}, workers=0)
   assert again.examples == first.examples and again.fingerprints == first.fingerprints
   assert again.resumed == 4
 
 
-def test_another_recipe_is_refused_then_replaced(tmp_path: pathlib.Path):
+def test_another_recipe_is_rejected_then_replaced(tmp_path: pathlib.Path):
   writer.write_dataset(tmp_path, _SHARDS, _Numbers(), {"seed": 1}, workers=0)
   with pytest.raises(ValueError, match="another data set: seed was 1, now 2"):
     writer.write_dataset(tmp_path, _SHARDS, _Numbers(), {"seed": 2}, workers=0)
@@ -137,16 +144,16 @@ def test_another_recipe_is_refused_then_replaced(tmp_path: pathlib.Path):
   assert len(list(tmp_path.glob("*.tfrecord"))) == 1
 
 
-def test_unfinished_work_of_another_recipe_is_refused(tmp_path: pathlib.Path):
+def test_unfinished_work_of_another_recipe_is_rejected(tmp_path: pathlib.Path):
   with pytest.raises(RuntimeError):
     writer.write_dataset(tmp_path, _SHARDS, _Numbers(fail=1), {"seed": 1}, workers=0)
   with pytest.raises(ValueError, match="seed was 1, now 2"):
     writer.write_dataset(tmp_path, _SHARDS, _Numbers(), {"seed": 2}, workers=0)
 
 
-def test_records_of_unknown_origin_are_refused(tmp_path: pathlib.Path):
+def test_records_of_unknown_origin_are_rejected(tmp_path: pathlib.Path):
   (tmp_path / "x-00000-of-00001.tfrecord").write_bytes(records.frame(b"mine"))
-  with pytest.raises(ValueError, match="holds record files but neither"):
+  with pytest.raises(ValueError, match="contains record files but neither"):
     writer.write_dataset(tmp_path, _SHARDS, _Numbers(), {}, workers=0)
   assert (tmp_path / "x-00000-of-00001.tfrecord").exists()
 
@@ -166,34 +173,6 @@ def test_a_shard_without_examples(tmp_path: pathlib.Path):
 def _only_train(split: str, number: int) -> Iterator[writer.Features]:
   if split == "train":
     yield {"key": "a"}
-
-
-def test_scenes_data_set(tmp_path: pathlib.Path):
-  sizes = {"train": 30, "heldout": 5, "val": 5}
-  summary = writer.make_scenes_dataset(tmp_path, sizes, seed=3, image_size=32, workers=0)
-  assert summary.examples == sizes
-  row = _read(tmp_path, "heldout")[4]
-  scene = scenes.sample_scene(3, 4, "heldout")
-  assert row["txt"] == [scene.caption.encode()]
-  assert json.loads(row["truth"][0]) == scene.truth
-  assert row["jpg"] == [scenes.scene_example(scene, 32)["jpg"]]
-
-
-def test_scenes_of_one_object_are_labelled(tmp_path: pathlib.Path):
-  writer.make_scenes_dataset(
-    tmp_path, {"heldout": 20}, image_size=32, num_objects=1, label="colour_shape", workers=0
-  )
-  prompts = scenes.class_prompts("colour_shape")
-  for row in _read(tmp_path, "heldout"):
-    [label], [caption] = row["label"], row["txt"]
-    assert caption.decode() in prompts[label.decode()]
-
-
-@pytest.mark.parametrize("sizes", [{}, {"train": 0}, {"test": 3}])
-def test_scenes_sizes_are_checked(tmp_path: pathlib.Path, sizes: dict[str, int]):
-  with pytest.raises(ValueError, match="expected 1 to 1,000,000,000 of train, heldout, val"):
-    writer.make_scenes_dataset(tmp_path / "x", sizes, workers=0)
-  assert not (tmp_path / "x").exists()
 
 
 def _die(item: int, report: processes.Report) -> int:
@@ -221,7 +200,7 @@ def _raise(item: type[BaseException], report: processes.Report) -> None:
 
 
 @pytest.mark.parametrize("kind", [EOFError, BrokenPipeError, KeyError, UnicodeError])
-def test_errors_of_the_function_are_not_taken_for_a_dead_process(kind: type[BaseException]):
+def test_errors_of_the_function_are_not_reported_as_a_dead_process(kind: type[BaseException]):
   with pytest.raises(kind, match="from the function"):
     list(processes.map_in_processes(_raise, [kind, kind], 2))
 

@@ -1,81 +1,106 @@
-"""Indexes of shards: loaded from their sidecars, or built by reading the shards once.
+"""Loading and building of shard indexes.
 
-A sidecar is used as long as size and fingerprint (checksum of the first and last 64 KiB) fit the
-shard, so it survives copying, and a rewritten shard is indexed again. Where the data directory is
-read-only the index goes to $OV_DATA_CACHE, else ~/.cache/ov_data.
+A sidecar is valid while size and fingerprint (checksum of the first and last 64 KiB) match the
+shard. It therefore remains valid after copying, and a rewritten shard is indexed again. If the data
+directory is remote or read-only, indexes are stored in $OV_DATA_CACHE, by default ~/.cache/ov_data.
+
+The positions of the records are read from a local sidecar when they are needed. The facts about the
+shards of a large data set are also stored in one file, see `ov_data.index.catalog`.
 """
 
 from collections.abc import Callable, Sequence
 from concurrent import futures
-import hashlib
+import dataclasses
 import logging
 import os
 
 import google_crc32c
-import numpy as np
 
-from ov_data import fs, records
-from ov_data.index import sidecar
-from ov_data.index.sidecar import Damage, ShardIndex
+from ov_data import fs
+from ov_data.index import catalog, sidecar
+from ov_data.index.cache import cache_path
+from ov_data.index.kind import TFRECORD, ShardKind
+from ov_data.index.sidecar import ShardIndex
 
 _EDGE_BYTES = 64 << 10
-_WORKERS, _REMOTE_WORKERS = 16, 64  # threads: they wait on disk or network most of the time
-_MIN_SIDECAR_BYTES = 1 << 20  # read of any sidecar; one of a large shard may have its size
+_WORKERS, _REMOTE_WORKERS = 16, 64  # I/O-bound threads
+_MIN_SIDECAR_BYTES = 1 << 20  # size limit of a sidecar, or the size of its shard if larger
+_CATALOG_SHARDS = 100  # smaller data sets open quickly without a catalog
 
-Progress = Callable[[int, int], None]  # bytes done, bytes in all
+Progress = Callable[[int, int], None]  # bytes done, total bytes
 
 log = logging.getLogger("ov_data")
 
 
-def load_index(path: str, *, verify: bool = False) -> ShardIndex:
-  """Return the index of a shard: from its sidecar where that fits, else built and stored.
+def load_index(path: str, kind: ShardKind = TFRECORD, *, verify: bool = False) -> ShardIndex:
+  """Return the index of a shard from its sidecar, or build and store it.
 
   Args:
-    path: of the shard.
-    verify: whether to read the shard even where a sidecar fits.
+    path: path of the shard.
+    kind: format of the shard.
+    verify: whether to read the shard even if it has a valid sidecar.
 
   Raises:
-    OSError: the shard is no regular file, or cannot be read.
+    OSError: if the shard is not a regular file or cannot be read.
   """
   reader = fs.Reader(path)
   size = reader.size()
   fingerprint = _fingerprint(reader, size)
-  beside = path + sidecar.SUFFIX
-  places = (lambda: beside, lambda: _cache_path(path))  # a hash, for those that need it
-  for find in () if verify else places:
-    index = _read_sidecar(find(), path, size)
+  if not kind.has_columns:
+    return _build(path, size, fingerprint, kind)
+  for location in () if verify else _locations(path):
+    index = _read_sidecar(location, path, size, kind)
     if index is not None and (index.size, index.fingerprint) == (size, fingerprint):
-      return index
-  index = _build(path, size, fingerprint)
+      return _store(index, [cache_path(path)]) if fs.is_remote(location) else index
+  index = _build(path, size, fingerprint, kind)
   if index.damage and not len(index):
-    return index  # no shard at all: leave no file next to it
-  data = sidecar.serialise(index)
-  for place in (beside, _cache_path(path)):
-    try:
-      if place != beside:
-        fs.make_folder(os.path.dirname(place))
-      fs.write_atomic(place, data)
-      return index
-    except OSError as error:
-      log.info("the index of %s cannot be stored at %s (%s)", path, place, error)
-  log.warning("the index of %s cannot be stored and will be built again by the next run", path)
-  return index
+    return index  # not a shard: do not store an index
+  return _store(index, _locations(path))
 
 
-def load_indexes(paths: Sequence[str], progress: Progress | None = None) -> list[ShardIndex]:
-  """Return the indexes of many shards, read in parallel; damage is logged with its bytes.
+def load_indexes(
+  paths: Sequence[str], progress: Progress | None = None, kind: ShardKind = TFRECORD
+) -> Sequence[ShardIndex]:
+  """Return the indexes of many shards, read in parallel; log damaged byte ranges.
 
   Args:
-    paths: of the shards.
-    progress: called with (bytes of shards done, bytes in all) as they finish, from this thread.
+    paths: paths of the shards.
+    progress: callback (bytes done, total bytes), called from this thread as shards finish.
+    kind: format of the shards.
 
   Raises:
-    OSError: a shard is no regular file, or cannot be read.
+    OSError: if a shard is not a regular file or cannot be read.
   """
+  is_large = len(paths) >= _CATALOG_SHARDS
+  table, known = catalog.load(paths, kind) if is_large else (None, {})
+  indexes: Sequence[ShardIndex] = table if table is not None else []
+  if table is None:
+    missing = [path for path in paths if path not in known]
+    known |= dict(zip(missing, _load_each(missing, progress, kind)))
+    indexes = [known[path] for path in paths]
+    if is_large:
+      catalog.store(indexes, kind)
+  for index in catalog.damaged(indexes):
+    for damage in index.damage[:3]:
+      log.warning(
+        "%s: damaged at byte %d: %s (%d bytes)",
+        fs.printable(index.path),
+        damage.offset,
+        damage.reason,
+        damage.length,
+      )
+    count, path = len(index.damage), fs.printable(index.path)
+    log.warning("%s: %d damaged, %d usable records", path, count, len(index))
+  return indexes
+
+
+def _load_each(
+  paths: Sequence[str], progress: Progress | None, kind: ShardKind
+) -> list[ShardIndex]:
   workers = _REMOTE_WORKERS if any(map(fs.is_remote, paths)) else _WORKERS
   with futures.ThreadPoolExecutor(workers, "ov-index") as pool:
     sizes = list(pool.map(fs.size, paths)) if progress else [0] * len(paths)
-    tasks = {pool.submit(load_index, path): size for path, size in zip(paths, sizes)}
+    tasks = {pool.submit(load_index, path, kind): size for path, size in zip(paths, sizes)}
     try:
       done = 0
       for task in futures.as_completed(tasks):
@@ -86,74 +111,69 @@ def load_indexes(paths: Sequence[str], progress: Progress | None = None) -> list
     except BaseException:
       pool.shutdown(cancel_futures=True)
       raise
-  indexes = [task.result() for task in tasks]
-  for index in indexes:
-    for damage in index.damage[:3]:
-      log.warning(
-        "%s: damaged at byte %d: %s (%d bytes)",
-        fs.printable(index.path),
-        damage.offset,
-        damage.reason,
-        damage.length,
-      )
-    if index.damage:
-      count, path = len(index.damage), fs.printable(index.path)
-      log.warning("%s: %d damaged, %d usable records", path, count, len(index))
-  return indexes
+  return [task.result() for task in tasks]
 
 
-def fingerprint_of(path: str) -> tuple[int, int]:
-  """Return the size of a shard and the checksum of its edges.
+def _locations(path: str) -> list[str]:
+  """Return where the sidecar of a shard may be stored, the best location first."""
+  locations = [path + sidecar.SUFFIX, cache_path(path)]
+  return locations[::-1] if fs.is_remote(path) else locations
 
-  Raises:
-    OSError: the shard is no regular file, or cannot be read.
+
+def _store(index: ShardIndex, locations: Sequence[str]) -> ShardIndex:
+  """Store an index in the first location that is writable, remote ones also next to the shard.
+
+  Returns:
+    The index with its positions in the local sidecar; in memory if it could not be stored.
   """
-  reader = fs.Reader(path)
-  size = reader.size()
-  return size, _fingerprint(reader, size)
+  data = sidecar.serialise(index)
+  stored = index
+  for location in locations:
+    if stored is not index and not fs.is_remote(location):
+      break
+    try:
+      if location == cache_path(index.path):
+        fs.make_folder(os.path.dirname(location))
+      fs.write_atomic(location, data)
+    except OSError as error:
+      log.info("the index of %s cannot be stored at %s (%s)", index.path, location, error)
+      continue
+    if not fs.is_remote(location):
+      stored = sidecar.stored_at(index, location, len(data))
+  if stored is index:
+    log.warning("the index of %s cannot be stored and will be rebuilt by the next run", index.path)
+  return stored
 
 
-def _read_sidecar(place: str, path: str, size: int) -> ShardIndex | None:
-  """Return the index stored at `place`; None if there is none that can be used."""
+def _read_sidecar(location: str, path: str, size: int, kind: ShardKind) -> ShardIndex | None:
+  """Return the index stored at `location`; None if there is no valid one."""
   try:
-    data = fs.read_regular(place, _MIN_SIDECAR_BYTES + size)
+    data = fs.read_regular(location, _MIN_SIDECAR_BYTES + size)
   except FileNotFoundError:
     return None
   except OSError as error:
-    log.warning("the index at %s cannot be read (%s) and is built again", place, error)
+    log.warning("the index at %s cannot be read (%s) and is rebuilt", location, error)
     return None
   try:
-    return sidecar.parse(path, data)
+    index = sidecar.parse(path, data, kind)
   except sidecar.OtherFormat:
-    log.info("the index at %s is of another format and is built again", place)
+    log.info("the index at %s has another format and is rebuilt", location)
     return None
   except ValueError as error:
-    log.warning("the index at %s is damaged (%s) and is built again", place, error)
+    log.warning("the index at %s is damaged (%s) and is rebuilt", location, error)
     return None
+  return index if fs.is_remote(location) else sidecar.stored_at(index, location, len(data))
 
 
-def _build(path: str, size: int, fingerprint: int) -> ShardIndex:
-  with fs.open_read(path) as stream:
-    entries = list(records.scan(stream, size))
-  good = [entry for entry in entries if entry.damage is None]
-  return ShardIndex(
-    path,
-    size,
-    fingerprint,
-    np.array([entry.offset for entry in good], np.uint64),
-    np.array([entry.length for entry in good], np.uint32),
-    tuple(Damage(e.offset, e.length, e.damage, e.records) for e in entries if e.damage),
-  )
+def _build(path: str, size: int, fingerprint: int, kind: ShardKind) -> ShardIndex:
+  found = kind.scan(path, size)
+  index = ShardIndex(path, size, fingerprint, found.records, found.damage, kind)
+  if found.columns is None:
+    return index
+  return dataclasses.replace(index, columns=found.columns, total=found.records)
 
 
 def _fingerprint(reader: fs.Reader, size: int) -> int:
   head = reader.read(0, _EDGE_BYTES)
   tail = reader.read(max(0, size - _EDGE_BYTES), _EDGE_BYTES)
   return google_crc32c.value(head + tail)
-
-
-def _cache_path(path: str) -> str:
-  root = os.environ.get("OV_DATA_CACHE") or os.path.expanduser("~/.cache/ov_data")
-  whole = path if fs.is_remote(path) else os.path.abspath(path)
-  name = hashlib.sha256(whole.encode("utf-8", "surrogateescape")).hexdigest()[:32]
-  return os.path.join(root, name + sidecar.SUFFIX)

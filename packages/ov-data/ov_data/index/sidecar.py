@@ -1,94 +1,149 @@
-"""The sidecar file: positions and lengths of the records of a shard, with a checksum.
+"""Sidecar file format: offsets and lengths of the records of a shard, with a checksum.
 
 `train-00000.tfrecord` has `train-00000.tfrecord.ovidx` next to it:
 
     one line of JSON: format, shard size and fingerprint, number of records, damage
-    uint64 offsets[n] | uint32 lengths[n] | uint32 crc32c of all bytes before      little-endian
+    uint64 offsets[n] | uint32 lengths[n] | uint32 crc32c of all previous bytes    little-endian
+
+Tars have a third column before the checksum: uint32 crc32c of the headers of each record.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import json
-from typing import Any, NamedTuple
+from typing import Any
 
 import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-from ov_data import records
+from ov_data import fs
+from ov_data.index.kind import TFRECORD, Columns, Damage, ShardKind
 
 SUFFIX = ".ovidx"
 FORMAT = "ov_data index 2"
 
-_CHECKSUM_BYTES = 4
+CHECKSUM_BYTES = 4
+_DTYPES: tuple[np.dtype[Any], ...] = (
+  np.dtype("<u8"),
+  np.dtype("<u4"),
+  np.dtype("<u4"),
+)  # offsets, lengths, checksums
+
+OpenFile = Callable[[str], fs.Reader]
 
 
 class OtherFormat(ValueError):
-  """A sidecar that another version has written."""
+  """A sidecar written by another version."""
 
 
-class Damage(NamedTuple):
-  """A stretch of a shard whose bytes must not be used.
-
-  Attributes:
-    offset: its first byte; of a record whose header is sound, the first byte of the data.
-    length: its bytes.
-    reason: a short phrase, fit for counting.
-    records: number of records in it; None if unknown, and then at least 1.
-  """
-
-  offset: int
-  length: int
-  reason: str
-  records: int | None
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class ShardIndex:
-  """The usable records of one shard, and the damage in it.
+  """The valid records and damaged ranges of a shard.
+
+  The positions of the records stay in the sidecar file, so an index takes a few hundred bytes of
+  memory for any number of records.
 
   Attributes:
-    path: of the shard.
-    size: bytes of the shard.
-    fingerprint: crc32c of its first and last 64 KiB.
-    offsets: uint64 [n], of the data of each record.
-    lengths: uint32 [n], bytes of the data.
-    damage: what cannot be used.
+    path: path of the shard.
+    size: size of the shard in bytes.
+    fingerprint: crc32c of the first and last 64 KiB.
+    records: number of records.
+    damage: damaged ranges.
+    kind: format of the shard.
+    sidecar: local path of the sidecar; "" if `columns` are in memory, or the format has none.
+    start: byte offset of the positions in the sidecar.
+    total: number of records in the sidecar.
+    first: number of the first record of this index in the sidecar.
+    columns: positions of the `total` records if they could not be stored.
   """
 
   path: str
   size: int
   fingerprint: int
-  offsets: NDArray[np.uint64]
-  lengths: NDArray[np.uint32]
+  records: int
   damage: tuple[Damage, ...] = ()
+  kind: ShardKind = TFRECORD
+  sidecar: str = ""
+  start: int = 0
+  total: int = 0
+  first: int = 0
+  columns: Columns | None = None
 
   def __len__(self) -> int:
-    return len(self.offsets)
+    return self.records
+
+  def part(self, first: int, stop: int) -> "ShardIndex":
+    """Return the index of the records [first, stop)."""
+    return dataclasses.replace(self, records=stop - first, first=self.first + first)
+
+  def positions(self, first: int, stop: int, open_file: OpenFile = fs.Reader) -> Columns:
+    """Read the positions of the records [first, stop).
+
+    Args:
+      first, stop: range of records.
+      open_file: function that opens the sidecar; it may return an open one.
+
+    Raises:
+      OSError: if the sidecar was removed, truncated, or cannot be read.
+    """
+    first, stop = self.first + first, self.first + stop
+    if self.columns is not None:
+      return self.columns[first:stop]
+    file = open_file(self.sidecar)
+    columns: list[Any] = []
+    at = self.start
+    for dtype in _DTYPES[: 2 + self.kind.has_checksums]:
+      data = file.read(at + first * dtype.itemsize, (stop - first) * dtype.itemsize)
+      if len(data) != (stop - first) * dtype.itemsize:
+        raise FileNotFoundError(f"{self.sidecar}: the index is truncated")
+      columns.append(np.frombuffer(data, dtype))
+      at += self.total * dtype.itemsize
+    return Columns(*columns)
+
+  @property
+  def offsets(self) -> NDArray[np.uint64]:
+    """Offset of the data of each record in bytes, uint64 [n]."""
+    return self.positions(0, self.records).offsets
+
+  @property
+  def lengths(self) -> NDArray[np.uint32]:
+    """Length of the data of each record in bytes, uint32 [n]."""
+    return self.positions(0, self.records).lengths
 
 
 def serialise(index: ShardIndex) -> bytes:
-  """Return the bytes of a sidecar."""
+  """Serialize an index to the bytes of a sidecar."""
   header = {
     "format": FORMAT,
+    **({} if index.kind is TFRECORD else {"kind": index.kind.name}),
     "size": index.size,
     "fingerprint": index.fingerprint,
     "records": len(index),
     "damage": index.damage,
   }
-  payload = index.offsets.astype("<u8").tobytes() + index.lengths.astype("<u4").tobytes()
+  found = index.positions(0, len(index))
+  columns: tuple[Any, ...] = (found.offsets, found.lengths, found.checksums)
+  columns = columns[: 2 + index.kind.has_checksums]
+  payload = b"".join(np.asarray(c).astype(d).tobytes() for c, d in zip(columns, _DTYPES))
   content = json.dumps(header).encode() + b"\n" + payload
-  return content + google_crc32c.value(content).to_bytes(_CHECKSUM_BYTES, "little")
+  return content + google_crc32c.value(content).to_bytes(CHECKSUM_BYTES, "little")
 
 
-def parse(path: str, data: bytes) -> ShardIndex:
-  """Return the index of the shard `path` from the bytes of its sidecar.
+def stored_at(index: ShardIndex, location: str, size: int) -> ShardIndex:
+  """Return an index whose positions are in the sidecar of `size` bytes at `location`."""
+  start = size - CHECKSUM_BYTES - index.kind.bytes_per_record * len(index)
+  return dataclasses.replace(index, sidecar=location, start=start, columns=None)
+
+
+def parse(path: str, data: bytes, kind: ShardKind = TFRECORD) -> ShardIndex:
+  """Parse the sidecar of the shard `path`.
 
   Raises:
-    OtherFormat: another version wrote it.
-    ValueError: the sidecar is damaged or contradicts itself; says which.
+    OtherFormat: if another version wrote the sidecar, or it belongs to another format of shards.
+    ValueError: if the sidecar is damaged or inconsistent.
   """
-  content, checksum = data[:-_CHECKSUM_BYTES], data[-_CHECKSUM_BYTES:]
+  content, checksum = data[:-CHECKSUM_BYTES], data[-CHECKSUM_BYTES:]
   line, _, payload = content.partition(b"\n")
   if b'"ov_data index ' in line and f'"{FORMAT}"'.encode() not in line:
     raise OtherFormat
@@ -96,50 +151,53 @@ def parse(path: str, data: bytes) -> ShardIndex:
     raise ValueError("checksum")
   try:
     header = json.loads(line)
-    size, count = _natural(header["size"]), _natural(header["records"])
-    fingerprint = _natural(header["fingerprint"])
-    damage = tuple(_damage(*item) for item in header["damage"])
-  except (KeyError, TypeError, RecursionError) as error:
+    size, count = natural(header["size"]), natural(header["records"])
+    fingerprint = natural(header["fingerprint"])
+    damage = tuple(parse_damage(*item) for item in header["damage"])
+    if header.get("kind", TFRECORD.name) != kind.name:
+      raise OtherFormat
+  except (KeyError, TypeError, AttributeError, RecursionError) as error:
     raise ValueError(f"header ({type(error).__name__})") from None
-  if len(payload) != 12 * count:
+  if len(payload) != kind.bytes_per_record * count:
     raise ValueError(f"{len(payload)} bytes for {count} records")
-  offsets = np.frombuffer(payload, "<u8", count)
-  lengths = np.frombuffer(payload, "<u4", count, 8 * count)
-  _check_positions(size, offsets, lengths, damage)
-  return ShardIndex(path, size, fingerprint, offsets, lengths, damage)
+  columns = Columns(
+    np.frombuffer(payload, "<u8", count),
+    np.frombuffer(payload, "<u4", count, 8 * count),
+    np.frombuffer(payload, "<u4", count, 12 * count) if kind.has_checksums else None,
+  )
+  _check_positions(kind, size, columns, damage)
+  return ShardIndex(path, size, fingerprint, count, damage, kind, total=count, columns=columns)
 
 
 def _check_positions(
-  size: int, offsets: NDArray[np.uint64], lengths: NDArray[np.uint32], damage: Sequence[Damage]
+  kind: ShardKind, size: int, columns: Columns, damage: Sequence[Damage]
 ) -> None:
-  """Raise ValueError unless records and damage fill the shard in order."""
-  starts = offsets.astype(np.int64)
-  ends = starts + lengths
-  gap = records.HEADER_BYTES + records.FOOTER_BYTES
-  if not damage:
-    last = int(ends[-1]) + records.FOOTER_BYTES if len(ends) else 0
-    first = int(starts[0]) if len(starts) else records.HEADER_BYTES
-    if first != records.HEADER_BYTES or last != size or not (ends[:-1] + gap == starts[1:]).all():
-      raise ValueError(f"the records do not fill {size} bytes")
+  """Raise ValueError unless records and damaged ranges are inside the shard and in order."""
+  starts = columns.offsets.astype(np.int64)
+  ends = starts + columns.lengths
+  gap = kind.before + kind.after
+  if not damage and kind.is_framed:
+    last = int(ends[-1]) + kind.after if len(ends) else 0
+    first = int(starts[0]) if len(starts) else kind.before
+    if first != kind.before or last != size or not (ends[:-1] + gap == starts[1:]).all():
+      raise ValueError(f"the records do not cover {size} bytes")
     return
-  inside = not len(offsets) or records.HEADER_BYTES <= offsets.min() <= offsets.max() <= size
-  if (
-    not inside or (ends + records.FOOTER_BYTES > size).any() or (ends[:-1] + gap > starts[1:]).any()
-  ):
-    raise ValueError("records overlap or leave the shard")
+  inside = not len(starts) or kind.before <= starts.min() <= starts.max() <= size
+  if not inside or (ends + kind.after > size).any() or (ends[:-1] + gap > starts[1:]).any():
+    raise ValueError("records overlap or exceed the shard")
   if any(item.offset + item.length > size for item in damage):
     raise ValueError("damage outside the shard")
 
 
-def _damage(offset: Any, length: Any, reason: Any, count: Any) -> Damage:
+def parse_damage(offset: Any, length: Any, reason: Any, count: Any) -> Damage:
+  """Return a damaged range from its JSON values; raise TypeError if they have other types."""
   if not isinstance(reason, str):
     raise TypeError
-  return Damage(
-    _natural(offset), _natural(length), reason, None if count is None else _natural(count)
-  )
+  return Damage(natural(offset), natural(length), reason, None if count is None else natural(count))
 
 
-def _natural(value: Any) -> int:
+def natural(value: Any) -> int:
+  """Return a JSON value that is a natural number; raise TypeError if it is not one."""
   if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 63:
     raise TypeError
   return value

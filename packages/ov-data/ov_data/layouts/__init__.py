@@ -1,4 +1,4 @@
-"""Layouts of image collections: one reader each, for the loader and for the converter."""
+"""Readers for layouts of image collections, used by the loader and the converter."""
 
 from collections.abc import Callable
 import dataclasses
@@ -8,6 +8,7 @@ from ov_data.layouts import (
   classes,
   coco,
   imagefolder,
+  images,
   img2dataset,
   jsonl,
   karpathy,
@@ -15,20 +16,20 @@ from ov_data.layouts import (
   webdataset,
 )
 from ov_data.layouts.guess import guess_format
-from ov_data.layouts.items import Blob, Item, Listing, Notes, Place, read_blob
+from ov_data.layouts.items import Blob, Collection, Item, Listing, Notes, read_blob
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """A kind of image collection.
+  """A layout of image collections.
 
   Attributes:
-    read: lists its items.
+    read: function that lists the items.
     takes_images: whether it is a list that may name images in another folder.
-    in_files: whether every image is a file, so that the loader can read it.
+    in_files: whether every image is a file, which the loader requires.
   """
 
-  read: Callable[[Place], Listing]
+  read: Callable[[Collection], Listing]
   takes_images: bool = False
   in_files: bool = True
 
@@ -41,6 +42,7 @@ LAYOUTS = {
   "coco": Layout(coco.read, takes_images=True),
   "karpathy": Layout(karpathy.read, takes_images=True),
   "webdataset": Layout(webdataset.read, in_files=False),
+  "images": Layout(images.read),
 }
 FORMATS = tuple(LAYOUTS)
 
@@ -49,43 +51,41 @@ def read(path: str, format: str = "auto", images: str = "", follow_links: bool =
   """List the items of a collection.
 
   Args:
-    path: a folder, a .jsonl or .json file, a tar file, or a glob or {000..099} range of tars.
+    path: folder, .jsonl or .json file, tar file, or a glob or {000..099} range of tars.
     format: one of FORMATS, or "auto".
-    images: folder of the images that a list names; "" is the folder of the list.
-    follow_links: whether links are followed that lead out of the folder, see `ov_data.links`.
+    images: folder of the images of a list; "" is the folder of the list.
+    follow_links: whether to follow links that point outside the folder, see `ov_data.links`.
 
   Returns:
-    The items, at least one or one skip.
+    The items and skips, at least one of both.
 
   Raises:
-    ValueError: the layout cannot be guessed, a list is malformed (names file and line), or nothing
-      was found. The message says what to do.
-    OSError: a file or folder cannot be read.
+    ValueError: if the layout is ambiguous or unknown, a list is malformed (the message has file and
+      line), or no image was found.
+    OSError: if a file or folder cannot be read.
   """
   if format not in ("auto", *FORMATS):
     raise ValueError(f"format={format!r}: expected auto or one of {', '.join(FORMATS)}.")
   if images and not fs.is_dir(images):
     raise ValueError(f"--images={images}: no such folder.")
-  place = Place(path, images, follow_links)
+  collection = Collection(path, images, follow_links)
   if format == "auto":
-    format = guess_format(place, f"--format={'|'.join(FORMATS)}")
+    format = guess_format(collection, f"--format={'|'.join(FORMATS)}")
   layout = LAYOUTS[format]
   if images and not layout.takes_images:
-    raise ValueError(
-      f"--images={images}: format {format} has its images in {path}; leave --images out."
-    )
-  if format in ("classes", "img2dataset", "imagefolder") and not fs.is_dir(path):
+    raise ValueError(f"--images={images}: format {format} has its images in {path}; omit --images.")
+  if format in ("classes", "images", "img2dataset", "imagefolder") and not fs.is_dir(path):
     if format != "imagefolder" or not fs.exists(path):
       what = "not a folder" if fs.exists(path) else "no such folder"
       raise ValueError(f"{path}: {what}; format {format} is a folder of images.")
-  listing = layout.read(place)
+  listing = layout.read(collection)
   if not listing.items and not listing.skips:
     raise ValueError(f"{path}: no images found (read as {format}).")
   return listing
 
 
 def describe(path: str, listing: Listing) -> str:
-  """Return one line on what was found, with counts and an example."""
+  """Return a one-line summary of a listing with counts and an example."""
   items = listing.items
   text = f"reading {path} as {listing.format}: {len(items):,} images"
   with_captions = sum(bool(item.captions) for item in items)

@@ -1,6 +1,6 @@
-"""The layout `classes`: folders of images, the name of a folder is the label.
+"""The layout `classes`: class folders, whose names are the labels.
 
-photos/dog/1.jpg             or, with folders of splits, photos/train/dog/1.jpg
+photos/dog/1.jpg             or, with split folders, photos/train/dog/1.jpg
 photos/cat/deep/2.png
 """
 
@@ -8,38 +8,38 @@ from collections.abc import Mapping, Sequence
 
 from ov_data import links
 from ov_data.layouts import text_rules
-from ov_data.layouts.items import Blob, Item, Listing, Notes, Place
-from ov_data.layouts.tree import SPLIT, Tree, inside, is_image, is_unsupported_image
+from ov_data.layouts.items import Blob, Collection, Item, Listing, Notes
+from ov_data.layouts.tree import SPLIT, Tree, is_image, is_unsupported_image, join_names
 from ov_data.record_source import Skip
 
 UNSUPPORTED = "unsupported image type"
 _UNSORTED = "image in no class folder"
 
 
-def read(place: Place) -> Listing:
-  """List the images below class folders.
+def read(collection: Collection) -> Listing:
+  """List the images in class folders.
 
-  Folders named like splits are splits and no classes if class folders are in them, and if there
-  are several or no other folders with images.
+  Folders named like splits are splits, not classes, if they contain class folders and either there
+  are several of them or no other folder contains images.
 
   Raises:
-    OSError: a folder cannot be listed.
+    OSError: if a folder cannot be listed.
   """
-  tree = place.tree
+  tree = collection.tree
   skips = tree_skips(tree)
   notes = tree_notes(tree)
   splits = split_folders(tree)
-  found: list[tuple[str, str, list[str]]] = []  # split, folder of the class, its images
+  found: list[tuple[str, str, list[str]]] = []  # split, class folder, images
   for folder in sorted(tree.folders):
     images = []
     for name in tree.folders[folder]:
       if is_image(name):
-        images.append(inside(folder, name))
+        images.append(join_names(folder, name))
       elif is_unsupported_image(name):
         remedy = "convert it to JPEG, PNG or WebP"
-        skips.append(Skip(inside(folder, name), UNSUPPORTED, remedy))
+        skips.append(Skip(join_names(folder, name), UNSUPPORTED, remedy))
       else:
-        notes.add("files that are no images", inside(folder, name))
+        notes.add("files that are not images", join_names(folder, name))
     split, _, below = folder.partition("/") if splits else ("", "", folder)
     class_folder = below.partition("/")[0]
     if class_folder and (not splits or split in splits):
@@ -51,7 +51,7 @@ def read(place: Place) -> Listing:
   first = {label: folder for folder, label in reversed(labels.items())}
   for folder, label in labels.items():
     if label and first[label] != folder:
-      notes.add("folders put together with another one of the same label", folder)
+      notes.add("folders merged with another one of the same label", folder)
   items = []
   for split, folder, images in found:
     if label := labels[folder]:
@@ -63,7 +63,7 @@ def read(place: Place) -> Listing:
 
 
 def tree_notes(tree: Tree) -> Notes:
-  """Return the notes on what was passed over while the folders were listed."""
+  """Return the notes on ignored files and links."""
   notes = Notes()
   for name in tree.hidden:
     notes.add("hidden files and folders", name)
@@ -73,21 +73,21 @@ def tree_notes(tree: Tree) -> Notes:
 
 
 def tree_skips(tree: Tree) -> list[Skip]:
-  """Return the folders that are not read since links to them lead out of the root."""
+  """Return the links to folders outside the root, which are not read."""
   return [
-    Skip(name, links.LEADS_OUT, links.describe(name, target))
+    Skip(name, links.POINTS_OUTSIDE, links.describe(name, target))
     for name, target in tree.outside.items()
   ]
 
 
 def split_names(filled: Mapping[str, Sequence[str]]) -> tuple[list[str], bool]:
-  """Return the folders named like splits, and whether any of them holds folders of images."""
+  """Return the folders named like splits, and whether any of them has subfolders with images."""
   splits = [name for name in filled if SPLIT.fullmatch(name.lower())]
   return splits, any("/" in below for name in splits for below in filled[name])
 
 
 def split_folders(tree: Tree) -> frozenset[str]:
-  """Return the folders that are splits and no classes."""
+  """Return the folders that are splits, not classes."""
   filled = tree.images_by_top
   splits, nested = split_names(filled)
   is_split = nested and (len(splits) > 1 or len(splits) == len(filled))
@@ -95,7 +95,7 @@ def split_folders(tree: Tree) -> frozenset[str]:
 
 
 def _class_folders(tree: Tree, splits: frozenset[str]) -> list[str]:
-  """Return the sorted names of the class folders of all splits, empty ones included."""
+  """Return the sorted names of the class folders of all splits, including empty ones."""
   if not splits:
     return tree.top
   pairs = (folder.split("/") for folder in tree.folders if folder.count("/") == 1)

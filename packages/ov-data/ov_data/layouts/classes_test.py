@@ -13,8 +13,8 @@ from ov_data.loader import Loader
 from ov_data.sources import Dataset, Source
 
 
-class Lengths:
-  """Token id = length of the text in characters; stands for a tokenizer."""
+class FakeTokenizer:
+  """Fake tokenizer; the token id is the number of characters."""
 
   pad_id = 0
 
@@ -33,7 +33,7 @@ def _picture(path, value=100):
 
 
 def _classes(root, counts):
-  """Folders of classes with so many pictures each."""
+  """Create class folders with the given numbers of images."""
   for name, count in counts.items():
     (root / name).mkdir(parents=True, exist_ok=True)
     for number in range(count):
@@ -42,7 +42,7 @@ def _classes(root, counts):
 
 
 def _features(dataset):
-  return [example.parse(dataset.read(n)) for n in range(len(dataset))]
+  return [dataset.features(n) for n in range(len(dataset))]
 
 
 def _keys(dataset):
@@ -51,7 +51,13 @@ def _keys(dataset):
 
 def _evaluation(source, **arguments):
   return Loader.evaluation(
-    source, image_size=4, batch_size=4, tokenizer=Lengths(), text_len=2, threads=2, **arguments
+    source,
+    image_size=4,
+    batch_size=4,
+    tokenizer=FakeTokenizer(),
+    text_len=2,
+    threads=2,
+    **arguments,
   )
 
 
@@ -63,7 +69,7 @@ def _fails(message, path, split=None, **source):
 def test_class_folders(tmp_path):
   path = _classes(tmp_path / "d", {"dog": 3, "cat": 2})
   dataset = Dataset(Source(path, image_key="image"))
-  assert dataset.class_names == ("cat", "dog") and dataset.indexes == []
+  assert dataset.class_names == ("cat", "dog") and not dataset.indexes
   assert sorted(_keys(dataset)) == ["cat/0.png", "cat/1.png", "dog/0.png", "dog/1.png", "dog/2.png"]
   for number, features in enumerate(_features(dataset)):
     name = features["key"][0].decode()
@@ -74,35 +80,35 @@ def test_class_folders(tmp_path):
     assert dataset.locate(number) == (f"{path}/{name}", 0)
 
 
-def test_folders_of_splits_are_chosen_by_name(tmp_path):
+def test_folders_of_splits_are_selected_by_name(tmp_path):
   _classes(tmp_path / "train", {"cat": 4, "dog": 4})
   _classes(tmp_path / "val", {"cat": 1, "dog": 1})
   assert len(Dataset(Source(str(tmp_path), "train"))) == 8
   assert len(Dataset(Source(f"{tmp_path}/", "train[:25%]"))) == 2
   assert sorted(_keys(Dataset(Source(str(tmp_path), "val")))) == ["cat/0.png", "dog/0.png"]
   _fails(r"holds the splits train, val; choose one with split=", tmp_path)
-  _fails(r"holds the splits train, val; split='test' is none of them", tmp_path, "test")
+  _fails(r"holds the splits train, val; split='test' is not one of them", tmp_path, "test")
   _picture(tmp_path / "train" / "stray.jpg")
-  _fails(r"holds the splits train, val; choose", tmp_path)  # neither is a class for that
+  _fails(r"holds the splits train, val; choose", tmp_path)  # neither is a class
 
 
-def test_folders_that_are_no_classes(tmp_path):
-  # The layouts of COCO, and of pictures beside a list; neither may pass as labelled data.
+def test_folders_that_are_not_classes(tmp_path):
+  # The layouts of COCO and of images next to a list are not class folders.
   path = _classes(tmp_path / "coco", {"annotations": 0, "train2014": 2, "val2014": 1})
   _fails(r"holds the splits train2014, val2014; choose", path)
   _fails(r"images are in .*/val2014 itself", path, "val2014")
   path = _classes(tmp_path / "list", {"images": 2, "other": 0})
-  _fails(r"all images in .*/list are in one folder, images, which gives neither", path)
+  _fails(r"all images in .*/list are in one folder, images, which defines neither", path)
 
 
-def test_classes_may_be_called_like_splits(tmp_path):
+def test_classes_may_be_named_like_splits(tmp_path):
   path = _classes(tmp_path, {"bus": 1, "train": 2})
   assert Dataset(Source(path)).class_names == ("bus", "train")
 
 
-def test_a_split_that_has_no_folder(tmp_path):
+def test_a_split_without_folder(tmp_path):
   path = _classes(tmp_path, {f"c{n}": 1 for n in range(9)})
-  _fails(r"no folder of split 'val', but the class folders c0, .*, c7 \.\.\.; leave", path, "val")
+  _fails(r"no folder of split 'val', but the class folders c0, .*, c7 \.\.\.; omit", path, "val")
 
 
 def test_hidden_nested_and_other_files(tmp_path):
@@ -121,7 +127,7 @@ def test_hidden_nested_and_other_files(tmp_path):
   assert dataset.class_names == ("cat", "dog")
 
 
-def test_links_to_classes_are_followed_and_links_that_go_round_are_not(tmp_path):
+def test_links_to_classes_are_followed_and_cyclic_links_are_not(tmp_path):
   _classes(tmp_path / "elsewhere", {"cat": 2})
   path = _classes(tmp_path / "d", {"dog": 1})
   os.symlink(tmp_path / "elsewhere" / "cat", tmp_path / "d" / "cat")
@@ -151,7 +157,7 @@ def test_names_in_any_script_and_in_none(tmp_path):
     assert sum(int(batch["valid"].sum()) for batch in batches) == 4
 
 
-def test_slices_hold_their_share_of_every_class(tmp_path):
+def test_slices_contain_a_fraction_of_every_class(tmp_path):
   for name, count in {"a": 600, "b": 300, "c": 100}.items():
     (tmp_path / name).mkdir()
     for number in range(count):
@@ -160,13 +166,13 @@ def test_slices_hold_their_share_of_every_class(tmp_path):
   keys = [[part.locate(n)[0] for n in range(len(part))] for part in parts]
   assert len(set(keys[0]) | set(keys[1])) == 1000 and len(keys[0]) == 500
   counts = collections.Counter(pathlib.Path(key).parent.name for key in keys[0])
-  # Half of each class, hypergeometric: 5 standard deviations of sqrt(500/4 * share * (1 - share)
-  # * 1000/999) are 39, 36 and 24.
+  # Half of each class, hypergeometric with fraction p: 5 standard deviations of
+  # sqrt(500/4 * p * (1 - p) * 1000/999) are 39, 36 and 24.
   for name, half, tolerance in (("a", 300, 39), ("b", 150, 36), ("c", 50, 24)):
     assert abs(counts[name] - half) <= tolerance
 
 
-def test_a_new_picture_changes_the_order_of_no_others(tmp_path):
+def test_a_new_image_keeps_the_order_of_the_others(tmp_path):
   path = _classes(tmp_path, {"a": 20, "c": 20})
   before = _keys(Dataset(Source(path)))
   _classes(tmp_path, {"b": 3})
@@ -175,31 +181,31 @@ def test_a_new_picture_changes_the_order_of_no_others(tmp_path):
   assert before != sorted(before)
 
 
-def test_pictures_without_a_class(tmp_path, caplog):
+def test_images_without_class(tmp_path, caplog):
   _picture(tmp_path / "1.jpg")
-  _fails("images are in .* itself, which gives neither class nor caption", tmp_path)
+  _fails("images are in .* itself, which defines neither classes nor captions", tmp_path)
   (tmp_path / "empty").mkdir()
   _fails("images are in .* itself", tmp_path)
   _classes(tmp_path, {"cat": 1, "dog": 1})
   with caplog.at_level(logging.WARNING, "ov_data"):
     assert sorted(_keys(Dataset(Source(str(tmp_path))))) == ["cat/0.png", "dog/0.png"]
-  assert f"{tmp_path}: left out 1: image in no class folder; the first is 1.jpg" in caplog.text
+  assert f"{tmp_path}: skipped 1: image in no class folder; for example 1.jpg" in caplog.text
 
 
-def test_shards_go_before_pictures(tmp_path):
+def test_shards_take_precedence_over_images(tmp_path):
   path = _classes(tmp_path, {"samples": 1})
   (tmp_path / "0.tfrecord").write_bytes(b"")
   _fails("no usable record", path)
 
 
-def test_fingerprint_of_classes_knows_names_but_not_the_place(tmp_path):
+def test_fingerprint_of_classes_depends_on_names_but_not_the_path(tmp_path):
   path = _classes(tmp_path / "d", {"cat": 2, "dog": 1})
   fingerprint = Dataset(Source(path)).fingerprint
   moved = tmp_path / "moved"
   (tmp_path / "d").rename(moved)
   assert Dataset(Source(str(moved))).fingerprint == fingerprint
   assert Dataset(Source(str(moved), "[1:]")).fingerprint != fingerprint
-  (moved / "ant").mkdir()  # moves the labels
+  (moved / "ant").mkdir()  # shifts the labels
   assert Dataset(Source(str(moved))).fingerprint != fingerprint
   (moved / "ant").rmdir()
   assert Dataset(Source(str(moved))).fingerprint == fingerprint
@@ -207,7 +213,7 @@ def test_fingerprint_of_classes_knows_names_but_not_the_place(tmp_path):
   assert Dataset(Source(str(moved))).fingerprint != fingerprint
 
 
-def test_a_missing_picture_costs_its_row_and_is_counted(tmp_path, caplog):
+def test_a_missing_image_keeps_its_row_and_is_counted(tmp_path, caplog):
   source = Source(_classes(tmp_path, {"cat": 3, "dog": 3}), caption_keys=())
   with _evaluation(source, extra_keys=("label", "class"), max_bad_fraction=0.5) as batches:
     keys = _keys(batches.datasets[0])
@@ -226,9 +232,9 @@ def test_a_missing_picture_costs_its_row_and_is_counted(tmp_path, caplog):
   assert f"skipped {tmp_path}/{keys[1]} at byte 0 (1 so far): image file is missing" in caplog.text
 
 
-def test_what_is_no_regular_file_counts_as_missing(tmp_path):
+def test_special_files_count_as_missing(tmp_path):
   path = _classes(tmp_path, {"cat": 0, "dog": 1})
-  os.mkfifo(tmp_path / "cat" / "pipe.jpg")  # opened plainly, it would block for ever
+  os.mkfifo(tmp_path / "cat" / "pipe.jpg")  # a plain open() would block
   os.symlink("/dev/zero", tmp_path / "cat" / "zero.jpg")
   os.symlink(tmp_path / "cat" / "loop.jpg", tmp_path / "cat" / "loop.jpg")
   (tmp_path / "cat" / "folder.jpg").mkdir()
@@ -244,6 +250,6 @@ def test_a_huge_file_is_not_read(tmp_path):
   path = _classes(tmp_path, {"cat": 1, "dog": 1})
   for name in ("cat", "dog"):
     with open(tmp_path / name / "0.png", "wb") as file:
-      file.truncate((1 << 30) + 1)  # takes no room
+      file.truncate((1 << 30) + 1)  # sparse
   with pytest.raises(example.FeatureError, match="image file over 1 GiB"):
     Dataset(Source(path)).read(0)

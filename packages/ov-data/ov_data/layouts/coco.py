@@ -1,29 +1,30 @@
-"""The layout `coco`: captions_*.json of COCO, with the folder of its images."""
+"""The layout `coco`: captions_*.json of COCO with a folder of images."""
 
 from typing import Any
 
 from ov_data.layouts import text_rules
-from ov_data.layouts.items import Listing, Place
-from ov_data.layouts.jsonl import Rows
+from ov_data.layouts.items import Collection, Listing
+from ov_data.layouts.jsonl import MergedRows
 from ov_data.record_source import Skip
 
 
-def read(place: Place) -> Listing:
-  """List the images of the file with the captions of their annotations.
+def read(collection: Collection) -> Listing:
+  """List the images of the file with their captions.
 
   Raises:
-    ValueError: the file is malformed (names the entry), or no folder of images is given.
-    OSError: it cannot be read.
+    ValueError: if the file is malformed (the message names the entry), or no folder of images is
+      given.
+    OSError: if the file cannot be read.
   """
-  path = place.path
-  if not place.images:
+  path = collection.path
+  if not collection.images:
     raise ValueError(
-      f"{path}: COCO lists need the folder of their images: --images=FOLDER "
+      f"{path}: COCO lists require the folder of their images: --images=FOLDER "
       "(image_root of a Source)."
     )
-  content = place.content
+  content = collection.content
   captions = _captions(path, content.get("annotations"))
-  rows = Rows("entries put together with an earlier one of the same file")
+  rows = MergedRows("entries merged with an earlier one of the same file")
   skips: list[Skip] = []
   seen: set[int | str] = set()
   for i, image in enumerate(content["images"]):
@@ -37,14 +38,14 @@ def read(place: Place) -> Listing:
       continue
     seen.add(number)
     rows.add(name, captions.pop(number, []), None, where)
-  items, refused = rows.items(place.images)
+  items, refused = rows.items(collection.images)
   skips += refused
   skips += [Skip(f"image_id {i}", "caption without image") for i in captions]
   return Listing("coco", items, skips, rows.notes)
 
 
 def _captions(path: str, annotations: Any) -> dict[int | str, list[str]]:
-  """Return the captions by the id of their image."""
+  """Return the captions by image id."""
   if annotations is None:
     annotations = []
   if not isinstance(annotations, list):

@@ -1,4 +1,4 @@
-"""Finds out which layout a path has; asks for a choice where it could be several."""
+"""Detection of the layout of a path."""
 
 from collections.abc import Iterable, Mapping, Sequence
 import os
@@ -7,8 +7,9 @@ import stat
 
 from ov_data import fs, links
 from ov_data.layouts import classes, imagefolder, img2dataset, json_lists, jsonl, tar_members
-from ov_data.layouts.items import Place
-from ov_data.layouts.tree import Tree, inside, is_image, is_unsupported_image
+from ov_data.layouts.images import UndefinedLayout
+from ov_data.layouts.items import Collection
+from ov_data.layouts.tree import Tree, is_image, is_unsupported_image, join_names
 
 _TO_LISTS = (
   'write captions.jsonl next to the images, one {"file": "a.jpg", "captions": ["..."]} a line'
@@ -19,9 +20,9 @@ _TABLES = (".csv", ".tsv", ".jsonl", ".parquet", ".xlsx")
 _REMEDIES = {
   **dict.fromkeys(
     tar_members.COMPRESSED_TARS,
-    "is a compressed tar; decompress it (gunzip, unxz, zstd -d) and give the .tar",
+    "is a compressed tar; decompress it (gunzip, unxz, zstd -d) and pass the .tar",
   ),
-  **dict.fromkeys((".zip", ".7z", ".rar"), "is an archive; unpack it and give the folder"),
+  **dict.fromkeys((".zip", ".7z", ".rar"), "is an archive; extract it and pass the folder"),
   **dict.fromkeys((".gz", ".bz2", ".xz", ".zst"), "is compressed; decompress it first"),
   ".csv": f"is a table; name it metadata.csv with a column file_name, or {_TO_LISTS}",
   ".tsv": f"is a table; {_TO_LISTS}",
@@ -29,27 +30,27 @@ _REMEDIES = {
   ".txt": f"is a text file; {_TO_LISTS}",
   ".parquet": f"is a Parquet table, which is not supported; {_TO_LISTS}",
   ".arrow": f"is an Arrow table, which is not supported; {_TO_LISTS}",
-  ".tfrecord": "holds record shards already; train on it as it is",
+  ".tfrecord": "already holds record shards; use it directly for training",
 }
 
 
-def guess_format(place: Place, formats: str, *, strict: bool = True) -> str:
+def guess_format(collection: Collection, formats: str, *, strict: bool = True) -> str:
   """Return the name of the layout.
 
   Args:
-    place: what to look at.
-    formats: how the formats are chosen, for messages: "--format=jsonl|classes".
-    strict: whether images next to class folders, and class folders of several splits, need a
-      choice. Otherwise they are class folders.
+    collection: collection to inspect.
+    formats: option that selects a format, for messages: "--format=jsonl|classes".
+    strict: whether images next to class folders, and class folders of several splits, are
+      ambiguous. Otherwise they are class folders.
 
   Raises:
-    ValueError: it is none, or could be several; says what was found and how to choose.
-    OSError: it cannot be read.
+    ValueError: if the layout is unknown or ambiguous; the message explains how to select one.
+    OSError: if the path cannot be read.
   """
-  path = place.path
+  path = collection.path
   lower = path.lower()
   if fs.is_dir(path):
-    return _folder(place, formats, strict)
+    return _folder(collection, formats, strict)
   if not os.path.lexists(path) and not fs.is_remote(path):
     if any(c in path for c in "*?[{"):
       return "webdataset"
@@ -62,7 +63,7 @@ def guess_format(place: Place, formats: str, *, strict: bool = True) -> str:
   if lower.endswith(".jsonl"):
     return "jsonl"
   if lower.endswith(".json"):
-    return "coco" if json_lists.is_coco(place.content) else "karpathy"
+    return "coco" if json_lists.is_coco(collection.content) else "karpathy"
   if lower.endswith(".tar"):
     return "webdataset"
   raise ValueError(f"{path} {_remedy(path)}.")
@@ -72,27 +73,27 @@ def _check_regular(path: str) -> None:
   try:
     mode = os.stat(path).st_mode
   except OSError as error:
-    raise ValueError(f"{path}: {error.strerror}; a link that leads nowhere?") from None
+    raise ValueError(f"{path}: {error.strerror}; is it a broken link?") from None
   if not stat.S_ISREG(mode):
-    raise ValueError(f"{path}: neither a folder nor a regular file; give one of these.")
+    raise ValueError(f"{path}: neither a folder nor a regular file; pass one of these.")
 
 
 def _remedy(path: str) -> str:
-  """Return what kind of file this is and what to do with it."""
+  """Return a description of the file type and the remedy."""
   lower = path.lower()
   for suffix, remedy in _REMEDIES.items():
     if lower.endswith(suffix):
       return remedy
   if is_image(lower):
-    return "is one image; give the folder it is in"
+    return "is a single image; pass its folder"
   kind = None if fs.is_remote(path) else tar_members.compression(path)
   if kind is not None:
-    return f"is compressed with {kind}; decompress or unpack it first"
+    return f"is compressed with {kind}; decompress or extract it first"
   return "is a file of an unknown type; expected a folder, .jsonl, .json or .tar"
 
 
-def _folder(place: Place, formats: str, strict: bool) -> str:
-  tree, path = place.tree, place.path
+def _folder(collection: Collection, formats: str, strict: bool) -> str:
+  tree, path = collection.tree, collection.path
   top = tree.folders[""]
   has_list = any(name in top for name in jsonl.LISTS)
   metadata = [
@@ -110,8 +111,8 @@ def _folder(place: Place, formats: str, strict: bool) -> str:
   for folder, name in tree.files():
     if name in jsonl.LISTS or _LIST.fullmatch(name):
       raise ValueError(
-        f"{path}: {inside(folder, name)} could be the list of its images; give that file or its "
-        f"folder, or choose what this folder is with {formats}."
+        f"{path}: {join_names(folder, name)} could be the list of its images; pass that file or "
+        f"its folder, or choose the format of this folder with {formats}."
       )
   images = sum(map(is_image, top)) + sum(map(len, tree.images_by_top.values()))
   tars = sum(name.lower().endswith(".tar") for _, name in tree.files())
@@ -122,7 +123,7 @@ def _folder(place: Place, formats: str, strict: bool) -> str:
   if tars:
     return "webdataset"
   if not images:
-    raise ValueError(f"{path}: {_found(tree)}; choose what it is with {formats}.")
+    raise ValueError(f"{path}: {_found(tree)}; choose the format with {formats}.")
   return _images(path, tree, formats, strict)
 
 
@@ -130,7 +131,7 @@ def _images(path: str, tree: Tree, formats: str, strict: bool) -> str:
   """Return the layout of a folder of images without lists."""
   filled = tree.images_by_top
   strays = [name for name in tree.folders[""] if is_image(name)]
-  if img2dataset.is_download(tree):
+  if img2dataset.has_numbered_folders(tree):
     return "img2dataset"
   if img2dataset.has_sidecars(tree):
     if not filled:
@@ -141,17 +142,17 @@ def _images(path: str, tree: Tree, formats: str, strict: bool) -> str:
       ("img2dataset", "classes"),
     )
   if not filled:
-    raise ValueError(
-      f"the images are in {path} itself, which gives neither class nor caption; expected a folder "
-      "for each class, captions.jsonl, metadata.jsonl, or captions in files of the images' names; "
-      f"choose with {formats}."
+    raise UndefinedLayout(
+      f"the images are in {path} itself, which defines neither classes nor captions; expected a "
+      "folder for each class, captions.jsonl, metadata.jsonl, or captions in files with the "
+      f"names of the images; choose with {formats}."
     )
   if not strict:
     return "classes"
   if text := _captions_elsewhere(tree, filled):
     raise _ambiguous(
       path,
-      f"holds {text}, which could have the captions of its images",
+      f"holds {text}, which could hold the captions of its images",
       ("classes",),
       f"does not read it; or {_TO_LISTS}",
     )
@@ -161,7 +162,7 @@ def _images(path: str, tree: Tree, formats: str, strict: bool) -> str:
       path,
       f"holds folders named like splits ({_some(splits)})",
       ("classes",),
-      "makes them splits of the output if class folders are in them",
+      "makes them splits of the output if they contain class folders",
     )
   if strays:
     raise _ambiguous(
@@ -169,13 +170,13 @@ def _images(path: str, tree: Tree, formats: str, strict: bool) -> str:
       f"holds {len(strays):,} images, {strays[0]} the first, next to folders of images "
       f"({_some(filled)})",
       ("classes",),
-      "leaves them out and counts them",
+      "skips and counts them",
     )
   return "classes"
 
 
 def _captions_elsewhere(tree: Tree, filled: Mapping[str, Sequence[str]]) -> str | None:
-  """Return a file that could hold captions of images in class folders; None if there is none."""
+  """Return a file that could contain captions of images in class folders, or None."""
   top = tree.folders[""]
   suffixes = (*_TABLES, ".txt", ".json") if len(filled) == 1 else _TABLES
   for name in top:
@@ -185,7 +186,7 @@ def _captions_elsewhere(tree: Tree, filled: Mapping[str, Sequence[str]]) -> str 
   for folder, name in tree.files():
     stem, _, suffix = name.rpartition(".")
     if folder and stem in stems and suffix.lower() in img2dataset.SIDECARS:
-      return inside(folder, name)  # in another folder than the image
+      return join_names(folder, name)  # not in the folder of the image
   return None
 
 
@@ -198,11 +199,11 @@ def _ambiguous(path: str, found: str, choices: tuple[str, ...], effect: str = ""
 
 
 def _found(tree: Tree) -> str:
-  """Return what a folder without images, lists and tars holds instead."""
-  names = [inside(folder, name) for folder, name in tree.files()]
+  """Return a description of a folder without images, lists and tars."""
+  names = [join_names(folder, name) for folder, name in tree.files()]
   if tree.outside:
     name, target = next(iter(tree.outside.items()))
-    return f"found links that lead out of it, the first {links.describe(name, target)}"
+    return f"found links that point outside, for example {links.describe(name, target)}"
   if found := [name for name in names if is_unsupported_image(name)]:
     return (
       f"found {len(found):,} images of unsupported types such as {found[0]}; convert them to JPEG, "

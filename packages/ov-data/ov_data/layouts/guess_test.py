@@ -10,7 +10,7 @@ _STATS = {"count": 10, "successes": 7, "failed_to_download": 3}
 
 
 def _make(root: Path, *names: str, **contents: object) -> str:
-  """Write files; a name may carry its content, as in `{"a.jsonl": rows}`."""
+  """Write files, some with contents, as in `{"a.jsonl": rows}`."""
   for name in names:
     path = root / name
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,13 +39,13 @@ _CAPTIONS = {"captions.jsonl": [{"file": "a/1.jpg", "captions": ["c"]}]}
     (("1.jpg", "1.txt"), {}, "img2dataset"),
     (("dog/1.jpg", "cat/2.jpg"), {}, "classes"),
     (("dog/1.jpg", "cat/2.jpg", "cat/notes.txt", "classes.txt"), {}, "classes"),
-    (("00000/1.jpg", "00001/2.jpg"), {}, "classes"),  # digits alone do not make a download
+    (("00000/1.jpg", "00001/2.jpg"), {}, "classes"),  # no sidecars
     (("bus/1.jpg", "train/2.jpg"), {}, "classes"),
     ((".git/1.jpg", "dog/1.jpg"), {}, "classes"),
-    (("dog/1.jpg", "classes.txt", "skipped.jsonl", "dataset.json"), {}, "classes"),  # own output
+    (("dog/1.jpg", "classes.txt", "skipped.jsonl", "dataset.json"), {}, "classes"),  # converted
   ],
 )
-def test_layouts_are_told_apart(tmp_path: Path, names: tuple, contents: dict, expected: str):
+def test_layouts_are_detected(tmp_path: Path, names: tuple, contents: dict, expected: str):
   path = _make(tmp_path, *names, **contents)
   assert layouts.read(path).format == expected
 
@@ -59,7 +59,7 @@ def test_layouts_are_told_apart(tmp_path: Path, names: tuple, contents: dict, ex
     (("cat/1.jpg", "stray.jpg"), {}, r"1 images, stray.jpg the first, next to .*--format=classes"),
     (("train/1.png",), {**_METADATA, **_CAPTIONS}, "--format=jsonl or --format=imagefolder"),
     (("0.tar", "cat/1.jpg"), {}, "--format=webdataset or --format=classes"),
-    (("Images/1.jpg", "Captions.TXT"), {}, "holds Captions.TXT, which could have the captions"),
+    (("Images/1.jpg", "Captions.TXT"), {}, "holds Captions.TXT, which could hold the captions"),
     (("images/1.jpg", "styles.csv"), {}, r"holds styles.csv, .*, which does not read it; or write"),
     (("cat/1.jpg", "dog/2.jpg", "all.jsonl"), {}, "holds all.jsonl, which could"),
     (("images/1.jpg", "texts/1.txt"), {}, "holds texts/1.txt, which could"),
@@ -67,9 +67,9 @@ def test_layouts_are_told_apart(tmp_path: Path, names: tuple, contents: dict, ex
     (
       ("train2017/1.jpg", "annotations/captions_train2017.json"),
       {},
-      "annotations/captions_train2017.json could be the list of its images; give that file",
+      "annotations/captions_train2017.json could be the list of its images; pass that file",
     ),
-    (("1.jpg", "2.jpg"), {}, "itself, which gives neither class nor caption"),
+    (("1.jpg", "2.jpg"), {}, "itself, which defines neither classes nor captions"),
     (("a.txt",), {}, "found no images, but 1 files such as a.txt, which is a text file"),
     (("d/0.tar.gz",), {}, "0.tar.gz, which is a compressed tar; decompress it"),
     (("data/train-0.parquet",), {}, "train-0.parquet, which is a Parquet table"),
@@ -78,7 +78,9 @@ def test_layouts_are_told_apart(tmp_path: Path, names: tuple, contents: dict, ex
     ((), {}, "found none of captions.jsonl"),
   ],
 )
-def test_unclear_folders_need_a_choice(tmp_path: Path, names: tuple, contents: dict, message: str):
+def test_ambiguous_folders_require_a_format(
+  tmp_path: Path, names: tuple, contents: dict, message: str
+):
   path = _make(tmp_path, *names, **contents)
   with pytest.raises(ValueError, match=message) as raised:
     layouts.read(path)
@@ -91,15 +93,15 @@ def test_unclear_folders_need_a_choice(tmp_path: Path, names: tuple, contents: d
     ("photos.tar.gz", "is a compressed tar; decompress it"),
     ("photos.tgz", "is a compressed tar"),
     ("photos.tar.zst", "is a compressed tar"),
-    ("photos.zip", "is an archive; unpack it"),
+    ("photos.zip", "is an archive; extract it"),
     ("list.csv", "is a table; name it metadata.csv with a column file_name, or write captions"),
     ("list.tsv", "is a table; write captions.jsonl"),
     ("list.parquet", "is a Parquet table, which is not supported; write captions.jsonl"),
     ("list.txt", "is a text file; write captions.jsonl"),
-    ("train.tfrecord", "holds record shards already"),
-    ("a.jpg", "is one image; give the folder it is in"),
+    ("train.tfrecord", "already holds record shards"),
+    ("a.jpg", "is a single image; pass its folder"),
     ("a.xyz", "is a file of an unknown type; expected a folder"),
-    ("metadata.parquet", "Parquet is not supported; write metadata.jsonl"),
+    ("metadata.parquet", "Parquet is not supported; convert it to metadata.jsonl"),
   ],
 )
 def test_files_of_other_types(tmp_path: Path, name: str, message: str):
@@ -107,12 +109,12 @@ def test_files_of_other_types(tmp_path: Path, name: str, message: str):
     layouts.read(_make(tmp_path, name) + f"/{name}")
 
 
-def test_what_is_no_file(tmp_path: Path):
+def test_missing_and_special_files(tmp_path: Path):
   os.mkfifo(tmp_path / "pipe.jsonl")
   os.symlink("nowhere", tmp_path / "link.jsonl")
   for name, message in (
     ("pipe.jsonl", "neither a folder nor a regular file"),
-    ("link.jsonl", "No such file or directory; a link that leads nowhere"),
+    ("link.jsonl", "No such file or directory; is it a broken link"),
     ("absent.jsonl", "no such file or folder"),
   ):
     with pytest.raises(ValueError, match=f"{name}: {message}"):
@@ -121,13 +123,13 @@ def test_what_is_no_file(tmp_path: Path):
     layouts.read("/dev/zero")
 
 
-def test_special_characters_are_taken_literally(tmp_path: Path):
+def test_special_characters_are_used_literally(tmp_path: Path):
   for name in ("a*b", "a?b", "[ab]", "x@512", "{0..1}"):
     path = _make(tmp_path / name, "dog/1.jpg")
     assert [item.key for item in layouts.read(path).items] == ["dog/1.jpg"]
 
 
-def test_the_guess_is_described(tmp_path: Path):
+def test_the_detected_layout_is_described(tmp_path: Path):
   path = _make(tmp_path, *(f"00000/{i}.jpg" for i in range(3)), "00000/0.txt")
   (tmp_path / "00000/1.json").write_text('{"caption": "a red\\ncar"}')
   (tmp_path / "00000/0.txt").write_text(" ")

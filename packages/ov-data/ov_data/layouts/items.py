@@ -1,4 +1,4 @@
-"""Items of an image collection: where an image is stored, and its captions and label."""
+"""Items of an image collection: location, captions and label of an image."""
 
 from collections.abc import Iterable, Iterator
 import dataclasses
@@ -18,14 +18,14 @@ from ov_data.record_source import Skip
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Blob:
-  """A file, or a part of one.
+  """A file or a byte range of a file.
 
   Attributes:
-    folder: the folder of the collection; "" where `name` is a path by itself.
-    name: of the file in it.
+    folder: folder of the collection; "" if `name` is a complete path.
+    name: file name relative to the folder.
     offset: first byte.
-    size: bytes; None for all to the end.
-    checksum: of the header in front of the part; 0 for a file.
+    size: number of bytes; None for all bytes to the end.
+    checksum: checksum of the tar header before the range; 0 for a file.
   """
 
   folder: str
@@ -44,12 +44,12 @@ class Item:
   """An image with its captions and label.
 
   Attributes:
-    key: unique in the collection and independent of where that is stored. Invalid UTF-8 as
-      surrogates.
-    image: where its encoded bytes are.
-    captions: without empty and repeated ones; valid text.
-    label: the name of its class, one line; None without.
-    split: the part of the data set that it belongs to; "" where the layout has none.
+    key: key that is unique in the collection and independent of its location. Invalid UTF-8 is
+      represented by surrogates.
+    image: location of the encoded image.
+    captions: valid, non-empty, distinct captions.
+    label: class name in one line, or None.
+    split: split of the item; "" if the layout has no splits.
   """
 
   key: str
@@ -60,19 +60,19 @@ class Item:
 
 
 class Notes:
-  """Counts of what a reader passed over or changed without losing an image, with one example."""
+  """Counts, with an example, of inputs that a reader ignored or changed without losing an image."""
 
   def __init__(self) -> None:
     self.counts: dict[str, int] = {}
     self.examples: dict[str, str] = {}
 
   def add(self, what: str, example: str, count: int = 1) -> None:
-    """Count one more `what`, for instance "hidden files"."""
+    """Add to the count of `what`, for example "hidden files"."""
     self.counts[what] = self.counts.get(what, 0) + count
     self.examples.setdefault(what, example)
 
   def merge(self, other: "Notes") -> None:
-    """Add the counts of others."""
+    """Add the counts of other notes."""
     for what, count in other.counts.items():
       self.add(what, other.examples[what], count)
 
@@ -85,15 +85,15 @@ class Notes:
 
 @dataclasses.dataclass(frozen=True)
 class Listing:
-  """All items of a collection in the order found.
+  """All items of a collection in stored order.
 
   Attributes:
-    format: the name of the layout.
-    items: what can be read.
-    skips: what was found and gives no item.
-    notes: see there.
-    class_names: the classes in the order of their numbers, those without images included, where
-      the layout has such a list; None otherwise.
+    format: name of the layout.
+    items: usable items.
+    skips: inputs without an item.
+    notes: see `Notes`.
+    class_names: class names by index, including classes without images; None if the layout has no
+      class list.
   """
 
   format: str
@@ -103,12 +103,13 @@ class Listing:
   class_names: tuple[str, ...] | None = None
 
 
-class Place:
-  """A path to read. Its files, or its content as JSON, are read once and only if needed.
+class Collection:
+  """Path of a collection, whose files or JSON content are read lazily and once.
 
-  path: as given.
-  images: folder of the images that a list names; "" is the folder of the list.
-  follow_links: whether links are followed that lead out of the folder, see `ov_data.links`.
+  Attributes:
+    path: path given by the user.
+    images: folder of the images of a list; "" is the folder of the list.
+    follow_links: whether to follow links that point outside the folder, see `ov_data.links`.
   """
 
   def __init__(self, path: str, images: str = "", follow_links: bool = False):
@@ -118,22 +119,22 @@ class Place:
 
   @functools.cached_property
   def tree(self) -> Tree:
-    """The files below the path; raises OSError."""
+    """The files below the path. Raises OSError if a folder cannot be listed."""
     return walk(self.path, self.follow_links)
 
   @functools.cached_property
   def content(self) -> dict[str, Any]:
-    """The content of the file; see `json_lists.load`."""
+    """The JSON content of the file; see `json_lists.load`."""
     return json_lists.load(self.path)
 
 
 def read_blob(blob: Blob, limit: int, follow_links: bool = False) -> bytes:
-  """Return at most `limit` bytes of it. No pipe blocks, no device has no end.
+  """Return at most `limit` bytes of a blob. Never blocks on pipes or devices.
 
   Raises:
-    FileNotFoundError: there is no such file.
-    links.LinkError: it is not in its folder, and `follow_links` is not set.
-    OSError: it cannot be read, or is no regular file (errno EINVAL).
+    FileNotFoundError: if the file does not exist.
+    links.LinkError: if the file is outside its folder and `follow_links` is False.
+    OSError: if the file cannot be read or is not a regular file (errno EINVAL).
   """
   with open(blob.path, "rb", opener=_open_without_waiting) as file:
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -150,22 +151,22 @@ def _open_without_waiting(path: str, flags: int) -> int:
 
 
 def clean_captions(captions: Iterable[str], key: str, notes: Notes) -> tuple[str, ...]:
-  """Return the captions repaired, stripped, without empty, repeated and unusable ones.
+  """Return repaired and stripped captions, without empty, repeated and unusable ones.
 
   Args:
-    captions: as read.
-    key: of the item, for the notes.
-    notes: counts what is changed and left out.
+    captions: captions as read.
+    key: key of the item, for the notes.
+    notes: notes that count changed and dropped captions.
 
   Raises:
-    TextError: none can be used, and one is too long, or holds nothing but invalid bytes.
+    TextError: if no caption is usable and one is too long or contains only invalid bytes.
   """
   kept: dict[str, None] = {}
   unusable: list[text_rules.TextError] = []
   for caption in captions:
     text = text_rules.repaired(caption).strip()
     if text != caption.strip():
-      detail = "holds nothing but invalid characters"
+      detail = "contains only invalid characters"
       if not text.strip("\ufffd"):
         unusable.append(text_rules.TextError("unreadable caption", detail))
         continue
@@ -182,12 +183,12 @@ def clean_captions(captions: Iterable[str], key: str, notes: Notes) -> tuple[str
   if unusable and not kept:
     raise unusable[0]
   for error in unusable:
-    notes.add(f"captions left out next to others of their image ({error.reason})", key)
+    notes.add(f"captions dropped next to others of their image ({error.reason})", key)
   return tuple(kept)
 
 
 def name_problem(name: str) -> str | None:
-  """Return why a list may not name this file below its folder, fit for counting; None if it may."""
+  """Return why a file name in a list is not allowed, as a short phrase; None if it is allowed."""
   path = PurePosixPath(name.replace("\\", "/"))
   if "\0" in name:
     return "name with a NUL character"
@@ -204,7 +205,7 @@ def read_text(path: str, limit: int) -> bytes:
   """Return the bytes of a small file.
 
   Raises:
-    TextError: it is missing, no regular file, or over the limit.
+    TextError: if the file is missing, not a regular file, or larger than the limit.
   """
   try:
     return fs.read_regular(path, limit)
@@ -219,17 +220,19 @@ def open_list(path: str) -> Iterator[bytes]:
   """Yield the lines of a list, at most `MAX_JSON_BYTES` + 1 bytes of each.
 
   Raises:
-    ValueError: it is no regular file, or encoded as UTF-16.
-    OSError: it cannot be read.
+    ValueError: if the file is not a regular file or is encoded as UTF-16.
+    OSError: if the file cannot be read.
   """
   if not fs.exists(path):
-    raise ValueError(f"{path}: no such file; a link that leads nowhere?")
+    raise ValueError(f"{path}: no such file; is it a broken link?")
   if not fs.is_remote(path) and not stat.S_ISREG(os.stat(path).st_mode):
-    raise ValueError(f"{path}: not a regular file; give a file that holds the list.")
+    raise ValueError(f"{path}: not a regular file; pass a file that holds the list.")
+  # readline() of TensorFlow's remote files has no limit.
+  limit = () if fs.is_remote(path) else (text_rules.MAX_JSON_BYTES + 1,)
   with fs.open_read(path) as file:
-    line = file.readline(text_rules.MAX_JSON_BYTES + 1)
+    line = file.readline(*limit)
     if line[:2] in (b"\xff\xfe", b"\xfe\xff"):
       raise ValueError(f"{path}: encoded as UTF-16; save it as UTF-8.")
     while line:
       yield line
-      line = file.readline(text_rules.MAX_JSON_BYTES + 1)
+      line = file.readline(*limit)

@@ -1,4 +1,4 @@
-"""The layout `jsonl`: captions.jsonl and labels.jsonl, one JSON object a line.
+"""The layout `jsonl`: captions.jsonl and labels.jsonl, one JSON object per line.
 
 {"file": "images/a.jpg", "captions": ["...", ...]}
 {"file": "images/a.jpg", "label": "dress"}
@@ -10,41 +10,41 @@ from ov_data import fs, links
 from ov_data.layouts import text_rules
 from ov_data.layouts.items import (
   Blob,
+  Collection,
   Item,
   Listing,
   Notes,
-  Place,
   clean_captions,
   name_problem,
   open_list,
 )
-from ov_data.layouts.tree import inside, is_image, is_unsupported_image
+from ov_data.layouts.tree import is_image, is_unsupported_image, join_names
 from ov_data.record_source import Skip
 
 LISTS = ("captions.jsonl", "labels.jsonl")
 UNNAMED = "image that no line names"
 
 
-def read(place: Place) -> Listing:
-  """List what the lines name; lines of the same file are put together.
+def read(collection: Collection) -> Listing:
+  """List the images of the lines and merge lines of the same image.
 
-  Where a folder is given, both lists are read, and images in it that no line names are skips.
+  For a folder, both lists are read, and images that no line names are skips.
 
   Raises:
-    ValueError: a line is malformed, or there is no list; names file and line.
-    OSError: a list cannot be read.
+    ValueError: if a line is malformed (the message has file and line), or there is no list.
+    OSError: if a list cannot be read.
   """
-  is_folder = fs.is_dir(place.path)
-  paths = [place.path]
+  is_folder = fs.is_dir(collection.path)
+  paths = [collection.path]
   if is_folder:
-    top = fs.listdir(place.path)
-    paths = [fs.join(place.path, name) for name in LISTS if name in top]
+    top = fs.listdir(collection.path)
+    paths = [fs.join(collection.path, name) for name in LISTS if name in top]
     if not paths:
-      raise ValueError(f"{place.path}: holds neither of {', '.join(LISTS)}.")
-    for name in () if place.follow_links else LISTS:
-      links.check_list(place.path, name)
-  root = place.images or parent(paths[0])
-  rows = Rows("lines put together with an earlier one of the same file")
+      raise ValueError(f"{collection.path}: contains neither of {', '.join(LISTS)}.")
+    for name in () if collection.follow_links else LISTS:
+      links.check_list(collection.path, name)
+  root = collection.images or parent(paths[0])
+  rows = MergedRows("lines merged with an earlier one of the same file")
   for path in paths:
     for where, row in text_rules.json_lines(open_list(path), path):
       file = row.get("file")
@@ -62,8 +62,11 @@ def read(place: Place) -> Listing:
       rows.add(file, captions, text_rules.listed_label(row, where), where)
   items, skips = rows.items(root)
   if is_folder:
-    skips += unnamed(
-      place if not place.images else Place(root, follow_links=place.follow_links), rows.files
+    skips += unlisted_images(
+      collection
+      if not collection.images
+      else Collection(root, follow_links=collection.follow_links),
+      rows.files,
     )
   return Listing("jsonl", items, skips, rows.notes)
 
@@ -73,17 +76,18 @@ def parent(path: str) -> str:
   return path.rpartition("/")[0] or ("/" if path.startswith("/") else ".")
 
 
-class Rows:
-  """Captions and label of each file that a list names, put together from all its lines.
+class MergedRows:
+  """Captions and label of each file of a list, merged from all lines.
 
-  merged: what the notes say of a second line of one file.
+  Args:
+    merged: note on merged lines of the same file.
   """
 
   def __init__(self, merged: str):
     self.notes = Notes()
-    self.files: set[str] = set()  # normalised names
+    self.files: set[str] = set()  # normalized names
     self._merged = merged
-    self._names: dict[str, str] = {}  # normalised name -> as first written
+    self._names: dict[str, str] = {}  # normalized name -> first spelling
     self._captions: dict[str, list[str]] = {}
     self._labels: dict[str, str] = {}
     self._splits: dict[str, str] = {}
@@ -94,7 +98,7 @@ class Rows:
     """Add a line.
 
     Raises:
-      ValueError: the file has another label already; begins with `where`.
+      ValueError: if the file has a different label already; the message begins with `where`.
     """
     name = posixpath.normpath(file)
     label = None if label is None else text_rules.label_text(label)
@@ -106,12 +110,12 @@ class Rows:
     self._captions.setdefault(name, []).extend(captions)
     if label is not None and self._labels.setdefault(name, label) != label:
       raise ValueError(
-        f"{where}: {text_rules.printable(file)} was labelled {self._labels[name]!r} before, now "
-        f"{label!r}; give each image one label."
+        f"{where}: {text_rules.printable(file)} has label {label!r}, but "
+        f"{self._labels[name]!r} in an earlier line; give each image one label."
       )
 
   def items(self, root: str) -> tuple[list[Item], list[Skip]]:
-    """Return an item for each file in `root`, and what cannot be one."""
+    """Return an item for each file in `root`, and skips for invalid ones."""
     items, skips = [], []
     for name, file in self._names.items():
       problem = name_problem(file)
@@ -132,16 +136,16 @@ class Rows:
     return items, skips
 
 
-def unnamed(place: Place, files: set[str]) -> list[Skip]:
+def unlisted_images(collection: Collection, files: set[str]) -> list[Skip]:
   """Return the images of a folder that are not among `files`."""
   outside = [
-    Skip(name, links.LEADS_OUT, links.describe(name, target))
-    for name, target in place.tree.outside.items()
-    if not any(file.startswith(f"{name}/") for file in files)  # those count by themselves
+    Skip(name, links.POINTS_OUTSIDE, links.describe(name, target))
+    for name, target in collection.tree.outside.items()
+    if not any(file.startswith(f"{name}/") for file in files)  # counted per file
   ]
   return outside + [
     Skip(file, UNNAMED)
-    for folder, name in place.tree.files()
+    for folder, name in collection.tree.files()
     if (is_image(name) or is_unsupported_image(name))
-    and (file := inside(folder, name)) not in files
+    and (file := join_names(folder, name)) not in files
   ]

@@ -1,7 +1,7 @@
-"""The layout `karpathy`: split files that name images with several captions each.
+"""The layout `karpathy`: split files of images with several captions each.
 
-dataset_coco.json, dataset_flickr30k.json and dataset_flickr8k.json name the images of these data
-sets, all sentences of each, and the splits in which retrieval and captioning are reported.
+dataset_coco.json, dataset_flickr30k.json and dataset_flickr8k.json list the images of these data
+sets with all sentences and the standard splits for retrieval and captioning.
 Karpathy and Fei-Fei 2015, https://arxiv.org/abs/1412.2306:
 
     {"images": [{"filepath": "val2014", "filename": "COCO_val2014_000000391895.jpg",
@@ -12,24 +12,24 @@ from collections.abc import Mapping
 from typing import Any
 
 from ov_data.layouts import text_rules
-from ov_data.layouts.items import Blob, Item, Listing, Notes, Place, clean_captions
+from ov_data.layouts.items import Blob, Collection, Item, Listing, Notes, clean_captions
 from ov_data.layouts.jsonl import parent
 from ov_data.record_source import Skip
 
 
-def read(place: Place) -> Listing:
-  """List the images of the file in its order, each with all its sentences.
+def read(collection: Collection) -> Listing:
+  """List the images in file order, each with all its sentences.
 
   Raises:
-    ValueError: the file is malformed; names the image.
-    OSError: it cannot be read.
+    ValueError: if the file is malformed; the message names the image.
+    OSError: if the file cannot be read.
   """
   notes = Notes()
   items: list[Item] = []
   skips: list[Skip] = []
   seen: set[str] = set()
-  root = place.images or parent(place.path)
-  for (name, split, sentences), image in zip(entries(place), place.content["images"]):
+  root = collection.images or parent(collection.path)
+  for (name, split, sentences), image in zip(entries(collection), collection.content["images"]):
     listed = image.get("sentences") or []
     if unused := (len(listed) if isinstance(listed, list) else 1) - len(sentences):
       notes.add("sentences without text", name, unused)
@@ -46,14 +46,14 @@ def read(place: Place) -> Listing:
   return Listing("karpathy", items, skips, notes)
 
 
-def entries(place: Place) -> list[tuple[str, str | None, list[str]]]:
-  """Return name, split and sentences of every image, sentences as written but for invalid bytes.
+def entries(collection: Collection) -> list[tuple[str, str | None, list[str]]]:
+  """Return name, split and sentences of every image; only invalid bytes in sentences are changed.
 
   Raises:
-    ValueError: the file is malformed, of another kind, or names a file outside of its folder.
-    OSError: it cannot be read.
+    ValueError: if the file is malformed, has another format, or names a file outside its folder.
+    OSError: if the file cannot be read.
   """
-  path, images = place.path, place.content["images"]
+  path, images = collection.path, collection.content["images"]
   if not images:
     raise ValueError(
       f'{path}: expected {{"images": [...]}} with at least one, as in dataset_coco.json'
@@ -65,7 +65,7 @@ def entries(place: Place) -> list[tuple[str, str | None, list[str]]]:
 
 
 def _image_name(path: str, number: int, image: Any) -> str:
-  """Return the image's name below the folder of images; ValueError where it would lead out."""
+  """Return the relative name of an image; raise ValueError if it is outside the image folder."""
   if not isinstance(image, dict) or not isinstance(image.get("filename"), str):
     raise ValueError(
       f'{path}: image {number} has no "filename"; expected a file of Karpathy\'s splits such as '
@@ -87,7 +87,7 @@ def _split(image: Mapping[str, Any]) -> str | None:
 
 
 def _sentences(image: Mapping[str, Any]) -> list[str]:
-  """Return the captions; what is none is left out, and the loader counts who has none."""
+  """Return the valid captions; the loader counts images without captions."""
   sentences = image.get("sentences")
   raw = (
     [s.get("raw") for s in sentences if isinstance(s, dict)] if isinstance(sentences, list) else ()

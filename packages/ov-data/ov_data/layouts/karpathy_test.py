@@ -6,15 +6,15 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from ov_data import example, image_files
+from ov_data import example, karpathy_file
 from ov_data.loader import Loader
 from ov_data.sources import Dataset, Source
 
 _PAIR = {"filename": "a.jpg", "sentences": [{"raw": "x"}], "split": "test"}
 
 
-class Lengths:
-  """Token id = length of the text in characters; stands for a tokenizer."""
+class FakeTokenizer:
+  """Fake tokenizer; the token id is the number of characters."""
 
   pad_id = 0
 
@@ -33,7 +33,7 @@ def _picture(path, value=100):
 
 
 def _features(dataset):
-  return [example.parse(dataset.read(n)) for n in range(len(dataset))]
+  return [dataset.features(n) for n in range(len(dataset))]
 
 
 def _keys(dataset):
@@ -42,7 +42,13 @@ def _keys(dataset):
 
 def _evaluation(source, **arguments):
   return Loader.evaluation(
-    source, image_size=4, batch_size=4, tokenizer=Lengths(), text_len=2, threads=2, **arguments
+    source,
+    image_size=4,
+    batch_size=4,
+    tokenizer=FakeTokenizer(),
+    text_len=2,
+    threads=2,
+    **arguments,
   )
 
 
@@ -58,7 +64,7 @@ def _split_file(tmp_path, images, name="dataset.json"):
 
 @pytest.fixture
 def coco(tmp_path):
-  """Five pictures in the layout of COCO, the last without captions; pictures in tmp_path."""
+  """Five images in the COCO layout below tmp_path; the last has no captions."""
   images = []
   for number, split in enumerate(["test", "train", "restval", "train", "val"]):
     folder = "val2014" if number % 2 else "train2014"
@@ -76,7 +82,7 @@ def test_all_sentences_are_captions(coco):
   with _evaluation(source, captions="all", extra_keys=("key",)) as batches:
     (batch,) = batches
   expected = [[f"{'x' * number} {'y' * k}." for k in range(5)] for number in (1, 3)]
-  assert batch["captions"] == [*expected, [], []]  # once, though both keys hold all of them
+  assert batch["captions"] == [*expected, [], []]  # once, although both keys hold all of them
   assert batch["key"] == [b"val2014/1.jpg", b"val2014/3.jpg", None, None]
   np.testing.assert_array_equal(
     batch["ids"][:, 0], [len(expected[0][0]), len(expected[1][0]), 0, 0]
@@ -84,7 +90,7 @@ def test_all_sentences_are_captions(coco):
   assert batch["image"][:, 0, 0, 0].tolist() == [11, 13, 0, 0]
 
 
-def test_captions_need_no_pictures(coco):
+def test_captions_need_no_images(coco):
   dataset = Dataset(Source(coco))
   whole = _features(dataset)
   for picture in pathlib.Path(coco).parent.rglob("*.jpg"):
@@ -99,7 +105,7 @@ def test_captions_need_no_pictures(coco):
   "split, expected",
   [
     ("train", [1, 3]),
-    ("train+restval", [1, 2, 3]),  # in the order of the file
+    ("train+restval", [1, 2, 3]),  # file order
     ("restval+train[:2]", [1, 2]),
     ("test", [0]),
     ("[-2:]", [3, 4]),
@@ -111,7 +117,7 @@ def test_splits_of_a_split_file(coco, split, expected):
   assert [int(pathlib.Path(key).stem) for key in keys] == expected
 
 
-def test_a_picture_without_sentences_is_counted(coco):
+def test_an_image_without_sentences_is_counted(coco):
   with _evaluation(Source(coco, "val+test")) as batches:
     (batch,) = batches
     assert batch["valid"].tolist() == [True, False, False, False]
@@ -143,30 +149,31 @@ def test_image_root(coco, tmp_path, monkeypatch):
   monkeypatch.chdir(listed.parent)
   assert len(Dataset(Source("dataset_coco.json", image_root=".."))) == 5
   _fails("none of 5 images", "dataset_coco.json")  # ./ by default
-  _fails(r"image_root='\.\.' goes with a split file", tmp_path, image_root="..")
+  _fails(r"image_root='\.\.' requires a split file", tmp_path, image_root="..")
 
 
 @pytest.mark.parametrize(
   "path, root", [("/d.json", "/"), ("d.json", "."), ("a/d.json", "a"), ("gs://b/d.json", "gs://b")]
 )
-def test_pictures_lie_beside_their_file_by_default(path, root, monkeypatch):
+def test_images_are_next_to_their_file_by_default(path, root, monkeypatch):
   class Opened(Exception):
     pass
 
-  def split_file(place, root, *_):
-    raise Opened(place.path, root)
+  def check(path, root, *_):
+    raise Opened(path, root)
 
-  monkeypatch.setattr(image_files, "_split_file", split_file)
-  monkeypatch.setattr(image_files.fs, "is_dir", lambda path: False)
+  monkeypatch.setattr(karpathy_file, "check_some_exist", check)
+  monkeypatch.setattr(karpathy_file.karpathy, "entries", lambda collection: [])
+  monkeypatch.setattr(karpathy_file.fs, "is_dir", lambda path: False)
   with pytest.raises(Opened) as opened:
     Dataset(Source(path))
   assert opened.value.args == (path, root)
 
 
 def test_only_shards_are_read_as_one(coco, tmp_path):
-  with pytest.raises(ValueError, match="give each split file its own Source"):
+  with pytest.raises(ValueError, match="a separate Source for each split file"):
     Dataset(Source((coco, coco)))
-  with pytest.raises(ValueError, match="goes with a split file"):
+  with pytest.raises(ValueError, match="requires a split file"):
     Dataset(Source((str(tmp_path), str(tmp_path)), image_root="x"))
 
 
@@ -181,7 +188,7 @@ def test_fingerprint_of_a_split_file(coco, tmp_path):
   assert Dataset(Source(str(moved), "train")).fingerprint != fingerprint
 
 
-def test_files_that_are_no_split_file(coco, tmp_path):
+def test_files_that_are_not_split_files(coco, tmp_path):
   path = tmp_path / "other.json"
   _fails(r"no split file at .*other\.json: no such file", path)
   path.write_text(pathlib.Path(coco).read_text()[:-100])
@@ -195,7 +202,7 @@ def test_files_that_are_no_split_file(coco, tmp_path):
   _fails("not a split file .*4300 digits", path)
   with open(path, "wb") as file:
     file.truncate((1 << 30) + 1)
-  _fails("over 1 GiB, which no split file has", path)
+  _fails("over 1 GiB, too large for a split file", path)
   own = {"images": [{"file_name": "COCO_val2014_000000000042.jpg", "id": 42}], "annotations": []}
   path.write_text(json.dumps(own))
   _fails(r'image 0 has no "filename"; .* COCO\'s own captions_\*\.json need image_root', path)
@@ -207,7 +214,7 @@ def test_an_unknown_split_names_the_known_ones(coco):
   known = "has the splits test, train, restval, val"
   _fails(rf"{known}; split='dev' is not one", coco, "dev")
   _fails(rf"{known}; split='' is not one", coco, "train+")
-  _fails("takes none of the records", coco, "train[2:]")
+  _fails("selects none of the records", coco, "train[2:]")
 
 
 @pytest.mark.parametrize(
@@ -232,7 +239,7 @@ def test_names_that_leave_the_folder(tmp_path, image, split):
   _fails("image 1 leaves the folder of images: ", path, split)
 
 
-def test_names_that_no_file_can_have(tmp_path):
+def test_invalid_file_names(tmp_path):
   _picture(tmp_path / "a.jpg")
   for name in ("a\0b.jpg", "\ud800.jpg"):
     path = _split_file(tmp_path, [_PAIR, {**_PAIR, "filename": name}])
@@ -248,8 +255,8 @@ def test_a_folder_may_end_in_a_slash(tmp_path):
   assert _keys(Dataset(Source(path))) == ["val2014/a.jpg"]
 
 
-def test_training_resumes_on_pictures(coco):
-  arguments = dict(image_size=4, batch_size=4, tokenizer=Lengths(), text_len=2, threads=2)
+def test_training_resumes_on_images(coco):
+  arguments = dict(image_size=4, batch_size=4, tokenizer=FakeTokenizer(), text_len=2, threads=2)
   with Loader(Source(coco, "train+restval"), **arguments) as batches:
     next(batches)
     state = json.loads(json.dumps(batches.state()))

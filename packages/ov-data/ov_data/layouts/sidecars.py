@@ -5,22 +5,22 @@ from collections.abc import Mapping
 from ov_data.layouts import text_rules
 from ov_data.layouts.items import Notes, clean_captions
 
-TEXTS = ("txt", "text", "caption")  # the first with a caption counts
+TEXTS = ("txt", "text", "caption")  # the first one with a caption is used
 
 
 def captions(
   key: str, texts: Mapping[str, bytes], meta: bytes | None, notes: Notes
 ) -> tuple[str, ...]:
-  """Return the captions of an image: those of its text file, otherwise those of its JSON.
+  """Return the captions of the text file of an image, otherwise those of its JSON file.
 
   Args:
-    key: of the image, for messages and notes.
-    texts: contents of text files by suffix, each of TEXTS.
+    key: key of the image, for messages and notes.
+    texts: contents of text files by suffix in TEXTS.
     meta: JSON with "caption" or "captions".
-    notes: counts captions that are not used because another file has one.
+    notes: notes that count unused captions.
 
   Raises:
-    TextError: there is no caption, and one of the files cannot be read.
+    TextError: if there is no caption and one of the files cannot be read.
   """
   found: tuple[str, ...] = ()
   problem: text_rules.TextError | None = None
@@ -33,7 +33,7 @@ def captions(
       problem = problem or error
       continue
     if found and not set(texts_found) <= set(found):
-      notes.add("captions in a further text file not used", f"{key}: .{suffix}")
+      notes.add("captions in another text file not used", f"{key}: .{suffix}")
     found = found or texts_found
   if meta is not None:
     try:

@@ -1,9 +1,9 @@
-"""Members of an uncompressed tar and where their bytes are; resumes after damage.
+"""Damage-tolerant reader of the members of uncompressed tars.
 
-A header is used only if its checksum is right. After a damaged one, the next one is searched that
-has the magic and a right checksum, also where bytes were lost or inserted. (In an old archive
-without magic, it is the next block with a right checksum.) Archives that follow each other in one
-file are all read, as `tar --ignore-zeros` does.
+Only headers with a valid checksum are used. After a damaged header, reading resumes at the next
+header with magic and valid checksum, even if bytes were lost or inserted. (In archives without
+magic, it resumes at the next block with a valid checksum.) Concatenated archives are all read, as
+by `tar --ignore-zeros`.
 """
 
 from collections.abc import Iterator
@@ -13,13 +13,15 @@ import stat
 import tarfile
 from typing import BinaryIO
 
+import google_crc32c
+
 COMPRESSED_TARS = (
   ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst",
 )  # fmt: skip
 DAMAGE = "broken tar file"
 _BLOCK = 512
 _CHUNK = 1 << 20
-_MAX_EXTRA = 1 << 20  # bytes of a long name or of PAX headers
+_MAX_EXTRA = 1 << 20  # maximum bytes of a long name or of PAX headers
 _MAGIC, _MAGIC_AT = b"ustar", 257
 _GNU_MAGIC = b"ustar  \0"
 _COMPRESSED = {
@@ -30,7 +32,7 @@ _COMPRESSED = {
   b"PK\x03\x04": "zip",
 }
 _REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
-_NO_FILES = (b"V", b"D")  # the label of a volume and the names in a folder, of GNU tar
+_IGNORED_TYPES = (b"V", b"D")  # volume labels and directory listings of GNU tar
 _KINDS = {
   tarfile.SYMTYPE: "symbolic link in the tar",
   tarfile.GNUTYPE_SPARSE: "sparse file in the tar",
@@ -42,14 +44,17 @@ _KINDS = {
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Member:
-  """A regular file in the tar, or a second name (hard link) of one.
+  """A regular file in the tar, or a hard link to one.
 
   Attributes:
-    name: invalid UTF-8 as surrogates.
-    archive: 0; 1 for a second archive in the same file, and so on.
-    header: byte offset of its header.
-    offset, size: where its bytes are.
-    checksum: of the header.
+    name: name, with surrogates for invalid UTF-8.
+    archive: index of the archive in the file, for concatenated archives.
+    header: byte offset of the header.
+    offset, size: byte range of the content.
+    checksum: checksum of the header.
+    start: byte offset of the first block, which may be a PAX header or a long name.
+    stop: byte offset of the next header.
+    crc: crc32c of the block of the header.
   """
 
   name: str
@@ -58,50 +63,87 @@ class Member:
   offset: int
   size: int
   checksum: int
+  start: int
+  stop: int
+  crc: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Passed:
-  """Something in the tar that gives no member: a link, a device, damage (`name` is "")."""
+class SkippedMember:
+  """An entry without usable content: a link, a device, or damage (`name` is "").
+
+  Attributes:
+    name: name of the member; "" for damage.
+    reason: short phrase for counting.
+    detail: additional information.
+    offset, length: damaged byte range.
+  """
 
   name: str
   reason: str
   detail: str
+  offset: int = 0
+  length: int = 0
 
 
-def read_members(path: str) -> Iterator[Member | Passed]:
+class EmptyTar(ValueError):
+  """A file that contains only zeros, the end marker of a tar."""
+
+
+def read_members(path: str) -> Iterator[Member | SkippedMember]:
   """Yield the members in order.
 
   Raises:
-    ValueError: the file is no tar, compressed, or no regular file; says what to do.
-    OSError: it cannot be read.
+    ValueError: if the file is not a tar, is compressed, or is not a regular file.
+    OSError: if the file cannot be read.
   """
   with open(path, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK)) as file:
     status = os.fstat(file.fileno())
     if not stat.S_ISREG(status.st_mode):
-      raise ValueError(f"{path}: not a regular file; give tar files.")
-    yield from _Reader(path, file, status.st_size).members()
+      raise ValueError(f"{path}: not a regular file; pass tar files.")
+    yield from members_of(path, file, status.st_size)
+
+
+def members_of(path: str, file: BinaryIO, size: int) -> Iterator[Member | SkippedMember]:
+  """Yield the members of an open tar in order.
+
+  Args:
+    path: path of the tar, for messages.
+    file: seekable stream of the tar.
+    size: size of the tar in bytes.
+
+  Raises:
+    EmptyTar: if the file contains only zeros.
+    ValueError: if the file is not a tar, or is compressed.
+    OSError: if the file cannot be read.
+  """
+  yield from _Reader(path, file, size).members()
 
 
 def compression(path: str) -> str | None:
-  """Return how a regular file is compressed by its first bytes; None if it is not."""
+  """Return the compression of a regular file from its signature; None if uncompressed."""
   with open(path, "rb") as file:
-    start = file.read(8)
+    return compression_of(file.read(8))
+
+
+def compression_of(start: bytes) -> str | None:
+  """Return the compression of a file from its first 8 bytes; None if uncompressed."""
   return next((kind for magic, kind in _COMPRESSED.items() if start.startswith(magic)), None)
 
 
 class _Reader:
   def __init__(self, path: str, file: BinaryIO, size: int):
     self._path, self._file, self._size = path, file, size
-    self._blobs: dict[str, Member] = {}  # by name, the last one counts
+    self._blobs: dict[str, Member] = {}  # by name; later members replace earlier ones
     self._global: dict[str, str] = {}
-    self._extra: dict[str, str] = {}  # of PAX headers and long names, for the next member
+    self._extra: dict[str, str] = {}  # PAX headers and long names of the next member
+    self._first = -1  # offset of the first block of the next member, if it has such extra blocks
     self._archive = 0
-    self._ended = False  # zeros were read since the last header
+    self._ended = False  # whether zero blocks follow the last header
     self._has_magic = True
     self._search_from = 0
 
-  def members(self) -> Iterator[Member | Passed]:
+  def members(self) -> Iterator[Member | SkippedMember]:
     at, good, damaged = 0, 0, False
     while at < self._size:
       block = self._read(at, _BLOCK)
@@ -116,49 +158,59 @@ class _Reader:
           self._global, self._extra = {}, {}
         result, after = self._member(header, block, at)
       except (tarfile.HeaderError, ValueError) as error:
-        self._extra = {}
+        self._extra, self._first = {}, -1
         after = self._next_header(at)
         if not good and after >= self._size:
           self._refuse(error)
         damaged = after >= self._size
-        yield Passed("", DAMAGE, f"damaged at byte {at:,} ({error}); read on at byte {after:,}"
-                     if not damaged else f"damaged at byte {at:,} ({error})")  # fmt: skip
+        detail = f"damaged at byte {at:,} ({error})"
+        detail = detail if damaged else f"{detail}; reading resumes at byte {after:,}"
+        yield SkippedMember("", DAMAGE, detail, at, after - at)
         at = after
         continue
       good += 1
-      # Bytes that were lost or inserted in the data move the next header by a few bytes.
+      # Lost or inserted data bytes shift the next header.
       self._search_from = max(at + _BLOCK, after - _BLOCK + 1)
       self._has_magic = block[_MAGIC_AT:].startswith(_MAGIC)
       if result is not None:
         yield result
       at = after
-    if not good:
+    if not good and not self._size:
       self._refuse("empty")
+    if not good:
+      raise EmptyTar(f"{self._path}: not a readable tar file (empty, {self._size:,} bytes).")
     if not self._ended and not damaged:
-      yield Passed("", DAMAGE, f"no end mark at byte {self._size:,}; probably cut off")
+      detail = f"no end marker at byte {self._size:,}; probably truncated"
+      yield SkippedMember("", DAMAGE, detail, self._size)
 
   def _member(
     self, header: tarfile.TarInfo, block: bytes, at: int
-  ) -> tuple[Member | Passed | None, int]:
-    """Return what a header stands for, and where the next one is; ValueError where it is wrong."""
+  ) -> tuple[Member | SkippedMember | None, int]:
+    """Return the entry of a header and the offset of the next one; ValueError if invalid."""
     data = at + _BLOCK
+    first = at if self._first < 0 else self._first
     if header.size < 0:
       raise ValueError(f"size {header.size}")
     if header.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK):
       key = "path" if header.type == tarfile.GNUTYPE_LONGNAME else "linkpath"
+      self._first = first
       text = self._extra_data(header, data).split(b"\0", 1)[0]
       self._extra[key] = text.decode("utf-8", "surrogateescape")
       return None, data + _padded(header.size)
     if header.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE):
-      records = _pax_records(self._extra_data(header, data))
-      (self._global if header.type == tarfile.XGLTYPE else self._extra).update(records)
+      records = pax_records(self._extra_data(header, data))
+      if header.type == tarfile.XGLTYPE:
+        self._global.update(records)
+      else:
+        self._extra.update(records)
+        self._first = first
       return None, data + _padded(header.size)
-    extra, self._extra = {**self._global, **self._extra}, {}
+    extra, self._extra, self._first = {**self._global, **self._extra}, {}, -1
     name = extra.get("path", _name(header, block))
     size = int(extra["size"]) if "size" in extra else header.size
     if header.type == tarfile.DIRTYPE:
       return None, data
-    if header.type in _NO_FILES:
+    if header.type in _IGNORED_TYPES:
       return None, data + _padded(size)
     if header.type == tarfile.GNUTYPE_SPARSE:
       continued = block[482]
@@ -169,21 +221,25 @@ class _Reader:
     )  # fmt: skip
     after = data + _padded(size) if has_data else data
     if size < 0 or (has_data and data + size > self._size):
-      raise ValueError(f"{printable_name(name)} has {size:,} bytes, which lead past the end")
+      raise ValueError(f"{printable_name(name)} has {size:,} bytes, which exceeds the file")
     if "GNU.sparse.major" in extra or "GNU.sparse.map" in extra or "GNU.sparse.size" in extra:
       name = extra.get("GNU.sparse.name", name)
-      return Passed(name, _KINDS[tarfile.GNUTYPE_SPARSE], f"at byte {at:,}"), after
+      return SkippedMember(name, _KINDS[tarfile.GNUTYPE_SPARSE], f"at byte {at:,}"), after
     if header.type == tarfile.LNKTYPE:
       target = self._blobs.get(link := extra.get("linkpath", header.linkname))
       if target is None:
-        return Passed(name, "link to a missing member", f"-> {link}, at byte {at:,}"), after
-      member = dataclasses.replace(target, name=name, header=at, archive=self._archive)
+        return SkippedMember(name, "link to a missing member", f"-> {link}, at byte {at:,}"), after
+      member = dataclasses.replace(
+        target, name=name, header=at, archive=self._archive, start=first, stop=after,
+        crc=google_crc32c.value(block),
+      )  # fmt: skip
     elif header.type in _REGULAR:
-      member = Member(name, self._archive, at, data, size, header.chksum)
+      crc = google_crc32c.value(block)
+      member = Member(name, self._archive, at, data, size, header.chksum, first, after, crc)
     else:
       reason = _KINDS.get(header.type, "member of an unknown type")
       detail = f"-> {extra.get('linkpath', header.linkname)}, " if header.issym() else ""
-      return Passed(name, reason, f"{detail}at byte {at:,}"), after
+      return SkippedMember(name, reason, f"{detail}at byte {at:,}"), after
     self._blobs[name] = member
     return member, after
 
@@ -193,13 +249,13 @@ class _Reader:
     return self._read(at, header.size)
 
   def _refuse(self, error: object) -> None:
-    if (kind := compression(self._path)) is not None:
+    if (kind := compression_of(self._read(0, 8))) is not None:
       raise ValueError(
-        f"{self._path}: compressed with {kind}; decompress it and give the .tar file."
+        f"{self._path}: compressed with {kind}; decompress it and pass the .tar file."
       )
     raise ValueError(
-      f"{self._path}: no tar file that can be read ({error}, {self._size:,} bytes); get it again "
-      "or leave it out."
+      f"{self._path}: not a readable tar file ({error}, {self._size:,} bytes); download it "
+      "again or exclude it."
     ) from None
 
   def _read(self, at: int, length: int) -> bytes:
@@ -207,7 +263,7 @@ class _Reader:
     return self._file.read(length)
 
   def _skip_zeros(self, at: int) -> int:
-    """Return the offset of the next block that is not all zeros, or the end."""
+    """Return the offset of the next nonzero block, or the end."""
     while at < self._size:
       chunk = self._read(at, _CHUNK)
       rest = len(chunk.lstrip(b"\0"))
@@ -231,7 +287,7 @@ class _Reader:
 
 
 def _before_magic(chunk: bytes) -> Iterator[int]:
-  """Yield where blocks begin that have the magic."""
+  """Yield the offsets of blocks that contain the magic."""
   found = chunk.find(_MAGIC, _MAGIC_AT)
   while found >= 0:
     yield found - _MAGIC_AT
@@ -239,12 +295,12 @@ def _before_magic(chunk: bytes) -> Iterator[int]:
 
 
 def printable_name(name: str) -> str:
-  """Return a member's name for a message."""
+  """Return the name of a member for a message."""
   return name.encode("utf-8", "backslashreplace").decode()[:100]
 
 
 def _name(header: tarfile.TarInfo, block: bytes) -> str:
-  """Return the name in a header. GNU tar has times where others have a prefix of the name."""
+  """Return the name in a header. GNU tar stores times in place of the name prefix."""
   if block[_MAGIC_AT:].startswith(_GNU_MAGIC):
     return block[:100].split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
   return header.name
@@ -260,12 +316,12 @@ def _is_header(block: bytes) -> bool:
 
 
 def _padded(size: int) -> int:
-  """Return the bytes of all blocks that hold so many."""
+  """Return the size rounded up to complete blocks."""
   return -(-size // _BLOCK) * _BLOCK
 
 
-def _pax_records(data: bytes) -> dict[str, str]:
-  """Return the records "length key=value\\n"; ValueError where they are malformed."""
+def pax_records(data: bytes) -> dict[str, str]:
+  """Parse records "length key=value\\n"; raise ValueError if they are malformed."""
   records: dict[str, str] = {}
   at = 0
   while at < len(data) and data[at]:

@@ -5,7 +5,7 @@ import tarfile
 
 import pytest
 
-from ov_data.layouts.tar_members import DAMAGE, Member, Passed, read_members
+from ov_data.layouts.tar_members import DAMAGE, Member, SkippedMember, read_members
 
 
 def _tar(members: dict[str, bytes], format: int = tarfile.PAX_FORMAT) -> bytes:
@@ -18,19 +18,19 @@ def _tar(members: dict[str, bytes], format: int = tarfile.PAX_FORMAT) -> bytes:
   return buffer.getvalue()
 
 
-def _read(tmp_path: Path, data: bytes) -> tuple[dict[str, bytes], list[Passed]]:
+def _read(tmp_path: Path, data: bytes) -> tuple[dict[str, bytes], list[SkippedMember]]:
   path = tmp_path / "a.tar"
   path.write_bytes(data)
   found = list(read_members(str(path)))
   members = {m.name: data[m.offset : m.offset + m.size] for m in found if isinstance(m, Member)}
-  return members, [m for m in found if isinstance(m, Passed)]
+  return members, [m for m in found if isinstance(m, SkippedMember)]
 
 
 _TEN = {f"{i}.bin": bytes([i]) * (300 * i) for i in range(10)}
 
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_long_and_odd_names(tmp_path: Path, format: int):
+def test_long_and_unusual_names(tmp_path: Path, format: int):
   names = ["a" * 90, "d/" * 40 + "b", "Käse", "caf\udce9.jpg"]
   if format != tarfile.USTAR_FORMAT:
     names.append("x" * 5000)
@@ -57,7 +57,7 @@ def _fix_checksum(data: bytearray, at: int) -> None:
 
 
 @pytest.mark.parametrize("number", range(10))
-def test_one_damaged_header_costs_one_member(tmp_path: Path, number: int):
+def test_one_damaged_header_loses_one_member(tmp_path: Path, number: int):
   data = bytearray(_tar(_TEN))
   at = data.index(f"{number}.bin".encode())
   data[at + 100] ^= 1  # the mode
@@ -69,7 +69,7 @@ def test_one_damaged_header_costs_one_member(tmp_path: Path, number: int):
 
 @pytest.mark.parametrize("change", [-400, -3, -1, 1, 2, 300, 1000])
 @pytest.mark.parametrize("number", [3, 8])
-def test_lost_and_inserted_bytes_cost_no_other_member(tmp_path: Path, change: int, number: int):
+def test_lost_and_inserted_bytes_affect_one_member(tmp_path: Path, change: int, number: int):
   data = _tar(_TEN)
   at = data.index(f"{number}.bin".encode()) + 512 + 100  # in the data
   data = data[: at - min(change, 0)][:at] + b"!" * max(change, 0) + data[at - min(change, 0) :]
@@ -106,7 +106,7 @@ def test_damage_in_an_archive_without_magic(tmp_path: Path):
 
 @pytest.mark.parametrize("size", [b"77777777777\0", b"00000010001\0", b"\xff" * 12])
 def test_wrong_sizes_with_right_checksums(tmp_path: Path, size: bytes):
-  """Leads past the end, into the data of others, or is negative."""
+  """The size exceeds the file, reaches into other members, or is negative."""
   data = bytearray(_tar(_TEN))
   at = data.index(b"3.bin")
   data[at + 124 : at + 136] = size
@@ -117,7 +117,7 @@ def test_wrong_sizes_with_right_checksums(tmp_path: Path, size: bytes):
   assert len(passed) == 1 and passed[0].reason == DAMAGE
 
 
-def test_archives_one_after_the_other(tmp_path: Path):
+def test_concatenated_archives(tmp_path: Path):
   members, passed = _read(tmp_path, _tar({"a": b"1"}) + _tar({"b": b"2"}) + bytes(3 << 20))
   assert members == {"a": b"1", "b": b"2"} and not passed
 
@@ -125,8 +125,8 @@ def test_archives_one_after_the_other(tmp_path: Path):
 @pytest.mark.parametrize("kept", [511, 512, 513, 1023, 1024, 1100, 2048, 3077])
 def test_a_cut_is_reported_once(tmp_path: Path, kept: int):
   data = _tar({"a": b"x" * 100, "b": b"y" * 100, "c": b"z" * 100})[:kept]
-  if kept < 612:  # nothing is complete
-    with pytest.raises(ValueError, match="no tar file that can be read"):
+  if kept < 612:  # no complete member
+    with pytest.raises(ValueError, match="not a readable tar file"):
       _read(tmp_path, data)
     return
   members, passed = _read(tmp_path, data)
@@ -162,7 +162,7 @@ def test_links_and_special_files(tmp_path: Path):
   }
 
 
-def test_a_label_of_gnu_tar_is_no_member(tmp_path: Path):
+def test_a_gnu_tar_label_is_not_a_member(tmp_path: Path):
   (tmp_path / "d").mkdir()
   (tmp_path / "d/plain").write_bytes(b"plain")
   command = "tar --label=photos --listed-incremental=state -cf out.tar d"
@@ -175,7 +175,7 @@ def test_a_label_of_gnu_tar_is_no_member(tmp_path: Path):
 )
 def test_sparse_members_are_counted(tmp_path: Path, form: str):
   with open(tmp_path / "holes", "wb") as file:
-    for i in range(30):  # more pieces than a header holds
+    for i in range(30):  # more segments than a header can store
       file.seek(i << 20)
       file.write(b"x" * 4096)
   (tmp_path / "plain").write_bytes(b"plain")
@@ -192,18 +192,18 @@ def test_sparse_members_are_counted(tmp_path: Path, form: str):
   [
     (b"", "empty, 0 bytes"),
     (bytes(10240), "empty"),
-    (b"<html>404</html>" * 100, "no tar file that can be read"),
+    (b"<html>404</html>" * 100, "not a readable tar file"),
     (b"\x1f\x8b\x08" + bytes(600), "compressed with gzip; decompress it"),
     (b"\x28\xb5\x2f\xfd" + bytes(600), "compressed with zstd"),
     (b"PK\x03\x04" + bytes(600), "compressed with zip"),
   ],
 )
-def test_files_that_are_no_tar(tmp_path: Path, data: bytes, message: str):
+def test_files_that_are_not_tars(tmp_path: Path, data: bytes, message: str):
   with pytest.raises(ValueError, match=message):
     _read(tmp_path, data)
 
 
-def test_a_pipe_is_refused(tmp_path: Path):
+def test_a_pipe_is_rejected(tmp_path: Path):
   os.mkfifo(tmp_path / "a.tar")
   with pytest.raises(ValueError, match="not a regular file"):
     list(read_members(str(tmp_path / "a.tar")))

@@ -1,8 +1,8 @@
-"""Rules for text from outside: names, captions, labels, JSON.
+"""Validation and repair of external text: names, captions, labels, JSON.
 
-Names of files keep every byte: what is no UTF-8 is carried by `surrogateescape` and escaped where a
-name is printed. Captions are repaired: an invalid byte, a lone surrogate or a NUL character becomes
-U+FFFD. Labels are one line: runs of white space become one blank, invalid bytes are escaped.
+File names keep all bytes: invalid UTF-8 is decoded with `surrogateescape` and escaped in messages.
+Captions are repaired: invalid bytes, lone surrogates and NUL characters become U+FFFD. Labels are
+one line: runs of white space become one space, and invalid bytes are escaped.
 """
 
 from collections.abc import Iterable, Iterator
@@ -11,7 +11,7 @@ import re
 from typing import Any
 
 MAX_CAPTION_BYTES = 1 << 20
-MAX_JSON_BYTES = 16 << 20  # of one JSON file with the facts of one image, or of one line
+MAX_JSON_BYTES = 16 << 20  # maximum size of a JSON file of one image, or of a line
 _MAX_LABEL_BYTES = 1000
 
 _BYTE_ORDER_MARK = "\ufeff"
@@ -20,7 +20,7 @@ _UTF_16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _ESCAPED_BYTES = re.compile("[\udc80-\udcff]+")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
-# Also what breaks a line or changes the direction of the text after it.
+# Including line breaks and bidirectional controls.
 _UNPRINTABLE = re.compile(
   "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
@@ -28,7 +28,7 @@ _KEYS_READ = frozenset(("file", "file_name", "text", "caption", "captions", "lab
 
 
 class TextError(ValueError):
-  """A caption or label that cannot be used; `reason` is a short phrase, fit for counting."""
+  """An unusable caption or label; `reason` is a short phrase for counting."""
 
   def __init__(self, reason: str, detail: str = ""):
     super().__init__(f"{reason}: {detail}" if detail else reason)
@@ -37,14 +37,14 @@ class TextError(ValueError):
 
 
 def decode(data: bytes) -> str:
-  """Return a text file's content, without its byte order mark; invalid bytes as surrogates."""
+  """Decode a text file without its byte order mark; invalid bytes become surrogates."""
   if data[:2] in _UTF_16_MARKS:
     return data.decode("utf-16", "replace")
   return data.decode("utf-8", "surrogateescape").removeprefix(_BYTE_ORDER_MARK)
 
 
 def repaired_bytes(text: str) -> str:
-  """Return the text with U+FFFD for bytes that are no UTF-8."""
+  """Return the text with U+FFFD for surrogate-escaped bytes."""
   return _ESCAPED_BYTES.sub(
     lambda found: found[0].encode("utf-8", "surrogateescape").decode("utf-8", "replace"), text
   )
@@ -56,16 +56,16 @@ def repaired(text: str) -> str:
 
 
 def label_text(text: str) -> str:
-  r"""Return a label as one line: white space collapsed, invalid bytes and surrogates as "\xe9"."""
+  r"""Return a label as one line: collapse white space, escape surrogates such as "\xe9"."""
   text = " ".join(text.replace(_BYTE_ORDER_MARK, "").split())
   return _CONTROL.sub(lambda found: _escaped(found[0]), text)
 
 
 def checked_label(value: str | int) -> str:
-  """Return the label as one line.
+  """Return a label as one line.
 
   Raises:
-    TextError: nothing is left of it, or it is too long.
+    TextError: if the label is empty or too long.
   """
   label = label_text(str(value))
   if not label:
@@ -76,13 +76,13 @@ def checked_label(value: str | int) -> str:
 
 
 def printable(text: str) -> str:
-  r"""Return the text for a report: what no terminal can show as "\xe9", "\n"."""
+  r"""Return the text for a report: escape unprintable characters, such as "\xe9" and "\n"."""
   return _UNPRINTABLE.sub(lambda found: _escaped(found[0]), text)
 
 
 def _escaped(character: str) -> str:
   code = ord(character)
-  if 0xDC80 <= code <= 0xDCFF:  # stands for one byte
+  if 0xDC80 <= code <= 0xDCFF:  # surrogate-escaped byte
     return f"\\x{code - 0xDC00:02x}"
   return character.encode("unicode_escape").decode()
 
@@ -91,11 +91,11 @@ def parse_json(data: bytes, where: str) -> Any:
   """Parse JSON in UTF-8, with or without byte order mark; invalid bytes become surrogates.
 
   Args:
-    data: the text.
-    where: its file (and line), for the message.
+    data: encoded text.
+    where: file (and line) for the message.
 
   Raises:
-    ValueError: it is no JSON, or has a key twice that is read; one line that begins with `where`.
+    ValueError: if the text is not JSON or repeats a relevant key; the message begins with `where`.
   """
   if data[:2] in _UTF_16_MARKS:
     raise ValueError(f"{where}: encoded as UTF-16; save it as UTF-8.")
@@ -104,15 +104,15 @@ def parse_json(data: bytes, where: str) -> Any:
   except RecursionError:
     raise ValueError(f"{where}: not usable JSON (nested too deeply).") from None
   except json.JSONDecodeError as error:
-    raise ValueError(f"{where}: not JSON ({_explained(data, error)}") from None
+    raise ValueError(f"{where}: not JSON ({_explain(data, error)}") from None
   except KeyError as error:
-    raise ValueError(f'{where}: has "{error.args[0]}" twice; put both values in one.') from None
-  except ValueError:  # the only other one of json.loads
-    raise ValueError(f"{where}: not JSON (a number of over 4300 digits).") from None
+    raise ValueError(f'{where}: has "{error.args[0]}" twice; merge the values.') from None
+  except ValueError:  # an integer with too many digits
+    raise ValueError(f"{where}: not JSON (a number with more than 4300 digits).") from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-  """Return the object; raise KeyError where a value would be lost since its key is there twice."""
+  """Return the object; raise KeyError for a repeated relevant key."""
   found = dict(pairs)
   if len(found) < len(pairs):
     names = [name for name, _ in pairs]
@@ -122,13 +122,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
   return found
 
 
-def _explained(data: bytes, error: json.JSONDecodeError) -> str:
-  """Return what is wrong and the remedy, with the parenthesis in which the former stands closed."""
+def _explain(data: bytes, error: json.JSONDecodeError) -> str:
+  """Return the explanation of an error and the remedy, with a closing parenthesis in between."""
   if not error.pos:
-    return f"begins with {data[:20]!r}); is it another kind of file?"
+    return f"begins with {data[:20]!r}); is it another file format?"
   where = f"{error.msg} at character {error.pos + 1})"
   if error.msg == "Extra data" or data.lstrip()[:1] == b"[":
-    return f"{where}; write one object a line, without commas and brackets around them."
+    return f"{where}; write one object per line, without commas and brackets."
   return f"{where}; is the file complete?"
 
 
@@ -136,7 +136,7 @@ def json_lines(lines: Iterable[bytes], path: str) -> Iterator[tuple[str, dict[st
   """Yield ("file, line n", object) for every line that is not empty.
 
   Raises:
-    ValueError: a line is no JSON object, or too long; names file and line.
+    ValueError: if a line is not a JSON object or too long; the message has file and line.
   """
   for number, line in enumerate(lines, 1):
     where = f"{path}, line {number}"
@@ -151,19 +151,19 @@ def json_lines(lines: Iterable[bytes], path: str) -> Iterator[tuple[str, dict[st
 
 
 def short(value: object, length: int = 60) -> str:
-  """Return the beginning of a value's repr for a message."""
+  """Return the truncated repr of a value for a message."""
   try:
     text = repr(value)
-  except (RecursionError, ValueError):  # nested too deeply; an integer of thousands of digits
+  except (RecursionError, ValueError):  # nested too deeply; an integer with thousands of digits
     text = f"a {type(value).__name__}"
   return printable(text if len(text) <= length else text[:length] + "...")
 
 
 def listed_captions(row: dict[str, Any], keys: Iterable[str], where: str) -> list[str]:
-  """Return the captions under several keys of a JSON object; null is none.
+  """Return the captions under several keys of a JSON object; null is ignored.
 
   Raises:
-    ValueError: one is neither a string nor a list of strings; begins with `where`.
+    ValueError: if a value is neither a string nor a list of strings; begins with `where`.
   """
   captions: list[str] = []
   for key in keys:
@@ -176,10 +176,10 @@ def listed_captions(row: dict[str, Any], keys: Iterable[str], where: str) -> lis
 
 
 def listed_label(row: dict[str, Any], where: str) -> str | None:
-  """Return the label of a JSON object as it stands there; None without one.
+  """Return the unmodified label of a JSON object as a string; None without a label.
 
   Raises:
-    ValueError: it is neither a string nor an integer; begins with `where`.
+    ValueError: if the label is neither a string nor an integer; begins with `where`.
   """
   label = row.get("label")
   if label is None or isinstance(label, str):

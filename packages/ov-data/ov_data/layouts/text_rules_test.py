@@ -24,7 +24,7 @@ def test_decode(data: bytes, text: str):
     ("cut \ud83d", "cut \ufffd"),
     ("\U0001f600 \udc00", "\U0001f600 \ufffd"),
     ("caf\udce9", "caf\ufffd"),
-    ("emoji \udcf0\udc9f\udc98 cut", "emoji \ufffd cut"),  # one incomplete character
+    ("emoji \udcf0\udc9f\udc98 cut", "emoji \ufffd cut"),  # an incomplete character
     ("\udcff\udcfe", "\ufffd\ufffd"),
     ("a\0b", "a\ufffdb"),
     ("fine é", "fine é"),
@@ -53,16 +53,16 @@ def test_labels_are_one_line(label: str, expected: str):
   assert len(f"{expected}\n".splitlines()) == 1 and expected.encode().decode() == expected
 
 
-def test_printable_escapes_what_no_terminal_shows():
+def test_printable_escapes_control_characters():
   assert text_rules.printable("Käse/\udcff\n\0\x1b[31m.jpg") == "Käse/\\xff\\n\\x00\\x1b[31m.jpg"
   assert text_rules.printable("a\u2028b\u202egpj") == "a\\u2028b\\u202egpj"
   assert text_rules.printable("família 👨\u200d👩") == "família 👨\u200d👩"
 
 
-def test_clean_captions_counts_what_it_changes():
+def test_clean_captions_counts_changes():
   notes = Notes()
   captions = clean_captions([" a ", "a", "", "?!", "cut \ud83d"], "k", notes)
-  assert captions == ("a", "?!", "cut \ufffd")  # punctuation alone is a caption
+  assert captions == ("a", "?!", "cut \ufffd")  # punctuation is a valid caption
   assert notes.counts == {
     "repeated captions of one image": 1,
     "empty captions": 1,
@@ -75,13 +75,13 @@ def test_clean_captions_counts_what_it_changes():
   assert clean_captions(["é" * (1 << 19)], "k", notes)
 
 
-def test_one_unusable_caption_costs_no_other():
+def test_one_unusable_caption_does_not_affect_others():
   notes = Notes()
   too_long = "x" * (text_rules.MAX_CAPTION_BYTES + 1)
   assert clean_captions(["a", "\ud83d", too_long, "b"], "k", notes) == ("a", "b")
   assert notes.counts == {
-    "captions left out next to others of their image (unreadable caption)": 1,
-    "captions left out next to others of their image (caption too long)": 1,
+    "captions dropped next to others of their image (unreadable caption)": 1,
+    "captions dropped next to others of their image (caption too long)": 1,
   }
 
 
@@ -108,10 +108,10 @@ def test_names_in_lists(name: str, problem: str | None):
   ("data", "message"),
   [
     (b"[" * 100_000, "nested too deeply"),
-    (b'{"a": ' + b"1" * 5000 + b"}", "over 4300 digits"),
-    (b'{"a": 1},', "Extra data at character 9.*write one object a line"),
-    (b'[{"a": 1},', "write one object a line"),
-    (b"\x1f\x8b\x08", r"begins with b'\\x1f.*another kind of file"),
+    (b'{"a": ' + b"1" * 5000 + b"}", "more than 4300 digits"),
+    (b'{"a": 1},', "Extra data at character 9.*write one object per line"),
+    (b'[{"a": 1},', "write one object per line"),
+    (b"\x1f\x8b\x08", r"begins with b'\\x1f.*another file format"),
     (b"version https://git-lfs.github.com/spec/v1", "begins with b'version https"),
     (b'{"captions": ["a"], "captions": ["b"]}', 'has "captions" twice'),
     (b'{"a"', "is the file complete"),

@@ -1,4 +1,4 @@
-"""The files of a folder, listed once: hidden files and what systems leave behind passed over."""
+"""Recursive listing of a folder, without hidden files and system folders."""
 
 from collections.abc import Iterator
 from concurrent import futures
@@ -23,7 +23,7 @@ _NO_FOLDERS = frozenset(
     "", "__MACOSX", "__pycache__", "lost+found", "$RECYCLE.BIN", "RECYCLER", "#recycle", "@Recycle",
     "System Volume Information", "@eaDir", "#snapshot", "@Recently-Snapshot",
   }
-)  # left by archives, programs, file systems and network storage  # fmt: skip
+)  # created by archivers, programs, file systems and network storage  # fmt: skip
 _FILE_SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".parquet", ".tar")
 _WORKERS = 16  # threads that list folders
 
@@ -33,14 +33,13 @@ class Tree:
   """The files below a folder.
 
   Attributes:
-    root: the folder.
-    folders: the sorted names of the files in each folder below it; "" is the root.
-    top: the sorted names of the folders in the root.
-    hidden: what was passed over as hidden: names, relative to the root.
-    links: links to folders that were not followed since they may lead in circles.
-    outside: links to folders that were not followed since they lead out of the root, with what
-      they lead to.
-    follow_links: whether links that lead out of the root are followed.
+    root: path of the folder.
+    folders: sorted file names by folder; "" is the root.
+    top: sorted names of the folders in the root.
+    hidden: ignored hidden files and folders, relative to the root.
+    links: links to folders that were not followed because they may form cycles.
+    outside: links to folders outside the root that were not followed, with their targets.
+    follow_links: whether to follow links that point outside the root.
   """
 
   root: str
@@ -53,13 +52,13 @@ class Tree:
 
   @functools.cached_property
   def images_by_top(self) -> dict[str, list[str]]:
-    """The images below every folder of the root that has some, relative to that folder."""
+    """The images below each folder of the root, relative to that folder, if there are any."""
     filled: dict[str, list[str]] = {}
     for folder in sorted(self.folders):
       images = [name for name in self.folders[folder] if is_image(name)]
       if folder and images:
         top, _, below = folder.partition("/")
-        filled.setdefault(top, []).extend(inside(below, name) for name in images)
+        filled.setdefault(top, []).extend(join_names(below, name) for name in images)
     return filled
 
   def files(self) -> Iterator[tuple[str, str]]:
@@ -70,17 +69,17 @@ class Tree:
 
 
 def walk(root: str, follow_links: bool = False) -> Tree:
-  """List a folder and all folders below it.
+  """List a folder recursively.
 
-  Links to folders are followed in the root alone, and not upwards: deeper ones may lead in circles.
-  A name that ends as an image does is a file, whatever it is.
+  Links to folders are followed only in the root, and not to parents of the root, to avoid cycles.
+  Names with an image suffix are treated as files.
 
   Args:
-    root: the folder.
-    follow_links: whether links to folders are followed that lead out of the root.
+    root: path of the folder.
+    follow_links: whether to follow links to folders outside the root.
 
   Raises:
-    OSError: a folder cannot be listed.
+    OSError: if a folder cannot be listed.
   """
   folders: dict[str, list[str]] = {}
   hidden: list[str] = []
@@ -94,12 +93,12 @@ def walk(root: str, follow_links: bool = False) -> Tree:
       listed = pool.map(lambda folder: _list(root, folder), level)
       for folder, (files, subfolders, linked, passed) in zip(level, listed):
         folders[folder] = sorted(files)
-        hidden += [inside(folder, name) for name in passed]
-        links += [inside(folder, name) for name in linked]
+        hidden += [join_names(folder, name) for name in passed]
+        links += [join_names(folder, name) for name in linked]
         for name in sorted(subfolders):
           target = None if folder or follow_links else target_outside(root, name)
           if target is None:
-            below.append(inside(folder, name))
+            below.append(join_names(folder, name))
           else:
             outside[name] = target
       if level == [""]:
@@ -108,28 +107,28 @@ def walk(root: str, follow_links: bool = False) -> Tree:
   return Tree(root, folders, top, sorted(hidden), sorted(links), outside, follow_links)
 
 
-def inside(folder: str, name: str) -> str:
-  """Return the name of a file in a folder of the tree, relative to its root."""
+def join_names(folder: str, name: str) -> str:
+  """Return the name of a file relative to the root."""
   return f"{folder}/{name}" if folder else name
 
 
 def is_image(name: str) -> bool:
-  """Return whether the name ends as that of an image which can be read."""
+  """Return whether the name has the suffix of a supported image format."""
   return name.lower().endswith(IMAGE_SUFFIXES)
 
 
 def is_unsupported_image(name: str) -> bool:
-  """Return whether the name ends as that of an image which cannot be read."""
+  """Return whether the name has the suffix of an unsupported image format."""
   return name.lower().endswith(OTHER_IMAGE_SUFFIXES)
 
 
 def is_hidden(name: str) -> bool:
-  """Return whether a file or folder is hidden, or was left by an archive or a file system."""
+  """Return whether a file or folder is hidden or a system folder."""
   return name.startswith(".") or name in _NO_FOLDERS
 
 
 def _list(root: str, folder: str) -> tuple[list[str], list[str], list[str], list[str]]:
-  """Return the names of files, folders, links that are not followed, and hidden ones."""
+  """Return the names of files, folders, links that are not followed, and hidden entries."""
   files: list[str] = []
   folders: list[str] = []
   links: list[str] = []
@@ -150,7 +149,7 @@ def _list(root: str, folder: str) -> tuple[list[str], list[str], list[str], list
         hidden.append(entry.name)
       elif is_image(entry.name) or not _is_folder(entry):
         files.append(entry.name)
-      elif entry.is_symlink() and (folder or _leads_up(entry.path, root)):
+      elif entry.is_symlink() and (folder or _points_to_parent(entry.path, root)):
         links.append(entry.name)
       else:
         folders.append(entry.name)
@@ -159,11 +158,11 @@ def _list(root: str, folder: str) -> tuple[list[str], list[str], list[str], list
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
   if entry.is_symlink():
-    return os.path.isdir(entry.path)  # False where the link leads nowhere, or round
+    return os.path.isdir(entry.path)  # False for broken and cyclic links
   return entry.is_dir()
 
 
-def _leads_up(link: str, root: str) -> bool:
-  """Return whether a link leads to the root or to a folder that holds it."""
+def _points_to_parent(link: str, root: str) -> bool:
+  """Return whether a link points to the root or to a parent of the root."""
   target, real_root = os.path.realpath(link), os.path.realpath(root)
   return os.path.commonpath([target, real_root]) == target

@@ -1,4 +1,4 @@
-"""The layout `webdataset`: tars in which files of one name up to the first dot belong together.
+"""The layout `webdataset`: tars whose members are grouped by the name up to the first dot.
 
 000001.jpg    000001.txt    000001.json    000001.cls
 """
@@ -8,41 +8,40 @@ from collections.abc import Sequence
 import dataclasses
 import glob
 import os
-import re
 
 from ov_data.layouts import sidecars, text_rules
 from ov_data.layouts.classes import UNSUPPORTED
 from ov_data.layouts.img2dataset import count_failures
-from ov_data.layouts.items import Blob, Item, Listing, Notes, Place, name_problem
-from ov_data.layouts.tar_members import COMPRESSED_TARS, DAMAGE, Member, Passed, read_members
+from ov_data.layouts.items import Blob, Collection, Item, Listing, Notes, name_problem
+from ov_data.layouts.tar_members import COMPRESSED_TARS, DAMAGE, Member, SkippedMember, read_members
 from ov_data.layouts.tree import (
   IMAGE_SUFFIXES,
-  inside,
   is_hidden,
   is_image,
   is_unsupported_image,
+  join_names,
 )
 from ov_data.record_source import Skip
+from ov_data.shard_names import expand_ranges
 
 _LABEL = "cls"
-_MAX_RANGE = 1_000_000  # files that {000..099} stands for
-_IMAGES = tuple(suffix[1:] for suffix in IMAGE_SUFFIXES)  # the first of these is used
+_IMAGES = tuple(suffix[1:] for suffix in IMAGE_SUFFIXES)  # in order of preference
 
 
-def read(place: Place) -> Listing:
+def read(collection: Collection) -> Listing:
   """List the images of all tars and read their captions and labels.
 
   Raises:
-    ValueError: no tar file, one that is missing or compressed, or none that can be read.
-    OSError: a tar cannot be read.
+    ValueError: if there is no tar, a tar is missing or compressed, or no tar is readable.
+    OSError: if a tar cannot be read.
   """
   notes = Notes()
   items: list[Item] = []
   skips: list[Skip] = []
-  paths = _tars(place, skips, notes)
+  paths = _tars(collection, skips, notes)
   unreadable: list[ValueError] = []
   for path, name in zip(paths, _unique_names(paths)):
-    if os.path.exists(stats := os.path.splitext(path)[0] + "_stats.json"):  # of img2dataset
+    if os.path.exists(stats := os.path.splitext(path)[0] + "_stats.json"):  # written by img2dataset
       count_failures(os.path.dirname(stats) or ".", [os.path.basename(stats)], notes)
     try:
       _Tar(path, name, items, skips, notes).read()
@@ -54,38 +53,17 @@ def read(place: Place) -> Listing:
   return Listing("webdataset", items, skips, notes)
 
 
-def expand_ranges(path: str) -> list[str]:
-  """data-{008..010}.tar -> data-008.tar, data-009.tar, data-010.tar
-
-  Raises:
-    ValueError: these are too many.
-  """
-  match = re.search(r"\{(\d+)\.\.(\d+)\}", path)
-  if not match:
-    return [path]
-  low, high = match.groups()
-  if (count := int(high) - int(low) + 1) > _MAX_RANGE:
-    raise ValueError(f"{path}: a range of {count:,} files; expected at most {_MAX_RANGE:,}.")
-  return [
-    expanded
-    for i in range(int(low), int(high) + 1)
-    for expanded in expand_ranges(
-      path[: match.start()] + str(i).zfill(len(low)) + path[match.end() :]
-    )
-  ]
-
-
-def _tars(place: Place, skips: list[Skip], notes: Notes) -> list[str]:
-  path = place.path
+def _tars(collection: Collection, skips: list[Skip], notes: Notes) -> list[str]:
+  path = collection.path
   if os.path.isdir(path):
     paths = []
-    for folder, name in place.tree.files():
+    for folder, name in collection.tree.files():
       if name.lower().endswith(".tar"):
-        paths.append(os.path.join(path, inside(folder, name)))
+        paths.append(os.path.join(path, join_names(folder, name)))
       elif name.lower().endswith(COMPRESSED_TARS):
-        skips.append(Skip(inside(folder, name), "compressed tar", "decompress it"))
+        skips.append(Skip(join_names(folder, name), "compressed tar", "decompress it"))
       elif not name.endswith(("_stats.json", ".parquet")):
-        notes.add("files next to the tars not used", inside(folder, name))
+        notes.add("files next to the tars not used", join_names(folder, name))
   elif os.path.lexists(path):
     paths = [path]
   else:
@@ -105,7 +83,7 @@ def _tars(place: Place, skips: list[Skip], notes: Notes) -> list[str]:
 
 
 def _unique_names(paths: Sequence[str]) -> list[str]:
-  """Return the name of each file, with as many folders in front as make it unique."""
+  """Return the name of each file with the fewest parent folders that make it unique."""
   parts = [os.path.normpath(path).split(os.sep) for path in paths]
   lengths = [1] * len(paths)
   while True:
@@ -121,10 +99,12 @@ def _unique_names(paths: Sequence[str]) -> list[str]:
 
 @dataclasses.dataclass
 class _Tar:
-  """Reads the items of one tar.
+  """Reader of the items of one tar.
 
-  path, name: of the file; the name begins the keys.
-  items, skips, notes: get what is found.
+  Attributes:
+    path: path of the tar.
+    name: prefix of the keys.
+    items, skips, notes: outputs to which the reader appends.
   """
 
   path: str
@@ -134,18 +114,18 @@ class _Tar:
   notes: Notes
 
   def __post_init__(self) -> None:
-    self._file = -1  # while samples are read
+    self._file = -1  # descriptor while samples are read
 
   def read(self) -> None:
     """Add all samples.
 
     Raises:
-      ValueError: the file is no tar that can be read.
-      OSError: it cannot be read.
+      ValueError: if the file is not a readable tar.
+      OSError: if the file cannot be read.
     """
     samples: dict[tuple[int, str], dict[str, Member]] = {}
     for found in read_members(self.path):
-      if isinstance(found, Passed):
+      if isinstance(found, SkippedMember):
         key = f"{self.name}/{found.name}" if found.name else self.name
         self.skips.append(Skip(key, found.reason, found.detail))
         continue
@@ -156,7 +136,7 @@ class _Tar:
       elif not stem or is_hidden(base) or "__MACOSX" in folder.split("/"):
         self.notes.add("hidden files and folders", f"{self.name}/{found.name}")
       else:
-        sample = samples.setdefault((found.archive, inside(folder, stem)), {})
+        sample = samples.setdefault((found.archive, join_names(folder, stem)), {})
         if (earlier := sample.get(suffix.lower())) is not None:
           self._skip(earlier, "repeated name in the tar", "a later one of this name is used; ")
         sample[suffix.lower()] = found
@@ -166,7 +146,7 @@ class _Tar:
       for (archive, stem), members in samples.items():
         key = f"{self.name}/{stem}"
         if archive:
-          self.notes.add("samples of a further archive in the same file", key)
+          self.notes.add("samples of another archive in the same file", key)
         while key in keys:
           key += f" (archive {archive + 1})"
         keys.add(key)
@@ -210,7 +190,7 @@ class _Tar:
     self.items.append(Item(key, blob, captions, label))
 
   def _bytes(self, member: Member, limit: int) -> bytes:
-    """Return its bytes, one more than the limit at most."""
+    """Return at most `limit` + 1 bytes of a member."""
     return os.pread(self._file, min(member.size, limit + 1), member.offset)
 
 

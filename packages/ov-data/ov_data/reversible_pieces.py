@@ -1,9 +1,8 @@
-"""WordPiece for tokenizers trained on own captions: decoding gives back the text that was encoded.
+"""Reversible WordPiece text preparation for tokenizers trained on custom captions.
 
-The published models' text preparation (`bert`) removes accents and vowel signs, and forgets where
-spaces were around punctuation. Here texts are normalised (NFC), in lower case and with single
-spaces, and nothing else is lost: where a word was joined to the one before it, its piece begins
-with a joiner. "don't" is `don`, `￭'`, `￭t`.
+The text preparation of the published models (`bert`) removes accents and vowel signs and loses the
+spaces around punctuation. This one only normalizes texts to NFC, lower case and single spaces. A
+word without a space before it begins with a joiner: "don't" is `don`, `￭'`, `￭t`.
 """
 
 from collections.abc import Sequence
@@ -15,18 +14,18 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from ov_data import word_pieces
 
-MAX_WORD_CHARS = 256  # a longer word is [UNK]; the time to encode one grows with the square
-JOINER = "\uffed"  # as in OpenNMT's joiner annotation; in texts it becomes the usual black square
+MAX_WORD_CHARS = 256  # longer words are [UNK]; encoding time is quadratic in the length
+JOINER = "\uffed"  # as in OpenNMT's joiner annotation; replaced by U+25A0 in texts
 
-# Not displayed, and without a meaning for words. The joiners of Indic and Persian spelling and of
-# emoji (U+200C, U+200D) and variation selectors stay.
+# Invisible characters without meaning for words. The joiners of Indic and Persian spelling and of
+# emoji (U+200C, U+200D) and variation selectors are kept.
 _INVISIBLE = r"[\u00AD\u200B\u200E\u200F\u202A-\u202E\u2060-\u2064\u2066-\u206F\uFEFF]"
-_ALONE = r"\p{P}\p{S}\p{Han}"  # a word each
-# Scripts without spaces between words. A vocabulary of whole words has to know their letters.
+_ALONE = r"\p{P}\p{S}\p{Han}"  # each character is a word
+# Scripts without spaces between words. A vocabulary of words must contain their letters.
 _SPACELESS = "".join(
   rf"\p{{{script}}}" for script in ("Hiragana", "Katakana", "Thai", "Lao", "Khmer", "Myanmar")
 )
-_ALONE_WORD = re.compile(  # Thai, Lao; Burmese; Khmer; Chinese and Japanese; with their marks
+_ALONE_WORD = re.compile(  # Thai, Lao; Burmese; Khmer; Chinese, Japanese; including marks
   r"[^\w\s]|[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u30ff\u3400-\u9fff\U00020000-\U0003ffff].*"
 )
 _PUNCTUATION = re.escape(string.punctuation)
@@ -34,11 +33,11 @@ _ASCII_JOINT = re.compile(rf"(?<=\S)(?=[{_PUNCTUATION}])|(?<=[{_PUNCTUATION}])(?
 
 
 def normalizer(*, strip_accents: bool, letters: bool) -> normalizers.Normalizer:
-  """Return the text preparation.
+  """Return the normalizer.
 
   Args:
-    strip_accents: whether to remove accents and all other nonspacing marks, the vowel signs of many
-      scripts among them.
+    strip_accents: whether to remove accents and all other nonspacing marks, including the vowel
+      signs of many scripts.
     letters: whether each letter of a script without spaces between words is a word.
   """
   joints = [rf"(?<=\S)(?=[{_ALONE}])", rf"(?<=[{_ALONE}])(?=\S)"]
@@ -65,23 +64,23 @@ def normalizer(*, strip_accents: bool, letters: bool) -> normalizers.Normalizer:
 
 
 def splitter() -> pre_tokenizers.PreTokenizer:
-  """Return what splits a normalised text into words."""
+  """Return the pre-tokenizer that splits a normalized text into words."""
   return pre_tokenizers.WhitespaceSplit()
 
 
 def join_ascii(text: str) -> str:
-  """Put joiners into an ASCII text in lower case, as `normalizer` does."""
+  """Insert joiners into a lower-case ASCII text, like `normalizer`."""
   return _ASCII_JOINT.sub(f" {JOINER}", text)
 
 
-def other_forms(tokens: Sequence[str], *, letters: bool) -> list[str]:
-  """Return tokens that let a vocabulary write its letters where the texts did not have them.
+def spelling_tokens(tokens: Sequence[str], *, letters: bool) -> list[str]:
+  """Return additional tokens that allow a vocabulary to spell its letters in new contexts.
 
   Args:
-    tokens: of the vocabulary.
-    letters: whether it is one of whole words. Then these are marks of punctuation and letters of
-      scripts without spaces, joined and not joined. Else they are all letters, at the beginning of
-      a word and within one, and the joiner.
+    tokens: tokens of the vocabulary.
+    letters: whether it is a vocabulary of words. The result then contains punctuation marks and
+      letters of scripts without spaces, with and without joiner. Otherwise it contains all letters,
+      at the beginning of and within words, and the joiner.
   """
   known = set(tokens)
   if letters:
@@ -100,7 +99,7 @@ def other_forms(tokens: Sequence[str], *, letters: bool) -> list[str]:
 def backend(
   vocabulary: dict[str, int], *, strip_accents: bool, letters: bool
 ) -> tokenizers.Tokenizer:
-  """Return WordPiece over a vocabulary with this text preparation, and the decoder of it."""
+  """Return a WordPiece tokenizer over a vocabulary with this text preparation and its decoder."""
   tokenizer = tokenizers.Tokenizer(
     models.WordPiece(
       vocabulary,
@@ -116,7 +115,7 @@ def backend(
       decoders.WordPiece(prefix=word_pieces.PREFIX, cleanup=False),
       decoders.Fuse(),
       decoders.Replace(f" {JOINER}", ""),
-      decoders.Replace(JOINER, ""),  # where a generated caption begins with a joined piece
+      decoders.Replace(JOINER, ""),  # a generated caption may begin with a joined piece
     ]
   )
   return tokenizer

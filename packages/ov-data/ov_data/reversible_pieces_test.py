@@ -1,4 +1,4 @@
-"""Tokenizers trained on own captions give back the text that was encoded, in any script."""
+"""Round trips of tokenizers trained on custom captions, in several scripts."""
 
 import string
 import unicodedata
@@ -6,7 +6,7 @@ import unicodedata
 import numpy as np
 import pytest
 
-from ov_data.own_pieces import JOINER, MAX_WORD_CHARS
+from ov_data.reversible_pieces import JOINER, MAX_WORD_CHARS
 from ov_data.tokenizer import Tokenizer
 
 _TEXTS = {
@@ -36,7 +36,7 @@ def normal(text: str) -> str:
 
 
 @pytest.mark.parametrize("kind", ["pieces", "words"])
-def test_decode_gives_back_texts_of_every_script(kind: str):
+def test_decode_restores_texts_of_every_script(kind: str):
   texts = [*_TEXTS.values(), *(unicodedata.normalize("NFD", text) for text in _TEXTS.values())]
   tokenizer = Tokenizer.train(texts, 4000, kind=kind)
   ids, _ = tokenizer.encode_batch(texts, 120)
@@ -45,7 +45,7 @@ def test_decode_gives_back_texts_of_every_script(kind: str):
 
 @pytest.mark.parametrize("name", _TEXTS)
 def test_letters_alone_spell_new_texts(name: str):
-  """A vocabulary with the letters is enough: the words were never seen."""
+  """A vocabulary with the letters can encode unseen words."""
   text = _TEXTS[name]
   letters = " ".join(c for c in dict.fromkeys(normal(text)) if not c.isspace())
   tokenizer = Tokenizer.train([letters], 4000)
@@ -53,7 +53,7 @@ def test_letters_alone_spell_new_texts(name: str):
 
 
 @pytest.mark.parametrize("name", ["Thai", "Khmer", "Burmese", "Chinese", "Japanese"])
-def test_words_of_scripts_without_spaces_are_letters(name: str):
+def test_words_in_scripts_without_spaces_are_letters(name: str):
   text = normal(_TEXTS[name])
   clusters = Tokenizer.train([text], 4000, kind="words")
   other = "".join(text.split()) + text
@@ -86,10 +86,10 @@ def test_pieces_of_joined_words():
     "well", "￭-", "￭lit", "man", "￭'", "￭s", "(", "￭3", "￭.", "￭50", "￭)",
   ]  # fmt: skip
   plain = Tokenizer.train(["a large red circle"], 100, kind="words")
-  assert plain.encode("A large\tred  circle") == [7, 9, 10, 8]  # no joiner where there are spaces
+  assert plain.encode("A large\tred  circle") == [7, 9, 10, 8]  # no joiner after a space
 
 
-def test_what_is_not_displayed_is_removed():
+def test_invisible_characters_are_removed():
   tokenizer = Tokenizer.train(["soft hyphen zero width ■ bell"], 100)
   text = "\ufeffso\u00adft hyp\u200bhen\x07\u202azero\u202c\u00a0width ￭"
   assert tokenizer.decode(tokenizer.encode(text)) == "soft hyphen zero width ■"
@@ -102,7 +102,7 @@ def test_generated_rows_may_begin_with_any_piece():
   assert tokenizer.decode([tokenizer.unk_id, joined]) == "[UNK]s"
 
 
-def test_long_words_of_scripts_without_spaces():
+def test_long_words_in_scripts_without_spaces():
   text = "สุนัขสีแดงวิ่งบนหญ้า" * 10
   assert 100 < len(text) <= MAX_WORD_CHARS
   tokenizer = Tokenizer.train([text], 300)
@@ -112,12 +112,12 @@ def test_long_words_of_scripts_without_spaces():
 
 @pytest.mark.parametrize("strip_accents", [False, True])
 @pytest.mark.parametrize("kind", ["pieces", "words"])
-def test_ascii_texts_take_a_short_cut_to_the_same_ids(kind: str, strip_accents: bool):
+def test_ascii_texts_use_a_fast_path_with_equal_ids(kind: str, strip_accents: bool):
   rng = np.random.default_rng(0)
   characters = [*string.printable, "\x00", "\x7f", "ab", "B a", "don't", "3.5"]
   texts = ["".join(rng.choice(characters, 12)) for _ in range(300)]
   tokenizer = Tokenizer.train(texts, 2000, kind=kind, strip_accents=strip_accents)
   assert tokenizer._ascii is not None
   for text in texts:
-    words = tokenizer.encode(text)[:38]  # with the normaliser of the file
+    words = tokenizer.encode(text)[:38]  # with the normalizer of the file
     assert tokenizer.encode_batch([text], 40)[0][0, 1 : 1 + len(words)].tolist() == words

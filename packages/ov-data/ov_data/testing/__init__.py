@@ -1,0 +1,1 @@
+"""Helpers of the tests and benchmarks of data formats. Not part of the wheel."""
