@@ -1,4 +1,4 @@
-"""Weights in and out of OpenVision models."""
+"""Import and export of OpenVision weights."""
 
 from ov_convert import openvision_jax
 

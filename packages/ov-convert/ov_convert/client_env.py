@@ -1,8 +1,8 @@
-"""Runs the scripts of `clients/` with the interpreter of an environment that has the libraries.
+"""Runner of the scripts in `clients/`, in a separate Python environment.
 
-PyTorch and the libraries that load exported weights live in an environment of their own, so that
-nobody who trains has to install them. `$OV_CLIENTS_PYTHON` names its interpreter; without it, Bazel
-does for targets with `clients = True`.
+PyTorch and the libraries that load exported weights are installed in a separate environment, so
+that training does not depend on them. `$OV_CLIENTS_PYTHON` is its interpreter; Bazel provides it
+for targets with `clients = True`.
 """
 
 from collections.abc import Sequence
@@ -14,55 +14,63 @@ SCRIPTS = pathlib.Path(__file__).parent / "clients"
 
 
 class ClientError(RuntimeError):
-  """A script ended with an error; the message has its last lines."""
+  """Failure of a script; the message contains the last lines of its output."""
 
 
 def find_python() -> pathlib.Path:
-  """The interpreter of the clients' environment.
+  """Return the interpreter of the clients' environment.
 
   Raises:
-    FileNotFoundError: nothing names one, or it is not there.
+    FileNotFoundError: if no interpreter is configured, it does not exist, or the packages of the
+      environment could not be installed.
   """
   named = os.environ.get("OV_CLIENTS_PYTHON") or _named_by_bazel(pathlib.Path(__file__))
   if not named:
     raise FileNotFoundError(
-      "no environment with PyTorch and its libraries is named: set OV_CLIENTS_PYTHON to the python "
-      "of one that has what tools/python/requirements-clients.in lists; bazel run sets it by itself"
+      "OV_CLIENTS_PYTHON is not set; set it to the Python of an environment with the packages of "
+      "tools/python/requirements-clients.in. `bazel run` sets it automatically"
     )
   if not pathlib.Path(named).exists():
-    raise FileNotFoundError(f"OV_CLIENTS_PYTHON={named}: there is no such file")
+    raise FileNotFoundError(f"OV_CLIENTS_PYTHON={named}: no such file")
   return pathlib.Path(named)
 
 
 def _named_by_bazel(here: pathlib.Path) -> str:
-  """What clients/interpreter.txt says in the runfiles that `here` belongs to; "" without it."""
+  """Return the content of clients/interpreter.txt in the runfiles of `here`; "" if missing.
+
+  Raises:
+    FileNotFoundError: if the environment could not be installed; the message is the reason.
+  """
   for folder in here.absolute().parents:
     file = folder / "clients" / "interpreter.txt"
     if folder.name.endswith(".runfiles") and file.exists():
-      return file.read_text().strip()
+      reason = file.with_name("unavailable.txt")
+      if reason.exists() and (text := reason.read_text("utf-8").strip()):
+        raise FileNotFoundError(text)
+      return file.read_text("utf-8").strip()
   return ""
 
 
 def run_client(
-  script: str,
+  script: str | os.PathLike[str],
   arguments: Sequence[str | os.PathLike[str]],
   *,
   python: str | os.PathLike[str] | None = None,
   timeout: float = 1800,
 ) -> str:
-  """Runs `clients/<script>` with `arguments`, offline; returns what it printed.
+  """Run a script in the clients' environment, offline, and return its stdout.
 
   Args:
-    script: file name, e.g. "run_timm.py".
-    arguments: its command line.
+    script: file name in `clients/`, e.g. "run_timm.py", or an absolute path.
+    arguments: command line arguments.
     python: interpreter; `find_python()` by default.
-    timeout: seconds after which it is stopped.
+    timeout: timeout in seconds.
 
   Raises:
-    ClientError: it failed or took too long.
+    ClientError: if the script fails or times out.
   """
   offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore"}
-  offline["PYTHONDONTWRITEBYTECODE"] = "1"  # nothing of ours beside what is handed over
+  offline["PYTHONDONTWRITEBYTECODE"] = "1"  # do not write __pycache__ into exported folders
   kept = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
   command = [str(python or find_python()), str(SCRIPTS / script), *map(str, arguments)]
   try:

@@ -1,8 +1,7 @@
-"""Typed, bounded values out of JSON that others wrote.
+"""Validation of values in untrusted JSON configurations.
 
-Nothing in a foreign configuration is trusted: a size decides how long loops run and how much memory
-is taken. Sizes are checked against fixed limits when they are read, and against the weights before
-anything is computed from them.
+Sizes determine the length of loops and the memory that is allocated. They are checked against fixed
+limits when they are read, and against the weights before they are used.
 """
 
 from collections.abc import Mapping
@@ -12,18 +11,18 @@ from typing import Any
 import numpy as np
 
 MAX_DEPTH = 1024
-MAX_WIDTH = 1 << 16  # of a residual stream, a head, an MLP or an embedding: up to 4 times as wide
+MAX_WIDTH = 1 << 16  # width of a residual stream or head; MLPs may be 4 times as wide
 MAX_SIDE = 1 << 14  # pixels of an image or a patch
-MAX_TOKENS = 1 << 20  # positions of a text
+MAX_TOKENS = 1 << 20  # text positions
 MAX_VOCABULARY = 1 << 22
-_MAX_NUMBER = 1e6  # of means, deviations, ratios and scales
+_MAX_NUMBER = 1e6  # means, deviations, ratios and scales
 
 
 def section(content: Mapping[str, Any], name: str, where: str) -> Mapping[str, Any]:
-  """Return the object under `name`; an empty one where there is none or null.
+  """Return the object under `name`, or an empty one if it is missing or null.
 
   Raises:
-    ValueError: it is no object.
+    ValueError: if the value is not an object.
   """
   found = content.get(name)
   if found is None:
@@ -33,7 +32,7 @@ def section(content: Mapping[str, Any], name: str, where: str) -> Mapping[str, A
   return found
 
 
-def whole(
+def integer(
   content: Mapping[str, Any],
   name: str,
   default: int | None,
@@ -41,37 +40,37 @@ def whole(
   where: str = "",
   low: int = 1,
 ) -> int:
-  """Return a whole number.
+  """Return an integer field.
 
   Args:
-    content: a JSON object.
-    name: of its field.
-    default: what a missing field stands for; None: it must be there.
-    high: the largest that is allowed.
-    where: the file or object, for messages.
-    low: the smallest that is allowed.
+    content: JSON object.
+    name: name of the field.
+    default: value of a missing field; None if the field is required.
+    high: largest allowed value.
+    where: file or object, for error messages.
+    low: smallest allowed value.
 
   Raises:
-    ValueError: it is missing, of another type, or out of bounds.
+    ValueError: if the field is missing, not an integer, or out of range.
   """
   value = content.get(name, default)
   if type(value) is not int or not low <= value <= high:
-    raise ValueError(f"{where}{name}={shown(value)}; expected a whole number from {low} to {high}.")
+    raise ValueError(f"{where}{name}={shown(value)}; expected an integer from {low} to {high}.")
   return value
 
 
 def number(content: Mapping[str, Any], name: str, default: float, where: str = "") -> float:
-  """Return a finite number of at most a million; see `whole`."""
+  """Return a finite number of at most 1e6; see `integer`."""
   value = content.get(name, default)
   if not is_number(value):
     raise ValueError(f"{where}{name}={shown(value)}; expected a number below {_MAX_NUMBER:.0f}.")
   return float(value)
 
 
-def three(
+def channel_values(
   content: Mapping[str, Any], name: str, default: tuple[float, ...], where: str = ""
 ) -> tuple[float, float, float]:
-  """Return a number for each channel; null stands for the default, see `whole`."""
+  """Return three numbers, one per channel; null means the default; see `integer`."""
   value = content.get(name)
   value = default if value is None else value
   if not isinstance(value, list | tuple) or len(value) != 3 or not all(map(is_number, value)):
@@ -81,7 +80,7 @@ def three(
 
 
 def is_number(value: Any) -> bool:
-  """Whether a JSON value is a number that floats hold; true and false are none."""
+  """Return whether a JSON value is a finite number of at most 1e6; booleans are not numbers."""
   return (
     isinstance(value, int | float)
     and not isinstance(value, bool)
@@ -93,20 +92,23 @@ def is_number(value: Any) -> bool:
 def check_against_weights(
   flat: Mapping[str, np.ndarray], depth: int, sizes: Mapping[str, int], where: str
 ) -> None:
-  """Raise ValueError unless tensors can be those of a model of these sizes.
+  """Check that a configuration is plausible for the given tensors.
 
-  Loops over layers and tables of a stated width are safe after this.
+  After this check, the stated sizes are safe for loops and allocations.
 
   Args:
     flat: tensors by name.
-    depth: stated number of layers; each has a tensor or more.
-    sizes: by field, numbers that must be a dimension of some tensor.
-    where: what states them.
+    depth: number of layers; each has at least one tensor.
+    sizes: values by field name; each must be a dimension of some tensor.
+    where: file with these values, for error messages.
+
+  Raises:
+    ValueError: if the sizes do not fit the tensors.
   """
   if depth > len(flat):
     raise ValueError(
-      f"{where} states {depth} layers, but the weights hold {len(flat)} tensors; the files are of "
-      "two models."
+      f"{where} states {depth} layers, but the weights hold {len(flat)} tensors; the files belong "
+      "to different models."
     )
   held = {side for tensor in flat.values() for side in np.shape(tensor)}
   for name, size in sizes.items():
@@ -118,6 +120,6 @@ def check_against_weights(
 
 
 def shown(value: Any) -> str:
-  """Return a value as one short line."""
+  """Return the repr of a value as one short line."""
   text = "".join(c if c.isprintable() else "?" for c in repr(value))
   return text if len(text) <= 80 else f"{text[:80]}..."

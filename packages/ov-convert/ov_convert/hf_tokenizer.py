@@ -1,26 +1,27 @@
-"""Tokenizer files as `transformers.AutoTokenizer` and `open_clip.get_tokenizer` read them.
+"""Tokenizer files for `transformers.AutoTokenizer` and `open_clip.get_tokenizer`.
 
-Two files: tokenizer.json of the `tokenizers` library, which holds the whole preparation of text,
-and tokenizer_config.json, which names the special tokens. The class is PreTrainedTokenizerFast: it
-takes tokenizer.json as it is, where BertTokenizer would put its own normaliser in its place. That
-one differs from training for compatibility characters such as a fraction or an ellipsis.
+There are two files: tokenizer.json of the `tokenizers` library, which contains the complete text
+processing, and tokenizer_config.json, which names the special tokens. The class is
+PreTrainedTokenizerFast, which uses tokenizer.json unchanged. BertTokenizer would replace its
+normaliser by one that differs from training for compatibility characters such as fractions.
 """
 
 import json
 import pathlib
 from typing import Any
 
-from ov_convert import fields
-from ov_convert.release import Words
+from ov_convert import fields, reading
+from ov_convert.release import TokenizerSpec
 from ov_convert.writing import write_json
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 _ROLES = ("pad", "bos", "eos", "unk", "cls")
-# How vocabularies name special tokens, where tokenizer_config.json does not. ov_data.tokenizer has
-# the same table, which this package may not import; importer_test of apps/exporter compares them.
+# Common names of special tokens, used if tokenizer_config.json does not name them. Must equal the
+# table of ov_data.tokenizer, which this package may not import; apps/exporter/importer_test.py
+# compares them.
 _USUAL_NAMES = {
-  "pad": ("[PAD]", "<pad>"),
+  "pad": ("[PAD]", "<pad>", "<|endoftext|>"),  # CLIP pads with its end token
   "bos": ("[bos]", "[BOS]", "<bos>", "<s>", "<|startoftext|>"),
   "eos": ("[eos]", "[EOS]", "<eos>", "</s>", "<|endoftext|>"),
   "unk": ("[UNK]", "<unk>"),
@@ -28,21 +29,21 @@ _USUAL_NAMES = {
 }
 
 
-def write_tokenizer(folder: pathlib.Path, words: Words, *, template: bool) -> None:
-  """Writes tokenizer.json and tokenizer_config.json.
+def write_tokenizer(folder: pathlib.Path, words: TokenizerSpec, *, template: bool) -> None:
+  """Write tokenizer.json and tokenizer_config.json.
 
   Args:
-    folder: exists.
-    words: the tokenizer.
-    template: whether the tokenizer itself puts [bos] before a text and [eos] behind it. Without,
-      it gives the pieces alone, and the caller adds what belongs around them.
+    folder: existing directory.
+    words: tokenizer.
+    template: whether the tokenizer adds [bos] and [eos]. Otherwise it returns the pieces only, and
+      the caller adds special tokens.
 
   Raises:
-    ValueError: the tokenizer has no token for an id that `words` names.
+    ValueError: if the tokenizer has no token for an id of `words`.
   """
   content: dict[str, Any] = json.loads(words.tokenizer_json)
   tokens = {role: _named(words, role) for role in _ROLES}
-  # Listed as special, they are found by their names only where the caller asks for it.
+  # Special tokens are matched in text only if the caller requests it.
   added = {token["content"]: token for token in content.get("added_tokens") or []}
   flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
   for role, token in tokens.items():
@@ -50,43 +51,66 @@ def write_tokenizer(folder: pathlib.Path, words: Words, *, template: bool) -> No
       entry = {"id": getattr(words, f"{role}_id"), "content": token, **flags, "special": True}
       added[token] = entry
   content["added_tokens"] = sorted(added.values(), key=lambda token: int(token["id"]))
-  content["truncation"] = content["padding"] = None  # said by the caller, with the length
+  content["truncation"] = content["padding"] = None  # set by the caller
   content["post_processor"] = _template(words) if template else None
   write_json(folder / TOKENIZER_FILE, content)
   config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
   config |= {f"{role}_token": token for role, token in tokens.items() if token is not None}
-  # "[eos]" in a text is text, not the end of it.
+  # "[eos]" in a text is ordinary text, not the end token.
   config |= {"split_special_tokens": True, "clean_up_tokenization_spaces": False}
   config |= {"padding_side": "right", "truncation_side": "right"}
-  if template:  # without, a text longer than its pieces may be is nothing to warn of
+  if template:  # otherwise the library would warn about long texts before they are truncated
     config["model_max_length"] = words.length
   write_json(folder / CONFIG_FILE, config)
 
 
-def words_from(
+def read_folder(
+  root: pathlib.Path, *, length: int, append_cls: bool
+) -> tuple[TokenizerSpec | None, list[str]]:
+  """Return the tokenizer of a folder, or notes on why there is none.
+
+  Args:
+    root: folder with tokenizer.json and, optionally, tokenizer_config.json.
+    length: see `TokenizerSpec`.
+    append_cls: see `TokenizerSpec`.
+  """
+  if not (root / TOKENIZER_FILE).is_file():
+    return None, [f"no {TOKENIZER_FILE} in the folder; provide the tokenizer separately"]
+  content = json.dumps(reading.read_json(root / TOKENIZER_FILE), ensure_ascii=False)
+  settings = reading.read_json(root / CONFIG_FILE) if (root / CONFIG_FILE).is_file() else {}
+  try:
+    return tokenizer_spec_from(content, settings, length=length, append_cls=append_cls), []
+  except ValueError as error:
+    return None, [f"the tokenizer is not imported: {error}"]
+
+
+def tokenizer_spec_from(
   tokenizer_json: str, settings: dict[str, Any], *, length: int, append_cls: bool
-) -> Words:
-  """The tokenizer of a folder.
+) -> TokenizerSpec:
+  """Return the tokenizer defined by the content of tokenizer files.
 
   Args:
     tokenizer_json: content of tokenizer.json.
     settings: content of tokenizer_config.json, or {}.
-    length: see Words.
-    append_cls: see Words.
+    length: see `TokenizerSpec`.
+    append_cls: see `TokenizerSpec`.
 
   Raises:
-    ValueError: no such file, or no token for padding, beginning, end or (if asked) [CLS].
+    ValueError: if tokenizer.json is malformed, or has no [PAD], [bos], [eos] or (with `append_cls`)
+      [CLS] token.
   """
   try:
-    names = Words(tokenizer_json, length, append_cls, 0, 0, 0).vocabulary
+    names = TokenizerSpec(tokenizer_json, length, append_cls, 0, 0, 0).vocabulary
   except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-    raise ValueError(f"{TOKENIZER_FILE} is none of the tokenizers library: {error!r}.") from None
+    raise ValueError(
+      f"{TOKENIZER_FILE} is not a file of the tokenizers library: {error!r}."
+    ) from None
   for token, number in names.items():
-    # The library makes tables as long as the largest id.
+    # The tokenizers library allocates tables of the size of the largest id.
     if type(number) is not int or not 0 <= number < fields.MAX_VOCABULARY:
       raise ValueError(
-        f"{TOKENIZER_FILE} gives {fields.shown(token)} the id {fields.shown(number)}; expected a "
-        f"whole number below {fields.MAX_VOCABULARY}."
+        f"{TOKENIZER_FILE} assigns {fields.shown(token)} the id {fields.shown(number)}; expected "
+        f"an integer below {fields.MAX_VOCABULARY}."
       )
   found: dict[str, int | None] = {}
   for role in _ROLES:
@@ -99,22 +123,24 @@ def words_from(
     usual = "; ".join(f"{role}: {' or '.join(_USUAL_NAMES[role])}" for role in missing)
     raise ValueError(
       f"{TOKENIZER_FILE} has no token for {', '.join(missing)} among its {len(names)}. Name them "
-      f"in {CONFIG_FILE}, or as is usual ({usual})."
+      f"in {CONFIG_FILE}, or use the usual names ({usual})."
     )
   ids = {f"{role}_id": number for role, number in found.items()}
-  return Words(tokenizer_json, length, append_cls, **ids)  # type: ignore[arg-type]
+  return TokenizerSpec(tokenizer_json, length, append_cls, **ids)  # type: ignore[arg-type]
 
 
-def _named(words: Words, role: str) -> str | None:
+def _named(words: TokenizerSpec, role: str) -> str | None:
   number = getattr(words, f"{role}_id")
   token = words.token(number)
   if number is not None and token is None:
-    raise ValueError(f"{role}_id={number} is no id of the tokenizer; it belongs to another one.")
+    raise ValueError(
+      f"{role}_id={number} is not an id of the tokenizer, which belongs to another model."
+    )
   return token
 
 
-def _template(words: Words) -> dict[str, Any]:
-  """[bos] text [eos], and two texts one after the other."""
+def _template(words: TokenizerSpec) -> dict[str, Any]:
+  """Return the post-processor that adds [bos] and [eos] to single texts and pairs."""
   ids = {"bos": words.bos_id, "eos": words.eos_id}
   tokens = {role: str(words.token(number)) for role, number in ids.items()}
 

@@ -1,4 +1,4 @@
-"""What is written into tokenizer files, and what is read from them.
+"""Tests of writing and reading tokenizer files.
 
 That transformers and open_clip make the same ids of these files is tested where they are run:
 open_clip_test.py.
@@ -9,7 +9,7 @@ import json
 import pytest
 
 from ov_convert import hf_tokenizer
-from ov_convert.release import Words
+from ov_convert.release import TokenizerSpec
 
 TOKENS = ("[PAD]", "[bos]", "[eos]", "[UNK]", "[CLS]", "red", "circle", "##s")
 CONTENT = {
@@ -29,14 +29,16 @@ CONTENT = {
     "vocab": {token: i for i, token in enumerate(TOKENS)},
   },
 }
-WORDS = Words(json.dumps(CONTENT), 8, True, pad_id=0, bos_id=1, eos_id=2, unk_id=3, cls_id=4)
+WORDS = TokenizerSpec(
+  json.dumps(CONTENT), 8, True, pad_id=0, bos_id=1, eos_id=2, unk_id=3, cls_id=4
+)
 
 
 @pytest.mark.parametrize("template", [False, True])
 def test_written_files(tmp_path, template):
   hf_tokenizer.write_tokenizer(tmp_path, WORDS, template=template)
   content = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))
-  # What prepares a text is as it was; what is done to its ids is what was asked for.
+  # Normalization and pre-tokenization are unchanged; the post-processor is replaced.
   for name in ("normalizer", "pre_tokenizer", "model", "decoder"):
     assert content[name] == CONTENT[name]
   assert content["truncation"] is None
@@ -59,23 +61,23 @@ def test_written_files(tmp_path, template):
 
 
 def test_an_id_without_token_is_refused(tmp_path):
-  wrong = Words(json.dumps(CONTENT), 8, False, pad_id=0, bos_id=1, eos_id=99)
-  with pytest.raises(ValueError, match="eos_id=99 is no id of the tokenizer"):
+  wrong = TokenizerSpec(json.dumps(CONTENT), 8, False, pad_id=0, bos_id=1, eos_id=99)
+  with pytest.raises(ValueError, match="eos_id=99 is not an id of the tokenizer"):
     hf_tokenizer.write_tokenizer(tmp_path, wrong, template=True)
   assert not list(tmp_path.iterdir())
 
 
-def test_reading_what_was_written(tmp_path):
+def test_round_trip(tmp_path):
   hf_tokenizer.write_tokenizer(tmp_path, WORDS, template=False)
   text = (tmp_path / "tokenizer.json").read_text("utf-8")
   settings = json.loads((tmp_path / "tokenizer_config.json").read_text("utf-8"))
   for known in (settings, {}):  # names are found by custom too
-    found = hf_tokenizer.words_from(text, known, length=8, append_cls=True)
+    found = hf_tokenizer.tokenizer_spec_from(text, known, length=8, append_cls=True)
     ids = (found.pad_id, found.bos_id, found.eos_id, found.unk_id, found.cls_id)
     assert ids == (0, 1, 2, 3, 4)
   # Those that the settings name come first; either form of naming is known.
   settings = {"bos_token": {"content": "red"}, "eos_token": "circle"}
-  found = hf_tokenizer.words_from(text, settings, length=8, append_cls=False)
+  found = hf_tokenizer.tokenizer_spec_from(text, settings, length=8, append_cls=False)
   assert (found.bos_id, found.eos_id) == (5, 6)
 
 
@@ -83,18 +85,18 @@ def test_pieces_with_scores(tmp_path):
   """Unigram models list their pieces; the place is the id."""
   model = {"type": "Unigram", "unk_id": 3, "vocab": [[token, -1.5] for token in TOKENS]}
   text = json.dumps(CONTENT | {"model": model})
-  found = hf_tokenizer.words_from(text, {}, length=8, append_cls=True)
+  found = hf_tokenizer.tokenizer_spec_from(text, {}, length=8, append_cls=True)
   assert (found.bos_id, found.cls_id, found.token(6)) == (1, 4, "circle")
   hf_tokenizer.write_tokenizer(tmp_path, found, template=False)
   assert json.loads((tmp_path / "tokenizer_config.json").read_text())["eos_token"] == "[eos]"
 
 
-def test_reading_what_is_no_tokenizer_of_ours():
+def test_reading_other_tokenizers():
   stock = json.loads(json.dumps(CONTENT))
   for token in ("[bos]", "[CLS]"):
     del stock["model"]["vocab"][token]
   with pytest.raises(ValueError, match=r"no token for bos, cls among its 6.*bos: \[bos\] or"):
-    hf_tokenizer.words_from(json.dumps(stock), {}, length=8, append_cls=True)
+    hf_tokenizer.tokenizer_spec_from(json.dumps(stock), {}, length=8, append_cls=True)
   for broken in ("{", "[]", "{}", '{"model": {"vocab": 3}}'):
-    with pytest.raises(ValueError, match="is none of the tokenizers library"):
-      hf_tokenizer.words_from(broken, {}, length=8, append_cls=False)
+    with pytest.raises(ValueError, match="is not a file of the tokenizers library"):
+      hf_tokenizer.tokenizer_spec_from(broken, {}, length=8, append_cls=False)

@@ -1,4 +1,4 @@
-"""Folders whose JSON was tampered with: refused with ValueError, soon, or read as something valid.
+"""Tampered JSON in folders is rejected with ValueError in bounded time, or gives a valid model.
 
 Every value of every JSON file is replaced by some of `HOSTILE`, chosen with a fixed seed.
 """
@@ -100,9 +100,9 @@ def test_an_id_that_would_take_gigabytes(folders, tmp_path, name, number):
   content = json.loads(file.read_text())
   content["model"]["vocab"]["red"] = number
   file.write_text(json.dumps(content))
-  expected = "gives 'red' the id .*; expected a whole number below 4194304"
+  expected = "assigns 'red' the id .*; expected an integer below 4194304"
   if name == "open_clip":  # which is read without its tokenizer
-    assert any("gives 'red' the id" in note for note in open_clip.read(folder).notes)
+    assert any("assigns 'red' the id" in note for note in open_clip.read(folder).notes)
   else:
     with pytest.raises(ValueError, match=expected):
       transformers_vit.read(folder)
@@ -112,7 +112,7 @@ def test_an_id_that_would_take_gigabytes(folders, tmp_path, name, number):
   "name, file, path, said",
   [
     ("transformers", "config.json", ("num_hidden_layers",), "num_hidden_layers=1000000000000 .exp"),
-    ("transformers", "config.json", ("hidden_size",), "expected a whole number from 1 to 65536"),
+    ("transformers", "config.json", ("hidden_size",), "expected an integer from 1 to 65536"),
     ("transformers", "text/config.json", ("num_hidden_layers",), "num_hidden_layers=10000"),
     ("open_clip", "open_clip_config.json", ("model_cfg", "vision_cfg", "layers"), "up to 1024"),
     ("open_clip", "open_clip_config.json", ("model_cfg", "text_cfg", "layers"), "up to 1024"),

@@ -1,10 +1,11 @@
-"""Name maps: which tensor of theirs is which of ours, as data that is read in both directions.
+"""Bidirectional maps between the tensor names of OpenVision and of other libraries.
 
-A map lists every tensor of both sides once: `Entry` where both have it, `Fixed` where only theirs
-stores it and its value follows from the model, `Dropped` where only ours has it. What is not listed
-is an error on the way in and on the way out, and all errors are told together.
+"Ours" is the parameter tree of ov_models, "theirs" the tensors of the other library. A map lists
+every tensor of both sides once: `Entry` if both sides have it, `Fixed` if only theirs stores it and
+its value follows from the model, `Dropped` if only ours has it. Unlisted tensors are an error in
+both directions; all errors are reported together.
 
-Ours stacks the layers of a tower along a leading axis; theirs has a tensor for each layer.
+Ours stacks the layers of a tower along a leading axis; theirs has one tensor per layer.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -23,12 +24,12 @@ Shape = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-  """How a tensor of ours (of one layer) becomes theirs; the way back undoes it.
+  """Invertible transform of a tensor of ours (of one layer) to theirs.
 
   Attributes:
-    name: for messages and tables.
-    axes: the order of our axes in theirs; None keeps it.
-    shape: shape of theirs from that of ours with its axes in order; None keeps it.
+    name: name for messages and tables.
+    axes: permutation of our axes; None for the identity.
+    shape: maps the permuted shape of ours to that of theirs; None for the identity.
   """
 
   name: str
@@ -36,18 +37,18 @@ class Transform:
   shape: Callable[[Shape], Shape] | None = None
 
   def their_shape(self, ours: Shape) -> Shape:
-    """Shape of theirs for `ours`."""
+    """Return the shape of theirs for a shape of ours."""
     if self.axes is not None:
       ours = tuple(ours[axis] for axis in self.axes)
     return self.shape(ours) if self.shape else ours
 
   def forward(self, tensor: np.ndarray) -> np.ndarray:
-    """Ours to theirs."""
+    """Transform ours to theirs."""
     moved = tensor if self.axes is None else tensor.transpose(self.axes)
     return np.ascontiguousarray(moved).reshape(self.their_shape(tensor.shape))
 
   def back(self, tensor: np.ndarray, ours: Shape) -> np.ndarray:
-    """Theirs to `ours`, the shape of ours."""
+    """Transform theirs to ours, which has the shape `ours`."""
     if self.axes is None:
       return tensor.reshape(ours)
     moved = tensor.reshape([ours[axis] for axis in self.axes])
@@ -63,15 +64,15 @@ LEAD_1_1 = Transform("leading 1, 1", shape=lambda s: (1, 1, *s))
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-  """One tensor of theirs and what it is of ours.
+  """One tensor of theirs and the corresponding tensors of ours.
 
   Attributes:
-    theirs: their name.
-    ours: our paths, joined by "/". Several are parts of theirs, one after the other along its
-      first axis.
-    transform: of each part.
+    theirs: name of the tensor.
+    ours: paths of our tensors, with "/" as separator. Several are concatenated along the first axis
+      of theirs.
+    transform: transform of each of our tensors.
     layer: index into the leading axis of our stacked tensors, or None.
-    also: other transforms that are accepted on the way in.
+    also: further transforms that are accepted on import.
   """
 
   theirs: str
@@ -83,7 +84,7 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Fixed:
-  """A tensor of theirs that ours does not store: `value` is written, and demanded on the way in."""
+  """Tensor of theirs that ours does not store: written as `value`, and required to equal it."""
 
   theirs: str
   value: np.ndarray
@@ -92,7 +93,7 @@ class Fixed:
 
 @dataclasses.dataclass(frozen=True)
 class Dropped:
-  """A tensor of ours, or all below a path that ends in "/", that theirs has no place for."""
+  """Tensor of ours that theirs lacks; a path ending in "/" covers all tensors below it."""
 
   ours: str
   why: str
@@ -103,12 +104,12 @@ class Dropped:
 
 @dataclasses.dataclass(frozen=True)
 class NameMap:
-  """Every tensor of a model in both worlds.
+  """All tensors of a model in both naming schemes.
 
   Attributes:
-    target: what theirs is called in messages.
-    entries, fixed, dropped: see the module.
-    ignored: names of theirs that carry nothing, such as buffers, with the reason.
+    target: name of the other library for messages.
+    entries, fixed, dropped: see the module docstring.
+    ignored: names of theirs without information, such as buffers, with the reason.
   """
 
   target: str
@@ -118,7 +119,7 @@ class NameMap:
   ignored: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
   def check_complete(self, config: Any) -> None:
-    """Raises ValueError, listing them, where parameters are neither mapped nor dropped."""
+    """Raise ValueError listing all parameters that are neither mapped nor dropped."""
     mapped = {path for entry in self.entries for path in entry.ours}
     extra = [
       path
@@ -129,10 +130,10 @@ class NameMap:
       raise ValueError(f"{self.target} has no counterpart of {', '.join(sorted(extra))}.")
 
   def to_theirs(self, params: Params, config: Any) -> Flat:
-    """Our parameters of `config` under their names; dtypes unchanged.
+    """Convert our parameters of `config` to their tensors; dtypes are kept.
 
     Raises:
-      ValueError: parameters missing, left over or of a wrong shape; all are listed.
+      ValueError: if parameters are missing, unexpected or of a wrong shape; lists all of them.
     """
     ov_models.bind(config, params)  # checks names and shapes
     self.check_complete(config)
@@ -147,43 +148,44 @@ class NameMap:
     return flat | {fixed.theirs: fixed.value for fixed in self.fixed}
 
   def to_ours(self, flat: Mapping[str, Any], config: Any, ignore: Iterable[str] = ()) -> Params:
-    """Their tensors as parameters of `config`, dtypes unchanged.
+    """Convert their tensors to parameters of `config`; dtypes are kept.
 
     Args:
       flat: tensors by name.
-      config: which model they are.
-      ignore: names that may be left over.
+      config: configuration of the model.
+      ignore: names of tensors that may be unused.
 
     Raises:
-      ValueError: tensors missing, left over, of a wrong shape or not of the value that the model
-        needs; all are listed.
+      ValueError: if tensors are missing, unexpected, of a wrong shape or of a wrong fixed value;
+        lists all of them.
     """
     shapes = layer_shapes(config)
     known = {*(e.theirs for e in self.entries), *(f.theirs for f in self.fixed), *self.ignored}
     known |= set(ignore)
     names = [e.theirs for e in self.entries] + [f.theirs for f in self.fixed]
     problems = [f"missing {name}" for name in names if name not in flat]
-    problems += [f"left over {name} {np.shape(flat[name])}" for name in flat if name not in known]
+    problems += [f"unexpected {name} {np.shape(flat[name])}" for name in flat if name not in known]
     problems += [
       problem
       for entry in self.entries
       if entry.theirs in flat
-      for problem in _misfit(entry, np.shape(flat[entry.theirs]), shapes)
+      for problem in _shape_mismatches(entry, np.shape(flat[entry.theirs]), shapes)
     ]
     problems += [
       f"{fixed.theirs} {problem}; {fixed.why}"
       for fixed in self.fixed
-      if fixed.theirs in flat and (problem := _differs(np.asarray(flat[fixed.theirs]), fixed.value))
+      if fixed.theirs in flat
+      and (problem := _value_mismatch(np.asarray(flat[fixed.theirs]), fixed.value))
     ]
     if problems:
       raise ValueError(
-        f"tensors of {self.target} do not fit the config:\n  " + "\n  ".join(problems)
+        f"tensors of {self.target} do not match the config:\n  " + "\n  ".join(problems)
       )
 
     layers: dict[str, list[np.ndarray]] = {}
     for entry in self.entries:
       theirs = np.asarray(flat[entry.theirs])
-      transform = _matching(entry, theirs.shape, shapes)
+      transform = _matching_transform(entry, theirs.shape, shapes)
       for path, part in zip(
         entry.ours, np.split(theirs, len(entry.ours)) if theirs.ndim else [theirs]
       ):
@@ -193,43 +195,49 @@ class NameMap:
 
 
 def _their_shapes(entry: Entry, shapes: Mapping[str, Shape]) -> dict[Shape, Transform]:
-  """The shapes in which `entry` is accepted, the one that is written first."""
+  """Return the accepted shapes of `entry`, starting with the one that is written."""
   found: dict[Shape, Transform] = {}
   for transform in (entry.transform, *entry.also):
     first, *rest = transform.their_shape(shapes[entry.ours[0]]) or (None,)
-    whole = () if first is None else (first * len(entry.ours), *rest)
-    found.setdefault(whole, transform)
+    full = () if first is None else (first * len(entry.ours), *rest)
+    found.setdefault(full, transform)
   return found
 
 
-def _matching(entry: Entry, shape: Shape, shapes: Mapping[str, Shape]) -> Transform:
+def _matching_transform(entry: Entry, shape: Shape, shapes: Mapping[str, Shape]) -> Transform:
   return _their_shapes(entry, shapes)[shape]
 
 
-def _misfit(entry: Entry, shape: Shape, shapes: Mapping[str, Shape]) -> list[str]:
+def _shape_mismatches(entry: Entry, shape: Shape, shapes: Mapping[str, Shape]) -> list[str]:
   wanted = _their_shapes(entry, shapes)
   if shape in wanted:
     return []
   return [f"{entry.theirs} is {shape}, expected {' or '.join(map(str, wanted))}"]
 
 
-def _differs(got: np.ndarray, wanted: np.ndarray) -> str:
-  """What is wrong with a tensor of one permitted value; "" if nothing is."""
+def _value_mismatch(got: np.ndarray, wanted: np.ndarray) -> str:
+  """Return how a tensor differs from its fixed value; "" if it is equal."""
   if got.shape != wanted.shape:
     return f"is {got.shape}, expected {wanted.shape}"
-  # Files may hold 16 bits of it: 2^-8 is the rounding of bfloat16.
+  # 2^-8 is the rounding error of bfloat16, in which a file may be stored.
   distance = np.abs(got.astype(np.float32) - wanted).max(initial=0)
-  return f"differs by {distance:.1e} from what it must be" if not distance <= 2**-8 else ""
+  return f"differs by {distance:.1e} from the expected value" if not distance <= 2**-8 else ""
 
 
 def layer_shapes(config: Any) -> dict[str, Shape]:
-  """Shape of each of our tensors, of one layer where stacked."""
+  """Return the shapes of our tensors; of one layer if they are stacked."""
   flat = flatten(ov_models.abstract_params(config))
   return {n: s.shape[1:] if "blocks" in n.split("/") else s.shape for n, s in flat.items()}
 
 
 def flatten(tree: Params, prefix: str = "") -> dict[str, Any]:
-  """Leaves by their path, joined by "/"."""
+  """Return the leaves of a nested dict by path, with "/" as separator.
+
+  Examples:
+    >>> from ov_convert import name_map
+    >>> name_map.flatten({"encoder": {"kernel": 1, "bias": 2}})
+    {'encoder/kernel': 1, 'encoder/bias': 2}
+  """
   flat: dict[str, Any] = {}
   for name, value in tree.items():
     if isinstance(value, dict):
@@ -240,7 +248,13 @@ def flatten(tree: Params, prefix: str = "") -> dict[str, Any]:
 
 
 def unflatten(flat: Mapping[str, Any]) -> Params:
-  """The inverse of `flatten`."""
+  """Return the nested dict of leaves by path; the inverse of `flatten`.
+
+  Examples:
+    >>> from ov_convert import name_map
+    >>> name_map.unflatten({"encoder/kernel": 1, "encoder/bias": 2})
+    {'encoder': {'kernel': 1, 'bias': 2}}
+  """
   tree: Params = {}
   for name, value in flat.items():
     *parents, leaf = name.split("/")
@@ -252,5 +266,5 @@ def unflatten(flat: Mapping[str, Any]) -> Params:
 
 
 def size(flat: Mapping[str, Any]) -> int:
-  """Number of values in tensors by name."""
+  """Return the total number of elements of tensors by name."""
   return sum(math.prod(np.shape(tensor)) for tensor in flat.values())

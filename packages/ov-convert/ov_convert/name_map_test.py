@@ -1,5 +1,6 @@
-"""The map is read in both directions, exactly, and everything it does not list is told."""
+"""Tests that name maps are exact in both directions and report all unlisted tensors."""
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -46,7 +47,9 @@ def entries():
     yield Entry(f"{layer}.key.bias", ("blocks/attn/key/bias",), SAME, layer)
 
 
-FIXED = (Fixed("stem.bias", np.zeros(8, np.float32), "our patches have no bias"),)
+FIXED = (
+  Fixed("stem.bias", np.zeros(8, np.float32), "the patch embedding of OpenVision has no bias"),
+)
 MAP = NameMap("the other world", tuple(entries()), FIXED, ignored={"step": "a counter"})
 
 
@@ -70,19 +73,19 @@ def test_round_trip_is_exact_and_everything_is_where_it_belongs(params):
   assert flat["cls"].shape == (1, 1, 8)
   back = MAP.to_ours(flat | {"step": np.zeros(())}, CONFIG)
   assert jax.tree.structure(back) == jax.tree.structure(params)
-  jax.tree.map(np.testing.assert_array_equal, back, params)
+  chex.assert_trees_all_equal(back, params)
 
 
 def test_other_forms_are_read(params):
   flat = MAP.to_theirs(params, CONFIG)
   flat["0.query.bias"] = flat["0.query.bias"].reshape(2, 4)
-  jax.tree.map(np.testing.assert_array_equal, MAP.to_ours(flat, CONFIG), params)
+  chex.assert_trees_all_equal(MAP.to_ours(flat, CONFIG), params)
   flat["0.query.bias"] = flat["0.query.bias"].reshape(4, 2)
   with pytest.raises(ValueError, match=r"0.query.bias is \(4, 2\), expected \(8,\) or \(2, 4\)"):
     MAP.to_ours(flat, CONFIG)
 
 
-def test_everything_that_does_not_fit_is_told_at_once(params):
+def test_all_mismatches_are_reported_at_once(params):
   flat = MAP.to_theirs(params, CONFIG)
   del flat["norm.bias"], flat["1.fc1.weight"]
   flat["extra"] = np.zeros(3)
@@ -91,12 +94,13 @@ def test_everything_that_does_not_fit_is_told_at_once(params):
   with pytest.raises(ValueError) as error:
     MAP.to_ours(flat, CONFIG)
   assert str(error.value).splitlines() == [
-    "tensors of the other world do not fit the config:",
+    "tensors of the other world do not match the config:",
     "  missing norm.bias",
     "  missing 1.fc1.weight",
-    "  left over extra (3,)",
+    "  unexpected extra (3,)",
     "  0.qkv.weight is (8, 24), expected (24, 8)",
-    "  stem.bias differs by 5.0e-01 from what it must be; our patches have no bias",
+    "  stem.bias differs by 5.0e-01 from the expected value; "
+    "the patch embedding of OpenVision has no bias",
   ]
   flat = MAP.to_theirs(params, CONFIG) | {"extra": np.zeros(3)}
   MAP.to_ours(flat, CONFIG, ignore=["extra"])
@@ -111,7 +115,7 @@ def test_everything_that_does_not_fit_is_told_at_once(params):
     MAP.to_ours(flat, CONFIG, ignore=["extra"])
 
 
-def test_what_is_neither_mapped_nor_dropped_is_an_error(params):
+def test_unmapped_parameters_are_an_error(params):
   short = NameMap("it", MAP.entries[:-2])
   with pytest.raises(ValueError, match="it has no counterpart of blocks/attn/key/bias"):
     short.to_theirs(params, CONFIG)

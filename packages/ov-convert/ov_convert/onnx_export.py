@@ -1,7 +1,7 @@
-"""ONNX graphs of the image and the text tower, for onnxruntime and all that reads the format.
+"""ONNX format: graphs of the image and the text tower.
 
-They are traced from the PyTorch module, so that writing them needs the clients' environment. A
-caption decoder is not part of them: it is a loop, and lives in the folder of our own format.
+Graphs are traced from the PyTorch module, so exporting requires the environment of the clients.
+Caption decoders are loops and are not exported; use our own format.
 """
 
 import json
@@ -15,14 +15,14 @@ from ov_convert.release import Release
 import ov_models
 
 PREPROCESSOR_FILE = "preprocessor.json"
-# From 18 on PyTorch writes all of our graphs; onnxruntime 1.19, the oldest that is tried, reads up
-# to 21, and 1.32 reads up to 25.
+# PyTorch supports all of our graphs from opset 18 on. onnxruntime 1.19, the oldest tested version,
+# reads up to 21, and 1.32 up to 25.
 OPSETS = (18, 23)
 DEFAULT_OPSET = 18
 
 
 def check_opset(opset: int) -> None:
-  """Raise ValueError for an opset that is not written."""
+  """Raise ValueError for an unsupported opset."""
   if not OPSETS[0] <= opset <= OPSETS[1]:
     raise ValueError(
       f"onnx_opset={opset}; expected {OPSETS[0]} to {OPSETS[1]} (onnxruntime 1.19 reads up to 21)."
@@ -30,9 +30,9 @@ def check_opset(opset: int) -> None:
 
 
 def check(release: Release) -> None:
-  """Raises ValueError, listing all, where the model does not fit the format.
+  """Raise ValueError listing all properties of a model that the format does not support.
 
-  Graphs are of float32: half precision is a conversion of its own, which depends on what runs it.
+  Graphs are float32; conversion to half precision depends on the runtime and is left to the user.
   """
   problems = []
   if release.dtype != "float32":
@@ -45,7 +45,9 @@ def check(release: Release) -> None:
   except ValueError as error:
     problems += str(error).splitlines()[1:]
   if problems:
-    raise ValueError("ONNX cannot hold this model:\n  " + "\n  ".join(map(str.strip, problems)))
+    raise ValueError(
+      "ONNX does not support this model:\n  " + "\n  ".join(map(str.strip, problems))
+    )
 
 
 def write(
@@ -55,17 +57,17 @@ def write(
   *,
   opset: int = DEFAULT_OPSET,
 ) -> None:
-  """Writes image.onnx, text.onnx, preprocessor.json and tokenizer.json, as far as there are towers.
+  """Write image.onnx, text.onnx, preprocessor.json and tokenizer.json for the existing towers.
 
   Args:
-    folder: made where missing.
-    release: the model, in float32.
+    folder: output directory; created if missing.
+    release: float32 model.
     python: interpreter with PyTorch; that of the clients' environment by default.
     opset: version of the ONNX operators, see `OPSETS`.
 
   Raises:
     ValueError: see `check` and `check_opset`.
-    client_env.ClientError: PyTorch cannot trace the model.
+    client_env.ClientError: if PyTorch cannot trace the model.
   """
   check(release)
   check_opset(opset)
@@ -88,11 +90,11 @@ def _towers(release: Release) -> tuple[str, ...]:
 
 
 def _preprocessor(release: Release) -> dict[str, Any]:
-  """How inputs are made, and what similarities of embeddings are multiplied by and added to."""
+  """Return preprocessing, tokenizer settings, and scale and bias of the similarity."""
   content: dict[str, Any] = {}
   if "image" in _towers(release):
     pre = release.preprocess
-    content |= {"image_size": pre.image_size, "fit": pre.fit, "resample": "bilinear"}
+    content |= {"image_size": pre.image_size, "fit": pre.fit, "resample": pre.interpolation}
     content |= {"mean": pre.mean, "std": pre.std}
   if "text" in _towers(release) and (words := release.words) is not None:
     names = ("length", "append_cls", "pad_id", "bos_id", "eos_id", "unk_id", "cls_id")

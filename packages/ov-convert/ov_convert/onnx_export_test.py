@@ -1,4 +1,4 @@
-"""ONNX graphs give what ours gives, for batches of any size, wherever the folder is moved to."""
+"""Tests that ONNX graphs equal our model, for all batch sizes, in a moved folder."""
 
 import dataclasses
 import json
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ov_convert import client_env, onnx_export
-from ov_convert.testing_whole import (
+from ov_convert.testing.whole import (
   LENGTH,
   largest_difference,
   our_arrays,
@@ -44,7 +44,7 @@ def case(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5])  # traced with 2
-def test_computes_what_ours_computes(case, batch, tmp_path):
+def test_outputs_equal_ov_models(case, batch, tmp_path):
   release, folder = case
   inputs = random_inputs(release, batch)
   theirs = run("run_onnx.py", folder, inputs, tmp_path)
@@ -59,7 +59,7 @@ def test_computes_what_ours_computes(case, batch, tmp_path):
   assert theirs.facts["image.onnx pixel_values"] == ["tensor(float)", "batch", 3, 18, 18]
 
 
-def test_the_folder_is_complete_and_tells_nothing_of_this_machine(case):
+def test_the_folder_is_complete_and_has_no_local_paths(case):
   release, folder = case
   names = {file.name for file in folder.iterdir()}
   expected = {"image.onnx", "image.onnx.data", "preprocessor.json"}
@@ -70,10 +70,10 @@ def test_the_folder_is_complete_and_tells_nothing_of_this_machine(case):
     content = file.read_bytes()
     for secret in (b"site-packages", str(pathlib.Path.home()).encode(), b"openvision_torch.py"):
       assert secret not in content
-    assert len(content) < 1 << 20  # weights are beside it
+    assert len(content) < 1 << 20  # weights are in a separate file
 
 
-def test_preprocessing_and_scale_are_told(case):
+def test_preprocessing_and_scale_are_stored(case):
   release, folder = case
   content = json.loads((folder / "preprocessor.json").read_text("utf-8"))
   assert content["image_size"] == 18 and content["fit"] == "center"

@@ -1,18 +1,18 @@
-"""Folders of open_clip: `open_clip.create_model_from_pretrained("local-dir:FOLDER")`.
+"""open_clip format: `open_clip.create_model_from_pretrained("local-dir:FOLDER")`.
 
-Written for the library as it is released (3.3.0): two towers as its CLIP; an image tower alone as
-`visual`, with a text tower of one word and zero weights beside it, for the library demands one, and
-the identity for a projection. Caption decoders are left out. Read are such folders, those of the
-published PyTorch weights, and other ViTs that fit.
+`write` targets the released library (3.3.0). Two towers become its CLIP class. A single image tower
+becomes `visual` with an identity projection and, because the library requires a text tower, a dummy
+text tower of one word with zero weights. Caption decoders are omitted. `read` accepts such folders,
+the published PyTorch weights, and other compatible ViTs.
 
-`open_clip.get_tokenizer("local-dir:FOLDER")` makes the ids of training, but for what it does to a
-text before, which no setting turns off: ftfy repairs mojibake, makes typographic quotes straight
-and drops control characters, and HTML entities are resolved. Texts with these get other ids.
+`open_clip.get_tokenizer("local-dir:FOLDER")` returns the ids of training, except for text cleaning
+that cannot be disabled: ftfy repairs mojibake, straightens typographic quotes and removes control
+characters, and HTML entities are unescaped. Texts with these get different ids.
 
-A text tower that masks padding has no switch in the library's configuration. It is written as the
-library's tower with an appended token (`embed_cls`), whose mask hides what follows padding. There
-[eos] is made the padding, so that all behind the text is hidden and nothing else. Embeddings are
-the same; ids have [eos] where training has [PAD]. See `mask_padding`.
+The configuration of the library has no option to mask padding. A text tower that masks padding is
+written as a tower with an appended token (`embed_cls`), whose mask hides columns after padding.
+[eos] is used as padding there, so that exactly the columns after the text are hidden. Embeddings
+are the same; ids have [eos] where training has [PAD]. See `mask_padding`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -24,12 +24,19 @@ from typing import Any
 
 import numpy as np
 
-from ov_convert import fields, hf_tokenizer, open_clip_config, reading, vision
+from ov_convert import (
+  fields,
+  hf_tokenizer,
+  open_clip_config,
+  open_clip_text,
+  open_clip_timm,
+  reading,
+  vision,
+)
 from ov_convert.name_map import (
   CONV,
   LEAD_1,
   SAME,
-  TRANSPOSE,
   Dropped,
   Entry,
   Fixed,
@@ -37,13 +44,13 @@ from ov_convert.name_map import (
   NameMap,
   Params,
 )
-from ov_convert.release import Config, Imported, Release, Words, encoder_of
+from ov_convert.release import Config, Imported, Release, TokenizerSpec, encoder_of
 from ov_convert.writing import write_json, write_weights
 import ov_models
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
-_WEIGHTS_FILES = (  # in the library's own order
+_WEIGHTS_FILES = (  # in the order in which the library searches them
   WEIGHTS_FILE,
   "open_clip_pytorch_model.safetensors",
   "open_clip_pytorch_model.bin",
@@ -51,37 +58,22 @@ _WEIGHTS_FILES = (  # in the library's own order
   "model.safetensors",
   "pytorch_model.bin",
 )
-_QKV = ("query", "key", "value")
-_BLOCK = (  # theirs, ours, transform
-  ("ln_1.weight", ("norm1/scale",), SAME),
-  ("ln_1.bias", ("norm1/bias",), SAME),
-  ("attn.in_proj_weight", tuple(f"attn/{name}/kernel" for name in _QKV), TRANSPOSE),
-  ("attn.in_proj_bias", tuple(f"attn/{name}/bias" for name in _QKV), SAME),
-  ("attn.out_proj.weight", ("attn/out/kernel",), TRANSPOSE),
-  ("attn.out_proj.bias", ("attn/out/bias",), SAME),
-  ("ln_2.weight", ("norm2/scale",), SAME),
-  ("ln_2.bias", ("norm2/bias",), SAME),
-  ("mlp.c_fc.weight", ("mlp/up/kernel",), TRANSPOSE),
-  ("mlp.c_fc.bias", ("mlp/up/bias",), SAME),
-  ("mlp.c_proj.weight", ("mlp/down/kernel",), TRANSPOSE),
-  ("mlp.c_proj.bias", ("mlp/down/bias",), SAME),
-)
 _NO_DECODER = "open_clip has no caption decoder of this kind"
-_NO_HEAD = "a tower on its own is not projected: the projection must be the identity"
-_NO_TEXT = "stands in for a text tower, which the library demands"
+_NO_HEAD = "a single tower has no projection, so it must be the identity"
+_NO_TEXT = "dummy text tower, which the library requires"
 
 
 def name_map(config: Config) -> NameMap:
-  """Every tensor of `config` in both libraries, before `mask_padding`.
+  """Return the name map of `config`, before `mask_padding`.
 
   Raises:
-    ValueError: the config has parameters that the library lacks; all are listed.
+    ValueError: if the library lacks some of the parameters; lists all of them.
   """
   ours = "" if isinstance(config, ov_models.ViTConfig) else "encoder/"
   encoder = encoder_of(config)
   lines: list[Entry | Fixed] = list(_image_tower(encoder, ours))
   if isinstance(config, ov_models.VisionLanguageConfig) and config.text is not None:
-    lines += _text_tower(config.text)
+    lines += open_clip_text.entries(config.text)
     lines.append(Entry("visual.proj", ("image_head/kernel",)))
     lines.append(Entry("logit_scale", ("log_scale",), also=(LEAD_1,)))
     if config.bias_init is not None:
@@ -99,22 +91,31 @@ def name_map(config: Config) -> NameMap:
 
 
 def check(release: Release) -> None:
-  """Raises ValueError, naming them, where a model has what the library cannot express."""
-  if found := open_clip_config.problems(release):
-    raise ValueError("open_clip cannot express this model:\n  " + "\n  ".join(found))
+  """Raise ValueError listing all properties of a model that the library does not support."""
+  found = open_clip_timm.problems(release)
+  if found is None:
+    found = open_clip_config.problems(release)
+  if found:
+    raise ValueError("open_clip does not support this model:\n  " + "\n  ".join(found))
 
 
 def write(folder: pathlib.Path, release: Release) -> None:
-  """Writes open_clip_config.json, open_clip_model.safetensors, and the tokenizer of a text tower.
+  """Write open_clip_config.json, open_clip_model.safetensors, and the tokenizer of a text tower.
 
   Raises:
     ValueError: see `check`.
   """
   check(release)
   folder.mkdir(parents=True, exist_ok=True)
-  names = name_map(release.config)
-  flat = names.to_theirs(release.params, release.config)
   text, words = release.text, release.words
+  fixed: tuple[Fixed, ...] = ()
+  content = open_clip_config.write(release)
+  if open_clip_timm.problems(release) is None:
+    names = name_map(release.config)
+    flat, fixed = names.to_theirs(release.params, release.config), names.fixed
+  else:
+    flat, vision_cfg = open_clip_timm.write(release)
+    content["model_cfg"] |= {"vision_cfg": vision_cfg, "custom_text": True}
   if text is not None and words is not None:
     pad_id = words.pad_id
     if open_clip_config.masks_padding(text):
@@ -122,30 +123,32 @@ def write(folder: pathlib.Path, release: Release) -> None:
       pad_id = words.eos_id
     shown = dataclasses.replace(words, pad_id=pad_id)
     hf_tokenizer.write_tokenizer(folder, shown, template=not words.append_cls)
-  write_weights(folder / WEIGHTS_FILE, flat, release.dtype, names.fixed)
-  write_json(folder / CONFIG_FILE, open_clip_config.write(release))
+  write_weights(folder / WEIGHTS_FILE, flat, release.dtype, fixed)
+  write_json(folder / CONFIG_FILE, content)
 
 
 def read(folder: str | os.PathLike[str], python: str | os.PathLike[str] | None = None) -> Imported:
-  """Reads a folder: what `write` wrote, published PyTorch weights, or another ViT that fits.
+  """Read a folder written by `write`, published PyTorch weights, or another compatible ViT.
 
   Args:
-    folder: holds open_clip_config.json and the weights, *.safetensors, *.bin or *.pth.
-    python: interpreter with PyTorch for the latter two; see `reading.read_tensors`.
+    folder: directory with open_clip_config.json and weights as *.safetensors, *.bin or *.pth.
+    python: interpreter with PyTorch for *.bin and *.pth; see `reading.read_tensors`.
 
   Returns:
-    Two towers; or the ViTConfig of an image tower without a text tower, whose projection is left
-    out. Notes say what was changed or left out.
+    The model with two towers, or an image tower without its projection. Notes list what was changed
+    or omitted.
 
   Raises:
-    FileNotFoundError: a file is missing.
-    ValueError: the model is none of ours; all differing fields, or tensors, are listed.
+    FileNotFoundError: if a file is missing.
+    ValueError: if the model is incompatible; lists all differing fields or tensors.
   """
   root = pathlib.Path(folder)
   content = reading.read_json(root / CONFIG_FILE)
   model = fields.section(content, "model_cfg", f"{root / CONFIG_FILE}: ") or content
-  if found := open_clip_config.misfits(model):
-    raise ValueError(f"{root / CONFIG_FILE} is no model of ours:\n  " + "\n  ".join(found))
+  if open_clip_timm.applies(model):
+    return _read_timm(root, content, model, python)
+  if found := open_clip_config.config_mismatches(model):
+    raise ValueError(f"{root / CONFIG_FILE} is not a supported model:\n  " + "\n  ".join(found))
   flat = reading.read_tensors(root, _WEIGHTS_FILES, python)
   if not any(name.startswith("visual.") for name in flat):  # a repository of the image tower alone
     flat = {f"visual.{name}": tensor for name, tensor in flat.items()}
@@ -165,7 +168,9 @@ def read(folder: str | os.PathLike[str], python: str | os.PathLike[str] | None =
   words, more = _read_words(root, model["text_cfg"], text)
   if open_clip_config.masks_padding(text):
     if words is None or words.cls_id is None:
-      raise ValueError(f"{root}: text_cfg.embed_cls needs the tokenizer beside it; {more[0]}")
+      raise ValueError(
+        f"{root}: text_cfg.embed_cls requires the tokenizer in the folder; {more[0]}"
+      )
     text = dataclasses.replace(text, pad_id=words.pad_id)
     flat = unmask_padding(flat, words.cls_id)
   else:
@@ -182,27 +187,39 @@ def read(folder: str | os.PathLike[str], python: str | os.PathLike[str] | None =
   return Imported(config, params, preprocess, words, (*notes, *more))
 
 
+def _read_timm(
+  root: pathlib.Path, content: Mapping[str, Any], model: Mapping[str, Any], python: Any
+) -> Imported:
+  """Return a model whose image tower is one of timm."""
+  flat = reading.read_tensors(root, _WEIGHTS_FILES, python)
+  config, params, notes = open_clip_timm.read(str(root / CONFIG_FILE), model, flat)
+  assert config.text is not None
+  preprocess, more = open_clip_config.read_preprocess(content, config.encoder.image_size)
+  words, about_words = _read_words(root, model["text_cfg"], config.text)
+  return Imported(config, params, preprocess, words, (*notes, *more, *about_words))
+
+
 def _log_scale(model: Mapping[str, Any]) -> float:
   given = model.get("init_logit_scale")
   return ov_models.VisionLanguageConfig.log_scale_init if given is None else float(given)
 
 
 def mask_padding(flat: Flat, cls_id: int) -> Flat:
-  """Tensors of a CLIP as those of a CustomTextCLIP whose text tower masks padding.
+  """Convert tensors of a CLIP to those of a CustomTextCLIP whose text tower masks padding.
 
-  The library's tower puts one more token behind the T of a text, and lets no token see a column
-  whose neighbour to the left is padding. With [eos] for padding those are the padding and the
-  column of [CLS]. So the appended token takes the embedding and the position of [CLS]; column
-  T - 1, which nothing sees, gets position 0.
+  The CustomTextCLIP tower appends one token to the T tokens of a text, and masks each column whose
+  left neighbour is padding. With [eos] as padding these are the padding and the column of [CLS]. So
+  the appended token gets the embedding and the position of [CLS]; column T - 1, which is masked,
+  gets position 0.
 
   Args:
-    flat: as `name_map` names them.
+    flat: tensors by the names of `name_map`.
     cls_id: id of [CLS].
   """
   renamed = {}
   for name, tensor in flat.items():
-    whole = name.startswith(("visual.", "logit_"))
-    renamed[name if whole else f"text.{name}"] = tensor
+    unchanged = name.startswith(("visual.", "logit_"))
+    renamed[name if unchanged else f"text.{name}"] = tensor
   table = flat["positional_embedding"]
   unseen = np.zeros_like(table[:1])
   renamed["text.positional_embedding"] = np.concatenate([table[:-1], unseen, table[-1:]])
@@ -211,14 +228,17 @@ def mask_padding(flat: Flat, cls_id: int) -> Flat:
 
 
 def unmask_padding(flat: Mapping[str, np.ndarray], cls_id: int) -> Flat:
-  """The inverse of `mask_padding`; ValueError where the appended token is not [CLS]."""
+  """Invert `mask_padding`; raise ValueError if the appended token is not [CLS]."""
   plain = {name.removeprefix("text."): tensor for name, tensor in flat.items()}
   appended = plain.pop("cls_emb", None)
   words, table = plain.get("token_embedding.weight"), plain.get("positional_embedding")
   if words is not None and not cls_id < len(words):
-    raise ValueError(f"[CLS] has id {cls_id}, but there are embeddings of {len(words)} tokens.")
+    raise ValueError(f"[CLS] has id {cls_id}, but the embedding table has {len(words)} tokens.")
   if appended is not None and words is not None and not np.array_equal(words[cls_id], appended):
-    raise ValueError(f"text.cls_emb is not the embedding of [CLS], id {cls_id}, as we write it.")
+    raise ValueError(
+      f"text.cls_emb differs from the embedding of [CLS], id {cls_id}; expected equal values, as "
+      "in OpenVision exports."
+    )
   if table is not None and len(table) > 1:
     plain["positional_embedding"] = np.concatenate([table[:-2], table[-1:]])
   return plain
@@ -228,26 +248,20 @@ def _image_tower(config: ov_models.ViTConfig, ours: str) -> Iterator[Entry | Fix
   yield Entry("visual.class_embedding", (f"{ours}cls",))
   yield vision.position("visual.positional_embedding", config, ours, SAME)
   yield Entry("visual.conv1.weight", (f"{ours}patch_embed/kernel",), CONV)
+  if config.pre_norm:
+    yield Entry("visual.ln_pre.weight", (f"{ours}pre_norm/scale",))
+    yield Entry("visual.ln_pre.bias", (f"{ours}pre_norm/bias",))
   yield Entry("visual.ln_post.weight", (f"{ours}norm/scale",))
   yield Entry("visual.ln_post.bias", (f"{ours}norm/bias",))
-  yield from _blocks("visual.", ours, config.depth)
-
-
-def _text_tower(config: ov_models.TextConfig) -> Iterator[Entry]:
-  yield Entry("token_embedding.weight", ("text/embed/embedding",))
-  yield Entry("positional_embedding", ("text/position_embedding",))
-  yield Entry("ln_final.weight", ("text/norm/scale",))
-  yield Entry("ln_final.bias", ("text/norm/bias",))
-  yield Entry("text_projection", ("text_head/kernel",))
-  yield from _blocks("", "text/", config.depth)
+  yield from open_clip_text.blocks("visual.", ours, config)
 
 
 def _no_text_tower(embed_dim: int) -> Iterator[Fixed]:
-  """All tensors of open_clip_config.NO_TEXT, zero."""
+  """Yield the tensors of the dummy text tower `open_clip_config.NO_TEXT`, all zero."""
   shapes: dict[str, tuple[int, ...]] = {"logit_scale": ()}
   shapes |= {"token_embedding.weight": (1, 1), "positional_embedding": (1, 1)}
   shapes |= {"ln_final.weight": (1,), "ln_final.bias": (1,), "text_projection": (1, embed_dim)}
-  for name, ours, _ in _BLOCK:
+  for name, ours, _ in open_clip_text.BLOCK:
     rows = len(ours)
     matrix = any(path.endswith("kernel") for path in ours)
     shapes[f"transformer.resblocks.0.{name}"] = (rows, 1) if matrix else (rows,)
@@ -255,48 +269,43 @@ def _no_text_tower(embed_dim: int) -> Iterator[Fixed]:
     yield Fixed(name, np.zeros(shape, np.float32), _NO_TEXT)
 
 
-def _blocks(theirs: str, ours: str, depth: int) -> Iterator[Entry]:
-  for layer in range(depth):
-    for name, paths, transform in _BLOCK:
-      path = tuple(f"{ours}blocks/{path}" for path in paths)
-      yield Entry(f"{theirs}transformer.resblocks.{layer}.{name}", path, transform, layer)
-
-
 def _read_image_tower(
   flat: Mapping[str, np.ndarray], encoder: ov_models.ViTConfig
 ) -> tuple[Params, list[str]]:
-  """An image tower on its own, without its projection."""
+  """Return an image tower without its projection."""
   notes = []
   head = flat.get("visual.proj")
   if head is not None and not np.array_equal(head, np.eye(*head.shape[:2], dtype=np.float32)):
-    notes.append(f"left out visual.proj {head.shape}: the tower gives what it had before it")
+    notes.append(
+      f"visual.proj {head.shape} is not imported: the tower returns the pooled vector before it"
+    )
   image = {name: tensor for name, tensor in flat.items() if name.startswith("visual.")}
   names = [line.theirs for line in _image_tower(encoder, "") if isinstance(line, Fixed)]
-  whole = name_map(encoder)
-  fixed = tuple(line for line in whole.fixed if line.theirs in names)
-  tower = dataclasses.replace(whole, fixed=fixed)
+  names_map = name_map(encoder)
+  fixed = tuple(line for line in names_map.fixed if line.theirs in names)
+  tower = dataclasses.replace(names_map, fixed=fixed)
   return tower.to_ours(image, encoder, ["visual.proj"]), notes
 
 
 def _read_words(
   root: pathlib.Path, text_cfg: Mapping[str, Any], text: ov_models.TextConfig
-) -> tuple[Words | None, list[str]]:
-  """The tokenizer beside the weights, or why there is none."""
+) -> tuple[TokenizerSpec | None, list[str]]:
+  """Return the tokenizer in the folder, or a note on why there is none."""
   if not (root / hf_tokenizer.TOKENIZER_FILE).is_file():
-    note = f"no {hf_tokenizer.TOKENIZER_FILE} in the folder: give the tokenizer yourself"
+    note = f"no {hf_tokenizer.TOKENIZER_FILE} in the folder; provide the tokenizer separately"
     if (root / "vocab.txt").is_file():
-      note += "; ov_data.Tokenizer.from_vocab makes one of its vocab.txt"
+      note += "; ov_data.Tokenizer.from_vocab creates one from its vocab.txt"
     return None, [note]
   content = json.dumps(reading.read_json(root / hf_tokenizer.TOKENIZER_FILE), ensure_ascii=False)
   settings_file = root / hf_tokenizer.CONFIG_FILE
   settings = reading.read_json(settings_file) if settings_file.is_file() else {}
   if open_clip_config.masks_padding(text):
-    settings.pop("pad_token", None)  # there [eos] is the padding
-  # The published configs do not say that [CLS] ends a row; their pooling needs it.
+    settings.pop("pad_token", None)  # it is [eos], see `mask_padding`
+  # Published configs do not state that rows end with [CLS], but their pooling requires it.
   append_cls = text_cfg.get("tokenizer_mode") == "clips" or text.pool == "last"
   try:
-    return hf_tokenizer.words_from(
+    return hf_tokenizer.tokenizer_spec_from(
       content, settings, length=text.max_len, append_cls=append_cls
     ), []
   except ValueError as error:
-    return None, [f"the tokenizer is left out: {error}"]
+    return None, [f"the tokenizer is not imported: {error}"]

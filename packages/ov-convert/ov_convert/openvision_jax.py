@@ -1,8 +1,8 @@
-"""Parameters of the published JAX training code of OpenVision and OpenVision 2, by name.
+"""Name map of the published OpenVision and OpenVision 2 JAX training code.
 
-Theirs is one tree entry per layer and, on request, attention kernels split by head; ours stacks the
-layers and keeps kernels 2-D. All that differs besides names is therefore shape. The map below is
-the whole conversion: it is read in both directions and nothing is guessed.
+Their tree has one entry per layer and optionally splits attention kernels by head; ours stacks the
+layers and keeps kernels 2-D. Conversion therefore changes only names and shapes, and the name map
+below defines it in both directions.
 
 Dimensions: D width, F mlp, N heads, H head dim, P patch, T tokens, V vocab, E width of the tower.
 """
@@ -32,7 +32,7 @@ _Tower = (
   | ov_models.QueryDecoderConfig
 )
 
-# theirs (below the tower), ours (below the tower), transform; a string names one by heads.
+# theirs (below the tower), ours (below the tower), transform; a string is a key of `_by_heads`.
 _NORM = (("scale", "scale"), ("bias", "bias"))
 _BLOCK_MAP: tuple[tuple[str, str, Transform | str], ...] = (
   *((f"LayerNorm_0/{a}", f"norm1/{b}", SAME) for a, b in _NORM),
@@ -63,14 +63,14 @@ _TEXT_MAP = (
   ("encoder_norm/scale", "norm/scale", SAME),
   ("encoder_norm/bias", "norm/bias", SAME),
 )
-_WRITER_MAP = (  # what both decoders have
+_COMMON_DECODER_MAP = (  # common to both decoders
   ("image_projection_layer/kernel", "image_proj/kernel", SAME),
   ("decoder_norm/scale", "norm/scale", SAME),
   ("decoder_norm/bias", "norm/bias", SAME),
   ("head/kernel", "head/kernel", SAME),
 )
-_DECODER_MAP = (("Embed_0/embedding", "embed/embedding", SAME), *_WRITER_MAP)
-_QUERY_DECODER_MAP = (("learnable_tokens", "queries", SAME), *_WRITER_MAP)
+_DECODER_MAP = (("Embed_0/embedding", "embed/embedding", SAME), *_COMMON_DECODER_MAP)
+_QUERY_DECODER_MAP = (("learnable_tokens", "queries", SAME), *_COMMON_DECODER_MAP)
 _QUERY_DECODER_TEXT = ("text_projection_layer/kernel", "text_proj/kernel", SAME)
 _JOINT_MAP = (
   ("img/head/kernel", "image_head/kernel", SAME),
@@ -80,20 +80,20 @@ _JOINT_MAP = (
 
 
 def name_map(config: Config, *, split_heads: bool = False) -> NameMap:
-  """Every tensor of `config` in both trees.
+  """Return the name map of a config.
 
-  A ViTConfig maps the tower "img" of OpenVision and a TextConfig its tower "txt" (their heads
-  belong to the contrastive model), a VisionLanguageConfig all of OpenVision: "img", "txt",
-  "txt_decoder" and "t". With a teacher-forced decoder and no text tower it maps the towers
+  A ViTConfig maps the tower "img" of OpenVision and a TextConfig its tower "txt" (without heads,
+  which belong to the contrastive model). A VisionLanguageConfig maps all of OpenVision: "img",
+  "txt", "txt_decoder" and "t"; with a teacher-forced decoder and no text tower, it maps the towers
   "img_encoder" and "txt_decoder" of OpenVision 2.
 
   Args:
-    config: which model they are.
-    split_heads: whether the attention kernels of both towers are written 3-D, [D, N, H] and
-      [N, H, D]. Read are both forms. The decoder's are 2-D in every published checkpoint.
+    config: configuration of the model.
+    split_heads: whether to write the attention kernels of both towers 3-D, as [D, N, H] and
+      [N, H, D]. Both forms can be read. Decoder kernels are 2-D in all published checkpoints.
 
   Raises:
-    ValueError: the config has parameters that the published models lack; all are listed.
+    ValueError: if the published models lack some of the parameters; lists all of them.
   """
   if isinstance(config, ov_models.VisionLanguageConfig):
     entries = list(_vision_language(config, split_heads))
@@ -114,33 +114,33 @@ def name_map(config: Config, *, split_heads: bool = False) -> NameMap:
 
 
 def to_ours(flat: Mapping[str, np.ndarray], config: Config, ignore: Iterable[str] = ()) -> Params:
-  """Their tensors as parameters of `config`.
+  """Convert their tensors to parameters of `config`.
 
   Args:
     flat: tensors by name, e.g. "img/Transformer/encoderblock_0/LayerNorm_0/scale"; attention
       kernels 2-D or 3-D.
-    config: which model they are.
-    ignore: names that may be left over, e.g. "img/head/kernel".
+    config: configuration of the model.
+    ignore: names of tensors that may be unused, e.g. "img/head/kernel".
 
   Returns:
-    Nested dict of numpy arrays as `ov_models.bind` takes it, dtypes unchanged.
+    Nested dict of numpy arrays for `ov_models.bind`; dtypes are kept.
 
   Raises:
-    ValueError: tensors missing, left over or of a wrong shape; all are listed.
+    ValueError: if tensors are missing, unexpected or of a wrong shape; lists all of them.
   """
   return name_map(config).to_ours(flat, config, ignore)
 
 
 def to_theirs(params: Params, config: Config, *, split_heads: bool = False) -> dict[str, Any]:
-  """Our parameters under their names; the inverse of `to_ours`.
+  """Convert our parameters to their tensors; the inverse of `to_ours`.
 
   Args:
-    params: of `config`.
-    config: which model they are.
+    params: parameters of `config`.
+    config: configuration of the model.
     split_heads: see `name_map`.
 
   Raises:
-    ValueError: parameters missing, left over or of a wrong shape; all are listed.
+    ValueError: if parameters are missing, unexpected or of a wrong shape; lists all of them.
   """
   return name_map(config, split_heads=split_heads).to_theirs(params, config)
 
@@ -188,7 +188,7 @@ def _tower(
 
 
 def _by_heads(heads: int) -> dict[str, Transform]:
-  """Attention kernels and biases with the heads as an axis of their own."""
+  """Return the transforms that split heads into a separate axis."""
   return {
     "split output": Transform("split output", shape=lambda s: (*s[:-1], heads, s[-1] // heads)),
     "split input": Transform("split input", shape=lambda s: (heads, s[0] // heads, *s[1:])),

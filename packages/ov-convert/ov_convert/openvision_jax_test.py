@@ -1,7 +1,8 @@
-"""The name map is complete and reversible, and says what does not fit."""
+"""Tests that the name map is complete and reversible, and reports mismatches."""
 
 import dataclasses
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -48,7 +49,7 @@ def test_round_trip_is_exact(config, split_heads):
   assert sum(tensor.size for tensor in flat.values()) == ov_models.num_params(config)
   back = openvision_jax.to_ours(flat, config)
   assert jax.tree.structure(back) == jax.tree.structure(params)
-  jax.tree.map(np.testing.assert_array_equal, back, params)
+  chex.assert_trees_all_equal(back, params)
 
 
 def test_layers_and_heads_land_where_they_belong():
@@ -102,10 +103,10 @@ def test_towers_alone_are_those_of_the_pair():
   flat = openvision_jax.to_theirs(params, TOWERS)
   text = {name: tensor for name, tensor in flat.items() if name.startswith("txt/")}
   back = openvision_jax.to_ours(text, TEXT, ignore=["txt/head/kernel"])
-  jax.tree.map(np.testing.assert_array_equal, back, params["text"])
+  chex.assert_trees_all_equal(back, params["text"])
   image = {name: tensor for name, tensor in flat.items() if name.startswith("img/")}
   back = openvision_jax.to_ours(image, VIT, ignore=["img/head/kernel"])
-  jax.tree.map(np.testing.assert_array_equal, back, params["encoder"])
+  chex.assert_trees_all_equal(back, params["encoder"])
 
 
 def test_decoder_kernels_stay_2d():
@@ -156,7 +157,7 @@ def test_every_misfit_is_listed():
   for line in (
     "missing img/cls",
     "missing img/encoder_norm/bias",
-    "left over img/head/kernel (16, 4)",
+    "unexpected img/head/kernel (16, 4)",
     "img/embedding/kernel is (2, 2, 3, 16), expected (4, 4, 3, 16)",
   ):
     assert line in str(error.value)
@@ -175,8 +176,8 @@ def test_every_misfit_of_two_towers_is_listed():
   for line in (
     "missing t\n",
     "missing txt/pos_embedding",
-    "left over b (1,)",
-    "left over txt/head/bias (8,)",
+    "unexpected b (1,)",
+    "unexpected txt/head/bias (8,)",
     "txt_decoder/learnable_tokens is (1, 5, 20), expected (5, 20)",
     f"{block}/query/kernel is (12, 4, 3), expected (12, 12) or (12, 3, 4)",
   ):

@@ -1,9 +1,9 @@
-"""Checkpoints of the published JAX training code of OpenVision and OpenVision 2.
+"""Import of orbax checkpoints of the published OpenVision and OpenVision 2 training code.
 
-A run of theirs keeps a folder named `checkpoint.npz`, and in it `<step>/default`, which orbax
-reads: {"params": ..., "opt": ...}. Nothing in it says which model it is. That is read off the names
-and shapes, with the two things that they do not tell as arguments: the resolution, on which no
-parameter depends, and the heads of sizes that were never published, where kernels are 2-D.
+A run of that code has a directory `checkpoint.npz` with orbax checkpoints `<step>/default`:
+{"params": ..., "opt": ...}. The checkpoint does not state the model; its config is inferred from
+names and shapes. Two values cannot be inferred and are arguments: the resolution, and the number of
+heads of unpublished sizes with 2-D kernels.
 """
 
 from collections import Counter
@@ -28,37 +28,38 @@ import ov_models
 Folder = str | os.PathLike[str]
 Sizes = Mapping[str, tuple[int, int, int, int]]  # as in ov_models.VIT_VARIANTS
 
-# A decoder of OpenVision 2 has no positions; its texts had so many tokens.
+# Caption length of OpenVision 2, whose decoder has no positions to infer it from.
 _CAPTION_TOKENS = 127
 
 
 def read(
   folder: Folder, *, step: int | None = None, image_size: int = 224, num_heads: int | None = None
 ) -> Imported:
-  """A model from one of their checkpoints; optimizer state is not read.
+  """Read a model from a checkpoint; optimizer state is not read.
 
   Args:
-    folder: of a run (with `checkpoint.npz` in it), `checkpoint.npz` itself, a step of it, or
-      `default`; local, or a path of etils.epath into a bucket. Parts of a model are models too:
-      towers alone, without decoder.
-    step: which one of `checkpoint.npz`; the newest by default.
-    image_size: S, pixels. Learned positions, which no published model has, fix it instead.
-    num_heads: of towers whose kernels are 2-D and whose sizes are not published.
+    folder: directory of a run (with `checkpoint.npz`), `checkpoint.npz` itself, one of its steps,
+      or `default`; a local path, or an etils.epath path in a bucket. Partial models are supported:
+      single towers, models without decoder.
+    step: step to read; the newest by default.
+    image_size: side of the input image S, in pixels. Ignored for learned positions, which determine
+      it; no published model has these.
+    num_heads: number of heads of towers with 2-D kernels and unpublished sizes.
 
   Raises:
-    FileNotFoundError: there is no checkpoint.
-    ValueError: it cannot be read, is of another model, or has tensors missing, left over, of a
-      wrong shape or not finite; all are listed.
+    FileNotFoundError: if there is no checkpoint.
+    ValueError: if the checkpoint is unreadable or of another model, or tensors are missing,
+      unexpected, of a wrong shape or contain NaN or Inf; lists all of them.
   """
   path = find(folder, step)
   flat = restore(path)
   config, notes = infer_config({n: a.shape for n, a in flat.items()}, image_size, num_heads)
   ignore: list[str] = []
   if isinstance(config, ov_models.ViTConfig | ov_models.TextConfig):
-    # A tower on its own: its head belongs to the contrastive model.
+    # A single tower has no head; heads belong to the contrastive model.
     flat = {re.sub("^img_encoder/", "img/", name): array for name, array in flat.items()}
     ignore = [name for name in ("img/head/kernel", "txt/head/kernel") if name in flat]
-    notes += [f"{name} is left out: a tower alone has no head" for name in ignore]
+    notes += [f"{name} is not imported: a single tower has no head" for name in ignore]
   params = openvision_jax.to_ours(flat, config, ignore)
   preprocess = None
   if not isinstance(config, ov_models.TextConfig):
@@ -67,10 +68,10 @@ def read(
 
 
 def find(folder: Folder, step: int | None = None) -> pathlib.Path:
-  """The folder of one checkpoint that orbax reads; see `read`."""
+  """Return the orbax directory of one checkpoint; see `read`."""
   path = _as_path(folder)
   if not path.is_dir():
-    raise FileNotFoundError(f"{path}: there is no such folder.")
+    raise FileNotFoundError(f"{path}: no such folder.")
   for below in ("jax_orbax_weight", "checkpoint.npz"):  # the former in published repositories
     if (path / below).is_dir():
       path = path / below
@@ -80,34 +81,36 @@ def find(folder: Folder, step: int | None = None) -> pathlib.Path:
       raise ValueError(f"{path} has no step {step}; it has {', '.join(map(str, sorted(steps)))}.")
     path = steps[max(steps) if step is None else step]
   elif step is not None:
-    raise ValueError(f"step={step}, but {path} holds no steps; leave it out.")
+    raise ValueError(f"step={step}, but {path} contains no steps; omit it.")
   if (path / "default").is_dir():
     path = path / "default"
   if not (path / "_METADATA").is_file():
     raise FileNotFoundError(
-      f"{path} is no checkpoint: _METADATA is missing. Expected the folder of a run with "
+      f"{path} is not a checkpoint: _METADATA is missing. Expected the folder of a run with "
       "checkpoint.npz/<step>/default in it, or one of those."
     )
   return path
 
 
 def restore(path: pathlib.Path) -> dict[str, np.ndarray]:
-  """The parameters in a folder of `find`, by name and as float32, on the host."""
-  # Imported here: only who reads such checkpoints needs orbax.
+  """Return the parameters in a directory returned by `find`, by name, as float32 on the host."""
+  # orbax is an optional dependency, needed only for these checkpoints.
   import orbax.checkpoint as ocp
 
   path = path if "://" in str(path) else path.absolute()
   if (size := _size(path / "_METADATA")) > MAX_HEADER_BYTES:
-    raise ValueError(f"{path}/_METADATA has {size} bytes; read are up to {MAX_HEADER_BYTES}.")
+    raise ValueError(f"{path}/_METADATA has {size} bytes; expected at most {MAX_HEADER_BYTES}.")
   tree = _read(path, lambda: ocp.PyTreeCheckpointHandler().metadata(path).tree)
   if not isinstance(tree, dict) or not isinstance(tree.get("params"), dict):
-    raise ValueError(f"{path} holds no params; expected a checkpoint with params and opt.")
+    raise ValueError(f"{path} contains no params; expected a checkpoint with params and opt.")
   saved = flatten(tree["params"])
   if odd := [name for name, leaf in saved.items() if not hasattr(leaf, "shape")]:
-    raise ValueError(f"{path}: {', '.join(odd)} are no arrays; expected a tree of arrays.")
+    raise ValueError(f"{path}: {', '.join(odd)} are not arrays; expected a tree of arrays.")
   total = sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in saved.values())
   if total > MAX_TENSOR_BYTES:
-    raise ValueError(f"{path} claims {total} bytes of arrays; read are up to {MAX_TENSOR_BYTES}.")
+    raise ValueError(
+      f"{path} declares {total} bytes of arrays; expected at most {MAX_TENSOR_BYTES}."
+    )
   wanted = {"params": unflatten(dict.fromkeys(saved, 0))}
   args = {"params": unflatten({n: ocp.RestoreArgs(restore_type=np.ndarray) for n in saved})}
   request = ocp.args.PyTreeRestore(wanted, restore_args=args, partial_restore=True)
@@ -115,17 +118,18 @@ def restore(path: pathlib.Path) -> dict[str, np.ndarray]:
     read = flatten(_read(path, lambda: reader.restore(path, args=request))["params"])
   flat = {name: np.asarray(array, np.float32) for name, array in read.items()}
   if broken := [name for name, array in flat.items() if not np.isfinite(array).all()]:
-    raise ValueError(f"{path}: {', '.join(broken)} holds NaN or infinity; it is no model.")
+    raise ValueError(f"{path}: {', '.join(broken)} contains NaN or Inf; use an intact checkpoint.")
   return flat
 
 
 def infer_config(
   shapes: Mapping[str, Shape], image_size: int = 224, num_heads: int | None = None
 ) -> tuple[openvision_jax.Config, list[str]]:
-  """Which model tensors of these names and shapes are, and notes on what they did not tell.
+  """Infer the config of a model from names and shapes of its tensors, with notes on assumptions.
 
   Raises:
-    ValueError: of neither OpenVision nor OpenVision 2, or what tells the sizes is missing.
+    ValueError: if the model is neither OpenVision nor OpenVision 2, or tensors that determine sizes
+      are missing.
   """
   tops = {name.split("/")[0] for name in shapes}
   if tops.isdisjoint(("img", "txt", "img_encoder")):
@@ -169,7 +173,7 @@ def infer_config(
 
 
 class _Sizes:
-  """Sizes read off shapes. What is missing is collected, and told by `check`."""
+  """Sizes inferred from shapes. Problems are collected and raised by `check`."""
 
   def __init__(self, shapes: Mapping[str, Shape], num_heads: int | None) -> None:
     self.shapes = shapes
@@ -178,12 +182,14 @@ class _Sizes:
     self.notes: list[str] = []
 
   def check(self) -> None:
-    """Raises ValueError with all that was missing."""
+    """Raise ValueError listing all problems."""
     if self.problems:
-      raise ValueError("the sizes of the model cannot be told:\n  " + "\n  ".join(self.problems))
+      raise ValueError(
+        "the sizes of the model cannot be determined:\n  " + "\n  ".join(self.problems)
+      )
 
   def dim(self, name: str, axis: int, rank: int) -> int:
-    """One dimension of a tensor; 1 where `check` will raise."""
+    """Return one dimension of a tensor, or 1 after recording a problem."""
     shape = self.shapes.get(name)
     if shape is None:
       self.problems.append(f"missing {name}")
@@ -194,14 +200,14 @@ class _Sizes:
     return 1
 
   def most(self, tower: str, name: str, axis: int, rank: int) -> int | None:
-    """The dimension that most layers have: one wrong tensor must not make all others wrong."""
+    """Return the most common dimension over layers, so that one wrong tensor stands out."""
     pattern = re.compile(f"{tower}/Transformer/encoderblock_[0-9]+/{name}")
     found = [s for n, s in self.shapes.items() if pattern.fullmatch(n) and len(s) == rank]
     counts = Counter(shape[axis] for shape in found if all(shape))
     return counts.most_common(1)[0][0] if counts else None
 
   def tower(self, name: str, published: Sizes) -> dict[str, Any]:
-    """width, depth, mlp_dim and num_heads of a tower."""
+    """Return width, depth, mlp_dim and num_heads of a tower."""
     layers = {
       int(match[1])
       for path in self.shapes
@@ -219,7 +225,7 @@ class _Sizes:
     return sizes | {"num_heads": self.heads(name, sizes, published)}
 
   def heads(self, name: str, sizes: Mapping[str, int], published: Sizes) -> int:
-    """From split kernels, else of the published tower of these sizes, else as told."""
+    """Return the number of heads: from split kernels, published sizes, or the argument."""
     width, depth, mlp = sizes.values()
     split = self.most(name, "MultiHeadDotProductAttention_0/(query|key|value)/kernel", 1, 3)
     alike = {v for v in published.values() if (v[0], v[2]) == (width, mlp)}
@@ -228,28 +234,28 @@ class _Sizes:
     if self.num_heads:
       return split or self.num_heads
     have = f"{name} has {depth} layers of width {width} and mlp {mlp}"
-    if alike:  # perhaps the last layers are lost
+    if alike:  # the last layers may be missing
       layers = " or ".join(str(d) for _, d, _, _ in sorted(alike))
       self.problems.append(
-        f"{have}, but the published model has {layers} layers: encoderblock_{depth} and on are "
-        "missing. Give num_heads if it was trained so"
+        f"{have}, but the published model has {layers} layers: encoderblock_{depth} and later "
+        "ones are missing. Set num_heads if the model has this depth"
       )
     elif split is None:
-      self.problems.append(f"{have}, which is no published size: give num_heads")
+      self.problems.append(f"{have}, which is not a published size; set num_heads")
     return split or 1
 
   def image(self, name: str, image_size: int) -> dict[str, Any]:
-    """Fields of the image tower."""
+    """Return the fields of the image tower."""
     fields = self.tower(name, ov_models.VIT_VARIANTS) | {"image_size": image_size}
     fields["patch_size"] = self.dim(f"{name}/embedding/kernel", 0, 4)
     if f"{name}/pos_embedding" in self.shapes:
       side = math.isqrt(self.dim(f"{name}/pos_embedding", 1, 3) - 1)
       fields |= {"position": "learned", "image_size": side * fields["patch_size"]}
-      self.notes.append(f"{name} has learned positions, made for {fields['image_size']} pixels")
+      self.notes.append(f"{name} has learned positions for {fields['image_size']} pixels")
     return fields
 
   def text(self) -> dict[str, Any]:
-    """Fields of the text tower."""
+    """Return the fields of the text tower."""
     fields = self.tower("txt", ov_models.TEXT_VARIANTS) | {
       "vocab_size": self.dim("txt/Embed_0/embedding", 0, 2),
       "max_len": self.dim("txt/pos_embedding", 1, 3),
@@ -257,14 +263,14 @@ class _Sizes:
     return fields | ov_models.PRESETS["openvision_released"].text
 
   def queries(self) -> dict[str, Any]:
-    """Fields of the decoder of OpenVision."""
+    """Return the fields of the OpenVision decoder."""
     return self.tower("txt_decoder", ov_models.DECODER_VARIANTS) | {
       "vocab_size": self.dim("txt_decoder/head/kernel", 1, 2),
       "num_queries": self.dim("txt_decoder/learnable_tokens", 0, 2),
     }
 
   def captions(self) -> dict[str, Any]:
-    """Fields of the decoder of OpenVision 2."""
+    """Return the fields of the OpenVision 2 decoder."""
     return self.tower("txt_decoder", ov_models.DECODER_VARIANTS) | {
       "vocab_size": self.dim("txt_decoder/Embed_0/embedding", 0, 2),
       "max_len": _CAPTION_TOKENS,
@@ -274,18 +280,18 @@ class _Sizes:
 
 
 def _as_path(folder: Folder) -> Any:
-  """Return a path; one of another kind, such as etils.epath into a bucket, as it is."""
+  """Return a pathlib path; other path objects, such as etils.epath, are returned unchanged."""
   return folder if isinstance(folder, pathlib.PurePath) else pathlib.Path(folder)
 
 
 def _size(file: Any) -> int:
-  """Return the bytes of a file, local or of etils.epath."""
+  """Return the size in bytes of a local or etils.epath file."""
   stat = file.stat()
   return stat.st_size if hasattr(stat, "st_size") else stat.length
 
 
 def _read(path: pathlib.Path, read: Callable[[], Any]) -> Any:
-  """What orbax reads; ValueError of one line where files are damaged."""
+  """Return what `read` returns; raise a one-line ValueError if files are damaged."""
   logger, hook = logging.getLogger("asyncio"), sys.unraisablehook
   before, logger.disabled = logger.disabled, True
 
@@ -298,13 +304,13 @@ def _read(path: pathlib.Path, read: Callable[[], Any]) -> Any:
   try:
     found = read()
     sys.unraisablehook = hook
-  except Exception as error:  # whatever the libraries below make of a damaged file
-    # The arrays are read all at once. Those that fail later find nobody waiting, now or some time
-    # after this, and would bury the message under a traceback each: the hook stays.
+  except Exception as error:  # the libraries raise arbitrary errors for damaged files
+    # Arrays are read concurrently. Failures after the first are unraisable and would each print a
+    # traceback, possibly later, so the hook stays installed.
     problem = " ".join(str(error).split())[:300] or type(error).__name__
   finally:
     gc.collect()
     logger.disabled = before
   if problem:
-    raise ValueError(f"{path} is damaged: {problem}; fetch it again.")
+    raise ValueError(f"{path} is damaged: {problem}; download it again.")
   return found

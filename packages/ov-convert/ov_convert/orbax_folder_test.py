@@ -1,4 +1,4 @@
-"""Checkpoints as the predecessors write them, made from tables of their names; and broken ones."""
+"""Tests of checkpoints as written by the released code, valid and damaged."""
 
 import functools
 import math
@@ -160,7 +160,7 @@ def test_every_tensor_lands(tmp_path, tree, form):
     assert array.std() > 0
 
 
-def test_what_the_models_are(tmp_path):
+def test_inferred_configs(tmp_path):
   found = read(save(tmp_path / "1", values(small1(1))))
   assert found.config == ov_models.VisionLanguageConfig(
     encoder=ov_models.ViTConfig(
@@ -223,7 +223,7 @@ def test_parts_are_models(tmp_path):
   flat = values(small1())
   found = read(save(tmp_path / "image", under(flat, "img")))
   assert isinstance(found.config, ov_models.ViTConfig)
-  assert found.notes == ("img/head/kernel is left out: a tower alone has no head",)
+  assert found.notes == ("img/head/kernel is not imported: a single tower has no head",)
   np.testing.assert_array_equal(found.params["cls"], flat["img/cls"][0, 0])
   found = read(save(tmp_path / "text", under(flat, "txt")))
   assert isinstance(found.config, ov_models.TextConfig)
@@ -241,7 +241,7 @@ def test_learned_positions_fix_the_resolution(tmp_path):
   flat = under(values(small1()), "img") | {"img/pos_embedding": np.ones((1, 10, 16), np.float32)}
   found = read(save(tmp_path, flat))
   assert (found.config.position, found.config.image_size) == ("learned", 12)
-  assert "img has learned positions, made for 12 pixels" in found.notes
+  assert "img has learned positions for 12 pixels" in found.notes
 
 
 def refused(flat, *lines, **options):
@@ -269,8 +269,8 @@ def test_wrong_missing_and_extra_tensors_are_named(tmp_path):
     "txt/Transformer/encoderblock_0/LayerNorm_0/scale is (13,), expected (12,)",
     "missing txt/Transformer/encoderblock_1/MlpBlock_0/Dense_1/bias",
     "missing t\n",
-    "left over txt/head/bias (8,)",
-    "left over b (1,)",
+    "unexpected txt/head/bias (8,)",
+    "unexpected b (1,)",
   ):
     assert line in f"{error.value}\n"
   assert len(str(error.value).splitlines()) == 1 + 6
@@ -295,29 +295,32 @@ def without(shapes, tower, *layers):
   return {n: np.broadcast_to(np.float32(0), s) for n, s in shapes.items() if not n.startswith(lost)}
 
 
-def test_whole_layers_that_are_missing():
+def test_missing_layers():
   refused(without(small1(), "txt", 0), "missing txt/Transformer/encoderblock_0")
   refused(
     without(small1(), "img", 0, 1), "encoderblock_0", "missing img/Transformer/encoderblock_1"
   )
   refused(without(small1(), "img", 0, 1, 2), "missing img/Transformer/encoderblock_0 and all other")
-  for shapes, _ in PUBLISHED.values():  # the last ones: the published size tells, split or not
+  for (
+    shapes,
+    _,
+  ) in PUBLISHED.values():  # the last ones: detected from the published size, split or not
     name = next(iter(shapes)).split("/")[0]
     refused(
       without(shapes, name, 10, 11),
       f"{name} has 10 layers of width 192 and mlp 768, but the published model has 12 layers: "
-      "encoderblock_10 and on are missing",
+      "encoderblock_10 and later ones are missing",
       num_heads=None,
     )
   shapes = {n: a.shape for n, a in without(PUBLISHED["OpenVision"][0], "img", 11).items()}
-  config, _ = orbax_folder.infer_config(shapes, num_heads=3)  # if it was trained so
+  config, _ = orbax_folder.infer_config(shapes, num_heads=3)  # if the model has this depth
   assert config.encoder.depth == 11
 
 
-def test_heads_of_unknown_sizes_must_be_told():
+def test_unpublished_sizes_require_num_heads():
   refused(
     values(small2()),
-    "img_encoder has 3 layers of width 16 and mlp 24, which is no published size: give num_heads",
+    "img_encoder has 3 layers of width 16 and mlp 24, which is not a published size; set num_heads",
     "txt_decoder has 2 layers of width 20",
     num_heads=None,
   )
@@ -337,12 +340,12 @@ def test_which_folder_and_step(tmp_path):
   assert read(hub).config == read(newest).config
   with pytest.raises(ValueError, match="has no step 4; it has 3, 12"):
     orbax_folder.find(workdir, 4)
-  with pytest.raises(ValueError, match="step=3, but .*default holds no steps"):
+  with pytest.raises(ValueError, match="step=3, but .*default contains no steps"):
     orbax_folder.find(newest, 3)
 
 
 def test_broken_folders(tmp_path):
-  with pytest.raises(FileNotFoundError, match="there is no such folder"):
+  with pytest.raises(FileNotFoundError, match="no such folder"):
     read(tmp_path / "nowhere")
   (tmp_path / "empty").mkdir()
   with pytest.raises(FileNotFoundError, match="_METADATA is missing. Expected the folder of a run"):
@@ -369,11 +372,13 @@ def test_broken_folders(tmp_path):
 
   with ocp.StandardCheckpointer() as checkpointer:
     checkpointer.save((tmp_path / "other").absolute(), {"weights": np.ones(3)})
-  with pytest.raises(ValueError, match="other holds no params; expected a checkpoint with params"):
+  with pytest.raises(
+    ValueError, match="other contains no params; expected a checkpoint with params"
+  ):
     read(tmp_path / "other")
   nan = under(values(small1()), "img")
   nan["img/cls"][0, 0, 3] = np.nan
-  with pytest.raises(ValueError, match="img/cls holds NaN or infinity"):
+  with pytest.raises(ValueError, match="img/cls contains NaN or Inf"):
     read(save(tmp_path / "nan", nan))
 
 

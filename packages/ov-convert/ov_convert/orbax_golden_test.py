@@ -1,4 +1,4 @@
-"""The checkpoint of the predecessor that is stored with the golden numbers."""
+"""Tests of the checkpoint of the released code that is stored with the golden values."""
 
 import math
 import os

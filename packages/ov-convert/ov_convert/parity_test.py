@@ -1,4 +1,4 @@
-"""What is judged, how it is named, and that every kind of disagreement is seen."""
+"""Tests of comparisons: rows, names, and detection of all kinds of differences."""
 
 import json
 
@@ -114,10 +114,10 @@ def test_pixels_are_judged_by_their_mean():
   assert row.ok and row.max_abs == pytest.approx(20, rel=1e-3)
   (row, *_) = judged(everywhere)
   assert not row.ok and row.measured == pytest.approx(1.5, rel=1e-3)
-  assert "the filter, the crop or the normalisation is another" in parity.explain(row)
+  assert "check the filter, the crop and the normalization" in parity.explain(row)
 
 
-def test_pictures_whose_crop_is_rounded_are_judged_apart():
+def test_images_with_rounded_crops_have_another_tolerance():
   level = 1 / (255 * 0.226)
   ours, moved = outputs(), outputs()
   moved["image/pixels"][2:] += 20 * level
@@ -130,7 +130,7 @@ def test_pictures_whose_crop_is_rounded_are_judged_apart():
   assert not parity.compare(ours, parity.Output(moved, {}, {}), exact_crops=2)[1].ok
 
 
-def test_what_is_missing_misshapen_or_not_finite():
+def test_missing_misshapen_and_non_finite_arrays():
   def change(arrays):
     del arrays["image/pooled"], arrays["image/block_01"]
     arrays["image/block_00"] = arrays["image/block_00"][:, 1:]
@@ -138,9 +138,9 @@ def test_what_is_missing_misshapen_or_not_finite():
 
   rows = {row.name: row for row in judged(change, required=["image/pooled"])}
   assert "image/block_01" not in rows  # not required
-  assert rows["image/pooled"].problem == "the library gave no such output"
+  assert rows["image/pooled"].problem == "the library did not return this output"
   assert rows["image/block_00"].problem == "has shape (3, 4, 8), expected (3, 5, 8)"
-  assert rows["image/embedding"].problem == "holds values that are not finite"
+  assert rows["image/embedding"].problem == "contains NaN or Inf"
   assert not any(rows[n].ok for n in ("image/pooled", "image/block_00", "image/embedding"))
 
 

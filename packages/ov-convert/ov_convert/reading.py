@@ -1,8 +1,8 @@
-"""Reads folders that others wrote: JSON and tensors by name, and nothing that could be executed.
+"""Reading of untrusted model folders: JSON and tensors, without executing code.
 
-Whoever made the folder is not trusted. Sizes are checked before anything is parsed, files are
-opened only where they lie in the folder, and pickles (*.bin, *.pt, *.pth) are read by the
-restricted unpickler of PyTorch, in the process of a client. Every refusal is one line.
+Sizes are checked before files are parsed, only files inside the folder are opened, and pickles
+(*.bin, *.pt, *.pth) are read by the restricted unpickler of PyTorch in a separate client process.
+Every error message is one line.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,8 +19,8 @@ import safetensors
 from ov_convert.client_env import ClientError, run_client
 
 MAX_JSON_BYTES = 16 << 20
-MAX_HEADER_BYTES = 32 << 20  # of a safetensors file: 200,000 tensors and more
-MAX_TENSOR_BYTES = 64 << 30  # of all files of a model together
+MAX_HEADER_BYTES = 32 << 20  # header of a safetensors file, enough for 200,000 tensors
+MAX_TENSOR_BYTES = 64 << 30  # all files of a model together
 
 _PICKLES = (".bin", ".pt", ".pth")
 _DTYPES = (
@@ -43,26 +43,27 @@ Folder = str | os.PathLike[str]
 
 
 def read_json(path: Folder) -> dict[str, Any]:
-  """The object in a JSON file.
+  """Read a JSON file that contains an object.
 
   Raises:
-    FileNotFoundError: there is no such file.
-    ValueError: it is too large, leads elsewhere, is no JSON object, or holds NaN or infinity.
+    FileNotFoundError: if the file does not exist.
+    ValueError: if the file is too large, a link out of the folder, not a JSON object, or contains
+      NaN or Inf.
   """
   text = _read_json_bytes(path)
   try:
     content = json.loads(text, parse_constant=_number, parse_float=_number)
   except RecursionError:
-    raise ValueError(f"{path} is nested too deeply to be a configuration.") from None
+    raise ValueError(f"{path} is nested too deeply for a configuration.") from None
   except ValueError as error:
-    raise ValueError(f"{path} is no JSON: {error}; fetch the file again.") from None
+    raise ValueError(f"{path} is not JSON: {error}; download the file again.") from None
   if not isinstance(content, dict):
-    raise ValueError(f"{path} holds a {type(content).__name__}, expected an object {{...}}.")
+    raise ValueError(f"{path} contains a {type(content).__name__}, expected an object {{...}}.")
   return content
 
 
 def read_json_text(path: Folder) -> str:
-  """The text of a JSON file that `read_json` accepts; raises as it does."""
+  """Return the text of a JSON file after checking it with `read_json`."""
   read_json(path)
   return _read_json_bytes(path).decode("utf-8")
 
@@ -71,29 +72,29 @@ def _read_json_bytes(path: Folder) -> bytes:
   path = pathlib.Path(path)
   file = inside(path.parent, path.name)
   if (size := file.stat().st_size) > MAX_JSON_BYTES:
-    raise ValueError(f"{path} has {size} bytes; JSON is read up to {MAX_JSON_BYTES}.")
+    raise ValueError(f"{path} has {size} bytes; expected at most {MAX_JSON_BYTES} for JSON.")
   return file.read_bytes()
 
 
 def read_tensors(
   folder: Folder, names: Sequence[str], python: Folder | None = None
 ) -> dict[str, np.ndarray]:
-  """The tensors of a model by name.
+  """Read the tensors of a model by name.
 
   Args:
-    folder: holds the files.
-    names: file names, of which the first that is there is read: *.safetensors, or *.bin, *.pt and
-      *.pth of PyTorch, which may be split into files that `<name>.index.json` lists. A state dict
-      is unwrapped from {"state_dict": ...}, and "module." in front of all names is taken off.
-    python: interpreter with PyTorch for the latter; `client_env.find_python()` by default.
+    folder: directory of the files.
+    names: candidate file names, of which the first existing one is read: *.safetensors, or the
+      PyTorch files *.bin, *.pt and *.pth. Files may be sharded, as listed in `<name>.index.json`.
+      {"state_dict": ...} is unwrapped, and a common prefix "module." is removed.
+    python: interpreter with PyTorch for PyTorch files; `client_env.find_python()` by default.
 
   Returns:
-    Floating-point tensors as float32, others as they are.
+    Floating-point tensors as float32, others unchanged.
 
   Raises:
-    FileNotFoundError: none of the files is there, or one that an index lists is not.
-    ValueError: a file that is damaged, too large, or not plain tensors, an index that leads out of
-      the folder, or values that are not finite.
+    FileNotFoundError: if none of the files exists, or a shard is missing.
+    ValueError: if a file is damaged, too large or not a dict of plain tensors, a shard is outside
+      the folder, or a value is NaN or Inf.
   """
   root = pathlib.Path(folder)
   name, index = _first(root, names)
@@ -103,47 +104,46 @@ def read_tensors(
   else:
     flat = _read_sharded(root, index, python)
   if not flat:
-    raise ValueError(f"{root / name} holds no tensors; fetch the file again.")
+    raise ValueError(f"{root / name} contains no tensors; download the file again.")
   if all(key.startswith("module.") for key in flat):
     flat = {key.removeprefix("module."): value for key, value in flat.items()}
   return flat
 
 
 def inside(root: pathlib.Path, name: str) -> pathlib.Path:
-  """The regular file `name` of `root`, links followed.
+  """Return the regular file `name` in `root`, resolving links.
 
-  Links may lead anywhere within the folder, and out of a snapshot of the hub's cache to the blobs
-  beside it.
+  Links may point into the folder, or from a snapshot in the cache of the hub to its blobs.
 
   Raises:
-    FileNotFoundError: there is none.
-    ValueError: it is a link that leads elsewhere, or no regular file.
+    FileNotFoundError: if the file does not exist.
+    ValueError: if the file is a link that points elsewhere, or not a regular file.
   """
   path = root / name
   if not path.exists():
-    raise FileNotFoundError(f"{path}: there is no such file; {root} holds {_listing(root)}.")
+    raise FileNotFoundError(f"{path}: no such file; {root} contains {_listing(root)}.")
   file, home = path.resolve(), root.resolve()
   homes = [home] + [home.parents[1] / "blobs"] * (home.parent.name == "snapshots")
   if not any(file.is_relative_to(place) for place in homes):
     raise ValueError(
-      f"{path} is a link that leads out of its folder; put a copy of the file there."
+      f"{path} is a link that points outside its folder; replace it with a copy of the file."
     )
   if not file.is_file():
-    raise ValueError(f"{path} is no regular file.")
+    raise ValueError(f"{path} is not a regular file.")
   return file
 
 
 def _first(root: pathlib.Path, names: Sequence[str]) -> tuple[str, str | None]:
-  """The name that is there, and its index where it is split."""
+  """Return the first existing name, and the name of its index if it is sharded."""
   if not root.is_dir():
-    raise FileNotFoundError(f"{root}: there is no such folder.")
+    raise FileNotFoundError(f"{root}: no such folder.")
   for name in names:
     if (root / name).exists():
       return name, None
     if (root / (index := f"{name}.index.json")).exists():
       return name, index
   raise FileNotFoundError(
-    f"no weights in {root}: expected {' or '.join(names)}; the folder holds {_listing(root)}."
+    f"no weights in {root}: expected {' or '.join(names)}; the folder contains {_listing(root)}."
   )
 
 
@@ -155,7 +155,7 @@ def _read_sharded(root: pathlib.Path, index: str, python: Folder | None) -> dict
   for tensor, file in weight_map.items():
     if not isinstance(file, str) or not _is_plain(file):
       raise ValueError(
-        f"{root / index} puts {tensor!r} into {file!r}; expected the name of a file beside it."
+        f"{root / index} maps {tensor!r} to {file!r}; expected a file name in the same folder."
       )
   files = sorted(set(weight_map.values()))
   _check_total(root, files)
@@ -165,7 +165,8 @@ def _read_sharded(root: pathlib.Path, index: str, python: Folder | None) -> dict
     found = _read_file(root, file, python)
     if differing := sorted(listed ^ found.keys()):
       raise ValueError(
-        f"{root / index} and {file} disagree about {_some(differing)}; they are of two models."
+        f"{root / index} and {file} disagree about {_some(differing)}; they belong to different "
+        "models."
       )
     flat |= found
   return flat
@@ -178,7 +179,7 @@ def _read_file(root: pathlib.Path, name: str, python: Folder | None) -> dict[str
     return _read_safetensors(file, root / name)
   if suffix not in _PICKLES:
     raise ValueError(
-      f"{root / name} ends in {suffix!r}; read are .safetensors, {', '.join(_PICKLES)}."
+      f"{root / name} ends in {suffix!r}; expected .safetensors, {', '.join(_PICKLES)}."
     )
   with tempfile.TemporaryDirectory() as folder:
     output = pathlib.Path(folder) / "model.safetensors"
@@ -192,7 +193,7 @@ def _read_file(root: pathlib.Path, name: str, python: Folder | None) -> dict[str
 
 
 def _read_safetensors(file: pathlib.Path, shown: pathlib.Path) -> dict[str, np.ndarray]:
-  """Tensors of `file`, called `shown` in messages."""
+  """Return the tensors of `file`, which is called `shown` in messages."""
   _check_header(file, shown)
   flat: dict[str, np.ndarray] = {}
   broken = []
@@ -202,56 +203,61 @@ def _read_safetensors(file: pathlib.Path, shown: pathlib.Path) -> dict[str, np.n
         dtype = opened.get_slice(name).get_dtype()
         if dtype not in _DTYPES:
           raise ValueError(
-            f"{shown}: {_some([name])} is of type {dtype}; read are {', '.join(_DTYPES)}."
+            f"{shown}: {_some([name])} has dtype {dtype}; expected {', '.join(_DTYPES)}."
           )
         tensor = opened.get_tensor(name)
         if "F" in dtype:
-          with np.errstate(over="ignore"):  # an infinity is told below, by name
+          with np.errstate(over="ignore"):  # Inf is reported below, by name
             tensor = np.asarray(tensor, np.float32)
           if not np.isfinite(tensor).all():
             broken.append(name)
         flat[name] = tensor
   except safetensors.SafetensorError as error:
-    raise ValueError(f"{shown} is damaged: {_line(error)}; fetch the file again.") from None
+    raise ValueError(f"{shown} is damaged: {_line(error)}; download the file again.") from None
   if broken:
-    raise ValueError(f"{shown}: {_some(broken)} holds NaN or infinity in float32; it is no model.")
+    raise ValueError(
+      f"{shown}: {_some(broken)} contains NaN or Inf in float32; use an intact checkpoint."
+    )
   return flat
 
 
 def _check_header(file: pathlib.Path, shown: pathlib.Path) -> None:
-  """The length in front of a safetensors file, before anything of that length is read."""
+  """Check the header length of a safetensors file before it is read."""
   size = file.stat().st_size
   with file.open("rb") as opened:
     length = int.from_bytes(opened.read(8), "little")
   if size < 8 or length > size - 8:
     raise ValueError(
-      f"{shown} is damaged: a header of {length} bytes in a file of {size}; fetch the file again."
+      f"{shown} is damaged: a header of {length} bytes in a file of {size}; download the file "
+      "again."
     )
   if length > MAX_HEADER_BYTES:
-    raise ValueError(f"{shown} has a header of {length} bytes; read are up to {MAX_HEADER_BYTES}.")
+    raise ValueError(
+      f"{shown} has a header of {length} bytes; expected at most {MAX_HEADER_BYTES}."
+    )
 
 
 def _check_total(root: pathlib.Path, names: Iterable[str]) -> None:
   total = sum(inside(root, name).stat().st_size for name in names)
   if total > MAX_TENSOR_BYTES:
     raise ValueError(
-      f"the weights in {root} have {total} bytes; read are up to {MAX_TENSOR_BYTES}."
+      f"the weights in {root} have {total} bytes; expected at most {MAX_TENSOR_BYTES}."
     )
 
 
 def _is_plain(name: str) -> bool:
-  """Whether `name` can only be a file of the folder it is looked for in."""
+  """Return whether `name` is a file name without directories."""
   return name.isprintable() and name not in ("", ".", "..") and not any(c in name for c in "/\\:\0")
 
 
 def _listing(root: pathlib.Path) -> str:
   if not root.is_dir():
-    return "nothing: it is no folder"
+    return "nothing: it is not a folder"
   return _some(sorted(path.name for path in root.iterdir())) or "nothing"
 
 
 def _some(names: Sequence[str]) -> str:
-  """The first names, in one line, and how many more."""
+  """Return the first names in one line, and the number of further ones."""
   shown = ["".join(c if c.isprintable() else "?" for c in name) for name in names[:8]]
   return ", ".join(shown) + f" and {len(names) - 8} more" * (len(names) > 8)
 
@@ -263,5 +269,5 @@ def _line(error: Exception) -> str:
 def _number(text: str) -> float:
   number = float(text)
   if not math.isfinite(number):
-    raise ValueError(f"{text[:40]} is no finite number")
+    raise ValueError(f"{text[:40]} is not a finite number")
   return number

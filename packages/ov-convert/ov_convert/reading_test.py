@@ -1,4 +1,4 @@
-"""What is read from folders of others, and what is refused: in one line, and nothing is run."""
+"""Tests of reading untrusted folders: accepted files, one-line errors, no code execution."""
 
 import json
 import os
@@ -63,11 +63,13 @@ def test_split_files(tmp_path):
   flat = reading.read_tensors(tmp_path, [WEIGHTS])
   assert {name: tensor[0] for name, tensor in flat.items()} == {"a": 97, "b": 98}
   split(tmp_path, c="a.safetensors")
-  refused("index.json and a.safetensors disagree about c; they are of two models", tmp_path)
+  refused(
+    "index.json and a.safetensors disagree about c; they belong to different models", tmp_path
+  )
   split(tmp_path, a="b.safetensors")
   refused("index.json and b.safetensors disagree about a", tmp_path)
   split(tmp_path, c="c.safetensors")
-  refused(r"c\.safetensors: there is no such file", tmp_path, error=FileNotFoundError)
+  refused(r"c\.safetensors: no such file", tmp_path, error=FileNotFoundError)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +82,7 @@ def test_an_index_that_leads_out_of_the_folder(tmp_path, path):
   write(tmp_path, {"a": np.ones(1, np.float32)}, "a.safetensors")  # what "../" would find
   write(inner / "sub", {"a": np.ones(1, np.float32)}, "a.safetensors")
   split(inner, a=path)
-  refused(r"puts 'a' into .*; expected the name of a file beside it", inner)
+  refused(r"maps 'a' to .*; expected a file name in the same folder", inner)
 
 
 def test_links(tmp_path):
@@ -88,16 +90,16 @@ def test_links(tmp_path):
   inner.mkdir()
   write(tmp_path, {"a": np.ones(1, np.float32)}, "secret.safetensors")
   (inner / WEIGHTS).symlink_to("../secret.safetensors")
-  refused("is a link that leads out of its folder", inner)
+  refused("is a link that points outside its folder", inner)
   (inner / "config.json").symlink_to("../secret.safetensors")
-  with pytest.raises(ValueError, match=r"config\.json is a link that leads out of its folder"):
+  with pytest.raises(ValueError, match=r"config\.json is a link that points outside its folder"):
     reading.read_json(inner / "config.json")
   write(inner, {"a": np.ones(1, np.float32)}, "real.safetensors")
   (inner / WEIGHTS).unlink()
   (inner / WEIGHTS).symlink_to("real.safetensors")
   assert reading.read_tensors(inner, [WEIGHTS]).keys() == {"a"}
   (inner / "pipe.safetensors").mkdir()
-  refused("is no regular file", inner, ["pipe.safetensors"])
+  refused("is not a regular file", inner, ["pipe.safetensors"])
 
 
 def test_links_of_the_cache_of_the_hub(tmp_path):
@@ -137,47 +139,47 @@ def test_large_files_are_refused_before_they_are_read(tmp_path, monkeypatch):
   with file.open("wb") as opened:  # sparse: takes no room
     opened.write((40 << 20).to_bytes(8, "little"))
     opened.truncate(50 << 20)
-  refused(f"header of {40 << 20} bytes; read are up to", tmp_path)
+  refused(f"header of {40 << 20} bytes; expected at most", tmp_path)
   with file.open("r+b") as opened:
     opened.truncate(reading.MAX_TENSOR_BYTES + 1)
-  refused(f"have {reading.MAX_TENSOR_BYTES + 1} bytes; read are up to", tmp_path)
+  refused(f"have {reading.MAX_TENSOR_BYTES + 1} bytes; expected at most", tmp_path)
   file.unlink()
   split(tmp_path)
   monkeypatch.setattr(reading, "MAX_TENSOR_BYTES", 100)  # less than both together
-  refused("read are up to 100", tmp_path)
+  refused("expected at most 100", tmp_path)
 
 
 def test_values_that_are_not_finite(tmp_path):
   good = np.ones(4, np.float32)
   for bad in (np.float32("nan"), np.float32("-inf"), np.float16("inf"), np.float64(1e300)):
     write(tmp_path, {"fine": good, "norm.weight": np.array([1, bad], bad.dtype)})
-    refused(r"norm\.weight holds NaN or infinity in float32", tmp_path)
+    refused(r"norm\.weight contains NaN or Inf in float32", tmp_path)
   write(tmp_path, {"two\nlines\x1b[2J": np.array([np.inf])})
-  refused(r"two\?lines\?\[2J holds NaN", tmp_path)
+  refused(r"two\?lines\?\[2J contains NaN", tmp_path)
 
 
-def test_nothing_to_read(tmp_path):
-  refused("there is no such folder", tmp_path / "nowhere", error=FileNotFoundError)
+def test_missing_weights(tmp_path):
+  refused("no such folder", tmp_path / "nowhere", error=FileNotFoundError)
   message = refused("no weights in", tmp_path, [WEIGHTS, "model.bin"], FileNotFoundError)
-  assert "expected model.safetensors or model.bin; the folder holds nothing" in message
+  assert "expected model.safetensors or model.bin; the folder contains nothing" in message
   (tmp_path / "model.npz").touch()
-  refused("the folder holds model.npz", tmp_path, error=FileNotFoundError)
-  refused(r"ends in '\.npz'; read are \.safetensors, \.bin", tmp_path, ["model.npz"])
+  refused("the folder contains model.npz", tmp_path, error=FileNotFoundError)
+  refused(r"ends in '\.npz'; expected \.safetensors, \.bin", tmp_path, ["model.npz"])
   write(tmp_path, {})
-  refused("holds no tensors", tmp_path)
+  refused("contains no tensors", tmp_path)
 
 
 @pytest.mark.parametrize(
   ("text", "message"),
   [
-    ("{", "is no JSON"),
-    ("", "is no JSON"),
-    ("\x80\x04.", "is no JSON"),
-    ("[1]", r"holds a list, expected an object"),
-    ('{"eps": NaN}', "NaN is no finite number"),
-    ('{"eps": -Infinity}', "-Infinity is no finite number"),
-    ('{"eps": 1e999}', "1e999 is no finite number"),
-    ('{"n": ' + "9" * 5000 + "}", "is no JSON"),
+    ("{", "is not JSON"),
+    ("", "is not JSON"),
+    ("\x80\x04.", "is not JSON"),
+    ("[1]", r"contains a list, expected an object"),
+    ('{"eps": NaN}', "NaN is not a finite number"),
+    ('{"eps": -Infinity}', "-Infinity is not a finite number"),
+    ('{"eps": 1e999}', "1e999 is not a finite number"),
+    ('{"n": ' + "9" * 5000 + "}", "is not JSON"),
     ('{"a":' * 10**5, "is nested too deeply"),
   ],
 )
@@ -195,9 +197,9 @@ def test_json(tmp_path):
   assert reading.read_json(file)["mean"] == [0.5, 1e-6]
   with file.open("wb") as opened:
     opened.truncate(reading.MAX_JSON_BYTES + 1)
-  with pytest.raises(ValueError, match=f"has {reading.MAX_JSON_BYTES + 1} bytes; JSON is read up"):
+  with pytest.raises(ValueError, match=f"has {reading.MAX_JSON_BYTES + 1} bytes; expected at most"):
     reading.read_json(file)
-  with pytest.raises(FileNotFoundError, match=r"other\.json: there is no such file; .*holds conf"):
+  with pytest.raises(FileNotFoundError, match=r"other\.json: no such file; .*contains conf"):
     reading.read_json(tmp_path / "other.json")
 
 
@@ -236,19 +238,19 @@ def test_state_dicts(torch_files):
   np.testing.assert_array_equal(reading.read_tensors(torch_files, ["old.pth"])["a"], weight)
 
 
-def test_state_dicts_that_are_none(torch_files):
+def test_invalid_state_dicts(torch_files):
   refused(
-    r"mixed\.bin holds a int under 'epoch', expected tensors only", torch_files, ["mixed.bin"]
+    r"mixed\.bin contains a int under 'epoch', expected tensors only", torch_files, ["mixed.bin"]
   )
-  refused(r"program\.pt is a program of TorchScript, not a state", torch_files, ["program.pt"])
-  refused(r"nan\.pt: a holds NaN or infinity", torch_files, ["nan.pt"])
-  refused("of which it stores less", torch_files, ["expanded.bin"])
+  refused(r"program\.pt is a TorchScript program, not a state", torch_files, ["program.pt"])
+  refused(r"nan\.pt: a contains NaN or Inf", torch_files, ["nan.pt"])
+  refused("but stores fewer bytes", torch_files, ["expanded.bin"])
 
 
 def test_damaged_state_dicts(torch_files, tmp_path):
   whole = (torch_files / "whole.bin").read_bytes()
   (tmp_path / "cut.bin").write_bytes(whole[: len(whole) // 2])
-  refused(r"cut\.bin .*(damaged|no plain state dict)", tmp_path, ["cut.bin"])
+  refused(r"cut\.bin .*(damaged|not a plain state dict)", tmp_path, ["cut.bin"])
   with (
     zipfile.ZipFile(torch_files / "whole.bin") as source,
     zipfile.ZipFile(tmp_path / "bomb.bin", "w", zipfile.ZIP_DEFLATED) as packed,
@@ -277,9 +279,9 @@ def test_code_in_pickles_is_not_run(tmp_path):
     archive.writestr("archive/byteorder", "little")
     archive.writestr("archive/version", "3\n")
   for name in ("old.bin", "new.bin"):
-    message = refused("nothing was run", tmp_path, [name])
+    message = refused("no code was run", tmp_path, [name])
     assert message.endswith(
-      f"{name} asks to run posix.system; nothing was run. Ask its author for safetensors."
+      f"{name} calls posix.system; no code was run. Request a safetensors file from its author."
     )
     assert not trace.exists()
   pickle.loads(payload)  # the payload works

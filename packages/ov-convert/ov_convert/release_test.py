@@ -1,9 +1,18 @@
-"""What a release is checked for, and what its parts have in common."""
+"""Tests of the checks of releases and of their shared functions."""
+
+import dataclasses
 
 import numpy as np
 import pytest
 
-from ov_convert.release import Preprocess, encoder_of, portable, round_params
+from ov_convert.release import (
+  Preprocess,
+  check_options,
+  encoder_of,
+  option_problems,
+  portable,
+  round_params,
+)
 import ov_models
 
 VIT = ov_models.ViTConfig(
@@ -18,6 +27,23 @@ def test_the_encoder_of_every_kind_of_model():
   assert encoder_of(VIT) is VIT and encoder_of(TOWERS) is VIT
   with pytest.raises(ValueError, match="a text tower alone has no image tower"):
     encoder_of(TEXT)
+
+
+def test_options_that_a_library_lacks_are_named():
+  assert option_problems(TOWERS) == []
+  vit = dataclasses.replace(VIT, registers=3, norm_eps=1e-5, pool="mean", layer_scale=0.1)
+  text = dataclasses.replace(TEXT, activation="quick_gelu")
+  pair = dataclasses.replace(TOWERS, encoder=vit, text=text)
+  names = [
+    "encoder.norm_eps=1e-05", "encoder.layer_scale=0.1", "encoder.registers=3",
+    "text.activation='quick_gelu'", "encoder.pool='mean'",
+  ]  # fmt: skip
+  assert option_problems(pair) == names
+  assert option_problems(pair, ["encoder.registers", "encoder.pool"]) == [
+    name for name in names if "registers" not in name and "pool" not in name
+  ]
+  with pytest.raises(ValueError, match=r"timm does not support encoder.norm_eps=1e-05, .*library"):
+    check_options(pair, "timm")
 
 
 def test_portable_models_run_anywhere_and_are_the_same_otherwise():
@@ -47,6 +73,6 @@ def test_rounding_is_that_of_the_file():
     ({"std": (1.0, 1.0, float("nan"))}, "std above 0"),
   ],
 )
-def test_preprocessing_that_is_none(fields, message):
+def test_invalid_preprocessing(fields, message):
   with pytest.raises(ValueError, match=message):
     Preprocess(8, **fields)

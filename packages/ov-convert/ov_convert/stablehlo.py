@@ -1,7 +1,7 @@
-"""Functions of the model as StableHLO, which jax runs on CPUs, GPUs and TPUs without our code.
+"""StableHLO format: serialized functions that jax runs on CPUs, GPUs and TPUs without our code.
 
-Parameters are an argument, by the names of model.safetensors beside it, so that a function is small
-whatever the model. Batches may have any size. All is computed in float32, whatever the file holds:
+Parameters are an argument, with the names of model.safetensors, so the size of a function does not
+depend on the model. The batch size is dynamic. Computation is in float32 for every file dtype:
 
   with open("folder/image.stablehlo", "rb") as file:
     image = jax.export.deserialize(bytearray(file.read())).call
@@ -30,25 +30,24 @@ EXPORT_FILE = "export.json"
 
 
 def check(release: Release) -> None:
-  """Raises ValueError, listing them, where tokenizer and pictures do not fit the model."""
-  torch_module.check(release)
+  """Raise ValueError listing all mismatches of tokenizer, preprocessing and model."""
+  torch_module.check(release, module=False)
 
 
 def write(folder: str | os.PathLike[str], release: Release) -> None:
-  """Writes our format, and beside it image, text and caption .stablehlo and export.json.
+  """Write image, text and caption .stablehlo, export.json, and the files of our format.
 
-  `image` takes pixels float32 [b, S, S, 3], normalised, and gives pooled [b, D], tokens [b, T, D]
-  and, in a shared space, embedding [b, E]. `text` takes ids int32 [b, T] and gives pooled and
-  embedding. `caption` takes pixels and gives ids int32 [b, T], written greedily; it is there for a
-  decoder that writes word by word, and words that say where a caption begins and ends.
+  `image` maps normalised pixels float32 [b, S, S, 3] to pooled [b, D], tokens [b, T, D] and, for
+  two towers, embedding [b, E]. `text` maps ids int32 [b, T] to pooled and embedding. `caption` maps
+  pixels to greedy captions, ids int32 [b, T]; it is written for an autoregressive decoder with a
+  tokenizer.
 
   Raises:
     ValueError: see `check`.
   """
   check(release)
   path = pathlib.Path(folder)
-  torch_module.write(path, release)
-  (path / torch_module.MODULE_FILE).unlink()
+  torch_module.write(path, release, module=False)
   config = portable(release.config)
   params = {
     name: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(release.dtype))
@@ -56,23 +55,23 @@ def write(folder: str | os.PathLike[str], release: Release) -> None:
   }
   about: dict[str, Any] = {"jax": jax.__version__, "platforms": PLATFORMS, "functions": {}}
   for name, (function, given) in functions(config, release).items():
-    # On GPUs and TPUs float32 is otherwise rounded in matmuls, to 10 or 7 bits.
-    with jax.default_matmul_precision("highest"), _no_source_places():
+    # GPUs and TPUs otherwise round matmul inputs to 10 or 7 bits.
+    with jax.default_matmul_precision("highest"), _no_source_locations():
       exported = export.export(jax.jit(function), platforms=PLATFORMS)(params, given)
     (path / f"{name}.stablehlo").write_bytes(exported.serialize())
     outputs = jax.tree.unflatten(exported.out_tree, exported.out_avals)
     about["calling_convention"] = exported.calling_convention_version
     about["functions"][name] = {
-      "input": _told(given),
-      "outputs": {field: _told(aval) for field, aval in outputs.items()},
+      "input": _array_spec(given),
+      "outputs": {field: _array_spec(aval) for field, aval in outputs.items()},
     }
   about |= torch_module.similarity(release)
   write_json(path / EXPORT_FILE, about)
 
 
 @contextlib.contextmanager
-def _no_source_places() -> Iterator[None]:
-  """Leaves paths of this machine out of the files: jax notes where each operation was called."""
+def _no_source_locations() -> Iterator[None]:
+  """Disable source locations, which would write local paths into the files."""
   name = "jax_traceback_in_locations_limit"
   before = getattr(jax.config, name)
   jax.config.update(name, 0)
@@ -87,7 +86,7 @@ Function = Callable[[Flat, jax.Array], dict[str, jax.Array]]
 
 
 def functions(config: Config, release: Release) -> dict[str, tuple[Function, Any]]:
-  """What is exported: by name the function and its abstract input."""
+  """Return the exported functions by name, each with its abstract input."""
   (batch,) = export.symbolic_shape("b")
   joint = isinstance(config, ov_models.VisionLanguageConfig) and config.text is not None
   alone = not isinstance(config, ov_models.VisionLanguageConfig)
@@ -140,7 +139,7 @@ def _bind(config: Config, params: Flat) -> Any:
   )
 
 
-def _told(aval: Any) -> dict[str, Any]:
-  """Shape and dtype as JSON; "b" is any batch."""
+def _array_spec(aval: Any) -> dict[str, Any]:
+  """Return shape and dtype as JSON; "b" is the dynamic batch size."""
   shape = [side if isinstance(side, int) else str(side) for side in aval.shape]
   return {"shape": shape, "dtype": str(aval.dtype)}

@@ -1,16 +1,17 @@
-"""StableHLO runs without our code and gives what ours gives, for batches of any size."""
+"""Tests that StableHLO runs without our code and equals our model, for all batch sizes."""
 
 import dataclasses
 import json
 import sys
 
+import chex
 import jax
 import numpy as np
 import pytest
 
 from ov_convert import stablehlo
 from ov_convert.release import portable
-from ov_convert.testing_whole import (
+from ov_convert.testing.whole import (
   LENGTH,
   largest_difference,
   our_arrays,
@@ -53,7 +54,7 @@ def case(request, tmp_path_factory):
   return release, folder
 
 
-def test_computes_what_ours_computes(case, tmp_path):
+def test_outputs_equal_ov_models(case, tmp_path):
   release, folder = case
   for batch in (1, 3, 5) if release.config == TOWERS else (3,):  # every run compiles it all
     compare(release, folder, batch, tmp_path)
@@ -73,7 +74,7 @@ def compare(release, folder, batch, tmp_path):
       assert difference < TOLERANCE, (name, difference)
 
 
-def test_the_file_tells_what_is_in_it(case):
+def test_the_json_file_describes_the_functions(case):
   release, folder = case
   about = json.loads((folder / "export.json").read_text("utf-8"))
   assert about["jax"] == jax.__version__ and about["calling_convention"] >= 10
@@ -104,14 +105,14 @@ def test_parameters_stay_out(tmp_path):
   assert sizes[1] - sizes[0] < 4 * 16 * 32 + 2048
 
 
-def test_the_folder_is_ours_too(case):
+def test_the_folder_loads_in_ov_models(case):
   release, folder = case
   config, params = ov_models.load(folder)
   assert config == release.config
-  jax.tree.map(np.testing.assert_array_equal, params, release.params)
+  chex.assert_trees_all_equal(params, release.params)
 
 
-def test_no_path_of_this_machine_is_in_the_files(tmp_path):
+def test_files_contain_no_local_paths(tmp_path):
   stablehlo.write(tmp_path / "model", small_release(*MODELS["image"]))
   for file in (tmp_path / "model").iterdir():
     content = file.read_bytes()
@@ -119,7 +120,7 @@ def test_no_path_of_this_machine_is_in_the_files(tmp_path):
       assert place not in content, (file.name, place)
 
 
-def test_what_does_not_fit_together_is_refused(tmp_path):
+def test_inconsistent_parts_are_rejected(tmp_path):
   release = small_release(VIT)
   preprocess = replace(release.preprocess, image_size=32)
   with pytest.raises(ValueError, match="image_size=32"):

@@ -1,22 +1,22 @@
-"""Folders of timm: `timm.create_model("local-dir:FOLDER", pretrained=True)`.
+"""timm format: `timm.create_model("local-dir:FOLDER", pretrained=True)`.
 
-The image tower of any model, as timm's VisionTransformer: pool "gap" is its global_pool "avg",
-"tok" is "token", "map" is "map" over all tokens, the cls token among them. Of two towers the
-projection becomes the head: the logits are the embedding, not yet of length 1.
+The image tower of any model becomes a timm VisionTransformer: pool "gap" is global_pool "avg",
+"tok" is "token", and "map" is "map" over all tokens including cls. With two towers the image
+projection becomes the head, so the logits are the unnormalised embedding.
 
-Patch features before any norm: `forward_features(x)[:, 1:]` with pool "gap"; with "tok" and "map"
-timm norms them there. `forward_head(..., pre_logits=True)` gives the pooled vector.
+`forward_features(x)[:, 1:]` returns patch features: before any norm for pool "gap", normalised for
+"tok" and "map". `forward_head(..., pre_logits=True)` returns the pooled vector.
 """
 
 from collections.abc import Iterator, Mapping
 import os
 import pathlib
 import re
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from ov_convert import fields, reading, vision
+from ov_convert import fields, reading, timm_families, vision
 from ov_convert.name_map import (
   CONV,
   LEAD_1,
@@ -30,21 +30,30 @@ from ov_convert.name_map import (
   NameMap,
   Transform,
 )
-from ov_convert.release import Config, Fit, Imported, Preprocess, Release, encoder_of
+from ov_convert.open_clip_config import filter_of
+from ov_convert.release import (
+  Config,
+  Fit,
+  Imported,
+  Preprocess,
+  Release,
+  encoder_of,
+  option_problems,
+)
 from ov_convert.writing import write_json, write_weights
 import ov_models
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 _WEIGHTS_FILES = (WEIGHTS_FILE, "pytorch_model.bin")
-_ARCHITECTURE = "vit_base_patch16_224"  # a plain ViT; model_args say the rest
-_POOLS: dict[Literal["gap", "tok", "map"], str] = {"gap": "avg", "tok": "token", "map": "map"}
-# Lines of theirs, ours, transform.
+_ARCHITECTURE = "vit_base_patch16_224"  # any plain ViT; model_args override its sizes
+_POOLS: dict[Any, str] = {"gap": "avg", "tok": "token", "map": "map"}
+# Tuples of theirs, ours, transform.
 _Lines = tuple[tuple[str, tuple[str, ...], Transform], ...]
 
 
 def _dense(theirs: str, *ours: str) -> _Lines:
-  """A dense layer; several of ours are joined along their output."""
+  """Return the map of a dense layer; several of ours are concatenated along the output axis."""
   return (
     (f"{theirs}.weight", tuple(f"{path}/kernel" for path in ours), TRANSPOSE),
     (f"{theirs}.bias", tuple(f"{path}/bias" for path in ours), SAME),
@@ -77,8 +86,8 @@ _MAP_POOL: _Lines = (
 )
 _RANKS = {
   "cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4, "blocks.0.mlp.fc1.weight": 2,
-}  # fmt: skip  # axes of tensors that sizes are read from; of others 1
-# Arguments of VisionTransformer that must be as ours is, and those that are read or have no say.
+}  # fmt: skip  # ranks of tensors that determine sizes; 1 for others
+# Arguments of VisionTransformer with required values, and those that are read or have no effect.
 _WANTED: dict[str, Any] = {
   "in_chans": 3,
   "qkv_bias": True,
@@ -103,7 +112,7 @@ _READ = {
 
 
 def name_map(config: Config) -> NameMap:
-  """Every tensor of the image tower of `config` in both libraries."""
+  """Return the name map of the image tower of `config`."""
   alone = isinstance(config, ov_models.ViTConfig)
   lines = list(_tower(encoder_of(config), "" if alone else "encoder/"))
   dropped: tuple[str, ...] = ()
@@ -118,60 +127,75 @@ def name_map(config: Config) -> NameMap:
     "timm",
     entries=tuple(line for line in lines if isinstance(line, Entry)),
     fixed=tuple(line for line in lines if isinstance(line, Fixed)),
-    dropped=tuple(Dropped(path, "timm has the image tower alone") for path in dropped),
+    dropped=tuple(Dropped(path, "timm supports only the image tower") for path in dropped),
   )
 
 
 def check(release: Release) -> None:
-  """Raises ValueError for a model without an image tower; timm can express every one of ours."""
-  encoder_of(release.config)
+  """Raise ValueError for a model without an image tower, or with options that timm lacks."""
+  encoder = encoder_of(release.config)
+  if (found := option_problems(encoder)) and timm_families.of_config(encoder) is None:
+    nearest = timm_families.nearest_problems(encoder)
+    raise ValueError(f"timm has no architecture for {', '.join(found)}: {nearest}.")
 
 
 def write(folder: pathlib.Path, release: Release) -> None:
-  """Writes config.json and model.safetensors.
+  """Write config.json and model.safetensors.
 
   Raises:
     ValueError: see `check`.
   """
   check(release)
   folder.mkdir(parents=True, exist_ok=True)
+  if option_problems(release.encoder) and (tower := timm_families.of_config(release.encoder)):
+    flat, arguments = timm_families.write(release, tower)
+    write_weights(folder / WEIGHTS_FILE, flat, release.dtype, ())
+    classes = flat["head.weight"].shape[0] if "head.weight" in flat else 0
+    write_json(folder / CONFIG_FILE, _config(release, classes, tower.base, arguments))
+    return
   names = name_map(release.config)
   flat = names.to_theirs(release.params, release.config)
   write_weights(folder / WEIGHTS_FILE, flat, release.dtype, names.fixed)
   classes = flat["head.weight"].shape[0] if "head.weight" in flat else 0
-  write_json(folder / CONFIG_FILE, _config(release, classes))
+  write_json(
+    folder / CONFIG_FILE, _config(release, classes, _ARCHITECTURE, _arguments(release.encoder))
+  )
 
 
 def read(folder: str | os.PathLike[str], python: str | os.PathLike[str] | None = None) -> Imported:
-  """Reads a folder of timm that holds a ViT like ours.
+  """Read a timm folder with a compatible ViT.
 
   Args:
-    folder: holds config.json, and model.safetensors or pytorch_model.bin.
-    python: interpreter with PyTorch for the latter; see `reading.read_tensors`.
+    folder: directory with config.json, and model.safetensors or pytorch_model.bin.
+    python: interpreter with PyTorch for pytorch_model.bin; see `reading.read_tensors`.
 
   Returns:
-    A ViTConfig. Notes say what was changed or left out: a head, a bias of the patches.
+    The image tower. Notes list what was changed or omitted, such as a head or a patch bias.
 
   Raises:
-    FileNotFoundError: a file is missing.
-    ValueError: the model is none of ours; all differing fields, or tensors, are listed.
+    FileNotFoundError: if a file is missing.
+    ValueError: if the model is incompatible; lists all differing fields or tensors.
   """
   root = pathlib.Path(folder)
   content = reading.read_json(root / CONFIG_FILE)
   if "architecture" not in content:
-    raise ValueError(f"{root / CONFIG_FILE} names no architecture; it is no folder of timm.")
+    raise ValueError(f"{root / CONFIG_FILE} names no architecture; expected a timm folder.")
   for name in ("model_args", "pretrained_cfg"):
     fields.section(content, name, f"{root / CONFIG_FILE}: ")
   flat = reading.read_tensors(root, _WEIGHTS_FILES, python)
-  if found := _misfits(content, flat):
-    raise ValueError(f"{root} is no model of ours:\n  " + "\n  ".join(found))
+  if (tower := timm_families.of_architecture(content["architecture"])) is not None:
+    return timm_families.read_folder(root, content, flat, tower, _read_preprocess)
+  if found := _mismatches(content, flat):
+    raise ValueError(f"{root} is not a supported model:\n  " + "\n  ".join(found))
   notes = []
   if head := [name for name in flat if name.startswith("head.")]:
-    notes.append(f"left out {', '.join(head)}: the tower gives what it had before its head")
+    notes.append(
+      f"{', '.join(head)} not imported: the tower returns the pooled vector before its head"
+    )
   flat = {name: tensor for name, tensor in flat.items() if name not in head}
   bias = flat.get("patch_embed.proj.bias", np.zeros(1, np.float32))
   if bias.any():
-    # A bias of the patches is the same as higher positions of the patches.
+    # A patch bias is equivalent to an offset of the patch positions.
     if bias.shape != flat["pos_embed"].shape[-1:]:
       raise ValueError(
         f"{root}: patch_embed.proj.bias is {bias.shape}, but pos_embed {flat['pos_embed'].shape}"
@@ -179,7 +203,7 @@ def read(folder: str | os.PathLike[str], python: str | os.PathLike[str] | None =
     flat["pos_embed"] = np.concatenate(
       [flat["pos_embed"][:, :1], flat["pos_embed"][:, 1:] + bias], 1
     )
-    notes.append("added patch_embed.proj.bias to the positions of the patches, which are learned")
+    notes.append("patch_embed.proj.bias is added to the learned positions of the patches")
   flat["patch_embed.proj.bias"] = np.zeros_like(bias)
   config = _read_config(content, flat)
   preprocess, more = _read_preprocess(content, config.image_size)
@@ -203,9 +227,8 @@ def _tower(config: ov_models.ViTConfig, ours: str) -> Iterator[Entry | Fixed]:
       yield Entry(f"attn_pool.{name}", tuple(f"{ours}pool/{path}" for path in paths), transform)
 
 
-def _config(release: Release, classes: int) -> dict[str, Any]:
-  """The content of config.json."""
-  encoder, preprocess = release.encoder, release.preprocess
+def _arguments(encoder: ov_models.ViTConfig) -> dict[str, Any]:
+  """Return the arguments of a tower without options."""
   arguments: dict[str, Any] = {
     "img_size": encoder.image_size,
     "patch_size": encoder.patch_size,
@@ -217,9 +240,17 @@ def _config(release: Release, classes: int) -> dict[str, Any]:
   }
   if encoder.pool == "map":
     arguments["pool_include_prefix"] = True
-  # num_classes must not be among the arguments: transformers passes it a second time.
+  return arguments
+
+
+def _config(
+  release: Release, classes: int, architecture: str, arguments: dict[str, Any]
+) -> dict[str, Any]:
+  """Return the content of config.json."""
+  encoder, preprocess = release.encoder, release.preprocess
+  # num_classes must not be in model_args, because transformers would pass it twice.
   return {
-    "architecture": _ARCHITECTURE,
+    "architecture": architecture,
     "num_classes": classes,
     "num_features": encoder.width,
     "global_pool": arguments["global_pool"],
@@ -227,7 +258,7 @@ def _config(release: Release, classes: int) -> dict[str, Any]:
     "pretrained_cfg": {
       "input_size": [3, encoder.image_size, encoder.image_size],
       "fixed_input_size": True,
-      "interpolation": "bilinear",
+      "interpolation": preprocess.interpolation,
       "crop_pct": 1.0,
       "crop_mode": preprocess.fit,
       "mean": list(preprocess.mean),
@@ -241,7 +272,7 @@ def _config(release: Release, classes: int) -> dict[str, Any]:
 
 
 def _pool(content: Mapping[str, Any], flat: Mapping[str, np.ndarray]) -> str:
-  """global_pool as the config says, or else as the tensors do."""
+  """Return global_pool from the config, or inferred from the tensors."""
   named = (content.get("model_args") or {}).get("global_pool") or content.get("global_pool")
   if named is not None:
     return named if isinstance(named, str) and len(named) < 20 else fields.shown(named)
@@ -250,19 +281,19 @@ def _pool(content: Mapping[str, Any], flat: Mapping[str, np.ndarray]) -> str:
   return "avg" if "fc_norm.weight" in flat else "token"
 
 
-def _misfits(content: Mapping[str, Any], flat: Mapping[str, np.ndarray]) -> list[str]:
-  """What keeps a model from being one of ours: fields with their values, and tensors."""
+def _mismatches(content: Mapping[str, Any], flat: Mapping[str, np.ndarray]) -> list[str]:
+  """Return messages for all incompatible fields and tensors."""
   found = []
   name, arguments = content["architecture"], content.get("model_args") or {}
   if not re.fullmatch(r"vit_[a-z0-9]+_patch\d+_\d+", str(name)):
     found.append(
       f"architecture={fields.shown(name)} (must be plain: vit_<size>_patch<patch>_<pixels>)"
     )
-  found += vision.unlike(arguments, _WANTED, _READ, "model_args.")
+  found += vision.field_mismatches(arguments, _WANTED, _READ, "model_args.")
   if (pool := _pool(content, flat)) not in _POOLS.values():
     found.append(f"global_pool={pool!r} (must be {', '.join(_POOLS.values())})")
   elif (with_cls := arguments.get("pool_include_prefix", False)) != (pool == "map"):
-    if pool != "token":  # which pools nothing else
+    if pool != "token":  # for which the field has no effect
       found.append(f"model_args.pool_include_prefix={with_cls!r} (must be {pool == 'map'})")
   norm = "fc_norm" if pool == "avg" else "norm"
   for tensor, means in (
@@ -288,22 +319,22 @@ def _misfits(content: Mapping[str, Any], flat: Mapping[str, np.ndarray]) -> list
     if matching := sorted(tensor for tensor in flat if part in tensor):
       found.append(f"tensor {matching[0]} ({means})")
   if not found and _num_heads(content, flat) is None:
-    found.append("model_args.num_heads is missing, and the sizes are those of no published ViT")
+    found.append("model_args.num_heads is missing, and the sizes do not match a published ViT")
   return found
 
 
 def _sizes(flat: Mapping[str, np.ndarray]) -> tuple[int, int, int]:
-  """Width, depth, and width of the MLP."""
+  """Return width, depth and MLP width."""
   layers = {int(found[1]) for name in flat if (found := re.match(r"blocks\.(\d+)\.", name))}
   width = flat["cls_token"].shape[-1]
   return width, len(layers), flat["blocks.0.mlp.fc1.weight"].shape[0]
 
 
 def _num_heads(content: Mapping[str, Any], flat: Mapping[str, np.ndarray]) -> int | None:
-  """Of the config, or of the published ViT of these sizes; no tensor tells."""
+  """Return the number of heads from the config, or of the published ViT of these sizes."""
   arguments = content.get("model_args") or {}
   if arguments.get("num_heads") is not None:
-    return fields.whole(arguments, "num_heads", None, fields.MAX_WIDTH, "model_args.")
+    return fields.integer(arguments, "num_heads", None, fields.MAX_WIDTH, "model_args.")
   known = {tuple(sizes): heads for *sizes, heads in ov_models.VIT_VARIANTS.values()}
   return known.get(_sizes(flat))
 
@@ -328,30 +359,30 @@ def _read_config(content: Mapping[str, Any], flat: Flat) -> ov_models.ViTConfig:
 
 
 def _image_size(content: Mapping[str, Any]) -> int:
-  """The last side of what config.json states."""
+  """Return the image width stated in config.json."""
   settings = content.get("pretrained_cfg") or content
   size = (content.get("model_args") or {}).get("img_size") or settings.get("input_size") or 224
   if isinstance(size, list) and size:
     size = size[-1]
-  return fields.whole({"image size": size}, "image size", None, fields.MAX_SIDE, "config.json: ")
+  return fields.integer({"image size": size}, "image size", None, fields.MAX_SIDE, "config.json: ")
 
 
 def _read_preprocess(content: Mapping[str, Any], size: int) -> tuple[Preprocess, list[str]]:
-  """Preprocessing, and what of it is not ours; defaults are those of timm."""
+  """Return preprocessing and notes on differences; defaults are those of timm."""
   given = content.get("pretrained_cfg") or content
   notes = []
-  wanted = {"interpolation": "bilinear", "crop_pct": 1.0}
-  defaults = {"interpolation": "bicubic", "crop_pct": 0.875}
-  for name, value in wanted.items():
-    if (theirs := given.get(name) or defaults[name]) != value:
-      notes.append(f"preprocessing: {name}={fields.shown(theirs)}; here it is {value!r}")
+  kind = given.get("interpolation") or "bicubic"
+  if kind not in ("bilinear", "bicubic"):
+    notes.append(f"preprocessing: interpolation={fields.shown(kind)}; OpenVision uses 'bilinear'")
+  if (crop := given.get("crop_pct") or 0.875) != 1.0:
+    notes.append(f"preprocessing: crop_pct={fields.shown(crop)}; OpenVision uses 1.0")
   mode = given.get("crop_mode") or "center"
   if mode not in ("center", "squash"):
-    notes.append(f"preprocessing: crop_mode={fields.shown(mode)}; here it is 'center'")
+    notes.append(f"preprocessing: crop_mode={fields.shown(mode)}; OpenVision uses 'center'")
   default = Preprocess(size)
   values = {
-    name: fields.three(given, name, getattr(default, name), "pretrained_cfg.")
+    name: fields.channel_values(given, name, getattr(default, name), "pretrained_cfg.")
     for name in ("mean", "std")
   }
   fit: Fit = "squash" if mode == "squash" else "center"
-  return Preprocess(size, fit, values["mean"], values["std"]), notes
+  return Preprocess(size, fit, values["mean"], values["std"], filter_of(kind)), notes

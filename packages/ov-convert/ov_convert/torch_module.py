@@ -1,8 +1,7 @@
-"""The release in our own format: config.json and model.safetensors, which two libraries read.
+"""Own format: config.json and model.safetensors, with a PyTorch module and the tokenizer.
 
-`ov_models.load` reads the folder into JAX. Beside the two files lie a PyTorch module of one file,
-`openvision_torch.py`, that reads it too and writes captions, and the tokenizer. config.json also
-says how pictures and texts are made into inputs.
+`ov_models.load` loads the folder in JAX; the single-file PyTorch module `openvision_torch.py` loads
+it in PyTorch and generates captions. config.json also describes image and text preprocessing.
 """
 
 from collections.abc import Mapping
@@ -15,7 +14,14 @@ from typing import Any
 
 from ov_convert import client_env, fields, reading
 from ov_convert.name_map import Params
-from ov_convert.release import Config, Imported, Preprocess, Release, Words
+from ov_convert.release import (
+  Config,
+  Imported,
+  Preprocess,
+  Release,
+  TokenizerSpec,
+  option_problems,
+)
 import ov_models
 from ov_models.files import CONFIG_FILE, WEIGHTS_FILE
 
@@ -24,33 +30,50 @@ TOKENIZER_FILE = "tokenizer.json"
 _MAX_TOKENIZER_BYTES = 256 << 20
 
 
-def check(release: Release) -> None:
-  """Raises ValueError, listing them, where tokenizer and pictures do not fit the model."""
+def check(release: Release, *, module: bool = True) -> None:
+  """Raise ValueError listing all mismatches of tokenizer, preprocessing and model.
+
+  Args:
+    release: model.
+    module: whether the PyTorch module must be able to run it.
+  """
   problems = [*_picture_problems(release), *_word_problems(release)]
+  if module and not isinstance(release.config, ov_models.TextConfig):
+    problems += [
+      f"{found} ({MODULE_FILE} has no such option; export to the library that the model comes "
+      "from, or as stablehlo)"
+      for found in option_problems(release.config)
+    ]
   if problems:
-    raise ValueError("the release does not fit together:\n  " + "\n  ".join(problems))
+    raise ValueError("the parts of the release are inconsistent:\n  " + "\n  ".join(problems))
 
 
-def write(folder: str | os.PathLike[str], release: Release) -> None:
-  """Writes config.json, model.safetensors, openvision_torch.py and tokenizer.json.
+def write(folder: str | os.PathLike[str], release: Release, *, module: bool = True) -> None:
+  """Write config.json, model.safetensors, openvision_torch.py and tokenizer.json.
+
+  Args:
+    folder: folder to write to.
+    release: model.
+    module: whether to write openvision_torch.py.
 
   Raises:
-    ValueError: see `check`, or parameters that `ov_models.save` refuses.
+    ValueError: see `check` and `ov_models.save`.
   """
-  check(release)
+  check(release, module=module)
   path, words = pathlib.Path(folder), release.words
   extra: dict[str, Any] = {"preprocess": dataclasses.asdict(release.preprocess), "words": None}
   if words is not None:
     extra["words"] = dataclasses.asdict(words)
-    del extra["words"]["tokenizer_json"]  # a file of its own
+    del extra["words"]["tokenizer_json"]  # stored in a separate file
   ov_models.save(path, release.config, release.params, dtype=release.dtype, extra=extra)
-  shutil.copyfile(client_env.SCRIPTS / MODULE_FILE, path / MODULE_FILE)
+  if module:
+    shutil.copyfile(client_env.SCRIPTS / MODULE_FILE, path / MODULE_FILE)
   if words is not None:
     (path / TOKENIZER_FILE).write_text(words.tokenizer_json, "utf-8")
 
 
 def similarity(release: Release) -> dict[str, float]:
-  """What products of embeddings are multiplied by and added to; empty without a shared space."""
+  """Return scale and bias of the similarity of embeddings; empty without a text tower."""
   if release.text is None:
     return {}
   bias = release.params.get("bias")
@@ -59,11 +82,11 @@ def similarity(release: Release) -> dict[str, float]:
 
 
 def read(folder: str | os.PathLike[str]) -> Imported:
-  """Reads what `write` wrote; also a folder of `ov_models.save`, without preprocessing and words.
+  """Read a folder written by `write`, or by `ov_models.save` (without preprocessing, tokenizer).
 
   Raises:
-    FileNotFoundError: a file is missing.
-    ValueError: a file that is damaged or does not fit the others.
+    FileNotFoundError: if a file is missing.
+    ValueError: if a file is damaged or does not match the others.
   """
   path = pathlib.Path(folder)
   for name in (CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE):
@@ -76,7 +99,7 @@ def read(folder: str | os.PathLike[str]) -> Imported:
     config, params = ov_models.load(path)
   except (AttributeError, TypeError, LookupError, ArithmeticError) as error:  # parts of wrong types
     reason = " ".join(str(error).split()[:40])
-    raise ValueError(f"{where}model does not fit together: {reason}; export it anew.") from None
+    raise ValueError(f"{where}model is inconsistent: {reason}; export it again.") from None
   preprocess, words = content.get("preprocess"), content.get("words")
   try:
     if preprocess is not None:
@@ -85,12 +108,12 @@ def read(folder: str | os.PathLike[str]) -> Imported:
       words = _words(fields.section(content, "words", ""), _tokenizer(path / TOKENIZER_FILE))
   except (TypeError, KeyError, ValueError) as error:
     raise ValueError(
-      f"preprocess or words in {path / 'config.json'} do not fit: {error}; export the model anew."
+      f"preprocess or words in {path / 'config.json'} are invalid: {error}; export the model again."
     ) from None
   return _checked(config, params, preprocess, words)
 
 
-# Fields of our configs that have a lower limit than the number of tokens in a vocabulary.
+# Limits of integer fields of our configs; MAX_VOCABULARY applies to all others.
 _LIMITS = {
   "depth": fields.MAX_DEPTH, "width": fields.MAX_WIDTH, "mlp_dim": 4 * fields.MAX_WIDTH,
   "num_heads": fields.MAX_WIDTH, "embed_dim": fields.MAX_WIDTH, "patch_size": fields.MAX_SIDE,
@@ -99,12 +122,12 @@ _LIMITS = {
 
 
 def _check_sizes(content: Mapping[str, Any], where: str) -> None:
-  """Raises ValueError for numbers beyond any model, at any depth."""
+  """Raise ValueError for numbers out of range, at any depth."""
   for name, value in content.items():
     if isinstance(value, Mapping):
       _check_sizes(value, f"{where}{name}.")
     elif isinstance(value, int):
-      fields.whole(
+      fields.integer(
         {name: int(value)}, name, None, _LIMITS.get(name, fields.MAX_VOCABULARY), where, 0
       )
     elif isinstance(value, float):
@@ -115,34 +138,34 @@ def _check_sizes(content: Mapping[str, Any], where: str) -> None:
 
 def _preprocess(content: Mapping[str, Any]) -> Preprocess:
   given = dict(content)
-  given["image_size"] = fields.whole(given, "image_size", None, fields.MAX_SIDE)
-  given |= {name: fields.three(given, name, ()) for name in ("mean", "std")}
+  given["image_size"] = fields.integer(given, "image_size", None, fields.MAX_SIDE)
+  given |= {name: fields.channel_values(given, name, ()) for name in ("mean", "std")}
   return Preprocess(**given)
 
 
-def _words(content: Mapping[str, Any], tokenizer_json: str) -> Words:
+def _words(content: Mapping[str, Any], tokenizer_json: str) -> TokenizerSpec:
   given = dict(content)
-  given["length"] = fields.whole(given, "length", None, fields.MAX_TOKENS)
+  given["length"] = fields.integer(given, "length", None, fields.MAX_TOKENS)
   for name in ("pad_id", "bos_id", "eos_id", "unk_id", "cls_id"):
     if name in ("unk_id", "cls_id") and given.get(name) is None:
       continue
-    given[name] = fields.whole(given, name, None, fields.MAX_VOCABULARY, low=0)
+    given[name] = fields.integer(given, name, None, fields.MAX_VOCABULARY, low=0)
   if not isinstance(given.get("append_cls"), bool):
     raise ValueError(f"append_cls={fields.shown(given.get('append_cls'))}; expected true or false.")
-  return Words(tokenizer_json=tokenizer_json, **given)
+  return TokenizerSpec(tokenizer_json=tokenizer_json, **given)
 
 
 def _checked(
-  config: Config, params: Params, preprocess: Preprocess | None, words: Words | None
+  config: Config, params: Params, preprocess: Preprocess | None, words: TokenizerSpec | None
 ) -> Imported:
   if preprocess is not None:
-    check(Release(config, params, preprocess, words))
+    check(Release(config, params, preprocess, words), module=False)
   return Imported(config, params, preprocess, words)
 
 
 def _tokenizer(file: pathlib.Path) -> str:
   if (size := file.stat().st_size) > _MAX_TOKENIZER_BYTES:
-    raise ValueError(f"{file.name} has {size} bytes; a tokenizer has at most 256 MiB")
+    raise ValueError(f"{file.name} has {size} bytes; expected at most 256 MiB")
   return file.read_text("utf-8")
 
 
@@ -152,7 +175,7 @@ def _picture_problems(release: Release) -> list[str]:
     return []
   return [
     f"preprocess.image_size={size}, but the image tower has image_size={image.image_size}; "
-    "resample the positions first, and set both alike"
+    "resample the positions first, and set both to the same size"
   ]
 
 

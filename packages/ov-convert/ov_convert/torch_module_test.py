@@ -1,4 +1,4 @@
-"""The PyTorch module computes what ours computes, and writes the same captions."""
+"""Tests that the PyTorch module equals our model, including captions."""
 
 import dataclasses
 import json
@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 
 from ov_convert import client_env, name_map, torch_module
-from ov_convert.testing_whole import (
+from ov_convert.testing.whole import (
   LENGTH,
   largest_difference,
   our_arrays,
@@ -77,7 +77,7 @@ TOLERANCE = 1e-5
 
 @pytest.fixture(scope="module", params=MODELS, ids=MODELS)
 def case(request, tmp_path_factory):
-  """A release, its folder, its inputs, and what the module in the folder makes of them."""
+  """A release, its folder, its inputs, and the outputs of the module in the folder."""
   release = small_release(*MODELS[request.param])
   scratch = tmp_path_factory.mktemp("torch")
   torch_module.write(scratch / "model", release)
@@ -86,7 +86,7 @@ def case(request, tmp_path_factory):
   return release, scratch / "model", inputs, theirs
 
 
-def test_computes_what_ours_computes(case):
+def test_outputs_equal_ov_models(case):
   release, _, inputs, theirs = case
   ours = our_arrays(release, inputs)
   assert ours.keys() == theirs.arrays.keys()
@@ -102,7 +102,7 @@ def test_computes_what_ours_computes(case):
       assert difference < TOLERANCE, (name, difference)
 
 
-def test_settings_are_told(case):
+def test_settings_are_recorded(case):
   _, _, _, theirs = case
   norms = [value for name, value in theirs.facts.items() if name.endswith("norm eps")]
   assert norms and set(norms) == {1e-6}
@@ -111,7 +111,7 @@ def test_settings_are_told(case):
     assert told <= {gelu}
 
 
-def test_reads_what_was_written(case):
+def test_round_trip(case):
   release, folder, _, _ = case
   back = torch_module.read(folder)
   assert back.config == release.config
@@ -151,7 +151,7 @@ def test_a_transposed_kernel_shows(written, tmp_path):
   assert distance["image/block_01"] > 100 * TOLERANCE
 
 
-def test_pictures_of_another_size(written, tmp_path):
+def test_images_of_another_size(written, tmp_path):
   release, folder, _ = written
   pixels = np.random.default_rng(1).normal(size=(2, 26, 31, 3)).astype(np.float32)
   theirs = run("run_torch.py", folder, {"pixels": pixels}, tmp_path)
@@ -169,7 +169,7 @@ def test_learned_positions_refuse_another_size(tmp_path):
 
 
 def test_captions_end_with_the_learned_positions(tmp_path):
-  """A caption as long as the positions is in `test_computes_what_ours_computes`."""
+  """A caption as long as the positions is in `test_outputs_equal_ov_models`."""
   release = small_release(MODELS["two towers, prefix decoder"][0])
   torch_module.write(tmp_path / "model", release)
   asks = (
@@ -178,7 +178,7 @@ def test_captions_end_with_the_learned_positions(tmp_path):
   )
   command = [client_env.find_python(), "-c", asks, tmp_path / "model"]
   said = subprocess.run(command, capture_output=True, text=True, check=False).stderr
-  assert "ValueError: max_len=10, but learned positions of 9: ask for no more." in said
+  assert "ValueError: max_len=10; expected at most 9 (learned positions)." in said
 
 
 def test_tensors_that_do_not_fit_are_named(written, tmp_path):
@@ -191,7 +191,7 @@ def test_tensors_that_do_not_fit_are_named(written, tmp_path):
   rewrite(folder, change)
   with pytest.raises(client_env.ClientError) as error:
     run("run_torch.py", folder, inputs, tmp_path)
-  for name in ("encoder.norm.weight", "encoder.extra", "encoder.cls"):  # missing, left over, shape
+  for name in ("encoder.norm.weight", "encoder.extra", "encoder.cls"):  # missing, unexpected, shape
     assert name in str(error.value)
 
 
@@ -209,7 +209,7 @@ def test_the_module_is_short():
     ({"words": {"pad_id": 3}}, "words.pad_id=3"),
   ],
 )
-def test_what_does_not_fit_together_is_refused(tmp_path, change, message):
+def test_inconsistent_parts_are_rejected(tmp_path, change, message):
   release = small_release(TOWERS)
   changed = {name: replace(getattr(release, name), **value) for name, value in change.items()}
   with pytest.raises(ValueError, match=message):

@@ -1,8 +1,8 @@
-"""What classes and versions of `transformers` make of a vision transformer, brought to one form.
+"""Conversion of `transformers` vision transformers to one canonical form.
 
-ViT, BEiT and DINOv2 compute our tower where a few fields say so. They call the same tensors
-differently, from version to version too, and store some that can be multiplied or added into
-others. `canonical` gives tensors as `transformers_vit.write` would have written them.
+ViT and BEiT are compatible with our tower for certain field values. Their tensor names
+differ between classes and versions, and some tensors can be folded into others. `canonical` returns
+tensors as written by `transformers_vit.write`.
 
 Dimensions: T tokens, D width, P patch.
 """
@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 
 from ov_convert import fields as fields_lib
-from ov_convert.release import Preprocess
+from ov_convert.release import Fit, Interpolation, Preprocess
 import ov_models
 
+# Filters by their numbers in PIL.Image.Resampling.
+_FILTERS: dict[Any, Interpolation] = {2: "bilinear", 3: "bicubic"}
 _COMMON = {
   "hidden_size": 768,
   "num_hidden_layers": 12,
@@ -29,7 +31,7 @@ _COMMON = {
   "layer_norm_eps": 1e-12,
   "qkv_bias": True,
 }
-# What the library takes for a field that config.json does not have.
+# Defaults of the library for fields that are missing in config.json.
 _DEFAULTS: dict[str, dict[str, Any]] = {
   "vit": _COMMON | {"pooler_act": "tanh"},
   "beit": _COMMON
@@ -39,8 +41,6 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "use_shared_relative_position_bias": False,
     "use_mean_pooling": True,
   },
-  "dinov2": _COMMON
-  | {"patch_size": 14, "layer_norm_eps": 1e-6, "mlp_ratio": 4, "use_swiglu_ffn": False},
 }
 _SIZES = {
   "hidden_size": fields_lib.MAX_WIDTH,
@@ -55,30 +55,20 @@ _OURS = {
   "use_absolute_position_embeddings": True,
   "use_relative_position_bias": False,
   "use_shared_relative_position_bias": False,
-  "use_swiglu_ffn": False,
 }
-# Towers that are often asked for: their fields, and what no field says.
-_CLIP = (
-  {"num_channels": 3, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
-  ["a norm before the first block (pre_layrnorm)"],
-)
-_SIGLIP = (
-  {"num_channels": 3, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6},
-  ["no cls token", "pooling by attention with a patch for each of its keys (head)"],
-)
+# Common incompatible towers: their default fields, and differences that no field states.
 _OTHERS: dict[str, tuple[dict[str, Any], list[str]]] = {
-  "clip": _CLIP,
-  "clip_vision_model": _CLIP,
-  "siglip": _SIGLIP,
-  "siglip_vision_model": _SIGLIP,
-  "deit": (_COMMON, ["a second token beside cls (distillation_token)"]),
-  "dinov2_with_registers": (_DEFAULTS["dinov2"], ["tokens beside cls (register_tokens)"]),
+  "deit": (_COMMON, ["a second token after cls (distillation_token)"]),
+  "siglip2": (
+    {"num_channels": 3, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6},
+    ["images of any aspect ratio (NaFlex)"],
+  ),
 }
 
 _RENAMES = tuple(
   (re.compile(pattern), name)
   for pattern, name in (
-    (r"^(?:vit|beit|dinov2)\.", ""),
+    (r"^(?:vit|beit)\.", ""),
     (r"^layers\.", "encoder.layer."),
     (r"\.norm1\.", ".layernorm_before."),
     (r"\.norm2\.", ".layernorm_after."),
@@ -97,10 +87,10 @@ _POOLER = ("pooler.dense.weight", "pooler.dense.bias")
 
 
 def vit_config(content: Mapping[str, Any]) -> ov_models.ViTConfig:
-  """Our config of a tower, with learned positions, from the content of its config.json.
+  """Return our config of a tower, with learned positions, from the content of config.json.
 
   Raises:
-    ValueError: it is no tower of ours; all fields that differ are listed.
+    ValueError: if the tower is incompatible; lists all differing fields.
   """
   kind, problems = content.get("model_type"), list[str]()
   fields = dict(content)
@@ -112,38 +102,37 @@ def vit_config(content: Mapping[str, Any]) -> ov_models.ViTConfig:
     fields = defaults | (tower if isinstance(tower, Mapping) else fields)  # type: ignore[operator]
     problems += reasons
   else:
-    problems.append(f"model_type={fields_lib.shown(kind)} (read are {', '.join(_DEFAULTS)})")
+    problems.append(
+      f"model_type={fields_lib.shown(kind)} (supported: {', '.join(_DEFAULTS)}, "
+      "and the families of ov_convert.families)"
+    )
   problems += [
-    f"{name}={fields_lib.shown(fields[name])} (ours {value!r})"
+    f"{name}={fields_lib.shown(fields[name])} (expected {value!r})"
     for name, value in _OURS.items()
     if name in fields and fields[name] != value
   ]
   problems += [
-    f"{name}={fields_lib.shown(fields[name])} (ours is one number, for a square)"
+    f"{name}={fields_lib.shown(fields[name])} (expected one integer, for a square)"
     for name in ("image_size", "patch_size")
     if name in fields and not isinstance(_side(fields[name]), int)
   ]
   if isinstance(kind, str) and kind in _DEFAULTS:
     problems += [
-      f"{name}={fields_lib.shown(fields[name])} (expected a whole number from 1 to {high})"
+      f"{name}={fields_lib.shown(fields[name])} (expected an integer from 1 to {high})"
       for name, high in _SIZES.items()
       if type(fields[name]) is not int or not 1 <= fields[name] <= high
     ]
   if problems:
-    raise ValueError(f"this {_told(kind)} is no tower of ours: {'; '.join(problems)}.")
+    raise ValueError(f"this {_kind_name(kind)} is not a supported tower: {'; '.join(problems)}.")
   sides = {name: _side(fields[name]) for name in ("image_size", "patch_size")}
-  whole = lambda given, name, high: fields_lib.whole(given, name, None, high, "config.json: ")
-  mlp_dim = fields["intermediate_size"]
-  if kind == "dinov2":
-    ratio = fields_lib.number(fields, "mlp_ratio", 4, "config.json: ")
-    mlp_dim = int(fields["hidden_size"] * ratio)
+  integer = lambda given, name, high: fields_lib.integer(given, name, None, high, "config.json: ")
   return ov_models.ViTConfig(
     width=fields["hidden_size"],
     depth=fields["num_hidden_layers"],
-    mlp_dim=mlp_dim,
+    mlp_dim=fields["intermediate_size"],
     num_heads=fields["num_attention_heads"],
-    patch_size=whole(sides, "patch_size", fields_lib.MAX_SIDE),
-    image_size=whole(sides, "image_size", fields_lib.MAX_SIDE),
+    patch_size=integer(sides, "patch_size", fields_lib.MAX_SIDE),
+    image_size=integer(sides, "image_size", fields_lib.MAX_SIDE),
     position="learned",
     pool="gap" if fields.get("use_mean_pooling") else "tok",
   )
@@ -152,19 +141,19 @@ def vit_config(content: Mapping[str, Any]) -> ov_models.ViTConfig:
 def canonical(
   flat: Mapping[str, np.ndarray], content: Mapping[str, Any], vit: ov_models.ViTConfig
 ) -> tuple[dict[str, np.ndarray], list[str]]:
-  """Tensors of a tower under the names, and in the form, of `transformers_vit.write`.
+  """Convert tensors of a tower to the names and form of `transformers_vit.write`.
 
   Args:
-    flat: by the names of the file.
-    content: of config.json.
-    vit: what `vit_config` makes of it.
+    flat: tensors by the names of the file.
+    content: content of config.json.
+    vit: config returned by `vit_config`.
 
   Returns:
-    Tensors without a prefix, "classifier." among them where there is one, and notes on what was
-    changed or left out. What fits nothing stays, for the name map to tell.
+    Tensors without prefix, including "classifier." if present, and notes on what was changed or
+    omitted. Unknown tensors are kept; the name map reports them.
 
   Raises:
-    ValueError: two tensors stand for the same.
+    ValueError: if two tensors have the same canonical name.
   """
   tensors: dict[str, np.ndarray] = {}
   for name, tensor in flat.items():
@@ -172,19 +161,21 @@ def canonical(
     for pattern, replacement in _RENAMES:
       known = pattern.sub(replacement, known)
     if known in tensors:
-      raise ValueError(f"the weights hold {known} twice, the second time as {name}.")
+      raise ValueError(f"the weights contain {known} twice, the second time as {name}; keep one.")
     tensors[known] = tensor
   notes = _fold_layer_scales(tensors, vit) + _fold_patch_bias(tensors, vit)
   notes += _without_biases(tensors, content, vit)
   if tensors.pop("embeddings.mask_token", None) is not None:
-    notes.append("embeddings.mask_token left out: it stands for patches that training hides")
+    notes.append(
+      "embeddings.mask_token is not imported: it is used only in training, for masked patches"
+    )
   if vit.pool == "tok":
     notes += _without_pooler(tensors, content, vit)
   return tensors, notes
 
 
 def _fold_layer_scales(tensors: dict[str, np.ndarray], vit: ov_models.ViTConfig) -> list[str]:
-  """Layer scales into the projections whose outputs they scale."""
+  """Fold layer scales into the preceding projections; return notes."""
   folded = 0
   for layer in range(vit.depth):
     block = f"encoder.layer.{layer}"
@@ -192,7 +183,7 @@ def _fold_layer_scales(tensors: dict[str, np.ndarray], vit: ov_models.ViTConfig)
       name, weight, bias = f"{block}.{scale}", f"{block}.{linear}.weight", f"{block}.{linear}.bias"
       sizes = {_shape(tensors, tensor)[:1] for tensor in (name, weight, bias)}
       if sizes != {(vit.width,)}:
-        continue  # not there, or of a wrong shape, which the name map tells
+        continue  # missing, or of a wrong shape, which the name map reports
       factor = tensors.pop(name)
       tensors[weight] = tensors[weight] * factor[:, None]
       tensors[bias] = tensors[bias] * factor
@@ -202,7 +193,7 @@ def _fold_layer_scales(tensors: dict[str, np.ndarray], vit: ov_models.ViTConfig)
 
 
 def _fold_patch_bias(tensors: dict[str, np.ndarray], vit: ov_models.ViTConfig) -> list[str]:
-  """The bias of the patches into their positions."""
+  """Fold the patch bias into the positions; return notes."""
   positions, bias = tensors.get(_POSITIONS), tensors.get(_PATCH_BIAS)
   expected = (1, 1 + vit.num_patches, vit.width)
   if bias is None or bias.shape != (vit.width,) or _shape(tensors, _POSITIONS) != expected:
@@ -217,9 +208,9 @@ def _fold_patch_bias(tensors: dict[str, np.ndarray], vit: ov_models.ViTConfig) -
 def _without_biases(
   tensors: dict[str, np.ndarray], content: Mapping[str, Any], vit: ov_models.ViTConfig
 ) -> list[str]:
-  """Zeros for the biases of attention that a class or a field leaves away."""
+  """Add zero attention biases if a class or field disables them; return notes."""
   missing = []
-  if content.get("model_type") == "beit":  # its key has none
+  if content.get("model_type") == "beit":  # BEiT has no key bias
     missing = [] if vit.pool == "gap" else ["key"]
   elif not content.get("qkv_bias", True):
     missing = ["query", "key", "value"]
@@ -227,72 +218,73 @@ def _without_biases(
     for name in missing:
       bias = f"encoder.layer.{layer}.attention.attention.{name}.bias"
       tensors.setdefault(bias, np.zeros(vit.width, np.float32))
-  return [f"no bias in {', '.join(missing)} of attention: read as zeros"] if missing else []
+  return [f"no bias in {', '.join(missing)} of attention: set to zeros"] if missing else []
 
 
 def _without_pooler(
   tensors: dict[str, np.ndarray], content: Mapping[str, Any], vit: ov_models.ViTConfig
 ) -> list[str]:
-  """The identity for a pooler of the cls token; ours has none."""
+  """Replace the pooler of the cls token by the identity; return notes."""
   identity = (np.eye(vit.width, dtype=np.float32), np.zeros(vit.width, np.float32))
   found = [tensors.pop(name, value) for name, value in zip(_POOLER, identity, strict=True)]
   tensors |= zip(_POOLER, identity, strict=True)
   linear = content.get("model_type") != "vit" or content.get("pooler_act", "tanh") == "linear"
   given = any(a.shape != b.shape or (a != b).any() for a, b in zip(found, identity, strict=True))
   if given:
-    return ["pooler.dense left out: the pooled vector is the normed cls token"]
-  return [] if linear else ["the tanh of the pooler is left out"]
+    return ["pooler.dense is not imported: the pooled vector is the normed cls token"]
+  return [] if linear else ["the tanh of the pooler is not imported"]
 
 
 def preprocess_from(content: Mapping[str, Any], side: int) -> tuple[Preprocess, list[str]]:
-  """Our preprocessing from the content of preprocessor_config.json, and what differs in it.
+  """Return preprocessing from the content of preprocessor_config.json, and notes on differences.
 
   Args:
-    content: of the file.
-    side: pixels that the tower reads.
+    content: content of the file.
+    side: image size of the tower.
 
   Raises:
-    ValueError: sizes, mean or std are no numbers of the kind.
+    ValueError: if sizes, mean or std are invalid.
   """
   size, crop = content.get("size", side), content.get("crop_size", side)
   center = bool(content.get("do_center_crop")) or _edge(size, "shortest_edge") > 0
-  # One number is the shorter side where the middle is cut out of it, else a square.
+  # A single number is the shorter side with a center crop, otherwise a square.
   short = size if center and isinstance(size, int) else _edge(size, "shortest_edge")
   notes = []
   if center and short not in (0, side):
-    notes.append(f"pictures are brought to a shorter side of {side}, not {short}, before the crop")
-  if content.get("resample", 2) != 2:
-    notes.append(
-      f"pictures are resized bilinearly, not by resample={fields_lib.shown(content['resample'])}"
-    )
+    notes.append(f"images are resized to a shorter side of {side}, not {short}, before the crop")
+  resample = content.get("resample", 2)
+  if not isinstance(resample, int) or resample not in _FILTERS:
+    notes.append(f"images are resized bilinearly, not by resample={fields_lib.shown(resample)}")
+    resample = 2
   if (wide := _edge(crop if center else size, "height")) not in (0, side):
-    notes.append(f"pictures get {side} pixels a side as config.json says, not {wide}")
+    notes.append(f"images are resized to {side} x {side} pixels as in config.json, not {wide}")
   where = "preprocessor_config.json: "
   factor = fields_lib.number(content, "rescale_factor", 1 / 255, where)
   if abs(factor * 255 - 1) > 1e-4:
     notes.append(f"pixels are scaled by 1/255, not {factor!r}")
-  mean = fields_lib.three(content, "image_mean", (0.5,) * 3, where)
-  std = fields_lib.three(content, "image_std", (0.5,) * 3, where)
+  mean = fields_lib.channel_values(content, "image_mean", (0.5,) * 3, where)
+  std = fields_lib.channel_values(content, "image_std", (0.5,) * 3, where)
   if content.get("do_normalize") is False:
     mean, std = (0.0,) * 3, (1.0,) * 3
-  return Preprocess(side, "center" if center else "squash", mean, std), notes
+  fit: Fit = "center" if center else "squash"
+  return Preprocess(side, fit, mean, std, _FILTERS[resample]), notes
 
 
-def _told(kind: Any) -> str:
+def _kind_name(kind: Any) -> str:
   return kind if isinstance(kind, str) and kind.isidentifier() and len(kind) < 60 else "model"
 
 
 def _edge(size: Any, name: str) -> int:
-  """`name` of a size, which may be one number for a square; 0 where it is not said."""
+  """Return an edge of a size, which may be one number for a square; 0 if it is not given."""
   edge = size.get(name) if isinstance(size, Mapping) else size if name == "height" else None
   if not isinstance(edge, int | None):
     given = fields_lib.shown(size)
-    raise ValueError(f"preprocessor_config.json has a size of {given}; expected whole pixels.")
+    raise ValueError(f"preprocessor_config.json has a size of {given}; expected an integer.")
   return edge or 0
 
 
 def _side(size: Any) -> Any:
-  """One number for a square of two; anything else as it is."""
+  """Return the side of a square [s, s]; other values unchanged."""
   if isinstance(size, list | tuple) and len(size) == 2 and size[0] == size[1]:
     return size[0]
   return size
@@ -300,3 +292,24 @@ def _side(size: Any) -> Any:
 
 def _shape(tensors: Mapping[str, np.ndarray], name: str) -> tuple[int, ...]:
   return tensors[name].shape if name in tensors else ()
+
+
+def preprocessor(preprocess: Preprocess) -> dict[str, Any]:
+  """Return the content of preprocessor_config.json, with a class available in all versions."""
+  side = preprocess.image_size
+  square = {"height": side, "width": side}
+  center = preprocess.fit == "center"
+  return {
+    "image_processor_type": "CLIPImageProcessor",
+    "do_convert_rgb": True,
+    "do_resize": True,
+    "size": {"shortest_edge": side} if center else square,
+    "resample": next(n for n, name in _FILTERS.items() if name == preprocess.interpolation),
+    "do_center_crop": center,
+    "crop_size": square,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": list(preprocess.mean),
+    "image_std": list(preprocess.std),
+  }

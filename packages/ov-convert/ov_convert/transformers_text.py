@@ -1,17 +1,18 @@
-"""Text towers as folders that `transformers` loads.
+"""transformers format of text towers.
 
-mask="full", pool="last" is a SiglipTextModel: `pooler_output` is the embedding before it is brought
-to length 1. mask="causal", pool="argmax" is a CLIPTextModelWithProjection: `text_embeds` is that.
-The class is named in config.json; AutoModel knows neither with its head.
+mask="full", pool="last" becomes a SiglipTextModel, whose `pooler_output` is the unnormalised
+embedding. mask="causal", pool="argmax" becomes a CLIPTextModelWithProjection, whose `text_embeds`
+is the unnormalised embedding. config.json states the class; AutoModel loads neither with its head.
 
   tokenizer = AutoTokenizer.from_pretrained(folder)
   inputs = tokenizer(texts, truncation=True, max_length=T, padding="max_length",
                      return_tensors="pt")
   SiglipTextModel.from_pretrained(folder)(**inputs).pooler_output
 
-Whether padding is seen is no field of theirs, but said by the caller: for padding="mask" the
-attention_mask is passed as above, for padding="attend" only input_ids. config.json says which
-under "openvision". Where the last column is [CLS] ("append_cls" there), max_length is T - 1 and
+Whether padding is attended to is not a config field in transformers, but decided by the caller:
+pass the attention_mask as above for padding="mask", and only input_ids for padding="attend".
+config.json states the choice under "openvision". If the last column is [CLS] ("append_cls"),
+max_length is T - 1, and
 
   ids = torch.nn.functional.pad(inputs.input_ids, (0, 1), value=tokenizer.cls_token_id)
   mask = torch.nn.functional.pad(inputs.attention_mask, (0, 1), value=1)
@@ -29,9 +30,9 @@ import numpy as np
 
 from ov_convert import fields, reading
 from ov_convert.hf_tokenizer import CONFIG_FILE as TOKENIZER_CONFIG_FILE
-from ov_convert.hf_tokenizer import TOKENIZER_FILE, words_from, write_tokenizer
+from ov_convert.hf_tokenizer import TOKENIZER_FILE, tokenizer_spec_from, write_tokenizer
 from ov_convert.name_map import SAME, TRANSPOSE, Dropped, Entry, Fixed, NameMap
-from ov_convert.release import Release, Words
+from ov_convert.release import Release, TokenizerSpec
 from ov_convert.writing import write_json, write_weights
 import ov_models
 
@@ -44,7 +45,7 @@ KINDS: dict[tuple[_Mask, _Pool], tuple[str, str, str]] = {
   ("full", "last"): ("siglip_text_model", "SiglipTextModel", "projection_size"),
   ("causal", "argmax"): ("clip_text_model", "CLIPTextModelWithProjection", "projection_dim"),
 }
-# As eos_token_id of CLIP's class it means: pool where the id is largest, whatever the end token is.
+# eos_token_id of the CLIP class that means: pool at the largest id, whatever the end token is.
 LARGEST_ID = 2
 _OURS = {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
 
@@ -71,30 +72,30 @@ _TOP_MAP = (
   ("final_layer_norm.weight", "norm/scale", SAME),
   ("final_layer_norm.bias", "norm/bias", SAME),
 )
-# Everything but the head of CLIP; versions before 5 have it in all names.
+# Prefix of all tensors but the head of CLIP; versions before 5 use it for all tensors.
 _PREFIX = "text_model."
 
 
 def problems(text: ov_models.TextConfig) -> list[str]:
-  """The fields for which the library has no text tower."""
+  """Return messages for fields for which the library has no text tower."""
   if (text.mask, text.pool) in KINDS:
     return []
   pairs = " or ".join(f"mask={mask!r} with pool={pool!r}" for mask, pool in KINDS)
-  return [f"text.mask={text.mask!r} with text.pool={text.pool!r} (has {pairs})"]
+  return [f"text.mask={text.mask!r} with text.pool={text.pool!r} (supported: {pairs})"]
 
 
 def write(folder: pathlib.Path, release: Release) -> None:
-  """Writes config.json, model.safetensors and the tokenizer of a release with a text tower.
+  """Write config.json, model.safetensors and the tokenizer of a release with a text tower.
 
   Raises:
-    ValueError: there is none, or it fits no class.
+    ValueError: if there is no text tower, or the library has no class for it.
   """
   if not isinstance(release.config, ov_models.VisionLanguageConfig) or release.text is None:
-    raise ValueError("this model has no text tower to write.")
+    raise ValueError("this model has no text tower.")
   if found := problems(release.text):
     raise ValueError(f"transformers has no text tower with {'; '.join(found)}.")
   if release.words is None:
-    raise ValueError("words=None; the text tower needs its tokenizer.")
+    raise ValueError("words=None; the text tower requires its tokenizer.")
   names = name_map(release.config)
   flat = names.to_theirs(release.params, release.config)
   folder.mkdir(parents=True, exist_ok=True)
@@ -105,20 +106,21 @@ def write(folder: pathlib.Path, release: Release) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class TextTower:
-  """What a folder holds: the tower, E, its tensors for `name_map`, and its tokenizer."""
+  """Content of a folder: the tower, E, its tensors for `name_map`, and its tokenizer."""
 
   config: ov_models.TextConfig
   embed_dim: int
   flat: dict[str, np.ndarray]
-  words: Words
+  words: TokenizerSpec
 
 
 def read(folder: pathlib.Path, python: str | os.PathLike[str] | None = None) -> TextTower:
-  """Reads what `write` wrote, or what the library made of that by save_pretrained.
+  """Read a folder written by `write`, or loaded and saved again by the library.
 
   Raises:
-    FileNotFoundError: a file is missing.
-    ValueError: a damaged file, or another architecture; all differing fields are listed.
+    FileNotFoundError: if a file is missing.
+    ValueError: if a file is damaged, or the architecture is incompatible; lists all differing
+      fields.
   """
   content = reading.read_json(folder / CONFIG_FILE)
   config, embed_dim = _config_from(content)
@@ -131,7 +133,7 @@ def read(folder: pathlib.Path, python: str | os.PathLike[str] | None = None) -> 
   sizes |= {"projection_size": embed_dim}
   fields.check_against_weights(flat, config.depth, sizes, str(folder / CONFIG_FILE))
   settings = reading.read_json(folder / TOKENIZER_CONFIG_FILE)
-  words = words_from(
+  words = tokenizer_spec_from(
     reading.read_json_text(folder / TOKENIZER_FILE), settings, length=config.max_len,
     append_cls=bool(content["openvision"]["append_cls"]),
   )  # fmt: skip
@@ -139,50 +141,50 @@ def read(folder: pathlib.Path, python: str | os.PathLike[str] | None = None) -> 
 
 
 def _config_from(content: Mapping[str, Any]) -> tuple[ov_models.TextConfig, int]:
-  """Our config and E from the content of config.json."""
+  """Return our config and E from the content of config.json."""
   kinds = {kind: (mask, pool, embed) for (mask, pool), (kind, _, embed) in KINDS.items()}
   kind = content.get("model_type")
   about: Any = content.get("openvision")
   problems = []
   if not isinstance(kind, str) or kind not in kinds:
-    problems.append(f"model_type={fields.shown(kind)} (read are {' and '.join(kinds)})")
+    problems.append(f"model_type={fields.shown(kind)} (supported: {' and '.join(kinds)})")
   problems += [
-    f"{name}={fields.shown(content.get(name))} (ours {value!r})"
+    f"{name}={fields.shown(content.get(name))} (expected {value!r})"
     for name, value in _OURS.items()
     if content.get(name) != value
   ]
   if kind == "clip_text_model" and content.get("eos_token_id") != LARGEST_ID:
     given = fields.shown(content.get("eos_token_id"))
-    problems.append(f"eos_token_id={given} (ours {LARGEST_ID}, see write)")
+    problems.append(f"eos_token_id={given} (expected {LARGEST_ID})")
   if not isinstance(about, Mapping) or not {"padding", "append_cls"} <= about.keys():
     problems.append(f"openvision={fields.shown(about)} (expected padding and append_cls)")
   if problems:
-    raise ValueError(f"text/ holds no tower of ours: {'; '.join(problems)}.")
+    raise ValueError(f"text/ is not a supported tower: {'; '.join(problems)}.")
   mask, pool, embed = kinds[str(kind)]
-  whole = lambda name, high, low=1: fields.whole(
+  integer = lambda name, high, low=1: fields.integer(
     content, name, None, high, "text/config.json: ", low
   )
-  vocab_size = whole("vocab_size", fields.MAX_VOCABULARY)
+  vocab_size = integer("vocab_size", fields.MAX_VOCABULARY)
   config = ov_models.TextConfig(
-    width=whole("hidden_size", fields.MAX_WIDTH),
-    depth=whole("num_hidden_layers", fields.MAX_DEPTH),
-    mlp_dim=whole("intermediate_size", 4 * fields.MAX_WIDTH),
-    num_heads=whole("num_attention_heads", fields.MAX_WIDTH),
+    width=integer("hidden_size", fields.MAX_WIDTH),
+    depth=integer("num_hidden_layers", fields.MAX_DEPTH),
+    mlp_dim=integer("intermediate_size", 4 * fields.MAX_WIDTH),
+    num_heads=integer("num_attention_heads", fields.MAX_WIDTH),
     vocab_size=vocab_size,
-    max_len=whole("max_position_embeddings", fields.MAX_TOKENS),
+    max_len=integer("max_position_embeddings", fields.MAX_TOKENS),
     mask=mask,
     pool=pool,
     padding=about["padding"],
-    pad_id=whole("pad_token_id", vocab_size - 1, 0),
+    pad_id=integer("pad_token_id", vocab_size - 1, 0),
   )
-  return config, whole(embed, fields.MAX_WIDTH)
+  return config, integer(embed, fields.MAX_WIDTH)
 
 
 def name_map(config: ov_models.VisionLanguageConfig) -> NameMap:
-  """Every tensor of the text tower and its head.
+  """Return the name map of the text tower and its head.
 
   Args:
-    config: of a model whose text tower fits a class, see `problems`.
+    config: configuration of a model with a supported text tower, see `problems`.
   """
   text = config.text
   assert text is not None
@@ -199,7 +201,7 @@ def name_map(config: ov_models.VisionLanguageConfig) -> NameMap:
   return NameMap(
     "transformers",
     tuple(entries),
-    (Fixed(f"{head}.bias", zeros, "our head has no bias"),) if siglip else (),
+    (Fixed(f"{head}.bias", zeros, "the head of OpenVision has no bias"),) if siglip else (),
     (
       Dropped("encoder/", "in the folder above"),
       Dropped("image_head/kernel", "in the folder above"),
@@ -212,7 +214,7 @@ def name_map(config: ov_models.VisionLanguageConfig) -> NameMap:
 
 
 def text_config(config: ov_models.VisionLanguageConfig, release: Release) -> dict[str, Any]:
-  """config.json of the text tower."""
+  """Return the content of config.json of the text tower."""
   text, words = config.text, release.words
   assert text is not None
   assert words is not None

@@ -1,9 +1,9 @@
-"""The text tower in its folder: names, fields, refusals. Numbers are in transformers_vit_test."""
+"""Tests of text towers: names, fields, errors. Outputs are tested in transformers_vit_test."""
 
 import dataclasses
 import json
 
-import jax
+import chex
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -74,7 +74,7 @@ def test_names_without_prefix_are_read_too(config, tmp_path):
   assert (found.words.length, found.words.append_cls) == (testing.LENGTH, config is TOWERS)
   params = transformers_text.name_map(config).to_ours(found.flat, config)
   expected = {name: model.params[name] for name in ("text", "text_head")}
-  jax.tree.map(np.testing.assert_array_equal, params, expected)
+  chex.assert_trees_all_equal(params, expected)
 
 
 @pytest.mark.parametrize("pool", ["first", "mean", "map", "argmax"])
@@ -95,7 +95,10 @@ def test_a_model_without_text_is_refused(tmp_path):
   [
     (
       {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
-      ["hidden_act='quick_gelu' (ours 'gelu_pytorch_tanh')", "layer_norm_eps=1e-05 (ours 1e-06)"],
+      [
+        "hidden_act='quick_gelu' (expected 'gelu_pytorch_tanh')",
+        "layer_norm_eps=1e-05 (expected 1e-06)",
+      ],
     ),
     ({"model_type": "bert"}, ["model_type='bert'"]),
     ({"model_type": "clip_text_model", "eos_token_id": 49407}, ["eos_token_id=49407"]),

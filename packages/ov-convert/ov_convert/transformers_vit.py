@@ -1,15 +1,15 @@
-"""Image towers, and models with one, as folders that `transformers` loads by its Auto classes.
+"""transformers format: image towers, and models with one, for the Auto classes.
 
   model = AutoModel.from_pretrained(folder)           # .pooler_output, .hidden_states[-2]
   processor = AutoImageProcessor.from_pretrained(folder)
   tokenizer = AutoTokenizer.from_pretrained(f"{folder}/text")
 
-pool="gap" is a BeitModel without its relative positions and layer scales: `pooler_output` is our
-pooled vector, `last_hidden_state` holds the tokens before any norm. ViTModel would compute the
-same blocks, but its pooler sees the cls token only. pool="tok" is a ViTModel whose pooler is the
-identity. A model with a text tower is written as the class ForImageClassification, whose `logits`
-are the embedding before it is brought to length 1; AutoModel reads the tower from that. The text
-tower lies in text/ (see transformers_text). Decoders have no class.
+pool="gap" becomes a BeitModel without relative positions and layer scales: `pooler_output` is our
+pooled vector, `last_hidden_state` holds the tokens before any norm. The blocks of ViTModel are the
+same, but it pools only the cls token. pool="tok" becomes a ViTModel with an identity pooler. A
+model with a text tower becomes a ForImageClassification class, whose `logits` are the unnormalised
+embedding; AutoModel loads its tower. The text tower is stored in text/ (see transformers_text).
+Decoders are not supported.
 
 Dimensions: B batch, T tokens, D width, F mlp, P patch, E embed, L layers.
 """
@@ -23,7 +23,15 @@ from typing import Any
 
 import numpy as np
 
-from ov_convert import fields, reading, transformers_forms, transformers_text, vision
+from ov_convert import (
+  fields,
+  reading,
+  transformers_families,
+  transformers_forms,
+  transformers_text,
+  vision,
+)
+from ov_convert.families.family import Family
 from ov_convert.name_map import (
   CONV,
   LEAD_1,
@@ -36,7 +44,7 @@ from ov_convert.name_map import (
   NameMap,
   Params,
 )
-from ov_convert.release import Config, Imported, Preprocess, Release, encoder_of
+from ov_convert.release import Config, Imported, Release, encoder_of, option_problems
 from ov_convert.transformers_text import CONFIG_FILE, WEIGHTS_FILE
 from ov_convert.writing import write_json, write_weights
 import ov_models
@@ -44,9 +52,8 @@ import ov_models
 WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")
 PREPROCESSOR_FILE = "preprocessor_config.json"
 TEXT_FOLDER = "text"
-# By our pool: model_type, prefix of the tower inside other classes, and those classes.
+# By our pool: model_type, which is also the prefix of the tower in other classes, and class prefix.
 KINDS = {"gap": ("beit", "Beit"), "tok": ("vit", "ViT")}
-BILINEAR = 2  # of PIL.Image.Resampling
 
 # theirs (below the layer), ours (below the blocks), transform
 _BLOCK_MAP = (
@@ -75,53 +82,73 @@ _KEY_BIAS = "blocks/attn/key/bias"
 
 
 def check(release: Release) -> None:
-  """Raises ValueError, naming every field, where `transformers` has no class for the model."""
+  """Raise ValueError listing all fields for which `transformers` has no class."""
+  if _family(release) is not None:
+    return
+  if found := option_problems(release.config):
+    nearest = transformers_families.nearest_problems(release.config)
+    raise ValueError(f"transformers has no class for {', '.join(found)}: {nearest}.")
   pool, text = release.encoder.pool, release.text
   problems = []
   if pool not in KINDS:
-    problems.append(f"encoder.pool={pool!r} (has gap and tok)")
+    problems.append(f"encoder.pool={pool!r} (supported: gap and tok)")
   if text is not None:
     problems += transformers_text.problems(text)
     if release.words is None:
-      problems.append("words=None (the text tower needs its tokenizer)")
+      problems.append("words=None (the text tower requires its tokenizer)")
   if problems:
     raise ValueError("transformers has no class for this model:\n  " + "\n  ".join(problems))
 
 
+def _family(release: Release) -> Family | None:
+  """Return the family that represents a model with options; None for the classes of this module."""
+  if not option_problems(release.config):
+    return None
+  return transformers_families.of_config(release.config)
+
+
 def write(folder: pathlib.Path, release: Release) -> None:
-  """Writes config.json, model.safetensors, preprocessor_config.json, and text/ where there is text.
+  """Write config.json, model.safetensors, preprocessor_config.json, and text/ for a text tower.
+
+  Models of a family with its own class are written as such, see `transformers_families`.
 
   Raises:
-    ValueError: see `check`; or parameters that do not fit the config.
+    ValueError: see `check`; also if the parameters do not match the config.
   """
   check(release)
+  if (family := _family(release)) is not None:
+    transformers_families.write(folder, release, family)
+    write_json(folder / PREPROCESSOR_FILE, transformers_forms.preprocessor(release.preprocess))
+    return
   names = name_map(release.config)
   flat = names.to_theirs(release.params, release.config)
   folder.mkdir(parents=True, exist_ok=True)
   write_weights(folder / WEIGHTS_FILE, flat, release.dtype, names.fixed)
   write_json(folder / CONFIG_FILE, image_config(release))
-  write_json(folder / PREPROCESSOR_FILE, preprocessor(release.preprocess))
+  write_json(folder / PREPROCESSOR_FILE, transformers_forms.preprocessor(release.preprocess))
   if release.text is not None:
     transformers_text.write(folder / TEXT_FOLDER, release)
 
 
 def read(folder: str | os.PathLike[str], python: str | os.PathLike[str] | None = None) -> Imported:
-  """Reads a folder: what `write` wrote, or a ViT, BEiT or DINOv2 whose arithmetic is ours.
+  """Read a folder written by `write`, a compatible ViT or BEiT, or a family with an own class.
 
   Args:
-    folder: holds config.json and the weights, *.safetensors or *.bin.
-    python: interpreter with PyTorch for the latter; see `reading.read_tensors`.
+    folder: directory with config.json and weights as *.safetensors or *.bin.
+    python: interpreter with PyTorch for *.bin; see `reading.read_tensors`.
 
   Returns:
-    The image tower; two towers where text/ holds the other. Notes say what was changed or left out.
+    The image tower, or two towers if text/ exists. Notes list what was changed or omitted.
 
   Raises:
-    FileNotFoundError: a file is missing.
-    ValueError: another architecture, whose differing fields are listed; tensors that do not fit,
-      which are listed; or a damaged file.
+    FileNotFoundError: if a file is missing.
+    ValueError: if the architecture is incompatible or tensors do not match, listing all differing
+      fields or tensors; or if a file is damaged.
   """
   root = pathlib.Path(folder)
   content = reading.read_json(root / CONFIG_FILE)
+  if (family := transformers_families.of_content(content)) is not None:
+    return transformers_families.read(root, content, family, python)
   vit = transformers_forms.vit_config(content)
   given = reading.read_tensors(root, WEIGHTS_FILES, python)
   sizes = {"hidden_size": vit.width, "intermediate_size": vit.mlp_dim}
@@ -141,7 +168,7 @@ def read(folder: str | os.PathLike[str], python: str | os.PathLike[str] | None =
     joint, params = _joint(content["openvision"], vit, flat, text)
     return Imported(joint, params, preprocess, text.words, tuple(notes))
   if classes := [name for name in flat if name.startswith("classifier.")]:
-    notes.append(f"{', '.join(classes)} left out: it tells classes, and is no part of the tower")
+    notes.append(f"{', '.join(classes)} not imported: it is a classifier, not a part of the tower")
   flat = {name: tensor for name, tensor in flat.items() if name not in classes}
   params = _with_key_bias(name_map(vit).to_ours(flat, vit), vit)
   ov_models.bind(vit, params)
@@ -154,7 +181,7 @@ def _joint(
   flat: dict[str, np.ndarray],
   text: transformers_text.TextTower,
 ) -> tuple[ov_models.VisionLanguageConfig, Params]:
-  """Two towers of an image tower in the form of `canonical` and what lies in text/."""
+  """Return a model of an image tower in `canonical` form and the text tower of text/."""
   given = about if isinstance(about, dict) else {}
   scale: Any = given.get("logit_scale")
   bias: Any = given.get("logit_bias", "")
@@ -181,19 +208,19 @@ def _joint(
 
 
 def _with_key_bias(encoder: Params, vit: ov_models.ViTConfig) -> Params:
-  """The parameters of a tower with zeros for what `write` drops."""
+  """Return the parameters of a tower, with zeros for those that `write` drops."""
   zeros = np.zeros((vit.depth, vit.width), np.float32)
   encoder["blocks"]["attn"]["key"].setdefault("bias", zeros)
   return encoder
 
 
 def name_map(config: Config) -> NameMap:
-  """Every tensor of the image tower, and of the head where there is a text tower.
+  """Return the name map of the image tower, and of the head if there is a text tower.
 
-  Names are those of files that 4.x and 5.x of the library read and write.
+  Names are those in files of versions 4.x and 5.x of the library.
 
   Args:
-    config: of a model with an image tower, pool "gap" or "tok".
+    config: configuration of a model with an image tower with pool "gap" or "tok".
   """
   vit = encoder_of(config)
   kind = KINDS[vit.pool][0]
@@ -205,7 +232,7 @@ def name_map(config: Config) -> NameMap:
     Fixed(
       f"{prefix}embeddings.patch_embeddings.projection.bias",
       np.zeros(vit.width, np.float32),
-      "our patches have no bias",
+      "the patch embedding of OpenVision has no bias",
     )
   ]
   positions = vision.position(prefix + _POSITIONS, vit, ours, LEAD_1)
@@ -214,13 +241,13 @@ def name_map(config: Config) -> NameMap:
   else:
     fixed.append(positions)
   if vit.pool == "tok":
-    why = "the pooler hands on the normed cls token"
+    why = "the pooler returns the normed cls token"
     fixed.append(Fixed(f"{prefix}pooler.dense.weight", np.eye(vit.width, dtype=np.float32), why))
     fixed.append(Fixed(f"{prefix}pooler.dense.bias", np.zeros(vit.width, np.float32), why))
   if with_head:
     entries.append(Entry("classifier.weight", ("image_head/kernel",), TRANSPOSE))
     embed = np.zeros(config.embed_dim, np.float32)  # type: ignore[union-attr]
-    fixed.append(Fixed("classifier.bias", embed, "our head has no bias"))
+    fixed.append(Fixed("classifier.bias", embed, "the head of OpenVision has no bias"))
   return NameMap(
     "transformers", tuple(entries), tuple(fixed), tuple(_dropped(vit, ours, with_head))
   )
@@ -244,7 +271,7 @@ def _tower(vit: ov_models.ViTConfig, prefix: str, ours: str) -> Iterator[Entry]:
 
 def _dropped(vit: ov_models.ViTConfig, ours: str, with_head: bool) -> Iterator[Dropped]:
   if vit.pool == "gap":
-    why = "adds the same to all scores of a query, which the softmax takes out again"
+    why = "adds a constant to all scores of a query, which has no effect on the softmax"
     yield Dropped(ours + _KEY_BIAS, why)
   if ours:
     yield Dropped("decoder/", "the library has no class for the decoder")
@@ -256,7 +283,7 @@ def _dropped(vit: ov_models.ViTConfig, ours: str, with_head: bool) -> Iterator[D
 
 
 def image_config(release: Release) -> dict[str, Any]:
-  """config.json of the image tower."""
+  """Return the content of config.json of the image tower."""
   vit = release.encoder
   kind, name = KINDS[vit.pool]
   with_head = release.text is not None
@@ -294,24 +321,3 @@ def image_config(release: Release) -> dict[str, Any]:
     content["num_labels"] = release.config.embed_dim  # type: ignore[union-attr]
     content["openvision"] = {"logit_scale": scale, "logit_bias": bias}
   return content
-
-
-def preprocessor(preprocess: Preprocess) -> dict[str, Any]:
-  """preprocessor_config.json: of a class that all versions have, with torchvision and without."""
-  side = preprocess.image_size
-  square = {"height": side, "width": side}
-  center = preprocess.fit == "center"
-  return {
-    "image_processor_type": "CLIPImageProcessor",
-    "do_convert_rgb": True,
-    "do_resize": True,
-    "size": {"shortest_edge": side} if center else square,
-    "resample": BILINEAR,
-    "do_center_crop": center,
-    "crop_size": square,
-    "do_rescale": True,
-    "rescale_factor": 1 / 255,
-    "do_normalize": True,
-    "image_mean": list(preprocess.mean),
-    "image_std": list(preprocess.std),
-  }

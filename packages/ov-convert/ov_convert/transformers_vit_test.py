@@ -1,8 +1,9 @@
-"""Folders of transformers: names, shapes and round trips here; numbers by the library itself."""
+"""Tests of the transformers format: names, shapes, round trips, and outputs of the library."""
 
 import dataclasses
 import json
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -42,7 +43,7 @@ def source(name, **fields):
 
 
 def without_key_bias(params):
-  """The parameters as they come back: what the softmax takes out is 0."""
+  """Parameters after a round trip: biases without effect on the softmax are 0."""
   flat = maps.flatten(params)
   return maps.unflatten(
     {n: np.zeros_like(v) if n.endswith("blocks/attn/key/bias") else v for n, v in flat.items()}
@@ -51,12 +52,12 @@ def without_key_bias(params):
 
 def assert_same(got, expected):
   assert jax.tree.structure(got) == jax.tree.structure(expected)
-  jax.tree.map(np.testing.assert_array_equal, got, expected)
+  chex.assert_trees_all_equal(got, expected)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_what_was_written_is_read(name, dtype, tmp_path):
+def test_round_trip(name, dtype, tmp_path):
   model = source(name, dtype=dtype, preprocess=Preprocess(14, "squash", (0.5, 0.4, 0.3)))
   transformers_vit.write(tmp_path / "model", model)
   found = transformers_vit.read(tmp_path / "model")
@@ -81,7 +82,7 @@ def test_what_was_written_is_read(name, dtype, tmp_path):
   assert found.words.vocabulary == model.words.vocabulary
 
 
-def test_key_biases_have_no_say():
+def test_key_biases_have_no_effect():
   """Why they may be dropped: the tower computes the same without, but for rounding."""
   params = testing.random_params(VIT)
   pixels = np.random.default_rng(2).normal(size=(2, 14, 14, 3)).astype(np.float32)
@@ -122,7 +123,7 @@ def test_tensors_land_where_they_belong(tmp_path):
   assert f"{layer}.attention.attention.key.bias" not in flat
 
 
-def test_16_bits_keep_whole_what_is_not_learned(tmp_path):
+def test_16_bit_files_keep_fixed_tensors_in_float32(tmp_path):
   transformers_vit.write(tmp_path, source("tower", dtype="bfloat16"))
   with safetensors.safe_open(tmp_path / "model.safetensors", "np") as file:
     dtypes = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
@@ -162,7 +163,7 @@ def test_sizes_of_published_towers():
     ),
   ],
 )
-def test_what_no_class_computes_is_refused(changes, named, tmp_path):
+def test_models_without_a_class_are_rejected(changes, named, tmp_path):
   model = testing.release(dataclasses.replace(TOWERS, **changes))
   for refuse in (
     lambda: transformers_vit.check(model), lambda: transformers_vit.write(tmp_path / "x", model)
@@ -189,13 +190,13 @@ def test_tensors_that_do_not_fit_are_named(tmp_path):
   with pytest.raises(ValueError) as caught:
     transformers_vit.read(tmp_path)
   for part in (
-    "missing beit.encoder.layer.1.output.dense.bias", "left over beit.stranger",
+    "missing beit.encoder.layer.1.output.dense.bias", "unexpected beit.stranger",
     "classifier.bias differs by 1.0e+00", "beit.pooler.layernorm.bias is (5,), expected (16,)",
   ):  # fmt: skip
     assert part in str(caught.value)
 
 
-def test_a_scale_that_is_none_is_refused(tmp_path):
+def test_invalid_logit_scales_are_rejected(tmp_path):
   transformers_vit.write(tmp_path, source("towers"))
   config = tmp_path / "config.json"
   content = json.loads(config.read_text())
@@ -209,7 +210,7 @@ def test_a_scale_that_is_none_is_refused(tmp_path):
 RUNS = {
   "towers": dict(),
   "tok, learned, causal": dict(dtype="float16"),
-  # Trained at 14 pixels, written for 23: positions are made anew.
+  # Trained at 14 pixels, exported for 23: positions are recomputed.
   "captioner": dict(
     config=VisionLanguageConfig(
       encoder=dataclasses.replace(VIT, image_size=23), decoder=DECODER
@@ -239,7 +240,7 @@ def test_the_library_computes_the_same(name, tmp_path):
   pixels = theirs.arrays["image/pixels"]
   assert pixels.shape == (3, size, size, 3)
   assert theirs.facts["image/class"] == ("ViTModel" if model.encoder.pool == "tok" else "BeitModel")
-  # The third picture has this size already: nothing but the normalisation is done to it.
+  # The third image already has this size, so it is only normalized.
   raw = (tmp_path / "probe/images/2.ppm").read_bytes()[-3 * size * size :]
   picture = np.frombuffer(raw, np.uint8).reshape(size, size, 3) / 255
   mean, std = np.array(model.preprocess.mean), np.array(model.preprocess.std)
@@ -277,6 +278,6 @@ def test_mistakes_show(tmp_path):
   assert problems[activation] == "is gelu, expected gelu tanh"
   failing = [row for row in rows if not row.ok and row.name.startswith("image/")]
   assert failing[0].name == "image/block_02" and failing[0].max_abs > 1e-2
-  # Neither may be read as a tower of ours.
-  with pytest.raises(ValueError, match=r"layer_norm_eps=1e-12 \(ours 1e-06\)"):
+  # Both are unsupported towers.
+  with pytest.raises(ValueError, match=r"layer_norm_eps=1e-12 \(expected 1e-06\)"):
     transformers_vit.read(tmp_path / "model")

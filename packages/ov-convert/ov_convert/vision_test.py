@@ -1,4 +1,4 @@
-"""Ratios and positions as other libraries store them."""
+"""Tests of MLP ratios and positions as stored by other libraries."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -49,5 +49,5 @@ def test_other_tables_are_learned():
 
 def test_fields_that_differ_are_listed():
   fields = {"a": 1, "b": None, "c": 3, "d": 0, "e": "x"}
-  found = vision.unlike(fields, {"a": 2, "b": None, "z": 5}, {"c"}, "cfg.")
+  found = vision.field_mismatches(fields, {"a": 2, "b": None, "z": 5}, {"c"}, "cfg.")
   assert found == ["cfg.a=1 (must be 2)", "cfg.e='x' (unknown)"]

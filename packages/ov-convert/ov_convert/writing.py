@@ -1,4 +1,4 @@
-"""Writes the files that formats of other libraries have in common; `reading` reads them."""
+"""Writing of files common to several formats; `reading` is the counterpart."""
 
 from collections.abc import Mapping
 import json
@@ -15,14 +15,13 @@ from ov_convert.name_map import Fixed
 def write_weights(
   path: pathlib.Path, flat: Mapping[str, np.ndarray], dtype: str, fixed: tuple[Fixed, ...]
 ) -> None:
-  """Tensors as safetensors, marked as PyTorch's libraries want them.
+  """Write tensors as safetensors with the metadata that PyTorch libraries require.
 
   Args:
-    path: of the file.
-    flat: tensors by their names.
-    dtype: of floating-point tensors in the file.
-    fixed: those that are computed and not learned. They keep float32: rounding them would be an
-      error of the format.
+    path: path of the file.
+    flat: tensors by name.
+    dtype: dtype of floating-point tensors in the file.
+    fixed: computed tensors. They stay float32, so that rounding does not change them.
   """
   kept = {line.theirs: line.value for line in fixed}
   tensors = {name: kept.get(name, _cast(tensor, dtype)) for name, tensor in flat.items()}
@@ -30,7 +29,7 @@ def write_weights(
 
 
 def write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
-  """Indented, as people read it; accents as they are."""
+  """Return indented JSON text with unescaped accents."""
   path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", "utf-8")
 
 

@@ -1,7 +1,7 @@
-"""Generated captions against true ones: corpus BLEU-4 and CIDEr-D, as COCO's captions are scored.
+"""Corpus BLEU-4 and CIDEr-D of generated captions, as in the COCO caption evaluation.
 
-Scores equal those of COCO's caption evaluation on equal tokens (BLEU up to the 1e-9 that it adds to
-a count). The tokens are `caption_text.caption_words` by default.
+Given equal tokens, scores equal those of the COCO caption evaluation (BLEU up to the 1e-9 that it
+adds to counts). The default tokenizer is `caption_text.caption_words`.
 """
 
 import collections
@@ -21,19 +21,19 @@ from ov_eval.states import Mean
 
 TOKENS: dict[str, Tokenise] = {"words": caption_words, "ptb": ptb_words}
 _ORDER = 4  # longest n-gram
-_SIGMA = 6.0  # of CIDEr-D's penalty on the difference in length
+_SIGMA = 6.0  # width of the length penalty of CIDEr-D
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Bleu:
-  """Corpus BLEU-4 (Papineni et al. 2002); mergeable with `+`, exactly.
+  """Corpus BLEU-4 (Papineni et al. 2002); exactly mergeable with `+`.
 
   Attributes:
-    count: candidates.
+    count: number of candidates.
     sums: int64 [10]: clipped matches of 1- to 4-grams, n-grams of the candidates, words of the
       candidates, words of their closest references.
-    products: int64 [10, 10]: sum over candidates of the outer product of their ten numbers, from
-      which the interval follows.
+    products: int64 [10, 10]: sum over candidates of the outer product of these ten numbers, used
+      for the confidence interval.
   """
 
   count: int
@@ -47,7 +47,7 @@ class Bleu:
 
   @property
   def brevity_penalty(self) -> float:
-    """exp(1 - r / c) where the candidates are shorter than the references, else 1."""
+    """exp(1 - r / c) if the candidates are shorter than the references, else 1."""
     length, reference = self.sums[8:].tolist()
     if length >= reference:
       return 1.0
@@ -55,9 +55,9 @@ class Bleu:
 
   @property
   def value(self) -> float:
-    """Geometric mean of the four precisions x brevity penalty; no smoothing.
+    """Geometric mean of the four precisions times the brevity penalty, without smoothing.
 
-    0 where no 4-gram matches; NaN without candidates.
+    0 if no 4-gram matches; NaN without candidates.
     """
     if not self.count:
       return math.nan
@@ -67,12 +67,12 @@ class Bleu:
     return self.brevity_penalty * statistics.geometric_mean((matches / totals).tolist())
 
   def interval(self, level: float = 0.95) -> tuple[float, float] | None:
-    """By linearisation over candidates, as `Mean`'s; None where the value is 0 or NaN."""
+    """Return the interval by linearisation over candidates; None if the value is 0 or NaN."""
     value = self.value
     if not value > 0:
       return None
     sums = self.sums.astype(np.float64)
-    slope = np.zeros(10)  # of log BLEU in each of the ten sums
+    slope = np.zeros(10)  # derivative of log BLEU with respect to each sum
     slope[:4], slope[4:8] = 0.25 / sums[:4], -0.25 / sums[4:8]
     if sums[8] < sums[9]:
       slope[8], slope[9] = sums[9] / sums[8] ** 2, -1 / sums[8]
@@ -81,7 +81,7 @@ class Bleu:
     return max(0.0, value - half), min(1.0, value + half)
 
   def result(self, name: str = "bleu4", level: float = 0.95) -> Result:
-    """Value in [0, 1], candidates and interval under a name."""
+    """Return value in [0, 1], number of candidates and interval as a named result."""
     low, high = self.interval(level) or (None, None)
     return Result(name, self.value, self.count, low, high)
 
@@ -92,19 +92,25 @@ def bleu4(
   *,
   tokenise: Tokenise = caption_words,
 ) -> Bleu:
-  """Corpus BLEU-4: counts are summed over all candidates before precisions are taken.
+  """Return corpus BLEU-4: counts are summed over all candidates before computing precisions.
 
-  A candidate's n-gram matches as often as it is in the one reference that has it most often; its
-  reference length is the closest one, of two equally close the shorter. An empty candidate matches
-  nothing and brings its reference length.
+  Matches of an n-gram are clipped to its maximum count in any one reference. The reference length
+  is that of the closest reference, the shorter one in a tie. An empty candidate matches nothing
+  but contributes its reference length.
 
   Args:
     candidates: N captions.
-    references: for each at least one true caption.
-    tokenise: text -> tokens; see `caption_text.compared_words`.
+    references: reference captions of each candidate, at least one.
+    tokenise: maps a text to tokens; see `caption_text.compared_words`.
 
   Raises:
     ValueError: if the lengths differ or a candidate has no reference.
+
+  Examples:
+    >>> import ov_eval
+    >>> captions = ["a red circle above a square"]
+    >>> ov_eval.bleu4(captions, [captions]).count
+    1
   """
   rows = np.zeros((len(candidates), 10), np.int64)
   for row, (words, truths) in zip(rows, _tokens(candidates, references, tokenise), strict=True):
@@ -126,34 +132,38 @@ def cider_scores(
   *,
   tokenise: Tokenise = caption_words,
 ) -> np.ndarray:
-  """CIDEr-D of each candidate, float64 [N] from 0 to 10 (Vedantam et al., arXiv 1411.5726).
+  """Return CIDEr-D of each candidate, float64 [N] from 0 to 10 (Vedantam et al., arXiv 1411.5726).
 
-  Per length n = 1..4: the n-grams weighted by tf-idf, the candidate's clipped to the reference's,
-  their cosine x exp(-(difference in words)^2 / (2 sigma^2)) with sigma 6; mean over references and
-  n, x 10. Papers print 100 times this. idf counts in how many of these N pictures' references an
-  n-gram is: a figure belongs to its set of pictures, and with a single one everything is 0.
+  For n = 1..4, n-grams are weighted by tf-idf, with the weights of the candidate clipped to those
+  of the reference. The score is their cosine times exp(-(difference in words)^2 / (2 sigma^2)),
+  sigma = 6, averaged over references and n, times 10. Papers report 100 times this value. The
+  document frequency is computed over the references of these N images, so scores depend on the set
+  of images; with a single image all scores are 0.
 
   Args:
-    candidates, references, tokenise: as in `bleu4`. All N pictures of all processes.
+    candidates, references, tokenise: see `bleu4`; all N images of all processes.
 
   Raises:
-    ValueError: as `bleu4`.
+    ValueError: see `bleu4`.
   """
   pairs = [
     (_ngrams(words), [_ngrams(truth) for truth in truths])
     for words, truths in _tokens(candidates, references, tokenise)
   ]
-  pictures = collections.Counter(ngram for _, truths in pairs for ngram in set().union(*truths))
+  document_frequency = collections.Counter(
+    ngram for _, truths in pairs for ngram in set().union(*truths)
+  )
   rarest = math.log(len(pairs)) if pairs else 0.0
 
   def weigh(counts: collections.Counter[tuple[str, ...]]) -> "_Vector":
     weights = {
-      ngram: times * (rarest - math.log(max(1, pictures[ngram]))) for ngram, times in counts.items()
+      ngram: times * (rarest - math.log(max(1, document_frequency[ngram])))
+      for ngram, times in counts.items()
     }
     squares = [0.0] * _ORDER
     for ngram, weight in weights.items():
       squares[len(ngram) - 1] += weight * weight
-    # COCO's code measures length in 2-grams, which differ as words do.
+    # The COCO code measures length in 2-grams; differences of lengths are those in words.
     length = sum(times for ngram, times in counts.items() if len(ngram) == 2)
     return _Vector(weights, [math.sqrt(square) for square in squares], length)
 
@@ -170,7 +180,7 @@ def cider(
   *,
   tokenise: Tokenise = caption_words,
 ) -> Mean:
-  """The mean of `cider_scores`; its interval takes idf as given."""
+  """Return the mean of `cider_scores`; the interval treats idf as fixed."""
   return Mean.of(cider_scores(candidates, references, tokenise=tokenise))
 
 
@@ -179,16 +189,16 @@ def caption_metrics(
 ) -> list[Result]:
   """Return `bleu4` and `cider` of the records of all processes; empty without records.
 
-  Records with one `index` are the same example and count once.
+  Records with equal `index` are the same example and count once.
 
   Args:
-    records: from `generate_captions`.
-    level: of the intervals.
-    tokens: a key of `TOKENS`: "words", where case, punctuation and spacing do not count, in any
-      script; or "ptb", the tokens of COCO's caption evaluation, for English.
+    records: records returned by `generate_captions`.
+    level: level of the confidence intervals.
+    tokens: key of `TOKENS`: "words" ignores case, punctuation and spacing, in any script; "ptb"
+      uses the tokens of the COCO caption evaluation, for English.
 
   Raises:
-    ValueError: for unknown tokens.
+    ValueError: if `tokens` is unknown.
   """
   if tokens not in TOKENS:
     raise ValueError(f"tokens={tokens!r}: expected one of {', '.join(TOKENS)}.")
@@ -204,7 +214,7 @@ def caption_metrics(
 
 @dataclasses.dataclass(frozen=True)
 class _Vector:
-  """tf-idf weights of a caption's n-grams, their norm per n, and its length."""
+  """tf-idf weights of the n-grams of a caption, their norm for each n, and its length."""
 
   weights: dict[tuple[str, ...], float]
   norms: list[float]
@@ -212,7 +222,7 @@ class _Vector:
 
 
 def _similarity(candidate: _Vector, reference: _Vector) -> float:
-  """CIDEr-D's, from 0 to 1."""
+  """Return the CIDEr-D similarity, from 0 to 1."""
   products = [0.0] * _ORDER
   for ngram, weight in candidate.weights.items():
     other = reference.weights.get(ngram, 0.0)
@@ -241,7 +251,7 @@ def _tokens(
 
 
 def _ngrams(words: Sequence[str]) -> collections.Counter[tuple[str, ...]]:
-  """How often each n-gram of 1 to 4 words is there."""
+  """Return the counts of all n-grams of 1 to 4 words."""
   return collections.Counter(
     tuple(words[i : i + n]) for n in range(1, _ORDER + 1) for i in range(len(words) - n + 1)
   )

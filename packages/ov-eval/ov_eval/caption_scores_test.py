@@ -10,13 +10,13 @@ from ov_eval.captions import CaptionRecord
 CAT = "the cat is on the mat"
 
 
-def test_a_perfect_caption_scores_one():
+def test_perfect_caption():
   assert bleu4([CAT], [["something else entirely here", CAT]]).value == pytest.approx(1.0)
 
 
-def test_bleu_by_hand():
-  # 1-grams 5 of 6, 2-grams 3 of 5 (the cat, on the, the mat), 3-grams 1 of 4, 4-grams 0 of 3:
-  # no match of 4 words makes one sentence 0; with the second, 4-grams are 3 of 6.
+def test_bleu_example():
+  # First caption: 5 of 6 1-grams match, 3 of 5 2-grams (the cat, on the, the mat), 1 of 4 3-grams
+  # and 0 of 3 4-grams, so its BLEU-4 alone is 0. With the second caption, 3 of 6 4-grams match.
   state = bleu4(["the cat sat on the mat", CAT], [[CAT], [CAT]])
   assert state.sums.tolist() == [11, 8, 5, 3, 12, 10, 8, 6, 12, 12]
   expected = (11 / 12 * 8 / 10 * 5 / 8 * 3 / 6) ** 0.25
@@ -25,7 +25,7 @@ def test_bleu_by_hand():
   assert bleu4(["the cat sat on the mat"], [[CAT]]).value == 0.0
 
 
-def test_matches_are_clipped_to_the_reference_that_has_most():
+def test_bleu_clips_matches_per_reference():
   # Papineni's example: "the" is twice in the first reference, once in the second.
   state = bleu4(["the the the the the the the"], [[CAT, "there is a cat on the mat"]])
   assert state.sums[0] == 2 and state.sums[4] == 7
@@ -35,17 +35,17 @@ def test_matches_are_clipped_to_the_reference_that_has_most():
   "words, lengths, closest",
   [(5, (2, 9), 2), (5, (4, 6), 4), (5, (6, 4), 4), (5, (9, 7, 1), 7), (0, (3, 8), 3)],
 )
-def test_the_closest_reference_length_counts_and_of_two_the_shorter(words, lengths, closest):
+def test_bleu_uses_the_closest_reference_length(words, lengths, closest):
   state = bleu4([" ".join(["a"] * words)], [[" ".join(["b"] * n) for n in lengths]])
   assert state.sums[8:].tolist() == [words, closest]
 
 
-def test_short_candidates_pay_for_brevity():
+def test_bleu_brevity_penalty():
   state = bleu4(["a b c d"], [["a b c d e f"]])
   assert state.value == pytest.approx(math.exp(1 - 6 / 4))
 
 
-def test_empty_candidates_bring_their_reference_length():
+def test_bleu_empty_candidates():
   assert bleu4([""], [["a b c d"]]).value == 0.0
   state = bleu4(["a b c d", ""], [["a b c d"], ["a b c d"]])
   assert state.value == pytest.approx(math.exp(1 - 8 / 4)) and state.count == 2
@@ -69,7 +69,7 @@ def _random_captions(seed, size, vocabulary=12):
   return candidates, references
 
 
-def test_bleu_merges_exactly_and_duplicates_change_nothing_but_the_interval():
+def test_bleu_merges_exactly():
   candidates, references = _random_captions(0, 60)
   whole = bleu4(candidates, references)
   parts = bleu4(candidates[:17], references[:17]) + bleu4(candidates[17:], references[17:])
@@ -95,24 +95,24 @@ def test_bleu_interval_agrees_with_bootstrap():
   )
 
 
-def test_cider_by_hand():
-  # Two pictures. "a" is in both: idf 0. Every other n-gram is in one: idf log 2.
+def test_cider_example():
+  # Two images. "a" occurs in both and has idf 0; all other n-grams occur in one and have idf log 2.
   references = [["a red dog"], ["a big cat"]]
-  # The truth itself: cosine 1 for n = 1, 2, 3; there is no 4-gram.
+  # Candidates equal to the references: cosine 1 for n = 1, 2, 3; there is no 4-gram.
   np.testing.assert_allclose(cider_scores(["a red dog", "a big cat"], references), 7.5)
-  # "a red cat" for "a red dog": 1-grams red, cat against red, dog: cosine 1/2; 2-grams "a red",
-  # "red cat" against "a red", "red dog": 1/2; no 3-gram. "a dog": 1-grams dog against red, dog:
-  # 1/sqrt 2; nothing else, one word less.
+  # "a red cat" against "a red dog": the cosine is 1/2 for 1-grams (red, cat against red, dog) and
+  # for 2-grams ("a red", "red cat" against "a red", "red dog"). "a dog" against "a red dog": it is
+  # 1/sqrt 2 for 1-grams and 0 for others, and the lengths differ by one word.
   found = cider_scores(["a red cat", "a dog"], references)
   assert found[0] == pytest.approx(10 * (1 / 2 + 1 / 2) / 4)
-  assert found[1] == 0.0  # it is the caption of the cat
+  assert found[1] == 0.0  # reference of the other image
   found = cider_scores(["a dog", "a big cat"], references)
   assert found[0] == pytest.approx(10 * (1 / math.sqrt(2)) / 4 * math.exp(-1 / 72))
 
 
 def test_cider_clips_a_repeated_word():
   references = [["dog park"], ["big cat"]]
-  # tf of "dog" is 3, clipped to 1: 1 x 1 / (|3| x |(1, 1)|); two words more... of 2-grams one more.
+  # tf of "dog" is 3, clipped to 1: 1 x 1 / (|3| x |(1, 1)|). The lengths differ by one 2-gram.
   found = cider_scores(["dog dog dog", ""], references)
   assert found[0] == pytest.approx(10 * (1 / (3 * math.sqrt(2))) / 4 * math.exp(-1 / 72))
   assert found[1] == 0.0  # an empty candidate
@@ -124,22 +124,22 @@ def test_cider_is_the_mean_over_references():
   assert found[0] == pytest.approx(10 * (2 / 4 + 0) / 2)
 
 
-def test_cider_of_one_picture_is_zero_as_nothing_is_rare():
+def test_cider_of_one_image_is_zero():
   assert cider(["a red dog"], [["a red dog"]]).value == 0.0
   assert math.isnan(cider([], []).value)
 
 
-def test_cider_of_duplicated_pictures_equals_the_pictures():
+def test_cider_of_duplicated_images():
   candidates, references = _random_captions(3, 40)
   once = cider(candidates, references)
-  twice = cider(candidates * 2, references * 2)  # N and every df double: idf stays, but df >= 1
+  twice = cider(candidates * 2, references * 2)  # N and every df double, so idf is unchanged
   assert once.value > 0 and twice.count == 80
-  # An n-gram that is in no reference keeps log N: only such ones weigh more.
+  # N-grams in no reference have idf log N, so only their weight increases.
   assert twice.value == pytest.approx(once.value, rel=0.15) and twice.value <= once.value
 
 
 def _naive_cider(candidates, references):
-  """CIDEr-D with dense vectors, one per n, straight from the formula."""
+  """Compute CIDEr-D by its formula, with one dense vector per n."""
   total = []
   for i, candidate in enumerate(candidates):
     scores = []
@@ -170,7 +170,7 @@ def test_cider_equals_the_formula():
   assert len(set(found.tolist())) > 20
 
 
-def test_records_with_one_index_count_once():
+def test_duplicate_records_count_once():
   candidates, references = _random_captions(5, 20)
   records = [CaptionRecord(i, candidates[i], tuple(references[i])) for i in range(20)]
   once = metrics.caption_metrics(records)
@@ -189,7 +189,7 @@ def test_records_with_one_index_count_once():
     ("a", ["a"], "1 candidates"),
   ],
 )
-def test_wrong_lists_are_refused(candidates, references, message):
+def test_invalid_arguments(candidates, references, message):
   for metric in (bleu4, cider):
     with pytest.raises(ValueError, match=message):
       metric(candidates, references)

@@ -1,8 +1,8 @@
-"""The words of a caption: one rule that treats generated and true captions alike.
+"""Word tokenization of captions that makes generated and reference captions comparable.
 
-A generated caption has been through a tokenizer, which may fold case and accents and move the
-spaces around punctuation. A true caption is the text of the data set. `compared_words` removes
-these differences from both, so that a model which repeats a true caption scores as equal to it.
+A generated caption is detokenized text: case, accents and spacing around punctuation may be lost.
+A reference caption is the original text of the data set. `compared_words` removes these
+differences from both, so that a model that reproduces a reference gets the maximum score.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,12 +14,12 @@ import regex
 
 Tokenise = Callable[[str], Sequence[str]]
 
-UNKNOWN = "\0unknown"  # the token of an unknown word; no text holds it, so it matches nothing
-# What tokenizers write for ids that are no text. In a true caption these are ordinary characters.
+UNKNOWN = "\0unknown"  # token of an unknown word; occurs in no text, so it matches nothing
+# Names of special tokens in generated captions. In a reference these are ordinary characters.
 _NO_TEXT = re.compile(r"\[(?:UNK|SEP|MASK|CLS|PAD|unused\d+)\]|<unk>|<mask>")
 
 _ASCII_WORD = re.compile(r"[a-z0-9]+")
-# Scripts that put no spaces between words: each letter with its marks is a token.
+# Scripts without spaces between words: each letter with its marks is a token.
 _SCRIPTS = "".join(
   rf"\p{{{script}}}"
   for script in (
@@ -27,7 +27,7 @@ _SCRIPTS = "".join(
     "Balinese", "Tai_Le", "New_Tai_Lue", "Tai_Tham", "Tai_Viet",
   )
 )  # fmt: skip
-_SPACELESS = rf"[{_SCRIPTS}\u30fc]"  # the length mark of Japanese belongs to no script in Unicode
+_SPACELESS = rf"[{_SCRIPTS}\u30fc]"  # U+30FC, the Japanese length mark, has no script in Unicode
 _LETTER = rf"(?=[\p{{L}}\p{{N}}]){_SPACELESS}\p{{M}}*+"
 _RUN = rf"[\p{{L}}\p{{N}}--{_SPACELESS}][[\p{{L}}\p{{N}}\p{{M}}]--{_SPACELESS}]*+"
 _EMOJI = r"[\p{Extended_Pictographic}\U0001f1e6-\U0001f1ff]"
@@ -37,12 +37,12 @@ _MARK = regex.compile(r"\p{Mn}")
 
 
 def caption_words(text: str, *, marks: bool = True) -> list[str]:
-  """Split a caption into words, without regard to case, punctuation, symbols and spacing.
+  """Split a caption into words, ignoring case, punctuation, symbols and spacing.
 
-  Compatibility forms are replaced (NFKC) and case is folded. A word is a run of letters, digits and
-  marks; so "don't" is "don" and "t", however it is spaced. In scripts without spaces between words
-  (Chinese, Japanese, Thai, Lao, Khmer, Burmese, ...) each letter with its marks is a word. So is
-  each emoji.
+  Text is NFKC-normalised and case-folded. A word is a run of letters, digits and marks, so "don't"
+  is "don" and "t", however it is spaced. In scripts without spaces between words (Chinese,
+  Japanese, Thai, Lao, Khmer, Burmese, ...) each letter with its marks is a word, and so is each
+  emoji.
 
   Args:
     text: the caption.
@@ -63,19 +63,19 @@ def caption_words(text: str, *, marks: bool = True) -> list[str]:
 def compared_words(
   candidate: str, references: Sequence[str], tokenise: Tokenise = caption_words
 ) -> tuple[list[str], list[list[str]]]:
-  """Return the words of a generated caption and of its true captions, made comparable.
+  """Return comparable words of a generated caption and of its references.
 
-  With `caption_words`, nonspacing marks count if the candidate has any. A candidate without any is
-  compared without them: a tokenizer that removes accents cannot write them. A token of the
-  vocabulary that stands for no text ("[UNK]") is a word that equals no other.
+  With `caption_words`, nonspacing marks count only if the candidate has any, because a tokenizer
+  that strips accents cannot generate them. A special token in the candidate ("[UNK]") becomes a
+  word that matches nothing.
 
   Args:
-    candidate: the generated caption.
-    references: the true captions.
-    tokenise: text -> tokens.
+    candidate: generated caption.
+    references: reference captions.
+    tokenise: maps a text to tokens.
 
   Returns:
-    Tokens of the candidate, and of each reference.
+    Tokens of the candidate, and tokens of each reference.
   """
   if tokenise is caption_words:
     has_marks = not candidate.isascii() and bool(_MARK.search(_folded(candidate)))
@@ -88,9 +88,9 @@ def compared_words(
 
 
 def is_exact(candidate: str, references: Sequence[str]) -> bool:
-  """Return whether a generated caption has the words of one of its true captions.
+  """Return whether a generated caption has the same words as one of its references.
 
-  Captions without a word, such as "!?", are compared as they are.
+  Captions without words, such as "!?", are compared literally up to whitespace.
   """
   words, truths = compared_words(candidate, references)
   if words:
@@ -99,6 +99,6 @@ def is_exact(candidate: str, references: Sequence[str]) -> bool:
 
 
 def _folded(text: str) -> str:
-  """Decomposed, case folded, without characters that are not displayed."""
+  """Return the text decomposed (NFKD), case-folded and without invisible characters."""
   plain = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", text).casefold())
   return _IGNORED.sub("", plain)

@@ -1,4 +1,4 @@
-"""Words of captions: what tokenizers change must not count, in any script."""
+"""Tests of caption words: changes made by tokenizers are ignored, in any script."""
 
 import doctest
 import unicodedata
@@ -52,12 +52,12 @@ def test_words(text, words):
     ("ᾳ", "\u03b1\u03b9"),
   ],
 )
-def test_spacing_case_and_forms_never_count(one, other):
+def test_spacing_case_and_unicode_forms_are_ignored(one, other):
   assert caption_words(one) == caption_words(other)
   assert is_exact(other, [one]) and is_exact(one, [other])
 
 
-def test_marks_count_unless_the_candidate_has_none():
+def test_marks_are_ignored_if_the_candidate_has_none():
   assert is_exact("un cafe a paris", ["Un café à Paris"])  # a tokenizer without accents
   assert is_exact("un café à paris", ["Un café à Paris"])
   assert not is_exact("un café a paris", ["Un café à Paris"])
@@ -70,22 +70,22 @@ def test_marks_count_unless_the_candidate_has_none():
   assert not is_exact("สิ สุ สา", ["สี สู สา"])
 
 
-def test_an_unknown_token_never_matches():
+def test_unknown_token_never_matches():
   words, (truth,) = compared_words("a [UNK] dog, <unk>", ["a [UNK] dog"])
   assert words == ["a", UNKNOWN, "dog", UNKNOWN] and truth == ["a", "unk", "dog"]
   text = "[UNK] [UNK] [UNK] [UNK]"
   assert bleu4([text], [[text]]).sums[:8].tolist() == [0, 0, 0, 0, 4, 3, 2, 1]
   assert cider_scores([text, "a red dog runs"], [[text], ["a red dog runs"]]).tolist() == [0, 10]
   assert not is_exact(text, [text]) and not is_exact("[MASK]", ["a mask", "mask"])
-  # A caption that is about the text "[unk]" can be written by a model that spells it.
+  # A reference that contains the text "[unk]" matches a model that spells it.
   assert is_exact("the word [unk]", ["The word [UNK]"])
 
 
-def test_captions_without_a_word_are_compared_as_they_are():
+def test_captions_without_words_are_compared_literally():
   assert is_exact("! ?", ["!  ?"]) and not is_exact("!", ["?"]) and not is_exact("", ["a"])
 
 
-def test_statistics_count_the_same_words_on_both_sides():
+def test_statistics_use_the_same_words_for_references():
   records = [
     CaptionRecord(0, "a man ' s well - lit room", ("A man's well-lit room",)),
     CaptionRecord(1, "a cat", ("A cat.",)),

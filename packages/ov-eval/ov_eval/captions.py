@@ -1,4 +1,4 @@
-"""Generated captions: collecting them, and what can be counted on them."""
+"""Generated captions: generation over a data set, attribute accuracy and statistics."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
@@ -16,13 +16,13 @@ from ov_eval.states import Mean, Share
 
 @dataclasses.dataclass(frozen=True)
 class CaptionRecord:
-  """A generated caption and the true ones.
+  """Generated caption of one image with its reference captions.
 
   Attributes:
-    index: of the example in its data set.
-    generated: the model's caption.
-    references: true captions as in the data set, at least one.
-    extras: whatever else the caller wants to keep, such as ground truth.
+    index: index of the example in the data set.
+    generated: generated caption.
+    references: reference captions of the data set, at least one.
+    extras: additional data of the caller, such as ground truth.
   """
 
   index: int
@@ -40,27 +40,28 @@ def generate_captions(
   extras: Callable[[Batch, int], Mapping[str, Any]] | None = None,
   gather: Callable[[Any], list[Any]] = gather_processes,
 ) -> list[CaptionRecord]:
-  """Captions for the first `limit` valid examples, in the order of the batches.
+  """Return captions of the first `limit` valid examples, in the order of the batches.
 
   Args:
-    generate_fn: batch -> ids int [B, T] for the rows of this process.
-    detokenize: ids [T] -> text.
-    batches: each with `valid` bool [B], `index` int [B] and `references`, a list of B sequences of
-      texts. These are the texts of the data set: ids turned into text again would have lost what
-      the tokenizer does not keep.
-    limit: examples over all processes; None takes every one.
-    extras: (batch, row) -> what to keep in `CaptionRecord.extras`.
-    gather: value -> values of all processes; called once per batch, so that all stop together.
+    generate_fn: maps a batch to ids int [B, T], the rows of this process.
+    detokenize: maps ids [T] to text.
+    batches: batches with `valid` bool [B], `index` int [B] and `references`, a list of B sequences
+      of texts. Pass the original texts of the data set: detokenized ids lack what the tokenizer
+      does not preserve.
+    limit: maximum number of examples over all processes; None for all.
+    extras: maps (batch, row) to `CaptionRecord.extras`.
+    gather: maps a value to the values of all processes; called once per batch, so that all
+      processes stop together.
 
   Raises:
-    ValueError: a batch has no `references`.
+    ValueError: if a batch has no `references`.
   """
   records: list[CaptionRecord] = []
   for batch in batches:
     if "references" not in batch:
       raise ValueError(
-        f"a batch has {', '.join(map(str, batch))}, but no references; give the true captions of "
-        "each row as texts."
+        f"a batch has {', '.join(map(str, batch))}, but no references; add the reference captions "
+        "of each row as texts."
       )
     generated = np.asarray(jax.device_get(generate_fn(batch)))
     mine = [
@@ -80,13 +81,13 @@ def generate_captions(
 
 @dataclasses.dataclass(frozen=True)
 class AttributeAccuracy:
-  """Attributes right in generated captions.
+  """Accuracy of attributes in generated captions.
 
   Attributes:
-    overall: over all attributes.
-    by_kind: the same per kind, in the order in which kinds are met.
-    all_correct: captions with every attribute right.
-    exact_match: captions with the words of a reference; see `caption_text.is_exact`.
+    overall: fraction of correct attributes.
+    by_kind: the same for each kind of attribute, in order of first occurrence.
+    all_correct: fraction of captions with all attributes correct.
+    exact_match: fraction of captions equal to a reference; see `caption_text.is_exact`.
   """
 
   overall: Share
@@ -95,9 +96,9 @@ class AttributeAccuracy:
   exact_match: Share
 
   def results(self, level: float = 0.95) -> list[Result]:
-    """`attribute_accuracy` overall and `/<kind>`, `all_attributes_correct`, `exact_match`.
+    """Return `attribute_accuracy[/<kind>]`, `all_attributes_correct` and `exact_match`.
 
-    Without ground truth there is `exact_match` only.
+    Without ground truth, only `exact_match` is returned.
     """
     named = {
       "attribute_accuracy": self.overall,
@@ -112,12 +113,12 @@ def attribute_accuracy(
   records: Sequence[CaptionRecord],
   score_fn: Callable[[CaptionRecord], Mapping[str, tuple[int, int]]],
 ) -> AttributeAccuracy:
-  """Checks each caption against the ground truth of its picture.
+  """Compare each caption with the ground truth of its image.
 
   Args:
-    records: from `generate_captions`.
-    score_fn: record -> {kind: (attributes right, attributes in all)}. A record without
-      attributes counts for `exact_match` only.
+    records: records returned by `generate_captions`.
+    score_fn: maps a record to {kind: (correct attributes, total attributes)}. A record without
+      attributes counts only for `exact_match`.
   """
   scored = [score for score in map(score_fn, records) if score]
   kinds = dict.fromkeys(kind for score in scored for kind in score)
@@ -136,13 +137,13 @@ def _share(pairs: Sequence[tuple[int, ...]]) -> Share:
 
 
 def caption_statistics(records: Sequence[CaptionRecord]) -> list[Result]:
-  """Length in words, and how many captions differ: this shows a model that repeats one caption.
+  """Return mean length and diversity of captions; low diversity reveals a collapsed model.
 
   Words are those of `caption_text.caption_words`.
 
   Returns:
-    `caption_words` and `reference_words` (means), `distinct_captions` and `distinct_references`
-    (share of different texts among all); empty without records.
+    `caption_words` and `reference_words` (mean lengths), `distinct_captions` and
+    `distinct_references` (fractions of distinct texts); empty without records.
   """
   if not records:
     return []

@@ -34,10 +34,10 @@ def _id_batches():
 
 
 def _generate(batch):
-  return np.where(np.arange(3) == 1, 1, batch["ids"])  # everything is red
+  return np.where(np.arange(3) == 1, 1, batch["ids"])  # all captions say "red"
 
 
-def test_padded_rows_give_no_record():
+def test_padding_has_no_record():
   records = generate_captions(_generate, _detokenize, _batches())
   assert [r.index for r in records] == [10, 12, 14, 15]
   assert records[1] == CaptionRecord(12, "a red square", ("a blue square",), {})
@@ -65,12 +65,12 @@ def test_extras_and_references_of_the_batch():
   assert record.references == ("one", "two") and record.extras == {"row": 0}
 
 
-def test_references_are_texts_and_never_made_from_ids():
+def test_references_are_required():
   with pytest.raises(ValueError, match="a batch has index, valid, ids, but no references"):
     generate_captions(_generate, _detokenize, _id_batches())
 
 
-def test_records_of_other_processes_join_and_stop_together():
+def test_records_of_several_processes():
   other = [CaptionRecord(99, "x", ("x",))]
   calls = []
 
@@ -89,7 +89,7 @@ def _score(record):
   return {kind: (int(value), 1) for kind, value in right.items()}
 
 
-def test_attribute_accuracy_against_counting():
+def test_attribute_accuracy():
   records = generate_captions(_generate, _detokenize, _batches())
   accuracy = attribute_accuracy(records, _score)
   colours = [record.references[0].split()[1] == "red" for record in records]
@@ -115,7 +115,7 @@ def test_records_without_attributes_count_for_exact_match_only():
   assert [r.name for r in without_truth.results()] == ["exact_match"]
 
 
-def test_statistics_show_a_model_that_repeats_itself():
+def test_statistics_of_repeated_captions():
   records = [CaptionRecord(i, "a cat", (f"cat number {i}",)) for i in range(4)]
   stats = {r.name: r.value for r in caption_statistics(records)}
   assert stats == {
@@ -127,7 +127,7 @@ def test_statistics_show_a_model_that_repeats_itself():
   assert caption_statistics([]) == []
 
 
-def test_several_attributes_of_a_kind_count_each():
+def test_several_attributes_of_a_kind():
   records = [CaptionRecord(i, "x", ("y",)) for i in range(3)]
   scores = [{"colour": (1, 2), "shape": (2, 2)}, {"colour": (0, 1)}, {"colour": (2, 2)}]
   accuracy = attribute_accuracy(records, lambda r: scores[r.index])

@@ -1,8 +1,8 @@
-"""Class names and prompt templates of zero-shot classification, as data with names.
+"""Class names and prompt templates for zero-shot classification.
 
-Two sets that people compare against, the 1000 names of ImageNet and the 80 templates of CLIP, are
-read from an installed open_clip (its file of names only: PyTorch is not imported) or from a file;
-nothing is downloaded. How files are read: see `ov_eval.lists`.
+The 1000 ImageNet class names and the 80 CLIP templates are read from an installed open_clip, or
+from a file. Only open_clip's metadata module is loaded: PyTorch is not imported, and nothing is
+downloaded. `ov_eval.lists` describes the file format.
 """
 
 from collections.abc import Sequence
@@ -18,12 +18,12 @@ from ov_eval.lists import normalise_name, read_list
 
 @dataclasses.dataclass(frozen=True)
 class ClassSet:
-  """Names of classes in order of class number, each through `normalise_name`.
+  """Class names in order of class number, normalised by `normalise_name`.
 
-  Names may repeat (two of ImageNet's do); a label given as text then means the lower number.
+  Names may repeat (ImageNet has two equal names); a label given as text refers to the lower number.
 
   Raises:
-    ValueError: for fewer than two classes, or an empty name.
+    ValueError: if there are fewer than two classes, or a name is empty.
   """
 
   name: str
@@ -32,22 +32,22 @@ class ClassSet:
   def __post_init__(self) -> None:
     object.__setattr__(self, "classes", tuple(map(normalise_name, self.classes)))
     if len(self.classes) < 2:
-      raise ValueError(f"{self.name!r} names {len(self.classes)} classes; expected at least two.")
+      raise ValueError(f"{self.name!r} has {len(self.classes)} classes; expected at least two.")
     if empty := [number for number, text in enumerate(self.classes) if not text]:
       raise ValueError(f"{self.name!r} has no name for class {empty[0]}; give every class one.")
 
   @property
   def hash(self) -> str:
-    """Twelve hex digits that identify the names, for result files."""
+    """Hash of the names for result files, 12 hex digits."""
     return prompts_hash(self.classes)
 
 
 @dataclasses.dataclass(frozen=True)
 class TemplateSet:
-  """Prompts with `{}` in the place of the class name.
+  """Prompt templates with `{}` as the placeholder of the class name.
 
   Raises:
-    ValueError: without a template, or for one without `{}`.
+    ValueError: if there is no template, or one has no `{}`.
   """
 
   name: str
@@ -55,7 +55,7 @@ class TemplateSet:
 
   def __post_init__(self) -> None:
     if not self.templates:
-      raise ValueError(f"{self.name!r} holds no template; expected one at least.")
+      raise ValueError(f"{self.name!r} has no templates; expected at least one.")
     for template in self.templates:
       if "{}" not in template:
         raise ValueError(
@@ -64,15 +64,15 @@ class TemplateSet:
 
   @property
   def hash(self) -> str:
-    """Twelve hex digits that identify the templates, for result files."""
+    """Hash of the templates for result files, 12 hex digits."""
     return prompts_hash(self.templates)
 
 
 _TEMPLATES: dict[str, tuple[str, ...]] = {
   "plain": ("{}",),
   "photo": ("a photo of a {}",),
-  # The seven that a search over all 80 kept (openai/CLIP, prompt engineering for ImageNet), and the
-  # bare name. big_vision and OpenVision call them "clip_best".
+  # The seven templates selected from all 80 by openai/CLIP (prompt engineering for ImageNet), and
+  # the bare name. big_vision and OpenVision call this set "clip_best".
   "openai_best": (
     "itap of a {}.",
     "a bad photo of the {}.",
@@ -84,26 +84,26 @@ _TEMPLATES: dict[str, tuple[str, ...]] = {
     "{}",
   ),
 }
-# Known sets that are not kept here: name -> how many the library must give.
+# Template sets read from open_clip, with the expected number of templates.
 _CLIP_TEMPLATES = {"openai_80": 80, "openvision_81": 81}
 
 
 def template_set(name_or_path: str) -> TemplateSet:
-  """Templates by name or from a file.
+  """Return a template set by name or from a file.
 
   Args:
-    name_or_path: `plain`, `photo`, `openai_best`, `openai_80` (the 80 of CLIP), `openvision_81`
-      (those and the bare name), or a file: .json with a list, else one template a line, as `lists`
-      reads it.
+    name_or_path: `plain`, `photo`, `openai_best`, `openai_80` (the 80 CLIP templates),
+      `openvision_81` (those and the bare name), or a file: a JSON list (*.json), or one template
+      per line; see `ov_eval.lists`.
 
   Raises:
-    ValueError: for an unknown name, a file of another form, or a set that needs open_clip where
-      that is not installed.
+    ValueError: if the name is unknown, the file is malformed, or the set needs open_clip, which is
+      not installed.
   """
   if name_or_path in _TEMPLATES:
     return TemplateSet(name_or_path, _TEMPLATES[name_or_path])
   if name_or_path in _CLIP_TEMPLATES:
-    # Each is a function of the name there; its value at "{}" is the template.
+    # open_clip stores functions of the class name; applied to "{}" they return the template.
     functions = _open_clip("OPENAI_IMAGENET_TEMPLATES", name_or_path)
     templates = tuple(function("{}") for function in functions)
     if name_or_path == "openvision_81":
@@ -115,14 +115,14 @@ def template_set(name_or_path: str) -> TemplateSet:
 
 
 def class_set(name_or_path: str) -> ClassSet:
-  """Class names by name or from a file.
+  """Return a class set by name or from a file.
 
   Args:
-    name_or_path: `imagenet` (the 1000 names that go with CLIP's templates), or a file: .json with
-      a list, else one name a line; see `lists`.
+    name_or_path: `imagenet` (the 1000 names used with the CLIP templates), or a file: a JSON list
+      (*.json), or one name per line; see `ov_eval.lists`.
 
   Raises:
-    ValueError: as `template_set`.
+    ValueError: see `template_set`.
   """
   if name_or_path == "imagenet":
     names = tuple(_open_clip("IMAGENET_CLASSNAMES", "imagenet"))
@@ -137,19 +137,21 @@ def class_texts(
   *,
   canonical: bool = True,
 ) -> list[str]:
-  """Every class in every template: C * P texts, all P of class 0 first.
+  """Return C * P prompts: every template filled with every class name, grouped by class.
 
   Args:
-    classes: C names.
+    classes: C class names.
     templates: P templates.
-    canonical: lower case and without punctuation, as the released code; see `canonicalise`.
+    canonical: whether to lowercase and remove punctuation, as the released OpenVision code does;
+      see `canonicalise`.
 
   Raises:
-    ValueError: names that differ give one text, such as "C++" and "C#", or a name gives none.
+    ValueError: if different names canonicalise to the same text, such as "C++" and "C#", or a name
+      canonicalises to nothing.
   """
   names = classes.classes if isinstance(classes, ClassSet) else tuple(classes)
   patterns = templates.templates if isinstance(templates, TemplateSet) else tuple(templates)
-  # The sets hold the checks of names and templates.
+  # The constructors validate names and templates.
   names = ClassSet("classes", names).classes
   patterns = TemplateSet("templates", patterns).templates
   if canonical:
@@ -159,20 +161,20 @@ def class_texts(
 
 
 def canonical_names(names: Sequence[str]) -> tuple[str, ...]:
-  """Canonicalise the names of classes.
+  """Canonicalise class names.
 
-  Names that are equal stay so (two of ImageNet's are): their classes cannot be told apart by name.
+  Equal names are allowed (ImageNet has two): these classes cannot be distinguished by name.
 
   Raises:
-    ValueError: names that differ become equal, or nothing is left of a name.
+    ValueError: if different names become equal, or a name becomes empty.
   """
   found = tuple(canonicalise(name, keep=",") for name in names)
   by_text: dict[str, list[str]] = {}
   for name, text in zip(names, found, strict=True):
     if not text.replace(",", "").strip():
       raise ValueError(
-        f"class {name!r} has no letter or digit, so nothing is left of it without punctuation; "
-        "write it in words"
+        f"class {name!r} has no letter or digit, so it is empty without punctuation; write it in "
+        "words"
       )
     if name not in by_text.setdefault(text, []):
       by_text[text].append(name)
@@ -180,33 +182,33 @@ def canonical_names(names: Sequence[str]) -> tuple[str, ...]:
     if len(same) > 1:
       raise ValueError(
         f"classes {', '.join(map(repr, same[:5]))} are all {text!r} in lower case and without "
-        "punctuation; write them in words that differ, as 'C plus plus' for 'C++'"
+        "punctuation; use distinct words, such as 'C plus plus' for 'C++'"
       )
   return found
 
 
 def _open_clip(attribute: str, wanted: str) -> Any:
-  """Return a list of open_clip, an optional library that this package does not import."""
+  """Return an attribute of open_clip's metadata module, without importing open_clip."""
   try:
     return getattr(_open_clip_names(), attribute)
   except (ImportError, AttributeError, OSError, ValueError) as error:
     raise ValueError(
-      f"{wanted!r} is read from a file of open_clip, which could not be used ({error}). Install it "
-      "(pip install --no-deps open_clip_torch; PyTorch is not needed), or give a file instead: one "
-      "a line, or a JSON list."
+      f"{wanted!r} requires open_clip, which could not be loaded ({error}). Install it "
+      "(pip install --no-deps open_clip_torch; PyTorch is not needed), or pass a file with one "
+      "entry per line, or a JSON list."
     ) from error
 
 
 def _check_count(wanted: str, what: str, found: int, expected: int) -> None:
   if found != expected:
     raise ValueError(
-      f"open_clip gave {found} {what} for {wanted!r}, expected {expected}; its list has changed, "
-      f"give the {what} as a file."
+      f"open_clip has {found} {what} for {wanted!r}, expected {expected}; its list has changed, "
+      f"pass the {what} as a file."
     )
 
 
 def _open_clip_names() -> Any:
-  """Load open_clip's file of names alone: the package itself would import PyTorch."""
+  """Load open_clip's metadata module only; the package itself would import PyTorch."""
   spec = importlib.util.find_spec("open_clip")
   if spec is None or not spec.submodule_search_locations:
     raise ImportError("No module named 'open_clip'")

@@ -1,4 +1,4 @@
-"""Class names and templates: canonical texts, named sets, files, and what is refused."""
+"""Tests of class names and templates: canonical texts, named sets, files and errors."""
 
 import json
 import string
@@ -12,27 +12,27 @@ from ov_eval.classes import ClassSet, TemplateSet, class_set, class_texts, templ
 @pytest.mark.parametrize(
   "name, template, expected",
   [
-    # The full stop of a template goes, `{}` stays.
+    # The full stop of a template is removed, `{}` is kept.
     ("dog", "a bad photo of a {}.", "a bad photo of a dog"),
-    # A hyphen vanishes without a space.
+    # A hyphen is removed without a space.
     ("T-Shirt", "a close-up photo of the {}.", "a closeup photo of the tshirt"),
-    # An underscore becomes a space, spaces run together, the comma of a name stays.
+    # An underscore becomes a space, spaces are collapsed, the comma of a name is kept.
     ("hen,  of_the Woods ", "itap of a  {}!", "itap of a hen, of the woods"),
-    # The comma of a template does not stay.
+    # The comma of a template is removed.
     ("jack-o'-lantern", "a {}, in_a video game.", "a jackolantern in a video game"),
-    # Braces of a name are punctuation, not another place for it.
+    # Braces in a name are punctuation, not a placeholder.
     ("cat {}", "{}", "cat"),
-    # Punctuation beyond ASCII is left alone.
+    # Non-ASCII punctuation is kept.
     ("Crème Brûlée", "“{}”", "“crème brûlée”"),
     ("dog", "{} and {}", "dog and dog"),
   ],
 )
-def test_canonical_texts_are_those_of_the_predecessor(name, template, expected):
+def test_canonical_texts_equal_the_released_code(name, template, expected):
   assert class_texts([name, "other"], [template])[0] == expected
 
 
 def _slowly(text, kept):
-  """The rule of the predecessor, one character after another; `kept` marks what stays."""
+  """Canonicalise character by character, as the released OpenVision code; `kept` is preserved."""
   out = ""
   for character, keep in zip(text, kept, strict=True):
     if character == "_":
@@ -42,7 +42,7 @@ def _slowly(text, kept):
   return " ".join(out.split())
 
 
-def test_every_ascii_character_is_treated_alike():
+def test_every_ascii_character():
   everything = "".join(map(chr, range(32, 127)))
   name = _slowly(everything, [c == "," for c in everything])
   assert class_texts([everything, "b"], ["{}"])[0] == name
@@ -66,14 +66,14 @@ def test_texts_are_ordered_by_class_then_template():
     ("openai_best", 8, "itap of a {}.", "100d7841c7d7"),
   ],
 )
-def test_named_sets_never_change(name, count, first, hash):
-  # Result files name a set by its hash: another text under the same name would go unnoticed.
+def test_hashes_of_named_sets(name, count, first, hash):
+  # Result files identify a set by its hash; a changed text under the same name must change it.
   found = template_set(name)
   assert (len(found.templates), found.templates[0], found.hash) == (count, first, hash)
 
 
 def _install(monkeypatch, folder, content):
-  """An open_clip of which only the file of names can be loaded."""
+  """Fake open_clip of which only the metadata module can be loaded."""
   package = folder / "open_clip"
   package.mkdir(parents=True)
   (package / "__init__.py").write_text("raise AssertionError('the package must not be imported')")
@@ -81,7 +81,7 @@ def _install(monkeypatch, folder, content):
   monkeypatch.syspath_prepend(folder)
 
 
-def test_sets_of_an_installed_open_clip(monkeypatch, tmp_path):
+def test_sets_from_open_clip(monkeypatch, tmp_path):
   content = """
 OPENAI_IMAGENET_TEMPLATES = tuple(lambda c, i=i: f"photo {i} of a {c}." for i in range(80))
 IMAGENET_CLASSNAMES = [f"name {i}" for i in range(1000)]
@@ -97,26 +97,28 @@ IMAGENET_CLASSNAMES = [f"name {i}" for i in range(1000)]
   assert texts[81 * 999 + 79] == "photo 79 of a name 999" and texts[-1] == "name 999"
 
 
-def test_an_open_clip_with_another_list_is_refused(monkeypatch, tmp_path):
+def test_open_clip_with_other_lists(monkeypatch, tmp_path):
   _install(monkeypatch, tmp_path, "OPENAI_IMAGENET_TEMPLATES = (lambda c: f'a {c}',) * 79")
-  with pytest.raises(ValueError, match="gave 79 templates for 'openai_80', expected 80"):
+  with pytest.raises(ValueError, match="has 79 templates for 'openai_80', expected 80"):
     template_set("openai_80")
-  with pytest.raises(ValueError, match="'imagenet' is read from a file of open_clip.*give a file"):
+  with pytest.raises(ValueError, match="'imagenet' requires open_clip.*pass a file"):
     class_set("imagenet")  # the attribute is missing
   names = tmp_path / "open_clip" / "zero_shot_metadata.py"
-  names.write_text("IMAGENET_CLASSNAMES = ['a', 'b', 'c']  # another size, so that it is read anew")
-  with pytest.raises(ValueError, match="gave 3 class names for 'imagenet', expected 1000"):
+  names.write_text(
+    "IMAGENET_CLASSNAMES = ['a', 'b', 'c']  # another size, so the cached bytecode is not used"
+  )
+  with pytest.raises(ValueError, match="has 3 class names for 'imagenet', expected 1000"):
     class_set("imagenet")
 
 
 @pytest.mark.parametrize("read", [lambda: template_set("openai_80"), lambda: class_set("imagenet")])
-def test_without_open_clip_the_message_says_what_to_do(monkeypatch, read):
+def test_error_without_open_clip(monkeypatch, read):
   monkeypatch.setitem(sys.modules, "open_clip", None)  # as if it were not installed
   with pytest.raises(ValueError, match="pip install --no-deps open_clip_torch"):
     read()
 
 
-def test_the_sets_of_the_locked_open_clip_need_no_pytorch(monkeypatch):
+def test_open_clip_sets_do_not_import_pytorch(monkeypatch):
   monkeypatch.setitem(sys.modules, "torch", None)  # importing it would fail
   classes, eighty, more = (
     class_set("imagenet"),
@@ -136,7 +138,7 @@ def test_the_sets_of_the_locked_open_clip_need_no_pytorch(monkeypatch):
     ("a.txt", "tench\n  goldfish \ncr\u00e8me\n".encode(), ("tench", "goldfish", "crème")),
     ("a.txt", b"one\r\ntwo\rthree", ("one", "two", "three")),
     ("a.txt", b"\xef\xbb\xbfone\ntwo\n\n \n", ("one", "two")),  # byte order mark, end of file
-    # What some programs take for a line end is whitespace of a name here.
+    # Characters that some programs treat as line ends are whitespace within a name.
     ("a.txt", "one\u2028more\ntwo\x0b words\n".encode(), ("one more", "two words")),
     ("a.txt", b"crane\nlemur\ncrane\n", ("crane", "lemur", "crane")),  # ImageNet has such
     ("a.json", b'\xef\xbb\xbf["one", " two\\nwords "]', ("one", "two words")),
@@ -148,7 +150,7 @@ def test_class_files_are_one_to_one_with_class_numbers(tmp_path, name, data, exp
   assert class_set(str(path)).classes == expected
 
 
-def test_templates_of_a_file(tmp_path):
+def test_templates_from_a_file(tmp_path):
   listed = tmp_path / "templates.json"
   listed.write_text(json.dumps(["a {}", " the {}"]))
   found = template_set(str(listed))
@@ -160,7 +162,7 @@ def test_templates_of_a_file(tmp_path):
 @pytest.mark.parametrize(
   ("name", "data", "message"),
   [
-    ("a.txt", b"a {}\n\nb {}\n", "line 2 is empty.*write a name there, or remove it"),
+    ("a.txt", b"a {}\n\nb {}\n", "line 2 is empty.*add a name, or remove the entry"),
     ("a.txt", b"\na {}\nb {}\n", "line 1 is empty"),
     ("a.txt", b"a {}\r\nb {}\r\n \t\r\nc {}", "line 3 is empty"),
     (
@@ -176,7 +178,7 @@ def test_templates_of_a_file(tmp_path):
     ("a.json", b"[" * 100_000, "nested too deeply"),
   ],
 )
-def test_lists_that_would_shift_numbers_are_refused(tmp_path, read, name, data, message):
+def test_malformed_lists(tmp_path, read, name, data, message):
   path = tmp_path / name
   path.write_bytes(data)
   with pytest.raises(ValueError, match=message) as error:
@@ -192,13 +194,13 @@ def test_lists_that_would_shift_numbers_are_refused(tmp_path, read, name, data, 
     (class_set, "[1, 2]", "entry 0: expected a text in quotes, got int"),
     (class_set, '{"a": 1}', "expected a JSON list of texts, got dict"),
     (class_set, "[", "is not JSON"),
-    (class_set, '["one"]', "names 1 classes; expected at least two"),
+    (class_set, '["one"]', "has 1 classes; expected at least two"),
     (class_set, '["one", " "]', "entry 1 is empty"),
-    (template_set, "[]", "holds no template"),
+    (template_set, "[]", "has no templates"),
     (template_set, '["a {}", "a photo"]', "'a photo' .*has no {}"),
   ],
 )
-def test_wrong_files_are_refused(tmp_path, read, content, message):
+def test_invalid_files(tmp_path, read, content, message):
   path = tmp_path / "list.json"
   if content is not None:
     path.write_text(content)
@@ -218,12 +220,12 @@ def test_wrong_files_are_refused(tmp_path, read, content, message):
     (["dog", "_,"], "class '_,' has no letter or digit"),
   ],
 )
-def test_names_that_collapse_are_refused(names, message):
+def test_names_with_equal_canonical_texts(names, message):
   with pytest.raises(ValueError, match=message) as error:
     class_texts(names, ["a photo of a {}"])
   assert "\n" not in str(error.value)
   assert class_texts(names, ["{}"], canonical=False) == list(ClassSet("x", tuple(names)).classes)
 
 
-def test_equal_names_stay_equal_texts():
+def test_equal_names_are_allowed():
   assert class_texts(["Crane", "dog", "Crane"], ["a {}"]) == ["a crane", "a dog", "a crane"]

@@ -1,4 +1,4 @@
-"""Embeddings of a whole data set: of batches that each process reads its own of, and of texts."""
+"""Embeddings of a whole data set, from batches sharded over processes, and of lists of texts."""
 
 from collections.abc import Callable, Iterable, Sequence
 import dataclasses
@@ -8,11 +8,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from ov_eval.likelihood import Batch, one_late
+from ov_eval.likelihood import Batch, dispatch_ahead
 from ov_eval.processes import gather as gather_processes
 
 Progress = Callable[[int, int], None]
-# Rows that cross the network at a time: `gather` makes a copy per process and device.
+# Rows per call of `gather`, which makes one copy per process and device.
 _ROWS = 4096
 
 
@@ -24,18 +24,18 @@ def embed_texts(
   chunk: int = 256,
   progress: Progress | None = None,
 ) -> np.ndarray:
-  """Embeddings float32 [N, E] of N texts that every process has.
+  """Return embeddings float32 [N, E] of N texts that are the same on every process.
 
   Args:
-    embed_text: ids int [chunk, T] -> [chunk, E], all rows, readable on this process. It gets the
-      same ids on every process, and always `chunk` rows, so that it compiles once.
-    encode: texts -> ids int [n, T].
-    texts: at least one.
-    chunk: texts at a time; the last ones are filled up with repeats, cut away again.
-    progress: is told (texts done, texts in all).
+    embed_text: maps ids int [chunk, T] to [chunk, E], addressable on this process. It receives
+      the same ids on every process, always `chunk` rows, so it compiles once.
+    encode: maps n texts to ids int [n, T].
+    texts: texts to embed, at least one.
+    chunk: batch size; the last batch is padded with repeats, whose embeddings are discarded.
+    progress: called with (texts done, total texts).
 
   Raises:
-    ValueError: without texts, or for embeddings that are not finite.
+    ValueError: if `texts` is empty or an embedding contains NaN or Inf.
   """
   if not texts:
     raise ValueError("got no texts to embed; expected at least one.")
@@ -47,25 +47,25 @@ def embed_texts(
       yield {"ids": encode(some + [some[0]] * (chunk - len(some))), "done": start + len(some)}
 
   rows = []
-  for batch, vectors in one_late(lambda batch: embed_text(batch["ids"]), batches()):
+  for batch, vectors in dispatch_ahead(lambda batch: embed_text(batch["ids"]), batches()):
     rows.append(np.asarray(vectors, np.float32))
     if progress:
       progress(batch["done"], len(texts))
   embedded = np.concatenate(rows)
   if len(embedded) != len(texts) + filled:
-    raise ValueError(f"embed_text gave {len(embedded)} rows for {len(texts) + filled} texts.")
+    raise ValueError(f"embed_text returned {len(embedded)} rows for {len(texts) + filled} texts.")
   return check_finite(embedded[: len(texts)], "texts")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Collected:
-  """Embeddings of the valid examples of all processes, in order of index, each once.
+  """Embeddings of the valid examples of all processes, sorted by index, without duplicates.
 
   Attributes:
-    vectors: float32 [N, E].
-    index: int64 [N], of the examples in their data set.
-    columns: what else was asked for, N values each: arrays where the batches hold arrays,
-      otherwise lists.
+    vectors: embeddings float32 [N, E].
+    index: int64 [N], index of each example in the data set.
+    columns: requested columns with N values each, as arrays if the batches hold arrays, otherwise
+      as lists.
   """
 
   vectors: np.ndarray
@@ -81,33 +81,33 @@ def collect_embeddings(
   gather: Callable[[Any], list[Any]] = gather_processes,
   progress: Progress | None = None,
 ) -> Collected:
-  """Embeds every valid example once.
+  """Embed every valid example once.
 
   Args:
-    embed_fn: batch -> [B, E], the rows of this process.
-    batches: each with `valid` bool [B] and `index` int [B]. A row that is not valid is left out,
-      and an index that comes again, here or in another process, is taken once. When `embed_fn`
-      contains collectives, every process must bring the same number of batches.
-    columns: keys of the batches to keep beside, such as `label` or `captions`.
-    gather: value -> values of all processes; called after the last batch, equally often in every
-      process.
-    progress: is told (batches done, batches in all or 0 where that is not known).
+    embed_fn: maps a batch to [B, E], the rows of this process.
+    batches: batches with `valid` bool [B] and `index` int [B]. Invalid rows are ignored, and a
+      repeated index, on any process, is counted once. If `embed_fn` contains collectives, every
+      process must pass the same number of batches.
+    columns: keys of the batches to return with the embeddings, such as `label` or `captions`.
+    gather: maps a value to the values of all processes. It is called after the last batch, the
+      same number of times on every process.
+    progress: called with (batches done, total batches or 0 if unknown).
 
   Raises:
-    ValueError: without a valid row, or for embeddings that are not finite.
+    ValueError: if there is no valid row, or an embedding contains NaN or Inf.
   """
-  in_all = operator.length_hint(batches)
+  total = operator.length_hint(batches)
   mine: list[_Rows] = []
-  for done, (batch, vectors) in enumerate(one_late(embed_fn, batches), 1):
+  for done, (batch, vectors) in enumerate(dispatch_ahead(embed_fn, batches), 1):
     valid = np.flatnonzero(batch["valid"])
     rows = {key: batch[key] for key in columns}
     rows |= {_INDEX: np.asarray(batch["index"], np.int64), _VECTOR: np.asarray(vectors, np.float32)}
     mine.append({key: _take(values, valid) for key, values in rows.items()})
     if progress:
-      progress(done, in_all)
+      progress(done, total)
   together = _gather_rows(_concatenate(mine), gather)
   if not together or not len(together[_INDEX]):
-    raise ValueError("no batch has a valid row; check the data that is evaluated.")
+    raise ValueError("no batch has a valid row; check the evaluation data.")
   index, first = np.unique(together[_INDEX], return_index=True)
   check_finite(together[_VECTOR], "examples")
   return Collected(
@@ -116,18 +116,32 @@ def collect_embeddings(
 
 
 def flatten_captions(captions: Sequence[Sequence[str]]) -> tuple[list[str], np.ndarray]:
-  """Texts of all pictures in one list, and int64 [X] which picture each belongs to."""
+  """Return the captions of all images in one list, and int64 [X], the image of each."""
   rows = [row for row, texts in enumerate(captions) for _ in texts]
   return [text for texts in captions for text in texts], np.array(rows, np.int64)
 
 
-# Names that no column has.
+def merge_captions(captions: Sequence[Sequence[str]]) -> tuple[list[str], np.ndarray]:
+  """Return the different captions in order, and int64 [P, 2], pairs of a caption and an image.
+
+  A caption of several images is one text that is correct for all of them; see `retrieval`.
+  """
+  rows: dict[str, int] = {}
+  pairs = [
+    (rows.setdefault(text, len(rows)), image)
+    for image, texts in enumerate(captions)
+    for text in dict.fromkeys(texts)
+  ]
+  return list(rows), np.array(pairs, np.int64).reshape(-1, 2)
+
+
+# Keys that cannot clash with the name of a column.
 _INDEX, _VECTOR = "\0index", "\0vector"
 _Rows = dict[str, Any]
 
 
 def _gather_rows(mine: _Rows, gather: Callable[[Any], list[Any]]) -> _Rows:
-  """The rows of all processes, sent a few at a time."""
+  """Return the rows of all processes, gathered in chunks of `_ROWS`."""
   own = len(mine[_INDEX]) if mine else 0
   sizes = gather(own)
   if len(sizes) == 1:
@@ -158,15 +172,19 @@ def _take(values: Any, rows: np.ndarray) -> Any:
 
 
 def check_finite(vectors: np.ndarray, what: str) -> np.ndarray:
-  """Embeddings [N, E] as they came.
+  """Return embeddings [N, E] unchanged.
+
+  Args:
+    vectors: the embeddings.
+    what: what the rows are, for the error message.
 
   Raises:
-    ValueError: if one of them is not finite.
+    ValueError: if a row contains NaN or Inf.
   """
   bad = ~np.isfinite(vectors).all(1)
   if bad.any():
     raise ValueError(
-      f"{int(bad.sum())} of {len(vectors)} {what} have embeddings that are not finite; "
+      f"{int(bad.sum())} of {len(vectors)} {what} have embeddings with NaN or Inf; "
       "the weights have diverged, or the embedding function overflows."
     )
   return vectors

@@ -1,4 +1,4 @@
-"""Zero-shot classification with a caption model: which class prompt is the likeliest caption?"""
+"""Zero-shot classification by the likelihood of class prompts under a caption model."""
 
 import collections
 from collections.abc import Callable, Iterable, Sequence
@@ -19,9 +19,9 @@ from ov_eval.states import Confusion, Share
 
 
 def canonicalise(text: str, keep: str = "") -> str:
-  """Lower case, no ASCII punctuation except the string `keep`, single spaces.
+  """Lowercase, remove ASCII punctuation except the string `keep`, and collapse whitespace.
 
-  `_` becomes a space. The predecessor keeps "," in class names and "{}" in templates.
+  `_` becomes a space. The released OpenVision code keeps "," in class names and "{}" in templates.
 
   >>> canonicalise("A bad photo of a {}.", keep="{}")
   'a bad photo of a {}'
@@ -32,11 +32,11 @@ def canonicalise(text: str, keep: str = "") -> str:
 
 
 def class_prompts(class_names: Sequence[str], template: str = "a photo of a {}.") -> list[str]:
-  """One canonicalised prompt per class.
+  """Return one canonicalised prompt per class.
 
   Raises:
-    ValueError: if the template lacks `{}`, two classes end as the same prompt, or nothing is left
-      of a name.
+    ValueError: if the template lacks `{}`, two classes get the same prompt, or a name becomes
+      empty.
   """
   if "{}" not in template:
     raise ValueError(f"template {template!r} has no {{}} for the class name.")
@@ -48,18 +48,18 @@ def class_prompts(class_names: Sequence[str], template: str = "a photo of a {}."
   prompt, times = collections.Counter(prompts).most_common(1)[0]
   if times > 1:
     same = [name for name, text in zip(class_names, prompts, strict=True) if text == prompt]
-    raise ValueError(f"classes {same} all give the prompt {prompt!r}; make their names differ.")
+    raise ValueError(f"classes {same} all have the prompt {prompt!r}; use distinct names.")
   return prompts
 
 
 def prompts_hash(prompts: Sequence[str]) -> str:
-  """Twelve hex digits that identify the prompts, for result files."""
+  """Return a hash of the prompts for result files, 12 hex digits."""
   return hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()[:12]
 
 
 @dataclasses.dataclass(frozen=True)
 class Classification:
-  """Outcome over a data set; mergeable with `+`."""
+  """Classification metrics of a data set; mergeable with `+`."""
 
   top1: Share
   top5: Share
@@ -72,12 +72,12 @@ class Classification:
 
   @classmethod
   def of(cls, scores: np.ndarray, labels: np.ndarray, valid: np.ndarray) -> Self:
-    """From scores float [B, C] and labels int [B].
+    """Return the metrics of scores float [B, C] and labels int [B].
 
-    Equal scores rank in order of class number, so that top-1 is `argmax`.
+    Ties rank in order of class number, so top-1 equals `argmax`.
 
     Raises:
-      ValueError: for a label outside [0, C) or a NaN score in a valid row.
+      ValueError: if a valid row has a label outside [0, C) or a NaN score.
     """
     valid = np.asarray(valid, bool)
     scores, labels = np.asarray(scores)[valid], np.asarray(labels)[valid]
@@ -87,7 +87,7 @@ class Classification:
     return cls(Share.of(rank < 1), Share.of(rank < 5), Confusion.of(labels, predicted, num_classes))
 
   def results(self, level: float = 0.95, prefix: str = "zero_shot") -> list[Result]:
-    """`<prefix>_top1`, `<prefix>_top5`, `<prefix>_mean_per_class`."""
+    """Return `<prefix>_top1`, `<prefix>_top5` and `<prefix>_mean_per_class`."""
     mean = self.confusion.mean_per_class()
     return [
       self.top1.result(f"{prefix}_top1", level),
@@ -97,12 +97,12 @@ class Classification:
 
 
 def class_ranks(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
-  """How many classes stand before the true one: int [B] from scores float [B, C], labels int [B].
+  """Return the rank of the true class, int [B] from 0, for scores float [B, C], labels int [B].
 
-  Equal scores rank in order of class number.
+  Ties rank in order of class number.
 
   Raises:
-    ValueError: for a label outside [0, C) or a NaN score.
+    ValueError: if a label is outside [0, C) or a score is NaN.
   """
   num_classes = scores.shape[-1]
   outside = labels[(labels < 0) | (labels >= num_classes)]
@@ -126,23 +126,23 @@ def classify_by_likelihood(
   chunk: int = 64,
   merge: Callable[[Classification], Classification] = across_processes,
 ) -> Classification:
-  """Scores every class prompt as a caption of every picture.
+  """Score every class prompt as a caption of every image.
 
   Args:
-    encode_fn: batch -> what `score_fn` needs of the pictures (image tokens); once per batch.
-    score_fn: (encoded, ids int [K, T]) -> (log-likelihood [B, K], tokens [K] or [B, K]). It always
-      sees K = min(chunk, P) prompts, so it compiles once.
-    batches: each with `label` int [B] and `valid` bool [B].
-    prompt_ids: int [P, T], the tokenised prompts.
-    prompt_class: int [P], the class of each prompt; the score of a class is the log of the sum of
-      its prompts' likelihoods. None: one prompt per class, in order of class number.
-    length: `sum` is log p(prompt | picture); `mean` divides it by the prompt's tokens, which
-      takes away the advantage of short names.
-    chunk: prompts scored at a time.
-    merge: joins the states of the processes; called once, at the end.
+    encode_fn: maps a batch to the image features that `score_fn` needs; called once per batch.
+    score_fn: maps (features, ids int [K, T]) to (log-likelihood [B, K], number of tokens [K] or
+      [B, K]). K is always min(chunk, P), so it compiles once.
+    batches: batches with `label` int [B] and `valid` bool [B].
+    prompt_ids: tokenised prompts, int [P, T].
+    prompt_class: class of each prompt, int [P]; the score of a class is the log of the sum of the
+      likelihoods of its prompts. None: one prompt per class, in order of class number.
+    length: `sum` scores by log p(prompt | image); `mean` divides by the number of tokens, which
+      removes the advantage of short names.
+    chunk: number of prompts scored at a time.
+    merge: merges the states of all processes; called once, at the end.
 
   Raises:
-    ValueError: for an unknown `length` or labels that are not class numbers.
+    ValueError: if `length` is unknown, or a label is not a class number.
   """
   if length not in ("sum", "mean"):
     raise ValueError(f"length={length!r} must be 'sum' or 'mean'.")
@@ -150,10 +150,10 @@ def classify_by_likelihood(
   classes = np.arange(num_prompts) if prompt_class is None else np.asarray(prompt_class)
   if sorted(set(classes.tolist())) != list(range(classes.max() + 1)) or len(classes) != num_prompts:
     raise ValueError(
-      f"prompt_class must give each of {num_prompts} prompts a class, with no class left out."
+      f"prompt_class must assign a class to each of {num_prompts} prompts, without gaps."
     )
   chunk = min(chunk, num_prompts)
-  # The last chunk is filled up with repeats of prompt 0, cut away below.
+  # The last chunk is padded with prompt 0; the padding is removed below.
   order = np.append(np.arange(num_prompts), np.zeros(-num_prompts % chunk, int))
   chunks = np.asarray(prompt_ids)[order].reshape(-1, chunk, prompt_ids.shape[1])
   num_classes = int(classes.max()) + 1
@@ -171,9 +171,9 @@ def classify_by_likelihood(
 
 
 def _by_class(scores: np.ndarray, classes: np.ndarray, num_classes: int) -> np.ndarray:
-  """Log of the sum of exp over the prompts of each class: [B, P] -> float64 [B, C]."""
+  """Return the log-sum-exp over the prompts of each class: [B, P] -> float64 [B, C]."""
   joined = np.full((len(scores), num_classes), -np.inf)
-  with np.errstate(invalid="ignore"):  # a NaN score is refused later, with its row counted
+  with np.errstate(invalid="ignore"):  # class_ranks raises for NaN scores
     for prompt, label in enumerate(classes):
       joined[:, label] = np.logaddexp(joined[:, label], scores[:, prompt].astype(np.float64))
   return joined

@@ -1,4 +1,4 @@
-"""Nearest neighbours over frozen features, and the baseline that looks at no feature."""
+"""k-nearest-neighbour classification of frozen features, and the majority baseline."""
 
 from collections.abc import Iterator
 import functools
@@ -21,25 +21,26 @@ def knn(
   num_classes: int | None = None,
   chunk: int = 4096,
 ) -> Classification:
-  """Classifies each test row by its `k` nearest training rows (arXiv 1805.01978, as DINO does).
+  """Classify each test row by its `k` nearest training rows (arXiv 1805.01978, as in DINO).
 
-  Similarity is the cosine; a neighbour votes for its class with exp(similarity / temperature).
-  Equally similar rows rank in the order of `train`, equal votes in the order of class numbers. A
-  class without a vote ranks last, so that top-5 gives nothing for free where k is small.
+  Similarity is the cosine; a neighbour votes for its class with weight
+  exp(similarity / temperature). Ties between rows are broken by the order of `train`, ties between
+  classes by class number. A true class without votes ranks last, so that a small k does not inflate
+  top-5.
 
   Args:
-    train, test: float [N, E] and [M, E], valid rows only. Every process passes all of them; or
-      its own test rows, and the results are added with `across_processes`.
-    train_labels, test_labels: int [N] and [M].
-    k: neighbours; all of them where there are fewer.
-    temperature: of the votes; infinity lets every neighbour count the same.
-    num_classes: largest label + 1 when omitted.
-    chunk: rows compared at a time; the device holds `test`, chunk rows of `train` and
+    train, test: features float [N, E] and [M, E], valid rows only. Either every process passes all
+      rows, or each passes a shard of the test rows and merges the results with `across_processes`.
+    train_labels, test_labels: labels int [N] and [M].
+    k: number of neighbours, clipped to N.
+    temperature: temperature of the votes; with Inf all neighbours have equal weight.
+    num_classes: number of classes; largest label + 1 by default.
+    chunk: number of rows compared at a time; the device holds `test`, chunk rows of `train` and
       chunk x chunk similarities.
 
   Raises:
-    ValueError: for shapes that do not match, features that are not finite, labels outside the
-      classes, or impossible numbers.
+    ValueError: if shapes do not match, a feature is NaN or Inf, a label is out of range, or another
+      argument is out of range.
   """
   train, train_labels, num_classes = check_features(
     train, train_labels, test, test_labels, num_classes
@@ -64,11 +65,11 @@ def knn(
 def majority(
   train_labels: np.ndarray, test_labels: np.ndarray, *, num_classes: int | None = None
 ) -> Classification:
-  """The baseline: every test row gets the classes by how often they are in the training labels.
+  """Return the majority baseline, which ranks classes by their frequency in the training labels.
 
   Args:
-    train_labels, test_labels: int [N] and [M].
-    num_classes: largest label + 1 when omitted.
+    train_labels, test_labels: labels int [N] and [M].
+    num_classes: number of classes; largest label + 1 by default.
   """
   rows = np.zeros((len(train_labels), 1)), np.zeros((len(test_labels), 1))
   _, labels, num_classes = check_features(rows[0], train_labels, rows[1], test_labels, num_classes)
@@ -84,25 +85,25 @@ def check_features(
   test_labels: np.ndarray,
   num_classes: int | None,
 ) -> tuple[np.ndarray, np.ndarray, int]:
-  """Checks what every classifier over features takes.
+  """Check the arguments common to all classifiers of features.
 
   Returns:
     The training features float32 [N, E], their labels int64 [N], and the number of classes.
 
   Raises:
-    ValueError: naming what is wrong.
+    ValueError: if shapes do not match, a feature is NaN or Inf, or a label is out of range.
   """
   for name, rows, labels in (("train", train, train_labels), ("test", test, test_labels)):
     shape, size = np.shape(rows), np.shape(labels)
     if len(shape) != 2 or size != shape[:1]:
       raise ValueError(f"{name} features {shape} and labels {size} must be [N, E] and [N].")
     if not shape[0]:
-      raise ValueError(f"there is no {name} row; check the split.")
+      raise ValueError(f"there are no {name} rows; check the split.")
     if not np.issubdtype(np.asarray(labels).dtype, np.integer):
       raise ValueError(f"{name} labels are {np.asarray(labels).dtype}, expected class numbers.")
     bad = int((~np.isfinite(rows).all(1)).sum())
     if bad:
-      raise ValueError(f"{bad} {name} rows have features that are not finite; check the model.")
+      raise ValueError(f"{bad} {name} rows have NaN or Inf features; check the model.")
   if np.shape(train)[1] != np.shape(test)[1]:
     raise ValueError(
       f"train has {np.shape(train)[1]} features and test {np.shape(test)[1]}; use one model."
@@ -112,14 +113,14 @@ def check_features(
   num_classes = largest + 1 if num_classes is None else num_classes
   if lowest < 0 or largest >= num_classes:
     wrong = lowest if lowest < 0 else largest
-    raise ValueError(f"label {wrong} is not in [0, {num_classes}); leave such rows out.")
+    raise ValueError(f"label {wrong} is not in [0, {num_classes}); remove such rows.")
   return np.asarray(train, np.float32), np.asarray(train_labels, np.int64), num_classes
 
 
 def _nearest(
   train: np.ndarray, test: np.ndarray, k: int, chunk: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-  """Per chunk of test rows the k most similar training rows: float64 [B, k], int [B, k]."""
+  """Yield the k most similar training rows per chunk of test rows: float64 [B, k], int [B, k]."""
   queries = [jnp.asarray(_unit(test[i : i + chunk], chunk)) for i in range(0, len(test), chunk)]
   none = np.full((chunk, k), -np.inf, np.float32), np.zeros((chunk, k), np.int32)
   best = [(jnp.asarray(none[0]), jnp.asarray(none[1])) for _ in queries]
@@ -137,7 +138,7 @@ def _nearest(
 
 
 def _unit(rows: np.ndarray, size: int) -> np.ndarray:
-  """Rows of length 1, filled up with zeros to `size` rows."""
+  """Return unit vectors, zero-padded to `size` rows."""
   filled = np.zeros((size, rows.shape[1]), np.float32)
   filled[: len(rows)] = rows / (np.linalg.norm(rows, axis=1, keepdims=True) + 1e-8)
   return filled
@@ -152,12 +153,12 @@ def _merge(
   start: jax.Array,
   count: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-  """`best` and `index` [B, k] joined with the first `count` rows of a block; compiled once."""
+  """Merge `best` and `index` [B, k] with the first `count` rows of a block."""
   similarity = jnp.matmul(queries, block.T, precision=jax.lax.Precision.HIGHEST)
   column = jnp.arange(block.shape[0], dtype=jnp.int32)
   similarity = jnp.where(column < count, similarity, -jnp.inf)
-  # Earlier rows stand first, and top_k keeps the first of equals.
+  # top_k prefers earlier columns in a tie, so earlier rows come first.
   values = jnp.concatenate([best, similarity], axis=1)
-  places = jnp.broadcast_to(start + column, similarity.shape)
-  best, place = jax.lax.top_k(values, best.shape[1])
-  return best, jnp.take_along_axis(jnp.concatenate([index, places], axis=1), place, axis=1)
+  rows = jnp.broadcast_to(start + column, similarity.shape)
+  best, position = jax.lax.top_k(values, best.shape[1])
+  return best, jnp.take_along_axis(jnp.concatenate([index, rows], axis=1), position, axis=1)

@@ -31,8 +31,8 @@ def test_equals_scikit_learn(k, temperature):
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
-def test_chunks_change_nothing(chunk):
-  # Small whole numbers: every product is exact, so that ties stay ties in each chunk size.
+def test_chunk_size_does_not_change_the_result(chunk):
+  # Small integers: every product is exact, so ties are preserved for all chunk sizes.
   rng = np.random.default_rng(2)
   train, test = (rng.integers(0, 2, (size, 4)) * 2 - 1 for size in (60, 33))
   labels, truth = rng.integers(0, 5, 60), rng.integers(0, 5, 33)
@@ -42,17 +42,17 @@ def test_chunks_change_nothing(chunk):
   np.testing.assert_array_equal(parts.confusion.counts, whole.confusion.counts)
 
 
-def test_equal_rows_rank_in_training_order_and_equal_votes_by_class():
-  train = np.ones((6, 2))  # duplicates: all as similar as one another
+def test_ties():
+  train = np.ones((6, 2))  # duplicates, so all are tied
   test = np.ones((1, 2))
   labels = np.array([3, 1, 1, 0, 0, 0])
   assert knn(train, labels, test, np.array([3]), k=1).top1.value == 1.0
   assert knn(train, labels, test, np.array([1]), k=3).top1.value == 1.0
-  assert knn(train, labels, test, np.array([1]), k=2).top1.value == 1.0  # one vote for 1 and 3
-  assert knn(train, labels, test, np.array([0]), k=99).top1.value == 1.0  # k is cut to 6
+  assert knn(train, labels, test, np.array([1]), k=2).top1.value == 1.0  # one vote each for 1 and 3
+  assert knn(train, labels, test, np.array([0]), k=99).top1.value == 1.0  # k is clipped to 6
 
 
-def test_a_duplicated_training_row_votes_twice():
+def test_duplicated_training_row_votes_twice():
   train = np.array([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]])
   labels, test, truth = np.array([0, 1, 2]), np.array([[1.0, 0.0]]), np.array([1])
   assert knn(train, labels, test, truth, k=2).top1.value == 0.0
@@ -60,14 +60,14 @@ def test_a_duplicated_training_row_votes_twice():
   assert knn(*again, test, truth, k=3).top1.value == 1.0
 
 
-def test_a_class_without_a_vote_is_not_among_the_first_five():
+def test_class_without_votes_is_not_in_the_top_five():
   train, labels = np.eye(8), np.arange(8)
   test = np.array([[1.0] + [0.0] * 7])
   for truth, right in ((0, 1.0), (1, 0.0), (7, 0.0)):  # k = 1: only class 0 has a vote
     assert knn(train, labels, test, np.array([truth]), k=1).top5.value == right
 
 
-def test_test_rows_in_parts_add_up():
+def test_merging_parts_of_the_test_rows():
   (train, labels), (test, truth) = _clusters(0, 90), _clusters(1, 41)
   whole = knn(train, labels, test, truth)
   parts = [knn(train, labels, test[s], truth[s], num_classes=7) for s in (slice(20), slice(20, 41))]
@@ -86,17 +86,17 @@ def test_majority_is_the_most_frequent_training_class():
   "change, message",
   [
     ({"train": np.zeros((4, 2))}, "features"),
-    ({"train": np.full((4, 3), np.nan)}, "4 train rows have features that are not finite"),
+    ({"train": np.full((4, 3), np.nan)}, "4 train rows have NaN or Inf features"),
     ({"train_labels": np.zeros(3, int)}, r"\(4, 3\) and labels \(3,\)"),
     ({"train_labels": np.zeros(4)}, "float64"),
     ({"test_labels": np.array([0, -1])}, "label -1"),
     ({"num_classes": 1}, "label 1 is not in"),
-    ({"test": np.zeros((0, 3)), "test_labels": np.zeros(0, int)}, "no test row"),
+    ({"test": np.zeros((0, 3)), "test_labels": np.zeros(0, int)}, "no test rows"),
     ({"k": 0}, "k=0"),
     ({"temperature": 0.0}, "temperature=0.0"),
   ],
 )
-def test_wrong_input_is_refused(change, message):
+def test_invalid_arguments(change, message):
   good = {
     "train": np.ones((4, 3)),
     "train_labels": np.array([0, 1, 1, 0]),

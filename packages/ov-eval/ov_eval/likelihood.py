@@ -1,4 +1,4 @@
-"""How likely a caption model finds held-out captions: NLL per token and perplexity."""
+"""NLL per token and perplexity of held-out captions."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 import dataclasses
@@ -26,12 +26,12 @@ class CaptionNLL:
 
   @property
   def nll(self) -> float:
-    """Per token: sum over all tokens / number of tokens, not a mean of means."""
+    """NLL per token: sum over all tokens / number of tokens, not a mean of means."""
     return self.state.value
 
   @property
   def perplexity(self) -> float:
-    """exp(nll); infinite where that overflows."""
+    """exp(nll); Inf on overflow."""
     return _exp(self.nll)
 
   @property
@@ -43,7 +43,7 @@ class CaptionNLL:
     return self.state.count
 
   def results(self, level: float = 0.95) -> list[Result]:
-    """`caption_nll` and `caption_perplexity`, intervals over examples."""
+    """Return `caption_nll` and `caption_perplexity`, with intervals over examples."""
     low, high = self.state.interval(level)
     return [
       Result("caption_nll", self.nll, self.examples, low, high, "nats"),
@@ -57,23 +57,25 @@ def caption_nll(
   *,
   merge: Callable[[CaptionNLL], CaptionNLL] = across_processes,
 ) -> CaptionNLL:
-  """Scores every valid caption once.
+  """Return the NLL of all valid captions.
 
   Args:
-    score_fn: batch -> (NLL summed over the row's tokens [B], number of tokens [B]), for the rows
-      of this process; host or device arrays.
-    batches: each with `valid` bool [B]; False rows never count. Every process must bring the
-      same number of batches when `score_fn` contains collectives.
-    merge: joins the states of the processes; called once, at the end.
+    score_fn: maps a batch to (NLL summed over the tokens of a row [B], number of tokens [B]) for
+      the rows of this process; host or device arrays.
+    batches: batches with `valid` bool [B]; invalid rows are ignored. If `score_fn` contains
+      collectives, every process must pass the same number of batches.
+    merge: merges the states of all processes; called once, at the end.
   """
   state = Mean()
-  for batch, (nll, tokens) in one_late(score_fn, batches):
+  for batch, (nll, tokens) in dispatch_ahead(score_fn, batches):
     state += Mean.of(nll, tokens, batch["valid"])
   return merge(CaptionNLL(state))
 
 
-def one_late(fn: Callable[[Batch], Any], batches: Iterable[Batch]) -> Iterator[tuple[Batch, Any]]:
-  """(batch, fn(batch) on the host), fetched after the next batch was dispatched."""
+def dispatch_ahead(
+  fn: Callable[[Batch], Any], batches: Iterable[Batch]
+) -> Iterator[tuple[Batch, Any]]:
+  """Yield (batch, fn(batch) on the host), fetching after the next batch has been dispatched."""
   waiting = None
   for batch in batches:
     dispatched = fn(batch)

@@ -9,7 +9,7 @@ from ov_eval.likelihood import caption_nll
 
 
 def _batches(nll, tokens, size):
-  """Cuts rows into batches of `size`; the last is filled with garbage rows marked invalid."""
+  """Return batches of `size` rows; the last is padded with garbage rows marked invalid."""
   for start in range(0, len(nll), size):
     rows = np.arange(start, start + size)
     valid = rows < len(nll)
@@ -32,7 +32,7 @@ def rows():
   return (rng.random(37) * tokens).astype(np.float32), tokens
 
 
-def test_equal_to_brute_force_for_any_batch_size(rows):
+def test_equals_brute_force_for_any_batch_size(rows):
   nll, tokens = rows
   states = [caption_nll(_score, _batches(nll, tokens, size)) for size in (1, 8, 37, 64)]
   expected = math.fsum(nll.tolist()) / tokens.sum()
@@ -42,7 +42,7 @@ def test_equal_to_brute_force_for_any_batch_size(rows):
   assert all(state == states[0] for state in states)
 
 
-def test_uneven_hosts_merge_to_the_whole(rows):
+def test_merging_uneven_hosts(rows):
   nll, tokens = rows
   whole = caption_nll(_score, _batches(nll, tokens, 8))
   parts = [
@@ -52,13 +52,13 @@ def test_uneven_hosts_merge_to_the_whole(rows):
   assert parts[0] + parts[1] == whole
 
 
-def test_results_carry_interval_and_count(rows):
+def test_results_have_interval_and_count(rows):
   nll, perplexity = caption_nll(_score, _batches(*rows, 8)).results()
   assert nll.low < nll.value < nll.high and nll.count == 37
   assert perplexity.low == pytest.approx(math.exp(nll.low))
 
 
-def test_runs_under_a_transfer_guard_and_fetches_one_late(rows):
+def test_runs_under_a_transfer_guard_and_fetches_one_batch_late(rows):
   log = []
 
   def score(batch):
@@ -76,5 +76,5 @@ def test_runs_under_a_transfer_guard_and_fetches_one_late(rows):
   assert log[:4] == ["read", "dispatch"] * 2
 
 
-def test_no_batches_give_nan_not_an_error():
+def test_no_batches_give_nan():
   assert math.isnan(caption_nll(_score, []).nll)

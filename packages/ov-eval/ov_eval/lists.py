@@ -1,8 +1,8 @@
-"""Lists of class names and prompts in files, one-to-one with class numbers.
+"""Reading lists of class names and prompts from files.
 
-A file is UTF-8, with or without a byte order mark: one entry a line, or a JSON list (`*.json`).
-The number of an entry is its position, so nothing is dropped: an empty entry between others is an
-error. Lines end with `\\n`, `\\r\\n` or `\\r`; empty lines after the last entry are ignored.
+A file is UTF-8, with or without a byte order mark: one entry per line, or a JSON list (`*.json`).
+The position of an entry is its class number, so no entry is skipped: an empty entry between others
+is an error. Lines end with `\\n`, `\\r\\n` or `\\r`; empty lines at the end are ignored.
 """
 
 from collections.abc import Iterable
@@ -16,31 +16,30 @@ _LINE_END = re.compile("\r\n|\n|\r")
 
 
 def normalise_name(text: str) -> str:
-  """Return a name as class lists and labels are compared: without line breaks and outer spaces.
+  """Return the normal form of a name, in which class lists and labels are compared.
 
-  Every run of whitespace, line breaks included, becomes one space. Byte order marks are dropped.
+  Every run of whitespace, including line breaks, becomes one space. Outer whitespace and byte order
+  marks are removed.
   """
   return " ".join(text.replace("\ufeff", "").split())
 
 
 def read_list(path: str, kind: str) -> tuple[str, ...]:
-  """Read the entries of a file in order, each through `normalise_name`.
+  """Read the entries of a file in order, normalised by `normalise_name`.
 
   Args:
-    path: of the file.
-    kind: what else `path` may be, for the error message.
-
-  Returns:
-    As many entries as the list has.
+    path: path of the file.
+    kind: what else the user may pass as `path`, for the error message.
 
   Raises:
-    ValueError: there is no such file, it is not UTF-8 or no list of strings, or an entry is empty.
+    ValueError: if the file does not exist, is not UTF-8 or not a list of strings, or an entry is
+      empty.
   """
   file = _path(path)
   if not os.path.isfile(file):
-    what = "a file, but a folder" if os.path.isdir(file) else "a file"
-    shown = path[:4096]  # as long as a path can be
-    raise ValueError(f"{shown!r} is neither {kind} nor {what}; give one of them.")
+    what = "a file, but a directory" if os.path.isdir(file) else "a file"
+    shown = path[:4096]  # maximum length of a path
+    raise ValueError(f"{shown!r} is neither {kind} nor {what}; pass one of these.")
   if file.suffix == ".json":
     value = read_json(path)
     if not isinstance(value, list):
@@ -53,14 +52,14 @@ def read_list(path: str, kind: str) -> tuple[str, ...]:
 
 
 def read_json(path: str) -> Any:
-  """Read a JSON file; a name that an object holds twice is an error.
+  """Read a JSON file; duplicate keys are an error.
 
   Args:
-    path: of the file.
+    path: path of the file.
 
   Raises:
-    ValueError: the file is not UTF-8, not JSON, or repeats a name.
-    OSError: the file cannot be read.
+    ValueError: if the file is not UTF-8 or not JSON, or an object has duplicate keys.
+    OSError: if the file cannot be read.
   """
 
   def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -81,22 +80,22 @@ def read_json(path: str) -> Any:
       f"{path} is nested too deeply; expected a list or an object of lists."
     ) from None
   except KeyError as error:
-    raise ValueError(f"{path} holds {error.args[0]!r} twice; give every class one entry.") from None
-  except ValueError:  # the only other one of json.loads
-    raise ValueError(f"{path} is not JSON: a number of over 4300 digits.") from None
+    raise ValueError(f"{path} holds {error.args[0]!r} twice; use one entry per class.") from None
+  except ValueError:  # json.loads raises no other ValueError
+    raise ValueError(f"{path} is not JSON: a number has more than 4300 digits.") from None
 
 
 def read_prompts(path: str) -> dict[str, tuple[str, ...]] | None:
   """Read a JSON object {class: [prompt, ...]}.
 
   Args:
-    path: of the file.
+    path: path of the file.
 
   Returns:
-    Classes in the order of the file with their prompts; None where the file holds a list instead.
+    The prompts of each class, in the order of the file; None if the file holds a list instead.
 
   Raises:
-    ValueError: the file has another form, or an empty or repeated name, or an empty prompt.
+    ValueError: if the file is malformed, a name is empty or repeated, or a prompt is empty.
   """
   content = read_json(path)
   if isinstance(content, list):
@@ -111,13 +110,13 @@ def read_prompts(path: str) -> dict[str, tuple[str, ...]] | None:
     if not isinstance(texts, list) or not texts:
       raise ValueError(f"{path}: class {key!r} has {texts!r}; expected a list of prompts.")
     if name in prompts:
-      raise ValueError(f"{path} holds {name!r} twice; give every class one entry.")
+      raise ValueError(f"{path} holds {name!r} twice; use one entry per class.")
     prompts[name] = tuple(_checked(path, texts, f"class {name!r}, prompt", 0))
   return prompts
 
 
 def _checked(path: str, entries: Iterable[Any], what: str, first: int) -> list[str]:
-  """Normalised entries; ValueError with the position of one that is empty or not a string."""
+  """Return normalised entries; raise ValueError for an entry that is empty or not a string."""
   found = []
   for number, entry in enumerate(entries, first):
     if not isinstance(entry, str):
@@ -126,20 +125,20 @@ def _checked(path: str, entries: Iterable[Any], what: str, first: int) -> list[s
       )
     if any("\ud800" <= character <= "\udfff" for character in entry):
       raise ValueError(
-        f"{path}, {what} {number}: {entry!r:.80} has half of a surrogate pair; write the character "
+        f"{path}, {what} {number}: {entry!r:.80} has an unpaired surrogate; write the character "
         "itself."
       )
     if not (name := normalise_name(entry)):
       raise ValueError(
-        f"{path}, {what} {number} is empty, but the position of an entry is its number; write a "
-        f"name there, or remove it if no class has this number."
+        f"{path}, {what} {number} is empty, but the position of an entry is its class number; add "
+        f"a name, or remove the entry if no class has this number."
       )
     found.append(name)
   return found
 
 
 def _path(path: str) -> Path:
-  """Return the path with `~` expanded; that of an unknown user as it is."""
+  """Return the path with `~` expanded; `~user` of an unknown user is left unchanged."""
   return Path(os.path.expanduser(path))
 
 

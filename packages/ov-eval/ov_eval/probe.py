@@ -1,4 +1,4 @@
-"""Linear probes of frozen features: multinomial logistic regression, with all or a few examples."""
+"""Linear probes of frozen features: multinomial logistic regression, full-data or few-shot."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -19,14 +19,14 @@ L2 = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-  """Outcome of a linear probe.
+  """Result of a linear probe.
 
   Attributes:
-    test: on the test rows.
-    l2: the regularisation that did best on the validation rows.
-    validation: (l2, accuracy on the validation rows) of each tried, strongest first.
-    iterations: of the last fit.
-    converged: False where the last fit stopped at `max_iterations`.
+    test: metrics on the test rows.
+    l2: regularisation strength with the best validation accuracy.
+    validation: (l2, validation accuracy) of each strength, strongest first.
+    iterations: number of iterations of the final fit.
+    converged: False if the final fit stopped at `max_iterations`.
   """
 
   test: Classification
@@ -36,32 +36,32 @@ class Probe:
   converged: bool
 
   def results(self, level: float = 0.95, prefix: str = "probe") -> list[Result]:
-    """`probe_top1`, `probe_top5`, `probe_mean_per_class` and, without interval, `probe_l2`."""
+    """Return `probe_top1`, `probe_top5`, `probe_mean_per_class` and `probe_l2` (no interval)."""
     found = self.test.results(level, prefix)
     return [*found, Result(f"{prefix}_l2", self.l2, self.test.top1.count)]
 
 
 @dataclasses.dataclass(frozen=True)
 class FewShot:
-  """Outcome of probes trained on few examples.
+  """Result of few-shot probes.
 
   Attributes:
-    shots: examples per class, length S.
-    right: [S][D] for each draw, which test rows were right: bool [M].
+    shots: numbers of examples per class, length S.
+    right: [S][D] arrays bool [M], whether each test row was classified correctly in each draw.
   """
 
   shots: tuple[int, ...]
   right: tuple[tuple[np.ndarray, ...], ...]
 
   def accuracy(self) -> np.ndarray:
-    """Of each draw, float64 [S, D]."""
+    """Return the accuracy of each draw, float64 [S, D]."""
     return np.array([[draw.mean() for draw in draws] for draws in self.right])
 
   def results(self, level: float = 0.95) -> list[Result]:
-    """`few_shot_<n>_top1`: mean over draws.
+    """Return `few_shot_<n>_top1`, the mean over draws.
 
-    The interval adds two variances: of the mean over draws (Student's t over D draws; nothing
-    with one draw) and over test rows.
+    The interval combines two variances: that of the mean over draws (Student's t over D draws; 0
+    with one draw) and that over test rows.
     """
     found = []
     for shots, draws in zip(self.shots, self.right, strict=True):
@@ -89,26 +89,27 @@ def linear_probe(
   max_iterations: int = 500,
   chunk: int = 8192,
 ) -> Probe:
-  """Fits logistic regression by L-BFGS for each `l2`, keeps the best, fits it on everything.
+  """Fit logistic regression by L-BFGS for each `l2`, select the best, and refit on all rows.
 
-  The loss is mean cross-entropy + l2 / 2 |W|^2; the bias is free. Features are centred and divided
-  by one number, so that their mean squared length is 1: centring changes nothing in the optimum,
-  and one `l2` means the same for every model. It is scikit-learn's LogisticRegression with
-  C = 1 / (l2 N) on features scaled so. Test rows are used once, at the end.
+  The loss is mean cross-entropy + l2 / 2 |W|^2; the bias is not regularised. Features are centred
+  and divided by one scalar, so that their mean squared norm is 1. Centring does not change the
+  optimum, and scaling makes `l2` comparable between models. This equals scikit-learn's
+  LogisticRegression with C = 1 / (l2 N) on the scaled features. Test rows are used only for the
+  final evaluation.
 
   Args:
-    train, test: float [N, E] and [M, E], valid rows only; every process passes all of them.
-    train_labels, test_labels: int [N] and [M].
-    validation: (features, labels) to choose `l2` by, or a share of every class of `train` (a class
-      keeps at least one row for training). With equal accuracy the stronger one wins.
-    l2: regularisations to try; one alone is taken without validation.
-    num_classes: largest label + 1 when omitted.
-    seed: of the rows held out of `train`.
-    max_iterations: of each fit.
-    chunk: rows whose class scores are held at once; the device holds all features.
+    train, test: features float [N, E] and [M, E], valid rows only; every process passes all rows.
+    train_labels, test_labels: labels int [N] and [M].
+    validation: (features, labels) used to select `l2`, or the fraction of each class of `train` to
+      hold out (at least one row per class is kept for training). Ties go to the stronger `l2`.
+    l2: regularisation strengths to try; a single one is used without validation.
+    num_classes: number of classes; largest label + 1 by default.
+    seed: seed of the held-out rows.
+    max_iterations: maximum number of iterations of each fit.
+    chunk: number of rows whose class scores are held at once; the device holds all features.
 
   Raises:
-    ValueError: as `knn`, or if no row is left to validate on.
+    ValueError: see `knn`; also if no row can be held out.
   """
   train, train_labels, num_classes = check_features(
     train, train_labels, test, test_labels, num_classes
@@ -127,7 +128,7 @@ def linear_probe(
       held, held_labels = train[out], train_labels[out]
     problem = _Problem(fitted, fitted_labels, num_classes, chunk)
     weights = problem.zeros()
-    for strength in strengths:  # each starts where the stronger one ended
+    for strength in strengths:  # warm start from the previous, stronger regularisation
       weights, _ = problem.fit(weights, strength, max_iterations)
       right = problem.scores(weights, held).argmax(1) == held_labels
       tried.append((strength, Share.of(right)))
@@ -144,7 +145,7 @@ def linear_probe(
     l2=best,
     validation=tuple(tried),
     iterations=int(found.nit),
-    converged=found.status != 1,  # 1: a limit was hit; 2: float32 rounding ended the line search
+    converged=found.status != 1,  # 1: limit reached; 2: line search ended by float32 rounding
   )
 
 
@@ -161,20 +162,20 @@ def few_shot(
   seed: int = 0,
   max_iterations: int = 500,
 ) -> FewShot:
-  """Linear probes trained on `shots` examples of each class, drawn anew `draws` times.
+  """Train linear probes on `shots` random examples per class, repeated `draws` times.
 
-  Draw d of n shots is part of draw d of more shots. `l2` is fixed: so few examples leave none to
-  choose it by.
+  Draw d with n shots is a subset of draw d with more shots. `l2` is fixed, because so few examples
+  leave none for validation.
 
   Args:
-    train, train_labels, test, test_labels, num_classes, max_iterations: as in `linear_probe`.
-    shots: examples per class.
-    draws: repetitions with other examples.
-    l2: regularisation, in the units of `linear_probe`.
-    seed: of the draws.
+    train, train_labels, test, test_labels, num_classes, max_iterations: see `linear_probe`.
+    shots: numbers of examples per class.
+    draws: number of random subsets per number of shots.
+    l2: regularisation strength, as in `linear_probe`.
+    seed: seed of the random subsets.
 
   Raises:
-    ValueError: as `linear_probe`, or if a class that occurs has too few training rows.
+    ValueError: see `linear_probe`; also if a class has too few training rows.
   """
   train, train_labels, num_classes = check_features(
     train, train_labels, test, test_labels, num_classes
@@ -192,7 +193,7 @@ def few_shot(
   for n in shots:
     outcomes = []
     for draw in range(draws):
-      # A random order of all rows, then stably by class: the first n of each class.
+      # Shuffle, sort stably by class, and take the first n rows of each class.
       order = np.random.default_rng([seed, draw]).permutation(len(train))
       order = order[np.argsort(train_labels[order], kind="stable")]
       starts = np.cumsum(counts[present]) - counts[present]
@@ -205,7 +206,7 @@ def few_shot(
 
 
 class _Problem:
-  """Logistic regression on given rows: features on the device, L-BFGS on the host."""
+  """Logistic regression with features on the device and L-BFGS on the host."""
 
   def __init__(self, features: np.ndarray, labels: np.ndarray, num_classes: int, chunk: int):
     self._mean = features.mean(0, dtype=np.float64).astype(np.float32)
@@ -217,7 +218,7 @@ class _Problem:
     count = -(-len(features) // self._chunk)
     padded = np.zeros((count * self._chunk, features.shape[1]), np.float32)
     padded[: len(features)] = centred / self._scale
-    classes = np.full(len(padded), -1, np.int32)  # no class: counts nothing
+    classes = np.full(len(padded), -1, np.int32)  # -1 marks padding
     classes[: len(labels)] = labels
     self._features = jnp.asarray(padded.reshape(count, self._chunk, -1))
     self._labels = jnp.asarray(classes.reshape(count, self._chunk))
@@ -229,23 +230,23 @@ class _Problem:
   def fit(
     self, start: np.ndarray, l2: float, max_iterations: int
   ) -> tuple[np.ndarray, optimize.OptimizeResult]:
-    """The weights, flat float64 [(E+1) C], from a start."""
+    """Return the fitted weights, flat float64 [(E+1) C], and the result of the optimizer."""
 
     def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
       weights = flat.reshape(self._shape).astype(np.float32)
       loss, grad = jax.device_get(_cross_entropy(weights, self._features, self._labels, self._size))
       kernel = flat.reshape(self._shape).copy()
-      kernel[-1] = 0.0  # the bias is free
+      kernel[-1] = 0.0  # do not regularise the bias
       total = float(loss) + 0.5 * l2 * float(np.square(kernel).sum())
       return total, (grad.astype(np.float64) + l2 * kernel).ravel()
 
-    # float32 sums end the search for more: their rounding is about 1e-7 of the loss.
+    # A smaller ftol is below the rounding error of float32 sums, about 1e-7 of the loss.
     options = {"maxiter": max_iterations, "maxfun": 2 * max_iterations, "ftol": 1e-9, "gtol": 1e-6}
     found = optimize.minimize(objective, start, jac=True, method="L-BFGS-B", options=options)
     return found.x, found
 
   def scores(self, weights: np.ndarray, features: np.ndarray) -> np.ndarray:
-    """Class scores float32 [M, C]."""
+    """Return class scores float32 [M, C]."""
     kernel = weights.reshape(self._shape).astype(np.float32)
     rows = (np.asarray(features, np.float32) - self._mean) / self._scale
     return rows @ kernel[:-1] + kernel[-1]
@@ -255,7 +256,7 @@ class _Problem:
 def _cross_entropy(
   weights: jax.Array, features: jax.Array, labels: jax.Array, size: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """Mean cross-entropy over [count, chunk] rows and its gradient [E+1, C], chunk by chunk."""
+  """Return the mean cross-entropy over [count, chunk] rows and its gradient [E+1, C]."""
 
   def part(kernel: jax.Array, rows: jax.Array, classes: jax.Array) -> jax.Array:
     scores = jnp.matmul(rows, kernel[:-1], precision=jax.lax.Precision.HIGHEST) + kernel[-1]
@@ -281,17 +282,17 @@ def _classify(
   )
 
 
-def _hold_out(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
-  """bool [N]: `share` of each class, rounded, never a whole class."""
-  if not 0 < share < 1:
-    raise ValueError(f"validation={share} must be a share between 0 and 1.")
+def _hold_out(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+  """Return a mask bool [N] of the held-out rows: `fraction` of each class, but not all of it."""
+  if not 0 < fraction < 1:
+    raise ValueError(f"validation={fraction} must be a fraction between 0 and 1.")
   out = np.zeros(len(labels), bool)
   random = np.random.default_rng(seed)
   for label in np.unique(labels):
     rows = random.permutation(np.flatnonzero(labels == label))
-    out[rows[: min(round(share * len(rows)), len(rows) - 1)]] = True
+    out[rows[: min(round(fraction * len(rows)), len(rows) - 1)]] = True
   if not out.any():
     raise ValueError(
-      f"no class is large enough to hold out {share:.0%} of it; give validation rows or one l2."
+      f"no class is large enough to hold out {fraction:.0%} of it; pass validation rows or one l2."
     )
   return out

@@ -1,5 +1,6 @@
 import math
 
+import chex
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
@@ -29,10 +30,10 @@ def test_one_fit_equals_scikit_learn(l2):
   reference.fit(scaled, labels)
   found = linear_probe(train, labels, test, truth, l2=(l2,))
   assert found.converged and found.l2 == l2 and found.validation == ()
-  # Rounding may turn over a test row that lies on a border: 1 of 300.
+  # Rounding may flip a test row on a decision boundary: 1 of 300.
   assert found.test.top1.value == pytest.approx(reference.score(scaled_test, truth), abs=1 / 299)
 
-  problem = _Problem(train, labels, 6, 128)  # chunks of which the last is not full
+  problem = _Problem(train, labels, 6, 128)  # the last chunk is not full
   weights, _ = problem.fit(problem.zeros(), l2, 500)
   kernel = weights.reshape(21, 6)
   size = np.abs(reference.coef_).max()
@@ -41,7 +42,7 @@ def test_one_fit_equals_scikit_learn(l2):
   np.testing.assert_allclose(bias, reference.intercept_ - reference.intercept_.mean(), atol=0.02)
 
 
-def test_l2_is_chosen_on_rows_held_out_and_all_rows_are_fitted():
+def test_l2_is_selected_on_held_out_rows():
   (train, labels), (test, truth) = _clusters(0, 200, width=60), _clusters(1, 500, width=60)
   found = linear_probe(train, labels, test, truth)
   assert [l2 for l2, _ in found.validation] == sorted(L2, reverse=True)
@@ -53,16 +54,16 @@ def test_l2_is_chosen_on_rows_held_out_and_all_rows_are_fitted():
   assert found.test.top1.value > linear_probe(train, labels, test, truth, l2=(1e3,)).test.top1.value
 
 
-def test_given_validation_rows_decide():
+def test_explicit_validation_rows():
   (train, labels), (test, truth) = _clusters(0, 120, width=60), _clusters(1, 400, width=60)
   given = linear_probe(train[:90], labels[:90], test, truth, validation=(train[90:], labels[90:]))
   assert given.validation[0][1].count == 30
-  # The last fit has all 120 rows.
+  # The final fit uses all 120 rows.
   single = linear_probe(train, labels, test, truth, l2=(given.l2,))
   assert single.test.top1 == given.test.top1
 
 
-def test_duplicating_every_row_changes_nothing():
+def test_duplicated_rows_do_not_change_the_fit():
   (train, labels), (test, truth) = _clusters(0, 150), _clusters(1, 200)
   once = linear_probe(train, labels, test, truth, l2=(1e-2,))
   twice = linear_probe(
@@ -72,7 +73,7 @@ def test_duplicating_every_row_changes_nothing():
   assert twice.test.top1.value == once.test.top1.value
 
 
-def test_a_limit_of_iterations_is_told():
+def test_iteration_limit_is_reported():
   train, labels = _clusters(0, 100)
   found = linear_probe(train, labels, train, labels, l2=(1e-6,), max_iterations=3)
   assert not found.converged and found.iterations == 3
@@ -85,7 +86,7 @@ def test_constant_features_give_the_majority():
   np.testing.assert_array_equal(found.test.confusion.counts.sum(0), [0, 4, 0])
 
 
-def test_held_out_rows_are_a_share_of_each_class():
+def test_held_out_rows_are_a_fraction_of_each_class():
   labels = np.repeat(np.arange(4), [1, 10, 50, 2])
   out = _hold_out(labels, 0.2, seed=3)
   assert np.bincount(labels[out], minlength=4).tolist() == [0, 2, 10, 0]
@@ -99,7 +100,7 @@ def test_few_shot_equals_probes_on_the_drawn_rows():
   (train, labels), (test, truth) = _clusters(0, 300), _clusters(1, 100)
   found = few_shot(train, labels, test, truth, shots=(1, 4, 16), draws=4)
   accuracy = found.accuracy()
-  assert accuracy.shape == (3, 4)
+  chex.assert_shape(accuracy, (3, 4))
   assert (np.diff(accuracy.mean(1)) > 0).all() and len(set(accuracy[0])) > 1
   again = few_shot(train, labels, test, truth, shots=(4,), draws=4)
   np.testing.assert_array_equal(again.accuracy(), accuracy[1:2])
@@ -114,7 +115,7 @@ def _first(rows, labels, count):
   return rows[keep], labels[keep]
 
 
-def test_few_shot_interval_holds_draws_and_test_rows():
+def test_few_shot_interval_includes_draws_and_test_rows():
   (train, labels), (test, truth) = _clusters(0, 300), _clusters(1, 100)
   found = few_shot(train, labels, test, truth, shots=(2,), draws=5)
   (result,) = found.results()
@@ -129,7 +130,7 @@ def test_few_shot_interval_holds_draws_and_test_rows():
   assert one.low < one.value < one.high
 
 
-def test_wrong_numbers_are_refused():
+def test_invalid_arguments():
   train, labels = np.eye(6), np.array([0, 0, 0, 1, 1, 3])
   with pytest.raises(ValueError, match="at most 1: class 3 has no more"):
     few_shot(train, labels, train, labels, shots=(2,))

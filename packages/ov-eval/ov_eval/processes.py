@@ -1,4 +1,4 @@
-"""What several processes counted, put together: every process gets the same, in process order."""
+"""Gathering values and merging metric states across JAX processes."""
 
 import functools
 import operator
@@ -13,9 +13,9 @@ T = TypeVar("T")
 
 
 def gather(value: T) -> list[T]:
-  """The values of all processes of this JAX job, in process order. All of them must call it.
+  """Return the values of all JAX processes, in process order. All processes must call it.
 
-  Any picklable value; sizes may differ. With one process it returns `[value]` at once.
+  Values must be picklable; sizes may differ. With one process, returns `[value]`.
   """
   if jax.process_count() == 1:
     return [value]
@@ -29,5 +29,5 @@ def gather(value: T) -> list[T]:
 
 
 def across_processes(state: Any) -> Any:
-  """The sum over all processes of a state that has `+` (see `ov_eval.states`)."""
+  """Return the sum over all processes of a state that supports `+` (see `ov_eval.states`)."""
   return functools.reduce(operator.add, gather(state))

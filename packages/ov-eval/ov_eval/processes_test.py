@@ -1,4 +1,4 @@
-"""Two real processes over loopback count what one process counts."""
+"""Tests that two processes over loopback return the same counts as one process."""
 
 import socket
 import subprocess
@@ -32,7 +32,7 @@ WORKER = textwrap.dedent(
 )
 
 
-def test_one_process_returns_at_once():
+def test_one_process():
   state = Mean.of([1.0, 2.0])
   assert across_processes(state) == state and gather(3) == [3]
 

@@ -1,8 +1,8 @@
-"""The tokens of COCO's caption evaluation: Penn Treebank words in lower case, no punctuation.
+"""Tokenizer of the COCO caption evaluation: lowercase Penn Treebank tokens without punctuation.
 
-COCO's programs call the PTBTokenizer of Stanford CoreNLP 3.4.1 (`-preserveLines -lowerCase`) and
-remove 18 punctuation marks. `ptb_words` gives these tokens without Java. The rules were found by
-comparing with that program's answers; the remaining differences are rare forms, see the README.
+The COCO evaluation code runs PTBTokenizer of Stanford CoreNLP 3.4.1 (`-preserveLines -lowerCase`)
+and removes 18 punctuation tokens. `ptb_words` returns the same tokens without Java. The rules were
+derived from the output of PTBTokenizer; the README lists the remaining, rare differences.
 """
 
 from collections.abc import Callable
@@ -10,14 +10,14 @@ import functools
 
 import regex
 
-# Removed by COCO's programs. They also list "-LRB-" and so on; in lower case these stay.
+# Tokens removed by the COCO code. It also lists "-LRB-" etc., which never match in lower case.
 _DROPPED = frozenset(("''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"))
 _NAMED = {
   "(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-",
   "\u00bd": "1/2", "\u00bc": "1/4", "\u00be": "3/4", "\u2153": "1/3", "\u2154": "2/3",
   "\u20ac": "$", "\u00a3": "#", "\u00a2": "cents", "&amp;": "&", "&lt;": "<", "&gt;": ">",
 }  # fmt: skip
-# Words that keep their full stop; then those that do in upper case, and before a number.
+# Abbreviations that keep their full stop: always, only if capitalised, only before a number.
 _ABBREVIATIONS = (
   "adm al ala alex apr ariz assn assoc aug ave bldg blvd brig bros calif capt cf cie cmdr co col "
   "colo conn corp cos cpl ct dec dept det dr esq est etc ext feb fla ft ga gen gov govs hon inc "
@@ -41,8 +41,8 @@ _APOSTROPHE = "['\u2019]"
 _CLITIC = rf"{_APOSTROPHE}(?:[smd]|re|ve|ll)(?!{_A})"
 _NEGATION = rf"n{_APOSTROPHE}t(?!{_A})"
 _RULES: tuple[str, ...] = (
-  # The longest match at a position wins, the first of equally long ones. `keep` is the token, if
-  # it is not the whole match.
+  # The longest match at a position wins; ties go to the earlier rule. The group `keep` is the
+  # token if it is shorter than the match.
   r"<(?:/?\p{L}[^<>\n]*|[^<>\s]+@[^<>\s]+)>",
   r"(?:https?|ftp)://[^\s\"'<>()]*[^\s\"'<>().,:!?]",
   rf"(?:{_A}|[-_])+(?:\.(?:{_A}|[-_])+)*\.(?:com|net|org|edu|gov)(?!{_A})(?:/[^\s\"'<>()]*[^\s\"'<>().,;:!?])?",
@@ -80,8 +80,8 @@ _RULES: tuple[str, ...] = (
   r"&(?:amp|lt|gt);",
 )
 _INVISIBLE = regex.compile(r"[\p{Cf}\ufe00-\ufe0f--\u200b]", regex.V1)
-_NO_TOKEN = regex.compile(r"[\u200b\U00010000-\U0010ffff]")  # the program passes over these
-_PLAIN = regex.compile(r"[A-Za-z]+(?=\s|$)")  # most words; a short cut past the rules
+_NO_TOKEN = regex.compile(r"[\u200b\U00010000-\U0010ffff]")  # skipped by PTBTokenizer
+_PLAIN = regex.compile(r"[A-Za-z]+(?=\s|$)")  # fast path for most words
 _SPLIT = frozenset(("cannot", "gonna", "wanna", "gotta", "gimme", "lemme"))
 _SPACE = regex.compile(r"\s+")
 _QUOTES = frozenset("\"'`\u2018\u2019\u201a\u201b\u201c\u201d\u00ab\u00bb\u2039\u203a")
@@ -94,7 +94,7 @@ def _matchers() -> tuple[Callable[..., regex.Match | None], ...]:
 
 
 def ptb_words(text: str) -> list[str]:
-  """Split a caption as COCO's caption evaluation does.
+  """Split a caption as the COCO caption evaluation does.
 
   >>> ptb_words("The dog's well-lit; it doesn't cost $3.50!")
   ['the', 'dog', "'s", 'well-lit', 'it', 'does', "n't", 'cost', '$', '3.50']
@@ -122,7 +122,7 @@ def ptb_words(text: str) -> list[str]:
 
 
 def _finished(token: str) -> list[str]:
-  """Return what COCO's programs make of a token of the Penn Treebank."""
+  """Return the tokens into which the COCO code converts a Penn Treebank token."""
   if token in _QUOTES or token in _DASHES or not token.strip("-") or not token.strip(". \u2026"):
     return []
   token = _NAMED.get(token, token).lower()

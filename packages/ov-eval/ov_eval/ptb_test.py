@@ -1,4 +1,4 @@
-"""COCO's tokens: against answers of the Penn Treebank tokenizer that its programs call."""
+"""Tests of COCO tokens against the output of the Penn Treebank tokenizer."""
 
 import doctest
 import json
@@ -11,7 +11,7 @@ from ov_eval.caption_scores import bleu4, caption_metrics
 from ov_eval.captions import CaptionRecord
 from ov_eval.ptb import ptb_words
 
-# How it was made is said in the file.
+# The file describes how it was generated.
 _GOLDEN = json.loads(
   (pathlib.Path(__file__).parent / "testdata" / "ptb_words.json").read_text("utf-8")
 )["captions"]
@@ -21,7 +21,7 @@ def test_examples():
   assert doctest.testmod(ptb).failed == 0
 
 
-def test_tokens_equal_those_of_the_program():
+def test_tokens_equal_the_coco_code():
   assert len(_GOLDEN) > 400
   different = [
     (text, ptb_words(text), tokens)
@@ -34,11 +34,11 @@ def test_tokens_equal_those_of_the_program():
 @pytest.mark.parametrize(
   "text", ["", " ", "'", "\0", "\ud800", "-" * 9, "'" * 9, "a\nb", "&amp;" * 3]
 )
-def test_odd_texts(text):
+def test_unusual_texts(text):
   assert all(word and " " not in word for word in ptb_words(text))
 
 
-def test_metrics_with_these_tokens():
+def test_metrics_with_ptb_tokens():
   records = [
     CaptionRecord(0, "a man 's well-lit room", ("A man's well-lit room.",)),
     CaptionRecord(1, "a red [UNK] dog runs", ("A red big dog runs",)),

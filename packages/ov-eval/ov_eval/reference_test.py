@@ -1,4 +1,4 @@
-"""The figures of classification against an independent implementation."""
+"""Tests of classification metrics against scikit-learn."""
 
 import numpy as np
 import pytest
@@ -12,11 +12,10 @@ NUM_CLASSES, SIZE = 9, 400
 
 
 def _assert_equal(state, true, shown):
-  """The figures of a state are those of scikit-learn."""
+  """Assert that the metrics of a state equal those of scikit-learn."""
   guess = shown.argmax(1)
   assert state.top1.value == pytest.approx(metrics.accuracy_score(true, guess), abs=1e-15)
-  # Of equal scores, scikit-learn puts the higher class number first and we the lower: number the
-  # classes from behind.
+  # scikit-learn breaks ties by the higher class number, ov_eval by the lower: reverse the classes.
   top5 = metrics.top_k_accuracy_score(
     NUM_CLASSES - 1 - true, shown[:, ::-1], k=5, labels=range(NUM_CLASSES)
   )
@@ -28,6 +27,8 @@ def _assert_equal(state, true, shown):
   np.testing.assert_allclose(per_class, recalls, rtol=0, atol=1e-15)
   mean = metrics.balanced_accuracy_score(true, guess)
   assert state.confusion.mean_per_class() == pytest.approx(mean, abs=1e-15)
+  f1 = metrics.f1_score(true, guess, average="macro", labels=np.unique(true))
+  assert state.confusion.macro_f1() == pytest.approx(f1, abs=1e-15)
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -52,10 +53,10 @@ def test_zero_shot_by_embedding_equals_scikit_learn(seed, ties):
   matrix = rng.normal(size=(NUM_CLASSES, 16))
   labels = rng.integers(0, NUM_CLASSES, SIZE)
   vectors = matrix[labels] + 2.5 * rng.normal(size=(SIZE, 16))
-  if ties:  # whole numbers, whose products are exact in any order
+  if ties:  # integers, whose dot products are exact in any order
     matrix, vectors = np.round(matrix), np.round(vectors)
   matrix, vectors = matrix.astype(np.float32), vectors.astype(np.float32)
-  rows = np.append(rng.permutation(SIZE), rng.integers(0, SIZE, 30))  # 30 come again
+  rows = np.append(rng.permutation(SIZE), rng.integers(0, SIZE, 30))  # 30 repeats
   batches = [
     {"vector": vectors[r], "label": labels[r], "index": r, "valid": np.ones(len(r), bool)}
     for r in np.array_split(rows, 13)
@@ -67,7 +68,7 @@ def test_zero_shot_by_embedding_equals_scikit_learn(seed, ties):
   _assert_equal(state, labels, scores)
 
 
-def test_the_mean_over_classes_leaves_out_those_without_examples():
+def test_mean_per_class_excludes_classes_without_examples():
   true, guess = np.array([0, 0, 2, 2, 2]), np.array([0, 1, 2, 2, 0])
   ours = Confusion.of(true, guess, 4).mean_per_class()
   assert ours == pytest.approx(metrics.recall_score(true, guess, average="macro", labels=[0, 2]))

@@ -1,22 +1,22 @@
-"""A figure together with what it needs to be trusted, and the file it is written to.
+"""Metric values with count, confidence interval and context, and their JSON file format.
 
-One file holds the figures of one model at one step, of one evaluation or several:
+A file holds the metrics of one model at one step, from one or more evaluations:
 
-  split, step, examples_seen, level   as in `write_results`
-  (any name)                          context of every row
+  split, step, examples_seen, level   see `write_results`
+  (any name)                          context of all rows
   results: a list of
-    name, value, count, unit          value is null where it is not finite
+    name, value, count, unit          value is null if it is NaN or Inf
     interval                          [low, high] or null
-    context                           what is different for this row; left out where nothing is
+    context                           context of this row; omitted if empty
 
-A row's context wins over the file's. Its names are free; these have a meaning everywhere:
+The context of a row overrides that of the file. Keys are free; these have a fixed meaning:
 
-  split           the evaluated data, such as "imagenet2012/validation"
-  evaluator       how it was evaluated, such as "zero_shot"
-  templates_hash  of the prompts (`prompts_hash`)
-  preprocessing   of the pictures, in words or as a hash
+  split           evaluated data, such as "imagenet2012/validation"
+  evaluator       evaluation method, such as "zero_shot"
+  templates_hash  hash of the prompts (`prompts_hash`)
+  preprocessing   image preprocessing, as text or hash
 
-Figures of two files compare where name, count and these four are equal.
+Metrics of two files are comparable if name, count and these four keys are equal.
 """
 
 from collections.abc import Iterable, Mapping
@@ -27,22 +27,22 @@ import os
 from pathlib import Path
 from typing import Any
 
-# Errors of JSON of another form.
-_MALFORMED = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
+# Errors raised for malformed JSON.
+_MALFORMED = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
 _HEAD = ("split", "step", "examples_seen", "level")
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """One figure.
+  """Value of one metric.
 
   Attributes:
-    name: flat, such as `caption_nll`.
-    value: the figure.
-    count: examples behind it.
-    low, high: confidence interval; None where none is defined.
-    unit: `share` (0 to 1), `nats` (per token), `words`, or empty.
-    context: what else identifies it, JSON values by name.
+    name: name of the metric, such as `caption_nll`.
+    value: value of the metric.
+    count: number of examples.
+    low, high: confidence interval; None if it is undefined.
+    unit: `share` (0 to 1), `nats` (per token), `words`, `rank` (from 1), or empty.
+    context: further identification of the evaluation, JSON values by name.
   """
 
   name: str
@@ -56,12 +56,12 @@ class Result:
 
 @dataclasses.dataclass(frozen=True)
 class ResultFile:
-  """What `write_results` wrote.
+  """Content of a file written by `write_results`.
 
   Attributes:
-    split, step, examples_seen, level: as it took them.
-    context: of every row.
-    results: the rows; the context of each is complete: the file's, `split`, and its own.
+    split, step, examples_seen, level: arguments of `write_results`.
+    context: context of all rows.
+    results: rows; the context of each includes that of the file and `split`.
   """
 
   split: str
@@ -73,7 +73,7 @@ class ResultFile:
 
 
 def with_context(results: Iterable[Result], **context: Any) -> list[Result]:
-  """The results, each with this context; what a result says already stays.
+  """Return the results with added context; existing keys of a result are kept.
 
   >>> with_context([Result("knn_top1", 0.5, 10)], evaluator="knn")[0].context
   {'evaluator': 'knn'}
@@ -91,16 +91,17 @@ def write_results(
   level: float = 0.95,
   **context: Any,
 ) -> None:
-  """Writes results as one JSON file, whole or not at all.
+  """Write results atomically to one JSON file.
 
   Args:
-    path: file to (over)write.
-    results: the figures; equal names of several evaluations are told apart by `with_context`.
+    path: path of the file; an existing file is replaced.
+    results: metrics; use `with_context` to distinguish equal names of several evaluations.
     split: name of the evaluated data, such as `heldout`.
     step: training step of the weights.
-    examples_seen: training examples behind the weights, repeats counted.
-    level: of the confidence intervals.
-    **context: what else identifies the evaluation (prompts' hash, preprocessing); JSON values.
+    examples_seen: number of training examples, counting repeats.
+    level: level of the confidence intervals.
+    **context: further identification of the evaluation (hash of the prompts, preprocessing), JSON
+      values.
   """
   head = {"split": split, "step": step, "examples_seen": examples_seen, "level": level, **context}
   rows: list[dict[str, Any]] = []
@@ -122,11 +123,11 @@ def write_results(
 
 
 def read_results(path: str | os.PathLike[str]) -> ResultFile:
-  """Reads what `write_results` wrote; null becomes NaN.
+  """Read a file written by `write_results`; null becomes NaN.
 
   Raises:
     OSError: if the file cannot be read.
-    ValueError: if it is not such a file, with its path.
+    ValueError: if the file is malformed.
   """
   try:
     head = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -134,17 +135,10 @@ def read_results(path: str | os.PathLike[str]) -> ResultFile:
     split, step, examples_seen, level = (head.pop(name) for name in _HEAD)
     context = {**head, "split": split}
     results = tuple(_result(row, context) for row in rows)
-  except (
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    OverflowError,
-    RecursionError,
-  ) as error:
+  except _MALFORMED as error:
     raise ValueError(
-      f"{path} is no file of results ({type(error).__name__}: {error}); "
-      "expected one that `ov_eval.write_results` made."
+      f"{path} is not a results file ({type(error).__name__}: {error}); "
+      "expected a file written by `ov_eval.write_results`."
     ) from error
   return ResultFile(split, step, examples_seen, level, head, results)
 

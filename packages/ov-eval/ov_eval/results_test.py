@@ -6,10 +6,10 @@ import pytest
 from ov_eval.results import Result, read_results, with_context, write_results
 
 
-def test_written_file_is_complete_valid_json(tmp_path):
+def test_written_file_is_valid_json(tmp_path):
   path = tmp_path / "eval.json"
-  figures = [Result("caption_nll", 1.5, 10, 1.0, 2.0, "nats"), Result("perplexity", math.inf, 10)]
-  write_results(path, figures, split="heldout", step=7, examples_seen=448, prompts="ab12")
+  results = [Result("caption_nll", 1.5, 10, 1.0, 2.0, "nats"), Result("perplexity", math.inf, 10)]
+  write_results(path, results, split="heldout", step=7, examples_seen=448, prompts="ab12")
   read = json.loads(path.read_text(), parse_constant=lambda text: 1 / 0)
   assert read["step"] == 7 and read["examples_seen"] == 448 and read["prompts"] == "ab12"
   assert read["results"] == [
@@ -19,7 +19,7 @@ def test_written_file_is_complete_valid_json(tmp_path):
   assert list(tmp_path.iterdir()) == [path]
 
 
-def test_several_evaluations_in_one_file_keep_their_context(tmp_path):
+def test_several_evaluations_in_one_file(tmp_path):
   path = tmp_path / "eval.json"
   zero_shot = with_context(
     [Result("zero_shot_top1", 0.5, 50, 0.3, 0.7, "share")],
@@ -46,7 +46,7 @@ def test_several_evaluations_in_one_file_keep_their_context(tmp_path):
   assert math.isnan(third.value) and third.low is None and third.count == 10
 
 
-def test_the_context_of_a_result_stays():
+def test_with_context_keeps_existing_keys():
   result = Result("top1", 0.5, 10, context={"split": "test"})
   (changed,) = with_context([result], split="train", evaluator="knn")
   assert changed.context == {"split": "test", "evaluator": "knn"}
@@ -56,10 +56,10 @@ def test_the_context_of_a_result_stays():
 @pytest.mark.parametrize(
   "text", ["", "[]", "{}", '{"results": [], "split": "a", "step": 1}', '{"results": 3}']
 )
-def test_another_file_is_refused_by_name(tmp_path, text):
+def test_malformed_files(tmp_path, text):
   path = tmp_path / "other.json"
   path.write_text(text)
-  with pytest.raises(ValueError, match="other.json is no file of results"):
+  with pytest.raises(ValueError, match="other.json is not a results file"):
     read_results(path)
   with pytest.raises(OSError):
     read_results(tmp_path / "missing.json")

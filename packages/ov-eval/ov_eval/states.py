@@ -1,7 +1,7 @@
-"""Metric states that merge exactly: any split of the examples, in any order, gives one figure.
+"""Exactly mergeable metric states.
 
-Sums are kept as exact rationals (every float is one), so `a + b` is associative to the last bit:
-the figure does not depend on batch size, padding or the number of hosts.
+Sums are stored as rational numbers, so `a + b` is associative to the last bit: a metric does not
+depend on batch size, padding, order or number of hosts.
 """
 
 import dataclasses
@@ -18,14 +18,14 @@ from ov_eval.results import Result
 
 @dataclasses.dataclass(frozen=True)
 class Mean:
-  """The weighted mean `sum x / sum w` over examples, with its standard error.
+  """Weighted mean `sum x / sum w` over examples, with its standard error.
 
   Attributes:
-    count: examples that entered.
+    count: number of examples.
     total: sum of x.
-    weight: sum of w (equal to `count` when no weights were given).
-    xx, xw, ww: sums of x*x, x*w and w*w, from which the standard error follows.
-    non_finite: examples whose x was NaN or infinite; one of them makes `value` NaN.
+    weight: sum of w (equal to `count` if no weights were given).
+    xx, xw, ww: sums of x*x, x*w and w*w, used for the standard error.
+    non_finite: number of examples whose x is NaN or Inf; if it is not 0, `value` is NaN.
   """
 
   count: int = 0
@@ -40,12 +40,12 @@ class Mean:
   def of(
     cls, values: ArrayLike, weights: ArrayLike | None = None, valid: ArrayLike | None = None
   ) -> Self:
-    """The state of some examples.
+    """Return the state of a batch of examples.
 
     Args:
-      values: x [B], per example a sum over its parts (tokens, attributes) or a single value.
-      weights: w [B], the number of parts; 1 each when omitted.
-      valid: bool [B]; a row that is False does not count, whatever stands in it.
+      values: x [B]; the sum over the parts of each example (tokens, attributes), or one value.
+      weights: w [B], the number of parts of each example; 1 by default.
+      valid: bool [B]; rows that are False are ignored, whatever they contain.
 
     Raises:
       ValueError: if the shapes differ or a weight is negative or not finite.
@@ -59,7 +59,7 @@ class Mean:
       )
     x, w = x[keep], w[keep]
     if not (np.isfinite(w) & (w >= 0)).all():
-      raise ValueError("weights of valid rows must be finite and >= 0; give a count of parts.")
+      raise ValueError("weights of valid rows must be finite and >= 0; pass the number of parts.")
     finite = np.isfinite(x)
     non_finite = int((~finite).sum())
     x = np.where(finite, x, 0.0)
@@ -72,14 +72,14 @@ class Mean:
 
   @property
   def value(self) -> float:
-    """`sum x / sum w`; NaN when nothing was counted or something was not finite."""
+    """`sum x / sum w`; NaN without examples or with non-finite values."""
     return float(self.total / self.weight) if self.weight and not self.non_finite else math.nan
 
   @property
   def standard_error(self) -> float:
-    """Of `value`, by linearisation over examples: sqrt(sum (x - value w)^2) / sum w.
+    """Standard error of `value`, by linearisation: sqrt(sum (x - value w)^2) / sum w.
 
-    What resampling whole examples converges to; parts of one example may depend on each other.
+    This is the limit of resampling whole examples; parts of one example may be dependent.
     """
     if not self.weight or self.non_finite:
       return math.nan
@@ -88,25 +88,26 @@ class Mean:
     return math.sqrt(max(residual, Fraction())) / float(self.weight)
 
   def interval(self, level: float = 0.95) -> tuple[float, float]:
-    """Confidence interval of `value` under the normal approximation."""
+    """Return the confidence interval of `value` under the normal approximation."""
     half = _quantile(level) * self.standard_error
     return self.value - half, self.value + half
 
   def result(self, name: str, level: float = 0.95, unit: str = "") -> Result:
-    """Value, count and interval under a name."""
+    """Return value, count and interval as a named result."""
     return Result(name, self.value, self.count, *self.interval(level), unit=unit)
 
 
 @dataclasses.dataclass(frozen=True)
 class Share(Mean):
-  """A proportion: hits out of trials, one or several trials per example."""
+  """Proportion of hits among trials, with one or more trials per example."""
 
   def interval(self, level: float = 0.95) -> tuple[float, float]:
-    """Wilson score interval, which stays inside [0, 1] and is not empty at 0 or 1.
+    """Return the Wilson score interval, which stays inside [0, 1] and is not empty at 0 or 1.
 
-    Several trials of one example are not independent: trials are first divided by their design
-    effect (variance over examples / binomial variance). With one trial each it is plain Wilson;
-    at 0 or 1, where the effect cannot be estimated, each example counts as one trial.
+    Trials of one example are not independent, so the number of trials is divided by the design
+    effect (variance over examples / binomial variance). With one trial per example this is the
+    plain Wilson interval. At 0 or 1 the effect cannot be estimated; each example counts as one
+    trial.
     """
     if not self.weight or self.non_finite:
       return math.nan, math.nan
@@ -123,13 +124,13 @@ class Share(Mean):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Confusion:
-  """Counts int64 [C, C]: row = true class, column = predicted class."""
+  """Confusion matrix: counts int64 [C, C], rows are true and columns predicted classes."""
 
   counts: np.ndarray
 
   @classmethod
   def of(cls, labels: ArrayLike, predicted: ArrayLike, num_classes: int) -> Self:
-    """From true and predicted class numbers, int [B] each, in [0, num_classes)."""
+    """Return the confusion matrix of true and predicted classes, int [B] in [0, num_classes)."""
     cells = np.ravel_multi_index(
       (np.asarray(labels), np.asarray(predicted)), (num_classes, num_classes)
     )
@@ -140,7 +141,7 @@ class Confusion:
     return type(self)(self.counts + other.counts)
 
   def per_class(self) -> list[Share]:
-    """Recall of each class, length C; a class without examples has count 0 and value NaN."""
+    """Return the recall of each class; a class without examples has count 0 and value NaN."""
     hits, totals = self.counts.diagonal(), self.counts.sum(1)
     return [
       Share(n, Fraction(k), Fraction(n), Fraction(k), Fraction(k), Fraction(n))
@@ -148,12 +149,20 @@ class Confusion:
     ]
 
   def mean_per_class(self) -> float:
-    """Mean of the recalls of the classes that have examples."""
+    """Return the mean recall over the classes that have examples."""
     values = [share.value for share in self.per_class() if share.count]
     return statistics.fmean(values) if values else math.nan
 
+  def macro_f1(self) -> float:
+    """Return the mean F1 score over the classes that have examples."""
+    hits, totals, predicted = self.counts.diagonal(), self.counts.sum(1), self.counts.sum(0)
+    there = totals > 0
+    if not there.any():
+      return math.nan
+    return float((2 * hits / np.maximum(totals + predicted, 1))[there].mean())
+
   def most_confused(self, limit: int = 10) -> list[tuple[int, int, int]]:
-    """(true, predicted, count) of the most frequent mistakes; ties in order of class numbers."""
+    """Return (true, predicted, count) of the most frequent mistakes; ties by class number."""
     wrong = self.counts - np.diag(self.counts.diagonal())
     order = np.argsort(-wrong, axis=None, kind="stable")[:limit]
     cells = zip(*np.unravel_index(order, wrong.shape), strict=True)
@@ -161,18 +170,18 @@ class Confusion:
 
 
 def _sum(values: np.ndarray) -> Fraction:
-  """The exact sum of finite float64: of the integers m in m * 2^e, for each e."""
+  """Return the exact sum of finite float64 values, by summing integer mantissas per exponent."""
   if not np.isfinite(values).all():
     raise OverflowError(
       f"the product of two values is {values[~np.isfinite(values)][0]} in float64; expected values "
       "and weights below 1e154."
     )
   parts, exponents = np.frexp(values)
-  integers = np.ldexp(parts, 53).astype(np.int64)  # all bits of a float64
+  integers = np.ldexp(parts, 53).astype(np.int64)  # a float64 has a 53-bit mantissa
   total = Fraction()
   for exponent in np.unique(exponents).tolist():
     some = integers[exponents == exponent]
-    # Halves, so that no sum of int64 runs over.
+    # Sum the upper and lower 32 bits separately, so that int64 cannot overflow.
     high, low = int((some >> 32).sum()), int((some & (2**32 - 1)).sum())
     total += ((high << 32) + low) * Fraction(2) ** (exponent - 53)
   return total
@@ -180,5 +189,5 @@ def _sum(values: np.ndarray) -> Fraction:
 
 def _quantile(level: float) -> float:
   if not 0 < level < 1:
-    raise ValueError(f"level={level} must lie between 0 and 1, such as 0.95.")
+    raise ValueError(f"level={level} must be between 0 and 1, such as 0.95.")
   return statistics.NormalDist().inv_cdf((1 + level) / 2)

@@ -32,17 +32,17 @@ def test_merging_is_exact_for_every_split_and_order():
     order = rng.permutation(len(values))
     parts = [Mean.of(values[rows], weights[rows]) for rows in np.split(order, cuts)]
     merged = sum(parts, Mean())
-    assert merged == whole  # every sum is a rational number, equal to the last bit
+    assert merged == whole  # sums are rational numbers, so merging is exact
     assert merged.interval() == whole.interval()
 
 
-def test_float_sums_would_have_differed():
+def test_float_sums_depend_on_the_order():
   values = np.array([1e16, 1.0, -1e16, 1.0])
   assert Mean.of(values).value == 0.5
   assert float(np.sum(values)) != 2.0
 
 
-def test_sums_are_those_of_fractions():
+def test_sums_equal_sums_of_fractions():
   rng = np.random.default_rng(6)
   values = rng.standard_normal(1000) * 2.0 ** rng.integers(-500, 500, 1000)
   edges = [0.0, -0.0, 5e-324, -5e-324, 2.0**511, 1 - 2.0**-53, -1.0, np.finfo(float).tiny]
@@ -50,7 +50,7 @@ def test_sums_are_those_of_fractions():
   state = Mean.of(values)
   assert state.total == sum(map(Fraction, values.tolist()))
   assert state.xx == sum(Fraction(x * x) for x in values.tolist())
-  many = np.full(100_000, -(1 - 2.0**-53))  # more than fits into int64 at once
+  many = np.full(100_000, -(1 - 2.0**-53))  # their sum of mantissas overflows int64
   assert Mean.of(many).total == 100_000 * Fraction(many[0])
   with np.errstate(over="ignore"), pytest.raises(OverflowError, match="is inf in float64"):
     Mean.of([1.0, 1e200])
@@ -78,7 +78,7 @@ def test_empty_and_non_finite_states_have_no_value():
   "values, weights, valid",
   [([1.0, 2.0], [1.0], None), ([1.0], [-1.0], None), ([[1.0]], None, None), ([1.0], None, [1, 0])],
 )
-def test_wrong_rows_are_refused(values, weights, valid):
+def test_invalid_rows(values, weights, valid):
   with pytest.raises(ValueError):
     Mean.of(values, weights, valid)
 
@@ -100,7 +100,7 @@ def test_dependent_trials_widen_the_interval():
   apart = Share.of([1] * 160 + [0] * 40)
   assert together.value == apart.value
   width = np.diff(together.interval()) / np.diff(apart.interval())
-  assert width == pytest.approx(2.0, rel=0.03)  # four equal trials are one: sqrt(4)
+  assert width == pytest.approx(2.0, rel=0.03)  # four equal trials count as one: sqrt(4)
 
 
 def test_confusion_counts_and_recalls():

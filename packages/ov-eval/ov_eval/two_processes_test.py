@@ -1,7 +1,7 @@
-"""Two real processes over loopback find, to the last bit, what one process finds.
+"""Tests that two processes over loopback return bitwise the same metrics as one process.
 
-Each process embeds its own pictures, with padding and with some that the other has too. Run with
-two arguments, this file is one of the processes.
+Each process embeds its own images, with padding and some images that the other has as well. Run
+with two arguments, this file is one of the processes.
 """
 
 import functools
@@ -19,12 +19,12 @@ import pytest
 import ov_eval
 
 NUM_IMAGES, NUM_CLASSES, WIDTH = 101, 9, 16
-# Pictures of each process: unequal numbers, and 58 to 64 come to both.
+# Images of each process: unequal numbers; both have 58 to 64.
 PARTS = (range(65), range(58, NUM_IMAGES))
 
 
-def _pictures():
-  """Vectors [I, E], labels [I], 0 to 3 captions of each; some pictures and captions are alike."""
+def _data():
+  """Return vectors [I, E], labels [I] and 0 to 3 captions of each image, with duplicates."""
   rng = np.random.default_rng(0)
   centres = rng.normal(size=(NUM_CLASSES, WIDTH))
   labels = rng.integers(0, NUM_CLASSES, NUM_IMAGES)
@@ -38,7 +38,7 @@ def _pictures():
 
 
 def _batches(rows, size=8):
-  vectors, labels, captions = _pictures()
+  vectors, labels, captions = _data()
   for start in range(0, len(rows), size):
     some = [*rows[start : start + size]]
     valid = np.arange(size) < len(some)
@@ -58,17 +58,19 @@ def _encode(texts):
 
 
 def _embed_text(ids):
-  vectors, _, _ = _pictures()
+  vectors, _, _ = _data()
   mixed = vectors[ids[:, 0]] + 0.1 * ids[:, 1:] * vectors[(ids[:, 0] * 7 + 3) % NUM_IMAGES]
   return mixed / np.linalg.norm(mixed, axis=1, keepdims=True)
 
 
-def figures(rows):
-  """Every figure as exact text, from the pictures that this process reads."""
+def metrics(rows):
+  """Return every metric as exact text, from the images that this process reads."""
   embed = jax.jit(lambda images: images / jnp.linalg.norm(images, axis=1, keepdims=True))
   embed_image = lambda batch: embed(jnp.asarray(batch["image"], jnp.float32))
-  labels = _pictures()[1].tolist()
-  names = [str(labels.index(c)) for c in range(NUM_CLASSES)]  # its first picture stands for a class
+  labels = _data()[1].tolist()
+  names = [
+    str(labels.index(c)) for c in range(NUM_CLASSES)
+  ]  # each class is named by its first image
   classes = ov_eval.class_embeddings(_embed_text, _encode, names, ["{} 1", "{} 3"], chunk=4)
   zero_shot, predictions = ov_eval.classify_by_embedding(embed_image, classes, _batches(rows))
 
@@ -77,7 +79,7 @@ def figures(rows):
   vectors = ov_eval.embed_texts(_embed_text, _encode, texts, chunk=16)
   ranks = ov_eval.retrieval(found.vectors, vectors, owner, chunk=8)
 
-  # Of the features, the first 60 are the training set of every process.
+  # The first 60 features are the training set of every process.
   train, test = slice(0, 60), slice(60, None)
   features, labels = found.vectors, found.columns["label"]
   arguments = (features[train], labels[train], features[test], labels[test])
@@ -92,7 +94,7 @@ def figures(rows):
     *ov_eval.linear_probe(*arguments).results(),
   ]
   return {
-    "figures": {r.name: [r.value.hex(), r.count, str(r.low), str(r.high)] for r in results},
+    "metrics": {r.name: [r.value.hex(), r.count, str(r.low), str(r.high)] for r in results},
     "predictions": predictions.records(),
     "vectors": found.vectors.astype(np.float64).sum(1).tolist(),
     "index": found.index.tolist(),
@@ -103,7 +105,7 @@ def figures(rows):
 def _worker(rank, port):
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
   jax.distributed.initialize(f"127.0.0.1:{port}", 2, rank)
-  print("RESULT" + json.dumps(figures(PARTS[rank])), flush=True)
+  print("RESULT" + json.dumps(metrics(PARTS[rank])), flush=True)
   jax.distributed.shutdown()
 
 
@@ -139,27 +141,27 @@ def _two_processes():
 
 @functools.cache
 def _one_process():
-  return json.loads(json.dumps(figures(range(NUM_IMAGES))))
+  return json.loads(json.dumps(metrics(range(NUM_IMAGES))))
 
 
-def test_the_case_is_not_trivial():
-  values = {name: float.fromhex(value[0]) for name, value in _one_process()["figures"].items()}
+def test_metrics_are_not_trivial():
+  values = {name: float.fromhex(value[0]) for name, value in _one_process()["metrics"].items()}
   assert 0.05 < values["img2txt_r1"] < 0.95 and 0.05 < values["txt2img_r1"] < 0.95
   assert 0.2 < values["zero_shot_top1"] < 0.95 and 0.3 < values["knn_top1"] < 0.95
   ranks = [np.array(ranks) for ranks in _one_process()["ranks"]]
-  assert all(10 < (some % 1 > 0).sum() < len(some) for some in ranks)  # equals share a rank
+  assert all(10 < (some % 1 > 0).sum() < len(some) for some in ranks)  # ties share a rank
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_each_of_two_processes_has_the_figures_of_one(rank):
+def test_each_of_two_processes_has_the_metrics_of_one(rank):
   one, two = _one_process(), _two_processes()[rank]
-  assert two["figures"] == one["figures"]
+  assert two["metrics"] == one["metrics"]
   assert two["index"] == one["index"] == list(range(NUM_IMAGES))
   assert two == one
 
 
-def test_own_test_rows_add_up():
-  found = _two_processes()[0]["figures"]
+def test_merging_test_rows_of_both_processes():
+  found = _two_processes()[0]["metrics"]
   assert found["knn_shared_top1"] == found["knn_top1"]
   assert found["knn_shared_mean_per_class"] == found["knn_mean_per_class"]
 

@@ -1,4 +1,4 @@
-"""Zero-shot classification with two towers: which class's texts lie nearest to the picture?"""
+"""Zero-shot classification by the similarity of image and class text embeddings."""
 
 from collections.abc import Callable, Iterable, Sequence
 import dataclasses
@@ -10,7 +10,7 @@ import numpy as np
 from ov_eval.classes import ClassSet, TemplateSet, class_texts
 from ov_eval.embeddings import Progress, embed_texts
 from ov_eval.generative import Classification, class_ranks
-from ov_eval.likelihood import Batch, one_late
+from ov_eval.likelihood import Batch, dispatch_ahead
 from ov_eval.processes import gather as gather_processes
 from ov_eval.states import Confusion, Share
 
@@ -25,18 +25,18 @@ def class_embeddings(
   canonical: bool = True,
   progress: Progress | None = None,
 ) -> np.ndarray:
-  """One vector per class, float32 [C, E]: the mean over the templates, brought to unit length.
+  """Return class embeddings float32 [C, E], each the normalised mean over all templates.
 
   z / (|z| + 1e-8) with z the mean of unit vectors (arXiv 2103.00020, section 3.1.4).
 
   Args:
     embed_text, encode, chunk, progress: see `embed_texts`; `embed_text` returns unit vectors.
-    classes: C names.
-    templates: the prompts that each name is put into.
-    canonical: canonicalises names and templates; False where `encode` does.
+    classes: C class names.
+    templates: prompt templates.
+    canonical: whether to canonicalise names and templates; pass False if `encode` does it.
 
   Raises:
-    ValueError: for vectors that are not of unit length.
+    ValueError: if `embed_text` returns vectors that are not unit vectors.
   """
   texts = class_texts(classes, templates, canonical=canonical)
   rows = embed_texts(embed_text, encode, texts, chunk=chunk, progress=progress)
@@ -44,7 +44,7 @@ def class_embeddings(
   if np.abs(norms - 1).max() > 1e-2:
     worst = norms[np.abs(norms - 1).argmax()]
     raise ValueError(
-      f"embed_text gave a vector of length {worst:.4g}; it must return unit vectors."
+      f"embed_text returned a vector of norm {worst:.4g}; it must return unit vectors."
     )
   num_classes = len(classes.classes if isinstance(classes, ClassSet) else classes)
   mean = rows.reshape(num_classes, -1, rows.shape[-1]).mean(1, dtype=np.float64)
@@ -53,15 +53,15 @@ def class_embeddings(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Predictions:
-  """What was answered for each example; arrays [N] in order of `index`.
+  """Predictions for all examples; arrays [N] sorted by `index`.
 
   Attributes:
-    index: int64, of the example in its data set.
-    label: int64, the true class.
-    predicted: int64, the class with the highest score.
-    rank: int64, how many classes stand before the true one; 0 is right.
-    score: float32, of the predicted class.
-    label_score: float32, of the true class.
+    index: int64, index of the example in the data set.
+    label: int64, true class.
+    predicted: int64, class with the highest score.
+    rank: int64, rank of the true class; 0 means the prediction is correct.
+    score: float32, score of the predicted class.
+    label_score: float32, score of the true class.
   """
 
   index: np.ndarray
@@ -75,15 +75,17 @@ class Predictions:
     return len(self.index)
 
   def __getitem__(self, rows: Any) -> Self:
-    """Some rows, by slice, numbers or mask."""
+    """Return rows selected by slice, indices or mask."""
     return type(self)(*(getattr(self, f.name)[rows] for f in dataclasses.fields(self)))
 
   @classmethod
   def of(cls, scores: np.ndarray, labels: np.ndarray, index: np.ndarray) -> Self:
-    """From scores [B, C], labels [B] and index [B] of valid rows; ties as in `Classification`.
+    """Return predictions for scores [B, C], labels [B] and index [B] of valid rows.
+
+    Ties rank in order of class number.
 
     Raises:
-      ValueError: for a label outside [0, C) or a NaN score.
+      ValueError: if a label is outside [0, C) or a score is NaN.
     """
     rank = class_ranks(scores, labels)
     predicted = scores.argmax(1)
@@ -98,7 +100,7 @@ class Predictions:
     )
 
   def classification(self, num_classes: int) -> Classification:
-    """The figures."""
+    """Return the classification metrics."""
     return Classification(
       Share.of(self.rank < 1),
       Share.of(self.rank < 5),
@@ -106,7 +108,7 @@ class Predictions:
     )
 
   def records(self, classes: ClassSet | Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """One dict per example for a JSON file; with `classes` the names of both classes too."""
+    """Return one JSON-serialisable dict per example, with class names if `classes` is given."""
     names = classes.classes if isinstance(classes, ClassSet) else classes
     columns = {f.name: getattr(self, f.name).tolist() for f in dataclasses.fields(self)}
     if names is not None:
@@ -123,50 +125,50 @@ def classify_by_embedding(
   gather: Callable[[Any], list[Any]] = gather_processes,
   progress: Progress | None = None,
 ) -> tuple[Classification, Predictions]:
-  """Scores every picture against every class by the dot product.
+  """Classify every image by the dot products with the class embeddings.
 
   Args:
-    embed_image: batch -> [B, E], the rows of this process.
-    class_matrix: float32 [C, E], as of `class_embeddings`.
-    batches: each with `label` int [B], `valid` bool [B] and `index` int [B]. A row that is not
-      valid never counts, and an index that comes again, here or in another process, counts once.
-    gather: value -> values of all processes; called once, at the end.
-    progress: is told (batches done, batches in all or 0 where that is not known).
+    embed_image: maps a batch to [B, E], the rows of this process.
+    class_matrix: float32 [C, E], as returned by `class_embeddings`.
+    batches: batches with `label` int [B], `valid` bool [B] and `index` int [B]. Invalid rows are
+      ignored, and a repeated index, on any process, is counted once.
+    gather: maps a value to the values of all processes; called once, at the end.
+    progress: called with (batches done, total batches or 0 if unknown).
 
   Returns:
-    The figures, and the answer to each example; both over all processes.
+    The metrics, and the prediction for each example, both over all processes.
 
   Raises:
-    ValueError: for a label outside [0, C), a NaN score, or an index with two labels.
+    ValueError: if a label is outside [0, C), a score is NaN, or an index has two labels.
   """
-  batches_in_all = operator.length_hint(batches)
-  # float64 rounded once: equal class vectors get equal scores for any size of batch.
+  total = operator.length_hint(batches)
+  # Round once from float64, so that equal class vectors get equal scores for any batch size.
   matrix = np.asarray(class_matrix, np.float64).T
   parts = [Predictions.of(np.zeros((0, matrix.shape[1]), np.float32), *np.zeros((2, 0), int))]
-  for done, (batch, vectors) in enumerate(one_late(embed_image, batches), 1):
+  for done, (batch, vectors) in enumerate(dispatch_ahead(embed_image, batches), 1):
     valid = np.asarray(batch["valid"], bool)
     scores = (np.asarray(vectors, np.float64)[valid] @ matrix).astype(np.float32)
     parts.append(
       Predictions.of(scores, np.asarray(batch["label"])[valid], np.asarray(batch["index"])[valid])
     )
     if progress:
-      progress(done, batches_in_all)
+      progress(done, total)
   everything = _join([part for several in gather(parts) for part in several])
   first = np.unique(everything.index, return_index=True)[1]
-  # Repeats of one example must agree; if not, the index does not name the example.
-  place = first[np.searchsorted(everything.index[first], everything.index)]
-  differs = everything.label != everything.label[place]
+  # Repeats of an example must agree; otherwise `index` does not identify the example.
+  position = first[np.searchsorted(everything.index[first], everything.index)]
+  differs = everything.label != everything.label[position]
   if differs.any():
     raise ValueError(
-      f"index {everything.index[differs][0]} comes with two labels; `index` must name an example "
-      "of the whole data set, the same on every process."
+      f"index {everything.index[differs][0]} has two labels; `index` must identify an example of "
+      "the data set, equally on every process."
     )
   predictions = everything[first]
   return predictions.classification(matrix.shape[1]), predictions
 
 
 def worst_mistakes(predictions: Predictions, limit: int = 10) -> Predictions:
-  """The wrong answers whose score lies furthest above that of the true class, worst first."""
+  """Return the most confident mistakes: those with the largest score margin over the true class."""
   wrong = predictions[predictions.rank > 0]
   order = np.argsort(wrong.label_score - wrong.score, kind="stable")
   return wrong[order[:limit]]

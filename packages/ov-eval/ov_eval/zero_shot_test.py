@@ -1,7 +1,8 @@
-"""Zero-shot classification against brute force: ensembles, ties, padding, repeats, batches."""
+"""Tests of zero-shot classification: ensembles, ties, padding, repeats, batches."""
 
 import json
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +22,7 @@ def _unit(rows):
 
 
 def _encode(texts):
-  """Bytes of the texts, filled up with zeros."""
+  """Return the bytes of the texts, zero-padded."""
   return np.array([list(text.encode().ljust(40, b"\0")) for text in texts], np.int32)
 
 
@@ -38,7 +39,7 @@ NAMES, TEMPLATES = ("Red Fox", "hen, of_the woods", "T-shirt"), ("{}", "a photo 
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 64])
-def test_a_class_is_the_mean_of_its_unit_vectors_made_unit(chunk):
+def test_class_embedding_is_the_normalised_mean(chunk):
   prompts = [
     ("red fox", "a photo of a red fox"),
     ("hen, of the woods", "a photo of a hen, of the woods"),
@@ -51,20 +52,21 @@ def test_a_class_is_the_mean_of_its_unit_vectors_made_unit(chunk):
   sets = (NAMES, TEMPLATES), (ClassSet("c", NAMES), TemplateSet("t", TEMPLATES))
   for classes, templates in sets:
     found = class_embeddings(_embed_text, _encode, classes, templates, chunk=chunk)
-    assert found.dtype == np.float32 and found.shape == (3, 8)
+    chex.assert_shape(found, (3, 8))
+    chex.assert_type(found, np.float32)
     # Sums of 40 float32 products whose order depends on the chunk: a few units of 6e-8.
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
-def test_every_template_weighs_the_same():
-  # Two templates agree and one does not; the mean is taken before the length, not after.
+def test_templates_have_equal_weight():
+  # Two templates agree and one does not; the mean is taken before normalisation.
   vectors = {"a": [1, 0], "x a": [1, 0], "y a": [0, 1], "b": [0, 1], "x b": [0, -1], "y b": [1, 0]}
   embed = lambda ids: np.array([vectors[bytes(row).rstrip(b"\0").decode()] for row in ids.tolist()])
   found = class_embeddings(embed, _encode, ["a", "b"], ["{}", "x {}", "y {}"], chunk=2)
   np.testing.assert_allclose(found, [[2 / 5**0.5, 1 / 5**0.5], [1, 0]], atol=1e-6)
 
 
-def test_templates_that_cancel_give_no_direction():
+def test_templates_that_cancel_give_zero():
   embed = lambda ids: np.where(ids[:, :1] == ord("a"), 1.0, -1.0) * np.array([1.0, 0.0])
   found = class_embeddings(embed, _encode, ["b", "c"], ["{}", "a {}"])
   np.testing.assert_array_equal(found, np.zeros((2, 2)))  # and not NaN
@@ -77,13 +79,13 @@ def test_canonical_texts_can_be_left_to_the_tokenizer():
   assert seen[1] == "a photo of a Red Fox." and seen[4] == "T-shirt"
 
 
-def test_vectors_of_another_length_are_refused():
-  with pytest.raises(ValueError, match="a vector of length 3; it must return unit vectors"):
+def test_vectors_must_have_unit_norm():
+  with pytest.raises(ValueError, match="a vector of norm 3; it must return unit vectors"):
     class_embeddings(lambda ids: 3 * _embed_text(ids), _encode, NAMES, TEMPLATES)
 
 
 def _case(seed=0, num_examples=61, num_classes=11, width=6):
-  """Whole numbers, so that scores are exact and many of them equal."""
+  """Return integer vectors, so that scores are exact and often tied."""
   rng = np.random.default_rng(seed)
   vectors = rng.integers(-1, 2, (num_examples, width)).astype(np.float32)
   matrix = rng.integers(-1, 2, (num_classes, width)).astype(np.float32)
@@ -92,7 +94,7 @@ def _case(seed=0, num_examples=61, num_classes=11, width=6):
 
 
 def _batches(vectors, labels, rows, size):
-  """Batches of these rows; the last is filled with garbage that must not count."""
+  """Return batches of these rows; the last is padded with garbage that must be ignored."""
   for start in range(0, len(rows), size):
     some = np.asarray(rows[start : start + size])
     fill = size - len(some)
@@ -109,21 +111,21 @@ def _embed(batch):
 
 
 def _brute_force(scores, labels):
-  """Order of the classes for each row, by score and then by number."""
+  """Return the classes of each row, sorted by score and then by number."""
   order = [sorted(range(scores.shape[1]), key=lambda c: (-row[c], c)) for row in scores.tolist()]
   return np.array([list(o).index(label) for o, label in zip(order, labels, strict=True)]), order
 
 
 @pytest.mark.parametrize("size", [1, 8, 61, 100])
 @pytest.mark.parametrize("seed", range(2))
-def test_equals_brute_force_with_ties_padding_and_repeats(seed, size):
+def test_equals_brute_force(seed, size):
   vectors, matrix, labels = _case(seed)
   shuffled = np.random.default_rng(seed + 7).permutation(61)
-  rows = [*shuffled, *shuffled[:9]]  # nine come again
-  told = []
+  rows = [*shuffled, *shuffled[:9]]  # nine repeats
+  reported = []
   batches = list(_batches(vectors, labels, rows, size))
   found, predictions = classify_by_embedding(
-    _embed, matrix, batches, progress=lambda *at: told.append(at)
+    _embed, matrix, batches, progress=lambda *at: reported.append(at)
   )
   scores = vectors @ matrix.T
   assert sum(len(set(row)) < len(row) for row in scores.tolist()) > 50  # most have ties
@@ -143,14 +145,14 @@ def test_equals_brute_force_with_ties_padding_and_repeats(seed, size):
   np.testing.assert_array_equal(predictions.rank, rank)
   np.testing.assert_array_equal(predictions.score, scores.max(1))
   np.testing.assert_array_equal(predictions.label_score, scores[np.arange(61), labels])
-  assert told[-1] == (len(batches), len(batches))
+  assert reported[-1] == (len(batches), len(batches))
 
 
-def test_batches_change_no_bit_of_real_scores():
+def test_batch_size_does_not_change_scores():
   rng = np.random.default_rng(3)
   vectors = _unit(rng.normal(size=(50, 64))).astype(np.float32)
   matrix = _unit(rng.normal(size=(300, 64))).astype(np.float32)
-  matrix[200] = matrix[7]  # classes with one text
+  matrix[200] = matrix[7]  # two classes with equal texts
   labels = rng.integers(0, 300, 50)
   vectors[:5] = matrix[7]
   labels[:5] = [7, 200, 7, 200, 9]
@@ -164,7 +166,7 @@ def test_batches_change_no_bit_of_real_scores():
     assert others.records() == answers.records()
 
 
-def test_a_constant_model_scores_chance():
+def test_constant_model_scores_chance():
   labels = np.arange(20) % 10
   batches = _batches(np.ones((20, 4), np.float32), labels, range(20), 8)
   found, _ = classify_by_embedding(_embed, np.ones((10, 4)), batches)
@@ -172,7 +174,7 @@ def test_a_constant_model_scores_chance():
   assert found.confusion.mean_per_class() == 0.1
 
 
-def test_processes_are_joined_and_repeats_between_them_count_once():
+def test_repeats_across_processes_count_once():
   vectors, matrix, labels = _case()
   parts = []
 
@@ -180,7 +182,7 @@ def test_processes_are_joined_and_repeats_between_them_count_once():
     parts.append(value)
     return [value]
 
-  for rows in (range(40), range(35, 61), []):  # five rows twice, and a process without any
+  for rows in (range(40), range(35, 61), []):  # five rows on two processes; one process has none
     classify_by_embedding(_embed, matrix, _batches(vectors, labels, rows, 8), gather=keep)
   found, predictions = classify_by_embedding(_embed, matrix, [], gather=lambda mine: [*parts, mine])
   whole, all_of_them = classify_by_embedding(
@@ -197,10 +199,10 @@ def test_processes_are_joined_and_repeats_between_them_count_once():
     ({"label": np.array([0, 4, 1])}, r"label 4 is not in \[0, 4\)"),
     ({"label": np.array([0, -1, 1])}, r"label -1 is not in"),
     ({"vector": np.array([[1, 0], [np.nan, 0], [0, 1]])}, "1 examples have NaN class scores"),
-    ({"index": np.array([5, 6, 5])}, "index 5 comes with two labels"),
+    ({"index": np.array([5, 6, 5])}, "index 5 has two labels"),
   ],
 )
-def test_wrong_batches_are_refused(change, message):
+def test_invalid_batches(change, message):
   batch = {"vector": np.ones((3, 2)), "label": np.arange(3), "index": np.arange(3)}
   batch = {**batch, "valid": np.ones(3, bool), **change}
   with pytest.raises(ValueError, match=message):
@@ -218,9 +220,9 @@ def _predictions():
   )
 
 
-def test_the_worst_mistakes_come_first_and_right_answers_never():
+def test_worst_mistakes_are_sorted_and_wrong():
   worst = worst_mistakes(_predictions())
-  assert worst.index.tolist() == [7, 5, 8, 6]  # equal ones in order of index
+  assert worst.index.tolist() == [7, 5, 8, 6]  # ties in order of index
   assert worst_mistakes(_predictions(), 2).index.tolist() == [7, 5]
   assert len(worst_mistakes(_predictions()[:1])) == 0
 

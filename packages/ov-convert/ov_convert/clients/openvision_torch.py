@@ -1,6 +1,6 @@
-"""OpenVision models in PyTorch, for inference: one file to use, to read and to copy.
+"""Single-file PyTorch implementation of OpenVision models for inference.
 
-model = OpenVision.from_folder("folder")  # holds config.json and model.safetensors
+model = OpenVision.from_folder("folder")  # with config.json and model.safetensors
 image = model.encode_image(pixels)  # float32 [B, 3, S, S], normalised
 text = model.encode_text(ids)  # int64 [N, T]
 logits = model.logits(image.embedding, text.embedding)  # [B, N]
@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
 
-# B batch, T tokens, D width, K image tokens, E shared space, V vocab. The three are [B, D],
-# [B, T, D] before any norm, and [B, E] of length 1, or None without a shared space.
+# B batch, T tokens, D width, K image tokens, E shared space, V vocab. Fields of Encoded: [B, D],
+# [B, T, D] before any norm, and unit vectors [B, E], or None without a shared space.
 Encoded = namedtuple("Encoded", ["pooled", "tokens", "embedding"])
 table = lambda *shape: nn.Parameter(torch.empty(shape))
 
 
 def sincos(length: int, width: int, rows: int = 1) -> Tensor:
-  """[rows * length, width], a row [sin, cos] of the position in float64. Never made on "meta"."""
+  """Return sin-cos positions [rows * length, width] in float64, on the CPU even under "meta"."""
   place = torch.arange(rows * length, device="cpu", dtype=torch.float64)
   parts = [place] if rows == 1 else [place % length, place // length]
   num = width // (2 * len(parts))
@@ -34,7 +34,7 @@ def sincos(length: int, width: int, rows: int = 1) -> Tensor:
 
 
 def spread(grid: list[int], share: float) -> Tensor:
-  """[K] patches, evenly over the grid: those of the lowest ranks in a Bayer matrix."""
+  """Return [K] patch indices spread evenly over the grid: the lowest ranks of a Bayer matrix."""
   keep = max(1, int(grid[0] * grid[1] * share + 1e-6))  # 1e-6: binary fractions fall short
   rank = torch.zeros(1, 1, dtype=torch.long)
   while len(rank) < max(grid):
@@ -43,8 +43,8 @@ def spread(grid: list[int], share: float) -> Tensor:
 
 
 def attention_mask(x: Tensor, kind: str, prefix: int = 0, real: Tensor | None = None) -> Any:
-  """Added to the scores of x [B, T, D]: "full", or "causal" but for the first `prefix`, whom all
-  see; only the `real` (bool [B, T]) are seen. Not -inf: a row that sees nobody would be NaN."""
+  """Return the additive mask for x [B, T, D]: "full", or "causal" after the first `prefix` tokens;
+  columns that are not `real` (bool [B, T]) are masked. Not -inf, which makes empty rows NaN."""
   if kind == "full" and real is None:
     return None
   seen = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device)
@@ -61,7 +61,7 @@ def mlp(c: Any) -> nn.Sequential:
 
 
 class Attention(nn.Module):
-  """x [B, T, D] reads `source` [B, S, D], behind what the cache holds already."""
+  """Multi-head attention of x [B, T, D] over the cached tokens and `source` [B, S, D]."""
 
   def __init__(self, c: Any) -> None:
     super().__init__()
@@ -79,7 +79,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-  """x + attention(norm(x)), then x + mlp(norm(x))."""
+  """Pre-norm block: x + attention(norm(x)), then x + mlp(norm(x))."""
 
   def __init__(self, c: Any) -> None:
     super().__init__()
@@ -104,7 +104,7 @@ class MapPool(nn.Module):  # attention pooling by one learned query: [B, T, D] -
 
 
 class Transformer(nn.Module):
-  """What towers and decoders share: blocks, the norm after them, and pooling where asked for."""
+  """Base class of towers and decoders: blocks, final norm and optional attention pooling."""
 
   def __init__(self, c: Any) -> None:
     super().__init__()
@@ -113,7 +113,7 @@ class Transformer(nn.Module):
     self.pool = MapPool(c) if getattr(c, "pool", "") == "map" else None
 
   def run(self, x: Tensor, mask: Any = None, caches: Any = None, states: Any = None) -> Tensor:
-    """Through the blocks; the list `states` gets what enters the first and what leaves each."""
+    """Run the blocks; append the input of the first and the outputs of all to `states`."""
     note = (lambda _: None) if states is None else states.append
     note(x)
     for layer, block in enumerate(self.blocks):
@@ -134,15 +134,15 @@ class ImageTower(Transformer):
       self.register_buffer("position_embedding", self.computed(self.grid), persistent=False)
 
   def computed(self, grid: tuple[int, int]) -> Tensor:
-    """Positions of cls (none) and of the patches, row by row: [1 + T, D]."""
+    """Return computed positions [1 + T, D] of cls (zero) and of the patches in row order."""
     return F.pad(sincos(grid[1], self.config.width, rows=grid[0]).float(), (0, 0, 1, 0))
 
   def forward(self, pixels: Tensor, states: list | None = None) -> tuple[Tensor, Tensor]:
-    """Of [B, 3, H, W]: pooled [B, D], tokens [B, T, D]. Pixels that fill no patch are dropped."""
+    """Encode [B, 3, H, W] to pooled [B, D], tokens [B, T, D]; partial patches are dropped."""
     x, positions = self.patch_embed(pixels), self.position_embedding
     if (grid := (x.shape[2], x.shape[3])) != self.grid:
       if self.config.position == "learned":
-        raise ValueError(f"{grid} patches, but learned positions of {self.grid}: resize pictures.")
+        raise ValueError(f"{grid} patches, but learned positions of {self.grid}: resize images.")
       positions = self.computed(grid).to(x)
     x = torch.cat([self.cls.expand(x.shape[0], 1, -1), x.flatten(2).transpose(1, 2)], 1)
     x = self.run(x + positions, states=states)
@@ -158,10 +158,10 @@ class TextTower(Transformer):
     self.position_embedding = table(c.max_len, c.width)
 
   def forward(self, ids: Tensor, states: list | None = None) -> tuple[Tensor, Tensor]:
-    """Of int64 [B, T]: pooled [B, D] and tokens [B, T, D]."""
+    """Encode int64 [B, T] to pooled [B, D] and tokens [B, T, D]."""
     c, length = self.config, ids.shape[1]
     if length > c.max_len or (c.pool == "last" and length < c.max_len):
-      raise ValueError(f"texts of {length} tokens; pad or cut them to {c.max_len}.")
+      raise ValueError(f"texts of {length} tokens; pad or truncate them to {c.max_len}.")
     real = ids != c.pad_id if c.padding == "mask" else None
     x = self.embed(ids) + self.position_embedding[:length]
     x = self.run(x, attention_mask(x, c.mask, real=real), states=states)
@@ -187,11 +187,11 @@ class Decoder(Transformer):
       self.text_proj = nn.Linear(text_width, c.width, bias=False) if text_width else None
       return
     self.embed = nn.Embedding(c.vocab_size, c.width)
-    self.mask_embedding = table(c.width) if c.parallel else None  # training alone reads it
+    self.mask_embedding = table(c.width) if c.parallel else None  # used in training only
     self.position_embedding = table(c.max_len, c.width) if c.position == "learned" else None
 
   def all_at_once(self, image_tokens: Tensor, text_tokens: Tensor | None) -> Tensor:
-    """Of image [B, K, _] and text tokens [B, T, _]: logits [B, Q, V]."""
+    """Return logits [B, Q, V] for image tokens [B, K, _] and text tokens [B, T, _]."""
     parts = [self.image_proj(image_tokens)]
     parts += [] if self.text_proj is None else [self.text_proj(text_tokens)]
     x = torch.cat([*parts, self.queries.expand(image_tokens.shape[0], -1, -1)], 1)
@@ -199,10 +199,10 @@ class Decoder(Transformer):
     return self.head(self.norm(self.run(x, attention_mask(x, "causal", prefix))[:, prefix:]))
 
   def greedy(self, image_tokens: Tensor, max_len: int, bos: int, eos: int, pad: int) -> Tensor:
-    """The likeliest token each time: int64 [B, max_len], what follows bos, then padding."""
+    """Decode greedily: int64 [B, max_len], the tokens after bos, then padding."""
     c, caches = self.config, [dict[str, Tensor]() for _ in self.blocks]
     if c.position == "learned" and max_len > c.max_len:
-      raise ValueError(f"max_len={max_len}, but learned positions of {c.max_len}: ask for no more.")
+      raise ValueError(f"max_len={max_len}; expected at most {c.max_len} (learned positions).")
     image = self.image_proj(image_tokens)
     self.run(image, attention_mask(image, "full" if c.mask == "prefix" else "causal"), caches)
     ids = torch.full((image.shape[0], max_len), pad, device=image.device)
@@ -221,7 +221,7 @@ class Decoder(Transformer):
 
 
 class OpenVision(nn.Module):
-  """A model of any kind. What it lacks of encoder, text and decoder is None."""
+  """Model of any kind; missing parts of encoder, text and decoder are None."""
 
   def __init__(self, c: Any) -> None:
     super().__init__()
@@ -237,12 +237,12 @@ class OpenVision(nn.Module):
 
   @classmethod
   def from_folder(cls, folder: str, dtype: torch.dtype = torch.float32) -> "OpenVision":
-    """Reads config.json and model.safetensors. Tensors missing or left over are an error."""
+    """Load config.json and model.safetensors; missing or unexpected tensors are an error."""
     with open(f"{folder}/config.json", encoding="utf-8") as file:
       content = json.load(file, object_hook=lambda fields: SimpleNamespace(**fields))
     if getattr(content, "library", None) != "openvision" or content.format not in (1, 2):
-      raise ValueError(f"{folder} holds no OpenVision model of format 1 or 2.")
-    with torch.device("meta"):  # nothing is allocated that the file brings
+      raise ValueError(f"{folder} is not an OpenVision model of format 1 or 2.")
+    with torch.device("meta"):  # do not allocate parameters that are loaded below
       model = cls(content.model)
     top, state = {"ViT": "encoder/", "Text": "text/"}.get(content.model.kind, ""), {}
     for path, tensor in load_file(f"{folder}/model.safetensors").items():
@@ -255,7 +255,7 @@ class OpenVision(nn.Module):
     return model.to(dtype).eval()
 
   def encode_image(self, pixels: Tensor) -> Encoded:
-    """float32 [B, 3, H, W], normalised; any size with computed positions."""
+    """Encode normalised float32 [B, 3, H, W]; computed positions support any size."""
     return self.encoded("image_head", *self.encoder(pixels.to(self.encoder.cls)))
 
   def encode_text(self, ids: Tensor) -> Encoded:  # int64 [B, T]
@@ -268,31 +268,31 @@ class OpenVision(nn.Module):
     return Encoded(pooled, tokens, raw / (raw.norm(dim=-1, keepdim=True) + 1e-8))
 
   def logits(self, images: Tensor, texts: Tensor) -> Tensor:
-    """Scaled, and where trained so biased, similarities [B, N] of embeddings."""
+    """Return scaled (and biased, if so trained) similarities [B, N] of embeddings."""
     return self.log_scale.exp() * images @ texts.T + (0 if self.bias is None else self.bias)
 
   def hidden_states(self, pixels: Tensor | None = None, ids: Tensor | None = None) -> list[Tensor]:
-    """L + 1 of [B, 1 + T, D], cls first, or of texts [B, T, D]; [-2] is the penultimate layer."""
+    """Return L + 1 states [B, 1 + T, D] with cls first, or [B, T, D] of texts."""
     states: list[Tensor] = []
     self.text(ids, states) if pixels is None else self.encoder(pixels, states)
     return states
 
   @torch.no_grad()
   def generate(self, pixels: Tensor, max_len: int, bos_id: int, eos_id: int, pad_id: int) -> Tensor:
-    """Greedy captions, int64 [B, max_len]: what follows bos, eos, then padding."""
+    """Return greedy captions int64 [B, max_len]: the tokens after bos, eos, then padding."""
     if getattr(self.decoder, "embed", None) is None:
-      raise TypeError("this model has no decoder that writes word by word.")
+      raise TypeError("this model has no autoregressive decoder.")
     return self.decoder.greedy(self.read(pixels), max_len, bos_id, eos_id, pad_id)
 
   def caption_logits(self, pixels: Tensor, ids: Tensor | None = None) -> Tensor:
-    """[B, Q, V] of a decoder with queries, which reads a text too if there is a text tower."""
+    """Return logits [B, Q, V] of a query decoder; with a text tower it also reads a text."""
     if self.text is None:
       return self.decoder.all_at_once(self.read(pixels), None)
-    real = -1 if self.text.config.pool == "last" else None  # [CLS] is not for the decoder
+    real = -1 if self.text.config.pool == "last" else None  # the decoder does not read [CLS]
     return self.decoder.all_at_once(self.read(pixels), self.text(ids)[1][:, :real])
 
   def read(self, pixels: Tensor) -> Tensor:
-    """The image tokens [B, K, D] that the decoder gets."""
+    """Return the image tokens [B, K, D] that the decoder reads."""
     tokens, c = self.encode_image(pixels).tokens, self.config
     if getattr(c, "eval_keep", "all") == "all":
       return tokens

@@ -1,4 +1,4 @@
-"""Runs exported ONNX graphs in onnxruntime, with numpy alone: see client_io."""
+"""Run exported ONNX graphs in onnxruntime; see client_io."""
 
 import json
 import pathlib
@@ -10,7 +10,7 @@ import onnxruntime
 
 
 def main() -> None:
-  """Both towers, as far as the folder has them. Graphs have no blocks to look into."""
+  """Run the existing towers; graphs do not expose blocks."""
   folder, probe_folder, output = client_io.arguments()
   probe = client_io.Probe(probe_folder)
   arrays: dict[str, Any] = {}
@@ -30,7 +30,7 @@ def main() -> None:
 
 
 def run(file: pathlib.Path, given: np.ndarray, facts: dict[str, Any]) -> dict[str, np.ndarray]:
-  """Outputs of one graph by name; tells its inputs and outputs."""
+  """Return the outputs of one graph by name; add its signature to the facts."""
   session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
   (source,), outputs = session.get_inputs(), session.get_outputs()
   facts[f"{file.name} {source.name}"] = [source.type, *source.shape]

@@ -1,4 +1,4 @@
-"""Runs a folder of open_clip; see client_io."""
+"""Run an exported folder in open_clip; see client_io."""
 
 from typing import Any
 
@@ -36,7 +36,7 @@ def main() -> None:
       arrays["logits"] = scaled
   libraries = ["open_clip_torch", "torch", "torchvision"]
   if probe.ids is not None:
-    libraries.append("transformers")  # reads the tokenizer; an image tower goes without
+    libraries.append("transformers")  # reads the tokenizer
   client_io.write(output, arrays, facts, libraries)
 
 
@@ -55,29 +55,29 @@ def image_arrays(model: Any, pixels: torch.Tensor) -> dict[str, Any]:
 
 
 def text_arrays(model: Any, tokenizer: Any, ids: np.ndarray) -> dict[str, Any]:
-  """`ids` int [N, T], padded as in training."""
+  """Run the text tower on `ids` int [N, T], padded as in training."""
   tower = getattr(model, "text", model)
   if getattr(tower, "cls_emb", None) is None:
     with Blocks(tower.transformer) as blocks:
       embedding = model.encode_text(torch.from_numpy(ids))
     return blocks.arrays("text") | {"text/embedding": client_io.unit(embedding)}
-  # A tower that masks padding reads [eos] for it, and has one more column, the last. The column
-  # before it and the padding are seen by no token: they get here what training has there, so that
-  # the blocks can be compared; that must not move the embedding.
+  # A tower that masks padding uses [eos] as padding and appends a column. The column before it and
+  # the padding are masked. They are set to the values of training here, so that blocks can be
+  # compared; this must not change the embedding.
   hidden = padding(ids, tokenizer.tokenizer.eos_token_id)
   embedding = model.encode_text(torch.from_numpy(np.where(hidden, tower.pad_id, ids)))
   states = tower.token_embedding(torch.from_numpy(ids)) + tower.positional_embedding[: ids.shape[1]]
   with Blocks(tower.transformer, torch.from_numpy(hidden), states) as blocks:
     again = model.encode_text(torch.from_numpy(np.where(hidden, tower.pad_id, ids)))
   if not torch.allclose(again, embedding, atol=1e-5):
-    raise RuntimeError("the text tower sees padding")
+    raise RuntimeError("the text tower attends to padding")
   kept = [*range(ids.shape[1] - 1), ids.shape[1]]
   arrays = {name: state[:, kept] for name, state in blocks.arrays("text").items()}
   return arrays | {"text/embedding": client_io.unit(embedding)}
 
 
 def padding(ids: np.ndarray, eos_id: int) -> np.ndarray:
-  """bool [N, T]: what stands between the first [eos] and the last column."""
+  """Return a mask bool [N, T] of the columns between the first [eos] and the last column."""
   ended = np.cumsum(ids == eos_id, axis=1) > 0
   hidden = np.zeros_like(ended)
   hidden[:, 1:-1] = ended[:, :-2]
@@ -85,7 +85,7 @@ def padding(ids: np.ndarray, eos_id: int) -> np.ndarray:
 
 
 def own_padding(model: Any, tokenizer: Any, ids: np.ndarray, probe: np.ndarray) -> np.ndarray:
-  """The tokenizer's ids; where a tower that masks padding reads [eos] for it, as in `probe`."""
+  """Return the ids of the tokenizer, with [eos] used as padding replaced as in `probe`."""
   if getattr(getattr(model, "text", None), "cls_emb", None) is None:
     return ids
   eos_id = tokenizer.tokenizer.eos_token_id
@@ -94,7 +94,7 @@ def own_padding(model: Any, tokenizer: Any, ids: np.ndarray, probe: np.ndarray) 
 
 
 class Blocks:
-  """Keeps what enters the first block of a transformer and what leaves each."""
+  """Records the input of the first block of a transformer and the outputs of all blocks."""
 
   def __init__(self, transformer: Any, rows: Any = None, states: Any = None) -> None:
     self.outputs: list[torch.Tensor] = []

@@ -1,4 +1,4 @@
-"""Runs exported StableHLO with jax alone, nothing of OpenVision's: see client_io.
+"""Run exported StableHLO with jax only, without OpenVision code; see client_io.
 
   python run_stablehlo.py FOLDER PROBE OUTPUT.npz
 
@@ -17,7 +17,7 @@ from safetensors.flax import load_file
 
 
 def main() -> None:
-  """Every function of the folder. They have no blocks to look into."""
+  """Run all functions of the folder; they do not expose blocks."""
   folder, probe_folder, output = client_io.arguments()
   probe = client_io.Probe(probe_folder)
   about = json.loads((pathlib.Path(folder) / "export.json").read_text("utf-8"))

@@ -1,4 +1,4 @@
-"""Runs a folder of timm; see client_io."""
+"""Run an exported folder in timm; see client_io."""
 
 from typing import Any
 
@@ -27,8 +27,7 @@ def main() -> None:
     projected = model.forward_head(features)
   arrays |= {f"image/block_{i:02d}": state for i, state in enumerate(states)}
   arrays |= {"image/tokens": states[-1][:, model.num_prefix_tokens :], "image/pooled": pooled}
-  if model.num_classes > 0:
-    arrays["image/embedding"] = client_io.unit(projected)
+  arrays["image/embedding"] = client_io.unit(projected)  # of the pooled vector without a head
   client_io.write(output, arrays, facts, ["timm", "torch", "torchvision"])
 
 

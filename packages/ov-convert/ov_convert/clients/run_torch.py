@@ -1,4 +1,4 @@
-"""Runs a folder of ours by the PyTorch module that lies in it: see client_io."""
+"""Run a folder in our format with its PyTorch module; see client_io."""
 
 import json
 import pathlib
@@ -10,9 +10,9 @@ import torch
 
 
 def main() -> None:
-  """Every array of client_io but pixels and ids: the module takes both ready made."""
+  """Compute all arrays of client_io except pixels and ids, which are inputs of the module."""
   folder, probe_folder, output = client_io.arguments()
-  sys.path.insert(0, folder)  # the exported copy, not the one beside this script
+  sys.path.insert(0, folder)  # use the exported copy, not the one next to this script
   from openvision_torch import OpenVision
 
   probe = client_io.Probe(probe_folder)
@@ -39,18 +39,18 @@ def main() -> None:
 
 
 def tower(name: str, states: list[Any]) -> dict[str, Any]:
-  """Hidden states as arrays of client_io."""
+  """Return hidden states as arrays of client_io."""
   return {f"{name}/block_{layer:02d}": state for layer, state in enumerate(states)}
 
 
 def encoded(name: str, out: Any) -> dict[str, Any]:
-  """What a tower gives, as arrays of client_io."""
+  """Return the outputs of a tower as arrays of client_io."""
   fields = {f"{name}/{field}": value for field, value in out._asdict().items()}
   return {field: value for field, value in fields.items() if value is not None}
 
 
 def caption(model: Any, probe: client_io.Probe, words: dict[str, Any] | None) -> dict[str, Any]:
-  """`caption/ids`; of a decoder with queries `caption/logits` of the first picture and text."""
+  """Return `caption/ids`; for a query decoder `caption/logits` of the first image and text."""
   pixels, config = probe.torch_pixels(), model.decoder.config
   if config.kind == "QueryDecoder":
     ids = None if probe.ids is None else torch.from_numpy(probe.ids[:1])

@@ -1,11 +1,11 @@
-"""Writes the towers of a folder of ours as ONNX graphs.
+"""Export the towers of a folder in our format as ONNX graphs.
 
   python write_onnx.py FOLDER OUTPUT OPSET
 
-FOLDER is what ov_convert.torch_module writes. OUTPUT gets image.onnx (`pixel_values` float32
-[batch, 3, S, S] to `pooled`, `tokens` and, in a shared space, `embedding`) and text.onnx
-(`input_ids` int64 [batch, T] to `text_embedding`, of a tower on its own `text_pooled`), as far as
-there are towers, each with its weights in one file beside it.
+FOLDER is written by ov_convert.torch_module. The existing towers are written to OUTPUT: image.onnx
+(`pixel_values` float32 [batch, 3, S, S] to `pooled`, `tokens` and, with two towers, `embedding`)
+and text.onnx (`input_ids` int64 [batch, T] to `text_embedding`, or `text_pooled` of a single
+tower). Weights are stored in a separate file next to each graph.
 """
 
 import pathlib
@@ -17,7 +17,7 @@ import torch
 
 
 class Image(torch.nn.Module):
-  """[B, 3, S, S] to a tuple."""
+  """Image tower [B, 3, S, S] with a tuple of outputs."""
 
   def __init__(self, model: Any) -> None:
     super().__init__()
@@ -28,7 +28,7 @@ class Image(torch.nn.Module):
 
 
 class Text(torch.nn.Module):
-  """[B, T] to [B, E], or [B, D] of a tower on its own."""
+  """Text tower [B, T] with output [B, E], or [B, D] of a single tower."""
 
   def __init__(self, model: Any) -> None:
     super().__init__()
@@ -40,7 +40,7 @@ class Text(torch.nn.Module):
 
 
 def main() -> None:
-  """Writes what the model has."""
+  """Export the existing towers."""
   folder, output = map(pathlib.Path, sys.argv[1:3])
   opset = int(sys.argv[3])
   model = OpenVision.from_folder(str(folder))
@@ -52,7 +52,7 @@ def main() -> None:
     export(Image(model), pixels, output / "image.onnx", "pixel_values", names, opset)
   if model.text is not None:
     ids = torch.ones(2, model.text.config.max_len, dtype=torch.int64)
-    # Not "embedding": that is the name of a value inside, and the graph would not load.
+    # Not "embedding", which clashes with the name of an internal value.
     name = "text_embedding" if joint else "text_pooled"
     export(Text(model), ids, output / "text.onnx", "input_ids", [name], opset)
 
@@ -65,7 +65,7 @@ def export(
   outputs: list[str],
   opset: int,
 ) -> None:
-  """One graph, for batches of any size."""
+  """Export one graph with dynamic batch size."""
   with torch.no_grad():
     program = torch.onnx.export(
       module.eval(), (example,), input_names=[name], output_names=outputs, dynamo=True,
@@ -74,12 +74,12 @@ def export(
     )  # fmt: skip
   batch = program.model.graph.inputs[0].shape[0]
   if isinstance(batch, int):
-    sys.exit(f"{file.name}: the batch was traced as {batch}, not as any")
+    sys.exit(f"{file.name}: the batch size was traced as {batch}, expected a dynamic one")
   written = program.model.opset_imports[""]
-  if written != opset:  # the exporter warns, and writes another one
-    sys.exit(f"{file.name}: opset {opset} cannot be written, PyTorch wrote {written}")
+  if written != opset:  # the exporter only warns if it falls back to another opset
+    sys.exit(f"{file.name}: opset {opset} is not supported, PyTorch wrote {written}")
   for node in program.model.graph.all_nodes():
-    node.metadata_props.clear()  # stack traces: paths of this machine
+    node.metadata_props.clear()  # remove stack traces, which contain local paths
   program.save(str(file), external_data=True)
 
 

@@ -1,4 +1,4 @@
-"""For tests of the formats that hold whole models of every kind: inputs, and what ours computes."""
+"""Test support for formats of complete models: inputs, and outputs of our model."""
 
 import dataclasses
 import os
@@ -17,9 +17,9 @@ LENGTH = testing.LENGTH  # of a text in ids
 
 
 def small_release(config: Config, dtype: str = "float32", eos_id: int | None = None) -> Release:
-  """Random parameters, as a file of `dtype` keeps them, and words where there are texts.
+  """Return a release with random parameters rounded to `dtype`, and a tokenizer if it has texts.
 
-  `eos_id` sets another end of captions: one that is written.
+  `eos_id` overrides the end token, with one that occurs in captions.
   """
   image, text = towers(config)
   words = None
@@ -34,7 +34,7 @@ def small_release(config: Config, dtype: str = "float32", eos_id: int | None = N
 
 
 def towers(config: Config) -> tuple[ov_models.ViTConfig | None, ov_models.TextConfig | None]:
-  """The image and the text tower."""
+  """Return the configs of the image and the text tower."""
   if isinstance(config, ov_models.ViTConfig):
     return config, None
   if isinstance(config, ov_models.TextConfig):
@@ -43,7 +43,7 @@ def towers(config: Config) -> tuple[ov_models.ViTConfig | None, ov_models.TextCo
 
 
 def random_inputs(release: Release, batch: int) -> dict[str, np.ndarray]:
-  """`pixels` [B, S, S, 3] and, where texts are read, `ids` [B, T] of different lengths."""
+  """Return `pixels` [B, S, S, 3] and, for models with texts, `ids` [B, T] of different lengths."""
   rng = np.random.default_rng(batch)
   inputs: dict[str, np.ndarray] = {}
   image, text = towers(release.config)
@@ -67,7 +67,7 @@ def run(
   scratch: pathlib.Path,
   python: str | os.PathLike[str] | None = None,
 ) -> parity.Output:
-  """What a script of `clients/` makes of a folder; writes the probe and its output to `scratch`."""
+  """Return the output of a script of `clients/`; probe and output are written to `scratch`."""
   probe, output = scratch / "probe", scratch / "output.npz"
   (probe / "images").mkdir(parents=True, exist_ok=True)
   (probe / "texts.json").write_text("[]", "utf-8")
@@ -80,7 +80,7 @@ def run(
 
 
 def our_arrays(release: Release, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Every array of `clients/client_io.py` that the model offers, but pixels and ids."""
+  """Return all arrays of `clients/client_io.py` for the model, except pixels and ids."""
   config, words = release.config, release.words
   with jax.default_matmul_precision("highest"):
     found = jax.jit(_compute, static_argnums=0)(config, release.params, inputs)
@@ -124,7 +124,7 @@ def _compute(
 
 
 def largest_difference(ours: np.ndarray, theirs: np.ndarray) -> float:
-  """Relative to the largest entry of ours; infinite where the shapes differ."""
+  """Return the difference relative to the largest entry of ours; Inf if shapes differ."""
   if ours.shape != theirs.shape:
     return float("inf")
   return float(np.abs(ours - theirs).max() / np.abs(ours).max())

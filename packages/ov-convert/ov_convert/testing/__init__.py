@@ -1,4 +1,4 @@
-"""For tests of formats: small models, inputs, and what ov_models and a client make of them."""
+"""Test support for formats: small models, inputs, and outputs of ov_models and of clients."""
 
 import json
 import os
@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from ov_convert import client_env, parity
-from ov_convert.release import Preprocess, Release, Words, encoder_of, round_params
+from ov_convert.release import Preprocess, Release, TokenizerSpec, encoder_of, round_params
 import ov_models
 from ov_models.testing import random_params
 
 LENGTH = 9  # of a text in ids
 _PIECES = ("red", "circle", "##s", "a", "of", "cafe", "it", "'", "[", "]", "eos")
-# Texts, and the pieces that WORDS makes of them: spelt out by hand.
+# Texts and their pieces under WORDS, written by hand.
 TEXTS = {
   "A RED circle": "a red circle",
   "": "",
@@ -30,8 +30,8 @@ TEXTS = {
 }
 
 
-def words(*, append_cls: bool = True) -> Words:
-  """A tokenizer of 20 pieces or less; [eos] has the largest id where no [CLS] ends a text."""
+def words(*, append_cls: bool = True) -> TokenizerSpec:
+  """Return a small tokenizer; [eos] has the largest id if no [CLS] ends a text."""
   first, last = ["[PAD]", "[bos]", "[UNK]"], ["[eos]"]
   tokens = [*first, "[CLS]", *last, *_PIECES] if append_cls else [*first, *_PIECES, *last]
   ids = {token: i for i, token in enumerate(tokens)}
@@ -48,11 +48,13 @@ def words(*, append_cls: bool = True) -> Words:
       "max_input_chars_per_word": 100, "vocab": ids,
     },
   }  # fmt: skip
-  return Words(json.dumps(content), LENGTH, append_cls, 0, 1, ids["[eos]"], 2, ids.get("[CLS]"))
+  return TokenizerSpec(
+    json.dumps(content), LENGTH, append_cls, 0, 1, ids["[eos]"], 2, ids.get("[CLS]")
+  )
 
 
-def expected_ids(source: Words) -> np.ndarray:
-  """int64 [N, T]: what training makes of TEXTS."""
+def expected_ids(source: TokenizerSpec) -> np.ndarray:
+  """Return the ids of TEXTS in training, int64 [N, T]."""
   room = LENGTH - source.append_cls - 2
   ids = np.full((len(TEXTS), LENGTH), source.pad_id)
   for row, pieces in zip(ids, TEXTS.values()):
@@ -64,7 +66,7 @@ def expected_ids(source: Words) -> np.ndarray:
 
 
 def release(config: Any, **fields: Any) -> Release:
-  """A model of random parameters; `fields` of Release to set."""
+  """Return a model with random parameters; `fields` override those of Release."""
   defaults = {"preprocess": Preprocess(encoder_of(config).image_size), "words": words()}
   given: dict[str, Any] = defaults | {"params": random_params(config)} | fields
   params = round_params(given.pop("params"), given.get("dtype", "float32"))
@@ -72,7 +74,7 @@ def release(config: Any, **fields: Any) -> Release:
 
 
 def write_probe(folder: pathlib.Path, source: Release) -> None:
-  """Inputs as the scripts of clients/ take them: three pictures and TEXTS."""
+  """Write inputs for the scripts of clients/: three images and TEXTS."""
   rng = np.random.default_rng(1)
   size = source.encoder.image_size
   (folder / "images").mkdir(parents=True)
@@ -88,7 +90,7 @@ def write_probe(folder: pathlib.Path, source: Release) -> None:
 
 
 def ours(source: Release, probe: pathlib.Path) -> dict[str, np.ndarray]:
-  """What ov_models gives for a probe, under the names of clients/client_io.py, but for pixels."""
+  """Return the outputs of ov_models for a probe, by the names of client_io.py, without pixels."""
   inputs = np.load(probe / "probe.npz")
   pixels = jnp.asarray(inputs["pixels"])
   encoder = ov_models.bind(source.encoder, source.image_params)
@@ -108,7 +110,7 @@ def ours(source: Release, probe: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def run(script: str, folder: os.PathLike[str], probe: pathlib.Path) -> parity.Output:
-  """What a script of clients/ gives for a folder, by the clients' environment."""
+  """Return the output of a script of clients/ for a folder."""
   output = probe / f"{pathlib.Path(script).stem}_{len(list(probe.iterdir()))}.npz"
   client_env.run_client(script, [folder, probe, output])
   return parity.Output.load(output)

@@ -1,0 +1,1 @@
+"""Name maps and fields of published model families, one module per family."""
