@@ -1,0 +1,102 @@
+"""Batches of concurrent requests."""
+
+import asyncio
+import threading
+
+import pytest
+
+from ov_serve.batching import Batcher, Busy
+
+
+class Worker:
+  """Doubles numbers; waits for `go` before every batch."""
+
+  def __init__(self, open_gate: bool = True):
+    self.batches: list[list[int]] = []
+    self.go = threading.Event()
+    if open_gate:
+      self.go.set()
+
+  def __call__(self, items: list[int]) -> list[int]:
+    assert self.go.wait(20)
+    self.batches.append(items)
+    if any(item < 0 for item in items):
+      raise ValueError("negative")
+    return [2 * item for item in items]
+
+
+def test_waiting_requests_form_one_batch_and_keep_their_results():
+  async def main():
+    worker = Worker(open_gate=False)
+    batcher = Batcher(worker, max_batch=4)
+    first = asyncio.create_task(batcher(0))
+    await asyncio.sleep(0.05)  # the worker is busy with the first request
+    others = [asyncio.create_task(batcher(item)) for item in range(1, 8)]
+    await asyncio.sleep(0.05)
+    worker.go.set()
+    assert await asyncio.gather(first, *others) == [0, 2, 4, 6, 8, 10, 12, 14]
+    assert worker.batches == [[0], [1, 2, 3, 4], [5, 6, 7]]
+    await batcher.close()
+
+  asyncio.run(main())
+
+
+def test_a_failure_reaches_every_request_of_the_batch_and_only_these():
+  async def main():
+    worker = Worker(open_gate=False)
+    batcher = Batcher(worker, max_batch=2)
+    tasks = [asyncio.create_task(batcher(item)) for item in (-1, 1, 2)]
+    await asyncio.sleep(0.05)
+    worker.go.set()
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [type(result) for result in results] == [ValueError, ValueError, int]
+    assert await batcher(5) == 10  # the worker still runs
+    await batcher.close()
+
+  asyncio.run(main())
+
+
+def test_too_many_waiting_requests_are_refused():
+  async def main():
+    worker = Worker(open_gate=False)
+    batcher = Batcher(worker, max_batch=1, max_waiting=2)
+    running = asyncio.create_task(batcher(0))
+    await asyncio.sleep(0.05)
+    waiting = [asyncio.create_task(batcher(item)) for item in (1, 2)]
+    await asyncio.sleep(0)
+    assert batcher.waiting == 2
+    with pytest.raises(Busy, match="2 items are waiting"):
+      await batcher(3)
+    worker.go.set()
+    assert await asyncio.gather(running, *waiting) == [0, 2, 4]
+    await batcher.close()
+
+  asyncio.run(main())
+
+
+def test_items_of_clients_that_left_are_not_computed():
+  async def main():
+    worker = Worker(open_gate=False)
+    batcher = Batcher(worker, max_batch=8)
+    running = asyncio.create_task(batcher(0))
+    await asyncio.sleep(0.05)
+    left, stays = asyncio.create_task(batcher(1)), asyncio.create_task(batcher(2))
+    await asyncio.sleep(0)
+    left.cancel()
+    await asyncio.sleep(0)
+    worker.go.set()
+    assert await asyncio.gather(running, stays) == [0, 4]
+    assert worker.batches == [[0], [2]]
+    await batcher.close()
+
+  asyncio.run(main())
+
+
+def test_a_wrong_number_of_results_is_an_error():
+  async def main():
+    batcher = Batcher(lambda items: [], max_batch=8)
+    with pytest.raises(RuntimeError, match="0 results for a batch of 1"):
+      await batcher(1)
+    await batcher.close()
+
+  asyncio.run(main())
