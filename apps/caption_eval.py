@@ -1,7 +1,7 @@
-"""What a decoder is worth on held-out pictures, for both kinds of model.
+"""Evaluators of caption decoders on held-out images.
 
-Likelihood of the true captions; captions written for pictures, against the true ones and, where
-the records hold ground truth, attribute by attribute; classification by the likelihood of prompts.
+They compute the likelihood of the true captions; generate captions and compare them with the true
+ones and, if the records contain ground truth, per attribute; and classify by prompt likelihood.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,12 +13,12 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 import numpy as np
 
-from apps.label_data import LabelledPictures, check_distinct
+from apps.demo import scenes
+from apps.label_data import LabeledImages, check_distinct
 from apps.trainer.augment import normalise
 from apps.trainer.held_out import HeldOut, HostBatch
 from apps.trainer.report import ClassTable, Sample
 from apps.trainer.task import Evaluation, Params
-from ov_data import scenes
 import ov_eval
 import ov_losses
 import ov_models
@@ -41,15 +41,19 @@ class CaptionLikelihood:
 
     def score(batch: HostBatch) -> Any:
       on_device = ov_sharding.global_batch({key: batch[key] for key in keys}, mesh)
-      return ov_sharding.local_rows(_score(task, rows, params, on_device))
+      with jax.set_mesh(mesh):
+        scores = _score(task, rows, params, on_device)
+      return ov_sharding.local_rows(scores)
 
     batches = self._held_out.batches("captions scored", self._data)
     found = ov_eval.caption_nll(score, batches)
-    return Evaluation(tuple(self._held_out.told(found.results(), "caption_likelihood", self._data)))
+    return Evaluation(
+      tuple(self._held_out.annotate(found.results(), "caption_likelihood", self._data))
+    )
 
 
-class CaptionWriter:
-  """Captions written for the first held-out pictures, token by token."""
+class CaptionGenerator:
+  """Generates captions for the first held-out images."""
 
   def __init__(self, held_out: HeldOut):
     self._held_out = held_out
@@ -61,8 +65,8 @@ class CaptionWriter:
     )
 
   def __call__(self, params: Params) -> Evaluation:
-    config, told = self._config, self._held_out.told
-    records, pictures = self._captions(params)
+    config, annotate = self._config, self._held_out.annotate
+    records, gallery_images = self._captions(params)
     scored = ov_eval.attribute_accuracy(records, _attributes)
     results = [
       *ov_eval.caption_statistics(records),
@@ -75,16 +79,20 @@ class CaptionWriter:
     self._held_out.write_predictions("captions", lines)
     return Evaluation(
       tuple(
-        told(results, "captions", self._data, method=config.method, tokens=config.caption_tokens)
+        annotate(
+          results, "captions", self._data, method=config.method, tokens=config.caption_tokens
+        )
       ),
-      samples=tuple(_sample(r, pictures[r.index]) for r in records if r.index in pictures),
+      samples=tuple(
+        _sample(r, gallery_images[r.index]) for r in records if r.index in gallery_images
+      ),
       attribute_words=scenes.ATTRIBUTE_WORDS if config.truth_key else (),
     )
 
   def _captions(self, params: Params) -> tuple[list[ov_eval.CaptionRecord], dict[int, np.ndarray]]:
-    """The captions, and the pictures that the report shows."""
+    """Return the captions, and the images for the report."""
     config, task, tokenizer = self._config, self._held_out.task, self._held_out.tokenizer
-    pictures: dict[int, np.ndarray] = {}
+    gallery_images: dict[int, np.ndarray] = {}
     options = {
       "max_len": task.model.decoder.max_len - 1,
       "bos_id": tokenizer.bos_id,
@@ -100,54 +108,59 @@ class CaptionWriter:
 
     def generate(batch: HostBatch) -> Any:
       model = ov_models.bind(task.model, params)
-      ids = ov_models.generate(model, normalise(_on_device(batch, mesh)), **options).ids
+      images = normalise(_on_device(batch, mesh))
+      with jax.set_mesh(mesh):
+        ids = ov_models.generate(model, images, **options).ids
       return ov_sharding.local_rows(jax.device_put(ids, ov_sharding.batch_sharding(mesh)))
 
     def keep(batch: HostBatch, row: int) -> dict[str, Any]:
-      if len(pictures) < config.gallery:
-        pictures[int(batch["index"][row])] = batch["image"][row].copy()
+      if len(gallery_images) < config.gallery:
+        gallery_images[int(batch["index"][row])] = batch["image"][row].copy()
       return {"truth": batch[config.truth_key][row]} if config.truth_key else {}
 
     def with_references() -> Iterator[dict[str, Any]]:
-      for batch in self._held_out.batches("captions written", self._data):
+      for batch in self._held_out.batches("captions generated", self._data):
         yield {**batch, "references": batch["captions"]}
 
     records = ov_eval.generate_captions(
       generate, tokenizer.decode, with_references(), limit=config.caption_examples, extras=keep
     )
-    return records, pictures
+    return records, gallery_images
 
 
 class LikelihoodClassifier:
-  """Zero-shot classification without a text tower: the class whose prompt is the likeliest."""
+  """Zero-shot classification without a text tower: predicts the class of the likeliest prompt."""
 
   def __init__(self, held_out: HeldOut):
     self._held_out = held_out
-    self._pictures = LabelledPictures(held_out)
-    classes, tokenizer = self._pictures.classes, held_out.tokenizer
+    self._images = LabeledImages(held_out)
+    classes, tokenizer = self._images.classes, held_out.tokenizer
     texts = [text for own in classes.prompts for text in own]
     ids, _ = tokenizer.encode_batch(texts, held_out.task.model.decoder.max_len)
     check_distinct(classes, tokenizer, ids)
-    self._ids = ids[:, : int((ids != tokenizer.pad_id).sum(1).max())]  # no columns of padding
+    self._ids = ids[:, : int((ids != tokenizer.pad_id).sum(1).max())]  # drop padding columns
 
   def __call__(self, params: Params) -> Evaluation:
-    task, ids = self._held_out.task, self._ids
-    rows = ov_sharding.batch_sharding(self._held_out.mesh)
-    classes = self._pictures.classes
+    task, mesh, ids = self._held_out.task, self._held_out.mesh, self._ids
+    rows = ov_sharding.batch_sharding(mesh)
+    classes = self._images.classes
     of_prompt = [i for i, own in enumerate(classes.prompts) for _ in own]
 
     def encode(batch: HostBatch) -> jax.Array:
-      return _encode(task.model, rows, params, _on_device(batch, self._held_out.mesh))
+      images = _on_device(batch, mesh)
+      with jax.set_mesh(mesh):
+        return _encode(task.model, rows, params, images)
 
     def score(tokens: jax.Array, chunk: np.ndarray) -> tuple[Any, np.ndarray]:
-      of_chunk, count = _score_prompts(task.model, task.pad_id, rows, params, tokens, chunk)
+      with jax.set_mesh(mesh):
+        of_chunk, count = _score_prompts(task.model, task.pad_id, rows, params, tokens, chunk)
       return ov_sharding.local_rows(of_chunk), np.asarray(count)
 
     found = ov_eval.classify_by_likelihood(
-      encode, score, self._pictures.batches("pictures classified"), ids, np.array(of_prompt)
+      encode, score, self._images.batches("images classified"), ids, np.array(of_prompt)
     )
-    results = self._held_out.told(
-      found.results(), "zero_shot_by_likelihood", self._pictures.examples, **classes.description
+    results = self._held_out.annotate(
+      found.results(), "zero_shot_by_likelihood", self._images.examples, **classes.description
     )
     return Evaluation(tuple(results), classes=ClassTable(classes.names, found.confusion.counts))
 
@@ -160,7 +173,7 @@ def _on_device(batch: HostBatch, mesh: jax.sharding.Mesh) -> jax.Array:
 def _score(
   task: Any, rows: NamedSharding, params: Params, batch: dict[str, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
-  """NLL [B] and target tokens [B] of the captions of a batch."""
+  """Return NLL [B] and number of target tokens [B] of the captions of a batch."""
   scores = task.score(params, {**batch, "image": normalise(batch["image"])})
   return jax.lax.with_sharding_constraint(scores, rows)
 
@@ -169,7 +182,7 @@ def _score(
 def _encode(
   config: ModelConfig, rows: NamedSharding, params: Params, images: jax.Array
 ) -> jax.Array:
-  """uint8 [B, H, W, 3] -> the image tokens [B, K, D] that the decoder gets."""
+  """Encode uint8 [B, H, W, 3] to the image tokens [B, K, D] that the decoder receives."""
   tokens = ov_models.bind(config, params).encode(normalise(images))[1]
   return jax.lax.with_sharding_constraint(tokens, rows)
 
@@ -183,7 +196,7 @@ def _score_prompts(
   tokens: jax.Array,
   ids: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-  """Log-likelihood [B, K] of prompts ids [K, T] for image tokens [B, N, D]; target tokens [K]."""
+  """Return log-likelihood [B, K] and target tokens [K] of ids [K, T] for image tokens [B, N, D]."""
   model = ov_models.bind(config, params)
   targets, mask = ov_losses.shift_left(ids, pad_id)
 
@@ -201,7 +214,7 @@ def _attributes(record: ov_eval.CaptionRecord) -> Mapping[str, tuple[int, int]]:
   return scenes.score(record.generated, truth).by_kind if truth else {}
 
 
-def _sample(record: ov_eval.CaptionRecord, picture: np.ndarray) -> Sample:
+def _sample(record: ov_eval.CaptionRecord, image: np.ndarray) -> Sample:
   pairs = _attributes(record).values()
   right, total = (sum(part) for part in zip(*pairs, strict=True)) if pairs else (None, None)
-  return Sample(picture, record.generated, record.references, right, total)
+  return Sample(image, record.generated, record.references, right, total)

@@ -1,4 +1,4 @@
-"""`--check` ends with the line that the run would end with, before anything is trained."""
+"""Tests that `--check` and the run report the same errors before training."""
 
 import json
 import shutil
@@ -7,22 +7,20 @@ import jax.numpy as jnp
 import pytest
 
 from apps import demo_data
-from apps.caption_task import CaptionTask
 from apps.configs import caption_demo
+from apps.configs.base import resolve
+from apps.demo import scene_shards
 from apps.evaluators import make_evaluators
 from apps.trainer.check import check_run
 from apps.trainer.checkpoint import Checkpoints
-from apps.trainer.errors import UserError
+from apps.trainer.errors import UserError, user_errors
 from apps.trainer.hooks import Hooks
 from apps.trainer.hosts import Hosts
 from apps.trainer.loop import run_training
-from apps.trainer.parts import App
 from apps.trainer.progress import Terminal
 from apps.trainer.summary import Report
 from apps.trainer.workdir import Workdir
-from ov_data import writer
 
-APP = App(CaptionTask.from_config, make_evaluators)
 BLOCK = {"width": 32, "depth": 1, "mlp_dim": 64, "num_heads": 2}
 
 
@@ -30,7 +28,7 @@ BLOCK = {"width": 32, "depth": 1, "mlp_dim": 64, "num_heads": 2}
 def data(tmp_path_factory):
   folder = tmp_path_factory.mktemp("data")
   sizes = {"train": 40, "heldout": 8}
-  writer.make_scenes_dataset(folder, sizes, image_size=32, num_objects=1, workers=0)
+  scene_shards.make_scenes_dataset(folder, sizes, image_size=32, num_objects=1, workers=0)
   return folder
 
 
@@ -58,28 +56,32 @@ def make_config(data, settings):
   config.update(batch_size=8, total_steps=4, tensorboard=False, compile_cache="")
   config.optimizer.schedule.warmup_steps = 0
   config.eval.update(batch_size=8, caption_examples=4)
-  config.lock()
-  config.update_from_flattened_dict(settings)
-  return config
+  with user_errors():
+    return resolve(config).with_settings(settings)
 
 
 def check(data, path, settings):
-  config = make_config(data, settings)
-  demo_data.prepare(config, Workdir(path), Terminal(active=False))
-  check_run(config, Workdir(path), APP, Terminal(active=False))
+  config = demo_data.prepare(make_config(data, settings), Workdir(path), Terminal(active=False))
+  check_run(config, Workdir(path), make_evaluators, Terminal(active=False))
 
 
 def train(data, path, settings):
-  config, terminal = make_config(data, settings), Terminal(active=False)
-  demo_data.prepare(config, Workdir(path), terminal)
-  with Hosts(terminal.phase, **config.hosts) as hosts:
-    run_training(config, Workdir(path), APP, terminal, Hooks([hosts, Report()]))
+  terminal = Terminal(active=False)
+  config = demo_data.prepare(make_config(data, settings), Workdir(path), terminal)
+  with Hosts(terminal.phase, **config.hosts.to_dict()) as hosts:
+    run_training(config, Workdir(path), make_evaluators, terminal, Hooks([hosts, Report()]))
 
 
 ELSEWHERE = "no such file or directory|there is no such"
 MISTAKES = {
-  "init_from": ({"init_from.path": "{tmp}/no"}, "config.init_from.path=.*no such folder; expected"),
-  "ft_from": ({"ft_from": "{tmp}/no"}, "config.ft_from=.*no such folder; expected the workdir"),
+  "init_from": (
+    {"init_from.path": "{tmp}/no"},
+    "config.init_from.path=.*folder does not exist; expected",
+  ),
+  "ft_from": (
+    {"ft_from": "{tmp}/no"},
+    "config.ft_from=.*folder does not exist; expected the workdir",
+  ),
   "a file to start from": ({"ft_from": "{tmp}/file"}, "config.ft_from=.*is a file; expected"),
   "both names": (
     {"ft_from": "/a", "init_from.path": "/b"},
@@ -87,7 +89,7 @@ MISTAKES = {
   ),
   "further source": (
     {"init_from.more": ({"path": "{tmp}/no"},)},
-    r"init_from.more\[0\].path=.*no such",
+    r"init_from.more\[0\].path=.*does not exist",
   ),
   "step of a source": (
     {"init_from.path": "{trained}", "init_from.step": 7},
@@ -104,14 +106,17 @@ MISTAKES = {
   ),
   "broken regex": (
     {"init_from.path": "{trained}", "init_from.exclude": ("(",)},
-    "is no regular expression",
+    "is not a valid regular expression",
   ),
   "way of resizing": ({"init_from.patch_resize": "cubic"}, "patch_resize='cubic'; expected one of"),
   "nothing that fits": (
     {"init_from.path": "{trained}", "init_from.include": ("norm/scale$",)},
     "nothing in .* fits the model",
   ),
-  "vocabulary": ({"tokenizer.path": "{tmp}/vocab.txt"}, "tokenizer.path=.*: there is no such file"),
+  "vocabulary": (
+    {"tokenizer.path": "{tmp}/vocab.txt"},
+    "tokenizer.path=.*: the path does not exist",
+  ),
   "broken vocabulary": ({"tokenizer.path": "{tmp}/file"}, "PAD|token"),
   "training data": ({"input.data_dir": "{tmp}/no"}, ELSEWHERE),
   "held-out data": ({"input.eval_data_dir": "{tmp}/no"}, ELSEWHERE),
@@ -122,7 +127,7 @@ MISTAKES = {
   ),
   "classes of other data": (
     {"eval.zero_shot.classes": "{tmp}/classes.txt"},
-    "none of the 2 classes",
+    "not one of the 2 classes",
   ),
   "probes": ({"eval.features.train_dir": "{tmp}/no"}, ELSEWHERE),
   "truth": ({"eval.truth_key": "nothing"}, "'nothing' is in none of the first"),
@@ -158,7 +163,7 @@ MISTAKES = {
   ),
   "setting of a stage": (
     {"stages": ({"name": "a", "model.imagesize": 84},)},
-    "no setting 'model.imagesize'; did you mean 'model.image_size'",
+    "unknown setting 'model.imagesize'; did you mean 'model.image_size'",
   ),
 }
 
@@ -172,17 +177,17 @@ def filled(value, places):
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_check_and_run_end_with_the_same_line(name, data, trained, tmp_path, monkeypatch, capsys):
+def test_check_and_run_report_the_same_error(name, data, trained, tmp_path, monkeypatch, capsys):
   monkeypatch.delenv("WANDB_API_KEY", raising=False)
   monkeypatch.delenv("WANDB_MODE", raising=False)
   (tmp_path / "file").write_text("word\n")
   (tmp_path / "classes.txt").write_text("cat\ndog\n")
-  settings, said = MISTAKES[name]
+  settings, message = MISTAKES[name]
   settings = filled(settings, {"tmp": tmp_path, "trained": trained})
   messages = []
   for number, action in enumerate((check, train)):
     workdir = tmp_path / f"run{number}"
-    with pytest.raises(UserError, match=said) as error:
+    with pytest.raises(UserError, match=message) as error:
       action(data, workdir, settings)
     messages.append(str(error.value).replace(str(workdir), "WORKDIR"))
     assert not list(workdir.glob("checkpoints/[0-9]*"))
@@ -190,20 +195,20 @@ def test_check_and_run_end_with_the_same_line(name, data, trained, tmp_path, mon
 
 
 @pytest.mark.parametrize(
-  ("metadata", "said"),
+  ("metadata", "message"),
   [
     ({"stage": "other"}, "checkpoint 2 belongs to stage 'other', the config puts that step"),
     ({"stage": "main"}, "does not fit this run in .* arrays"),
   ],
 )
-def test_a_checkpoint_that_cannot_be_resumed(metadata, said, data, tmp_path):
+def test_incompatible_checkpoint(metadata, message, data, tmp_path):
   save(tmp_path, 2, metadata)
   for action in (check, train):
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
       action(data, tmp_path, {})
 
 
-def test_a_run_of_the_published_code_is_not_resumed(data, tmp_path):
+def test_released_checkpoints_are_not_resumed(data, tmp_path):
   (tmp_path / "checkpoint.npz").mkdir()
   for action in (check, train):
     with pytest.raises(
@@ -212,14 +217,14 @@ def test_a_run_of_the_published_code_is_not_resumed(data, tmp_path):
       action(data, tmp_path, {})
 
 
-def test_check_says_what_it_opened_and_leaves_nothing(data, tmp_path, capsys):
+def test_check_prints_evaluators_and_leaves_no_files(data, tmp_path, capsys):
   check(data, tmp_path / "run", {})
   printed = capsys.readouterr().out
   assert "CaptionLikelihood" in printed and "check passed" in printed
   assert list((tmp_path / "run").iterdir()) == []
 
 
-def test_an_evaluation_needs_no_training_data(data, tmp_path, capsys):
+def test_evaluation_needs_no_training_data(data, tmp_path, capsys):
   workdir = tmp_path / "run"
   train(data, workdir, {"total_steps": 1, "eval.caption_examples": 0})
   check(data, workdir, {"eval_only": True, "input.data_dir": "", "eval.caption_examples": 0})

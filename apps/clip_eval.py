@@ -1,22 +1,22 @@
-"""What two towers are worth on held-out data: zero-shot classification and retrieval."""
+"""Evaluators of two-tower models on held-out data: zero-shot classification and retrieval."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from apps import clip_gallery, features
-from apps.label_data import LabelledPictures, check_distinct
+from apps.label_data import LabeledImages, check_distinct
 from apps.trainer.held_out import HeldOut
 from apps.trainer.report import ClassTable
 from apps.trainer.task import Evaluation, Params
 import ov_eval
 
-TEXT_CHUNK = 256  # texts embedded at a time, rounded up to whole devices
+TEXT_CHUNK = 256  # texts per batch, rounded up to a multiple of the devices
 
 
-class _Embedder:
-  """Pictures and texts to unit vectors, texts prepared as in training."""
+class Embedder:
+  """Embeds images and texts as unit vectors; texts are preprocessed as in training."""
 
   def __init__(self, held_out: HeldOut):
     self._held_out = held_out
@@ -28,11 +28,11 @@ class _Embedder:
     self._chunk = -(-TEXT_CHUNK // devices) * devices
 
   def ids(self, prompts: list[str]) -> np.ndarray:
-    """Ids int [N, T] of prompts."""
+    """Return the token ids int [N, T] of prompts."""
     return self._processor.encode_prompts(prompts)
 
   def texts(self, params: Params, texts: list[str], *, prompts: bool) -> np.ndarray:
-    """float32 [N, E]; `prompts` are canonicalised, captions are not."""
+    """Embed texts as float32 [N, E]; `prompts` are canonicalised, captions are not."""
     task, mesh = self._held_out.task, self._held_out.mesh
     with self._held_out.progress("texts embedded") as progress:
       return ov_eval.embed_texts(
@@ -43,44 +43,56 @@ class _Embedder:
         progress=progress,
       )
 
-  def images(self, params: Params, pictures: dict[int, np.ndarray]) -> features.EmbedImages:
-    """Batch -> float32 [b, E]; keeps some of the pictures for galleries in `pictures`."""
+  def images(self, params: Params, gallery_images: dict[int, np.ndarray]) -> features.EmbedImages:
+    """Return a function from a batch to float32 [b, E]; it stores `gallery_images`."""
     embed = features.image_embedder(self._held_out.task.model, params, self._held_out.mesh)
     if not self._held_out.config.eval.gallery:
       return embed
 
     def embed_and_keep(batch: Mapping[str, Any]) -> np.ndarray:
-      clip_gallery.keep_pictures(batch, pictures)
+      clip_gallery.keep_images(batch, gallery_images)
       return embed(batch)
 
     return embed_and_keep
 
 
+def class_matrix(vectors: np.ndarray, counts: Sequence[int]) -> np.ndarray:
+  """Return one unit vector per class [C, E], the normalised mean of the vectors of its texts.
+
+  Args:
+    vectors: unit vectors [N, E] of the texts, grouped by class.
+    counts: number of texts of each class.
+  """
+  ends = np.cumsum(counts)
+  means = np.stack([part.mean(0) for part in np.split(vectors, ends[:-1])])
+  return np.asarray(means / (np.linalg.norm(means, axis=1, keepdims=True) + 1e-8))
+
+
 class ZeroShotEvaluator:
-  """The class whose texts are nearest to a picture."""
+  """Zero-shot classification: predicts the class with the nearest text embedding."""
 
   def __init__(self, held_out: HeldOut):
     self._held_out = held_out
-    self._embedder = _Embedder(held_out)
-    self._pictures = LabelledPictures(held_out)
-    classes = self._pictures.classes
+    self._embedder = Embedder(held_out)
+    self._images = LabeledImages(held_out)
+    classes = self._images.classes
     texts = [text for own in classes.prompts for text in own]
     check_distinct(classes, held_out.tokenizer, self._embedder.ids(texts))
 
   def __call__(self, params: Params) -> Evaluation:
-    classes = self._pictures.classes
+    classes = self._images.classes
     matrix = self._class_matrix(params)
-    pictures: dict[int, np.ndarray] = {}
+    gallery_images: dict[int, np.ndarray] = {}
     found, predictions = ov_eval.classify_by_embedding(
-      self._embedder.images(params, pictures),
+      self._embedder.images(params, gallery_images),
       matrix,
-      self._pictures.batches("pictures classified"),
+      self._images.batches("images classified"),
     )
     self._held_out.write_predictions("zero_shot", predictions.records(list(classes.names)))
     worst = ov_eval.worst_mistakes(predictions, self._held_out.config.eval.gallery)
-    gallery = clip_gallery.mistakes(worst, list(classes.names), pictures)
-    results = self._held_out.told(
-      found.results(), "zero_shot", self._pictures.examples, **classes.description
+    gallery = clip_gallery.mistakes(worst, list(classes.names), gallery_images)
+    results = self._held_out.annotate(
+      found.results(), "zero_shot", self._images.examples, **classes.description
     )
     return Evaluation(
       tuple(results),
@@ -89,22 +101,20 @@ class ZeroShotEvaluator:
     )
 
   def _class_matrix(self, params: Params) -> np.ndarray:
-    """One vector for each class: the mean of the unit vectors of its texts, unit norm again."""
-    prompts = self._pictures.classes.prompts
+    """Return one vector per class: the normalised mean of the unit vectors of its texts."""
+    prompts = self._images.classes.prompts
     texts = [text for of_class in prompts for text in of_class]
     vectors = self._embedder.texts(params, texts, prompts=True)
-    ends = np.cumsum([len(texts) for texts in prompts])
-    means = np.stack([part.mean(0) for part in np.split(vectors, ends[:-1])])
-    return means / (np.linalg.norm(means, axis=1, keepdims=True) + 1e-8)
+    return class_matrix(vectors, [len(texts) for texts in prompts])
 
 
 class RetrievalEvaluator:
-  """Pictures to their captions and back, over all of the held-out data."""
+  """Image-to-text and text-to-image retrieval over the held-out data."""
 
   def __init__(self, held_out: HeldOut):
     self._held_out = held_out
     wanted, data = held_out.config.eval.retrieval, held_out.config.input
-    self._embedder = _Embedder(held_out)
+    self._embedder = Embedder(held_out)
     self._data = held_out.open(
       wanted,
       image_root=wanted.image_root,
@@ -114,38 +124,51 @@ class RetrievalEvaluator:
     )
 
   def __call__(self, params: Params) -> Evaluation:
-    pictures: dict[int, np.ndarray] = {}
+    gallery_images: dict[int, np.ndarray] = {}
     images = ov_eval.collect_embeddings(
-      self._embedder.images(params, pictures),
-      self._held_out.batches("pictures embedded", self._data),
+      self._embedder.images(params, gallery_images),
+      self._held_out.batches("images embedded", self._data),
       columns=("captions",),
     )
-    captions, owner = ov_eval.flatten_captions(images.columns["captions"])
+    of_image = images.columns["captions"]
+    if self._held_out.config.eval.retrieval.merge_equal_texts:
+      captions, pairs = ov_eval.merge_captions(of_image)
+    else:
+      captions, owner = ov_eval.flatten_captions(of_image)
+      pairs = np.stack([np.arange(len(captions)), owner], 1)
     texts = self._embedder.texts(params, captions, prompts=False)
     with self._held_out.progress("similarities") as progress:
-      found = ov_eval.retrieval(images.vectors, texts, owner, progress=progress)
+      found = ov_eval.retrieval(images.vectors, texts, pairs, progress=progress)
     self._held_out.write_predictions(
       "retrieval_img2txt", _ranks(found.img2txt, images.index.tolist())
     )
+    first = pairs[np.unique(pairs[:, 0], return_index=True)[1], 1]  # an image of each text
     self._held_out.write_predictions(
       "retrieval_txt2img",
       [
         {"caption": captions[i], **line}
-        for i, line in enumerate(_ranks(found.txt2img, images.index[owner].tolist()))
+        for i, line in enumerate(_ranks(found.txt2img, images.index[first].tolist()))
       ],
     )
-    results = self._held_out.told(
-      found.results(), "retrieval", self._data, images=len(images.vectors), texts=len(captions)
+    results = self._held_out.annotate(
+      found.results(),
+      "retrieval",
+      self._data,
+      images=len(images.vectors),
+      texts=len(captions),
+      **({"correct_pairs": len(pairs)} if len(pairs) > len(captions) else {}),
     )
     shown = self._held_out.config.eval.gallery
     return Evaluation(
       tuple(results),
-      galleries=clip_gallery.retrieved(images, texts, captions, owner, found, pictures, shown),
+      galleries=clip_gallery.retrieved(
+        images, texts, captions, pairs, found, gallery_images, shown
+      ),
     )
 
 
 def _ranks(ranks: ov_eval.QueryRanks, index: list[int]) -> list[dict[str, Any]]:
-  """For each query the picture it is, or belongs to, and the expected rank of the right answer."""
+  """Return the image index and the expected rank of the correct item of each query."""
   return [
     {"index": index[row], "rank": rank}
     for row, rank in zip(ranks.queries.tolist(), ranks.expected_rank.tolist(), strict=True)

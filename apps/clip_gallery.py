@@ -1,4 +1,4 @@
-"""Pictures for the report: what a two-tower model found for a text or a picture, and got wrong."""
+"""Report galleries of two-tower models: retrieved items and mistakes."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,25 +8,25 @@ import numpy as np
 from apps.trainer.gallery import Gallery, GalleryItem, GalleryRow
 import ov_eval
 
-FOUND = 5  # candidates shown for each query
-KEPT_PIXELS = 64_000_000  # of pictures kept for the galleries of one evaluation
+FOUND = 5  # number of candidates shown per query
+KEPT_PIXELS = 64_000_000  # maximum pixels kept for the galleries of one evaluation
 
 
-def keep_pictures(batch: Mapping[str, Any], pictures: dict[int, np.ndarray]) -> None:
-  """Keeps the pictures of a batch by index, as far as memory for galleries allows."""
+def keep_images(batch: Mapping[str, Any], gallery_images: dict[int, np.ndarray]) -> None:
+  """Store the images of a batch by index, up to the memory limit for galleries."""
   room = KEPT_PIXELS // batch["image"][0].size
   for row in np.flatnonzero(batch["valid"]).tolist():
-    if len(pictures) < room:
-      pictures[int(batch["index"][row])] = batch["image"][row].copy()
+    if len(gallery_images) < room:
+      gallery_images[int(batch["index"][row])] = batch["image"][row].copy()
 
 
 def mistakes(
-  worst: ov_eval.Predictions, names: list[str], pictures: dict[int, np.ndarray]
+  worst: ov_eval.Predictions, names: list[str], gallery_images: dict[int, np.ndarray]
 ) -> Gallery:
-  """Zero-shot classification: pictures put most confidently into the wrong class."""
+  """Return the gallery of the most confident mistakes of zero-shot classification."""
   rows = [
     GalleryRow(
-      query=pictures[int(index)],
+      query=gallery_images[int(index)],
       text=names[label],
       found=(
         GalleryItem(None, names[predicted], float(score)),
@@ -38,9 +38,9 @@ def mistakes(
       worst.index, worst.label, worst.predicted, worst.rank, worst.score, worst.label_score,
       strict=True,
     )
-    if int(index) in pictures
+    if int(index) in gallery_images
   ]  # fmt: skip
-  note = "pictures put most confidently into the wrong class, and their own"
+  note = "most confident wrong predictions, with the true class"
   return Gallery("Zero-shot mistakes", note, tuple(rows))
 
 
@@ -48,35 +48,40 @@ def retrieved(
   images: ov_eval.Collected,
   texts: np.ndarray,
   captions: list[str],
-  owner: np.ndarray,
+  pairs: np.ndarray,
   found: ov_eval.RetrievalResult,
-  pictures: dict[int, np.ndarray],
+  gallery_images: dict[int, np.ndarray],
   count: int,
 ) -> tuple[Gallery, ...]:
-  """Pictures found for the first captions, captions for the first pictures, and the worst.
+  """Return galleries of the first captions, the first images and the worst captions.
 
   Args:
-    images: unit vectors of the pictures, by row.
+    images: unit vectors of the images, by row.
     texts: unit vectors [X, E] of the captions.
     captions: X texts.
-    owner: int [X], the row of each caption's picture.
+    pairs: int [P, 2], rows of a caption and an image that belong together.
     found: ranks over all candidates.
-    pictures: by index of the example; rows of others are left out.
-    count: rows of each gallery; 0 leaves all of them empty.
+    gallery_images: images by index of the example; rows of others are skipped.
+    count: number of rows per gallery; 0 disables them.
   """
   name = lambda row: int(images.index[row])
+  images_of: dict[int, list[int]] = {}
+  texts_of: dict[int, list[int]] = {}
+  for text, image in pairs.tolist():
+    images_of.setdefault(text, []).append(image)
+    texts_of.setdefault(image, []).append(text)
 
   def by_text(queries: list[int]) -> tuple[GalleryRow, ...]:
     if not queries:
       return ()
     hits = ov_eval.top_retrieved(
-      texts[queries], images.vectors, [[int(owner[query])] for query in queries], k=FOUND
+      texts[queries], images.vectors, [images_of[query] for query in queries], k=FOUND
     )
     return tuple(
       GalleryRow(
         query=captions[query],
         found=tuple(
-          GalleryItem(pictures.get(name(row)), "", score, right)
+          GalleryItem(gallery_images.get(name(row)), "", score, right)
           for row, score, right in zip(hit.found, hit.scores, hit.right, strict=True)
         ),
         rank=hit.rank,
@@ -84,20 +89,20 @@ def retrieved(
       for query, hit in zip(queries, hits, strict=True)
     )
 
-  def by_picture(queries: list[int]) -> tuple[GalleryRow, ...]:
-    queries = [row for row in queries if name(row) in pictures]
-    if not queries:  # the first pictures were read by another process
+  def by_image(queries: list[int]) -> tuple[GalleryRow, ...]:
+    queries = [row for row in queries if name(row) in gallery_images]
+    if not queries:  # another process read the first images
       return ()
     hits = ov_eval.top_retrieved(
       images.vectors[queries],
       texts,
-      [np.flatnonzero(owner == row).tolist() for row in queries],
+      [texts_of[row] for row in queries],
       k=FOUND,
     )
     return tuple(
       GalleryRow(
-        query=pictures[name(row)],
-        text=captions[int(np.flatnonzero(owner == row)[0])],
+        query=gallery_images[name(row)],
+        text=captions[texts_of[row][0]],
         found=tuple(
           GalleryItem(None, captions[text], score, right)
           for text, score, right in zip(hit.found, hit.scores, hit.right, strict=True)
@@ -108,15 +113,15 @@ def retrieved(
     )
 
   first_texts = list(range(min(count, len(captions))))
-  first_pictures = sorted(set(owner.tolist()))[:count]
+  first_images = sorted(texts_of)[:count]
   worst = [int(query) for query in found.txt2img.worst(count)]
-  candidates = f"of {len(images.vectors):,} pictures and {len(captions):,} captions"
+  candidates = f"{len(images.vectors):,} images and {len(captions):,} captions"
   return (
+    Gallery("Images retrieved for captions", f"first captions, {candidates}", by_text(first_texts)),
+    Gallery("Captions retrieved for images", f"first images, {candidates}", by_image(first_images)),
     Gallery(
-      "Pictures found for captions", f"the first captions, {candidates}", by_text(first_texts)
+      "Worst retrieved captions",
+      f"captions with the lowest image rank, {candidates}",
+      by_text(worst),
     ),
-    Gallery(
-      "Captions found for pictures", f"the first pictures, {candidates}", by_picture(first_pictures)
-    ),
-    Gallery("Worst retrieved captions", f"whose picture ranks last, {candidates}", by_text(worst)),
   )

@@ -1,9 +1,9 @@
-"""The table of evaluators: what each model can do, with data for everything or for nothing."""
+"""Tests of the evaluators selected for each model, with all data or none."""
 
 import pytest
 
-from apps.configs import base
 from apps.evaluators import EVALUATORS
+from apps.trainer.run_config import RunConfig
 import ov_models
 
 _SIZES = {"image_size": 32, "vocab_size": 100}
@@ -19,7 +19,10 @@ def _names(model, config):
 @pytest.mark.parametrize(
   "model, expected",
   [
-    (CAPTIONER, ["CaptionLikelihood", "CaptionWriter", "LikelihoodClassifier", "FeatureEvaluator"]),
+    (
+      CAPTIONER,
+      ["CaptionLikelihood", "CaptionGenerator", "LikelihoodClassifier", "FeatureEvaluator"],
+    ),
     (CLIP, ["ZeroShotEvaluator", "RetrievalEvaluator", "FeatureEvaluator"]),
     (
       QUERIES,
@@ -28,16 +31,22 @@ def _names(model, config):
   ],
   ids=["captioner", "clip", "clip with learned queries"],
 )
-def test_models_are_evaluated_by_what_they_can_do(model, expected):
-  config = base.clip_config()
-  assert _names(model, config) == []
-  config.input.eval_data_dir = "/data/pairs"
-  config.eval.zero_shot.classes = "/data/classes.json"
-  config.eval.features.train_dir = "/data/features"
-  assert _names(model, config) == expected
+def test_evaluators_of_each_model(model, expected):
+  assert _names(model, RunConfig()) == []
+  data = {
+    "input.eval_data_dir": "/data/pairs",
+    "eval.zero_shot.classes": "/data/classes.json",
+    "eval.features.train_dir": "/data/features",
+  }
+  assert _names(model, RunConfig().with_settings(data)) == expected
 
 
-def test_retrieval_has_data_of_its_own():
-  config = base.clip_config()
-  config.eval.retrieval.dir = "/data/karpathy"
+def test_a_suite_is_not_skipped_for_any_model():
+  config = RunConfig().with_settings({"eval.suite": "vtab"})
+  for model in (CAPTIONER, CLIP, QUERIES):
+    assert _names(model, config) == ["SuiteEvaluator"]
+
+
+def test_retrieval_has_separate_data():
+  config = RunConfig().with_settings({"eval.retrieval.dir": "/data/karpathy"})
   assert _names(QUERIES, config) == ["RetrievalEvaluator"]

@@ -1,11 +1,11 @@
-"""Writes a trained model for other libraries, proves that they compute the same, and reads theirs.
+"""Export a trained model to other libraries, verify it in each library, and import their models.
 
   bazel run //apps:export -- --workdir=/tmp/ov-clip --format=open_clip,timm,transformers,onnx,\
 stablehlo,safetensors --out=/tmp/ov-export
   ... --from=open_clip:/data/some-model --to_workdir=/tmp/imported
 
-Every folder is loaded in its library before it is handed over. Where one disagrees, the table says
-in which block, nothing is left behind, and the exit code is 1.
+Every folder is loaded in its library before it is published. If the outputs differ, the table shows
+the first differing block, no folder is kept, and the exit code is 1.
 """
 
 import io
@@ -21,36 +21,40 @@ from apps.trainer.errors import UserError, run_app, user_errors
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run, or of an import.")
 _FORMAT = flags.DEFINE_list("format", ["safetensors"], f"Some of {', '.join(EXPORTS)}.")
-_OUT = flags.DEFINE_string("out", None, "Folder to make; each format gets a folder in it.")
-_STEP = flags.DEFINE_integer("step", None, "Checkpoint to take; the newest by default.")
-_PART = flags.DEFINE_enum("part", "params", ["params", "ema"], "Trained parameters, or averaged.")
+_OUT = flags.DEFINE_string("out", None, "Output folder; each format gets a sub-folder.")
+_STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; the newest by default.")
+_PART = flags.DEFINE_enum("part", "params", ["params", "ema"], "Parameters or their average.")
 _DTYPE = flags.DEFINE_enum(
-  "dtype", "float32", ["float32", "bfloat16", "float16"], "Of the weights in the files."
+  "dtype", "float32", ["float32", "bfloat16", "float16"], "Dtype of the exported weights."
 )
 _IMAGE_SIZE = flags.DEFINE_integer(
-  "image_size", None, "Pixels: exports at another resolution than trained; or that of an import."
+  "image_size", None, "Image size in pixels, to export at another resolution or to import a model."
 )
 _PICTURES = flags.DEFINE_string(
-  "pictures", None, "Folder of pictures to compare on; drawn if none."
+  "pictures", None, "Folder of images for the comparison; synthetic by default."
 )
 _OPTIONS = {
   (form.name, option.name): flags.DEFINE_integer(f"{form.name}_{option.name}", None, option.help)
   for form in EXPORTS.values()
   for option in form.options
 }
-_LICENSE = flags.DEFINE_string("license", "apache-2.0", "Licence field of the model cards.")
+_LICENSE = flags.DEFINE_string(
+  "license",
+  None,
+  "Licence field of the model cards; that of the imported model, or apache-2.0, by default.",
+)
 _PUSH = flags.DEFINE_string("push_to_hub", None, "Repository to upload to: org/name.")
-_DRY_RUN = flags.DEFINE_bool("dry_run", False, "With --push_to_hub: lists what would be uploaded.")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "With --push_to_hub: only list the uploads.")
 _FROM = flags.DEFINE_string("from", None, "FORMAT:PATH of a model to import.")
-_TO_WORKDIR = flags.DEFINE_string("to_workdir", None, "Folder to make of an import.")
+_TO_WORKDIR = flags.DEFINE_string("to_workdir", None, "Output folder of an import.")
 _NUM_HEADS = flags.DEFINE_integer(
-  "num_heads", None, "Attention heads of an import whose checkpoint does not tell."
+  "num_heads", None, "Number of attention heads of an import, if the checkpoint lacks it."
 )
 flags.DEFINE_alias("to-workdir", "to_workdir")
 
 
 def main() -> None:
-  if isinstance(sys.stdout, io.TextIOWrapper):  # paths may hold bytes that are no UTF-8
+  if isinstance(sys.stdout, io.TextIOWrapper):  # paths may contain bytes that are not UTF-8
     sys.stdout.reconfigure(errors="surrogateescape")
   if _FROM.value or _TO_WORKDIR.value:
     _import()
@@ -61,7 +65,7 @@ def main() -> None:
       "to upload an export, or --from=FORMAT:PATH --to_workdir=FOLDER to import"
     )
   if _DRY_RUN.value and not _PUSH.value:
-    raise UserError("--dry_run says what --push_to_hub=org/name would do; give that too")
+    raise UserError("--dry_run requires --push_to_hub=org/name")
   formats = _formats()
   for (form, option), flag in _OPTIONS.items():
     if flag.value is not None and not (_WORKDIR.value and form in formats):
@@ -88,30 +92,32 @@ def _formats() -> list[str]:
   unknown = [name for name in formats if name not in EXPORTS]
   if unknown or not formats:
     raise UserError(
-      f"--format={','.join(formats)}: {', '.join(unknown) or 'nothing'} is no format; "
-      f"there are {', '.join(EXPORTS)}"
+      f"--format={','.join(formats)}: unknown format {', '.join(unknown) or '(none)'}; "
+      f"choose from {', '.join(EXPORTS)}"
     )
   return formats
 
 
 def _exported(out: Path) -> list[str]:
-  """Return the formats of an export made before."""
+  """Return the formats of an existing export."""
   try:
     content = json.loads((out / "export.json").read_text("utf-8"))
   except (OSError, ValueError, RecursionError) as error:
-    raise UserError(f"--out={out} is no export to upload: {error}; give --workdir too") from error
+    raise UserError(
+      f"--out={out} is not an export to upload: {error}; set --workdir to export first"
+    ) from error
   formats = content.get("formats") if isinstance(content, dict) else None
   known = isinstance(formats, list) and all(name in EXPORTS for name in formats)
   if not formats or not known:
     raise UserError(
-      f"--out={out} is no export to upload: formats in export.json is {formats!r}; expected some "
-      f"of {', '.join(EXPORTS)}: give --workdir too"
+      f"--out={out} is not an export to upload: formats in export.json is {formats!r}; expected "
+      f"some of {', '.join(EXPORTS)}; set --workdir to export first"
     )
   return formats
 
 
 def _export(workdir: str, formats: list[str], out: Path) -> None:
-  """Exports the run; ends the program with exit code 1 where a library disagrees."""
+  """Export the run; end the program with exit code 1 if a library disagrees."""
   from apps.exporter import exporting, hub
   from apps.exporter.source import load_source
   from apps.trainer.progress import Terminal
@@ -131,7 +137,9 @@ def _export(workdir: str, formats: list[str], out: Path) -> None:
       image_size=_IMAGE_SIZE.value,
       dtype=_DTYPE.value,
     )
-    agreed = exporting.export(source, formats, out, pictures, _LICENSE.value, Terminal(), options)
+    agreed = exporting.export(
+      source, formats, out, pictures, source.license(_LICENSE.value), Terminal(), options
+    )
   if not agreed:
     sys.exit(1)
 

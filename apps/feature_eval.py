@@ -12,17 +12,17 @@ import ov_eval
 
 
 class FeatureEvaluator:
-  """Learns from labelled pictures' features, tests on others; nothing of the model changes."""
+  """Trains probes on features of labeled images and tests them on others; the model is frozen."""
 
   def __init__(self, held_out: HeldOut):
-    """Opens both sets of pictures; `task.model.encoder` is the tower.
+    """Open both sets of images; `task.model.encoder` is the tower.
 
     Raises:
-      ValueError: data that cannot be used.
+      ValueError: the data are invalid.
     """
     self._held_out = held_out
     self._config = wanted = held_out.config.eval.features
-    options = {
+    options: dict[str, Any] = {
       "extra_keys": (wanted.label_key,),
       "image_key": wanted.image_key,
       "examples": wanted.examples,
@@ -36,13 +36,13 @@ class FeatureEvaluator:
         check_labels(dataset, wanted.label_key)
 
   def __call__(self, params: Any) -> Evaluation:
-    """kNN, linear probe, few-shot probes, and what guessing the commonest class would give."""
+    """Return the results of kNN, linear and few-shot probes, and of a majority-class baseline."""
     config = self._config
     encoder, mesh = self._held_out.task.model.encoder, self._held_out.mesh
     embed = features.feature_extractor(encoder, params["encoder"], mesh)
-    train, train_names = self._features("features to learn from", embed, self._train)
-    test, test_names = self._features("features to test", embed, self._test)
-    # A class that only the test pictures have is never right; the results say how many there are.
+    train, train_names = self._features("training features", embed, self._train)
+    test, test_names = self._features("test features", embed, self._test)
+    # Classes that occur only in the test set are never predicted; the results contain their number.
     classes = sorted({*train_names, *test_names})
     number = {name: i for i, name in enumerate(classes)}
     train_labels = np.array([number[name] for name in train_names])
@@ -58,7 +58,7 @@ class FeatureEvaluator:
     ]
     if config.shots:
       results += ov_eval.few_shot(*data, shots=tuple(config.shots)).results()
-    results = self._held_out.told(
+    results = self._held_out.annotate(
       results,
       "features",
       self._test,
@@ -70,10 +70,10 @@ class FeatureEvaluator:
     return Evaluation(tuple(results))
 
   def _features(
-    self, what: str, embed: features.EmbedImages, examples: Examples
+    self, description: str, embed: features.EmbedImages, examples: Examples
   ) -> tuple[np.ndarray, list[str]]:
     key = self._config.label_key
-    batches = self._held_out.batches(what, examples)
+    batches = self._held_out.batches(description, examples)
     found = ov_eval.collect_embeddings(embed, batches, columns=(key,))
     folders = examples.folders(key)
     return found.vectors, [label_text(value, folders) for value in found.columns[key]]

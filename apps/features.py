@@ -1,6 +1,6 @@
-"""What every evaluator does with the pictures of a frozen model: vectors, compiled once.
+"""Compiled embedding functions of a frozen model, for the evaluators.
 
-Functions made here take host batches (rows of this process) and return numpy rows of this process.
+They take host batches (rows of this process) and return NumPy arrays for the rows of this process.
 """
 
 from collections.abc import Callable
@@ -23,30 +23,31 @@ EmbedImages = Callable[[HostBatch], np.ndarray]
 def image_embedder(
   model: ov_models.VisionLanguageConfig, params: Params, mesh: jax.sharding.Mesh
 ) -> EmbedImages:
-  """Batch -> unit vectors float32 [b, E] of the shared space."""
+  """Return a function from a batch to unit vectors float32 [b, E] of the shared space."""
   return _on_rows(functools.partial(_embed_images, model), params, mesh)
 
 
 def feature_extractor(
   encoder: ov_models.ViTConfig, params: Params, mesh: jax.sharding.Mesh
 ) -> EmbedImages:
-  """Batch -> pooled features float32 [b, D] of a vision tower with these params."""
+  """Return a function from a batch to pooled features float32 [b, D] of a vision tower."""
   return _on_rows(functools.partial(_pooled, encoder), params, mesh)
 
 
 def text_embedder(
   model: ov_models.VisionLanguageConfig, params: Params, mesh: jax.sharding.Mesh
 ) -> Callable[[np.ndarray], np.ndarray]:
-  """ids int32 [N, T], the same on every process -> unit vectors float32 [N, E] on every process.
+  """Return a function from ids int32 [N, T] to unit vectors float32 [N, E].
 
-  N must be a multiple of the devices.
+  Ids and vectors are the same on every process. N must be a multiple of the devices.
   """
-  rows, whole = ov_sharding.batch_sharding(mesh), ov_sharding.replicated(mesh)
+  rows, replicated = ov_sharding.batch_sharding(mesh), ov_sharding.replicated(mesh)
 
   def embed(ids: np.ndarray) -> np.ndarray:
     ids = np.ascontiguousarray(ids)
     placed = jax.make_array_from_callback(ids.shape, rows, lambda index: ids[index])
-    return np.asarray(jax.device_get(_embed_texts(model, whole, params, placed)))
+    with jax.set_mesh(mesh):
+      return np.asarray(jax.device_get(_embed_texts(model, replicated, params, placed)))
 
   return embed
 
@@ -56,7 +57,9 @@ def _on_rows(compute: Callable[..., Any], params: Params, mesh: Any) -> EmbedIma
 
   def embed(batch: HostBatch) -> np.ndarray:
     images = ov_sharding.global_batch({"image": batch["image"]}, mesh)["image"]
-    return ov_sharding.local_rows(compute(rows, params, images))
+    with jax.set_mesh(mesh):
+      computed = compute(rows, params, images)
+    return ov_sharding.local_rows(computed)
 
   return embed
 
@@ -79,7 +82,10 @@ def _pooled(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _embed_texts(
-  model: ov_models.VisionLanguageConfig, whole: NamedSharding, params: Params, ids: jax.Array
+  model: ov_models.VisionLanguageConfig,
+  replicated: NamedSharding,
+  params: Params,
+  ids: jax.Array,
 ) -> jax.Array:
   unit = ov_models.bind(model, params).encode_text(ids).unit
-  return jax.lax.with_sharding_constraint(unit, whole)
+  return jax.lax.with_sharding_constraint(unit, replicated)

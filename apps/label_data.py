@@ -1,4 +1,4 @@
-"""Labelled held-out pictures and the texts of their classes, for every evaluator of them."""
+"""Labeled held-out images and the prompts of their classes, for evaluators."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 import concurrent.futures
@@ -6,25 +6,25 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
 import numpy as np
 
 from apps.trainer.errors import UserError
 from apps.trainer.held_out import HeldOut
+from apps.trainer.run_config import ZeroShotSettings
 import ov_data
 import ov_eval
 
-_CHECKED_RECORDS = 256  # evenly spread records whose labels are checked before a run starts
+_CHECKED_RECORDS = 256  # number of evenly spaced records whose labels are checked at the start
 
 
 @dataclasses.dataclass(frozen=True)
 class ClassPrompts:
-  """Classes with their texts, in order of class number.
+  """Classes with their prompts, in order of class number.
 
   Attributes:
-    names: of the classes; may repeat, as two of ImageNet's do.
-    prompts: the texts of each class.
-    description: what the results say about them: names of the sets and a hash of all texts.
+    names: names of the classes; may repeat, as two of ImageNet's do.
+    prompts: prompts of each class.
+    description: description for results: names of the sets and a hash of all prompts.
   """
 
   names: tuple[str, ...]
@@ -32,19 +32,19 @@ class ClassPrompts:
   description: Mapping[str, str]
 
 
-class LabelledPictures:
-  """The pictures of `config.eval.zero_shot` with their classes.
+class LabeledImages:
+  """Images of `config.eval.zero_shot` with their classes.
 
   Attributes:
-    examples: the pictures.
-    classes: their classes.
+    examples: the images.
+    classes: classes of the images.
   """
 
   def __init__(self, held_out: HeldOut):
-    """Open the pictures, read the classes, and check that labels are among them.
+    """Open the images, read the classes, and check that the labels are among them.
 
     Raises:
-      ValueError: pictures or classes cannot be used, or do not fit each other.
+      ValueError: images or classes are invalid, or do not match.
     """
     config = held_out.config.eval.zero_shot
     self._held_out, self._label_key = held_out, config.label_key
@@ -55,29 +55,30 @@ class LabelledPictures:
     for dataset in self.examples.loader.datasets:
       check_labels(dataset, config.label_key, self._numbers, config.classes)
 
-  def batches(self, what: str) -> Iterator[dict[str, Any]]:
-    """Return the batches of one pass with `label` int [B], with a bar called `what`."""
-    batches = self._held_out.batches(what, self.examples)
+  def batches(self, description: str) -> Iterator[dict[str, Any]]:
+    """Return the batches of one pass with `label` int [B]; the progress bar shows `description`."""
+    batches = self._held_out.batches(description, self.examples)
     return with_labels(batches, self._label_key, self._numbers)
 
 
-def read_class_prompts(zero_shot: ConfigDict, folders: Sequence[str] | None) -> ClassPrompts:
+def read_class_prompts(zero_shot: ZeroShotSettings, folders: Sequence[str] | None) -> ClassPrompts:
   """Read the classes of `config.eval.zero_shot`.
 
   Args:
-    zero_shot: `classes` is "folders", a JSON file {class: [prompt, ...]}, which needs no templates,
-      or what `ov_eval.class_set` takes; `templates` is what `ov_eval.template_set` takes.
-    folders: names of the folders of classes that the pictures lie in, if they do.
+    zero_shot: settings. `classes` is "folders", a JSON file {class: [prompt, ...]} (without
+      templates), or an argument of `ov_eval.class_set`; `templates` is one of
+      `ov_eval.template_set`.
+    folders: names of the class folders of the images, if any.
 
   Raises:
-    ValueError: fewer than two classes, a file of another form, no folders to name them, or names
-      that differ give the same texts.
+    ValueError: there are fewer than two classes, the file has another format, there are no folders,
+      or different names give the same prompts.
   """
   path = str(Path(zero_shot.classes).expanduser())
   if zero_shot.classes == "folders" and folders is None:
     raise ValueError(
-      "config.eval.zero_shot.classes='folders', but the pictures do not lie in folders of classes; "
-      "give a file with the names of the classes, one a line"
+      "config.eval.zero_shot.classes='folders', but the images are not stored in class folders; "
+      "give a file with one class name per line"
     )
   is_json = path.endswith(".json") and Path(path).is_file()
   ready = ov_eval.read_prompts(path) if is_json else None
@@ -102,31 +103,31 @@ def read_class_prompts(zero_shot: ConfigDict, folders: Sequence[str] | None) -> 
 
 
 def _folder_classes(folders: Sequence[str]) -> ov_eval.ClassSet:
-  """Name classes by folders, `_` as a space; ValueError where two folders get one name."""
+  """Name classes by folders, `_` as a space; raise ValueError if two folders get the same name."""
   classes = ov_eval.ClassSet("folders", tuple(name.replace("_", " ") for name in folders))
   first: dict[str, str] = {}
   for folder, name in zip(folders, classes.classes, strict=True):
     if name in first:
       raise ValueError(
-        f"folders {first[name]!r} and {folder!r} give the class name {name!r} both; rename one"
+        f"folders {first[name]!r} and {folder!r} both give the class name {name!r}; rename one"
       )
     first[name] = folder
   return classes
 
 
 def check_distinct(classes: ClassPrompts, tokenizer: ov_data.Tokenizer, ids: np.ndarray) -> None:
-  """Check that the model gets a text for each class, and another one for each.
+  """Check that every class has known tokens, and that all classes have different tokens.
 
-  A tokenizer may remove what tells names apart: case, accents, letters that it does not know, and
-  all that is longer than its texts.
+  A tokenizer may remove differences of names: case, accents, unknown characters, and everything
+  beyond the maximum length.
 
   Args:
-    classes: with P prompts in all. Classes of one name may have the same prompts.
-    tokenizer: that made the ids.
-    ids: int [P, T], of the prompts in order.
+    classes: classes with P prompts in total. Classes with the same name may share prompts.
+    tokenizer: tokenizer that produced the ids.
+    ids: int [P, T], ids of the prompts in order.
 
   Raises:
-    ValueError: a class has no known word in its prompts, or two have the same ids.
+    ValueError: the prompts of a class contain no known word, or two classes have the same ids.
   """
   no_text = {tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.cls_id}
   no_text.add(tokenizer.unk_id)
@@ -145,26 +146,26 @@ def check_distinct(classes: ClassPrompts, tokenizer: ov_data.Tokenizer, ids: np.
       )
     if owners.setdefault(own, name) != name:
       raise ValueError(
-        f"classes {owners[own]!r} and {name!r} are one text to the model ({prompts[0][:80]!r}); "
+        f"classes {owners[own]!r} and {name!r} are identical for the model ({prompts[0][:80]!r}); "
         "write them in words that differ within the length of its texts, or give a JSON file "
         "{class: [prompt, ...]}"
       )
 
 
 def class_numbers(names: Sequence[str], folders: Sequence[str] | None) -> dict[str | int, int]:
-  """Map labels to class numbers: a number is an int, a name a string.
+  """Map labels to class numbers; labels are ints (numbers) or strings (names).
 
-  A string that is no name but a number means that number. Of equal names the lower number is meant.
-  Where pictures lie in folders of classes, their numbers go by the sorted names of the folders.
-  These are looked for among the classes, whose order may be another; if none is there (ImageNet's
-  folders are called n01440764 and so on), the classes must be as many and in the same order.
+  A string that is not a name but a number means that number. Of equal names the lower number is
+  used. If images are stored in class folders, their numbers index the sorted folder names. These
+  are matched with the classes, whose order may differ; if none matches (the folders of ImageNet are
+  called n01440764 and so on), the classes must have the same number and order.
 
   Args:
-    names: of the classes.
-    folders: of the pictures, if they lie in such.
+    names: names of the classes.
+    folders: class folders of the images, if any.
 
   Raises:
-    ValueError: some folders are classes and some are not, or one may be several classes.
+    ValueError: only some of the folders are classes, or a folder matches several classes.
   """
   count = len(names)
   numbers: dict[str | int, int] = {name: count - 1 - i for i, name in enumerate(reversed(names))}
@@ -176,7 +177,7 @@ def class_numbers(names: Sequence[str], folders: Sequence[str] | None) -> dict[s
     found = list(range(count))
   elif missing:
     raise ValueError(
-      f"{len(missing)} of {len(folders)} folders of pictures, such as {missing[0]!r}, are none of "
+      f"{len(missing)} of {len(folders)} image folders, such as {missing[0]!r}, are not among "
       f"the {count} classes {', '.join(list(names)[:5])}, ...; name the classes like the "
       "folders, or give as many as there are folders, in the order of these"
     )
@@ -186,10 +187,10 @@ def class_numbers(names: Sequence[str], folders: Sequence[str] | None) -> dict[s
 def _number_of_folder(
   folder: str, numbers: Mapping[str | int, int], names: Sequence[str]
 ) -> int | None:
-  """Return the class of a folder: by its name, or without regard to case and punctuation.
+  """Return the class of a folder, by its exact name or ignoring case and punctuation.
 
   Raises:
-    ValueError: no name is that of the folder, and several would do.
+    ValueError: no name matches exactly, and several match otherwise.
   """
   for spelling in (folder, folder.replace("_", " ")):
     if (number := numbers.get(ov_eval.normalise_name(spelling))) is not None:
@@ -198,7 +199,7 @@ def _number_of_folder(
   same = dict.fromkeys(name for name in names if ov_eval.canonicalise(name) == plain)
   if len(same) > 1:
     raise ValueError(
-      f"the folder of pictures {folder!r} may be the class {' or '.join(map(repr, same))}; name it "
+      f"the image folder {folder!r} may be the class {' or '.join(map(repr, same))}; name it "
       "exactly like its class"
     )
   return numbers[next(iter(same))] if same else None
@@ -210,37 +211,37 @@ def check_labels(
   numbers: Mapping[str | int, int] | None = None,
   classes: str = "",
 ) -> None:
-  """Check the labels of records that are spread over a data set, before anything is trained.
+  """Check the labels of evenly spaced records of a data set before training.
 
   Args:
-    dataset: whose records hold a label.
-    key: of the label.
-    numbers: see `class_numbers`; None takes any label.
-    classes: what the class list is called, for the message.
+    dataset: data set whose records have a label.
+    key: feature of the label.
+    numbers: see `class_numbers`; None accepts any label.
+    classes: name of the class list, for the message.
 
   Raises:
-    ValueError: a record has no label, or one that is none of the classes; names the record, the
-      label and the classes.
+    ValueError: a record has no label or an unknown one; the message names record, label and
+      classes.
   """
   spread = np.linspace(0, len(dataset) - 1, min(len(dataset), _CHECKED_RECORDS)).astype(int)
 
   def problem(record: int) -> str | None:
     try:
       features = dataset.features(record, (key,))
-    except ValueError:  # a broken record; the loader counts it when its turn comes
+    except ValueError:  # an invalid record; the loader counts it during evaluation
       return None
-    file, offset = dataset.locate(record)
+    location = dataset.location(record)
     if not len(features.get(key, ())):
-      return f"{file} at byte {offset}: the record has no label under {key!r}"
+      return f"{location}: the record has no label under {key!r}"
     if numbers is None or class_number(features[key], numbers) is not None:
       return None
-    return f"{file} at byte {offset}: {_no_class(features[key], key, numbers)} of {classes}"
+    return f"{location}: {_no_class(features[key], key, numbers)} of {classes}"
 
-  with concurrent.futures.ThreadPoolExecutor(16) as pool:  # a read is a request each on gs://
+  with concurrent.futures.ThreadPoolExecutor(16) as pool:  # on gs:// each read is a request
     problems = list(filter(None, pool.map(problem, spread.tolist())))
   if problems:
     raise ValueError(
-      f"{problems[0]} ({len(problems)} of {len(spread)} records looked at); every record needs a "
+      f"{problems[0]} ({len(problems)} of {len(spread)} records checked); every record needs a "
       "label, and the class list a name for each class of the data, in the order of their numbers"
     )
 
@@ -248,15 +249,15 @@ def check_labels(
 def with_labels(
   batches: Iterable[Mapping[str, Any]], key: str, numbers: Mapping[str | int, int]
 ) -> Iterator[dict[str, Any]]:
-  """Yield batches with `label` int [B], the number of each row's class.
+  """Yield batches with `label` int [B], the class number of each row.
 
   Args:
-    batches: their rows hold the name or number of a class under `key`.
-    key: of the label.
+    batches: batches with the name or number of a class under `key`.
+    key: feature of the label.
     numbers: see `class_numbers`.
 
   Raises:
-    UserError: a record with a label that is not among the classes.
+    UserError: a label is not among the classes.
   """
   for batch in batches:
     labels = np.zeros(len(batch["valid"]), np.int64)
@@ -269,7 +270,7 @@ def with_labels(
 
 
 def class_number(value: Any, numbers: Mapping[str | int, int]) -> int | None:
-  """Return the number of the class that a label means; None for none of `class_numbers`."""
+  """Return the class number of a label; None if `class_numbers` has none."""
   value = _first(value)
   if value is None:
     return None
@@ -279,14 +280,14 @@ def class_number(value: Any, numbers: Mapping[str | int, int]) -> int | None:
 
 
 def label_text(value: Any, folders: Sequence[str] | None = None) -> str:
-  """Return a label as text, through `ov_eval.normalise_name`.
+  """Return a label as text, normalised by `ov_eval.normalise_name`.
 
   Args:
-    value: bytes, text, a number, or a list or array of which the first counts.
-    folders: the names that numbers stand for, where pictures lie in folders of classes.
+    value: bytes, text, a number, or a list or array whose first item is used.
+    folders: names of the numbers, if images are stored in class folders.
 
   Raises:
-    UserError: the list is empty: the record has no label.
+    UserError: the list is empty, so the record has no label.
   """
   value = _first(value)
   if value is None:
@@ -309,6 +310,6 @@ def _no_class(value: Any, key: str, numbers: Mapping[str | int, int]) -> str:
   names = sorted((name for name in numbers if isinstance(name, str)), key=lambda n: numbers[n])
   shown = ", ".join([name for name in names if not name.isdigit()][:5] or names[:5])
   return (
-    f"the label {label_text(value)!r} under {key!r} is none of the {len(set(numbers.values()))} "
+    f"the label {label_text(value)!r} under {key!r} is not one of the {len(set(numbers.values()))} "
     f"classes ({shown}, ...)"
   )

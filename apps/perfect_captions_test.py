@@ -1,4 +1,4 @@
-"""A decoder that writes exactly its training ids scores the maximum, in every script."""
+"""Tests that a decoder which reproduces its training ids gets maximum scores."""
 
 import io
 import json
@@ -40,7 +40,7 @@ CAPTIONS = {
 
 
 def released_style(texts: list[str], folder) -> ov_data.Tokenizer:
-  """A vocabulary of letters with the text preparation of the released models: no accents."""
+  """Return a tokenizer of letters with the preprocessing of the released models (no accents)."""
   letters = dict.fromkeys(
     "".join(unicodedata.normalize("NFKD", " ".join(texts)).casefold().split())
   )
@@ -64,7 +64,7 @@ def scores(tokenizer: ov_data.Tokenizer, texts: list[str]) -> dict[str, float]:
 
 @pytest.mark.parametrize("kind", ["pieces", "words", "stripped", "released"])
 @pytest.mark.parametrize("language", CAPTIONS)
-def test_repeating_the_captions_scores_the_maximum(language: str, kind: str, tmp_path):
+def test_exact_captions_get_maximum_score(language: str, kind: str, tmp_path):
   texts = CAPTIONS[language]
   texts = [*texts, *(unicodedata.normalize("NFD", text).upper() for text in texts)][
     : len(texts) + 1
@@ -88,7 +88,7 @@ def test_repeating_the_captions_scores_the_maximum(language: str, kind: str, tmp
 
 
 @pytest.mark.parametrize("language", CAPTIONS)
-def test_another_caption_of_the_language_scores_less(language: str):
+def test_other_captions_get_lower_score(language: str):
   one, other, *_ = CAPTIONS[language]
   tokenizer = ov_data.Tokenizer.train([one, other], 2000)
   generated = tokenizer.decode(tokenizer.encode(other))
@@ -106,8 +106,8 @@ def test_unknown_words_never_match():
     assert ov_eval.bleu4([generated], [[truth]]).sums[:4].tolist() == [0, 0, 0, 0]
 
 
-def test_through_the_reader_and_the_collector_of_the_apps(tmp_path):
-  """References are the texts of the records; only what is generated passes the tokenizer."""
+def test_scores_through_loader_and_collector(tmp_path):
+  """References are the texts of the records; only generated texts pass through the tokenizer."""
   captions = [texts[0] for texts in CAPTIONS.values()]
   buffer = io.BytesIO()
   Image.new("RGB", (16, 16), "red").save(buffer, "PNG")

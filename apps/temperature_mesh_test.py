@@ -1,4 +1,4 @@
-"""The limit of the temperature through the train step, on one device and on eight."""
+"""Tests of the temperature limit in the train step, on one and eight devices."""
 
 import math
 
@@ -8,11 +8,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 import pytest
 
-from apps.clip_task import ClipTask, Weights
 from apps.trainer import state as state_lib
+from apps.trainer.losses import Clip
+from apps.trainer.losses.loss_term import LossOutput
 from apps.trainer.optimizer import OptimizerConfig, make_optimizer
-from apps.trainer.schedules import ScheduleConfig
-from apps.trainer.step import LossOutput, Projected, make_train_step
+from apps.trainer.run_config import ScheduleSettings
+from apps.trainer.step import make_train_step
+from apps.trainer.task import Task
+from ov_data import TextSpec
 import ov_losses
 import ov_models
 import ov_sharding
@@ -22,12 +25,11 @@ TOWERS = ov_models.VisionLanguageConfig.from_names("mu/16", "Ti", None, image_si
 
 
 def task(max_scale, mesh):
-  return ClipTask(
-    TOWERS, Weights(1.0, 0.0, 0.0), 0, mesh, "test", 8, 8, (), (), max_scale=max_scale
-  )
+  spec = TextSpec(("txt",), 8)
+  return Task(TOWERS, (Clip(max_scale=max_scale),), 0, mesh, specs=(("alt_ids", spec),))
 
 
-def loss(params, batch, key):
+def loss(params, batch, key, ema=None, step=None):
   out = ov_losses.contrastive_softmax(
     batch["image"], batch["text"], jnp.exp(params["log_scale"]), form="naive"
   )
@@ -35,7 +37,7 @@ def loss(params, batch, key):
 
 
 def pairs():
-  """Pairs so noisy that the best scale is far below 100."""
+  """Return pairs so noisy that the optimal scale is far below 100."""
   rng = np.random.default_rng(0)
   unit = lambda x: (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
   image = unit(rng.normal(size=(ROWS, EMBED)))
@@ -43,10 +45,10 @@ def pairs():
 
 
 def train(start, max_scale, devices=1, accumulate=1, frozen=(), steps=STEPS):
-  """The last params and their average, from a state restored at the scale `start`."""
+  """Train from a state with scale `start`; return the last params and their average."""
   mesh = ov_sharding.make_mesh(ov_sharding.MeshConfig(), jax.devices()[:devices])
   whole = NamedSharding(mesh, PartitionSpec())
-  schedule = ScheduleConfig(warmup_steps=0)
+  schedule = ScheduleSettings(warmup_steps=0)
   config = OptimizerConfig(0.05, schedule, weight_decay=0.0, ema_decay=0.9, frozen=frozen)
   params = {"log_scale": jnp.float32(math.log(start)), "other": jnp.float32(200.0)}
   optimizer = make_optimizer(config, params, total_steps=10 * STEPS)
@@ -54,7 +56,6 @@ def train(start, max_scale, devices=1, accumulate=1, frozen=(), steps=STEPS):
   shardings = jax.tree.map(lambda _: whole, abstract)
   state = state_lib.init_state(lambda _: params, jax.random.key(0), optimizer.tx, shardings)
   clip = task(max_scale, mesh)
-  assert isinstance(clip, Projected)
   rows = ov_sharding.batch_sharding(mesh)
   step = make_train_step(
     loss, optimizer.tx, state_shardings=shardings, batch_sharding=rows, seed=0,
@@ -65,12 +66,12 @@ def train(start, max_scale, devices=1, accumulate=1, frozen=(), steps=STEPS):
   for _ in range(steps):
     state, metrics = step(state, batch)
     assert metrics["nonfinite"] == 0
-  assert state["params"]["other"] == 200.0  # only the temperature has a limit
+  assert state["params"]["other"] == 200.0  # only the temperature is limited
   return math.exp(state["params"]["log_scale"]), math.exp(state["ema"]["log_scale"])
 
 
 @pytest.mark.parametrize("start", [90.0, 200.0])
-def test_a_scale_restored_above_the_limit_finds_the_best_one(start):
+def test_scale_above_limit_converges(start):
   scales = np.linspace(1.0, 100.0, 991)
   values = jax.vmap(lambda x: loss({"log_scale": jnp.log(x)}, pairs(), None).loss)(scales)
   best = scales[np.argmin(values)]
@@ -80,22 +81,22 @@ def test_a_scale_restored_above_the_limit_finds_the_best_one(start):
 
 
 @pytest.mark.parametrize(("start", "expected"), [(200.0, 100.0), (0.2, 1.0)])
-def test_one_step_brings_it_within_the_limits(start, expected):
+def test_one_step_clips_scale(start, expected):
   assert train(start, 100.0, steps=1)[0] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(("devices", "accumulate"), [(8, 1), (8, 2), (1, 4)])
-def test_devices_and_accumulation_have_the_same_limit(devices, accumulate):
+def test_limit_with_devices_and_accumulation(devices, accumulate):
   last, average = train(200.0, 100.0, devices, accumulate, steps=1)
   assert last == pytest.approx(100.0, rel=1e-5)
-  assert 100.0 < average < 200.0  # of the restored value and the clipped one
+  assert 100.0 < average < 200.0  # average of the restored and the clipped value
 
 
-def test_a_frozen_scale_and_one_without_limit_stay_free():
+def test_frozen_or_unlimited_scale_is_not_clipped():
   assert train(200.0, 100.0, frozen=("log_scale",), steps=2)[0] == pytest.approx(200.0, rel=1e-6)
   assert 150 < train(200.0, None, steps=2)[0] < 200
 
 
-def test_a_model_without_temperature_is_left_alone():
+def test_model_without_temperature():
   mesh = ov_sharding.make_mesh(ov_sharding.MeshConfig(), jax.devices()[:1])
   assert task(100.0, mesh).project({"encoder": 1.0}) == {"encoder": 1.0}

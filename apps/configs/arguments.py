@@ -1,8 +1,8 @@
-"""The argument string of a config file: `--config=path.py:key=value,key=value`.
+"""Argument string of a config file: `--config=path.py:key=value,key=value`.
 
-The grammar is that of the published code: comma-separated `key=value`, a bare key is True, and a
-single token that is no key is the value of the first declared key. Values take the type of the
-default and hold no comma. A key may have other spellings; these work and log the current name.
+The grammar is that of the released code: comma-separated `key=value`; a bare key is True; a single
+token that is not a key is the value of the first declared key. Values have the type of the default
+and contain no comma. Aliases of keys are accepted; they log the current name.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-# "" is false in the published code, too: `runlocal=` is the empty value of a shell variable.
+# "" is also false in the released code: `runlocal=` is the value of an empty shell variable.
 _BOOLS = {"true": True, "false": False, "": False}
 
 
@@ -28,19 +28,19 @@ def parse_arguments(
   """Parse the text after the colon of `--config=file.py:text`.
 
   Args:
-    text: the argument string; None or "" gives the defaults.
-    defaults: key -> default value; the type of the default decides how a value is read.
-    aliases: older spelling -> current key.
-    ignored: key -> why it does nothing; accepted with a warning.
-    refused: key of another recipe -> what to do instead, for the error message.
-    values: key -> {older value: current one}.
+    text: argument string; None or "" gives the defaults.
+    defaults: key -> default value; its type determines how a value is parsed.
+    aliases: old key -> current key.
+    ignored: key without effect -> reason; accepted with a warning.
+    refused: key of another recipe -> remedy for the error message.
+    values: key -> {old value: current value}.
 
   Returns:
     A ConfigDict with exactly the keys of `defaults`.
 
   Raises:
-    ValueError: a key that is unknown or of another recipe, or a value that cannot be read as the
-      type of its default.
+    ValueError: a key is unknown or belongs to another recipe, or a value does not have the type of
+      its default.
   """
   aliases, ignored, refused = aliases or {}, ignored or {}, refused or {}
   result = dict(defaults)
@@ -53,7 +53,7 @@ def parse_arguments(
     key, _, value = part.partition("=")
     key = key.strip()
     if key in refused:
-      raise ValueError(f"config argument {key!r} is not one of this recipe: {refused[key]}")
+      raise ValueError(f"config argument {key!r} is not an argument of this recipe: {refused[key]}")
     if key in ignored:
       logging.warning("config argument %r has no effect: %s", key, ignored[key])
       continue
@@ -64,7 +64,7 @@ def parse_arguments(
       near = difflib.get_close_matches(key, known - set(refused), n=1)
       hint = f"did you mean {near[0]!r}? " if near else ""
       if not hint and "=" not in part:
-        hint = "a value holds no comma (several names are joined with +); "
+        hint = "values cannot contain a comma (several names are joined with +); "
       raise ValueError(f"unknown config argument {key!r}; {hint}known: {', '.join(defaults)}")
     value = value.strip()
     if (current := (values or {}).get(key, {}).get(value)) is not None:
@@ -75,13 +75,13 @@ def parse_arguments(
 
 
 def check_published(a: ConfigDict) -> None:
-  """Check the arguments whose values mean something else in the published code.
+  """Check the arguments whose values have another meaning in the released code.
 
   Args:
     a: arguments of a recipe.
 
   Raises:
-    ValueError: a value that has no counterpart here; says what to do.
+    ValueError: a value has no counterpart here; the message includes the remedy.
   """
   if a.get("use_openclip_tokenizer"):
     raise ValueError(
@@ -100,7 +100,7 @@ def check_published(a: ConfigDict) -> None:
 
 
 def _read(key: str, value: str, default: Any, *, bare: bool) -> Any:
-  """Read `value` as the type of `default`."""
+  """Parse `value` as the type of `default`."""
   kind = type(default)
   if kind is bool:
     if bare:

@@ -1,9 +1,9 @@
-"""The demo: a small captioner on drawn scenes, in minutes on a laptop's CPU.
+"""Demo of OpenVision 2: a small captioner on synthetic scenes, minutes on a laptop CPU.
 
   bazel run //apps:caption_train -- --config=apps/configs/caption_demo.py --workdir=/tmp/ov-demo
 
-Held-out scenes show colours on shapes that no training scene shows; the captions written for them
-are checked attribute by attribute.
+Held-out scenes combine colours and shapes that no training scene combines; generated captions are
+scored per attribute.
 """
 
 from ml_collections import ConfigDict
@@ -13,7 +13,7 @@ from apps.configs.base import caption_config
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-  """The demo; `runlocal` makes it a minute's trial of the whole path."""
+  """Return the demo configuration; `runlocal` shortens it to a one-minute smoke test."""
   a = parse_arguments(arg, {"runlocal": False})
   config = caption_config()
   config.batch_size = 64
@@ -23,8 +23,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     decoder="Ti",
     image_size=48,
     token_len=14,  # 13 positions: [bos], 11 words of the longest caption, [eos]
-    vocab_size=0,  # that of the tokenizer
-    keep_ratio=1.0,  # 16 image tokens are few enough
+    vocab_size=0,  # size of the tokenizer
+    keep_ratio=1.0,  # there are only 16 image tokens
   )
   config.model.encoder_options = ConfigDict(
     {"width": 128, "depth": 2, "mlp_dim": 512, "num_heads": 4, "scan": False}
@@ -33,7 +33,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     {"width": 128, "depth": 2, "mlp_dim": 512, "num_heads": 4, "scan": False}
   )
   config.tokenizer.train_kind = "words"
-  config.input.update(fit="squash", color_jitter=False)  # colours and places are what is asked for
+  config.input.update(fit="squash", color_jitter=False)  # keeps colours and positions
   config.input.demo.update(train_examples=60_000, image_size=48)
   config.optimizer.update(learning_rate=2e-3, weight_decay=0.05, grad_clip_norm=1.0)
   config.optimizer.schedule.warmup_steps = 200

@@ -1,8 +1,8 @@
-"""The demo of OpenVision: two small towers and a decoder on drawn scenes, in minutes on a laptop.
+"""Demo of OpenVision: two small towers and a decoder on synthetic scenes, minutes on a laptop.
 
   bazel run //apps:clip_train -- --config=apps/configs/clip_demo.py --workdir=/tmp/ov-clip
 
-`loss=` tries another objective: openvision, clip, siglip, coca, cappa.
+`loss=` selects another objective: openvision, clip, siglip, coca, cappa.
 """
 
 from ml_collections import ConfigDict
@@ -17,7 +17,7 @@ _DECODER = {"width": 64, "depth": 1, "mlp_dim": 256, "num_heads": 2, "scan": Fal
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-  """The demo; `runlocal` makes it a minute's trial of the whole path."""
+  """Return the demo configuration; `runlocal` shortens it to a one-minute smoke test."""
   a = parse_arguments(arg, {"loss": "openvision", "runlocal": False})
   config = clip_config()
   config.batch_size = 64
@@ -29,8 +29,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     image_size=48,
     token_len=15,  # [bos], 11 words of the longest caption, [eos], padding, [CLS]
     caption_len=13,
-    vocab_size=0,  # that of the tokenizer
-    preset="openvision_released",  # padding is seen: open_clip then makes the same ids
+    vocab_size=0,  # size of the tokenizer
+    preset="openvision_released",  # padding is not masked, so open_clip computes the same
     embed_dim=128,
   )
   config.model.encoder_options = ConfigDict(_IMAGE)
@@ -38,11 +38,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.model.decoder_options = ConfigDict(_DECODER)
   config.tokenizer.train_kind = "words"
   config.input.update(
-    # The decoder reads the alt text, and must see what that leaves out. Other losses have one text.
+    # The decoder reads the alt text and has to add what it lacks. Other losses use one text.
     alt_keys=("alt",) if a.loss == "openvision" else ("txt",),
     caption_keys=("txt",),
     fit="squash",
-    color_jitter=False,  # colours and places are what is asked for
+    color_jitter=False,  # keeps colours
   )
   use_objective(config, a.loss)
   config.eval.retrieval.caption_keys = ("txt",)

@@ -1,27 +1,28 @@
-"""Whole curricula: the stages of a published model as one configuration, one command.
+"""Curricula: all stages of a published model as one configuration and one command.
 
-A recipe (openvision.py, openvision2.py) resolves every stage as if it were a run of its own. The
-first is the configuration; the leaves in which a later one differs are its entry in
-`config.stages`. So batch, rate, steps and warm-up come from one arithmetic, whichever way a stage
-is run.
+A recipe (openvision.py, openvision2.py) resolves each stage as a separate run. The first stage is
+the base configuration; `config.stages` contains the settings in which later stages differ. Batch
+size, learning rate, steps and warm-up are therefore the same as in separate runs.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
 from apps.configs.arguments import parse_arguments
+from apps.trainer.names import leaf_values
 
-# Of each stage; what is longer takes the last again. OpenVision published all three. OpenVision 2
-# published the first two: that its third is as long is known, its batch, rate and warm-up are ours.
+# Hyperparameters per stage; extra stages repeat the last. OpenVision published all three stages.
+# OpenVision 2 published stages 1 and 2; of stage 3 only the length is known, and its batch size,
+# learning rate and warm-up are our choice.
 STAGES = (
   {"batch_factor": 2.0, "base_lr": 8e-6, "imagenet_epoch": 10_000.0, "virtual_warmup_epoch": 40.0},
   {"batch_factor": 1.0, "base_lr": 4e-7, "imagenet_epoch": 800.0, "virtual_warmup_epoch": 20.0},
   {"batch_factor": 0.5, "base_lr": 1e-7, "imagenet_epoch": 200.0, "virtual_warmup_epoch": 0.0},
 )
 
-_LOCAL_BATCH = 8  # of a trial; the published ones need a pod
+_LOCAL_BATCH = 8  # batch size of a smoke test; the published ones need a pod
 _OF_STAGE = ("res", "img", "batch_size", *STAGES[0])  # arguments of a recipe that stages set
 _PER_STAGE = "the stages set it; {}, or train one stage with openvision.py or openvision2.py"
 _REFUSED = {
@@ -38,49 +39,47 @@ class Family(NamedTuple):
   """Models that share a recipe.
 
   Attributes:
-    resolve: arguments of the recipe -> configuration of one stage.
-    defaults: of those arguments.
-    aliases, ignored, refused, values: see `parse_arguments`.
-    towers: arguments that name a tower of the encoder's size.
-    models: encoder with patch -> pixels of its stages.
+    resolve: function from the arguments of the recipe to the configuration of one stage.
+    defaults: default arguments of the recipe.
+    published: names of the released code, as keyword arguments of `parse_arguments`.
+    towers: arguments that name a tower of the same size as the encoder.
+    models: encoder with patch size -> pixels of its stages.
   """
 
   resolve: Callable[[ConfigDict], ConfigDict]
   defaults: Mapping[str, Any]
-  aliases: Mapping[str, str]
-  ignored: Mapping[str, str]
-  refused: Mapping[str, str]
-  values: Mapping[str, Mapping[str, str]]
+  published: Mapping[str, Any]
   towers: tuple[str, ...]
   models: Mapping[str, tuple[int, ...]]
 
 
 def make_curriculum(family: Family, arg: str | None, model: str = "") -> ConfigDict:
-  """All stages of a model as one configuration.
+  """Return all stages of a model as one configuration.
 
   Args:
-    family: whose recipe and models.
-    arg: the argument string; see apps/configs/README.md.
-    model: one of `family.models`; "" lets `arg` choose.
+    family: family with recipe and models.
+    arg: argument string; see apps/configs/README.md.
+    model: one of `family.models`; "" takes it from `arg`.
 
   Raises:
-    ValueError: an argument that is unknown, or out of range.
+    ValueError: an argument is unknown or out of range.
   """
   own: dict[str, Any] = {
     **({} if model else {"model": "L/14"}),
     "res": "",  # pixels of the stages, joined by "+"; "": as published
-    "batch_scale": 1.0,  # of every batch; rate and steps follow it
-    "epochs_scale": 1.0,  # of the length of every stage and warm-up
+    "batch_scale": 1.0,  # factor on every batch size; learning rate and steps follow
+    "epochs_scale": 1.0,  # factor on the length of every stage and warm-up
   }
   shared = {key: value for key, value in family.defaults.items() if key not in _OF_STAGE}
-  shared |= dict.fromkeys(family.towers, "")  # "": of the encoder's size
+  shared |= dict.fromkeys(family.towers, "")  # "": same size as the encoder
   a = parse_arguments(
     arg,
     own | shared,
-    aliases={old: new for old, new in family.aliases.items() if new in shared},
-    ignored=family.ignored,
-    refused={**_REFUSED, **family.refused},
-    values=family.values,
+    **{
+      **family.published,
+      "aliases": {k: new for k, new in family.published["aliases"].items() if new in shared},
+      "refused": _REFUSED | family.published["refused"],
+    },
   )
   name = model or a.model
   if name not in family.models:
@@ -97,9 +96,9 @@ def make_curriculum(family: Family, arg: str | None, model: str = "") -> ConfigD
     for index, px in enumerate(pixels)
   ]
   config = stages[0]
-  before = dict(_leaves(config.to_dict()))
+  before = dict(leaf_values(config.to_dict()))
   changes = [
-    {key: value for key, value in _leaves(stage.to_dict()) if value != before[key]}
+    {key: value for key, value in leaf_values(stage.to_dict()) if value != before[key]}
     for stage in stages
   ]
   config.stages = tuple(
@@ -109,7 +108,7 @@ def make_curriculum(family: Family, arg: str | None, model: str = "") -> ConfigD
 
 
 def _stage(index: int, a: ConfigDict) -> dict[str, Any]:
-  """The arguments of a recipe that belong to the stage of this number."""
+  """Return the recipe arguments of the stage with this index."""
   stage = dict(STAGES[min(index, len(STAGES) - 1)])
   stage["batch_factor"] *= a.batch_scale
   stage["imagenet_epoch"] *= a.epochs_scale
@@ -118,17 +117,8 @@ def _stage(index: int, a: ConfigDict) -> dict[str, Any]:
 
 
 def _pixels(text: str) -> tuple[int, ...]:
-  """The sizes of `84+224`; () of nothing."""
+  """Parse sizes such as `84+224`; "" gives ()."""
   parts = text.split("+") if text else []
   if not all(part.isdecimal() and int(part) for part in parts) or len(set(parts)) < len(parts):
     raise ValueError(f"config argument res={text!r}: expected different sizes, such as 84+224+336")
   return tuple(int(part) for part in parts)
-
-
-def _leaves(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-  """Dotted name and value of each leaf."""
-  for key, value in tree.items():
-    if isinstance(value, Mapping) and value:
-      yield from _leaves(value, f"{path}{key}.")
-    else:
-      yield f"{path}{key}", value

@@ -1,14 +1,14 @@
-"""The models of all curricula: every stage can be built, and has the published number of params."""
+"""Tests that every stage of all curricula can be built and has the published number of params."""
 
 import pytest
 
-from apps.caption_task import captioner_config
-from apps.clip_task import two_towers_config
 from apps.configs import openvision2_curriculum, openvision_curriculum
+from apps.configs.base import resolve
+from apps.trainer.config import model_config
 from apps.trainer.stages import resolve_stages
 import ov_models
 
-VOCABULARY = 30_522  # entries of the published one
+VOCABULARY = 30_522  # entries of the published vocabulary
 
 # Counted in the published code: image tower with its head, text tower, decoder.
 OPENVISION = {
@@ -32,18 +32,20 @@ OPENVISION2 = {
 
 
 def models(recipe, name):
-  return [stage.config.model for stage in resolve_stages(recipe.get_config(f"model={name}"))]
+  return [
+    stage.config.model for stage in resolve_stages(resolve(recipe.get_config(f"model={name}")))
+  ]
 
 
 @pytest.mark.parametrize(("name", "towers"), OPENVISION.items())
 def test_openvision(name, towers):
   for model in models(openvision_curriculum, name):
-    params = ov_models.abstract_params(two_towers_config(model, vocab_size=VOCABULARY))
+    params = ov_models.abstract_params(model_config(model, vocab_size=VOCABULARY))
     assert ov_models.num_params(params) == sum(towers) + 1  # and the scale of the logits
 
 
 @pytest.mark.parametrize(("name", "encoder"), OPENVISION2.items())
 def test_openvision2(name, encoder):
   for model in models(openvision2_curriculum, name):
-    params = ov_models.abstract_params(captioner_config(model, vocab_size=VOCABULARY))
+    params = ov_models.abstract_params(model_config(model, vocab_size=VOCABULARY))
     assert ov_models.num_params(params["encoder"]) == encoder

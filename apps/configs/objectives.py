@@ -1,11 +1,11 @@
-"""Named mixes of losses, with what each needs of the model and the data.
+"""Named combinations of losses, with their requirements on model and data.
 
-openvision  CLIP loss of two texts per picture, and captioning by learned queries, arXiv 2505.04601
-clip        softmax contrastive loss alone, arXiv 2103.00020
-siglip      sigmoid contrastive loss alone, arXiv 2303.15343
+openvision  CLIP loss over two texts per image, and captioning by learned queries, arXiv 2505.04601
+clip        softmax contrastive loss only, arXiv 2103.00020
+siglip      sigmoid contrastive loss only, arXiv 2303.15343
 coca        CLIP loss with a causal text tower, and teacher-forced captioning, arXiv 2205.01917;
             here text tower and decoder share no layers, and image tokens are a prefix
-cappa       captioning alone, three quarters of the examples in parallel, arXiv 2306.07915
+cappa       captioning only, three quarters of the examples in parallel, arXiv 2306.07915
 """
 
 from ml_collections import ConfigDict
@@ -14,10 +14,10 @@ OBJECTIVES = ("openvision", "clip", "siglip", "coca", "cappa")
 
 
 def use_objective(config: ConfigDict, name: str) -> None:
-  """Sets the losses `name` in a configuration of base.clip_config.
+  """Set the losses `name` in a configuration of base.clip_config.
 
   Raises:
-    ValueError: an unknown name.
+    ValueError: the name is unknown.
   """
   if name not in OBJECTIVES:
     raise ValueError(f"loss={name!r}: expected one of {', '.join(OBJECTIVES)}")

@@ -2,95 +2,39 @@
 
   --config=apps/configs/openvision2.py:img=L/14,txt_decoder_name=L,res=224,batch_factor=1
 
-The argument names are those of the published code. Schedules are counted in epochs of ImageNet
-(1,281,167 images) whatever the data, and the learning rate is given per 256 examples.
+The argument names are those of the released code. Schedules are counted in ImageNet epochs
+(1,281,167 images) for any data set, and the learning rate is given per 256 examples.
 """
-
-import os
 
 from ml_collections import ConfigDict
 
-from apps.configs import published
-from apps.configs.arguments import check_published, parse_arguments
+from apps.configs import one_stage, published
+from apps.configs.arguments import parse_arguments
 from apps.configs.base import caption_config
-from apps.trainer.schedules import (
-  batch_size_from_factor,
-  scaled_learning_rate,
-  virtual_epoch_steps,
-)
 
-DEFAULTS = {
-  "res": 112,  # pixels
-  "img": "L/16",
-  "txt_decoder_name": "L",
-  "batch_factor": 2.0,  # batch = 16,384 * batch_factor
-  "batch_size": 0,  # our own: sets the batch directly; the learning rate follows it
-  "base_lr": 8e-6,  # per 256 examples
-  "imagenet_epoch": 2000.0,
-  "virtual_warmup_epoch": 20.0,
+DEFAULTS = one_stage.ARGUMENTS | {
   "token_len": 128,
   "txt_key": "llava_llama3_condition_True_dense_weighted_topk",
-  "vocab_size": 32000,
-  "vocab_path": "",
   "keep_ratio": 0.35,
-  "mask_ratio": 0.0,
-  "preset": "default",  # openvision2_released: mask, order and positions of the published code
-  "dtype": "float32",
-  "remat": "full",
-  "color_jitter": True,
-  "data_parallelism": -1,
-  "fsdp_parallelism": 1,
-  "tensor_parallelism": 1,
-  "init": "",  # workdir or checkpoint whose params start this run
-  "use_openclip_tokenizer": False,
-  "runlocal": False,  # one step on little data
+  "preset": "default",  # openvision2_released: mask, order and positions of the released code
 }
-ALIASES = published.arguments("openvision2", "renamed")
-IGNORED = published.arguments("openvision2", "ignored")
-REFUSED = published.arguments("openvision2", "refused")
-VALUES = {"remat": published.REMAT}
+PUBLISHED = published.names("openvision2")
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-  """The configuration of one stage; see the scripts' recipes in apps/configs/README.md."""
-  return resolve(
-    parse_arguments(arg, DEFAULTS, aliases=ALIASES, ignored=IGNORED, refused=REFUSED, values=VALUES)
-  )
+  """Return the configuration of one stage; see the recipes in apps/configs/README.md."""
+  return resolve(parse_arguments(arg, DEFAULTS, **PUBLISHED))
 
 
 def resolve(a: ConfigDict) -> ConfigDict:
-  """The configuration that arguments with the keys of DEFAULTS stand for.
+  """Return the configuration for arguments with the keys of DEFAULTS.
 
   Raises:
-    ValueError: a value that the published code takes, and that has no counterpart here.
+    ValueError: a value of the released code has no counterpart here.
   """
-  check_published(a)
   config = caption_config()
-  config.batch_size = a.batch_size or batch_size_from_factor(a.batch_factor)
-  config.total_steps = virtual_epoch_steps(a.imagenet_epoch, config.batch_size)
-  config.model.update(
-    encoder=a.img,
-    decoder=a.txt_decoder_name,
-    image_size=a.res,
-    token_len=a.token_len,
-    vocab_size=a.vocab_size,
-    preset=a.preset,
-    keep_ratio=a.keep_ratio,
-    dtype=a.dtype,
-    remat=a.remat,
-    caption_weight=2.0,
-  )
-  if a.mask_ratio:
-    config.model.encoder_options = ConfigDict({"mask_ratio": a.mask_ratio})
-  config.optimizer.learning_rate = scaled_learning_rate(a.base_lr, config.batch_size)
-  config.optimizer.schedule.warmup_steps = virtual_epoch_steps(
-    a.virtual_warmup_epoch, config.batch_size
-  )
+  one_stage.set_stage(config, a)
+  config.model.keep_ratio = a.keep_ratio
+  config.loss.caption = 2.0
   config.input.caption_keys = tuple(a.txt_key.split("+"))
-  config.input.color_jitter = a.color_jitter
-  config.tokenizer.path = os.path.expanduser(a.vocab_path)
-  config.mesh.update(data=a.data_parallelism, fsdp=a.fsdp_parallelism, tensor=a.tensor_parallelism)
-  config.init_from.path = a.init
-  if a.runlocal:
-    config.total_steps, config.optimizer.schedule.warmup_steps = 1, 0
   return config

@@ -1,9 +1,9 @@
-"""OpenVision 2 from the first stage to the last in one run, arXiv 2509.01644; for caption_train.
+"""OpenVision 2 curriculum: all stages in one run of caption_train, arXiv 2509.01644.
 
   --config=apps/configs/openvision2_curriculum.py:model=H/14,res=84+224+448,vocab_path=/data/vocab.txt
 
-The stages of 84 and 224 px are those of the published script. Models of 336, 384 and 448 px are
-published without the settings of their last stage: these are ours, those of OpenVision.
+The stages at 84 and 224 px are those of the published script. The published models at 336, 384 and
+448 px come without the settings of their last stage; those of OpenVision are used.
 """
 
 from ml_collections import ConfigDict
@@ -11,25 +11,22 @@ from ml_collections import ConfigDict
 from apps.configs import openvision2
 from apps.configs.curriculum import Family, make_curriculum
 
-# The decoder has the name of the encoder. The published code has none called So400m or g: So400m is
-# the size with which the published FLOPs agree to 1%, as they do for L; g is that of OpenVision.
+# The decoder has the variant of the encoder. The released code has no decoder variants So400m and
+# g: the size of So400m matches the published FLOPs to 1%, as for L; g is that of OpenVision.
 FAMILY = Family(
   openvision2.resolve,
   openvision2.DEFAULTS,
-  openvision2.ALIASES,
-  openvision2.IGNORED,
-  openvision2.REFUSED,
-  openvision2.VALUES,
+  openvision2.PUBLISHED,
   ("txt_decoder_name",),
   {
     "L/14": (84, 224, 336),
     "So400m/14": (84, 224, 384),
-    "H/14": (84, 224, 336),  # and, from 224 px too, one of 448
+    "H/14": (84, 224, 336),  # also 448, fine-tuned from 224
     "g/14": (84, 224),
   },
 )
 
 
 def get_config(arg: str | None = None, model: str = "") -> ConfigDict:
-  """All stages of one model; `model` is given by the files that are named after one."""
+  """Return all stages of one model; the files named after a model pass `model`."""
   return make_curriculum(FAMILY, arg, model)

@@ -1,8 +1,8 @@
-"""OpenVision from the first stage to the last in one run, arXiv 2505.04601; for clip_train.
+"""OpenVision curriculum: all stages in one run of clip_train, arXiv 2505.04601.
 
   --config=apps/configs/openvision_curriculum.py:model=B/8,vocab_path=/data/vocab.txt
 
-Pixels, batches, rates and lengths are those of the published script and models; so is bfloat16.
+Image sizes, batch sizes, rates, lengths and bfloat16 are those of the published script and models.
 """
 
 from ml_collections import ConfigDict
@@ -14,10 +14,7 @@ _SMALL, _LARGE = (160, 224, 384), (84, 224, 336)
 FAMILY = Family(
   openvision.resolve,
   {**openvision.DEFAULTS, "dtype": "bfloat16"},
-  openvision.ALIASES,
-  openvision.IGNORED,
-  openvision.REFUSED,
-  openvision.VALUES,
+  openvision.PUBLISHED,
   ("txt_name", "txt_decoder_name"),
   {
     "Ti/16": _SMALL,
@@ -34,5 +31,5 @@ FAMILY = Family(
 
 
 def get_config(arg: str | None = None, model: str = "") -> ConfigDict:
-  """All stages of one model; `model` is given by the files that are named after one."""
+  """Return all stages of one model; the files named after a model pass `model`."""
   return make_curriculum(FAMILY, arg, model)

@@ -1,4 +1,4 @@
-"""The recipes of the published scripts, resolved: batch, steps, warm-up and rate of each stage."""
+"""Tests of batch size, steps, warm-up and learning rate of the published recipes."""
 
 import pytest
 
@@ -35,7 +35,7 @@ def test_text_keys_of_the_published_data():
   assert config.input.caption_keys == ("llava_caption", "recaption")
 
 
-def test_arguments_without_effect_are_accepted_with_a_reason(caplog):
+def test_arguments_without_effect_log_a_reason(caplog):
   config = openvision.get_config("concat=false,prob=1.0,load_pretrain=False")
   assert config.init_from.path == "" and config.to_dict() == openvision.get_config().to_dict()
   assert "'load_pretrain' has no effect: it has no effect in the published code" in caplog.text
@@ -43,29 +43,29 @@ def test_arguments_without_effect_are_accepted_with_a_reason(caplog):
 
 @pytest.mark.parametrize("value", ["False", "True", "", "/runs/a"])
 @pytest.mark.parametrize("recipe", [openvision, openvision2])
-def test_load_pretrain_is_no_path(recipe, value):
+def test_load_pretrain_is_not_a_path(recipe, value):
   assert recipe.get_config(f"load_pretrain={value}").init_from.path == ""
 
 
-def test_the_shared_space_of_so400m_can_be_asked_for():
+def test_use_sovit_sets_embedding_dimension():
   assert openvision.get_config("use_sovit=true,img=L/14").model.embed_dim == 1152
   assert openvision.get_config("use_sovit=false").model.embed_dim == 0
 
 
 @pytest.mark.parametrize("recipe", [openvision, openvision2])
-def test_older_values_of_remat(recipe):
+def test_old_remat_values(recipe):
   published = ("none", "full", "minimal", "minimal_offloaded", "minimal_flash")
   found = [recipe.get_config(f"remat={value}").model.remat for value in published]
   assert found == ["none", "full", "dots", "offload", "dots"]
 
 
 @pytest.mark.parametrize(
-  ("recipe", "text", "said"),
+  ("recipe", "text", "message"),
   [
     (
       openvision2,
       "txt_name=L/16",
-      "'txt_name' is not one of this recipe: OpenVision 2 has no text",
+      "'txt_name' is not an argument of this recipe: OpenVision 2 has no text",
     ),
     (openvision2, "output_token_len=128", "token_len is the length of the caption here"),
     (openvision2, "txt_key1=txt", "give its name as txt_key"),
@@ -78,19 +78,19 @@ def test_older_values_of_remat(recipe):
     (
       openvision,
       "txt_key1=txt,llava_caption",
-      "'llava_caption'; a value holds no comma .*joined with",
+      "'llava_caption'; values cannot contain a comma .*joined with",
     ),
     (openvision, "runlocal=1", "runlocal='1': expected true or false"),
     (openvision2, "color_jitter=yes", "color_jitter='yes': expected true or false"),
   ],
 )
-def test_published_arguments_that_mean_something_else_have_a_remedy(recipe, text, said):
-  with pytest.raises(ValueError, match=said):
+def test_errors_for_unsupported_published_arguments(recipe, text, message):
+  with pytest.raises(ValueError, match=message):
     recipe.get_config(text)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_objectives_ask_for_what_they_weigh(name):
+def test_objectives_enable_required_towers(name):
   config = clip_demo.get_config(f"loss={name}")
   contrastive = config.loss.clip + config.loss.siglip
   assert bool(config.model.text) == bool(contrastive)
@@ -99,6 +99,6 @@ def test_objectives_ask_for_what_they_weigh(name):
   assert (config.model.bias_init is None) == (name != "siglip")
 
 
-def test_unknown_objective_is_named():
+def test_unknown_objective():
   with pytest.raises(ValueError, match="loss='clap': expected one of openvision, clip"):
     use_objective(clip_config(), "clap")

@@ -1,23 +1,23 @@
-"""Names of the published OpenVision code, and what each is called here.
+"""Names of the released OpenVision code, and their counterparts here.
 
-This table is the only place that knows them: the parsers of arguments and flags answer from it, and
-README.md shows it (`python -m apps.configs.published` prints the tables; a test compares them).
+Only this table contains these names: the parsers of arguments and flags use it, and README.md shows
+it (`python -m apps.configs.published` prints the tables; a test compares them).
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 FAMILIES = ("openvision", "openvision2")
 
 
 class Argument(NamedTuple):
-  """An argument of `--config=FILE.py:ARGUMENTS`.
+  """Argument of `--config=FILE.py:ARGUMENTS`.
 
   Attributes:
-    name: in the published code.
-    openvision: how openvision.py takes it: "same", "same: DIFFERENCE", "renamed: NEW",
+    name: name in the released code.
+    openvision: support in openvision.py: "same", "same: DIFFERENCE", "renamed: NEW",
       "ignored: WHY" or "refused: REMEDY".
-    openvision2: how openvision2.py takes it.
+    openvision2: support in openvision2.py.
   """
 
   name: str
@@ -26,19 +26,17 @@ class Argument(NamedTuple):
 
 
 class Setting(NamedTuple):
-  """A leaf of the configuration tree, `--config.NAME=VALUE`, or another flag.
+  """Leaf of the configuration tree, `--config.NAME=VALUE`, or another flag.
 
   Attributes:
-    name: in the published code; ".*" at its end stands for every leaf below.
-    here: what to type instead, with {} for the value; "" for nothing.
-    note: what differs, or why nothing is needed.
-    caption: `here` for caption_train, where that differs from clip_train.
+    name: name in the released code; a trailing ".*" matches every leaf below.
+    here: replacement, with {} for the value; "" if there is none.
+    note: difference, or reason why none is needed.
   """
 
   name: str
   here: str
   note: str = ""
-  caption: str | None = None
 
 
 # Values of the argument `remat` and of `remat_policy`.
@@ -105,7 +103,6 @@ ARGUMENTS = (
 )
 
 _FLICKR = "a run has one retrieval set; measure the other one with --config.eval_only=True"
-_NO_RETRIEVAL = "OpenVision 2 has no text tower, so nothing is retrieved"
 _FIXED = "part of the code"
 _PIXELS = "evaluation resizes the shorter side and crops the center, as published"
 
@@ -114,7 +111,7 @@ SETTINGS = (
   Setting("seed", "--config.seed={}"),
   Setting("total_steps", "--config.total_steps={}"),
   Setting("eval_only", "--config.eval_only={}"),
-  Setting("model.keep_ratio", "", "OpenVision keeps every token", "--config.model.keep_ratio={}"),
+  Setting("model.keep_ratio", "--config.model.keep_ratio={}", "OpenVision keeps every token"),
   Setting(
     "resume", "", "the same --workdir resumes; --config.init_from.path takes parameters only"
   ),
@@ -125,10 +122,10 @@ SETTINGS = (
     "patch kernels are resized; --config.init_from.patch_resize=bilinear does it as published",
   ),
   Setting("load_config.*", "", "init_from.path reads the sizes from the checkpoint"),
-  Setting("save_ckpt", "", "a run always saves; --config.checkpoint.every says how often"),
+  Setting("save_ckpt", "", "a run always saves; --config.checkpoint.every sets the interval"),
   Setting("ckpt_steps", "--config.checkpoint.every={}"),
   Setting(
-    "keep_ckpt", "", "unused in the published code; --config.checkpoint.keep_last says how many"
+    "keep_ckpt", "", "unused in the published code; --config.checkpoint.keep_last sets the number"
   ),
   Setting("keep_ckpt_steps", "--config.checkpoint.keep_every={}"),
   Setting("log_training_steps", "--config.log_every={}"),
@@ -154,9 +151,7 @@ SETTINGS = (
     "input.cach_raw", "", "records are read when needed; misspelt and off in the published code"
   ),
   Setting("input.txt_token_length", "--config.model.token_len={}", "use the argument token_len"),
-  Setting(
-    "input.pp", "", "--config.input.fit, area_min and color_jitter say what is done to images"
-  ),
+  Setting("input.pp", "", "--config.input.fit, area_min and color_jitter set the preprocessing"),
   Setting("input.use_mixup", "", "unused in the published code"),
   Setting("input.mixup.*", "", "unused in the published code"),
   Setting("input.cutmix.*", "", "unused in the published code"),
@@ -189,14 +184,13 @@ SETTINGS = (
     "loss_type",
     "--config=apps/configs/openvision.py:loss=NAME",
     "an argument; one of openvision, clip, siglip, coca, cappa",
-    "",
   ),
-  Setting("clip_loss_weight", "--config.loss.clip={}", "", ""),
-  Setting(
-    "coca_caption_loss_weight", "--config.loss.caption={}", "", "--config.model.caption_weight={}"
-  ),
+  Setting("clip_loss_weight", "--config.loss.clip={}"),
+  Setting("coca_caption_loss_weight", "--config.loss.caption={}"),
   Setting("loss_use_global_batch", "", "contrastive losses always compare the global batch"),
-  Setting("local_loss", "", "--config.loss.form says how the contrastive loss is computed"),
+  Setting(
+    "local_loss", "", "--config.loss.form selects the implementation of the contrastive loss"
+  ),
   Setting("mask_ratio", "", "unused in the published code; the argument mask_ratio drops patches"),
   Setting("cpu_unit8", "", "images always go to the device as uint8"),
   Setting("l", "", "unused in the published code"),
@@ -213,7 +207,7 @@ SETTINGS = (
   Setting("model.image_model_name", "", _FIXED),
   Setting("model.text_decoder_name", "", _FIXED),
   Setting("model.image.variant", "--config.model.encoder={}"),
-  Setting("model.text.variant", "--config.model.text={}", "without a patch size", ""),
+  Setting("model.text.variant", "--config.model.text={}", "without a patch size"),
   Setting("model.text_decoder_config.variant", "--config.model.decoder={}"),
   Setting("model.image.dtype", "--config.model.dtype={}", "one for all towers"),
   Setting("model.text.dtype", "--config.model.dtype={}", "one for all towers"),
@@ -263,14 +257,12 @@ SETTINGS = (
     "model.text.pool_type",
     "--config.model.text_options=\"{{'pool': '{}'}}\"",
     "the published code ignores it and takes the last token",
-    "",
   ),
   Setting("model.text.vocab_size", "--config.model.vocab_size={}", "use the argument vocab_size"),
   Setting(
     "model.text.casual_mask",
     "--config.model.text_options=\"{{'mask': 'causal'}}\"",
     "or 'none'",
-    "",
   ),
   Setting(
     "model.text.*",
@@ -286,15 +278,14 @@ SETTINGS = (
     "model.text_decoder_config.num_learnable_tokens",
     "--config.model.caption_len={}",
     "use the argument output_token_len",
-    "",
   ),
   Setting(
     "model.text_decoder_config.*",
     "",
     "the decoder computes as published; --config.model.decoder_options has its fields",
   ),
-  Setting("model.temperature_init", "--config.model.scale_init={}", "", ""),
-  Setting("model.out_dim", "--config.model.embed_dim={}", "one number for both towers", ""),
+  Setting("model.temperature_init", "--config.model.scale_init={}"),
+  Setting("model.out_dim", "--config.model.embed_dim={}", "one number for both towers"),
   Setting(
     "evals.disclf.data_dir",
     "--config.eval.zero_shot.dir={} --config.eval.zero_shot.classes=imagenet "
@@ -306,30 +297,25 @@ SETTINGS = (
   Setting("evals.disclf.pp_img", "", _PIXELS),
   Setting("evals.disclf.canonicalize", "", "prompts are always canonical"),
   Setting("evals.disclf.*", "", "--config.eval.zero_shot has dir, split, classes and templates"),
-  Setting("evals.retrieval.data_dir", "--config.eval.retrieval.dir={}", "", ""),
-  Setting("evals.retrieval.split", "--config.eval.retrieval.split={}", "", ""),
+  Setting("evals.retrieval.data_dir", "--config.eval.retrieval.dir={}"),
+  Setting("evals.retrieval.split", "--config.eval.retrieval.split={}"),
   Setting(
     "evals.retrieval.txt_name",
     "--config.eval.retrieval.caption_keys=\"('captions/text',)\"",
-    "",
-    "",
   ),
   Setting("evals.retrieval.log_steps", "--config.eval.every={}", "one for all evaluations"),
   Setting("evals.retrieval.pp_img", "", _PIXELS),
-  Setting(
-    "evals.retrieval.*", "", "--config.eval.retrieval of clip_train has dir, split and caption_keys"
-  ),
-  Setting("evals.retrieval_flikr.data_dir", "--config.eval.retrieval.dir={}", _FLICKR, ""),
-  Setting("evals.retrieval_flikr.split", "--config.eval.retrieval.split={}", _FLICKR, ""),
+  Setting("evals.retrieval.*", "", "--config.eval.retrieval has dir, split and caption_keys"),
+  Setting("evals.retrieval_flikr.data_dir", "--config.eval.retrieval.dir={}", _FLICKR),
+  Setting("evals.retrieval_flikr.split", "--config.eval.retrieval.split={}", _FLICKR),
   Setting(
     "evals.retrieval_flikr.txt_name",
     "--config.eval.retrieval.caption_keys=\"('captions',)\"",
     _FLICKR,
-    "",
   ),
   Setting("evals.retrieval_flikr.log_steps", "--config.eval.every={}", "one for all evaluations"),
   Setting("evals.retrieval_flikr.*", "", _FLICKR),
-  Setting("evals.*", "", "--config.eval has zero_shot, retrieval (clip_train) and features"),
+  Setting("evals.*", "", "--config.eval has zero_shot, retrieval and features"),
   Setting("hf_upload.repo_name", "//apps:export -- --push_to_hub={}"),
   Setting("hf_upload.save_directory", "//apps:export -- --out={}"),
   Setting("hf_upload.token", "HF_TOKEN", "an environment variable; no configuration holds a token"),
@@ -351,50 +337,54 @@ FLAGS = (
 
 
 def arguments(family: str, kind: str) -> dict[str, str]:
-  """Return the arguments that a recipe takes in one way.
+  """Return the arguments that a recipe supports in one way.
 
   Args:
     family: one of FAMILIES.
     kind: "renamed", "ignored" or "refused".
 
   Returns:
-    Published name -> new name, reason or remedy.
+    Name in the released code -> new name, reason or remedy.
   """
   taken = {row.name: getattr(row, family).partition(": ") for row in ARGUMENTS}
   return {name: text for name, (how, _, text) in taken.items() if how == kind}
 
 
+def names(family: str) -> dict[str, Any]:
+  """Return the keyword arguments of `parse_arguments` for the names of the released code."""
+  kinds = {"aliases": "renamed", "ignored": "ignored", "refused": "refused"}
+  found = {keyword: arguments(family, kind) for keyword, kind in kinds.items()}
+  return {**found, "values": {"remat": REMAT}}
+
+
 def find_setting(name: str) -> Setting | None:
-  """Return the row of a published leaf such as "wandb.project"; None for any other name."""
+  """Return the row of a leaf of the released code such as "wandb.project", or None."""
   rows = {row.name: row for row in SETTINGS}
   parts = name.split(".")
   whole = [".".join(parts[:n]) + ".*" for n in range(len(parts), 0, -1)]
   return next((rows[key] for key in (name, *whole) if key in rows), None)
 
 
-def explain_setting(name: str, value: str | None, *, caption: bool) -> str | None:
-  """Say what a published leaf is called here, in a part of a sentence.
+def explain_setting(name: str, value: str | None) -> str | None:
+  """Return the replacement of a leaf of the released code, as part of a sentence.
 
   Args:
-    name: of the leaf, without "config.".
-    value: that was given, if one was.
-    caption: whether caption_train was started, rather than clip_train.
+    name: name of the leaf, without "config.".
+    value: value of the leaf, if given.
 
   Returns:
-    The text; None where the published code has no such leaf.
+    The text; None if the released code has no such leaf.
   """
   row = find_setting(name)
   if row is None:
     return None
-  here = row.here if row.caption is None or not caption else row.caption
-  if not here:
-    note = row.note or "it belongs to OpenVision, which clip_train trains"
-    if caption and row.caption == "" and name.startswith("evals."):
-      note = _NO_RETRIEVAL
-    return f"--config.{name} of the published code has no counterpart here ({note}); leave it out"
+  if not row.here:
+    return (
+      f"--config.{name} of the published code has no counterpart here ({row.note}); leave it out"
+    )
   value = REMAT.get(value or "", value) if name.endswith("remat_policy") else value
   note = f" ({row.note})" if row.note else ""
-  return f"--config.{name} is called {here.format(value or 'VALUE')} here{note}"
+  return f"--config.{name} is called {row.here.format(value or 'VALUE')} here{note}"
 
 
 def tables() -> Mapping[str, str]:
@@ -405,9 +395,7 @@ def tables() -> Mapping[str, str]:
     return {"same": f"yes{rest and ': '}{rest}", "renamed": f"yes, as `{rest}`"}.get(how, text)
 
   def here(row: Setting) -> str:
-    texts = [row.here] if row.caption in (None, row.here) else [row.here, row.caption]
-    shown = [f"`{text.format('X')}`" if text else "none" for text in texts]
-    return shown[0] if len(shown) == 1 else f"{shown[0]}; in caption_train {shown[1]}"
+    return f"`{row.here.format('X')}`" if row.here else "none"
 
   def table(head: str, rows: list[str]) -> str:
     return "\n".join([head, "|---" * (head.count("|") - 1) + "|", *rows])

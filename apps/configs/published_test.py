@@ -1,4 +1,4 @@
-"""Every name of the published code is answered, and README.md shows the same table."""
+"""Tests that every name of the released code is handled, and README.md shows the table."""
 
 import json
 from pathlib import Path
@@ -17,21 +17,18 @@ NAMES = json.loads((HERE / "testdata" / "published_names.json").read_text())
 
 
 def leaves(tree, prefix=""):
-  """Dotted names of a configuration, of its parts too."""
+  """Return the dotted names of a configuration and of its sections."""
   for key, value in tree.items():
     yield f"{prefix}{key}"
     if isinstance(value, ConfigDict):
       yield from leaves(value, f"{prefix}{key}.")
 
 
-TREES = {
-  False: set(leaves(base.clip_config())),
-  True: set(leaves(base.caption_config())),
-}
+TREE = set(leaves(base.clip_config()))
 
 
 @pytest.mark.parametrize("family", published.FAMILIES)
-def test_every_published_argument_is_taken_or_answered(family):
+def test_every_published_argument_is_handled(family):
   recipe = RECIPES[family]
   declared = set(NAMES[family])
   assert declared <= {row.name for row in published.ARGUMENTS}
@@ -43,44 +40,40 @@ def test_every_published_argument_is_taken_or_answered(family):
     if how == "renamed":
       assert text in recipe.DEFAULTS
     if how == "refused":
-      with pytest.raises(ValueError, match=f"'{row.name}' is not one of this recipe"):
+      with pytest.raises(ValueError, match=f"'{row.name}' is not an argument of this recipe"):
         recipe.get_config(f"{row.name}=x")
 
 
-@pytest.mark.parametrize("caption", [False, True], ids=["clip_train", "caption_train"])
 @pytest.mark.parametrize("name", NAMES["settings"])
-def test_every_published_setting_is_taken_or_answered(name, caption):
-  said = published.explain_setting(name, "x", caption=caption)
-  assert said and "\n" not in said and f"config.{name}" in said
+def test_every_published_setting_is_handled(name):
+  message = published.explain_setting(name, "x")
+  assert message and "\n" not in message and f"config.{name}" in message
   row = published.find_setting(name)
-  if said.endswith("leave it out"):
+  if message.endswith("leave it out"):
     return
-  for word in said.partition(" is called ")[2].split():
+  for word in message.partition(" is called ")[2].split():
     if word.startswith("--config."):
       leaf = word.removeprefix("--config.").partition("=")[0].rstrip(").,;")
-      assert leaf in TREES[caption] or leaf == "optimizer.NAME" or leaf == row.name, said
+      assert leaf in TREE or leaf == "optimizer.NAME" or leaf == row.name, message
 
 
-@pytest.mark.parametrize("caption", [False, True])
-def test_no_setting_of_ours_is_taken_for_a_published_one(caption):
-  for name in TREES[caption]:
+def test_own_settings_are_not_published_names():
+  for name in TREE:
     if row := published.find_setting(name):
-      here = row.here if row.caption is None or not caption else row.caption
-      assert here == f"--config.{name}={{}}" or name == "model.text", name
+      assert row.here == f"--config.{name}={{}}" or name == "model.text", name
 
 
-def test_values_are_mapped_and_shown():
+def test_values_are_mapped():
   explain = published.explain_setting
-  assert "--config.wandb_project=run here" in explain("wandb.project", "run", caption=False)
-  said = explain("model.text.remat_policy", "minimal_offloaded", caption=False)
-  assert "--config.model.remat=offload here" in said
-  weight = [explain("coca_caption_loss_weight", "2", caption=caption) for caption in (False, True)]
-  assert "--config.loss.caption=2" in weight[0] and "--config.model.caption_weight=2" in weight[1]
-  assert "'mask_ratio': 0.5" in explain("model.image.mask_ratio", "0.5", caption=False)
-  assert explain("batchsize", "2", caption=False) is None
+  assert "--config.wandb_project=run here" in explain("wandb.project", "run")
+  message = explain("model.text.remat_policy", "minimal_offloaded")
+  assert "--config.model.remat=offload here" in message
+  assert "--config.loss.caption=2" in explain("coca_caption_loss_weight", "2")
+  assert "'mask_ratio': 0.5" in explain("model.image.mask_ratio", "0.5")
+  assert explain("batchsize", "2") is None
 
 
 @pytest.mark.parametrize("name", ["arguments", "flags", "settings"])
-def test_the_readme_shows_the_table(name):
+def test_readme_shows_table(name):
   # `python -m apps.configs.published` prints what to paste.
   assert published.tables()[name] in README

@@ -1,7 +1,7 @@
-"""README.md of an exported folder: what the model is, how it was made, how well it does, its use.
+"""Model card (README.md) of an exported folder: model, training, evaluation and usage.
 
-What comes from configs and data is text to the page: it cannot break a table, bring markup, name a
-folder of the machine that trained, or show a secret.
+Values from configs and data are escaped: they cannot break tables or add markup. Local paths and
+secrets are removed.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,18 +27,18 @@ from ov_eval import Result
 import ov_models
 
 _PARTS = {"encoder": "image tower", "text": "text tower", "decoder": "caption decoder"}
-# The values of a config that decide what a model becomes, by their dotted name.
-_DECISIVE = (
+# Config values shown in the card, by dotted name.
+_SHOWN_VALUES = (
   ("model.encoder", "image tower"), ("model.text", "text tower"), ("model.decoder", "decoder"),
   ("model.preset", "preset"), ("model.image_size", "image size"), ("model.dtype", "compute"),
-  ("model.keep_ratio", "share of patches that the decoder sees"),
+  ("model.keep_ratio", "fraction of patches that the decoder sees"),
   ("loss.clip", "weight of the softmax loss"), ("loss.siglip", "weight of the sigmoid loss"),
   ("loss.caption", "weight of the caption loss"),
   ("model.caption_weight", "weight of the caption loss"),
   ("optimizer.learning_rate", "learning rate"), ("optimizer.schedule.kind", "schedule"),
   ("optimizer.schedule.warmup_steps", "warm-up steps"), ("optimizer.weight_decay", "weight decay"),
   ("optimizer.b1", "beta 1"), ("optimizer.b2", "beta 2"),
-  ("optimizer.grad_clip_norm", "largest norm of the gradient"),
+  ("optimizer.grad_clip_norm", "gradient clipping norm"),
   ("optimizer.ema_decay", "decay of the averaged weights"),
   ("input.data_dir", "data"), ("input.sources", "sources"), ("input.split", "split"),
   ("input.caption_keys", "captions"), ("input.alt_keys", "short texts"), ("input.fit", "pictures"),
@@ -53,16 +53,16 @@ _PAPERS = (
 
 @dataclasses.dataclass(frozen=True)
 class CardFacts:
-  """What a card is made from.
+  """Input of a model card.
 
   Attributes:
-    kind: a format of //apps:export.
-    release: the model as it was written; its parameters are not read.
-    license: an identifier such as "apache-2.0"; "" says that none was given.
-    about: of the run: config (nested), stage, step, examples_seen, versions, fingerprint (of the
-      data); or "imported": {"from": name, "notes": lines}.
-    tokenizer: fingerprint; "" without one.
-    results: rows as `ov_eval.write_results` writes them, `split` in each.
+    kind: format of //apps:export.
+    release: exported model; its parameters are not read.
+    license: license identifier such as "apache-2.0"; "" if none was given.
+    about: metadata of the run: config (nested), stage, step, examples_seen, versions, fingerprint
+      (of the data); or "imported": {"from": name, "notes": lines}.
+    tokenizer: fingerprint of the tokenizer; "" without one.
+    results: rows as written by `ov_eval.write_results`, each with `split`.
     parity: content of parity.json: rows, versions, date, pictures, texts.
   """
 
@@ -76,12 +76,12 @@ class CardFacts:
 
   @property
   def format(self) -> ExportFormat:
-    """The format called `kind`."""
+    """The format `kind`."""
     return EXPORTS[self.kind]
 
 
 def facts_of(kind: str, source: Source, parity: Mapping[str, Any], license_name: str) -> CardFacts:
-  """The facts of one format of an export; `parity` is the content of its parity.json."""
+  """Return the facts of one format of an export; `parity` is the content of its parity.json."""
   texts = source.processor or source.tokenizer
   fingerprint = texts.fingerprint if texts else ""
   return CardFacts(
@@ -90,25 +90,27 @@ def facts_of(kind: str, source: Source, parity: Mapping[str, Any], license_name:
 
 
 def write_card(folder: Path, facts: CardFacts) -> None:
-  """Writes README.md into a folder of one format."""
+  """Write README.md into a folder of one format."""
   page = render(facts)
   (folder / "README.md").write_text(page, "utf-8", errors="backslashreplace")
 
 
 def render(facts: CardFacts) -> str:
-  """The card as Markdown with a header of key lines."""
+  """Return the card as Markdown with a YAML header."""
   release = facts.release
+  imported = facts.about.get("imported") or {}
   about, config = facts.about, clean(facts.about.get("config") or {})
   return _template().render(
     header=_header(facts),
-    title=_title(release),
+    title=_title(release, about),
     library=facts.format.title,
     holds=_holds(facts),
     leaves_out=_leaves_out(facts),
     notes=_notes(facts),
     parts=_parts(release),
     model=_model(facts),
-    imported=clean(about.get("imported") or {}),
+    imported=clean({k: v for k, v in imported.items() if k != "citation"}),
+    citation=str(imported.get("citation") or ""),
     training=_training(facts, config),
     config="\n".join(f"{name}: {value}" for name, value in report_text.flat(config)),
     versions=about.get("versions") or {},
@@ -131,23 +133,23 @@ def _template() -> jinja2.Template:
   environment = jinja2.Environment(
     undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     keep_trailing_newline=True,
-  )  # fmt: skip  # Markdown, not HTML: `cell` escapes
+  )  # fmt: skip  # Markdown is escaped by `cell`
   environment.filters.update(cell=cell, fenced=_fenced)
   source = Path(__file__).with_name("card_template.md.j2").read_text("utf-8")
   return environment.from_string(source)
 
 
 def _fenced(text: str) -> str:
-  """A block of literal text, fenced by more backticks than it holds in a row."""
+  """Return a fenced block of literal text, with a fence longer than any run of backticks in it."""
   longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
   fence = "`" * max(3, longest + 1)
   return f"{fence}text\n{text}\n{fence}"
 
 
 def _header(facts: CardFacts) -> list[str]:
-  """The lines that the hub reads."""
+  """Return the header lines, which the hub reads."""
   texts = facts.release.text is not None and facts.format.texts
-  captions = _writes(facts)
+  captions = _can_caption(facts)
   if texts and facts.format.joint:
     task = "zero-shot-image-classification"
   else:
@@ -163,8 +165,10 @@ def _header(facts: CardFacts) -> list[str]:
   return [*lines, f"pipeline_tag: {task}", "tags:", *(f"- {tag}" for tag in tags)]
 
 
-def _title(release: Release) -> str:
+def _title(release: Release, about: Mapping[str, Any]) -> str:
   encoder = release.encoder
+  if name := clean(about.get("imported") or {}).get("name"):
+    return f"{name}, {encoder.image_size} px"
   sizes = (encoder.width, encoder.depth, encoder.mlp_dim, encoder.num_heads)
   variants = {values: name for name, values in ov_models.VIT_VARIANTS.items()}
   name = variants.get(sizes, f"ViT of width {encoder.width} and {encoder.depth} layers, patch ")
@@ -172,49 +176,49 @@ def _title(release: Release) -> str:
   return f"OpenVision {name}{joint}{encoder.patch_size}, {encoder.image_size} px"
 
 
-def _held(facts: CardFacts) -> list[str]:
-  """Which of `_PARTS` this folder holds."""
+def _included_parts(facts: CardFacts) -> list[str]:
+  """Return the keys of `_PARTS` that this folder contains."""
   config, form = facts.release.config, facts.format
-  held = ["encoder"]
+  included = ["encoder"]
   if facts.release.text is not None and form.texts:
-    held.append("text")
+    included.append("text")
   any_decoder = getattr(config, "decoder", None) is not None
-  if any_decoder if form.decoder == "any" else _writes(facts):
-    held.append("decoder")
-  return held
+  if any_decoder if form.decoder == "any" else _can_caption(facts):
+    included.append("decoder")
+  return included
 
 
-def _writes(facts: CardFacts) -> bool:
-  """Whether this folder writes captions."""
-  return facts.format.decoder != "none" and snippets.writes_captions(facts.release)
+def _can_caption(facts: CardFacts) -> bool:
+  """Return whether this folder can generate captions."""
+  return facts.format.decoder != "none" and snippets.can_caption(facts.release)
 
 
 def _holds(facts: CardFacts) -> str:
-  return _listed(_PARTS[part] for part in _held(facts))
+  return _join_names(_PARTS[part] for part in _included_parts(facts))
 
 
 def _leaves_out(facts: CardFacts) -> str:
-  config, held = facts.release.config, _held(facts)
-  lacking = [part for part in ("text", "decoder") if part not in held]
-  return _listed(_PARTS[part] for part in lacking if getattr(config, part, None) is not None)
+  config, included = facts.release.config, _included_parts(facts)
+  missing = [part for part in ("text", "decoder") if part not in included]
+  return _join_names(_PARTS[part] for part in missing if getattr(config, part, None) is not None)
 
 
 def _notes(facts: CardFacts) -> list[str]:
-  """Return sentences on surprising behavior of a folder; the modules that write it say more."""
+  """Return sentences on unexpected behavior of a folder."""
   release, form = facts.release, facts.format
   notes = [*form.notes(release, facts.parity), form.sizes(release)]
   if release.dtype != "float32":
-    notes.append(f"The files hold {release.dtype}; the programs below compute in float32.")
+    notes.append(f"The files contain {release.dtype}; the programs below compute in float32.")
   return notes
 
 
-def _listed(names: Iterable[str]) -> str:
+def _join_names(names: Iterable[str]) -> str:
   *before, last = list(names) or [""]
   return f"{', '.join(before)} and {last}" if before else last
 
 
 def _parts(release: Release) -> list[tuple[str, ...]]:
-  """Rows of the table of towers."""
+  """Return the rows of the table of towers."""
   counts = dict(_counts(release.config))
   configs = {"encoder": release.encoder, "text": release.text}
   configs["decoder"] = getattr(release.config, "decoder", None)
@@ -231,7 +235,7 @@ def _parts(release: Release) -> list[tuple[str, ...]]:
 
 @functools.cache
 def _counts(config: Config) -> Mapping[str, int]:
-  """Parameters of each part, by its name in ours."""
+  """Return the number of parameters of each part."""
   counts: dict[str, int] = {}
   for path, leaf in flatten(ov_models.abstract_params(config)).items():
     part = "encoder" if isinstance(config, ov_models.ViTConfig) else path.split("/")[0]
@@ -241,10 +245,15 @@ def _counts(config: Config) -> Mapping[str, int]:
 
 def _behaviour(part: str, config: Any) -> str:
   if part == "encoder":
-    pool = {"gap": "mean of the patches", "tok": "[CLS]", "map": "attention"}[config.pool]
-    return f"patch {config.patch_size}, positions {config.position}, pooled by {pool}"
+    pool = {
+      "gap": "mean of the patches", "mean": "mean of the patches", "tok": "[CLS]",
+      "last": "last patch", "map": "attention", "attend": "attention",
+    }[config.pool]  # fmt: skip
+    positions = [config.position, *([f"rotary {config.rotary}"] * (config.rotary != "none"))]
+    shown = " and ".join(name for name in positions if name != "none")
+    return f"patch {config.patch_size}, positions {shown}, pooled by {pool}"
   if part == "text":
-    seen = "padding seen" if config.padding == "attend" else "padding masked"
+    seen = "padding attended" if config.padding == "attend" else "padding masked"
     return f"{config.max_len} tokens, mask {config.mask}, pooled {config.pool}, {seen}"
   if isinstance(config, ov_models.QueryDecoderConfig):
     return f"{config.num_queries} learned queries, {config.vocab_size:,} words"
@@ -257,9 +266,9 @@ def _behaviour(part: str, config: Any) -> str:
 def _model(facts: CardFacts) -> list[tuple[str, str]]:
   release, config = facts.release, facts.release.config
   rows = [
-    ("parameters of the whole model", f"{sum(_counts(config).values()):,}"),
+    ("parameters of the full model", f"{sum(_counts(config).values()):,}"),
     ("image size", f"{release.encoder.image_size} x {release.encoder.image_size} px"),
-    ("numbers in the files", release.dtype),
+    ("dtype of the files", release.dtype),
   ]
   if isinstance(config, ov_models.VisionLanguageConfig) and config.text is not None:
     rows.insert(1, ("width of the shared space", f"{config.embed_dim:,}"))
@@ -278,21 +287,23 @@ def _training(facts: CardFacts, config: Mapping[str, Any]) -> list[tuple[str, An
     seen = batch * step
   values |= {"samples seen": seen, "fingerprint of the data": about.get("fingerprint")}
   flat = dict(report_text.flat(config))
-  for name, spoken in _DECISIVE:
+  for name, label in _SHOWN_VALUES:
     if name in flat:
-      values[spoken] = json.loads(flat[name])
+      value = json.loads(flat[name])
+      if value or not name.startswith("loss."):  # omit losses of weight 0
+        values[label] = value
   values["fingerprint of the tokenizer"] = facts.tokenizer
-  return [(name, _said(v)) for name, v in values.items() if v not in (None, "", [], {})]
+  return [(name, _joined(v)) for name, v in values.items() if v not in (None, "", [], {})]
 
 
-def _said(value: Any) -> Any:
+def _joined(value: Any) -> Any:
   if isinstance(value, list):
     return ", ".join(v if isinstance(v, str) else json.dumps(v) for v in value)
   return value
 
 
 def _result(row: Mapping[str, Any]) -> tuple[str, ...]:
-  """Evaluator, split, metric, value, interval, n, and what else identifies it."""
+  """Return evaluator, split, metric, value, interval, n and further context."""
   context = dict(row.get("context") or {})
   low, high = row.get("interval") or (None, None)
   value = math.nan if row["value"] is None else row["value"]
@@ -311,7 +322,7 @@ def _parity_row(row: Mapping[str, Any]) -> tuple[str, ...]:
   cosine, largest = row.get("cosine"), _number(row.get("max_abs"))
   if row.get("measured", row.get("max_abs")) != row.get(
     "max_abs"
-  ):  # pixels are judged by their mean
+  ):  # pixels are compared by their mean
     largest = f"{largest} (mean {_number(row.get('measured'))})"
   return (
     row["name"], largest, "" if cosine is None else f"{cosine:.7f}",
@@ -328,15 +339,15 @@ def _number(value: float | None) -> str:
 def _preprocessing(pre: Preprocess) -> list[str]:
   side = f"{pre.image_size}"
   fit = {
-    "squash": f"stretch the image to {side} x {side} pixels",
-    "center": f"scale the shorter side to {side} pixels, keep the {side} x {side} in the middle",
+    "squash": f"resize the image to {side} x {side} pixels",
+    "center": f"resize the shorter side to {side} pixels, crop the center {side} x {side}",
   }[pre.fit]
   mean, std = (", ".join(f"{value:.6g}" for value in values) for values in (pre.mean, pre.std))
   return [
-    "decode the first frame; of 16-bit gray keep the upper 8 bits; lay transparent pixels over "
-    "white; convert to RGB; rotate as the EXIF orientation says",
-    f"{fit}; bilinear, antialiased, computed in float32, fractions cut off",
-    f"divide by 255, subtract the mean ({mean}), divide by the deviation ({std})",
+    "decode the first frame; keep the upper 8 bits of 16-bit gray; compose transparent pixels over "
+    "white; convert to RGB; rotate by the EXIF orientation",
+    f"{fit}; {pre.interpolation}, antialiased, computed in float32, truncated to integers",
+    f"divide by 255, subtract the mean ({mean}), divide by the standard deviation ({std})",
   ]
 
 
@@ -347,7 +358,7 @@ def _words(facts: CardFacts) -> str:
   shape = "[bos] pieces [eos]" + (" padding [CLS]" if words.append_cls else " padding")
   whose = "Texts" if text is not None else "Captions"
   return (
-    f"{whose} are {shape}, cut or filled up to {words.length} tokens; [bos] is {words.bos_id}, "
+    f"{whose} are {shape}, truncated or padded to {words.length} tokens; [bos] is {words.bos_id}, "
     f"[eos] {words.eos_id}, padding {words.pad_id}"
     + (f", [CLS] {words.cls_id}" if words.append_cls else "")
   )

@@ -9,14 +9,14 @@ import pytest
 from apps.exporter import card, plain_text, snippets
 from apps.exporter.card import CardFacts
 from apps.exporter.formats.table import EXPORTS
-from ov_convert.release import Preprocess, Release, Words
+from ov_convert.release import Preprocess, Release, TokenizerSpec
 import ov_models
 
-# Markup of every kind that a page of Markdown could fall for.
+# Markup of all kinds that Markdown could interpret.
 EVIL = "a|b\nc\r\n# d <script>alert(1)</script> [x](javascript:y) `t` ```\n--- {{ 7 * 7 }} *e* &lt;"
 
 VIT = ov_models.ViTConfig.from_name("mu/16", image_size=32)
-WORDS = Words("{}", 16, True, 0, 1, 2, 3, 4)
+WORDS = TokenizerSpec("{}", 16, True, 0, 1, 2, 3, 4)
 
 
 def _pair(preset="openvision_released", kind="queries", **options):
@@ -85,13 +85,13 @@ def _facts(kind="safetensors", config=None, **changes):
 
 
 def _outside_fences(page):
-  """The page without its header and without what is fenced."""
+  """Return the page without its header and fenced blocks."""
   body = page.split("---\n", 2)[2]
   return re.sub(r"^(`{3,})\w.*?^\1[ \t]*$", "", body, flags=re.MULTILINE | re.DOTALL)
 
 
 def _tables(page):
-  """Rows of cells of every table."""
+  """Return the rows of cells of all tables."""
   rows, tables = [], []
   for line in [*_outside_fences(page).splitlines(), ""]:
     if line.startswith("|"):
@@ -105,7 +105,7 @@ def _tables(page):
 
 
 def _header(page):
-  """The header as a reader of YAML takes these few forms: key: value, and a list of tags."""
+  """Parse the YAML header, which has lines key: value and a list of tags."""
   assert page.startswith("---\n")
   found = {}
   for line in page.split("---\n", 2)[1].splitlines():
@@ -128,7 +128,7 @@ def test_every_table_has_as_many_cells_in_each_row(kind, config):
     assert all(set(cell) == {"-"} for cell in table[1])
 
 
-def test_the_header_says_what_the_hub_asks():
+def test_the_header_has_the_required_fields():
   assert _header(card.render(_facts("open_clip"))) == {
     "license": "apache-2.0",
     "library_name": "open_clip",
@@ -156,12 +156,12 @@ def test_library_and_task_of_each_format(kind, config, library, task):
   assert header["pipeline_tag"] == task
 
 
-def test_an_odd_licence_cannot_add_lines_to_the_header():
+def test_a_malicious_licence_cannot_add_lines_to_the_header():
   header = _header(card.render(_facts(license="Mine\nlibrary_name: x: |")))
   assert header["license"] == "other"
   assert json.loads(header["license_name"]) == "Mine\nlibrary_name: x: |"
   page = card.render(_facts(license=""))
-  assert "license" not in _header(page) and "No licence is given." in page
+  assert "license" not in _header(page) and "No licence is stated." in page
 
 
 class _Html(HTMLParser):
@@ -183,7 +183,7 @@ class _Html(HTMLParser):
       self.texts[-1] += data
 
 
-def test_what_data_says_is_text_and_nothing_else():
+def test_values_from_data_are_escaped():
   plain = _Html(card.render(_facts("onnx", VIT, results=(), parity={}, about={})))
   allowed = {tag for tag, _ in plain.tags} | {"details", "summary", "td", "tr", "tbody"}
   shown = " ".join(EVIL.replace("\r", " ").split())
@@ -193,7 +193,7 @@ def test_what_data_says_is_text_and_nothing_else():
     attributes = [value for tag, found in page.tags for value in found.values()]
     assert all(v.startswith(("https://arxiv.org/abs/", "language-")) for v in attributes)
     texts = [" ".join(text.split()) for text in page.texts]
-    assert shown in texts  # a whole cell or line is what the data says, sign by sign
+    assert shown in texts  # the data is a complete cell or line, character by character
 
 
 @pytest.mark.parametrize(
@@ -215,13 +215,13 @@ def test_the_configuration_is_literal_even_where_it_holds_fences():
   assert {name: json.loads(value) for name, value in shown.items()} == config
 
 
-def test_no_place_of_the_machine_is_named():
+def test_local_paths_are_not_published():
   page = card.render(_facts())
   assert not re.search(r"srv|disk7|anna|bucket|deep", page)
   assert "| data | laion |" in page
   assert 'input.sources: [{"path": "coco", "weight": 2.0}]' in page
   assert "classes classes.json" in page
-  # What only looks like a place stays.
+  # Text that only looks like a path is kept.
   assert 'optimizer.decay_regex: "(^|/)kernel$"' in page
   assert "| image tower | mu/16 |" in page
 
@@ -238,13 +238,13 @@ def test_secrets_are_hidden_by_their_key(key):
   assert page.count(plain_text.HIDDEN) == 2
 
 
-def test_training_says_what_was_seen():
+def test_the_training_section():
   training = dict(_tables(card.render(_facts()))[2][2:])
   assert training["step"] == "500" and training["samples seen"] == "32,000"
   assert training["learning rate"] == "2e-3"
   assert training["captions"] == "txt, llava_caption"
   assert training["fingerprint of the tokenizer"] == "72c8aa6b"
-  # Stages have batch sizes of their own: nothing is multiplied then.
+  # Stages have different batch sizes, so samples cannot be computed.
   facts = _facts(results=())
   facts.about["config"]["stages"] = [{"batch_size": 8}]
   assert "samples seen" not in card.render(facts)
@@ -262,13 +262,13 @@ def test_results_and_agreement_are_shown():
   assert tables[4][2] == ["image/block_00", "1.2e-07", "0.9999999", "0.0001", "yes"]
   assert tables[4][3][:4] == ["text/ids", "not finite", "", "0"]
   assert tables[4][3][4].startswith("a\\|b c")
-  assert "timm 1.0.31" in page and "4 pictures and 2 texts, on 2026-11-25" in page
+  assert "timm 1.0.31" in page and "4 images and 2 texts, on 2026-11-25" in page
 
 
-def test_what_is_not_known_is_said():
+def test_unknown_facts_are_stated():
   page = card.render(CardFacts("timm", _release(VIT, None), "mit"))
-  assert "Nothing is known of it." in page
-  assert "There are no figures" in page and "It was not compared." in page
+  assert "The training of this model is unknown." in page
+  assert "This checkpoint was not evaluated." in page and "Not compared." in page
   page = card.render(_facts(about={"imported": {"from": "timm:/a/vit_b16", "notes": ["no head"]}}))
   assert "Imported from timm:vit_b16;" in page and "- no head" in page
 
@@ -281,32 +281,32 @@ def test_parts_and_sizes_are_those_of_the_model():
   counted = sum(int(row[5].replace(",", "")) for row in parts)
   assert counted == ov_models.num_params(config)
   assert "# OpenVision mu/16, 32 px" in page
-  # Sizes that no variant has are spelt out.
+  # Sizes of no known variant are spelled out.
   odd = dataclasses.replace(VIT, width=64, num_heads=4)
   assert "ViT of width 64 and 1 layers, patch 16, 32 px" in card.render(_facts("timm", odd))
 
 
-def test_what_a_format_leaves_out_is_said():
+def test_omitted_parts_are_stated():
   page = card.render(_facts("timm"))
   assert "The image tower of an OpenVision model" in page
   assert "the text tower and caption decoder of the model" in page
   page = card.render(_facts("open_clip"))
   assert "The image tower and text tower of" in page and "the caption decoder of" in page
-  assert "Not in this folder" not in card.render(_facts("safetensors"))
+  assert "Not included" not in card.render(_facts("safetensors"))
 
 
-def test_what_surprises_in_a_folder_is_said():
+def test_unexpected_behavior_is_stated():
   text = _pair()
   assert "has one word and zero weights" in card.render(_facts("open_clip", VIT))
   assert "zero weights" not in card.render(_facts("open_clip", text))
   assert "HTML entities" in card.render(_facts("open_clip", text))
   masked = card.render(_facts("open_clip", _pair("default")))
-  assert r"filled up with \[eos\]" in masked
-  assert "filled up with" not in card.render(_facts("open_clip", text)).split("## Model")[0]
+  assert r"padded with \[eos\]" in masked
+  assert "padded with" not in card.render(_facts("open_clip", text)).split("## Model")[0]
   assert "BEiT" in card.render(_facts("transformers", VIT))
   half = dataclasses.replace(_facts(), release=_release(text, dtype="bfloat16"))
-  assert "files hold bfloat16" in card.render(half)
-  assert "files hold" not in card.render(_facts())
+  assert "files contain bfloat16" in card.render(half)
+  assert "files contain" not in card.render(_facts())
 
 
 RELEASES = {
@@ -322,7 +322,7 @@ RELEASES = {
 
 @pytest.mark.parametrize("name", RELEASES)
 @pytest.mark.parametrize("kind", EXPORTS)
-def test_every_program_of_a_card_is_python_that_names_folder_and_picture(kind, name):
+def test_every_program_is_valid_python_with_folder_and_image(kind, name):
   release = RELEASES[name]
   page = card.render(CardFacts(kind, release, "mit"))
   found = snippets.extract(page)
@@ -338,7 +338,7 @@ def test_every_program_of_a_card_is_python_that_names_folder_and_picture(kind, n
     assert max(map(len, code.splitlines())) <= 100
 
 
-def test_programs_show_what_the_model_can():
+def test_programs_depend_on_the_parts_of_the_model():
   def shown(kind, name):
     return "".join(program.code for program in snippets.snippets(kind, RELEASES[name]))
 
@@ -347,7 +347,7 @@ def test_programs_show_what_the_model_can():
     assert "a photo of a dog" not in shown(kind, "captioner") + shown(kind, "no tokenizer")
   assert "generate(" in shown("safetensors", "captioner")
   assert "generate(" in shown("safetensors", "pair that writes")
-  assert "generate(" not in shown("safetensors", "pair")  # its decoder does not write word by word
+  assert "generate(" not in shown("safetensors", "pair")  # its decoder is not autoregressive
   for kind in ("open_clip", "onnx", "safetensors", "transformers"):
     assert ("softmax" in shown(kind, "pair")) == (kind != "onnx")
     assert "softmax" not in shown(kind, "sigmoid")
@@ -360,14 +360,14 @@ def test_programs_show_what_the_model_can():
     assert "box = (left * across" in shown(kind, "pair")
 
 
-def test_the_card_is_written_beside_the_weights(tmp_path):
+def test_the_card_is_written_next_to_the_weights(tmp_path):
   card.write_card(tmp_path, _facts())
   assert (tmp_path / "README.md").read_text("utf-8") == card.render(_facts())
 
 
 @pytest.mark.parametrize("kind", ["timm", "transformers", "onnx", "stablehlo", "safetensors"])
 @pytest.mark.parametrize("position", ["sincos2d", "learned"])
-def test_the_card_says_what_other_resolutions_give(kind, position):
+def test_the_card_describes_other_resolutions(kind, position):
   config = ov_models.ViTConfig.from_name("mu/16", image_size=32, position=position)
   page = card.render(CardFacts(kind, Release(config, {}, Preprocess(32, "center")), "mit"))
   own = kind == "safetensors" and position == "sincos2d"

@@ -1,4 +1,4 @@
-"""An export from beginning to end: check, write, compare, describe, and only then hand over."""
+"""Export of a model: checks, writes and compares all formats, and writes model cards."""
 
 from collections.abc import Mapping, Sequence
 import contextlib
@@ -22,12 +22,12 @@ from apps.trainer.progress import Terminal
 from ov_convert import client_env, parity
 import ov_models
 
-EXPORT_FILE = "export.json"  # in the folder of all formats
-PARITY_FILE = "parity.json"  # in the folder of each
+EXPORT_FILE = "export.json"  # in the output folder
+PARITY_FILE = "parity.json"  # in the folder of each format
 
 
 class _Disagreement(Exception):
-  """A library computes something else; ends the block that writes."""
+  """Raised to discard an export whose outputs differ from ours."""
 
 
 def export(
@@ -39,23 +39,23 @@ def export(
   terminal: Terminal,
   options: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
 ) -> bool:
-  """Writes `out` with a folder for each format, if every library agrees with us.
+  """Write `out` with a folder per format, if the outputs of all libraries equal ours.
 
   Args:
-    source: what is exported.
+    source: model to export.
     formats: names in `EXPORTS`.
-    out: a folder that does not exist yet.
-    pictures: folder of pictures to compare on; drawn ones for None.
-    license_name: for the model cards.
-    terminal: shows phases and tables.
-    options: by format, arguments of its writer, such as {"onnx": {"opset": 18}}.
+    out: output folder, which must not exist.
+    pictures: folder of images to compare on; None for generated ones.
+    license_name: license for the model cards.
+    terminal: prints phases and tables.
+    options: arguments of the writers by format, such as {"onnx": {"opset": 18}}.
 
   Returns:
-    Whether all agreed; where not, nothing is left.
+    Whether all outputs agree; otherwise `out` is not created.
 
   Raises:
-    ValueError: formats that cannot hold the model, all told together, before anything is written.
-    OSError: `out` cannot be written; nothing is left.
+    ValueError: if some formats do not support the model; lists all of them.
+    OSError: if `out` cannot be written.
   """
   table = {name: EXPORTS[name] for name in formats}
   problems = []
@@ -67,7 +67,7 @@ def export(
   if problems:
     raise ValueError(" ".join(problems))
   if not all(chosen.here for chosen in table.values()):
-    client_env.find_python()  # raises before the work begins
+    client_env.find_python()  # fail early
   encoded = probe.pictures(pictures)
 
   failed: list[str] = []
@@ -75,8 +75,8 @@ def export(
     partial = stack.enter_context(new_folder(out))
     inputs_folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "probe"
     terminal.phase(
-      f"{ov_models.num_params(source.release.config):,} parameters; computing what "
-      f"{len(encoded)} pictures and {len(probe.TEXTS)} texts should give"
+      f"{ov_models.num_params(source.release.config):,} parameters; computing "
+      f"reference outputs for {len(encoded)} images and {len(probe.TEXTS)} texts"
     )
     inputs = probe.write_probe(inputs_folder, source, encoded)
     ours = probe.our_outputs(source.release, inputs, source.specials)
@@ -88,13 +88,13 @@ def export(
       (partial / name / PARITY_FILE).write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
       card.write_card(partial / name, card.facts_of(name, source, facts, license_name))
       if failure := parity.first_failure(rows):
-        failed.append(f"{name} disagrees: {parity.explain(failure)}")
+        failed.append(f"{name} does not match: {parity.explain(failure)}")
     if failed:
       raise _Disagreement
     content = {"formats": list(formats), "dtype": source.release.dtype}
     (partial / EXPORT_FILE).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
   if failed:
-    terminal.phase("nothing was kept: " + "; ".join(failed))
+    terminal.phase("no folder was kept: " + "; ".join(failed))
     return False
   terminal.phase(f"done: {out}")
   return True
@@ -109,7 +109,7 @@ def _one(
   terminal: Terminal,
   options: Mapping[str, Any],
 ) -> tuple[list[parity.Row], dict[str, str]]:
-  """Writes one format and compares it; prints the table."""
+  """Write one format, compare its outputs and print the table."""
   name = chosen.name
   terminal.phase(f"{name}: writing")
   folder.mkdir(parents=True)
@@ -118,9 +118,11 @@ def _one(
   versions: dict[str, str] = {}
   if chosen.complete is not None:
     rows += chosen.complete(folder, source)
-  terminal.phase(f"{name}: loading it as its library does")
+  terminal.phase(f"{name}: loading it with its library")
   try:
-    judged, versions = judge(chosen, folder, inputs, ours)
+    judged, versions = judge(
+      chosen, folder, inputs, ours, settings=parity.settings_of(source.release.config)
+    )
     rows += judged
   except client_env.ClientError as error:
     rows.append(parity.Row("loading", np.inf, None, 0.0, np.inf, str(error)))
@@ -135,21 +137,23 @@ def judge(
   inputs: Path,
   ours: dict[str, np.ndarray],
   python: Path | None = None,
+  settings: Mapping[tuple[str, str], Any] | None = None,
 ) -> tuple[list[parity.Row], dict[str, str]]:
-  """Load a written folder in its library and compare.
+  """Load an exported folder in its library and compare the outputs.
 
   Args:
-    form: the format.
-    folder: as `form.write` wrote it.
-    inputs: as `probe.write_probe` wrote it.
-    ours: of `probe.our_outputs`.
-    python: an interpreter that has the library; by default that of the clients' environment.
+    form: format.
+    folder: folder written by `form.write`.
+    inputs: folder written by `probe.write_probe`.
+    ours: outputs returned by `probe.our_outputs`.
+    python: interpreter with the library; that of the clients' environment by default.
+    settings: settings returned by `parity.settings_of`; those of OpenVision by default.
 
   Returns:
     The rows of the comparison, and the versions of the libraries.
 
   Raises:
-    client_env.ClientError: the library did not load or run it.
+    client_env.ClientError: if the library fails to load or run the model.
   """
   with tempfile.TemporaryDirectory() as scratch:
     output = Path(scratch) / "output.npz"
@@ -157,9 +161,9 @@ def judge(
     client_env.run_client(form.client, [folder, inputs, output], python=python)
     theirs = parity.Output.load(output)
   pictures = len(ours["image/pixels"])
-  exact = len(ours["image/pooled"])  # the models are tried on those
+  exact = len(ours["image/pooled"])  # models run on images with exact crops
   crops = exact if exact < pictures else None
-  return parity.compare(ours, theirs, form.offers, crops), theirs.versions
+  return parity.compare(ours, theirs, form.offers, crops, settings), theirs.versions
 
 
 def _facts(
@@ -169,7 +173,7 @@ def _facts(
   versions: dict[str, str],
   num_pictures: int,
 ) -> dict[str, Any]:
-  """The content of parity.json."""
+  """Return the content of parity.json."""
   return {
     "format": name,
     "date": datetime.date.today().isoformat(),
@@ -182,5 +186,5 @@ def _facts(
 
 
 def _finite(row: dict[str, Any]) -> dict[str, Any]:
-  """JSON has no infinity."""
+  """Return a row with None for NaN and Inf, which JSON lacks."""
   return {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in row.items()}

@@ -1,4 +1,4 @@
-"""An export hands over all or nothing. The libraries are played by small functions here."""
+"""Tests that exports are atomic, with fake libraries."""
 
 import json
 
@@ -31,7 +31,7 @@ def source() -> Source:
 
 
 class Library:
-  """A format whose library gives our outputs back, changed by `disturb`."""
+  """Return a format whose fake library returns our outputs, changed by `disturb`."""
 
   def __init__(self, monkeypatch, names=("one", "two")):
     self.disturb = {}
@@ -58,7 +58,7 @@ class Library:
       offers=(), programs=(), sizes=form.fixed_size,
     )  # fmt: skip
 
-  def _judge(self, chosen, folder, probe, ours):
+  def _judge(self, chosen, folder, probe, ours, settings):
     assert (probe / "probe.npz").exists() and (folder / "weights").exists()
     arrays = {name: array.copy() for name, array in ours.items()}
     change = self.disturb.get(chosen.client)
@@ -89,7 +89,7 @@ def test_all_agree(source, tmp_path, monkeypatch):
   assert (out / "one" / "weights").stat().st_mode == (out / "one" / "README.md").stat().st_mode
 
 
-def test_one_that_disagrees_leaves_nothing(source, tmp_path, monkeypatch, capsys):
+def test_a_mismatch_leaves_no_output(source, tmp_path, monkeypatch, capsys):
   library = Library(monkeypatch)
 
   def change(arrays):
@@ -101,13 +101,11 @@ def test_one_that_disagrees_leaves_nothing(source, tmp_path, monkeypatch, capsys
   )
   assert list(tmp_path.iterdir()) == []
   printed = capsys.readouterr().err
-  assert "two disagrees: image/block_01 differs by 1.0e+00" in printed
-  assert "one disagrees" not in printed
+  assert "two does not match: image/block_01 differs by 1.0e+00" in printed
+  assert "one does not match" not in printed
 
 
-def test_a_library_that_does_not_load_it_counts_as_disagreeing(
-  source, tmp_path, monkeypatch, capsys
-):
+def test_a_load_failure_counts_as_a_mismatch(source, tmp_path, monkeypatch, capsys):
   library = Library(monkeypatch)
 
   def change(arrays):
@@ -119,9 +117,7 @@ def test_a_library_that_does_not_load_it_counts_as_disagreeing(
   assert "KeyError: 'architecture'" in capsys.readouterr().err
 
 
-def test_formats_that_cannot_hold_the_model_are_told_together_and_first(
-  source, tmp_path, monkeypatch
-):
+def test_unsupported_formats_are_reported_together_before_any_work(source, tmp_path, monkeypatch):
   library = Library(monkeypatch, names=("one", "two", "three"))
   library.refuse = {"one": "no pool='map'", "three": "no decoder"}
   with pytest.raises(ValueError, match=r"one: no pool='map' three: no decoder"):
@@ -129,7 +125,7 @@ def test_formats_that_cannot_hold_the_model_are_told_together_and_first(
   assert library.written == [] and list(tmp_path.iterdir()) == []
 
 
-def test_what_breaks_on_the_way_leaves_nothing(source, tmp_path, monkeypatch):
+def test_a_failed_export_leaves_no_output(source, tmp_path, monkeypatch):
   library = Library(monkeypatch)
 
   def change(arrays):
@@ -141,7 +137,7 @@ def test_what_breaks_on_the_way_leaves_nothing(source, tmp_path, monkeypatch):
   assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_killed_export_left_does_not_get_in(source, tmp_path, monkeypatch):
+def test_files_of_a_killed_export_are_not_reused(source, tmp_path, monkeypatch):
   Library(monkeypatch)
   stale = tmp_path / ".out.abc.partial" / "one"
   stale.mkdir(parents=True)
@@ -151,9 +147,9 @@ def test_what_a_killed_export_left_does_not_get_in(source, tmp_path, monkeypatch
   assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_pictures_of_the_user(source, tmp_path, monkeypatch):
+def test_custom_images(source, tmp_path, monkeypatch):
   Library(monkeypatch)
-  with pytest.raises(ValueError, match="no file that ends in .jpg"):
+  with pytest.raises(ValueError, match="no file with the suffix .jpg"):
     exporting.export(
       source, ["one"], tmp_path / "out", tmp_path, "apache-2.0", Terminal(active=False)
     )
@@ -166,7 +162,7 @@ def test_pictures_of_the_user(source, tmp_path, monkeypatch):
   assert content["pictures"] == 2
 
 
-def test_drawn_pictures_are_the_same_everywhere_and_not_square():
+def test_generated_images_are_deterministic_and_not_square():
   first, again = exporting.probe.pictures(None), exporting.probe.pictures(None)
   assert first == again and len(set(first)) == 4
   for data in first:

@@ -1,4 +1,4 @@
-"""The table of formats: names, and what the command line pays to list them."""
+"""Tests of the table of formats: names, and the import cost of listing them."""
 
 import subprocess
 import sys
@@ -19,7 +19,7 @@ def test_scripts_exist_and_options_have_a_default():
     assert all(isinstance(option.resolve(None), int) for option in form.options)
 
 
-def test_listing_formats_imports_no_heavy_library():
+def test_listing_formats_imports_no_large_library():
   code = "import sys, apps.exporter.formats.table; print('jax' in sys.modules)"
   done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
   assert done.stdout == "False\n"

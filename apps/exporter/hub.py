@@ -1,7 +1,7 @@
-"""Exported folders to a hub of models, one repository for each.
+"""Upload exported folders to a model hub, one repository per folder.
 
-What a dry run lists is what is sent, for both go by the same list of files. The token comes from
-the environment and leaves it in the Authorization header only.
+A dry run lists exactly the files that would be sent. The token is read from the environment and
+sent only in the Authorization header.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,28 +17,27 @@ if TYPE_CHECKING:
 _PART = r"[A-Za-z0-9](?:[\w.-]*[A-Za-z0-9_])?"
 _REPO = re.compile(rf"{_PART}/{_PART}", re.ASCII)
 _LONGEST_REPO = 96
-_SECRET_NAMES = (  # of files and of folders, in lower case
+_SECRET_NAMES = (  # patterns of lowercase file and folder names
   ".env", ".env.*", "*.env", "*.pem", "*.key", "*.p12", "*.pfx", "*.keystore", "*.jks", "id_rsa*",
   "id_dsa*", "id_ecdsa*", "id_ed25519*", ".netrc", "_netrc", ".pypirc", ".npmrc", ".git",
   ".git-credentials", ".ssh", ".aws", ".gnupg", "credentials", "credentials.*", "token", "*.token",
   "secrets.*",
 )  # fmt: skip
 _SEARCHED_BYTES = 1 << 20  # files up to this size are searched for the token
-_SILENCE = 300.0  # seconds without a byte after which a request is given up
+_SILENCE = 300.0  # timeout of a request in seconds without data
 _ADVICE = {
-  401: "the token in HF_TOKEN is not accepted; make one with write access and set HF_TOKEN to it",
-  403: "the token in HF_TOKEN may not write there; give it write access to that account, or name "
-  "another",
-  404: "there is no such account, or the token in HF_TOKEN may not see it",
-  409: "somebody else is changing it; try again",
-  412: "somebody else is changing it; try again",
-  413: "a file is larger than it takes",
+  401: "the token in HF_TOKEN was rejected; create one with write access and set HF_TOKEN to it",
+  403: "the token in HF_TOKEN has no write access there; grant it, or choose another account",
+  404: "the account does not exist, or is not visible to the token in HF_TOKEN",
+  409: "the repository is being modified; try again",
+  412: "the repository is being modified; try again",
+  413: "a file exceeds the size limit",
   429: "too many requests; wait and try again",
 }
 
 
 def check(formats: Sequence[str], repo: str, *, dry_run: bool) -> None:
-  """Raises ValueError where `push` could not begin: cheap, for before the export."""
+  """Raise ValueError if `push` could not start; a cheap check before the export."""
   _targets({name: pathlib.Path(name) for name in formats}, repo)
   if not dry_run:
     _endpoint()
@@ -50,19 +49,19 @@ def push(
   repo: str,
   *,
   dry_run: bool,
-  say: Callable[[str], None] = print,
+  log: Callable[[str], None] = print,
 ) -> None:
-  """Uploads exported folders, each as one commit; new repositories are private.
+  """Upload exported folders, each as one commit; new repositories are private.
 
   Args:
-    folders: by format, such as {"timm": Path("out/timm")}.
-    repo: "org/name". One folder goes there, of several each to "org/name-<format>".
-    dry_run: list what would be sent, and send nothing; needs no token.
-    say: takes the lines that tell what is done.
+    folders: folders by format, such as {"timm": Path("out/timm")}.
+    repo: "org/name". A single folder is uploaded there, several to "org/name-<format>".
+    dry_run: list the files without sending them; needs no token.
+    log: called with each line of progress.
 
   Raises:
-    ValueError: in one line: no folders, a name that is none, a folder that is missing or holds
-      links or what looks like a secret, no token, or what the hub answered.
+    ValueError: if there are no folders, a name is invalid, a folder is missing or contains links or
+      possible secrets, there is no token, or the hub returns an error; the message is one line.
   """
   targets = _targets(folders, repo)
   token = None if dry_run else _token()
@@ -70,25 +69,25 @@ def push(
   endpoint = _endpoint()
   for name, listed in files.items():
     total = sum(path.stat().st_size for path in listed.values())
-    say(f"{name}: {len(listed)} files, {_size(total)}, from {targets[name]}")
+    log(f"{name}: {len(listed)} files, {_size(total)}, from {targets[name]}")
     for inside, path in listed.items():
-      say(f"  {_size(path.stat().st_size):>10}  {inside}")
+      log(f"  {_size(path.stat().st_size):>10}  {inside}")
   if token is None:
-    say(f"dry run: nothing was sent. Private repositories would be made at {endpoint}.")
+    log(f"dry run: nothing was uploaded. Private repositories would be created at {endpoint}.")
     return
   api = _api(endpoint, token)
   done: list[str] = []
   for name, listed in files.items():
     try:
-      say(f"uploaded {_upload(api, name, listed)}")
-    except Exception as error:  # the library's errors have no common base, nor have those below it
+      log(f"uploaded {_upload(api, name, listed)}")
+    except Exception as error:  # errors of the library have no common base class
       _fail(error, name, endpoint, token, done)
     done.append(name)
-  say("New repositories are private: make them public in their settings.")
+  log("New repositories are private; change this in their settings.")
 
 
 def _targets(folders: Mapping[str, pathlib.Path], repo: str) -> dict[str, pathlib.Path]:
-  """Repository -> folder."""
+  """Return folders by repository."""
   if not folders:
     raise ValueError("no exported folders to upload.")
   alone = len(folders) == 1
@@ -104,25 +103,29 @@ def _targets(folders: Mapping[str, pathlib.Path], repo: str) -> dict[str, pathli
 
 
 def _files(folder: pathlib.Path, token: str | None) -> dict[str, pathlib.Path]:
-  """Every file of a folder by its name inside, sorted; ValueError for what must not leave."""
+  """Return all files of a folder by relative path; raise ValueError for files not to upload."""
   if not folder.is_dir():
-    raise ValueError(f"{folder} is no folder; export it first.")
+    raise ValueError(f"{folder} is not a folder; export the model first.")
   found: dict[str, pathlib.Path] = {}
   for path in sorted(folder.rglob("*")):
     inside = path.relative_to(folder).as_posix()
     if path.is_symlink():
-      raise ValueError(f"{path} is a link, and may lead out of the folder; put a copy there.")
+      raise ValueError(
+        f"{path} is a link, which could point outside the folder; replace it with a copy."
+      )
     if any(fnmatch.fnmatchcase(path.name.lower(), pattern) for pattern in _SECRET_NAMES):
-      raise ValueError(f"{path} looks like a secret; take it out of the folder before uploading.")
+      raise ValueError(
+        f"{path} could contain a secret; remove it from the folder before the upload."
+      )
     if path.is_dir():
       continue
     if not path.is_file():
-      raise ValueError(f"{path} is no regular file; take it out of the folder.")
+      raise ValueError(f"{path} is not a regular file; remove it from the folder.")
     if token and path.stat().st_size <= _SEARCHED_BYTES and token.encode() in path.read_bytes():
-      raise ValueError(f"{path} holds the token of HF_TOKEN; take it out before uploading.")
+      raise ValueError(f"{path} contains the token of HF_TOKEN; remove it before the upload.")
     found[inside] = path
   if not found:
-    raise ValueError(f"{folder} holds no files; export it first.")
+    raise ValueError(f"{folder} contains no files; export the model first.")
   return found
 
 
@@ -130,19 +133,19 @@ def _token() -> str:
   token = os.environ.get("HF_TOKEN", "").strip()
   if not token:
     raise ValueError(
-      "no token to upload with: set HF_TOKEN in the environment to one with write access (made in "
-      "the settings of your account), or add --dry_run."
+      "HF_TOKEN is not set; set it to a token with write access (created in the settings of your "
+      "account), or add --dry_run."
     )
   if not re.fullmatch(r"[!-~]+", token):
-    raise ValueError("HF_TOKEN holds blanks or characters that no token has; copy it again.")
+    raise ValueError("HF_TOKEN contains blanks or invalid characters; copy it again.")
   return token
 
 
 def _endpoint() -> str:
-  """Where the hub is; ValueError where the token would cross a network unencrypted."""
+  """Return the URL of the hub; raise ValueError if the token would be sent unencrypted."""
   endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
   if not re.match(r"https://|http://(localhost|127\.\d+\.\d+\.\d+|\[::1\])(:\d+)?(/|$)", endpoint):
-    raise ValueError(f"HF_ENDPOINT={endpoint}: expected https://, for a token is sent there.")
+    raise ValueError(f"HF_ENDPOINT={endpoint}: expected https://, because a token is sent there.")
   return endpoint
 
 
@@ -151,12 +154,12 @@ def _api(endpoint: str, token: str) -> "huggingface_hub.HfApi":
   from huggingface_hub import utils
 
   utils.disable_progress_bars()
-  huggingface_hub.get_session().timeout = _SILENCE  # without one a request waits for ever
+  huggingface_hub.get_session().timeout = _SILENCE  # the default is no timeout
   return huggingface_hub.HfApi(endpoint=endpoint, token=token, library_name="openvision")
 
 
 def _upload(api: "huggingface_hub.HfApi", name: str, files: Mapping[str, pathlib.Path]) -> str:
-  """Makes the repository where missing and commits the files; the address of the commit."""
+  """Create the repository if missing, commit the files, and return the URL of the commit."""
   import huggingface_hub
 
   api.create_repo(name, repo_type="model", private=True, exist_ok=True)
@@ -172,13 +175,13 @@ def _upload(api: "huggingface_hub.HfApi", name: str, files: Mapping[str, pathlib
 
 
 def _fail(error: Exception, name: str, endpoint: str, token: str, done: list[str]) -> NoReturn:
-  """Raises what the library told at length as one line, without the token."""
+  """Raise the error of the library as one line, without the token."""
   cause: BaseException = error
   while not hasattr(cause, "response") and cause.__cause__ is not None:
     cause = cause.__cause__
   status = getattr(getattr(cause, "response", None), "status_code", None)
-  told = getattr(cause, "server_message", None) or str(cause) or type(cause).__name__
-  reason = f"{status}, {told}" if status else f"{type(cause).__name__}: {told}"
+  message = getattr(cause, "server_message", None) or str(cause) or type(cause).__name__
+  reason = f"{status}, {message}" if status else f"{type(cause).__name__}: {message}"
   advice = f"; {_ADVICE[status]}" if status in _ADVICE else ""
   before = f" Uploaded before: {', '.join(done)}." if done else ""
   line = f"{name} was not uploaded to {endpoint} ({reason}){advice}.{before}"

@@ -1,4 +1,4 @@
-"""Uploads against a hub that stands on this machine and speaks as much HTTP as an upload needs."""
+"""Tests of uploads against a fake hub on this machine, with the HTTP requests of an upload."""
 
 import base64
 import hashlib
@@ -52,7 +52,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     for part, (status, message) in hub_.refuse.items():
       if part in path:
         return self._answer(status, {"error": message})
-    if self.command == "PUT":  # a storage: knows nothing of tokens
+    if self.command == "PUT":  # storage, without authorization
       hub_.large[path.rsplit("/", 1)[1]] = body
       return self._answer(200, {})
     if authorization != f"Bearer {TOKEN}":
@@ -109,8 +109,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-  # The library would send large files to another service, by a protocol of compiled code that asks
-  # for more than a stub can answer; it reads this setting when it is imported.
+  # Disable Xet, whose protocol the fake does not implement; the library reads this setting when it
+  # is imported.
   monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
   for name in ("HF_HUB_OFFLINE", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
     monkeypatch.delenv(name, raising=False)
@@ -146,10 +146,10 @@ def _content(folder):
 
 def test_every_file_arrives_byte_for_byte_in_a_private_repository(server, folder):
   lines = []
-  hub.push({"timm": folder}, REPO, dry_run=False, say=lines.append)
+  hub.push({"timm": folder}, REPO, dry_run=False, log=lines.append)
   assert server.repos == {REPO: _content(folder)}
   assert server.private == {REPO: "private"}
-  large = folder.rglob("*.safetensors")  # these go to a storage, by their hashes
+  large = folder.rglob("*.safetensors")  # sent to the storage by hash
   assert set(server.large) == {hashlib.sha256(f.read_bytes()).hexdigest() for f in large}
   assert f"uploaded {server.url}/{REPO}/commit/1" in lines
 
@@ -159,49 +159,49 @@ def test_several_formats_get_a_repository_each_that_may_exist(server, folder, tm
   other.mkdir()
   (other / "image.onnx").write_bytes(b"graph")
   server.repos[f"{REPO}-onnx"] = {"old.txt": b"kept"}
-  hub.push({"timm": folder, "onnx": other}, REPO, dry_run=False, say=lambda line: None)
+  hub.push({"timm": folder, "onnx": other}, REPO, dry_run=False, log=lambda line: None)
   assert server.repos[f"{REPO}-timm"] == _content(folder)
   assert server.repos[f"{REPO}-onnx"] == {"old.txt": b"kept", "image.onnx": b"graph"}
 
 
 def test_the_token_is_in_the_authorization_header_only(server, folder):
   lines = []
-  hub.push({"timm": folder}, REPO, dry_run=False, say=lines.append)
+  hub.push({"timm": folder}, REPO, dry_run=False, log=lines.append)
   assert not any(TOKEN in line for line in lines)
   for method, path, authorization, headers, body in server.requests:
     assert TOKEN not in path
     assert TOKEN.encode() not in body
     assert not any(TOKEN in v for name, v in headers.items() if name.lower() != "authorization")
-    # The storage gets none: its addresses are signed.
+    # The storage gets no token: its URLs are signed.
     assert authorization == (None if method == "PUT" else f"Bearer {TOKEN}")
 
 
-def test_a_dry_run_lists_what_a_run_would_send_and_sends_nothing(server, folder, monkeypatch):
+def test_a_dry_run_lists_the_files_and_uploads_nothing(server, folder, monkeypatch):
   monkeypatch.delenv("HF_TOKEN")
   lines = []
-  hub.push({"timm": folder}, REPO, dry_run=True, say=lines.append)
+  hub.push({"timm": folder}, REPO, dry_run=True, log=lines.append)
   assert server.requests == []
   assert lines[0].startswith(f"{REPO}: 5 files, 200.0 kB")
   assert [line.split()[-1] for line in lines[1:-1]] == sorted(_content(folder))
   assert "    100.0 kB  model.safetensors" in lines
-  assert "nothing was sent" in lines[-1]
+  assert "nothing was uploaded" in lines[-1]
 
 
 @pytest.mark.parametrize(
   "where, status, expected",
   [
-    ("/api/repos/create", 401, "HF_TOKEN is not accepted"),
-    ("/api/", 403, "may not write there"),
+    ("/api/repos/create", 401, "HF_TOKEN was rejected"),
+    ("/api/", 403, "has no write access there"),
     ("/api/repos/create", 500, "(500, "),
-    ("/commit/", 412, "somebody else is changing it"),
-    ("/batch", 403, "may not write there"),
-    ("/storage/", 403, "may not write there"),
+    ("/commit/", 412, "the repository is being modified"),
+    ("/batch", 403, "has no write access there"),
+    ("/storage/", 403, "has no write access there"),
   ],
 )
-def test_what_the_hub_refuses_is_told_in_one_line(server, folder, where, status, expected):
+def test_errors_of_the_hub_are_one_line(server, folder, where, status, expected):
   server.refuse[where] = (status, f"You shall not pass.\nNot with {TOKEN}")
   with pytest.raises(ValueError) as raised:
-    hub.push({"timm": folder}, REPO, dry_run=False, say=lambda line: None)
+    hub.push({"timm": folder}, REPO, dry_run=False, log=lambda line: None)
   message = str(raised.value)
   assert f"{REPO} was not uploaded to {server.url} ({status}, " in message
   assert expected in message
@@ -210,20 +210,20 @@ def test_what_the_hub_refuses_is_told_in_one_line(server, folder, where, status,
   assert raised.value.__cause__ is None  # whose text may hold headers
 
 
-def test_what_was_uploaded_before_a_failure_is_told(server, folder):
+def test_uploads_before_a_failure_are_reported(server, folder):
   server.refuse[f"{REPO}-b/commit"] = (400, "no")
   with pytest.raises(ValueError, match=f"{REPO}-b was not .* Uploaded before: {REPO}-a"):
-    hub.push({"a": folder, "b": folder}, REPO, dry_run=False, say=lambda line: None)
+    hub.push({"a": folder, "b": folder}, REPO, dry_run=False, log=lambda line: None)
   assert server.repos[f"{REPO}-a"] == _content(folder)
   assert server.repos[f"{REPO}-b"] == {}
 
 
-def test_no_hub_at_the_address_is_one_line(server, folder, monkeypatch):
-  with socket.socket() as taken:  # bound, but nobody listens
+def test_an_unreachable_hub_is_one_line(server, folder, monkeypatch):
+  with socket.socket() as taken:  # bound, but not listening
     taken.bind(("127.0.0.1", 0))
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{taken.getsockname()[1]}")
     with pytest.raises(ValueError, match=r"ConnectError: .*refused") as raised:
-      hub.push({"timm": folder}, REPO, dry_run=False, say=lambda line: None)
+      hub.push({"timm": folder}, REPO, dry_run=False, log=lambda line: None)
   assert "\n" not in str(raised.value)
 
 
@@ -232,36 +232,36 @@ def test_a_hub_that_never_answers_is_given_up(server, folder, monkeypatch):
   released = threading.Event()
   monkeypatch.setattr(_Handler, "_handle", lambda self: released.wait(20))
   with pytest.raises(ValueError, match=r"ReadTimeout"):
-    hub.push({"timm": folder}, REPO, dry_run=False, say=lambda line: None)
+    hub.push({"timm": folder}, REPO, dry_run=False, log=lambda line: None)
   released.set()
 
 
 @pytest.mark.parametrize("token", ["", "  ", "hf_a b", "hf_a\nHost: x", "hf_ä"])
-def test_a_token_that_is_none_is_refused_without_showing_it(server, folder, monkeypatch, token):
+def test_an_invalid_token_is_rejected_without_printing_it(server, folder, monkeypatch, token):
   monkeypatch.setenv("HF_TOKEN", token)
   with pytest.raises(ValueError, match="HF_TOKEN") as raised:
-    hub.push({"timm": folder}, REPO, dry_run=False, say=lambda line: None)
+    hub.push({"timm": folder}, REPO, dry_run=False, log=lambda line: None)
   assert not token.strip() or token not in str(raised.value)
   assert server.requests == []
 
 
-def test_no_token_goes_over_a_network_unencrypted(server, folder, monkeypatch):
+def test_a_token_is_never_sent_unencrypted(server, folder, monkeypatch):
   monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1.example.org")
   with pytest.raises(ValueError, match="expected https://"):
-    hub.push({"timm": folder}, REPO, dry_run=False, say=lambda line: None)
+    hub.push({"timm": folder}, REPO, dry_run=False, log=lambda line: None)
 
 
 @pytest.mark.parametrize(
   "repo", ["", "model", "a/b/c", "org/", "/model", "org/../x", "org/a--b", "org/a b", "org/x.git",
            "-org/x", "org/" + "x" * 100, "https://host/org/x"],
 )  # fmt: skip
-def test_names_of_no_repository_are_refused(server, folder, repo):
+def test_invalid_repository_names_are_rejected(server, folder, repo):
   with pytest.raises(ValueError, match="expected org/name"):
-    hub.push({"timm": folder}, repo, dry_run=False, say=lambda line: None)
+    hub.push({"timm": folder}, repo, dry_run=False, log=lambda line: None)
   assert server.requests == []
 
 
-def test_what_cannot_begin_is_told_before_the_export(server, monkeypatch):
+def test_upload_errors_are_reported_before_the_export(server, monkeypatch):
   hub.check(["timm", "onnx"], REPO, dry_run=False)
   with pytest.raises(ValueError, match="expected org/name"):
     hub.check(["timm"], "model", dry_run=True)
@@ -273,7 +273,7 @@ def test_what_cannot_begin_is_told_before_the_export(server, monkeypatch):
   monkeypatch.delenv("HF_TOKEN")
   hub.check(["timm"], REPO, dry_run=True)
   monkeypatch.delenv("HF_ENDPOINT")
-  with pytest.raises(ValueError, match="no token to upload with"):
+  with pytest.raises(ValueError, match="HF_TOKEN is not set; set it to a token"):
     hub.check(["timm"], REPO, dry_run=False)
   assert server.requests == []
 
@@ -290,40 +290,40 @@ def _secret(name):
 @pytest.mark.parametrize(
   "add, expected",
   [
-    (_secret(".env"), "looks like a secret"),
-    (_secret("text/Server.PEM"), "looks like a secret"),
-    (_secret("id_rsa"), "looks like a secret"),
-    (_secret(".git/config"), "looks like a secret"),
-    (_secret(".aws/config"), "looks like a secret"),
-    (lambda f: (f / "notes.txt").write_text(f"use {TOKEN}"), "holds the token"),
+    (_secret(".env"), "could contain a secret"),
+    (_secret("text/Server.PEM"), "could contain a secret"),
+    (_secret("id_rsa"), "could contain a secret"),
+    (_secret(".git/config"), "could contain a secret"),
+    (_secret(".aws/config"), "could contain a secret"),
+    (lambda f: (f / "notes.txt").write_text(f"use {TOKEN}"), "contains the token"),
     (lambda f: (f / "passwd").symlink_to("/etc/passwd"), "is a link"),
     (lambda f: (f / "up").symlink_to("..", target_is_directory=True), "is a link"),
   ],
 )
-def test_what_must_not_leave_is_refused_before_anything_is_sent(server, folder, add, expected):
+def test_secrets_and_links_are_rejected_before_any_upload(server, folder, add, expected):
   add(folder)
   with pytest.raises(ValueError, match=expected) as raised:
-    hub.push({"timm": folder}, REPO, dry_run=False, say=lambda line: None)
+    hub.push({"timm": folder}, REPO, dry_run=False, log=lambda line: None)
   assert TOKEN not in str(raised.value)
   assert server.requests == []
 
 
-def test_a_folder_that_is_missing_or_empty_is_refused(server, tmp_path):
+def test_missing_and_empty_folders_are_rejected(server, tmp_path):
   for there in (False, True):
     folder = tmp_path / "nothing"
     if there:
       folder.mkdir()
-    with pytest.raises(ValueError, match="export it first"):
-      hub.push({"timm": folder}, REPO, dry_run=False, say=lambda line: None)
+    with pytest.raises(ValueError, match="export the model first"):
+      hub.push({"timm": folder}, REPO, dry_run=False, log=lambda line: None)
   with pytest.raises(ValueError, match="no exported folders"):
-    hub.push({}, REPO, dry_run=False, say=lambda line: None)
+    hub.push({}, REPO, dry_run=False, log=lambda line: None)
 
 
-def test_names_of_a_real_export_are_no_secrets(folder):
+def test_file_names_of_exports_are_not_secrets(folder):
   for name in (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt",
     "tokenizer/text_processor.json", "tokenizer/packing.json", "open_clip_config.json",
     "image.onnx.data", "export.json", "openvision_torch.py", "parity.json", "words.json",
   ):  # fmt: skip
     _secret(name)(folder)
-  hub.push({"timm": folder}, REPO, dry_run=True, say=lambda line: None)
+  hub.push({"timm": folder}, REPO, dry_run=True, log=lambda line: None)

@@ -1,7 +1,7 @@
-"""Takes a model that others wrote into a workdir, as a run of our own would have left it.
+"""Import models of other libraries into a workdir.
 
-Training begins from it with `--config.init_from.path=WORKDIR`, `//apps:export --workdir=WORKDIR`
-writes it for other libraries, and its metadata say where it came from and what was changed.
+Fine-tune the model with `--config.init_from.path=WORKDIR`, or export it with `//apps:export
+--workdir=WORKDIR`. The metadata state the origin of the model and what was changed.
 """
 
 import dataclasses
@@ -17,12 +17,13 @@ from apps.exporter.formats.table import IMPORTS
 from apps.exporter.new_folder import new_folder
 from apps.trainer.checkpoint import Checkpoints
 from apps.trainer.checkpoint_folder import check_path
+from ov_convert import provenance
 from ov_convert.reading import inside
-from ov_convert.release import Imported, Words, portable
+from ov_convert.release import Imported, TokenizerSpec, option_problems, portable
 import ov_data
 import ov_models
 
-_VOCABULARY = "vocab.txt"  # beside published checkpoints: a token a line
+_VOCABULARY = "vocab.txt"  # stored with published checkpoints, one token per line
 
 
 def import_model(
@@ -33,25 +34,25 @@ def import_model(
   num_heads: int | None = None,
   python: str | os.PathLike[str] | None = None,
 ) -> list[str]:
-  """Reads a model and writes a workdir.
+  """Read a model and write a workdir.
 
-  The checkpoint, of step 0, holds {"params": ...} in the tree of the model. A tower alone lies
-  under the name that both training apps give it, "encoder" or "text", so that `init_from` finds
-  it; the model in the metadata is then the tower's.
+  The checkpoint of step 0 contains {"params": ...} in the tree of the model. A single tower is
+  stored under its name in training, "encoder" or "text", so that `init_from` finds it; the model in
+  the metadata is that of the tower.
 
   Args:
-    spec: FORMAT:PATH, with a format of `IMPORTS`.
-    to_workdir: made; must not exist, or be empty.
-    image_size: pixels; for checkpoints of the published JAX code, which do not tell.
-    num_heads: for the same, where sizes are not published and kernels are not split.
-    python: interpreter with PyTorch, for files that only it reads; see `ov_convert.client_env`.
+    spec: FORMAT:PATH, with a format in `IMPORTS`.
+    to_workdir: output folder; must not exist or be empty.
+    image_size: image size, for checkpoints of the published JAX code, which do not state it.
+    num_heads: number of heads, for such checkpoints with unpublished sizes and 2-D kernels.
+    python: interpreter with PyTorch, for PyTorch files; see `ov_convert.client_env`.
 
   Returns:
     Lines to print.
 
   Raises:
-    ValueError, OSError: no such format, folder or model of ours, or a workdir that is not empty.
-      Nothing is left behind.
+    ValueError, OSError: if the format or folder does not exist, the model is incompatible, or the
+      workdir is not empty. No workdir is created then.
   """
   chosen, path = _parse(spec)
   to_workdir = places.new("", str(to_workdir))
@@ -68,35 +69,36 @@ def import_model(
 
 
 def write_workdir(to_workdir: Path, found: Imported, origin: str, folder: Path) -> tuple[str, ...]:
-  """Writes a model as a workdir of step 0; see `import_model`.
+  """Write a model as a workdir of step 0; see `import_model`.
 
   Args:
-    to_workdir: made, whole or not at all.
-    found: the model.
-    origin: where it comes from, for the metadata: no place of this machine.
-    folder: what it was read from; may hold a vocabulary.
+    to_workdir: output folder, created atomically.
+    found: imported model.
+    origin: origin of the model for the metadata, without local paths.
+    folder: folder of the model, which may contain a vocabulary.
 
   Returns:
     The notes of the metadata.
 
   Raises:
-    ValueError: parameters that do not fit the config, or texts that do not fit the model.
+    ValueError: if the parameters do not match the config.
   """
   found = dataclasses.replace(found, config=portable(found.config))
   ov_models.bind(found.config, found.params)  # checks names and shapes
   with new_folder(to_workdir) as partial:
     fingerprint, more = _write_tokenizer(partial / "tokenizer", found, folder)
-    # They go into model cards, which tell no places of this machine.
+    # Notes are shown in model cards, which must not contain local paths.
     notes = tuple(note.replace(f"{folder}/", "") for note in (*found.notes, *more))
-    _write_checkpoint(partial / "checkpoints", found, origin, notes, fingerprint)
+    about = {"from": origin, "notes": list(notes)} | provenance.read(folder)
+    _write_checkpoint(partial / "checkpoints", found, about, fingerprint)
   return notes
 
 
 def _parse(spec: str) -> tuple[Format, Path]:
-  """The format and the folder."""
+  """Return the format and the folder of FORMAT:PATH."""
   kind, _, name = spec.partition(":")
   if kind not in IMPORTS or not name:
-    raise ValueError(f"{spec!r} is no FORMAT:PATH; formats are {', '.join(IMPORTS)}")
+    raise ValueError(f"{spec!r} is not FORMAT:PATH; formats are {', '.join(IMPORTS)}")
   return IMPORTS[kind], places.existing(f"{kind}:", name)
 
 
@@ -106,23 +108,23 @@ def _read(chosen: Format, path: Path, options: ReadOptions) -> Imported:
     if value and name not in chosen.reads:
       takers = ", ".join(f.name for f in IMPORTS.values() if name in f.reads)
       raise ValueError(
-        f"{name}={value} is for {takers}: folders of {chosen.name} tell it themselves; leave it out"
+        f"{name}={value} applies only to {takers}; folders of {chosen.name} contain it. Omit {name}"
       )
-  assert chosen.read is not None  # as for all of IMPORTS
+  assert chosen.read is not None  # true for all of IMPORTS
   return chosen.read(path, options)
 
 
 def _write_tokenizer(
   folder: Path, found: Imported, source: Path
 ) -> tuple[str | None, tuple[str, ...]]:
-  """Writes the texts of a model as training does; its fingerprint, and what could not be kept."""
+  """Write the tokenizer as training does; return its fingerprint and notes on what was omitted."""
   text = _text_tower(found.config)
   decoder = getattr(found.config, "decoder", None)
   if text is None and decoder is None:
     return None, ()
   if found.words is None and not (source / _VOCABULARY).exists():
     return None, (
-      f"it came without a tokenizer: import it from a folder with its {_VOCABULARY}, or train with "
+      f"the model has no tokenizer: import it from a folder with its {_VOCABULARY}, or train with "
       "--config.tokenizer.path set to that file",
     )
   try:
@@ -137,16 +139,20 @@ def _write_tokenizer(
     if text is None:
       tokenizer.save(folder)
     else:
-      processor = ov_data.TextProcessor(tokenizer, length, append_cls, text.pool, text.padding)
+      # Other families do not remove the punctuation of prompts.
+      canonical = not option_problems(found.config)
+      processor = ov_data.TextProcessor(
+        tokenizer, length, append_cls, text.pool, text.padding, canonical
+      )
       processor.save(folder)
   except ValueError as error:
     shutil.rmtree(folder, ignore_errors=True)
-    return None, (f"its tokenizer is left out: {error}",)
+    return None, (f"its tokenizer is not imported: {error}",)
   return tokenizer.fingerprint, ()
 
 
-def _tokenizer(words: Words) -> ov_data.Tokenizer:
-  """The tokenizer, with the ids that the model knows; ValueError where ours would give others."""
+def _tokenizer(words: TokenizerSpec) -> ov_data.Tokenizer:
+  """Return the ov_data tokenizer; raise ValueError if its special ids differ from the model's."""
   with tempfile.TemporaryDirectory() as folder:
     file = Path(folder) / "tokenizer.json"
     file.write_text(words.tokenizer_json, "utf-8")
@@ -159,14 +165,14 @@ def _tokenizer(words: Words) -> ov_data.Tokenizer:
     raise ValueError(
       "the model was trained with "
       + ", ".join(f"{role} {getattr(words, role)}" for role in differing)
-      + "; by their names the tokens of the vocabulary would be "
+      + "; the vocabulary assigns by name "
       + ", ".join(f"{role} {getattr(tokenizer, role)}" for role in differing)
     )
   return tokenizer
 
 
 def _write_checkpoint(
-  folder: Path, found: Imported, origin: str, notes: tuple[str, ...], fingerprint: str | None
+  folder: Path, found: Imported, about: dict[str, Any], fingerprint: str | None
 ) -> None:
   params = found.params
   if isinstance(found.config, ov_models.ViTConfig):
@@ -175,9 +181,9 @@ def _write_checkpoint(
     params = {"text": params}
   metadata: dict[str, Any] = {
     "stage": "import",
-    "config": None,  # of a run
+    "config": None,  # only runs have one
     "model": ov_models.config_to_dict(found.config),
-    "imported": {"from": origin, "notes": list(notes)},
+    "imported": about,
     "preprocess": dataclasses.asdict(found.preprocess) if found.preprocess else None,
   }
   if fingerprint:

@@ -1,4 +1,4 @@
-"""Imports become workdirs that training starts from and evaluation and export read."""
+"""Tests that imports are workdirs for training, evaluation and export."""
 
 import dataclasses
 
@@ -9,9 +9,10 @@ import pytest
 
 from apps.exporter.importer import import_model
 from apps.trainer.checkpoint import find_checkpoint, read_metadata
-from apps.trainer.init_from import check_tokenizer, init_from
+from apps.trainer.init_from import check_tokenizer, plan_init
+from apps.trainer.init_source import open_source
 from ov_convert import hf_tokenizer, openvision_jax, torch_module
-from ov_convert.release import Preprocess, Release, Words
+from ov_convert.release import Preprocess, Release, TokenizerSpec
 import ov_data
 import ov_data.tokenizer
 import ov_models
@@ -54,29 +55,30 @@ def words(**changes):
     "append_cls": True, "pad_id": t.pad_id, "bos_id": t.bos_id, "eos_id": t.eos_id,
     "unk_id": t.unk_id, "cls_id": t.cls_id,
   }  # fmt: skip
-  return Words(t.to_json(), length, **fields | changes)
+  return TokenizerSpec(t.to_json(), length, **fields | changes)
 
 
 def saved(folder, config, texts):
-  """A folder of our own format; returns its parameters."""
+  """Write a folder in our format; return its parameters."""
   params = random_params(config)
   torch_module.write(folder, Release(config, params, PREPROCESS, texts))
   return params
 
 
 def assert_whole(workdir, config, params):
-  """Everything in the checkpoint, in the tree of `params`, and nothing else."""
+  """Restore the checkpoint, which must contain exactly the tree of `params`."""
   fresh = jax.tree.map(jnp.zeros_like, params)
-  taken, report = init_from(workdir, fresh)
+  plan = plan_init(open_source(workdir), fresh)
+  report = plan.report
   assert len(report.taken) == len(jax.tree.leaves(params))
   assert not (report.resampled or report.fresh or report.unused)
-  jax.tree.map(np.testing.assert_array_equal, taken, params)
+  jax.tree.map(np.testing.assert_array_equal, plan.apply(fresh), params)
   assert ov_models.config_from_dict(read_metadata(find_checkpoint(workdir))["model"]) == config
   return report
 
 
 def predecessor(folder, params):
-  """A run of the published code with TOWERS."""
+  """Return a run of the published code with TOWERS."""
   import orbax.checkpoint as ocp
 
   tree = {}
@@ -105,12 +107,12 @@ def test_a_checkpoint_of_the_predecessor(tmp_path):
   assert "tokenizer" not in metadata
   count = ov_models.num_params(TOWERS)
   assert lines[0] == f"imported openvision_jax:run: VisionLanguage of {count:,} parameters"
-  assert any("without a tokenizer" in line for line in lines)
+  assert any("the model has no tokenizer" in line for line in lines)
   assert str(tmp_path) not in str(metadata["imported"])
   assert [path.name for path in workdir.parent.iterdir()] == ["one"]
 
 
-def test_the_vocabulary_beside_a_checkpoint(tmp_path):
+def test_the_vocabulary_next_to_a_checkpoint(tmp_path):
   spec = predecessor(tmp_path / "run", random_params(TOWERS))
   vocabulary = tmp_path / "run" / "vocab.txt"
   tokens = ["[PAD]", "[bos]", "[eos]", "[UNK]", "[CLS]", "a", "red", "circle"]
@@ -125,13 +127,13 @@ def test_the_vocabulary_beside_a_checkpoint(tmp_path):
 
   vocabulary.write_text("\n".join(f"word{i}" for i in range(30)))
   lines = import_model(spec, tmp_path / "without", **options)
-  note = "its tokenizer is left out: vocabulary vocab.txt: no [UNK] token among its 30 lines"
+  note = "its tokenizer is not imported: vocabulary vocab.txt: no [UNK] token among its 30 lines"
   assert any(line.startswith(f"  note: {note}") for line in lines)
   vocabulary.unlink()
   (tmp_path / "secret.txt").write_text("\n".join(tokens))
   vocabulary.symlink_to("../secret.txt")
   lines = import_model(spec, tmp_path / "link", **options)
-  assert any("vocab.txt is a link that leads out of its folder" in line for line in lines)
+  assert any("vocab.txt is a link that points outside its folder" in line for line in lines)
   for workdir in ("without", "link"):
     notes = read_metadata(find_checkpoint(tmp_path / workdir))["imported"]["notes"]
     assert str(tmp_path) not in str(notes)
@@ -145,7 +147,8 @@ def test_our_own_format(tmp_path):
   report = assert_whole(workdir, TOWERS, params)
   metadata = read_metadata(find_checkpoint(workdir))
   assert metadata["preprocess"] == {
-    "image_size": 8, "fit": "squash", "mean": [0.5] * 3, "std": [0.25] * 3
+    "image_size": 8, "fit": "squash", "mean": [0.5] * 3, "std": [0.25] * 3,
+    "interpolation": "bilinear",
   }  # fmt: skip
   processor = ov_data.TextProcessor.load(workdir / "tokenizer")
   assert (processor.length, processor.pool, processor.padding) == (LENGTH, "last", "attend")
@@ -156,12 +159,12 @@ def test_our_own_format(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["open_clip", "timm", "transformers"])
-def test_what_we_write_for_others(tmp_path, kind):
+def test_importing_our_exports(tmp_path, kind):
   from ov_convert import open_clip, timm_vit, transformers_vit
 
   writers = {"open_clip": open_clip, "timm": timm_vit, "transformers": transformers_vit}
   params = random_params(VIT)
-  params["blocks"]["attn"]["key"]["bias"][:] = 0  # changes nothing, and not all store it
+  params["blocks"]["attn"]["key"]["bias"][:] = 0  # has no effect, and some formats lack it
   writers[kind].write(tmp_path, Release(VIT, params, PREPROCESS))
   import_model(f"{kind}:{tmp_path}", tmp_path / "workdir")
   assert_whole(tmp_path / "workdir", VIT, {"encoder": params})
@@ -195,21 +198,21 @@ def test_a_captioner_has_a_tokenizer_alone(tmp_path):
   assert not (tmp_path / "workdir" / "tokenizer" / "text_processor.json").exists()
 
 
-def test_a_tower_alone_lies_where_both_apps_have_it(tmp_path):
+def test_a_single_tower_is_stored_under_its_name_in_the_model(tmp_path):
   params = saved(tmp_path / "model", VIT, None)
   import_model(f"safetensors:{tmp_path / 'model'}", tmp_path / "workdir")
   assert_whole(tmp_path / "workdir", VIT, {"encoder": params})
   assert not (tmp_path / "workdir" / "tokenizer").exists()
-  towers = random_params(CAPTIONER, 1)
-  taken, report = init_from(tmp_path / "workdir", jax.tree.map(jnp.asarray, towers))
-  jax.tree.map(np.testing.assert_array_equal, taken["encoder"], params)
-  assert {path.split("/")[0] for path in report.fresh} == {"decoder"}
+  towers = jax.tree.map(jnp.asarray, random_params(CAPTIONER, 1))
+  plan = plan_init(open_source(tmp_path / "workdir"), towers)
+  jax.tree.map(np.testing.assert_array_equal, plan.apply(towers)["encoder"], params)
+  assert {path.split("/")[0] for path in plan.report.fresh} == {"decoder"}
 
 
-def test_a_tokenizer_with_other_ids_is_left_out(tmp_path):
+def test_a_tokenizer_with_other_ids_is_not_imported(tmp_path):
   saved(tmp_path / "model", TOWERS, words(eos_id=9))
   lines = import_model(f"safetensors:{tmp_path / 'model'}", tmp_path / "workdir")
-  note = "its tokenizer is left out: the model was trained with eos_id 9; by their names the tokens"
+  note = "the model was trained with eos_id 9; the vocabulary assigns by name"
   assert any(note in line for line in lines)
   metadata = read_metadata(find_checkpoint(tmp_path / "workdir"))
   assert any(note in line for line in metadata["imported"]["notes"])
@@ -221,17 +224,17 @@ def test_a_tokenizer_with_other_ids_is_left_out(tmp_path):
   [
     (
       "keras:{0}/model",
-      "is no FORMAT:PATH; formats are openvision_jax, safetensors, open_clip, t",
+      "is not FORMAT:PATH; formats are openvision_jax, safetensors, open_clip, t",
     ),
-    ("{0}/model", "is no FORMAT:PATH"),
-    ("timm:", "is no FORMAT:PATH"),
-    ("timm:{0}/nowhere", "there is no folder"),
-    ("safetensors:{0}/model/config.json", "there is no folder"),
-    ("openvision_jax:{0}/model", "is no checkpoint: _METADATA is missing"),
-    ("open_clip:{0}/model", "open_clip_config.json: there is no such file"),
+    ("{0}/model", "is not FORMAT:PATH"),
+    ("timm:", "is not FORMAT:PATH"),
+    ("timm:{0}/nowhere", "nowhere does not exist; expected a folder"),
+    ("safetensors:{0}/model/config.json", "config.json is a file; expected a folder"),
+    ("openvision_jax:{0}/model", "is not a checkpoint: _METADATA is missing"),
+    ("open_clip:{0}/model", "open_clip_config.json: no such file"),
   ],
 )
-def test_what_is_no_model(tmp_path, spec, message):
+def test_invalid_models_are_rejected(tmp_path, spec, message):
   saved(tmp_path / "model", VIT, None)
   with pytest.raises((ValueError, FileNotFoundError)) as error:
     import_model(spec.format(tmp_path), tmp_path / "workdir")
@@ -240,10 +243,12 @@ def test_what_is_no_model(tmp_path, spec, message):
   assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_options_that_are_the_other_formats(tmp_path):
+def test_options_of_other_formats_are_rejected(tmp_path):
   saved(tmp_path / "model", VIT, None)
   for options in ({"image_size": 16}, {"num_heads": 2}):
-    with pytest.raises(ValueError, match="is for openvision_jax: folders of safetensors tell it"):
+    with pytest.raises(
+      ValueError, match="applies only to openvision_jax; folders of safetensors contain it"
+    ):
       import_model(f"safetensors:{tmp_path / 'model'}", tmp_path / "workdir", **options)
 
 
@@ -258,7 +263,7 @@ def test_a_workdir_is_never_overwritten(tmp_path):
   assert kept.read_text() == "mine"
 
 
-def test_a_failure_while_writing_leaves_nothing(tmp_path, monkeypatch):
+def test_a_failed_write_leaves_no_output(tmp_path, monkeypatch):
   saved(tmp_path / "model", VIT, None)
 
   def full(*args):
@@ -271,5 +276,5 @@ def test_a_failure_while_writing_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_training_and_conversion_look_for_special_tokens_by_the_same_names():
-  """Else a vocabulary might import with one token for padding or end, and train with another."""
+  """Tests that import and training agree on the special tokens of a vocabulary."""
   assert hf_tokenizer._USUAL_NAMES == ov_data.tokenizer._SPECIAL_NAMES

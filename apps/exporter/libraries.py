@@ -1,8 +1,8 @@
-"""Library versions that run the programs of model cards: the oldest and the newest that were tried.
+"""Oldest and newest tested library versions for the programs of model cards.
 
-`pip_line` puts the oldest ones into a card's `pip install` line. The script
-`//tests/clients:clean_environments` builds an environment from that line, once with the oldest and
-once with the newest versions, and runs the programs there.
+`pip_line` returns the `pip install` line of a card, with the oldest versions as lower bounds. The
+script `//tests/clients:clean_environments` builds an environment from that line, once with the
+oldest and once with the newest versions, and runs the programs there.
 """
 
 from collections.abc import Iterable, Mapping
@@ -12,7 +12,7 @@ from types import MappingProxyType
 from apps.exporter.formats.format import Versions
 from apps.exporter.formats.table import EXPORTS
 
-# Libraries of several formats; those of one stand with their reasons in its module of `formats`.
+# Libraries used by several formats; those of a single format are in its module in `formats`.
 _SHARED = {
   "torch": Versions("2.6.0", "2.15.0"),  # newest transformers requires 2.6
   "safetensors": Versions("0.5.0", "0.8.0"),
@@ -23,13 +23,15 @@ _SHARED = {
 TESTED: Mapping[str, Versions] = MappingProxyType(
   {name: found for f in EXPORTS.values() for name, found in f.tested.items()} | _SHARED
 )
-# What our own packages depend on. They are installed from a checkout; their pyproject.toml has the
-# lower bounds, and these are the first releases within them.
+# Dependencies of our own packages, which are installed from a checkout. The oldest versions are the
+# first releases within the lower bounds of pyproject.toml.
 OWN: Mapping[str, Mapping[str, Versions]] = MappingProxyType(
   {
     "packages/ov-models": {
+      "einops": Versions("0.8.0", "0.8.2"),
       "flax": Versions("0.12.4", "0.12.8"),
       "jax": Versions("0.9.1", "0.10.2"),
+      "jaxtyping": Versions("0.3.0", "0.3.11"),
       "numpy": Versions("2.0.0", "2.4.6"),
       "safetensors": Versions("0.5.0", "0.8.0"),
     },
@@ -47,22 +49,22 @@ OWN: Mapping[str, Mapping[str, Versions]] = MappingProxyType(
 
 
 def pip_line(installed: Iterable[str]) -> str:
-  """Return the command that installs `installed`, each from its oldest tested version on."""
+  """Return the pip command for `installed`, with the oldest tested versions as lower bounds."""
   return "pip install " + " ".join(
     name if name in OWN else f'"{name}>={TESTED[name].oldest}"' for name in installed
   )
 
 
 def requirements(line: str, versions: str) -> list[str]:
-  """Return what pip installs for a test of the pip line of a card.
+  """Return the pip requirements for a test of the pip line of a card.
 
   Args:
-    line: as `pip_line` makes it.
-    versions: "newest" for the line as it stands; "oldest" for exactly its lower bounds, and those
-      of our own packages.
+    line: line returned by `pip_line`.
+    versions: "newest" for the line unchanged; "oldest" to pin its lower bounds and those of our own
+      packages.
 
   Raises:
-    ValueError: `versions` is neither.
+    ValueError: if `versions` is neither.
   """
   stated = shlex.split(line)[2:]
   if versions == "newest":
@@ -80,7 +82,7 @@ def names(line: str) -> list[str]:
 
 
 def ranges(installed: Iterable[str]) -> dict[str, Versions]:
-  """Return the tested versions of `installed`, with those of what our own packages depend on."""
+  """Return the tested versions of `installed`, including dependencies of our own packages."""
   found: dict[str, Versions] = {}
   for name in installed:
     found |= OWN[name] if name in OWN else {name: TESTED[name]}

@@ -1,4 +1,4 @@
-"""The pip lines of model cards: complete, and with the bounds that docs and tests have."""
+"""Tests that pip lines of model cards are complete, with the bounds of docs and tests."""
 
 import ast
 from pathlib import Path
@@ -12,13 +12,13 @@ import pytest
 from apps.exporter import card, libraries, snippets
 from apps.exporter.card import CardFacts
 from apps.exporter.formats.table import EXPORTS
-from ov_convert.release import Preprocess, Release, Words
+from ov_convert.release import Preprocess, Release, TokenizerSpec
 import ov_models
 
 ROOT = Path(__file__).parents[2]
 _SIZES = {"image_size": 32, "vocab_size": 100}
 VIT = ov_models.ViTConfig.from_name("mu/16", image_size=32)
-WORDS = Words("{}", 16, True, 0, 1, 2, 3, 4)
+WORDS = TokenizerSpec("{}", 16, True, 0, 1, 2, 3, 4)
 MODELS = {
   "pair": (
     ov_models.VisionLanguageConfig.from_names("mu/16", "Ti", None, text_len=16, **_SIZES),
@@ -31,8 +31,8 @@ MODELS = {
   "image": (VIT, None),
 }
 CASES = [(kind, name) for kind in EXPORTS for name in MODELS]
-# Names in `import` statements -> what installs them, where that is another name. What one of these
-# brings along by its own declaration need not be in the line.
+# Pip packages by import name, if they differ. Declared dependencies of these need not be in the
+# line.
 DISTRIBUTIONS = {"PIL": "pillow", "open_clip": "open_clip_torch", "openvision_torch": None}
 BROUGHT = {
   "open_clip_torch": {"pillow", "numpy"},
@@ -40,7 +40,7 @@ BROUGHT = {
   "packages/ov-models": {"jax", "numpy", "ov_models"},
   "packages/ov-data": {"ov_data"},
 }
-# Imported by a library, which does not declare it.
+# Undeclared dependencies of libraries.
 UNDECLARED = {
   "open_clip.get_tokenizer": "transformers",
   "export.deserialize": "flatbuffers",
@@ -89,7 +89,7 @@ def test_lines_are_quoted_for_a_shell_and_hold_lower_bounds():
     libraries.requirements(line, "old")
 
 
-def test_no_text_tower_no_tokenizer():
+def test_models_without_text_need_no_tokenizer():
   assert "transformers" in _programs("open_clip", "pair")[0].install
   for name in ("captioner", "image"):
     assert "transformers" not in _programs("open_clip", name)[0].install

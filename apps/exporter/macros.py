@@ -1,12 +1,12 @@
-"""Parts that several programs of `programs` have in common, as macros of Jinja.
+"""Jinja macros shared by the programs of model cards.
 
-`read_picture` repeats in NumPy and Pillow what `ov_data.decode.whole` does; read_picture_test
-compares the two on every kind of image that training accepts.
+`read_picture` reimplements `ov_data.decode.whole` in NumPy and Pillow; read_picture_test compares
+the two on every kind of image that training accepts.
 """
 
 SHARED = """\
 {% macro read_picture() %}
-# The orientation of an EXIF block, 1 to 8; damaged blocks and XMP turn nothing.
+# Returns the EXIF orientation, 1 to 8; damaged blocks and XMP are ignored.
 def orientation(exif):
   tiff = exif.removeprefix(b"Exif\\0\\0")
   if tiff[:4] not in (b"II*\\0", b"MM\\0*"):
@@ -21,15 +21,15 @@ def orientation(exif):
   return 1
 
 
-# Reads a picture as evaluation does: upright, RGB, over white, side x side pixels.
+# Reads an image as evaluation does: upright, RGB, over white, side x side pixels.
 def read_picture(path, side={{ size }}):
-  picture = Image.open(path)  # of an animation the first frame
+  picture = Image.open(path)  # first frame of an animation
   picture.load()
   turned = orientation(picture.info.get("exif", b""))
-  if picture.mode.startswith("I"):  # of 16-bit gray the upper 8 bits
+  if picture.mode.startswith("I"):  # upper 8 bits of 16-bit gray
     upper = np.asarray(picture).astype(np.int32) >> 8
     picture = Image.fromarray(upper.clip(0, 255).astype(np.uint8))
-  if picture.has_transparency_data:  # over white
+  if picture.has_transparency_data:  # compose over white
     picture = picture.convert("RGBA")
     picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
   pixels = np.asarray(picture.convert("RGB"), np.float32)
@@ -47,7 +47,11 @@ def read_picture(path, side={{ size }}):
   box = (left * across, top * down, (left + side) * across, (top + side) * down)
 {% endif %}
   channels = [Image.fromarray(np.ascontiguousarray(pixels[..., i])) for i in range(3)]
-  channels = [c.resize((side, side), Image.Resampling.BILINEAR, box) for c in channels]
+  way = Image.Resampling.{{ pre.interpolation | upper }}
+  channels = [c.resize((side, side), way, box) for c in channels]
+{% if pre.interpolation == "bicubic" %}
+  channels = [np.asarray(c).clip(0, 255) for c in channels]
+{% endif %}
   return Image.fromarray(np.stack([np.asarray(c) for c in channels], -1).astype(np.uint8))
 {% endmacro %}
 {% macro normalised() %}
@@ -56,7 +60,7 @@ pixels = (np.asarray(read_picture("{{ photo }}"), np.float32)[None] / 255 - mean
 {% endmacro %}
 {% macro tokenizer() %}
 tokenizer = tokenizers.Tokenizer.from_file(f"{folder}/tokenizer.json")
-tokenizer.encode_special_tokens = True  # "[eos]" in a text is text
+tokenizer.encode_special_tokens = True  # "[eos]" in a text is ordinary text
 {% endmacro %}
 {% macro token_ids(dtype) %}
 texts = {{ prompts }}
@@ -65,7 +69,7 @@ for row, text in zip(ids, texts):
   pieces = tokenizer.encode(text, add_special_tokens=False).ids[:{{ room }}]
   row[: len(pieces) + 2] = [{{ words.bos_id }}, *pieces, {{ words.eos_id }}]
 {% if words.append_cls %}
-ids[:, -1] = {{ words.cls_id }}  # [CLS], behind the padding
+ids[:, -1] = {{ words.cls_id }}  # [CLS], after the padding
 {% endif %}
 {% endmacro %}
 {% macro print_captions() %}

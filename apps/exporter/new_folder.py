@@ -1,4 +1,4 @@
-"""Folders that appear complete or not at all, written under a private name next to their place."""
+"""Atomic creation of folders: written under a temporary name, then renamed."""
 
 from collections.abc import Iterator
 import contextlib
@@ -17,20 +17,21 @@ _SUFFIX = ".partial"
 
 @contextlib.contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-  """Yield an empty folder that becomes `target` when the block ends without an error.
+  """Yield an empty folder that is renamed to `target` when the block ends without an error.
 
-  The folder has an unpredictable name and mode 0700 while it is written, so that nobody else can
-  plant a link in it; complete, it gets the permissions of the umask. What a killed program left is
-  removed, what a running one writes is not.
+  While it is written, the folder has an unpredictable name and mode 0700, so that no other user can
+  plant a link in it; afterwards it gets the permissions of the umask. Folders left by killed
+  processes are removed, those of running processes are not.
 
   Args:
-    target: must not exist, or be an empty folder. Its parents are made.
+    target: path that does not exist, or an empty folder. Parents are created.
 
   Yields:
-    The folder to write.
+    The temporary folder.
 
   Raises:
-    OSError: it cannot be written; the message is one line with `target`. Nothing is left behind.
+    OSError: if the folder cannot be written; the message is one line with `target`. The temporary
+      folder is removed.
   """
   target = target.absolute()
   with contextlib.ExitStack() as stack:
@@ -47,45 +48,45 @@ def new_folder(target: Path) -> Iterator[Path]:
         raise OSError(f"{partial} was replaced while it was written")
       _apply_umask(partial)
       partial.rename(target)
-    except ClientError as error:  # a library that writes, in a separate process
+    except ClientError as error:  # a library in a separate process failed to write
       raise OSError(f"{target} cannot be written: {str(error).splitlines()[-1]}") from error
     except (OSError, safetensors.SafetensorError) as error:
       if _names_another_place(error, target.parent):
         raise
       reason = " ".join(str(error).split()) or type(error).__name__
       raise OSError(
-        f"{target} cannot be written: {reason}; nothing was left behind. Make room, or choose a "
+        f"{target} cannot be written: {reason}; no files were left. Free space, or choose a "
         "folder that you may write."
       ) from error
 
 
 def _names_another_place(error: Exception, folder: Path) -> bool:
-  """Whether an error is of a file outside `folder`, such as one that is read."""
+  """Return whether an error is about a file outside `folder`, such as an input."""
   name = getattr(error, "filename", None)
   return isinstance(name, str | os.PathLike) and not Path(name).absolute().is_relative_to(folder)
 
 
 def _remove_left_behind(target: Path) -> None:
-  """Removes folders of killed programs: those of this user that no program holds."""
+  """Remove folders of killed processes: those of this user that are not locked."""
   for path in target.parent.iterdir():
     if not (path.name.startswith(f".{target.name}.") and path.name.endswith(_SUFFIX)):
       continue
     try:
       held = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError:
-      continue  # a link, a file, or a folder of somebody else
+      continue  # a link, a file, or a folder of another user
     try:
       if os.fstat(held).st_uid == os.getuid():
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         shutil.rmtree(path, ignore_errors=True)
     except OSError:
-      pass  # a program that runs holds it
+      pass  # locked by a running process
     finally:
       os.close(held)
 
 
 def _apply_umask(folder: Path) -> None:
-  """Gives everything the usual permissions; safetensors writes files that only the owner reads."""
+  """Set permissions according to the umask; safetensors writes files with mode 0600."""
   os.umask(mask := os.umask(0))
   for path in (folder, *folder.rglob("*")):
     if not path.is_symlink():

@@ -1,4 +1,4 @@
-"""A new folder is complete or absent, and nobody else can write into it before."""
+"""Tests that a new folder is created atomically, and not writable by others before."""
 
 import errno
 import os
@@ -91,7 +91,7 @@ def test_a_folder_that_was_replaced_by_a_link_is_not_handed_over(tmp_path):
     ClientError("write_onnx.py failed: a traceback\nOSError: No space left on device"),
   ],
 )
-def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, error):
+def test_a_full_disk_is_one_line_and_leaves_no_files(tmp_path, error):
   raises = pytest.raises(OSError, match="out cannot be written: .*(space|quota)")
   with raises as told, new_folder(tmp_path / "out") as folder:
     (folder / "half").touch()
@@ -99,8 +99,8 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, error):
   assert "\n" not in str(told.value) and os.listdir(tmp_path) == []
 
 
-def test_a_file_that_cannot_grow_is_told_as_what_it_is(tmp_path):
-  """The system itself refuses to write on: safetensors and Python tell it differently."""
+def test_a_file_size_limit_is_reported(tmp_path):
+  """Tests a file size limit of the system: safetensors and Python report it differently."""
   code = f"""
 import resource, signal, sys, pathlib, numpy, safetensors.numpy
 from apps.exporter.new_folder import new_folder
@@ -119,14 +119,14 @@ except OSError as error:
   assert os.listdir(tmp_path) == []
 
 
-def test_errors_of_what_is_read_stay_as_they_are(tmp_path):
+def test_errors_of_input_files_are_unchanged(tmp_path):
   with pytest.raises(FileNotFoundError, match="none.json"), new_folder(tmp_path / "out" / "x"):
     (tmp_path / "none.json").read_text()
   with pytest.raises(ValueError, match="does not fit"), new_folder(tmp_path / "out"):
     raise ValueError("does not fit")
 
 
-def test_what_a_killed_program_left_is_removed_and_what_a_running_one_writes_is_not(tmp_path):
+def test_folders_of_killed_processes_are_removed_and_of_running_ones_kept(tmp_path):
   code = f"""
 import pathlib, sys
 from apps.exporter.new_folder import new_folder

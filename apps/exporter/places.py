@@ -1,4 +1,4 @@
-"""Folders that users name on the command line of //apps:export, checked before any work begins."""
+"""Validation of folders on the command line of //apps:export."""
 
 import os
 from pathlib import Path
@@ -8,14 +8,14 @@ _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://?")
 
 
 def local(flag: str, value: str) -> Path:
-  """Return a path of this machine.
+  """Return a local path.
 
   Args:
-    flag: for messages, such as "--out=" or "safetensors:".
-    value: what the user gave; a leading ~ is the home folder.
+    flag: flag for error messages, such as "--out=" or "safetensors:".
+    value: value of the flag; a leading ~ is expanded.
 
   Raises:
-    ValueError: it is empty, remote, or below the home of a user who does not exist.
+    ValueError: if the path is empty, remote, or in the home of an unknown user.
   """
   if not value:
     raise ValueError(f"{flag} is empty; expected a local folder")
@@ -31,19 +31,19 @@ def local(flag: str, value: str) -> Path:
 
 
 def existing(flag: str, value: str) -> Path:
-  """Return a local folder that exists; raises ValueError for any other path."""
+  """Return an existing local folder; raise ValueError for any other path."""
   path = local(flag, value)
   if not path.is_dir():
-    found = "a file, not a folder" if path.exists() else "no such folder"
-    raise ValueError(f"{flag}{value}: there is no folder {path} ({found}); check the path")
+    found = "is a file" if path.exists() else "does not exist"
+    raise ValueError(f"{flag}{value}: {path} {found}; expected a folder")
   return path
 
 
 def new(flag: str, value: str) -> Path:
-  """Return a local path at which a folder can be made.
+  """Return a local path where a folder can be created.
 
   Raises:
-    ValueError: something that is no empty folder is there, or the folder cannot be made there.
+    ValueError: if the path exists and is not an empty folder, or the folder cannot be created.
   """
   path = local(flag, value)
   try:

@@ -1,6 +1,6 @@
-"""Values of configs and data as text for a page of Markdown that leaves the machine.
+"""Conversion of config values and data to safe text for published Markdown.
 
-`clean` takes out what others must not learn, `cell` what Markdown would take for more than text.
+`clean` removes secrets and local paths, `cell` escapes Markdown and HTML.
 """
 
 from collections.abc import Mapping
@@ -18,25 +18,25 @@ _SECRET_VALUE = re.compile(
   r"hf_\w{16,}|sk-[\w-]{16,}|gh[pousr]_\w{16,}|github_pat_\w+|AKIA[0-9A-Z]{12,}|-----BEGIN|"
   r"eyJ[\w-]{10,}\.[\w-]+\.|\b[0-9a-f]{40}\b"
 )
-_PLACE = re.compile(  # a URL, or a path that says where it begins
+_PLACE = re.compile(  # a URL, or a path with a root, ~ or ./
   r"""(?:(?<=[\s,;:="'(\[])|^)(?:[A-Za-z][\w+.-]+://|~|\.{0,2}/|[A-Za-z]:\\)[^\s,;"')\]]*"""
 )
 _PLACE_KEY = re.compile(r"(^|_)(dir|path|root|file|folder|classes|checkpoint)$")
 
 
 def cell(value: Any) -> str:
-  """Any value as text that stays in one cell of a table: no markup, no line breaks."""
+  """Return a value as text for one table cell, without markup and line breaks."""
   text = value if isinstance(value, str) else report_text.plain(value)
   text = "".join(c if c.isprintable() else " " for c in text)
   for mark, shown in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("$", "&#36;")):
     text = text.replace(mark, shown)
   text = re.sub(r"([\\`*\[\]|~]|(?<!\w)_|_(?!\w))", r"\\\1", text).strip()
-  # What would be a heading, a list or a rule at the beginning of a line.
+  # Escape headings, lists and rules at the beginning of a line.
   return re.sub(r"^(\d*)(#|=|[-+.)](?=\s|$)|-(?=--))", r"\1\\\2", text)
 
 
 def clean(value: Any, key: str = "") -> Any:
-  """JSON values without secrets, and with the last name alone of whatever is a place."""
+  """Return JSON values without secrets; paths and URLs are reduced to their last component."""
   if value and _SECRET_KEY.search(re.sub(r"(?<=[a-z])(?=[A-Z])|-", "_", key).lower()):
     return HIDDEN
   if isinstance(value, Mapping):
@@ -47,8 +47,8 @@ def clean(value: Any, key: str = "") -> Any:
     return value
   if _SECRET_VALUE.search(value):
     return HIDDEN
-  whole = _PLACE.match(value) and not re.search(r"[,;]", value)  # blanks are part of it then
-  if whole or _PLACE_KEY.search(key):
+  is_path = _PLACE.match(value) and not re.search(r"[,;]", value)  # may contain spaces
+  if is_path or _PLACE_KEY.search(key):
     return _last(value)
   return _PLACE.sub(lambda match: _last(match[0]), value)
 

@@ -2,7 +2,7 @@ import pytest
 
 from apps.exporter.plain_text import HIDDEN, cell, clean
 
-# In two parts: no search of this repository for secrets shall find one.
+# In two parts, so that secret scanners do not report it.
 SECRET = "hf_" + "abcdefgh" * 4
 
 
@@ -36,7 +36,7 @@ def test_a_relative_place_under_a_telling_key_keeps_its_last_name_only():
 @pytest.mark.parametrize(
   "key", ["token_len", "tokenizer", "image_key", "caption_keys", "num_tokens"]
 )
-def test_what_only_sounds_like_a_secret_is_shown(key):
+def test_values_that_only_resemble_secrets_are_kept(key):
   assert clean({key: "shown"}) == {key: "shown"}
 
 

@@ -1,4 +1,4 @@
-"""The inputs that every exported model is tried on, and what our own model makes of them."""
+"""Probe inputs for the comparison of exported models, and outputs of our model for them."""
 
 from collections.abc import Sequence
 import io
@@ -16,7 +16,7 @@ from ov_convert.release import Preprocess, Release
 from ov_data import decode
 import ov_models
 
-# Upper case, accents, nothing at all, punctuation, special tokens as words, and too long.
+# Upper case, accents, empty text, punctuation, special tokens as words, and too long a text.
 TEXTS = (
   "A photo of a Dog",
   "Ein Café in ZÜRICH: naïve résumé, 3.5 €",
@@ -32,17 +32,17 @@ _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 def pictures(folder: Path | None, count: int = _NUM_PICTURES) -> list[bytes]:
-  """Encoded pictures: the first of `folder`, else drawn ones.
+  """Return encoded images: the first ones of `folder`, or generated ones.
 
   Raises:
-    ValueError: the folder holds none, or one that cannot be decoded.
+    ValueError: if the folder contains no images, or one that cannot be decoded.
   """
   if folder is None:
     return [_drawn(number) for number in range(count)]
   files = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix.lower() in _SUFFIXES)
   files = files[:count]
   if not files:
-    raise ValueError(f"--pictures={folder}: no file that ends in {', '.join(_SUFFIXES)}")
+    raise ValueError(f"--pictures={folder}: no file with the suffix {', '.join(_SUFFIXES)}")
   encoded = [file.read_bytes() for file in files]
   for file, data in zip(files, encoded, strict=True):
     try:
@@ -53,14 +53,14 @@ def pictures(folder: Path | None, count: int = _NUM_PICTURES) -> list[bytes]:
 
 
 def write_probe(folder: Path, source: Source, encoded: Sequence[bytes]) -> dict[str, np.ndarray]:
-  """Writes what `clients/client_io.py` reads: pictures, texts, and our pixels and ids.
+  """Write the inputs of `clients/client_io.py`: images, texts, and our pixels and ids.
 
-  Pictures of which the middle is cut out come twice: first in a shape that leaves nothing to round,
-  see `parity.compare`, then as they are.
+  With center crops, images are written twice: first in a shape whose crop needs no rounding, see
+  `parity.compare`, then unchanged.
 
   Returns:
-    Of all pictures `image/pixels`; of the first, which models are tried on, `pixels`; with a text
-    tower, `text/ids`.
+    `image/pixels` of all images, `pixels` of the images on which models run, `ids` of the texts
+    with a text tower, and `text/ids`, the same, with its tokenizer.
   """
   (folder / "images").mkdir(parents=True)
   preprocess = source.release.preprocess
@@ -70,28 +70,43 @@ def write_probe(folder: Path, source: Source, encoded: Sequence[bytes]) -> dict[
   rows = []
   for number, image in enumerate(images):
     picture = io.BytesIO()
-    image.save(picture, "PNG")  # what a library decodes must be what we decode
+    image.save(picture, "PNG")  # lossless, so that all decoders agree
     (folder / "images" / f"{number}.png").write_bytes(picture.getvalue())
-    rows.append(decode.whole(picture.getvalue(), preprocess.image_size, preprocess.fit))
+    rows.append(
+      decode.whole(
+        picture.getvalue(), preprocess.image_size, preprocess.fit,
+        interpolation=preprocess.interpolation,
+      )
+    )  # fmt: skip
   pixels = normalise(np.stack(rows), preprocess)
   arrays: dict[str, Any] = {"pixels": pixels[: len(encoded)]}
   (folder / "texts.json").write_text(json.dumps(TEXTS), "utf-8")
+  ids: dict[str, np.ndarray] = {}
   if source.processor is not None:
-    arrays["ids"] = source.processor.encode(TEXTS)
+    arrays["ids"] = ids["text/ids"] = source.processor.encode(TEXTS)
+  elif (text := source.release.text) is not None:
+    arrays["ids"] = _random_ids(text)
   np.savez(folder / "probe.npz", **arrays)
-  ids = {"text/ids": arrays["ids"]} if "ids" in arrays else {}
-  return {"image/pixels": pixels, "pixels": arrays["pixels"], **ids}
+  return {"image/pixels": pixels, **arrays, **ids}
+
+
+def _random_ids(text: ov_models.TextConfig) -> np.ndarray:
+  """Return texts of random ids of a tower without tokenizer, padded with the largest id."""
+  shape = (len(TEXTS), text.max_len)
+  ids = np.random.default_rng(0).integers(0, max(text.vocab_size - 1, 1), shape, np.int32)
+  ends = np.linspace(1, text.max_len - 1, len(TEXTS)).astype(int)
+  return np.where(np.arange(text.max_len) < ends[:, None], ids, text.vocab_size - 1)
 
 
 def _exact(image: Image.Image, size: int) -> Image.Image:
-  """The picture as 1:2, or 1:3 for odd sizes: the margins of its middle are whole pixels."""
+  """Resize to an aspect of 1:2, or 1:3 for odd sizes, so that crop margins are whole pixels."""
   sides = (2 * size, (4 if size % 2 == 0 else 6) * size)
   shape = sides if image.height > image.width else sides[::-1]
   return ImageOps.fit(image, shape, Image.Resampling.BICUBIC)
 
 
 def normalise(images: np.ndarray, preprocess: Preprocess) -> np.ndarray:
-  """uint8 [B, S, S, 3] -> float32, (x / 255 - mean) / std."""
+  """Normalise uint8 [B, S, S, 3] to float32 (x / 255 - mean) / std."""
   mean, std = (np.array(values, np.float32) for values in (preprocess.mean, preprocess.std))
   return (images.astype(np.float32) / 255 - mean) / std
 
@@ -99,15 +114,15 @@ def normalise(images: np.ndarray, preprocess: Preprocess) -> np.ndarray:
 def our_outputs(
   release: Release, inputs: dict[str, np.ndarray], specials: tuple[int, int, int] | None
 ) -> dict[str, np.ndarray]:
-  """What our model computes in float32, in the order of computation.
+  """Return the float32 outputs of our model, in the order of computation.
 
   Args:
-    release: the model; its params are those of the files.
-    inputs: of `write_probe`.
-    specials: (bos, eos, pad) for captions; None writes none.
+    release: model, with parameters as in the files.
+    inputs: inputs returned by `write_probe`.
+    specials: (bos, eos, pad) for captions; None for no captions.
   """
   config = release.config
-  out = {name: array for name, array in inputs.items() if name != "pixels"}
+  out = {name: array for name, array in inputs.items() if name not in ("pixels", "ids")}
   with jax.default_matmul_precision("highest"):
     computed = jax.jit(_compute, static_argnums=0)(config, release.params, inputs)
     decoder = getattr(config, "decoder", None)
@@ -132,8 +147,8 @@ def _rank(name: str) -> tuple[int, str]:
 def _compute(
   config: Any, params: dict[str, Any], inputs: dict[str, jax.Array]
 ) -> dict[str, jax.Array]:
-  """Every array of `client_io.py` but captions."""
-  pixels, ids = inputs["pixels"], inputs.get("text/ids")
+  """Return all arrays of `client_io.py` except captions."""
+  pixels, ids = inputs["pixels"], inputs.get("ids")
   model: Any = ov_models.bind(config, params)
   encoder = model if isinstance(config, ov_models.ViTConfig) else model.encoder
   vit = encoder(pixels)
@@ -154,7 +169,7 @@ def _blocks(tower: str, states: jax.Array) -> dict[str, jax.Array]:
 
 
 def _drawn(number: int) -> bytes:
-  """A picture with edges, gradients and fine structure, as JPEG; the same on every machine."""
+  """Return a deterministic JPEG with edges, gradients and fine structure."""
   width, height = _SIZES[number % len(_SIZES)]
   y, x = np.mgrid[0:height, 0:width].astype(np.float64)
   rng = np.random.default_rng(number)

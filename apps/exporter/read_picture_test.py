@@ -1,4 +1,4 @@
-"""`read_picture` of model cards: our pixels for every kind of image that training accepts."""
+"""Tests that `read_picture` of model cards returns our pixels for all kinds of images."""
 
 import random
 
@@ -16,13 +16,13 @@ import ov_models
 KINDS = testing_pictures.every_kind()
 FITS = ("center", "squash")
 SIZE = 32
-# JPEGs are decoded with the fast DCT in training, which Pillow does not offer. Mean and maximum.
+# Mean and maximum for JPEGs: training decodes with the fast DCT, which Pillow does not support.
 JPEG_LEVELS = 2.0, 8
 
 
 @pytest.fixture(scope="module")
 def readers():
-  """`read_picture` by (format, fit), taken out of the programs."""
+  """Return `read_picture` by (format, fit), extracted from the programs."""
   config = ov_models.ViTConfig.from_name("Ti/16", image_size=SIZE)
   found = {}
   for fit in FITS:
@@ -37,19 +37,19 @@ def readers():
 
 
 def _function(code):
-  """The source of `orientation` and `read_picture`."""
+  """Return the source of `orientation` and `read_picture`."""
   start = code.index("def orientation(")
   return code[start : code.index("\n\n", code.index("def read_picture("))]
 
 
-def test_every_program_of_a_library_has_it(readers):
+def test_all_formats_have_the_image_reader(readers):
   assert {(kind, fit) for kind, fit, _ in readers} == {
     (kind, fit) for kind in EXPORTS for fit in FITS
   }
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_pixels_are_ours(readers, name, tmp_path):
+def test_pixels_equal_ov_data(readers, name, tmp_path):
   file = tmp_path / "picture"
   file.write_bytes(KINDS[name])
   for (kind, fit, _), read in readers.items():
@@ -64,7 +64,7 @@ def test_pixels_are_ours(readers, name, tmp_path):
     assert cosine > 0.9999
 
 
-def test_orientations_of_damaged_exif_are_ours():
+def test_orientations_of_damaged_exif_equal_ov_data():
   release = testing.release(ov_models.ViTConfig.from_name("Ti/16", image_size=SIZE))
   scope = {"np": np, "Image": Image}
   exec(_function(snippets.snippets("onnx", release)[0].code), scope)
@@ -84,7 +84,7 @@ def test_orientations_of_damaged_exif_are_ours():
 
 
 def test_kinds_differ_where_a_plain_conversion_would_be_wrong(tmp_path):
-  """The test above would notice a program that only converts to RGB."""
+  """Tests that the test above fails for a program that only converts to RGB."""
   wrong = []
   for name, data in KINDS.items():
     file = tmp_path / "picture"

@@ -1,7 +1,7 @@
-"""Short programs that use an exported folder, one set for each format.
+"""Example programs of model cards, for each format.
 
-They stand in the model card and are run by a test, so they name a folder (`FOLDER`) and a picture
-(`PICTURE`) that whoever runs them puts there.
+They are shown in the model card and run by a test, which provides the folder `FOLDER` and the image
+`PICTURE`.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from apps.exporter import libraries
 from apps.exporter.formats.format import Versions
 from apps.exporter.formats.table import EXPORTS
 from apps.exporter.macros import SHARED
-from ov_convert.release import Release
+from ov_convert.release import Release, option_problems
 import ov_models
 
 FOLDER = "path/to/this/folder"
@@ -25,13 +25,13 @@ _FENCE = re.compile(r"^```(\w+)[ \t]+(\w+)[ \t]*\n(.*?)^```[ \t]*$", re.MULTILIN
 
 @dataclasses.dataclass(frozen=True)
 class Snippet:
-  """One program.
+  """Example program.
 
   Attributes:
-    title: what it shows.
-    library: which environment runs it: a format of //apps:export, or "torch".
-    install: what pip installs: names of `libraries`.
-    code: Python.
+    title: heading of the program.
+    library: environment that runs it: a format of //apps:export, or "torch".
+    install: pip packages, names in `libraries`.
+    code: Python code.
   """
 
   title: str
@@ -41,17 +41,17 @@ class Snippet:
 
   @property
   def pip_line(self) -> str:
-    """The command that makes an environment for this program."""
+    """Pip command that installs the requirements of this program."""
     return libraries.pip_line(self.install)
 
   @property
   def tested(self) -> dict[str, Versions]:
-    """The versions that ran this program, by library."""
+    """Tested versions by library."""
     return libraries.ranges(self.install)
 
 
 def snippets(kind: str, release: Release) -> list[Snippet]:
-  """What the card of a folder of format `kind` shows, the most wanted first."""
+  """Return the programs for a format, the most useful first."""
   values = _values(release)
   found = []
   for program in EXPORTS[kind].programs:
@@ -63,34 +63,37 @@ def snippets(kind: str, release: Release) -> list[Snippet]:
 
 
 def extract(text: str) -> list[tuple[str, str, str]]:
-  """(language, library, code) of every fenced block of a card that names both."""
+  """Return (language, library, code) of all fenced blocks of a card that state both."""
   return _FENCE.findall(text)
 
 
-def writes_captions(release: Release) -> bool:
-  """Whether the model has a decoder that generates."""
+def can_caption(release: Release) -> bool:
+  """Return whether the model has an autoregressive decoder."""
   return isinstance(getattr(release.config, "decoder", None), ov_models.DecoderConfig)
 
 
 def reads_texts(release: Release) -> bool:
-  """Whether there is a text tower, and what makes its ids."""
+  """Return whether the model has a text tower and a tokenizer."""
   return release.text is not None and release.words is not None
 
 
 def _values(release: Release) -> dict[str, Any]:
-  """What the programs below differ in."""
+  """Return the template values of the programs."""
   words = release.words
-  texts, captions = reads_texts(release), writes_captions(release) and words is not None
+  texts, captions = reads_texts(release), can_caption(release) and words is not None
   return {
     "folder": FOLDER,
     "photo": PICTURE,
-    "purpose": "Zero-shot classification" if texts else "Features of a picture",
+    "purpose": "Zero-shot classification" if texts else "Image features",
     "pre": release.preprocess,
     "size": release.preprocess.image_size,
     "words": words,
     "room": words.length - words.append_cls - 2 if words else 0,
     "text": release.text,
+    "family": bool(option_problems(release.config)),
+    "plain": not option_problems(release.config),
     "texts": texts,
+    "plain_texts": texts and not option_problems(release.config),
     "captions": captions,
     "max_len": getattr(getattr(release.config, "decoder", None), "max_len", 0),
     "kind": type(release.config).__name__.removesuffix("Config"),
@@ -103,7 +106,7 @@ def _values(release: Release) -> dict[str, Any]:
 def _environment() -> jinja2.Environment:
   environment = jinja2.Environment(
     undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-  )  # programs, not HTML: nothing in them comes from data but numbers
+  )  # no escaping: only numbers come from data
   environment.filters["numbers"] = lambda values: f"({', '.join(f'{v:.6g}' for v in values)})"
   return environment
 

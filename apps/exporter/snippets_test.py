@@ -1,4 +1,4 @@
-"""The programs of model cards, run: all formats give the features and similarities of ov_models."""
+"""Tests that programs of model cards return the features and similarities of ov_models."""
 
 import contextlib
 import inspect
@@ -51,14 +51,14 @@ RUNS = [
   *(("clip", kind) for kind in SOME),
   *(("captioner", kind) for kind in ("safetensors", "stablehlo", "open_clip")),
 ]
-# Kinds of images that a plain conversion to RGB gets wrong; each program runs with each of them.
+# Kinds of images for which a plain conversion to RGB is wrong; all programs run with all of them.
 PICTURES = ("jpeg orientation 6", "png rgba, turned", "png 16-bit gray", "png wide")
 OURS = ("safetensors", "stablehlo")  # what runs with jax; the rest with the clients' libraries
 TOLERANCE = 1e-4  # absolute, as for every export: features here are normed, similarities below 3
 
 
 def run_programs(programs):
-  """Runs programs by name, each with names of its own; the arrays and lines that they leave."""
+  """Run programs by name in separate namespaces; return their arrays and printed lines."""
   kept = {}
   for name, code in programs.items():
     scope, printed = {}, io.StringIO()
@@ -97,7 +97,7 @@ def releases():
 
 @pytest.fixture(scope="module")
 def picture(tmp_path_factory):
-  """Of the size of the model: how libraries resize is compared elsewhere."""
+  """Return an image of the size of the model: resizing is compared elsewhere."""
   file = tmp_path_factory.mktemp("pictures") / "picture.png"
   for name, data in testing_pictures.every_kind().items():
     file.with_name(name).write_bytes(data)
@@ -107,7 +107,7 @@ def picture(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(releases, picture, tmp_path_factory):
-  """What every program of every card leaves, by "model/format/number/what"."""
+  """Return the outputs of all programs of all cards, by "model/format/number/what"."""
   scratch = tmp_path_factory.mktemp("exports")
   programs = {True: {}, False: {}}
   for name, kind in RUNS:
@@ -136,7 +136,7 @@ def results(releases, picture, tmp_path_factory):
 
 
 def _save_tokenizer(folder, release):
-  """As the app does: tokenizer/ in the form of ov_data."""
+  """Write tokenizer/ in the format of ov_data, as the app does."""
   tokenizer, text = ov_data.Tokenizer.from_file(folder / "tokenizer.json"), release.text
   if text is None:
     tokenizer.save(folder / "tokenizer")
@@ -165,7 +165,7 @@ def _ids(release):
 
 
 def _compared(release, picture):
-  """Ours, [1, 2]: similarities, the same with the bias, and the probabilities that are printed."""
+  """Return ours [1, 2]: similarities, biased similarities, and printed probabilities."""
   model = ov_models.bind(release.config, release.params)
   with jax.default_matmul_precision("highest"):
     image = model.encode_image(_pixels(picture)).unit
@@ -179,7 +179,7 @@ def _compared(release, picture):
 
 @pytest.fixture(scope="module")
 def pooled(releases, picture):
-  """Ours, [1, D], by model."""
+  """Return our features [1, D] by model."""
   return {
     name: np.asarray(ov_models.bind(r.encoder, r.image_params)(_pixels(picture)).pooled)
     for name, r in releases.items()
@@ -193,14 +193,14 @@ def test_programs_run_and_give_our_features(results, pooled, name, kind):
   features = [
     value for key, value in results.items() if key.startswith(f"{name}/{kind}/") and "pooled" in key
   ]
-  # open_clip gives no features before the head where there is one.
+  # open_clip returns no features before a head.
   assert features or (kind == "open_clip" and name != "captioner")
   for found in features:
     np.testing.assert_allclose(found, pooled[name], atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("name, kind", [r for r in RUNS if r[0] != "captioner" and r[1] != "timm"])
-def test_programs_compare_pictures_and_texts_as_we_do(results, releases, picture, name, kind):
+def test_programs_compute_our_similarities(results, releases, picture, name, kind):
   ours, probabilities = _compared(releases[name], picture)
   assert np.ptp(ours["logits"]) > 50 * TOLERANCE  # the texts differ
   found = [

@@ -1,4 +1,4 @@
-"""What is exported: the model of a run, or of an import, with its texts, pictures and figures."""
+"""Load the model of a run or an import, with its tokenizer, preprocessing and metrics."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -6,16 +6,22 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
-from ml_collections import ConfigDict
 import msgspec
 import numpy as np
 
-from apps.caption_task import captioner_config
-from apps.clip_task import two_towers_config
+from apps.configs.base import model_of
 from apps.trainer.augment import MEAN, STD
 from apps.trainer.checkpoint import find_checkpoint, read_metadata, restore_arrays
+from apps.trainer.config import model_config
 from apps.trainer.workdir import Workdir, open_workdir
-from ov_convert.release import Preprocess, Release, Words, encoder_of, portable, round_params
+from ov_convert.release import (
+  Preprocess,
+  Release,
+  TokenizerSpec,
+  encoder_of,
+  portable,
+  round_params,
+)
 import ov_data
 import ov_models
 
@@ -27,13 +33,13 @@ class _Checkpoint(msgspec.Struct):
 
 
 class _RunConfig(msgspec.Struct):
-  """What is read of config.json of a run."""
+  """Fields of config.json of a run that are read."""
 
   checkpoint: _Checkpoint = msgspec.field(default_factory=_Checkpoint)
 
 
 class _Result(msgspec.Struct):
-  """One number of an evaluation, as ov_eval writes it."""
+  """One metric of an evaluation, as written by ov_eval."""
 
   name: str
   value: float | None
@@ -44,7 +50,7 @@ class _Result(msgspec.Struct):
 
 
 class _Evaluation(msgspec.Struct):
-  """What is read of evaluations/STEP.json."""
+  """Fields of evaluations/STEP.json that are read."""
 
   split: str
   results: list[_Result]
@@ -53,14 +59,14 @@ class _Evaluation(msgspec.Struct):
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """A model and what is known of it.
+  """A model with its tokenizer, metadata and metrics.
 
   Attributes:
-    release: what is written; its params are rounded to the dtype of the files.
-    tokenizer: of the run; None where there is none.
-    processor: how texts reach the text tower; None without one.
-    about: of the run, for the model card: config, step, examples seen, versions; or of the import.
-    results: figures of the evaluation at this step, as ov_eval writes them.
+    release: model to export, with parameters rounded to the dtype of the files.
+    tokenizer: tokenizer of the run, or None.
+    processor: text processor of the text tower, or None.
+    about: metadata for the model card: config, step and versions of the run, or of the import.
+    results: metrics of the evaluation at this step, as written by ov_eval.
   """
 
   release: Release
@@ -69,9 +75,23 @@ class Source:
   about: Mapping[str, Any]
   results: tuple[Mapping[str, Any], ...] = ()
 
+  def license(self, given: str | None) -> str:
+    """Return the licence for the model cards.
+
+    Args:
+      given: licence that the user states, or None.
+
+    Returns:
+      `given`, or that of the imported model ("" if it states none), or "apache-2.0".
+    """
+    if given is not None:
+      return given
+    imported = self.about.get("imported")
+    return str(imported.get("license", "")) if imported else "apache-2.0"
+
   @property
   def specials(self) -> tuple[int, int, int] | None:
-    """Ids of [bos], [eos] and padding, with which captions are written."""
+    """Ids of [bos], [eos] and padding for captions; None without a tokenizer."""
     if self.tokenizer is None:
       return None
     return self.tokenizer.bos_id, self.tokenizer.eos_id, self.tokenizer.pad_id
@@ -85,40 +105,37 @@ def load_source(
   image_size: int | None = None,
   dtype: str = "float32",
 ) -> Source:
-  """Reads a workdir of a training app or of an import.
+  """Read the workdir of a training run or of an import.
 
   Args:
-    place: a folder, local or gs://, with `checkpoints/` and, where the model reads or writes text,
-      `tokenizer/`.
-    step: which checkpoint, by default the newest.
-    part: the trained parameters, or "ema", their average.
-    image_size: pixels, when other than trained: positions are computed or resampled for it.
-    dtype: of the files to be written.
+    place: local or gs:// folder with `checkpoints/` and, for models with texts, `tokenizer/`.
+    step: step of the checkpoint; the newest by default.
+    part: "params" for the trained parameters, or "ema" for their average.
+    image_size: image size if different from training; positions are computed or resampled.
+    dtype: dtype of the files to be written.
 
   Raises:
-    ValueError, OSError: no such checkpoint, or files that do not fit each other.
+    ValueError, OSError: if there is no such checkpoint, or files do not match each other.
   """
-  with open_workdir(str(place), writes=False) as workdir:
+  with open_workdir(str(place), writable=False) as workdir:
     checkpoint = find_checkpoint(_checkpoints(workdir), step)
     metadata = read_metadata(checkpoint)
     tokenizer, processor = _texts(workdir.path / "tokenizer")
     results = _results(workdir.path, metadata["step"], part)
   if tokenizer and metadata.get("tokenizer", tokenizer.fingerprint) != tokenizer.fingerprint:
     raise ValueError(
-      f"{workdir.place}/tokenizer is not the tokenizer of {checkpoint}: its fingerprint is "
+      f"{workdir.uri}/tokenizer is not the tokenizer of {checkpoint}: its fingerprint is "
       f"{tokenizer.fingerprint}, not {metadata['tokenizer']}; take both from the same run"
     )
   config = portable(_model(metadata, tokenizer))
   if isinstance(config, ov_models.TextConfig):
-    raise ValueError(
-      f"{workdir.place} holds a text tower alone; formats are for models that see pictures"
-    )
+    raise ValueError(f"{workdir.uri} contains only a text tower; exports require an image tower")
   params = _params(checkpoint, config, part)
   if image_size:
     config, params = _at(config, params, image_size)
   text = getattr(config, "text", None)
   if processor is not None and text is not None:
-    # The workdir keeps the texts of the stage it is in; an earlier checkpoint had its own.
+    # The workdir stores the text processor of the latest stage; earlier lengths may differ.
     processor = dataclasses.replace(processor, length=text.max_len)
   release = Release(
     config,
@@ -127,18 +144,18 @@ def load_source(
     _words(config, tokenizer, processor),
     dtype,
   )
-  told = ("config", "stage", "step", "versions", "imported", "fingerprint")
-  about = {name: metadata.get(name) for name in told}
+  names = ("config", "stage", "step", "versions", "imported", "fingerprint")
+  about = {name: metadata.get(name) for name in names}
   return Source(release, tokenizer, processor, about, results)
 
 
 def _checkpoints(workdir: Workdir) -> str:
-  """Where a run keeps them: in its workdir unless its config says otherwise."""
+  """Return the checkpoint folder of a run: its workdir, unless its config sets another."""
   if not workdir.path.is_dir():
-    found = "it is a file, not a folder" if workdir.path.exists() else "there is no such folder"
-    raise ValueError(f"--workdir={workdir.place}: {found}; expected that of a run or an import")
+    found = "a file, not a folder" if workdir.path.exists() else "no such folder"
+    raise ValueError(f"--workdir={workdir.uri}: {found}; expected the folder of a run or an import")
   file = workdir.path / "config.json"
-  return (_read(file, _RunConfig).checkpoint.dir if file.exists() else "") or workdir.place
+  return (_read(file, _RunConfig).checkpoint.dir if file.exists() else "") or workdir.uri
 
 
 def _texts(folder: Path) -> tuple[ov_data.Tokenizer | None, ov_data.TextProcessor | None]:
@@ -151,20 +168,16 @@ def _texts(folder: Path) -> tuple[ov_data.Tokenizer | None, ov_data.TextProcesso
 
 
 def _model(metadata: Mapping[str, Any], tokenizer: ov_data.Tokenizer | None) -> Any:
-  """The model of a checkpoint: named by an import, else that of the run's config."""
+  """Return the model config of a checkpoint, from an import or from the config of the run."""
   if metadata.get("model"):
     return ov_models.config_from_dict(metadata["model"])
   if tokenizer is None:
-    raise ValueError(
-      "the workdir has no tokenizer/, which a trained model needs; copy it there too"
-    )
-  model = ConfigDict(metadata["config"]["model"])
-  make = two_towers_config if "text" in model else captioner_config
-  return make(model, vocab_size=tokenizer.vocab_size)
+    raise ValueError("the workdir has no tokenizer/, which a trained model requires; copy it too")
+  return model_config(model_of(metadata["config"]["model"]), vocab_size=tokenizer.vocab_size)
 
 
 def _params(checkpoint: Any, config: Any, part: str) -> Any:
-  """Parameters on the host; a vision tower may lie under "encoder", as an import keeps it."""
+  """Return parameters on the host; a single image tower is stored under "encoder"."""
   where = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
   abstract = jax.tree.map(
     lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where),
@@ -177,13 +190,15 @@ def _params(checkpoint: Any, config: Any, part: str) -> Any:
 
 
 def _at(config: Any, params: Any, image_size: int) -> tuple[Any, Any]:
-  """The model at another resolution."""
+  """Return config and parameters at another resolution."""
   alone = isinstance(config, ov_models.ViTConfig)
   old = encoder_of(config)
   new = dataclasses.replace(old, image_size=image_size)
   tower = params if alone else params["encoder"]
   if new.position == "learned":
-    table = ov_models.resample_positions(tower["position_embedding"], old.grid, new.grid)
+    table = ov_models.resample_positions(
+      tower["position_embedding"], old.grid, new.grid, int(old.cls_token), old.position_resize
+    )
     tower = tower | {"position_embedding": np.asarray(table)}
   if alone:
     return new, tower
@@ -193,6 +208,7 @@ def _at(config: Any, params: Any, image_size: int) -> tuple[Any, Any]:
 def _preprocess(metadata: Mapping[str, Any], image_size: int) -> Preprocess:
   if given := metadata.get("preprocess"):
     fields = {"fit": given["fit"], "mean": tuple(given["mean"]), "std": tuple(given["std"])}
+    fields["interpolation"] = given.get("interpolation", "bilinear")
     return Preprocess(image_size, **fields)
   config = metadata.get("config")
   squash = config is not None and config["input"]["fit"] == "squash"
@@ -201,25 +217,24 @@ def _preprocess(metadata: Mapping[str, Any], image_size: int) -> Preprocess:
 
 def _words(
   config: Any, tokenizer: ov_data.Tokenizer | None, processor: ov_data.TextProcessor | None
-) -> Words | None:
-  """The texts of the text tower, else those of the decoder."""
+) -> TokenizerSpec | None:
+  """Return the tokenizer of the text tower, or else that of the decoder."""
   if tokenizer is None:
     return None
-  decoder = getattr(config, "decoder", None)
   if processor is not None:
     length, append_cls = processor.length, processor.append_cls
-  elif decoder is not None:
-    length, append_cls = getattr(decoder, "max_len", None) or decoder.num_queries, False
+  elif caption_len := getattr(config, "caption_len", 0):
+    length, append_cls = caption_len, False
   else:
     return None
-  return Words(
+  return TokenizerSpec(
     tokenizer.to_json(), length, append_cls,
     tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id, tokenizer.cls_id,
   )  # fmt: skip
 
 
 def _results(workdir: Path, step: int, part: str) -> tuple[Mapping[str, Any], ...]:
-  """The figures of `step`, where the run was evaluated there; they are of its params."""
+  """Return the metrics of `step`, if the run was evaluated there; they apply to "params" only."""
   file = workdir / "evaluations" / f"{step}.json"
   if not file.exists() or part != "params":
     return ()
@@ -232,7 +247,7 @@ def _read(file: Path, form: type[_T]) -> _T:
   """Read a JSON file of a run.
 
   Raises:
-    ValueError: it is no JSON, or not of this form.
+    ValueError: if the file is not JSON, or does not match `form`.
   """
   try:
     return msgspec.json.decode(file.read_bytes(), type=form)

@@ -1,4 +1,4 @@
-"""What an export is made from, out of the workdirs of imports and what can be wrong with them."""
+"""Tests of loading workdirs for export, and of errors in them."""
 
 import dataclasses
 import json
@@ -9,7 +9,7 @@ import pytest
 
 from apps.exporter.importer import write_workdir
 from apps.exporter.source import load_source
-from ov_convert.release import Imported, Preprocess, Words
+from ov_convert.release import Imported, Preprocess, TokenizerSpec
 import ov_data
 import ov_models
 
@@ -28,7 +28,7 @@ CAPTIONER = ov_models.VisionLanguageConfig.openvision2(
 def make(workdir, config, fit="squash"):
   tokenizer = ov_data.Tokenizer.train(["a red square", "a blue dot"], 60, kind="words")
   text = getattr(config, "text", None)
-  words = Words(
+  words = TokenizerSpec(
     tokenizer.to_json(), text.max_len if text else 6, text is not None, tokenizer.pad_id,
     tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id, tokenizer.cls_id,
   )  # fmt: skip
@@ -74,7 +74,7 @@ def test_another_resolution(tmp_path):
     load_source(tmp_path / "v", image_size=7)
 
 
-def test_sixteen_bits_round_what_is_compared(tmp_path):
+def test_16_bit_parameters_are_rounded(tmp_path):
   params = make(tmp_path / "w", VIT)
   rounded = load_source(tmp_path / "w", dtype="bfloat16").release
   kernel = params["patch_embed"]["kernel"]
@@ -82,8 +82,8 @@ def test_sixteen_bits_round_what_is_compared(tmp_path):
   assert got.dtype == np.float32 and 0 < np.abs(got - kernel).max() < np.abs(kernel).max() / 128
 
 
-def test_what_is_no_workdir(tmp_path):
-  with pytest.raises(ValueError, match="there is no such folder"):
+def test_invalid_workdirs(tmp_path):
+  with pytest.raises(ValueError, match="no such folder"):
     load_source(tmp_path / "nowhere")
   with pytest.raises(OSError, match="no intact checkpoint"):
     load_source(tmp_path)
@@ -110,10 +110,10 @@ def test_an_earlier_checkpoint_has_the_texts_of_its_stage(tmp_path):
   assert source.release.words.length == source.processor.length == CLIP.text.max_len == 8
 
 
-def test_a_text_tower_alone_is_no_source(tmp_path):
+def test_a_single_text_tower_is_rejected(tmp_path):
   text = ov_models.TextConfig(**_BLOCK, vocab_size=64, max_len=8)
   make(tmp_path / "w", text)
-  with pytest.raises(ValueError, match="holds a text tower alone"):
+  with pytest.raises(ValueError, match="contains only a text tower"):
     load_source(tmp_path / "w")
 
 

@@ -14,7 +14,7 @@ _XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf tiff:Orientation="6"/></x:xmpm
 
 
 def every_kind() -> dict[str, bytes]:
-  """Return encoded images by a name of their kind; a name that begins with "jpeg" is lossy."""
+  """Return encoded images by kind; kinds that start with "jpeg" are lossy."""
   rgb = _drawn(_WIDTH, _HEIGHT)
   alpha = Image.fromarray(np.linspace(0, 255, _WIDTH * _HEIGHT).astype(np.uint8).reshape(61, 90))
   rgba, la = rgb.copy(), rgb.convert("L").convert("LA")
@@ -70,7 +70,7 @@ def every_kind() -> dict[str, bytes]:
 
 
 def _drawn(width: int, height: int, seed: int = 0) -> Image.Image:
-  """Gradients and patches of color, different in every corner."""
+  """Return an image of gradients and color patches, different in every corner."""
   rng = np.random.default_rng(seed)
   y, x = np.mgrid[0:height, 0:width]
   pixels = np.stack([x * 255 / width, y * 255 / height, (x + y) % 64 * 4], -1)
@@ -94,7 +94,7 @@ def _exif(orientation: int) -> Image.Exif:
 
 
 def _png16(color: int) -> bytes:
-  """A PNG of 16 bits a sample, which Pillow does not write; `color` is the type in its header."""
+  """Return a PNG with 16 bits per sample, which Pillow cannot write, of color type `color`."""
   channels = {2: 3, 4: 2, 6: 4}[color]
   samples = np.random.default_rng(color).integers(0, 1 << 16, (_HEIGHT, _WIDTH, channels))
   rows = [b"\0" + row.astype(">u2").tobytes() for row in samples]

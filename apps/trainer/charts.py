@@ -1,19 +1,23 @@
-"""Geometry of the report's line charts: metrics in, ticks and SVG paths out. No markup here."""
+"""Geometry of the line charts in the report: computes ticks and SVG paths, without markup.
+
+The report and tools/compare share it. A plotting library would be a dependency of every training
+run for this one kind of chart.
+"""
 
 from collections.abc import Callable, Sequence
 import dataclasses
 import itertools
 import math
 
-WIDTH, HEIGHT = 420, 230  # of the drawing, in SVG units
+WIDTH, HEIGHT = 420, 230  # size of the chart in SVG units
 LEFT, RIGHT, TOP, BOTTOM = 50, 12, 18, 24  # margins around the plot
-_MOST_POINTS = 400  # of a drawn line; more are drawn by their extremes
-_FEW = 40  # up to this many points are shown one by one
+_MAX_POINTS = 400  # points per line; longer series keep only local extremes
+_FEW = 40  # series with up to this many points show each point
 
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-  """One curve: (step, value) in order of steps. A NaN leaves a gap."""
+  """One curve: (step, value) pairs in order of steps. NaN leaves a gap."""
 
   label: str
   points: Sequence[tuple[float, float]]
@@ -21,7 +25,7 @@ class Series:
 
 @dataclasses.dataclass(frozen=True)
 class Tick:
-  """A place on an axis and what stands there."""
+  """A position on an axis and its label."""
 
   at: float
   label: str
@@ -29,7 +33,7 @@ class Tick:
 
 @dataclasses.dataclass(frozen=True)
 class Dot:
-  """A point that tells its value when pointed at."""
+  """A data point with a tooltip."""
 
   x: float
   y: float
@@ -42,15 +46,15 @@ class Line:
 
   label: str
   path: str  # SVG path of the running mean, or of the values themselves
-  raw: str  # the values behind a running mean, else empty
+  raw: str  # SVG path of the unsmoothed values if `path` is a running mean, else empty
   dots: list[Dot]
-  few: bool  # each point is a dot of its own
+  few: bool  # whether each point is drawn as a dot
   last: str  # the last value of `path`
 
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-  """Everything a template needs to draw one chart."""
+  """Everything that the template needs to draw one chart."""
 
   title: str
   lines: list[Line]
@@ -74,16 +78,16 @@ def draw(
   marks: Sequence[tuple[float, str]] = (),
   x_name: str = "step",
 ) -> Chart | None:
-  """Lays out one chart.
+  """Lay out one chart.
 
   Args:
-    title: shown above.
+    title: title above the chart.
     series: curves on common axes.
-    percent: values are shares, 0 to 1, shown as percentages on an axis that begins at 0.
-    smooth: draw a running mean over a long curve.
-    marks: (step, text) of vertical lines, such as the beginnings of stages; a running mean does
-      not reach across them.
-    x_name: what the points are over, told with each of them.
+    percent: values are fractions from 0 to 1, shown as percentages on an axis that starts at 0.
+    smooth: draw a running mean of long curves.
+    marks: (step, text) of vertical lines, such as starts of stages; the running mean restarts at
+      each of them.
+    x_name: name of the x axis in the tooltips.
 
   Returns:
     None if no curve has a finite value.
@@ -99,10 +103,13 @@ def draw(
   if percent and 0.6 < max(values) <= 1 and min(values) >= 0:
     y_at = [0.0, 0.25, 0.5, 0.75, 1.0]
   y_axis = _Axis(y_at[0], y_at[-1], HEIGHT - BOTTOM, TOP)
-  say = _percent if percent else short
+  format_value = _percent if percent else short
   return Chart(
     title,
-    [_line(one, x_axis, y_axis, say, smooth, [s for s, _ in marks], x_name) for one in series],
+    [
+      _line(one, x_axis, y_axis, format_value, smooth, [s for s, _ in marks], x_name)
+      for one in series
+    ],
     [Tick(x_axis(s), short(s)) for s in nice_ticks(first, max(steps)) if first <= s <= max(steps)],
     [Tick(y_axis(v), f"{100 * v:.3g}%" if percent else short(v)) for v in y_at],
     [Tick(x_axis(step), text) for step, text in marks],
@@ -110,7 +117,7 @@ def draw(
 
 
 class _Axis:
-  """Maps [low, high] to the drawing."""
+  """Map [low, high] to drawing coordinates."""
 
   def __init__(self, low: float, high: float, start: float, end: float):
     self.range = low, high
@@ -124,7 +131,7 @@ def _line(
   series: Series,
   x_axis: _Axis,
   y_axis: _Axis,
-  say: Callable[[float], str],
+  format_value: Callable[[float], str],
   smooth: bool,
   breaks: Sequence[float],
   x_name: str,
@@ -137,19 +144,19 @@ def _line(
     part = [p for p in points if start <= p[0] < end]
     mean = running_mean([value for _, value in part], radius)
     curve += [(step, value) for (step, _), value in zip(part, mean)]
-  told = curve if few else [curve[i * (len(curve) - 1) // (_FEW - 1)] for i in range(_FEW)]
+  shown = curve if few else [curve[i * (len(curve) - 1) // (_FEW - 1)] for i in range(_FEW)]
   return Line(
     series.label,
     _path(_extremes(curve if radius else series.points), x_axis, y_axis),
     _path(_extremes(series.points), x_axis, y_axis) if radius else "",
-    [Dot(x_axis(step), y_axis(v), f"{x_name} {step:,.0f}: {say(v)}") for step, v in told],
+    [Dot(x_axis(step), y_axis(v), f"{x_name} {step:,.0f}: {format_value(v)}") for step, v in shown],
     few,
-    say(curve[-1][1]) if curve else "–",
+    format_value(curve[-1][1]) if curve else "–",
   )
 
 
 def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
-  """About `count` round numbers from at most `low` to at least `high`, evenly spaced."""
+  """Return about `count` evenly spaced round numbers that cover [low, high]."""
   if high - low < 1e-12 * max(abs(low), abs(high)) or high == low:
     pad = abs(low) / 2 or 0.5
     low, high = low - pad, high + pad
@@ -161,7 +168,7 @@ def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 
 def short(value: float) -> str:
-  """A number in few characters: 7.5e-4, 0.0312, 3.142, 4,800, 12.5k, 2M."""
+  """Format a number in few characters: 7.5e-4, 0.0312, 3.142, 4,800, 12.5k, 2M."""
   if not math.isfinite(value):
     return "–"
   if value and abs(value) < 0.01:
@@ -174,10 +181,10 @@ def short(value: float) -> str:
 
 
 def running_mean(values: Sequence[float], radius: int) -> list[float]:
-  """Mean over up to `radius` neighbours on either side.
+  """Return the mean over up to `radius` neighbours on each side.
 
-  At the beginning, where a loss falls steeply, it looks ahead no further than back (but for a
-  quarter of the radius); at the end there is nothing ahead.
+  Near the start, where a loss falls steeply, the window extends no further ahead than back, except
+  for a quarter of the radius.
   """
   sums = list(itertools.accumulate(values, initial=0.0))
   means = []
@@ -193,10 +200,10 @@ def _percent(value: float) -> str:
 
 
 def _extremes(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-  """At most _MOST_POINTS points that keep every peak: lowest and highest of each stretch."""
-  if len(points) <= _MOST_POINTS:
+  """Return at most _MAX_POINTS points: the lowest and the highest of each interval."""
+  if len(points) <= _MAX_POINTS:
     return list(points)
-  stretches = _MOST_POINTS // 2
+  stretches = _MAX_POINTS // 2
   kept = []
   for i in range(stretches):
     part = points[i * len(points) // stretches : (i + 1) * len(points) // stretches]
@@ -208,7 +215,7 @@ def _extremes(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]
 
 
 def _path(points: Sequence[tuple[float, float]], x_axis: _Axis, y_axis: _Axis) -> str:
-  """SVG path data; a new piece after each gap."""
+  """Return SVG path data with a new subpath after each gap."""
   commands, pen = [], "M"
   for step, value in points:
     if math.isfinite(value):

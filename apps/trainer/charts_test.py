@@ -33,7 +33,7 @@ def test_ticks_are_round(low, high, expected):
 
 
 @pytest.mark.parametrize("low, high", [(0, 0), (5, 5), (-3, -3), (1e-9, 1e-9), (1e12, 3e12)])
-def test_ticks_enclose_even_a_constant(low, high):
+def test_ticks_enclose_constant(low, high):
   ticks = nice_ticks(low, high)
   assert ticks[0] <= low and ticks[-1] >= high and ticks[0] < ticks[-1] and len(ticks) <= 8
 
@@ -61,7 +61,7 @@ def _coordinates(path):
   return np.array(re.findall(r"[ML](-?[\d.]+) (-?[\d.]+)", path), float)
 
 
-def test_every_point_lies_inside_the_frame():
+def test_points_are_inside_frame():
   steps = range(10, 5000, 10)
   noise = np.random.default_rng(1).normal(size=len(steps))
   chart = draw("loss", [Series("", [(s, 3 / s + 0.1 * n) for s, n in zip(steps, noise)])])
@@ -73,7 +73,7 @@ def test_every_point_lies_inside_the_frame():
   assert all(LEFT <= tick.at <= WIDTH - RIGHT for tick in chart.x_ticks)
 
 
-def test_thinning_keeps_a_lonely_spike():
+def test_thinning_keeps_single_spike():
   points = [(float(s), 0.0) for s in range(100_000)]
   points[54_321] = (54_321.0, 9.0)
   (line,) = draw("loss", [Series("", points)]).lines
@@ -82,27 +82,27 @@ def test_thinning_keeps_a_lonely_spike():
   assert _coordinates(chart.lines[0].path)[:, 1].min() < HEIGHT / 4
 
 
-def test_gaps_begin_a_new_piece():
+def test_gaps_start_new_subpath():
   (line,) = draw("x", [Series("", [(1, 1.0), (2, math.nan), (3, 2.0)])]).lines
   assert line.path.count("M") == 2 and len(line.dots) == 2
 
 
-def test_nothing_finite_draws_nothing():
+def test_no_chart_without_finite_values():
   assert draw("x", [Series("", [(1, math.nan)])]) is None and draw("x", []) is None
 
 
-def test_one_empty_curve_beside_a_full_one():
+def test_one_empty_curve():
   chart = draw("x", [Series("a", [(1, math.nan)]), Series("b", [(1, 2.0)])])
   assert [line.last for line in chart.lines] == ["–", "2"]
 
 
-def test_percentages_begin_at_zero():
+def test_percent_axis_starts_at_zero():
   chart = draw("accuracy", [Series("", [(1, 0.7), (2, 0.93)])], percent=True)
   assert [tick.label for tick in chart.y_ticks] == ["0%", "25%", "50%", "75%", "100%"]
   assert chart.lines[0].last == "93.0%"
 
 
-def test_a_running_mean_does_not_reach_across_stages():
+def test_running_mean_restarts_at_stages():
   points = [(s, 1.0 if s < 500 else 0.0) for s in range(1000)]
   (line,) = draw("speed", [Series("", points)], marks=[(0, "a"), (500, "b")]).lines
   y = set(_coordinates(line.path)[:, 1])

@@ -1,50 +1,52 @@
-"""What a run would be, without training.
+"""Dry runs: `--check` validates a run and prints its sizes, `--compile` compiles its train steps.
 
-`--check` opens what the run opens and shows sizes, memory, steps and the first batch; `--compile`
-compiles the train steps.
+`--check` opens everything that the run opens and prints sizes, memory, steps and the first batch.
 """
 
 from pathlib import Path
 import tempfile
 
 import jax
-from ml_collections import ConfigDict
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from apps.trainer import inputs
 from apps.trainer.checkpoint import read_metadata, saved_checkpoint
 from apps.trainer.compile_cache import Program, short_key
 from apps.trainer.compile_store import megabytes
 from apps.trainer.config import to_json
 from apps.trainer.errors import user_errors
-from apps.trainer.parts import App, build_step
-from apps.trainer.prepare import Prepared, open_model, open_training_data, prepare
+from apps.trainer.parts import MakeEvaluate, peak_bytes, plan_step
+from apps.trainer.prepare import Prepared, open_model, prepare
 from apps.trainer.progress import Terminal
-from apps.trainer.task import Evaluate, abstract_batch
+from apps.trainer.run_config import RunConfig
+from apps.trainer.task import Evaluate
 from apps.trainer.workdir import Workdir
 import ov_data
 import ov_models
 import ov_sharding
 
 
-def check_run(config: ConfigDict, workdir: Workdir, app: App, terminal: Terminal) -> None:
-  """Open everything that the run opens, read one batch of each stage, and train nothing.
+def check_run(
+  config: RunConfig, workdir: Workdir, make_evaluate: MakeEvaluate, terminal: Terminal
+) -> None:
+  """Open everything that the run opens and read one batch of each stage, without training.
 
   Raises:
-    UserError: what would stop the run, in one line.
+    UserError: the run would fail; the message gives the reason in one line.
   """
   with user_errors(), tempfile.TemporaryDirectory() as scratch:
     print(to_json(config), end="")
     kept = workdir.path / "tokenizer"
     home = workdir if ov_data.Tokenizer.is_complete(kept) else Workdir(Path(scratch))
-    prepared = prepare(config, workdir, app, terminal, tokenizer_home=home)
+    prepared = prepare(config, workdir, make_evaluate, terminal, tokenizer_home=home)
     for plan in prepared.init:
       terminal.phase(plan.report.text())
     if prepared.saved is not None:
       verb = "evaluates" if config.eval_only else "resumes from"
       terminal.phase(f"{prepared.checkpoints}: the run {verb} step {prepared.saved:,}")
-    table = Table("", title=f"{workdir.place}: {_devices()}")
+    table = Table("", title=f"{workdir.uri}: {_devices()}")
     columns = []
     for index, (stage, _, evaluate) in enumerate(prepared.stages):
       table.add_column(stage.name, justify="right")
@@ -56,32 +58,30 @@ def check_run(config: ConfigDict, workdir: Workdir, app: App, terminal: Terminal
 
 
 def describe_evaluators(evaluate: Evaluate | None) -> str:
-  """Name the evaluators of a stage, in one line."""
+  """Return the names of the evaluators of a stage, in one line."""
   parts = getattr(evaluate, "parts", () if evaluate is None else (evaluate,))
   return ", ".join(type(part).__name__ for part in parts) or "none"
 
 
-def compile_run(config: ConfigDict, workdir: Workdir, app: App, terminal: Terminal) -> None:
-  """Compiles the train step of every stage for the devices that are here; trains nothing.
+def compile_run(config: RunConfig, workdir: Workdir, terminal: Terminal) -> None:
+  """Compile the train step of every stage for the local devices, without training.
 
-  What came out is in the compile cache and, where there is one, in the store. No array is made. The
-  tokenizer is made as by the run, for its special ids are part of the program.
+  The programs are written to the compile cache and to the store, if one is set. No array is
+  allocated. The tokenizer is created as in a run, because its special ids are part of the program.
 
   Raises:
-    UserError: settings that cannot be, or a store that cannot be written.
+    UserError: the settings are invalid, or the store cannot be written.
   """
   with user_errors():
-    stages, parts_of, mesh, _, cache = open_model(config, workdir, app, terminal)
+    stages, parts_of, mesh, _, cache = open_model(config, workdir, terminal)
     table = Table("stage", "seconds", "", "program", "size", "peak of a device", title=_devices())
     with cache:
       cache.fetch()
       for stage, parts in zip(stages, parts_of, strict=True):
-        step = build_step(stage.config, parts, mesh, stage.index)
-        rows, sharding = stage.config.batch_size, ov_sharding.batch_sharding(mesh)
-        batch = abstract_batch(parts.task, rows, sharding)
+        plan = plan_step(stage, parts, mesh)
         terminal.phase(f"{stage.name}: compiling the train step")
-        with ov_models.on_mesh(mesh), cache.watch(f"{stage.name}: train step") as programs:
-          compiled = step.lower(parts.abstract, batch).compile()
+        with cache.watch(f"{stage.name}: train step") as programs:
+          compiled = plan.lower().compile()
         table.add_row(stage.name, *_compiled(programs[-1], compiled))
       cache.push(required=True)
   if jax.process_index() == 0:
@@ -89,19 +89,14 @@ def compile_run(config: ConfigDict, workdir: Workdir, app: App, terminal: Termin
 
 
 def _compiled(program: Program, compiled: jax.stages.Compiled) -> tuple[str, ...]:
-  """Seconds, what happened, key, size, peak memory."""
+  """Return the seconds, outcome, key, size and peak memory of a program as table cells."""
   memory = compiled.memory_analysis()
-  peak = "-" if memory is None else _mebibytes(
-    memory.argument_size_in_bytes
-    + memory.output_size_in_bytes
-    + memory.temp_size_in_bytes
-    - memory.alias_size_in_bytes
-  )  # fmt: skip
+  peak = "-" if memory is None else _mebibytes(peak_bytes(memory))
   return (
     f"{program.seconds:.1f}",
     "loaded" if program.loaded else "compiled",
     short_key(program.key) if program.key else "-",
-    megabytes(program.size) if program.size is not None else "not kept",
+    megabytes(program.size) if program.size is not None else "not cached",
     peak,
   )
 
@@ -111,7 +106,7 @@ def _devices() -> str:
 
 
 def _facts(prepared: Prepared, index: int) -> dict[str, str]:
-  """Sizes of a stage, and what the first batch is; nothing of data that the run does not open."""
+  """Return the sizes of a stage and of its first batch; skip data that the run does not open."""
   stage, parts, _ = prepared.stages[index]
   config, task = stage.config, parts.task
   state = ov_sharding.bytes_per_device(parts.abstract, parts.shardings)
@@ -133,7 +128,9 @@ def _facts(prepared: Prepared, index: int) -> dict[str, str]:
   if config.eval_only:
     return facts
   first = prepared.loader if index == prepared.first else None
-  with first or open_training_data(prepared, index) as loader:
+  with first or inputs.train_loader(
+    config, task, prepared.tokenizer, prepared.mesh, stage.index
+  ) as loader:
     saved = prepared.saved or 0
     if index == prepared.first and saved > stage.first_step:
       checkpoint = saved_checkpoint(prepared.checkpoints, prepared.saved)

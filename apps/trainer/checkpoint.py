@@ -1,4 +1,4 @@
-"""Checkpoints of a run with orbax: asynchronous, atomic, verified, restorable on any mesh.
+"""Checkpoints of a run with Orbax: asynchronous, atomic, verified, restorable on any mesh.
 
   with Checkpoints(workdir / "checkpoints", keep_last=2, keep_every=10_000) as checkpoints:
     if (step := checkpoints.latest_step()) is not None:
@@ -8,19 +8,19 @@
 
 One checkpoint is a directory `<directory>/<step>/`:
 
-  state/          the train state: OCDBT arrays, bit for bit
-  metadata/       one JSON file: what `save` was given, plus step, format and library versions
+  state/          the train state as OCDBT arrays, restored bit for bit
+  metadata/       one JSON file: the metadata given to `save`, step, format and library versions
   manifest.json   size and checksum of every file, written before the directory gets its final name
 
-A save first copies the state to the host, then writes in the background to a temporary name that is
-renamed when complete (on gs:// a marker file is written last), so a killed run leaves a temporary
-directory and no half checkpoint. Before that, still in the background, the files are read back: the
-list of arrays and the metadata must be those that were saved. What is damaged afterwards (deleted,
-cut or changed files) differs from the manifest: such a step is moved aside as `damaged-<step>`,
-with a warning, and the one before it is used.
+`save` copies the state to the host and writes it in the background to a temporary name, which is
+renamed when the checkpoint is complete (on gs:// a marker file is written last). An interrupted
+save therefore leaves a temporary directory, never a partial checkpoint. Before the rename the files
+are read back: the list of arrays and the metadata must match what was saved. Later damage (deleted,
+truncated or changed files) is detected by the manifest: the damaged step is renamed to
+`damaged-<step>` with a warning, and the previous one is used.
 
-Every process of a multi-host run makes the same calls; all see the same directory (a shared file
-system or gs://); process 0 writes the JSON and judges the directories.
+In a multi-host run all processes make the same calls and see the same directory (a shared file
+system or gs://); process 0 writes the JSON and verifies the directories.
 """
 
 import importlib.metadata
@@ -36,7 +36,6 @@ from etils import epath
 import jax
 from jax.experimental import multihost_utils
 import orbax.checkpoint as ocp
-from orbax.checkpoint._src.path import gcs_utils
 import tensorstore
 
 from apps.trainer import checkpoint_manifest, checkpoint_upgrade
@@ -44,10 +43,11 @@ from apps.trainer.checkpoint_fit import check_restorable, saved_arrays, saved_tr
 from apps.trainer.checkpoint_folder import (
   absolute_path,
   check_path,
+  delete,
   find_checkpoint,
+  move_damaged_aside,
   remove_unfinished,
   saved_checkpoint,
-  set_damaged_aside,
   steps_in,
 )
 from apps.trainer.checkpoint_metadata import FORMAT, CheckpointError, read_metadata
@@ -73,22 +73,19 @@ PyTree = Any
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
-# Orbax asks a client of Google, which it does not bring, whether folders of a bucket are things of
-# their own. Nothing here depends on it; where they are, deleted checkpoints leave empty ones.
-gcs_utils.is_hierarchical_namespace_enabled = lambda path: False
-
 
 class Restored(NamedTuple):
-  """State on the devices of the abstract state's shardings, and the metadata saved with it."""
+  """State, sharded as the abstract state, and the metadata saved with it."""
 
   state: TrainState
   metadata: dict[str, Any]
 
 
 class Checkpoints:
-  """The checkpoints of one run in one directory; a context manager that waits for the last save.
+  """Checkpoints of one run in one directory; a context manager that waits for the last save.
 
-  Opening it removes what a killed save left behind and moves damaged checkpoints aside.
+  Opening it removes the files of interrupted saves and renames damaged checkpoints. It lists and
+  deletes steps itself, because `ocp.CheckpointManager` needs google-cloud-storage for buckets.
   """
 
   def __init__(
@@ -99,17 +96,17 @@ class Checkpoints:
     keep_every: int | None = None,
     read_only: bool = False,
   ) -> None:
-    """Opens or creates `directory`, local or gs://.
+    """Open or create `directory`, local or gs://.
 
     Args:
-      directory: of the checkpoints of one run.
-      keep_last: how many of the newest checkpoints to keep, at least 1.
-      keep_every: also keep every checkpoint whose step is a multiple of this; None for no others.
-      read_only: change nothing in `directory`, where another program may be saving.
+      directory: directory for the checkpoints of one run.
+      keep_last: number of newest checkpoints to keep, at least 1.
+      keep_every: also keep checkpoints whose step is a multiple of this number; None disables it.
+      read_only: do not change `directory`, where another process may be saving.
 
     Raises:
-      ValueError: a number that keeps nothing.
-      CheckpointError: nothing that is saved in `directory` could be restored.
+      ValueError: `keep_last` or `keep_every` is less than 1.
+      CheckpointError: no checkpoint in `directory` can be restored.
     """
     if keep_last < 1:
       raise ValueError(f"keep_last={keep_last} must be at least 1, or nothing can be resumed.")
@@ -117,6 +114,7 @@ class Checkpoints:
       raise ValueError(f"keep_every={keep_every} must be at least 1 step, or None.")
     check_path(directory)
     self.directory = absolute_path(directory)
+    self._keep_last, self._keep_every = keep_last, keep_every
     self._saving: int | None = None
     self._record: dict[str, Any] = {}
     self._arrays: dict[str, tuple[Any, Any]] = {}
@@ -126,45 +124,36 @@ class Checkpoints:
       try:
         self.directory.mkdir(parents=True, exist_ok=True)
         remove_unfinished(self.directory)
-        set_damaged_aside(self.directory)
+        move_damaged_aside(self.directory)
       except OSError as error:
         raise CheckpointError(f"{self.directory} cannot be prepared: {_cause(error)}") from error
     _barrier("checkpoints opened")
-    policies = ocp.checkpoint_managers
-    keep: list[Any] = [policies.LatestN(keep_last)]
-    if keep_every is not None:
-      keep.append(policies.EveryNSteps(keep_every))
-    self._manager = ocp.CheckpointManager(
-      self.directory,
-      item_names=("state", "metadata"),
-      options=ocp.CheckpointManagerOptions(
-        preservation_policy=policies.AnyPreservationPolicy(keep),
-        read_only=read_only,
-        create=False,  # made above
-        async_options=ocp.AsyncOptions(
-          post_finalization_callback=self._verify,
-          # Made in the background, a folder that cannot be made fails one thread, and others wait
-          # five minutes for it. In a bucket there is nothing to make.
-          create_directories_asynchronously="://" in str(self.directory),
-        ),
+    self._steps = steps_in(self.directory)
+    self._checkpointer = ocp.AsyncCheckpointer(
+      ocp.CompositeCheckpointHandler("state", "metadata"),
+      async_options=ocp.AsyncOptions(
+        post_finalization_callback=self._verify,
+        # If a background thread fails to create a directory, other threads wait five minutes for
+        # it. Buckets have no directories to create.
+        create_directories_asynchronously="://" in str(self.directory),
       ),
     )
 
   def save(self, step: int, state: TrainState, metadata: dict[str, Any]) -> bool:
-    """Starts saving; returns once the state is copied, so it may be donated to the next step.
+    """Start saving; return once the state is copied, so that it can be donated to the next step.
 
-    Waits for the save before it, if that still runs.
+    Waits for the previous save.
 
     Args:
-      step: number of finished updates, as in state["step"].
-      metadata: JSON values: loader state, resolved config, data fingerprint, stage, ...
+      step: number of completed updates, equal to state["step"].
+      metadata: JSON values, such as loader state, resolved config, data fingerprint and stage.
 
     Returns:
-      False if this step is saved already and nothing is done.
+      False if this step is already saved.
 
     Raises:
-      CheckpointError: if this save cannot start, or the one before it failed in the background.
-      ValueError: if metadata is not JSON.
+      CheckpointError: this save cannot start, or the previous one failed in the background.
+      ValueError: metadata contains values that are not JSON.
     """
     record = {**metadata, "step": step, "format": FORMAT, "versions": library_versions()}
     try:
@@ -172,69 +161,58 @@ class Checkpoints:
     except TypeError as error:
       raise ValueError(f"checkpoint metadata must be JSON values: {error}.") from error
     self.wait()
-    if step in self._manager.all_steps():
+    if step in self._steps:
       return False
     self._saving, self._record = step, json.loads(text)
     self._arrays = {path: (x.shape, x.dtype) for path, x in flatten_paths(state).items()}
     try:
-      return self._manager.save(
-        step,
-        args=ocp.args.Composite(
-          state=ocp.args.PyTreeSave(state), metadata=ocp.args.JsonSave(record)
-        ),
-        force=True,
+      self._checkpointer.save(
+        self.directory / str(step),
+        ocp.args.Composite(state=ocp.args.PyTreeSave(state), metadata=ocp.args.JsonSave(record)),
       )
     except Exception as error:
       raise self._failed(error) from error
+    self._steps = sorted([*self._steps, step])
+    return True
 
   def latest_step(self) -> int | None:
-    """The newest step that is saved (or being saved), None in an empty directory."""
-    return self._manager.latest_step()
-
-  def all_steps(self) -> list[int]:
-    """Steps kept, oldest first."""
-    return sorted(self._manager.all_steps())
+    """Return the newest step that is saved or being saved; None if there is none."""
+    return max(self._steps, default=None)
 
   def finished_step(self) -> int | None:
-    """The newest step whose save is complete, as the directory says; for any thread."""
+    """Return the newest step with a complete checkpoint in the directory. Thread-safe."""
     return max(steps_in(self.directory), default=None)
 
   def restore(self, abstract_state: TrainState, step: int | None = None) -> Restored:
-    """Reads a checkpoint, by default the newest, onto the devices of `abstract_state`'s shardings.
+    """Restore a checkpoint with the shardings of `abstract_state`.
 
     Args:
-      abstract_state: ShapeDtypeStructs with shardings, see `state.with_shardings`; of any mesh.
-      step: one of `all_steps()`.
+      abstract_state: ShapeDtypeStructs with shardings of any mesh, see `state.with_shardings`.
+      step: step of a checkpoint in the directory; the newest by default.
 
     Raises:
-      CheckpointError: if there is none, or its arrays differ from the abstract state in path,
-        shape or dtype; the message names the differences.
+      CheckpointError: there is no checkpoint, or its arrays differ from the abstract state in path,
+        shape or dtype; the message lists the differences.
     """
     self.wait()
     path = find_checkpoint(self.directory, step)
     return Restored(restore_arrays(path, abstract_state), read_metadata(path))
 
-  def check(self) -> None:
-    """Raises CheckpointError if a save failed in the background; does not wait."""
-    try:
-      self._manager.check_for_errors()
-    except Exception as error:
-      raise self._failed(error) from error
-
   def wait(self) -> None:
-    """Returns when the running save is complete; raises CheckpointError if it failed."""
+    """Wait for the running save and delete old checkpoints; raise CheckpointError if it failed."""
     try:
-      self._manager.wait_until_finished()
-      self._manager.check_for_errors()
+      self._checkpointer.wait_until_finished()
     except Exception as error:
       raise self._failed(error) from error
+    if self._saving in self._steps:  # a restore alone deletes nothing
+      self._delete_old()
 
   def close(self) -> None:
-    """Waits for the running save and ends the background threads."""
+    """Wait for the running save and stop the background threads."""
     try:
       self.wait()
     finally:
-      self._manager.close()
+      self._checkpointer.close()
       if self._failures and jax.process_index() == 0:
         self._free_space()
 
@@ -247,10 +225,21 @@ class Checkpoints:
     except CheckpointError as error:
       if kind is None:
         raise
-      logging.error("%s", error)  # what ended the run before is the cause to show
+      logging.error("%s", error)  # the original exception is the one to raise
+
+  def _delete_old(self) -> None:
+    """Delete the checkpoints outside the retention policy."""
+    kept = set(self._steps[-self._keep_last :])
+    if self._keep_every is not None:
+      kept.update(step for step in self._steps if step % self._keep_every == 0)
+    if jax.process_index() == 0:
+      for step in set(self._steps) - kept:
+        delete(self.directory / str(step))
+    self._steps = sorted(kept)
 
   def _failed(self, error: Exception) -> CheckpointError:
     self._failures += 1
+    self._steps = [step for step in self._steps if step != self._saving]
     try:
       newest = self.finished_step()
     except OSError:
@@ -263,14 +252,14 @@ class Checkpoints:
     )
 
   def _free_space(self) -> None:
-    """Remove what failed saves left, so that a full disk has room for the run's other files."""
+    """Remove the files of failed saves, so that a full disk has space for the other files."""
     try:
       remove_unfinished(self.directory)
     except OSError as error:
       logging.warning("%s: unfinished checkpoints stay: %s", self.directory, _cause(error))
 
   def _verify(self) -> None:
-    """Read the files back; runs in the background before the directory gets its final name."""
+    """Read the files back; called in the background before the directory gets its final name."""
     if jax.process_index() == 0:
       (written,) = (
         p for p in self.directory.iterdir() if p.name.split(".")[0] == str(self._saving)
@@ -280,16 +269,16 @@ class Checkpoints:
 
 
 def restore_arrays(checkpoint: epath.Path, abstract: PyTree, *, partial: bool = False) -> PyTree:
-  """Reads arrays of a checkpoint directory into the tree of `abstract`.
+  """Restore arrays of a checkpoint directory into the tree of `abstract`.
 
   Args:
-    checkpoint: of `find_checkpoint`.
-    abstract: ShapeDtypeStructs, with shardings for where they shall live.
-    partial: whether the checkpoint may hold more than `abstract`; what is asked for must be there
-      either way.
+    checkpoint: directory returned by `find_checkpoint`.
+    abstract: ShapeDtypeStructs with the target shardings.
+    partial: allow arrays in the checkpoint that `abstract` lacks; every array of `abstract` must
+      exist in either case.
 
   Raises:
-    CheckpointError: as `check_restorable`, or an array cannot be read.
+    CheckpointError: as in `check_restorable`, or an array cannot be read.
   """
   check_restorable(checkpoint, abstract, partial=partial)
   saved = saved_tree(checkpoint)
@@ -302,7 +291,7 @@ def restore_arrays(checkpoint: epath.Path, abstract: PyTree, *, partial: bool = 
       checkpoint / "state",
       args=ocp.args.PyTreeRestore(target, restore_args=restore_args, partial_restore=partial),
     )
-  except (ValueError, OSError, LookupError) as error:  # of TensorStore: files damaged or gone
+  except (ValueError, OSError, LookupError) as error:  # TensorStore: missing or damaged files
     raise CheckpointError(
       f"{checkpoint} cannot be restored: {one_line(error, 300)}; use an older checkpoint, or a copy"
     ) from error
@@ -310,7 +299,7 @@ def restore_arrays(checkpoint: epath.Path, abstract: PyTree, *, partial: bool = 
 
 
 def library_versions() -> dict[str, str]:
-  """Versions of Python and of the libraries a checkpoint or its arithmetic depends on."""
+  """Return the versions of Python and of the libraries that checkpoints and numerics depend on."""
   versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
   return {"python": platform.python_version(), **versions}
 
@@ -318,10 +307,10 @@ def library_versions() -> dict[str, str]:
 def _check_written(
   checkpoint: epath.Path, arrays: dict[str, tuple[Any, Any]], record: dict[str, Any]
 ) -> None:
-  """Raise CheckpointError unless a complete checkpoint reads back as it was saved.
+  """Raise CheckpointError unless a complete checkpoint can be read back as saved.
 
-  The content of arrays is not read, only what leads to it: without the merged index
-  `manifest.ocdbt`, or with an index that lacks arrays, orbax restores nothing.
+  Array data are not read, only the index: Orbax restores nothing without the merged index
+  `manifest.ocdbt`, or with an index that lacks arrays.
   """
   for name in checkpoint_manifest.REQUIRED:
     if not (checkpoint / name).exists():
@@ -338,7 +327,7 @@ def _check_written(
 
 
 def _key_value_spec(checkpoint: epath.Path) -> dict[str, str]:
-  """The state of a checkpoint as a TensorStore key-value store."""
+  """Return the TensorStore key-value store spec of the state of a checkpoint."""
   scheme, separator, rest = str(checkpoint).partition("://")
   if not separator:
     return {"driver": "file", "path": f"{checkpoint}/state/"}
@@ -347,7 +336,7 @@ def _key_value_spec(checkpoint: epath.Path) -> dict[str, str]:
 
 
 def _cause(error: BaseException) -> str:
-  """Why a file could not be written, in a few words where the operating system says it."""
+  """Return a short reason for a failed write, from the operating system where possible."""
   if found := re.search(r"os_error_code='(\d+)'", str(error)):
     return os.strerror(int(found[1]))
   if isinstance(error, OSError) and error.strerror:
@@ -356,9 +345,9 @@ def _cause(error: BaseException) -> str:
 
 
 def _quiet(record: python_logging.LogRecord) -> bool:
-  """Drop tracebacks that orbax logs in each of its threads; `_failed` reports the cause once.
+  """Drop tracebacks that Orbax logs in each of its threads; `_failed` reports the cause once.
 
-  Dropped too: its warnings that a directory opened for reading is read only.
+  Also drop the warnings of Orbax that a directory is read-only.
   """
   from_orbax = f"{os.sep}orbax{os.sep}" in record.pathname
   noise = record.exc_info or re.search("read.only", str(record.msg))

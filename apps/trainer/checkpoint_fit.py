@@ -1,6 +1,6 @@
-"""Whether the arrays of a checkpoint fit the state of a run, and which settings explain why not."""
+"""Comparison of the arrays of a checkpoint with the state of a run and its settings."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 import json
 from typing import Any
 
@@ -11,33 +11,34 @@ import orbax.checkpoint as ocp
 from apps.trainer import checkpoint_upgrade
 from apps.trainer.checkpoint_metadata import CheckpointError
 from apps.trainer.errors import one_line
+from apps.trainer.names import leaf_values
 from apps.trainer.paths import flatten_paths
 
 PyTree = Any
 
-# Sections of the configuration that the shapes of a train state depend on.
+# Sections of the configuration that determine the shapes of a train state.
 _SECTIONS = ("model", "optimizer", "tokenizer")
 
 
 def saved_arrays(checkpoint: epath.Path) -> dict[str, jax.ShapeDtypeStruct]:
-  """Path -> shape and dtype of every array in a checkpoint, e.g. `params/encoder/cls`.
+  """Return path -> shape and dtype of every array in a checkpoint, e.g. `params/encoder/cls`.
 
   Raises:
-    CheckpointError: the description of the arrays is damaged.
+    CheckpointError: the array metadata are damaged.
   """
   try:
     return {
       path: jax.ShapeDtypeStruct(array.shape, array.dtype)
       for path, array in flatten_paths(saved_tree(checkpoint)).items()
     }
-  except Exception as error:  # of whichever library reads it
+  except Exception as error:  # of any library that reads it
     raise CheckpointError(
       f"{checkpoint}: the description of its arrays cannot be read: {one_line(error, 300)}"
     ) from error
 
 
 def saved_tree(checkpoint: epath.Path) -> PyTree:
-  """Return the tree of a checkpoint that `saved_arrays` can read, with descriptions of arrays."""
+  """Return the tree of array metadata of a checkpoint that `saved_arrays` can read."""
   return ocp.PyTreeCheckpointHandler().metadata(checkpoint / "state").tree
 
 
@@ -49,27 +50,27 @@ def check_restorable(
   config: Mapping[str, Any] | None = None,
   saved_config: Mapping[str, Any] | None = None,
 ) -> None:
-  """Compare a checkpoint directory with the tree that would be restored; reads no array.
+  """Compare a checkpoint directory with the tree to restore; reads no array.
 
   Args:
-    checkpoint: of `find_checkpoint`.
-    abstract: ShapeDtypeStructs.
-    partial: whether the checkpoint may hold more than `abstract`.
-    config: of the run, to name the settings that differ.
-    saved_config: of the checkpoint, as its metadata holds it.
+    checkpoint: directory returned by `find_checkpoint`.
+    abstract: ShapeDtypeStructs of the tree to restore.
+    partial: allow arrays in the checkpoint that `abstract` lacks.
+    config: configuration of the run, used to list the settings that differ.
+    saved_config: configuration saved in the metadata of the checkpoint.
 
   Raises:
-    CheckpointError: in one line, the first arrays that are missing, unexpected, or of another shape
-      or dtype, and the settings that differ.
+    CheckpointError: arrays are missing, unexpected, or differ in shape or dtype; the message shows
+      the first of them and the settings that differ, in one line.
   """
   saved = {checkpoint_upgrade.named_path(p): x for p, x in saved_arrays(checkpoint).items()}
   differences = _differences(saved, flatten_paths(abstract), partial)
   if not differences:
     return
-  differences.sort(key=lambda line: not line.startswith("params/"))  # the cause of all others
+  differences.sort(key=lambda line: not line.startswith("params/"))  # they cause all others
   roots = {line.split("/")[0].split(":")[0] for line in differences}
   holds_other = (
-    "holds another optimizer state than this run would,"
+    "has a different optimizer state than this run,"
     if roots == {"opt"}
     else "does not fit this run"
   )
@@ -85,7 +86,7 @@ def check_restorable(
     remedy = "Resume with the config it was trained with"
   raise CheckpointError(
     f"{checkpoint} {holds_other} in {len(differences)} arrays, such as {shown}. {remedy} (the "
-    "config is saved in its metadata), choose another --workdir, or take over the parameters only "
+    "config is saved in its metadata), choose another --workdir, or use only its parameters "
     "with config.init_from"
   )
 
@@ -108,12 +109,18 @@ def _differences(saved: dict[str, Any], wanted: dict[str, Any], partial: bool) -
 
 
 def _changed(saved: Mapping[str, Any] | None, config: Mapping[str, Any] | None) -> list[str]:
-  """The settings of `_SECTIONS` whose values differ, as `config.NAME: saved VALUE, now VALUE`."""
+  """Return the settings of `_SECTIONS` that differ, as `config.NAME: saved VALUE, now VALUE`."""
   if saved is None or config is None:
     return []
   lines = []
   for section in _SECTIONS:
-    before, now = (dict(_flat(tree.get(section), f"config.{section}")) for tree in (saved, config))
+    before, now = (
+      {
+        f"config.{name}": json.dumps(value, default=str)
+        for name, value in leaf_values({section: tree.get(section)})
+      }
+      for tree in (saved, config)
+    )
     if section == "optimizer":
       before = {"config.optimizer.name": '"adamw"'} | before  # earlier versions had no other
     lines += [
@@ -122,12 +129,3 @@ def _changed(saved: Mapping[str, Any] | None, config: Mapping[str, Any] | None) 
       if name in before and before[name] != value
     ]
   return lines
-
-
-def _flat(value: Any, name: str) -> Iterator[tuple[str, str]]:
-  """The dotted name and the value as JSON of every leaf."""
-  if isinstance(value, Mapping) and value:
-    for key, inner in value.items():
-      yield from _flat(inner, f"{name}.{key}")
-  else:
-    yield name, json.dumps(value, default=str)

@@ -1,6 +1,6 @@
-"""The folder of a run's checkpoints: which are there, which are intact, and how to find one.
+"""Checkpoint directories of a run: lists them, verifies them and finds one to restore.
 
-Only process 0 judges checkpoints; all processes then use the same one.
+Only process 0 verifies checkpoints; all processes then use the same one.
 """
 
 from collections.abc import Mapping
@@ -19,26 +19,26 @@ from apps.trainer.checkpoint_metadata import CheckpointError, read_metadata
 
 
 def absolute_path(path: epath.PathLike) -> epath.Path:
-  """An absolute local path, or the URL (gs://...) as it is."""
+  """Return an absolute local path; URLs (gs://...) are returned unchanged."""
   path = epath.Path(path).expanduser()
   return path if "://" in str(path) else path.absolute()
 
 
 def check_path(path: epath.PathLike, setting: str = "") -> None:
-  """Check that checkpoints below a path can be written and read again.
+  """Check that checkpoints in a directory can be written and read back.
 
-  orbax searches for its files with patterns made of the path, so that a path with wildcards is
-  written and then never found. TensorStore refuses some names.
+  Orbax finds its files with glob patterns made from the path, so checkpoints below a path with
+  wildcards are written but never found. TensorStore rejects some names.
 
   Args:
-    path: folder of a run or of checkpoints; need not exist.
-    setting: what the path is called, such as "--workdir=", for the message.
+    path: directory of a run or of checkpoints; need not exist.
+    setting: name of the setting for the message, such as "--workdir=".
 
   Raises:
-    CheckpointError: the path contains what cannot be in it.
+    CheckpointError: the path contains unsupported characters.
   """
   whole = str(absolute_path(path))
-  given = ascii(setting + str(path))[1:-1]  # whatever it contains, the message can be printed
+  given = ascii(setting + str(path))[1:-1]  # printable for any path
   if found := re.search(r"[*?[\\]", whole):
     raise CheckpointError(
       f"{given}: {found[0]} is a wildcard or escape of file patterns, and checkpoints in such a "
@@ -56,16 +56,16 @@ def check_path(path: epath.PathLike, setting: str = "") -> None:
 
 
 def steps_in(directory: epath.Path) -> list[int]:
-  """Steps with a finished save, oldest first."""
+  """Return the steps with a complete checkpoint, oldest first."""
   if not directory.is_dir():
     return []
   numbered = [p for p in directory.iterdir() if re.fullmatch("0|[1-9][0-9]*", p.name)]
   return sorted(int(p.name) for p in numbered if ocp.utils.is_checkpoint_finalized(p))
 
 
-def fault(checkpoint: epath.Path) -> str | None:
-  """Describe what is damaged in a checkpoint directory; None if nothing is."""
-  found = checkpoint_manifest.fault(checkpoint)
+def find_damage(checkpoint: epath.Path) -> str | None:
+  """Return what is damaged in a checkpoint directory; None if it is intact."""
+  found = checkpoint_manifest.find_damage(checkpoint)
   if found is not None:
     return found
   try:
@@ -78,15 +78,15 @@ def fault(checkpoint: epath.Path) -> str | None:
 
 
 def find_checkpoint(path: epath.PathLike, step: int | None = None) -> epath.Path:
-  """The directory of one intact checkpoint; reads only.
+  """Return the directory of one intact checkpoint; reads only.
 
   Args:
-    path: of a run (with `checkpoints/` in it), of its checkpoints, or of one checkpoint.
-    step: which, if there are several; by default the newest intact one, with a warning for each
-      damaged one passed over.
+    path: directory of a run (with `checkpoints/` in it), of its checkpoints, or of one checkpoint.
+    step: step to find; the newest intact one by default, with a warning for each damaged one that
+      is skipped.
 
   Raises:
-    CheckpointError: if there is none, or the one asked for is missing or damaged.
+    CheckpointError: there is no checkpoint, or the requested one is missing or damaged.
   """
   root = absolute_path(path)
   if (root / "checkpoints").is_dir():
@@ -101,7 +101,7 @@ def find_checkpoint(path: epath.PathLike, step: int | None = None) -> epath.Path
   if found is None:
     what = f"of step {step} " if step is not None else ""
     raise CheckpointError(
-      f"no intact checkpoint {what}in {root} ({len(wanted)} looked at); expected a run's workdir, "
+      f"no intact checkpoint {what}in {root} ({len(wanted)} checked); expected a run's workdir, "
       "its checkpoints directory or one step of it."
     )
   return by_step[found]
@@ -111,22 +111,22 @@ def saved_checkpoint(directory: epath.PathLike, step: int | None = None) -> epat
   """Return the checkpoint that a run in `directory` resumes from; reads only.
 
   Args:
-    directory: of the checkpoints of a run; need not exist.
-    step: which one; the newest intact one by default.
+    directory: directory of the checkpoints of a run; need not exist.
+    step: step to find; the newest intact one by default.
 
   Returns:
-    Its directory; None where nothing was saved.
+    Its directory; None if nothing was saved.
 
   Raises:
-    CheckpointError: the one asked for is missing or damaged, or all of them are.
+    CheckpointError: the requested checkpoint is missing or damaged, or all of them are damaged.
   """
   root = absolute_path(directory)
   steps = steps_in(root)
   if step is not None and step not in steps:
     raise CheckpointError(
       f"config.eval.checkpoint_step={step}: {root} holds the steps "
-      f"{', '.join(map(str, steps)) or '(none)'}; config.checkpoint.keep_last and keep_every say "
-      "which a run keeps"
+      f"{', '.join(map(str, steps)) or '(none)'}; config.checkpoint.keep_last and keep_every "
+      "determine which ones are kept"
     )
   if not steps or step is not None:
     return find_checkpoint(root, step) if steps else None
@@ -134,17 +134,17 @@ def saved_checkpoint(directory: epath.PathLike, step: int | None = None) -> epat
   if found is None:
     raise CheckpointError(
       f"{root}: all {len(steps)} checkpoints are damaged, such as {steps[-1]}: "
-      f"{fault(root / str(steps[-1]))}. Restore one from a copy, or choose another --workdir to "
-      "start from step 0"
+      f"{find_damage(root / str(steps[-1]))}. Restore one from a copy, or choose another "
+      "--workdir to start from step 0"
     )
   return root / str(found)
 
 
-def set_damaged_aside(directory: epath.Path) -> None:
+def move_damaged_aside(directory: epath.Path) -> None:
   """Rename damaged checkpoints newer than the newest intact one, so that a run can resume."""
   for step in reversed(steps_in(directory)):
     path = directory / str(step)
-    if (found := fault(path)) is None:
+    if (found := find_damage(path)) is None:
       return
     names = itertools.chain(
       [f"damaged-{step}"], (f"damaged-{step}-{n}" for n in itertools.count(2))
@@ -155,18 +155,34 @@ def set_damaged_aside(directory: epath.Path) -> None:
 
 
 def remove_unfinished(directory: epath.Path) -> None:
-  """Remove what killed saves left. Orbax would do it in a thread that can outlive the program."""
+  """Remove interrupted saves. Orbax would do so in a thread that can outlive the program."""
   for path in directory.iterdir():
     if path.is_dir() and ocp.path.step.TMP_DIR_SUFFIX in path.name:
-      path.rmtree()
+      _rmtree(path)
+
+
+def delete(checkpoint: epath.Path) -> None:
+  """Delete a checkpoint; log a warning if that fails."""
+  try:
+    _rmtree(checkpoint)
+  except Exception as error:  # clients of buckets raise their own types
+    logging.warning("Checkpoint %s is not kept, but cannot be deleted: %s.", checkpoint, error)
+
+
+def _rmtree(folder: epath.Path) -> None:
+  folder.rmtree()
+  if "://" in str(
+    folder
+  ):  # in a bucket with folder placeholders, the first round deletes only those
+    folder.rmtree(missing_ok=True)
 
 
 def _newest_intact(by_step: Mapping[int, epath.Path]) -> int | None:
-  """The newest step whose checkpoint is intact, the same one on every process."""
+  """Return the newest step with an intact checkpoint, the same one on every process."""
   found = -1
   if jax.process_index() == 0:
     for step in sorted(by_step, reverse=True):
-      if (damage := fault(by_step[step])) is None:
+      if (damage := find_damage(by_step[step])) is None:
         found = step
         break
       logging.warning("Checkpoint %s is damaged and passed over: %s.", by_step[step], damage)

@@ -1,12 +1,12 @@
-"""The manifest of a checkpoint: size and checksum of every file, verified before it is read.
+"""Checkpoint manifests: size and checksum of every file, verified before a checkpoint is read.
 
   write(unfinished_checkpoint)      # by process 0, before the directory gets its final name
-  fault(checkpoint)                 # None, or what is damaged
+  find_damage(checkpoint)           # None, or what is damaged
 
 `manifest.json` lists the files of `state/` and `metadata/` with the CRC-32 of their content. CRC-32
-detects every flipped bit and every burst of up to 32 bits; zlib computes it faster than a disk
-reads, and without the interpreter's lock. The manifest ends with a digest of itself. Manifests of
-earlier versions hold sizes only and are still accepted.
+detects every flipped bit and every burst error of up to 32 bits. zlib computes it faster than a
+disk reads, and without holding the GIL. The manifest ends with a digest of its own content.
+Manifests of earlier versions contain sizes only and are still accepted.
 """
 
 import concurrent.futures
@@ -23,12 +23,12 @@ import msgspec
 
 MANIFEST = "manifest.json"
 ITEMS = ("state", "metadata")
-# Without these orbax restores nothing, or only some of the arrays.
+# Without these files Orbax restores nothing, or only some of the arrays.
 REQUIRED = ("state/manifest.ocdbt", "state/_METADATA", "metadata/metadata")
 
 _Size = Annotated[int, msgspec.Meta(ge=0)]
-_CHUNK = 1 << 20  # bytes; a thread's buffer
-_THREADS = 16  # stat and read are a request each on gs://
+_CHUNK = 1 << 20  # bytes; read buffer of a thread
+_THREADS = 16  # on gs:// each stat and each read is a request
 
 
 class _Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -49,16 +49,16 @@ def write(checkpoint: epath.Path) -> None:
   (checkpoint / MANIFEST).write_text(_text(dict(zip(names, _checksums(checkpoint, names)))))
 
 
-def fault(checkpoint: epath.Path) -> str | None:
-  """Describe the first difference between a checkpoint and its manifest.
+def find_damage(checkpoint: epath.Path) -> str | None:
+  """Return the first difference between a checkpoint and its manifest.
 
-  A file that was verified once is read again only after its size or its times have changed.
+  A verified file is read again only if its size or its times have changed.
 
   Args:
-    checkpoint: a directory with a final name.
+    checkpoint: directory with its final name.
 
   Returns:
-    What is missing or differs; None for an intact checkpoint.
+    Description of the missing or different file; None for an intact checkpoint.
   """
   path = checkpoint / MANIFEST
   try:
@@ -84,11 +84,11 @@ def fault(checkpoint: epath.Path) -> str | None:
 
 
 def _parse(text: str) -> dict[str, tuple[int, str]] | str:
-  """Size and CRC-32 of each file ("" where a manifest holds none), or what is wrong."""
+  """Return the size and CRC-32 of each file ("" if the manifest has none), or an error."""
   damaged = f"{MANIFEST} is damaged"
   try:
     files = msgspec.json.decode(text, type=_Manifest).files
-    if _text(files) != text:  # a changed byte that is still valid JSON
+    if _text(files) != text:  # valid JSON with a changed byte
       return damaged
   except msgspec.MsgspecError:
     try:
@@ -101,7 +101,7 @@ def _parse(text: str) -> dict[str, tuple[int, str]] | str:
 
 
 def _text(files: dict[str, tuple[int, str]]) -> str:
-  """The manifest as text; ends with the digest of the files that it lists."""
+  """Return the text of the manifest, which ends with the digest of its file list."""
   listed = ",\n".join(f"{json.dumps(name)}: {json.dumps(files[name])}" for name in sorted(files))
   digest = hashlib.sha256(listed.encode()).hexdigest()
   return f'{{"format": 2, "files": {{\n{listed}\n}}, "sha256": "{digest}"}}\n'
@@ -111,7 +111,7 @@ def _text(files: dict[str, tuple[int, str]]) -> str:
 def _wrong_content(
   checkpoint: str, text: str, stamps: tuple[tuple[str, tuple[int, ...]], ...]
 ) -> str | None:
-  """Compare the content of files with a manifest; `stamps` tell the cache of a change."""
+  """Compare the content of files with a manifest; `stamps` is part of the cache key."""
   expected = _parse(text)
   assert isinstance(expected, dict)
   if not stamps:
@@ -126,7 +126,7 @@ def _wrong_content(
 
 
 def _names(checkpoint: epath.Path) -> list[str]:
-  """Relative paths of all files below the two items."""
+  """Return the relative paths of all files of the two items."""
   return [
     str((folder / name).relative_to(checkpoint))
     for item in ITEMS
@@ -136,7 +136,7 @@ def _names(checkpoint: epath.Path) -> list[str]:
 
 
 def _stamps(checkpoint: epath.Path, names: list[str]) -> dict[str, tuple[int, ...]]:
-  """Size and times of files."""
+  """Return the size and times of each file."""
   remote = "://" in str(checkpoint)
 
   def stamp(name: str) -> tuple[int, ...]:
@@ -152,7 +152,7 @@ def _stamps(checkpoint: epath.Path, names: list[str]) -> dict[str, tuple[int, ..
 
 
 def _checksums(checkpoint: epath.Path, names: list[str]) -> list[tuple[int, str]]:
-  """Size and CRC-32, as 8 hex digits, of the content of files."""
+  """Return the size and CRC-32, as 8 hex digits, of the content of each file."""
 
   def read(name: str) -> tuple[int, str]:
     size, crc = 0, 0

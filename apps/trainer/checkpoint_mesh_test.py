@@ -1,4 +1,4 @@
-"""A checkpoint written on some devices is read on others, and by several processes."""
+"""Tests of restoring checkpoints on other meshes and by several processes."""
 
 import os
 import socket
@@ -17,7 +17,7 @@ from apps.trainer.checkpoint import Checkpoints
 
 
 def make_state(shape, fill=True):
-  """A state of 16 x 8 arrays on a (data, fsdp) mesh of the given shape, or its outline."""
+  """Return a state of 16 x 8 arrays on a (data, fsdp) mesh, or its abstract state."""
   devices = np.array(jax.devices()[: shape[0] * shape[1]]).reshape(shape)
   mesh = Mesh(devices, ("data", "fsdp"))
   shardings = {
@@ -59,7 +59,8 @@ PROGRAM = """
   from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
   jax.distributed.initialize(f"localhost:{sys.argv[2]}", 2, int(sys.argv[3]))
   from apps.trainer.checkpoint import Checkpoints
-  from apps.trainer.init_from import init_from
+  from apps.trainer.init_from import plan_init
+  from apps.trainer.init_source import open_source
 
   sharding = NamedSharding(Mesh(np.array(jax.devices()), ("fsdp",)), P("fsdp"))
   make = jax.jit(lambda k: k + jnp.arange(32.0), out_shardings=sharding)
@@ -74,16 +75,16 @@ PROGRAM = """
     assert checkpoints.latest_step() == 1
     state, metadata = checkpoints.restore(target)
   assert metadata["data"] == {"position": 1}
-  params, report = init_from(sys.argv[1], {"w": make(9.0)})
-  for w in (state["params"]["w"], params["w"]):
+  plan = plan_init(open_source(sys.argv[1]), {"w": make(9.0)})
+  for w in (state["params"]["w"], plan.apply({"w": make(9.0)})["w"]):
     for shard in w.addressable_shards:
       np.testing.assert_array_equal(shard.data, 1.0 + np.arange(32.0)[shard.index])
-  assert report.taken == ("w",)
+  assert plan.report.taken == ("w",)
   print("restored by process", jax.process_index(), "of", jax.process_count())
 """
 
 
-def test_two_processes_save_agree_on_the_intact_step_and_restore(tmp_path):
+def test_two_processes_save_and_restore_intact_step(tmp_path):
   with socket.socket() as s:
     s.bind(("localhost", 0))
     port = s.getsockname()[1]

@@ -1,7 +1,7 @@
-"""The metadata of a checkpoint: one JSON file, read into typed fields and checked for consistency.
+"""Checkpoint metadata: one JSON file, parsed into typed fields and checked for consistency.
 
 metadata = read_metadata(checkpoint)   # the JSON as a dict, of a run or of an import
-saved = parse_metadata(metadata)       # its fields that the trainer depends on
+saved = parse_metadata(metadata)       # the fields that the trainer depends on
 """
 
 from collections.abc import Mapping
@@ -14,22 +14,22 @@ import msgspec
 
 from apps.trainer.history import Count, History, Span
 
-FORMAT = 1  # of the metadata and the directory; raise it with a breaking change
+FORMAT = 1  # version of the metadata and the directory layout; increase it for breaking changes
 
 _Fact = str | int | float | bool | None
 
 
 class CheckpointError(OSError):
-  """A checkpoint cannot be written, found or restored; the message says which and what to do."""
+  """A checkpoint cannot be written, found or restored; the message includes the remedy."""
 
 
 @dataclasses.dataclass(frozen=True)
 class StageData:
-  """What the report says about the data of one stage.
+  """Data of one stage, for the report.
 
   Attributes:
-    facts: records, epochs and so on, see `inputs.describe`.
-    skipped: broken records among those read, by reason.
+    facts: number of records, epochs and so on, see `inputs.describe`.
+    skipped: number of invalid records by reason.
   """
 
   facts: dict[str, _Fact]
@@ -48,22 +48,22 @@ class LoaderState:
 
 @dataclasses.dataclass(frozen=True)
 class Metadata:
-  """What the trainer reads of a checkpoint.
+  """Checkpoint fields that the trainer reads.
 
-  An import has no stage, no loader and no history; a checkpoint of an earlier version has no
-  history, no number of examples and no data of stages.
+  An imported model has no stage, loader or history. Checkpoints of earlier versions have no
+  history, number of examples or data of stages.
 
   Attributes:
-    step: finished steps of the run.
-    format: see `FORMAT`.
-    versions: of Python and libraries.
+    step: number of completed steps of the run.
+    format: version of the metadata, see `FORMAT`.
+    versions: versions of Python and the libraries.
     stage: name of the stage that ran this step.
-    loader: state of its data.
-    tokenizer: fingerprint of the run's tokenizer.
+    loader: state of the loader of the stage.
+    tokenizer: fingerprint of the tokenizer.
     config: resolved configuration of the stage.
-    examples: examples seen by all stages.
+    examples: number of examples seen in all stages.
     history: the spans of the run's `History`.
-    stages: stage name -> its data.
+    stages: stage name -> data of the stage.
   """
 
   step: Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
@@ -82,7 +82,7 @@ def read_metadata(checkpoint: epath.Path) -> dict[str, Any]:
   """Return the JSON saved with a checkpoint directory.
 
   Raises:
-    CheckpointError: it is damaged, or was written in a newer format.
+    CheckpointError: the metadata are damaged, or have a newer format.
   """
   path = checkpoint / "metadata" / "metadata"
   try:
@@ -97,7 +97,7 @@ def parse_metadata(metadata: Mapping[str, Any]) -> Metadata:
   """Convert the metadata of a checkpoint to typed fields.
 
   Raises:
-    ValueError: a field has another type, or the counters contradict the history of the run.
+    ValueError: a field has the wrong type, or the counters contradict the history of the run.
   """
   try:
     saved = msgspec.convert(metadata, type=Metadata)
@@ -114,7 +114,7 @@ def parse_metadata(metadata: Mapping[str, Any]) -> Metadata:
 
 
 def _check_counters(saved: Metadata) -> None:
-  """Compare examples seen and position with the history; ValueError where they differ."""
+  """Raise ValueError if the number of examples or the position contradicts the history."""
   history = History(saved.history)
   last = saved.history[-1]
   if saved.stage != last.stage or saved.step < last.first_step:

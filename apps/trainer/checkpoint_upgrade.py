@@ -1,7 +1,7 @@
-"""Checkpoints of earlier versions: the optimizer state by index in the chain, not by name.
+"""Upgrade of checkpoints of earlier versions, whose optimizer state is indexed by chain position.
 
-The chain was AdamW in a tuple of eight transformations, of which two had arrays. `restore_arrays`
-reads them by their indices and returns them by name.
+The chain was AdamW as a tuple of eight transformations, two of which had arrays. `restore_arrays`
+reads them by index and returns them by name.
 """
 
 from collections.abc import Mapping
@@ -15,21 +15,21 @@ _INDEX = re.compile(r"^opt/([15])/")
 
 
 def is_indexed(saved: PyTree) -> bool:
-  """Return whether the tree of a checkpoint has an optimizer state by index."""
+  """Return whether the optimizer state of a checkpoint is indexed by position."""
   return isinstance(saved, Mapping) and isinstance(saved.get("opt"), list)
 
 
 def named_path(path: str) -> str:
-  """Return the path that an array of an indexed state has now."""
+  """Return the current path of an array of an indexed state."""
   return _INDEX.sub(lambda match: f"opt/{_NAMES[int(match[1])]}/", path)
 
 
 def to_indexed(state: PyTree, saved: PyTree) -> PyTree:
-  """Return the tree to restore for `state` from a checkpoint with an indexed state.
+  """Return the tree for restoring `state` from a checkpoint with an indexed state.
 
   Args:
-    state: of the run; it may lack the optimizer state.
-    saved: tree of the checkpoint; its entries without arrays are taken over.
+    state: train state of the run; it may lack the optimizer state.
+    saved: tree of the checkpoint; its entries without arrays are copied.
   """
   if "opt" not in state:
     return state
@@ -40,7 +40,7 @@ def to_indexed(state: PyTree, saved: PyTree) -> PyTree:
 
 
 def to_named(state: PyTree) -> PyTree:
-  """Return the state that was restored into the tree of `to_indexed`, by name."""
+  """Convert a state that was restored into the tree of `to_indexed` to names."""
   if "opt" not in state:
     return state
   return {**state, "opt": {name: state["opt"][index] for index, name in _NAMES.items()}}

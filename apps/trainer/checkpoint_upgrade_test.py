@@ -1,4 +1,4 @@
-"""Checkpoints of the version that saved the optimizer state by index.
+"""Tests of restoring checkpoints of the version that saved the optimizer state by index.
 
 testdata/state_by_index was written by it: step 3 of a small tree with stacked blocks, a frozen
 array, clipping, layer-wise decay and an average; arrays.npz has the same arrays,
@@ -27,10 +27,11 @@ from apps.trainer.optimizer import OptimizerConfig, make_optimizer
 from apps.trainer.optimizers import Lion
 from apps.trainer.optimizers.update_rule import named_chain
 from apps.trainer.paths import flatten_paths
-from apps.trainer.schedules import ScheduleConfig, make_schedule
+from apps.trainer.run_config import ScheduleSettings
+from apps.trainer.schedules import make_schedule
 
 FIXTURE = Path(__file__).parent / "testdata" / "state_by_index"
-SCHEDULE = ScheduleConfig(warmup_steps=2)
+SCHEDULE = ScheduleSettings(warmup_steps=2)
 CONFIG = OptimizerConfig(
   1e-2,
   SCHEDULE,
@@ -63,7 +64,7 @@ def abstract(config=CONFIG):
 
 
 def saved():
-  """Path -> array as it was saved, by the names that it has now."""
+  """Return path -> saved array, with current names."""
   arrays = {}
   for path, array in np.load(FIXTURE / "arrays.npz").items():
     for old, new in NEW_NAMES.items():
@@ -80,7 +81,7 @@ def assert_bitwise(got, expected):
 
 
 def chain_by_index(multipliers):
-  """The chain of that version, written out."""
+  """Return the optimizer chain of that version."""
   trainable = jax.tree.map(lambda _: True, PARAMS)
   trainable["encoder"]["cls"] = False
   decayed = jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", PARAMS)
@@ -105,7 +106,7 @@ def advance(tx, params, opt):
   return params, opt
 
 
-def test_every_bit_is_restored_by_name(folder):
+def test_indexed_state_is_restored_by_name(folder):
   with Checkpoints(folder) as checkpoints:
     restored, metadata = checkpoints.restore(abstract())
   assert jax.tree.structure(restored) == jax.tree.structure(abstract())
@@ -113,7 +114,7 @@ def test_every_bit_is_restored_by_name(folder):
   assert metadata["step"] == int(restored["step"]) == 3
 
 
-def test_training_resumes_as_the_earlier_version_would_have(folder):
+def test_training_resumes_like_earlier_version(folder):
   state = restore_arrays(find_checkpoint(epath.Path(folder)), abstract())
   by_layer = np.float32([[0.25], [0.5]])
   one = np.float32(1.0)
@@ -141,14 +142,14 @@ def test_training_resumes_as_the_earlier_version_would_have(folder):
   assert_bitwise(flatten_paths(opt), by_name)
 
 
-def test_params_alone_are_read_without_the_optimizer(folder):
+def test_params_are_restored_without_optimizer(folder):
   part = {"params": abstract()["params"]}
   restored = restore_arrays(find_checkpoint(epath.Path(folder)), part, partial=True)
   expected = {path: x for path, x in saved().items() if path.startswith("params/")}
   assert_bitwise(flatten_paths(restored), expected)
 
 
-def test_another_optimizer_is_refused_in_one_line(folder):
+def test_another_optimizer_is_rejected(folder):
   lion = OptimizerConfig(1e-2, SCHEDULE, Lion(), frozen=("cls",), ema_decay=0.9)
   with pytest.raises(CheckpointError) as error:
     check_restorable(
@@ -158,12 +159,12 @@ def test_another_optimizer_is_refused_in_one_line(folder):
       saved_config={"optimizer": {"mu_dtype": "bfloat16"}},
     )
   message = str(error.value)
-  assert "\n" not in message and "holds another optimizer state than this run would" in message
+  assert "\n" not in message and "has a different optimizer state than this run" in message
   assert 'config.optimizer.name: saved "adamw", now "lion"' in message
 
 
-def test_a_transformation_without_state_keeps_the_keys(tmp_path):
-  """A state saved by name is restored into a chain with one more transformation."""
+def test_stateless_transformation_keeps_keys(tmp_path):
+  """A state saved by name can be restored into a chain with one more transformation."""
   parts = [("adamw", optax.scale_by_adam()), ("rate", optax.scale(0.1))]
   more = [("noise", optax.identity()), ("clip", optax.clip_by_global_norm(1.0)), *parts]
   state = {"opt": named_chain(*parts).init(PARAMS)}

@@ -1,23 +1,23 @@
 """Persistent compilation cache: stores, reuses and reports compiled programs.
 
   with CompileCache("~/.cache/openvision/xla", "gs://bucket/xla", terminal.phase) as cache:
-    cache.fetch()                               # from the store, what is not here
+    cache.fetch()                               # copy missing entries from the store
     with cache.watch("main: train step"):
-      state, metrics = train_step(state, batch)   # says: compiled or loaded, how long, which key
-    cache.push()                                # to the store, what is not there
+      state, metrics = train_step(state, batch)   # prints: compiled or loaded, seconds, key
+    cache.push()                                # copy new entries to the store
 
 The folder is JAX's persistent cache, always local. Its keys are hashes of the program, the compile
-options, XLA flags, versions of jaxlib and backend, and the devices with their topology. JAX would
-hash the path of the folder, too, through the place of XLA's autotuning cache: an entry then serves
-the folder it was made in and no other, nor a bucket. That cache is therefore off.
+options, XLA flags, versions of jaxlib and the backend, and the devices with their topology. With
+XLA's autotuning cache enabled, JAX would also hash the path of the folder, so entries could not be
+shared between folders or through a bucket. The autotuning cache is therefore disabled.
 
-The store is a second folder, local or gs://, that machines share: only whole entries are copied, in
-sub-folders of one version and kind of devices. Entries hold native code and run as such: a store
-must be trusted as the program itself. Those are JAX's own entries; serialized executables of
-`jax.experimental.serialize_executable` would be unpickled besides.
+The store is a second folder, local or gs://, shared between machines. Only complete entries are
+copied, into one sub-folder per version and kind of devices. Entries contain native code that is
+executed, so a store must be trusted like the program itself. They are JAX's own cache entries;
+serialized executables of `jax.experimental.serialize_executable` would in addition be unpickled.
 
-Process 0 writes the folder and the store, as JAX has it; every process reads both. Where hosts have
-a home of their own, the store is what spares the others the compiler.
+Process 0 writes the folder and the store; every process reads both. Where hosts have separate home
+directories, the store spares the other processes the compilation.
 """
 
 from collections.abc import Callable, Iterator
@@ -46,18 +46,18 @@ if TYPE_CHECKING:
 
 _TRACED = "/jax/core/compile/jaxpr_trace_duration"
 _LOWERED = "/jax/core/compile/jaxpr_to_mlir_module_duration"
-_COMPILED = "/jax/core/compile/backend_compile_duration"  # or read from the cache
+_COMPILED = "/jax/core/compile/backend_compile_duration"  # also recorded for cache hits
 _REQUEST = "/jax/compilation_cache/compile_requests_use_cache"
 _HIT = "/jax/compilation_cache/cache_hits"
 
-# Warnings of JAX.
+# Warnings logged by JAX.
 _NOT_WRITTEN = "Error writing persistent compilation cache entry"
 _NOT_READ = "Error reading persistent compilation cache entry"
-FULL = (errno.ENOSPC, errno.EDQUOT)  # a cache that cannot grow costs a compile, not the run
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # a full cache costs a compilation, not the run
 
-_TELL_SECONDS = 5.0  # a program that took as long is told, whichever it is
+_LOG_SECONDS = 5.0  # all programs that take longer are logged
 
-# Without a watch JAX keeps what took a second to compile; a watched program is kept anyhow.
+# Outside `watch` JAX keeps programs that compile for at least one second; `watch` keeps all.
 _KEEP_ALL = {
   "jax_persistent_cache_min_compile_time_secs": 0.0,
   "jax_persistent_cache_min_entry_size_bytes": -1,
@@ -65,16 +65,16 @@ _KEEP_ALL = {
 
 
 class Program(NamedTuple):
-  """What became of one program.
+  """One compiled or loaded program.
 
   Attributes:
-    name: as JAX calls it, such as "jit(update)".
-    key: of its entry; None without a cache.
-    loaded: from the cache; else compiled.
-    damaged: an entry was there that could not be read.
-    trace_seconds: tracing and lowering, which no cache spares.
-    seconds: compiling or loading.
-    size: bytes of the entry in the local folder; None where there is none.
+    name: name in JAX, such as "jit(update)".
+    key: key of the cache entry; None without a cache.
+    loaded: whether the program was loaded from the cache, not compiled.
+    damaged: whether an entry existed but could not be read.
+    trace_seconds: seconds of tracing and lowering, which the cache does not avoid.
+    seconds: seconds of compiling or loading.
+    size: bytes of the entry in the local folder; None if there is none.
   """
 
   name: str
@@ -87,7 +87,7 @@ class Program(NamedTuple):
 
 
 class _Current(threading.local):
-  """What is known of the program that this thread compiles."""
+  """State of the program that this thread compiles."""
 
   key: str | None = None
   loaded = False
@@ -97,18 +97,18 @@ class _Current(threading.local):
 
 
 class CompileCache(Hook):
-  """Sets up JAX's cache, watches it, and exchanges entries with a store."""
+  """Set up JAX's compilation cache, report its programs, and copy entries from and to a store."""
 
-  def __init__(self, folder: str, store: str, say: Callable[[str], None]):
-    """Nothing is touched yet.
+  def __init__(self, folder: str, store: str, log: Callable[[str], None]):
+    """Validate the arguments without touching any folder.
 
     Args:
-      folder: `config.compile_cache`; "" keeps nothing.
-      store: `config.compile_store`; "" for none.
-      say: prints a line; silent on every process but the first.
+      folder: `config.compile_cache`; "" disables the cache.
+      store: `config.compile_store`; "" disables the store.
+      log: function that prints a line; prints only on process 0.
 
     Raises:
-      ValueError: places that cannot serve.
+      ValueError: the folder or the store is not usable.
     """
     if "://" in folder:
       raise ValueError(
@@ -123,12 +123,12 @@ class CompileCache(Hook):
         "set config.compile_cache, too"
       )
     self._folder = Path(folder).expanduser().absolute() if folder else None
-    self._store = Store(store, say) if store else None
-    self._say = say
+    self._store = Store(store, log) if store else None
+    self._log = log
     self._current = _Current()
     self._watched: list[Program] | None = None
     self._used: dict[str, Program] = {}  # by key
-    self._offered = 0  # how many of `used` were there at the last push
+    self._offered = 0  # size of `_used` at the last push
     self._full = False  # whether an entry could not be written
     self._compiling = contextlib.ExitStack()
 
@@ -136,7 +136,7 @@ class CompileCache(Hook):
     if self._folder is not None:
       self._open(self._folder)
     self._undo = contextlib.ExitStack()
-    self._undo.callback(compilation_cache.reset_cache)  # JAX opens a folder once
+    self._undo.callback(compilation_cache.reset_cache)  # JAX opens the folder only once
     settings = {
       "jax_compilation_cache_dir": None if self._folder is None else str(self._folder),
       "jax_persistent_cache_enable_xla_caches": "none",
@@ -161,7 +161,7 @@ class CompileCache(Hook):
     self._undo.close()
 
   def on_phase(self, stage: str, step: int, phase: str) -> None:
-    """Watch the train step of a stage while it compiles."""
+    """Watch the train step of a stage during compilation."""
     self._compiling.close()
     if phase == COMPILING:
       self._compiling.enter_context(self.watch(f"{stage}: train step"))
@@ -177,10 +177,10 @@ class CompileCache(Hook):
 
   @contextlib.contextmanager
   def watch(self, label: str) -> Iterator[list[Program]]:
-    """Tells what became of the program that the block compiles last, and keeps it, however small.
+    """Report the last program that the block compiles, and cache it regardless of its size.
 
     Yields:
-      A list that gets every program the block compiles or loads.
+      A list that collects the programs that the block compiles or loads.
     """
     programs: list[Program] = []
     self._watched = programs
@@ -190,24 +190,24 @@ class CompileCache(Hook):
     finally:
       self._watched = None
     if programs:
-      self._say(self._text(label, programs[-1]))
+      self._log(self._text(label, programs[-1]))
       if jax.process_index() and not programs[-1].loaded:
         logging.warning("process %d: %s", jax.process_index(), self._text(label, programs[-1]))
 
   def fetch(self) -> None:
-    """Copy entries of the store that are missing here; what cannot be read costs a compile."""
+    """Copy missing entries from the store; unreadable entries are compiled instead."""
     if self._store is None or self._folder is None:
       return
     try:
       self._store.fetch(self._folder)
     except Exception as error:
-      self._warn(f"{self._store.place} cannot be read, programs are compiled: {_short(error)}")
+      self._warn(f"{self._store.path} cannot be read, programs are compiled: {_short(error)}")
 
   def push(self, *, required: bool = False) -> None:
-    """Copy entries that this process made or used and the store lacks; process 0 alone.
+    """Copy entries that this process created or used and the store lacks; process 0 only.
 
     Args:
-      required: whether a store that cannot be written is an error; otherwise it is logged.
+      required: raise an error if the store cannot be written, instead of logging it.
 
     Raises:
       OSError: the store is required and cannot be written.
@@ -220,16 +220,16 @@ class CompileCache(Hook):
         self._folder, {f"{key}{SUFFIX}": found.damaged for key, found in self._used.items()}
       )
     except Exception as error:
-      message = f"{self._store.place} cannot be written: {_short(error)}"
+      message = f"{self._store.path} cannot be written: {_short(error)}"
       if required:
         raise OSError(message) from error
       self._warn(message)
 
   def _open(self, folder: Path) -> None:
-    """Make the folder, for this user alone: its entries hold native code.
+    """Create the folder with access for this user only, because entries contain native code.
 
     Raises:
-      UserError: it cannot be read, or another user owns it.
+      UserError: the folder cannot be read, or belongs to another user.
     """
     try:
       folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -244,8 +244,10 @@ class CompileCache(Hook):
       if stat.S_IMODE(status.st_mode) & 0o077 and status.st_uid == os.geteuid():
         self._close_to_others(folder, stat.S_IMODE(status.st_mode))
     except OSError as error:
-      if error.errno in FULL:
-        self._warn(f"{folder} cannot be made: {error.strerror}; programs are not kept", "cache")
+      if error.errno in DISK_FULL:
+        self._warn(
+          f"{folder} cannot be created: {error.strerror}; programs are not cached", "cache"
+        )
         return
       raise UserError(
         f"config.compile_cache={folder} cannot be used: {error.strerror}; choose another folder, "
@@ -253,7 +255,7 @@ class CompileCache(Hook):
       ) from error
 
   def _close_to_others(self, folder: Path, mode: int) -> None:
-    """Take away the rights of other users, and the entries that they could have written."""
+    """Revoke the access of other users and remove the entries that they could have written."""
     folder.chmod(0o700)
     if not mode & 0o022:
       return
@@ -261,17 +263,17 @@ class CompileCache(Hook):
     for path in folder.iterdir():
       status = path.lstat()
       changeable = status.st_uid not in (0, os.geteuid()) or stat.S_IMODE(status.st_mode) & 0o022
-      if changeable and not stat.S_ISDIR(status.st_mode):  # folders are not read
+      if changeable and not stat.S_ISDIR(status.st_mode):  # directories are not read
         path.unlink(missing_ok=True)
         removed += 1
     self._warn(
-      f"{folder} could be written by other users (mode {mode:04o}): now it is yours alone, and "
-      f"{removed} programs that others could have changed are removed",
+      f"{folder} could be written by other users (mode {mode:04o}): access is now restricted to "
+      f"you, and {removed} programs that others could have changed are removed",
       "cache",
     )
 
   def _on_open(self, path: Path) -> None:
-    """Keep the key of the entry that this thread reads or writes."""
+    """Record the key of the entry that this thread reads or writes."""
     if path.parent == self._folder and ENTRY.fullmatch(path.name):
       self._current.key = path.name.removesuffix(SUFFIX)
 
@@ -282,9 +284,9 @@ class CompileCache(Hook):
       self._current.loaded = True
 
   def _on_warning(self, message: Warning | str, *args: Any, **kwargs: Any) -> None:
-    """Remove an entry that is damaged or not complete, and print each cause once.
+    """Remove damaged or incomplete entries, and print each cause once.
 
-    JAX would leave a damaged entry, and compile at every start.
+    JAX would keep a damaged entry and compile at every start.
     """
     written, read = (str(message).startswith(text) for text in (_NOT_WRITTEN, _NOT_READ))
     if (written or read) and self._current.key and jax.process_index() == 0:
@@ -296,12 +298,12 @@ class CompileCache(Hook):
     elif not self._full:
       self._full = True
       cause = str(message).rpartition(": ")[2]
-      self._warn(f"{self._folder} cannot be written: {cause}; programs are not kept", "cache")
+      self._warn(f"{self._folder} cannot be written: {cause}; programs are not cached", "cache")
 
   def _on_duration(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
     current = self._current
     if event == _TRACED:
-      current.traced = duration_secs  # the outermost function ends last
+      current.traced = duration_secs  # the outermost function finishes last
     elif event == _LOWERED:
       current.lowered = duration_secs
     elif event == _COMPILED:
@@ -315,13 +317,13 @@ class CompileCache(Hook):
         seconds=duration_secs,
         size=path.stat().st_size if path and path.exists() else None,
       )
-      vars(current).clear()  # of this thread
+      vars(current).clear()  # clears the state of this thread only
       if program.key:
         self._used[program.key] = program
       if self._watched is not None:
         self._watched.append(program)
-      elif program.damaged or program.seconds + program.trace_seconds >= _TELL_SECONDS:
-        self._say(self._text(program.name, program))
+      elif program.damaged or program.seconds + program.trace_seconds >= _LOG_SECONDS:
+        self._log(self._text(program.name, program))
 
   def _path(self, key: str) -> Path:
     assert self._folder is not None
@@ -330,29 +332,29 @@ class CompileCache(Hook):
   def _text(self, label: str, program: Program) -> str:
     took = f"{program.seconds:.1f} s (tracing {program.trace_seconds:.1f} s before)"
     if self._folder is None:
-      return f"{label} compiled in {took}; not kept: config.compile_cache is empty"
+      return f"{label} compiled in {took}; not cached: config.compile_cache is empty"
     if program.key is None:
-      return f"{label} compiled in {took}, not kept in {self._folder}: " + (
+      return f"{label} compiled in {took}, not cached in {self._folder}: " + (
         "process 0 alone writes there" if jax.process_index() else "it could not be written"
       )
     size = "" if program.size is None else f" ({megabytes(program.size)})"
     key = short_key(program.key)
     if program.loaded:
       return f"{label} loaded from the compile cache in {took}: {key}{size}"
-    kept = f"kept in {self._folder} as {key}{size}"
+    kept = f"cached in {self._folder} as {key}{size}"
     if program.size is None:
-      kept = f"not kept in {self._folder}: {key} could not be written"
-    damaged = "; the entry that was there could not be read" if program.damaged else ""
+      kept = f"not cached in {self._folder}: {key} could not be written"
+    damaged = "; the existing entry could not be read" if program.damaged else ""
     return f"{label} compiled in {took}, {kept}{damaged}"
 
   def _warn(self, text: str, what: str = "store") -> None:
     if jax.process_index():
       logging.warning("process %d: compile %s %s", jax.process_index(), what, text)
-    self._say(f"compile {what} {text}")
+    self._log(f"compile {what} {text}")
 
 
 def short_key(key: str) -> str:
-  """A key as people read it: the program and the first digits of its hash."""
+  """Return a readable key: the name of the program and the first digits of the hash."""
   name, _, digest = key.rpartition("-")
   return f"{name}-{digest[:8]}"
 
@@ -362,9 +364,9 @@ _file_watchers: list[Callable[[Path], None]] = []
 
 @functools.cache
 def _watch_files() -> None:
-  """Call `_file_watchers` with every file that is opened; hooks for audits cannot be removed.
+  """Call `_file_watchers` for every opened file. Audit hooks cannot be removed, so add only one.
 
-  JAX reports that it found an entry, but not which.
+  JAX reports that it found an entry, but not which one.
   """
 
   def audit(event: str, arguments: tuple[Any, ...]) -> None:
@@ -377,7 +379,7 @@ def _watch_files() -> None:
 
 @contextlib.contextmanager
 def _settings(values: dict[str, Any]) -> Iterator[None]:
-  """Settings of JAX for a while."""
+  """Set JAX configuration values within a block."""
   before = {name: getattr(jax.config, name) for name in values}
   try:
     for name, value in values.items():

@@ -1,4 +1,4 @@
-"""A second start loads what the first compiled, in any folder; damage and changes are told."""
+"""Tests of the compile cache: reuse across starts, damaged entries, stores."""
 
 import errno
 import functools
@@ -18,13 +18,13 @@ from apps.trainer.errors import UserError
 
 
 class Start:
-  """What a process that starts would do: nothing compiled is in its memory."""
+  """Simulates the start of a process, without compiled programs in memory."""
 
   def __init__(self, folder: Path | str = "", store: Path | str = "", rows: int = 4):
     jax.clear_caches()
-    self.said: list[str] = []
+    self.messages: list[str] = []
     self.traces = 0
-    with CompileCache(str(folder), str(store), self.said.append) as cache:
+    with CompileCache(str(folder), str(store), self.messages.append) as cache:
       cache.fetch()
       with cache.watch("main: train step") as self.programs:
         self.result = self.step(np.ones([rows, 8], np.float32))
@@ -42,7 +42,7 @@ class Start:
 
   @property
   def line(self) -> str:
-    (line,) = (line for line in self.said if line.startswith("main: train step "))
+    (line,) = (line for line in self.messages if line.startswith("main: train step "))
     return line
 
 
@@ -50,7 +50,7 @@ def entries(folder: Path) -> list[Path]:
   return sorted(folder.glob("**/jit_step-*-cache"))
 
 
-def test_a_second_start_loads(tmp_path):
+def test_second_start_loads_from_cache(tmp_path):
   first, second = Start(tmp_path), Start(tmp_path)
   (entry,) = entries(tmp_path)
   key = short_key(entry.name.removesuffix("-cache"))
@@ -58,13 +58,13 @@ def test_a_second_start_loads(tmp_path):
   assert first.program.key == second.program.key == entry.name.removesuffix("-cache")
   assert first.program.size == second.program.size == size > 0
   # Microseconds to compile: only a watched program is kept.
-  assert " compiled in " in first.line and f"kept in {tmp_path} as {key} (0." in first.line
+  assert " compiled in " in first.line and f"cached in {tmp_path} as {key} (0." in first.line
   assert " loaded from the compile cache in " in second.line and key in second.line
   assert first.traces == second.traces == 1
   assert first.result == second.result
 
 
-def test_another_batch_size_or_setting_misses(tmp_path):
+def test_cache_miss_for_other_settings(tmp_path):
   keys = {Start(tmp_path).program.key}
   other = Start(tmp_path, rows=5)
   assert not other.program.loaded
@@ -76,7 +76,7 @@ def test_another_batch_size_or_setting_misses(tmp_path):
 
 
 @pytest.mark.parametrize("left", [0, 100, -1])
-def test_a_cut_entry_is_told_and_replaced(tmp_path, left):
+def test_truncated_entry_is_logged_and_replaced(tmp_path, left):
   first = Start(tmp_path)
   (entry,) = entries(tmp_path)
   whole = entry.read_bytes()
@@ -84,21 +84,19 @@ def test_a_cut_entry_is_told_and_replaced(tmp_path, left):
   with pytest.warns(UserWarning, match="Error reading persistent compilation cache entry"):
     second = Start(tmp_path)
   assert not second.program.loaded and second.program.damaged
-  assert (
-    "compiled in" in second.line and "the entry that was there could not be read" in second.line
-  )
+  assert "compiled in" in second.line and "the existing entry could not be read" in second.line
   assert entry.stat().st_size == second.program.size
   assert second.result == first.result
   assert Start(tmp_path).program.loaded
 
 
-def test_without_a_cache_it_says_so(tmp_path):
+def test_disabled_cache_is_logged(tmp_path):
   start = Start()
-  assert start.line.endswith("not kept: config.compile_cache is empty")
+  assert start.line.endswith("not cached: config.compile_cache is empty")
   assert not Start().program.loaded
 
 
-def test_jax_is_left_as_it_was(tmp_path):
+def test_jax_config_is_restored(tmp_path):
   before = dict(jax.config.values)
   Start(tmp_path)
   assert dict(jax.config.values) == before
@@ -107,17 +105,18 @@ def test_jax_is_left_as_it_was(tmp_path):
   assert len(entries(tmp_path)) == 1
 
 
-def test_a_store_serves_another_home(tmp_path):
+def test_store_serves_another_machine(tmp_path):
   store = tmp_path / "store"
   first = Start(tmp_path / "a", store)
   second = Start(tmp_path / "b", store)
   third = Start(tmp_path / "b", store)
   assert not first.program.loaded and second.program.loaded and third.program.loaded
   assert (
-    "no programs for these devices yet" in first.said[0] and "1 programs kept" in first.said[-1]
+    "no programs for these devices yet" in first.messages[0]
+    and "1 programs saved" in first.messages[-1]
   )
-  assert "1 of 1 programs fetched" in second.said[0] and "0 were here" in second.said[0]
-  assert "0 of 1 programs fetched" in third.said[0] and "1 were here" in third.said[0]
+  assert "1 of 1 programs copied" in second.messages[0] and "0 already here" in second.messages[0]
+  assert "0 of 1 programs copied" in third.messages[0] and "1 already here" in third.messages[0]
   (kept,) = entries(store)
   (fetched,) = entries(tmp_path / "b")
   assert kept.read_bytes() == fetched.read_bytes()
@@ -125,13 +124,13 @@ def test_a_store_serves_another_home(tmp_path):
   assert sorted(p.name for p in kept.parent.iterdir()) == [kept.name]  # and no temporary file
 
 
-def test_what_was_loaded_is_kept_in_a_new_store(tmp_path):
+def test_loaded_entries_are_copied_to_new_store(tmp_path):
   Start(tmp_path / "a")
   start = Start(tmp_path / "a", tmp_path / "store")
   assert start.program.loaded and len(entries(tmp_path / "store")) == 1
 
 
-def test_a_damaged_entry_of_a_store_is_replaced(tmp_path):
+def test_damaged_store_entry_is_replaced(tmp_path):
   store = tmp_path / "store"
   Start(tmp_path / "a", store)
   (kept,) = entries(store)
@@ -141,7 +140,7 @@ def test_a_damaged_entry_of_a_store_is_replaced(tmp_path):
   assert Start(tmp_path / "c", store).program.loaded
 
 
-def test_foreign_files_stay_in_the_store(tmp_path):
+def test_foreign_files_are_not_copied(tmp_path):
   store = tmp_path / "store" / f"jax-{jax.__version__}" / f"cpu-{jax.device_count()}"
   store.mkdir(parents=True)
   (store / "notes.txt").write_text("not an entry")
@@ -150,73 +149,77 @@ def test_foreign_files_stay_in_the_store(tmp_path):
   assert [p.name for p in (tmp_path / "a").iterdir() if not p.name.startswith("jit_")] == []
 
 
-def test_only_the_newest_entries_are_fetched(tmp_path, monkeypatch):
+def test_only_newest_entries_are_copied(tmp_path, monkeypatch):
   store = tmp_path / "store"
   Start(tmp_path / "a", store)
   (entry,) = entries(store)
   monkeypatch.setattr("apps.trainer.compile_store._FETCH_BYTES", entry.stat().st_size - 1)
   start = Start(tmp_path / "b", store)
-  assert "0 of 1 programs fetched" in start.said[0] and "1 older ones left there" in start.said[0]
+  assert (
+    "0 of 1 programs copied" in start.messages[0] and "1 older ones skipped" in start.messages[0]
+  )
   assert not start.program.loaded
 
 
-def test_a_store_that_cannot_be_read_costs_a_compile(tmp_path, monkeypatch):
+def test_unreadable_store(tmp_path, monkeypatch):
   Start(tmp_path / "a", tmp_path / "store")
 
   def copy(source, folder):
     raise OSError("quota\nexceeded")
 
-  said = []
-  with CompileCache(str(tmp_path / "b"), str(tmp_path / "store"), said.append) as cache:
+  messages = []
+  with CompileCache(str(tmp_path / "b"), str(tmp_path / "store"), messages.append) as cache:
     monkeypatch.setattr("apps.trainer.compile_store._copy", copy)
     cache.fetch()
-  assert said == [
+  assert messages == [
     f"compile store {tmp_path}/store cannot be read, programs are compiled: OSError: quota exceeded"
   ]
 
 
-def test_a_store_that_cannot_be_written_is_told(tmp_path):
+def test_unwritable_store(tmp_path):
   (tmp_path / "file").write_text("")
-  said = []
-  with CompileCache(str(tmp_path / "a"), str(tmp_path / "file" / "store"), said.append) as cache:
+  messages = []
+  with CompileCache(
+    str(tmp_path / "a"), str(tmp_path / "file" / "store"), messages.append
+  ) as cache:
     cache.fetch()
     with cache.watch("main: train step"):
       jax.jit(jnp.sin)(np.ones(3, np.float32))
     cache.push()
-    assert "cannot be written: " in said[-1], said
+    assert "cannot be written: " in messages[-1], messages
     with pytest.raises(OSError, match="file/store cannot be written: "):
       cache.push(required=True)
 
 
-def test_slow_programs_are_told_without_a_watch(tmp_path, monkeypatch):
-  monkeypatch.setattr("apps.trainer.compile_cache._TELL_SECONDS", 0.0)
-  said = []
-  with CompileCache(str(tmp_path), "", said.append):
+def test_slow_programs_are_logged(tmp_path, monkeypatch):
+  monkeypatch.setattr("apps.trainer.compile_cache._LOG_SECONDS", 0.0)
+  messages = []
+  with CompileCache(str(tmp_path), "", messages.append):
     jax.jit(lambda x: jnp.cos(x) + 3)(np.ones(3, np.float32))
-  assert any(line.startswith("jit(<lambda>) compiled in ") for line in said), said
+  assert any(line.startswith("jit(<lambda>) compiled in ") for line in messages), messages
 
 
 @pytest.mark.parametrize(
-  "folder, store, said",
+  "folder, store, messages",
   [
     ("gs://bucket/xla", "", "the cache is a local folder; config.compile_store=gs://"),
     ("/tmp/xla", "s3://bucket/xla", "expected a folder or gs://bucket/folder"),
     ("", "gs://bucket/xla", "set config.compile_cache, too"),
   ],
 )
-def test_places_that_cannot_serve(folder, store, said):
-  with pytest.raises(ValueError, match=said):
+def test_invalid_folder_or_store(folder, store, messages):
+  with pytest.raises(ValueError, match=messages):
     CompileCache(folder, store, print)
 
 
-def test_a_folder_that_cannot_be(tmp_path):
+def test_unusable_folder(tmp_path):
   (tmp_path / "file").write_text("")
   with pytest.raises(UserError, match="file/xla cannot be used: Not a directory; choose another"):
     CompileCache(str(tmp_path / "file" / "xla"), "", print).__enter__()
 
 
 @pytest.mark.parametrize("umask", (0o000, 0o002, 0o022, 0o077))
-def test_a_new_folder_is_private_whatever_the_umask(tmp_path, umask):
+def test_new_folder_is_private(tmp_path, umask):
   before = os.umask(umask)
   try:
     Start(tmp_path / "home" / "xla")
@@ -225,7 +228,7 @@ def test_a_new_folder_is_private_whatever_the_umask(tmp_path, umask):
   assert stat.S_IMODE((tmp_path / "home" / "xla").stat().st_mode) == 0o700
 
 
-def test_a_folder_that_others_could_write_is_closed_and_cleaned(tmp_path):
+def test_world_writable_folder_is_restricted(tmp_path):
   Start(tmp_path / "xla")
   (entry,) = entries(tmp_path / "xla")
   planted = tmp_path / "xla" / "planted-cache"
@@ -235,13 +238,13 @@ def test_a_folder_that_others_could_write_is_closed_and_cleaned(tmp_path):
   second = Start(tmp_path / "xla")
   assert stat.S_IMODE((tmp_path / "xla").stat().st_mode) == 0o700
   assert entry.exists() and not planted.exists()
-  (line,) = (line for line in second.said if "mode 0777" in line)
+  (line,) = (line for line in second.messages if "mode 0777" in line)
   assert "1 programs that others could have changed are removed" in line
   assert second.program.loaded
-  assert not any("mode 0" in line for line in Start(tmp_path / "xla").said)  # only once
+  assert not any("mode 0" in line for line in Start(tmp_path / "xla").messages)  # only once
 
 
-def test_a_folder_of_another_user_is_refused(tmp_path, monkeypatch):
+def test_folder_of_another_user(tmp_path, monkeypatch):
   (tmp_path / "xla").mkdir(mode=0o700)
   real = compile_cache.Path.stat
 
@@ -255,7 +258,7 @@ def test_a_folder_of_another_user_is_refused(tmp_path, monkeypatch):
     Start(tmp_path / "xla")
 
 
-def test_a_full_disk_keeps_nothing_and_ends_nothing(tmp_path, monkeypatch):
+def test_full_disk_disables_cache(tmp_path, monkeypatch):
   def full(path, *args, **kwargs):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
@@ -263,11 +266,11 @@ def test_a_full_disk_keeps_nothing_and_ends_nothing(tmp_path, monkeypatch):
   monkeypatch.setattr(compile_cache.Path, "mkdir", full)
   start = Start(tmp_path / "second")
   assert start.result == expected
-  assert "No space left on device; programs are not kept" in "\n".join(start.said)
+  assert "No space left on device; programs are not cached" in "\n".join(start.messages)
 
 
-def test_entries_that_cannot_be_written_are_reported_once(tmp_path, recwarn):
-  store = CompileCache(str(tmp_path / "xla"), "", (said := []).append)
+def test_unwritable_entries_are_reported_once(tmp_path, recwarn):
+  store = CompileCache(str(tmp_path / "xla"), "", (messages := []).append)
   with store as cache:
     for name in ("jit_a", "jit_b"):
       cache._current.key = f"{name}-{'0' * 64}"
@@ -279,8 +282,8 @@ def test_entries_that_cannot_be_written_are_reported_once(tmp_path, recwarn):
       warnings.warn(text, stacklevel=1)
       assert not part.exists()
     warnings.warn("another", stacklevel=1)
-  (line,) = said
+  (line,) = messages
   assert line.endswith(
-    "cannot be written: [Errno 28] No space left on device; programs are not kept"
+    "cannot be written: [Errno 28] No space left on device; programs are not cached"
   )
   assert [str(warning.message) for warning in recwarn] == ["another"]

@@ -1,4 +1,4 @@
-"""A folder, local or gs://, in which machines share compiled programs; see `compile_cache`."""
+"""Folder, local or gs://, through which machines share compiled programs; see `compile_cache`."""
 
 from collections.abc import Callable, Mapping
 import concurrent.futures
@@ -10,30 +10,30 @@ from typing import NamedTuple
 from etils import epath
 import jax
 
-SUFFIX = "-cache"  # of an entry's file
+SUFFIX = "-cache"  # file suffix of an entry
 ENTRY = re.compile(rf"[^/]+-[0-9a-f]{{64}}{SUFFIX}")
-_FETCH_BYTES = 4 * 10**9  # newest entries of a store up to this size are copied
+_FETCH_BYTES = 4 * 10**9  # maximum total size of the entries to copy, newest first
 
 
 class Store:
-  """Entries in sub-folders of one version of JAX and one kind of devices.
+  """Cache entries in one sub-folder per version of JAX and kind of devices.
 
   Attributes:
-    place: the folder.
+    path: path of the folder.
   """
 
-  def __init__(self, place: str, say: Callable[[str], None]):
-    """Touch nothing yet; `say` prints a line."""
-    self.place = epath.Path(place).expanduser()
-    self._say = say
+  def __init__(self, path: str, log: Callable[[str], None]):
+    """Store the arguments without touching the folder; `log` prints a line."""
+    self.path = epath.Path(path).expanduser()
+    self._log = log
     self._pushed: set[str] = set()
 
   def fetch(self, folder: Path) -> None:
-    """Copy entries that are missing in a local folder."""
-    store = self.place / _kind()
+    """Copy entries that a local folder lacks."""
+    store = self.path / _kind()
     found = _entries(store)
     if not found:
-      self._say(f"compile store {store}: no programs for these devices yet")
+      self._log(f"compile store {store}: no programs for these devices yet")
       return
     missing = [entry for entry in found if not (folder / entry.name).exists()]
     wanted, total = [], 0
@@ -45,20 +45,20 @@ class Store:
       list(pool.map(lambda entry: _copy(store / entry.name, epath.Path(folder)), wanted))
     here = len(found) - len(missing)
     left = len(missing) - len(wanted)
-    self._say(
-      f"compile store {store}: {len(wanted)} of {len(found)} programs fetched "
-      f"({megabytes(total)}), {here} were here"
-      + (f", {left} older ones left there" if left else "")
+    self._log(
+      f"compile store {store}: {len(wanted)} of {len(found)} programs copied "
+      f"({megabytes(total)}), {here} already here"
+      + (f", {left} older ones skipped" if left else "")
     )
 
   def push(self, folder: Path, names: Mapping[str, bool]) -> None:
     """Copy entries of a local folder that the store lacks.
 
     Args:
-      folder: the local folder.
-      names: of entries; True replaces one that may have come damaged from the store.
+      folder: path of the local folder.
+      names: names of entries; True replaces an entry of the store that may be damaged.
     """
-    store = self.place / _kind()
+    store = self.path / _kind()
     new = [name for name in names if name not in self._pushed and (folder / name).exists()]
     if not new:
       return
@@ -70,7 +70,7 @@ class Store:
     self._pushed.update(new)
     if sent:
       size = sum((folder / name).stat().st_size for name in sent)
-      self._say(f"compile store {store}: {len(sent)} programs kept ({megabytes(size)})")
+      self._log(f"compile store {store}: {len(sent)} programs saved ({megabytes(size)})")
 
 
 class _Entry(NamedTuple):
@@ -80,7 +80,7 @@ class _Entry(NamedTuple):
 
 
 def _kind() -> str:
-  """The sub-folder of a store for entries that may fit these devices."""
+  """Return the sub-folder of the store for entries that may fit these devices."""
   kind = re.sub(r"[^a-z0-9]+", "-", jax.devices()[0].device_kind.lower()).strip("-")
   return f"jax-{jax.__version__}/{kind}-{jax.device_count()}"
 
@@ -89,13 +89,13 @@ def _entries(store: epath.Path) -> list[_Entry]:
   if not store.is_dir():
     return []
   paths = [path for path in store.iterdir() if ENTRY.fullmatch(path.name)]
-  with concurrent.futures.ThreadPoolExecutor(8) as pool:  # stat is a request each on gs://
+  with concurrent.futures.ThreadPoolExecutor(8) as pool:  # each stat is a request on gs://
     stats = pool.map(lambda path: path.stat(), paths)
     return [_Entry(p.name, s.length, s.mtime) for p, s in zip(paths, stats, strict=True)]
 
 
 def _copy(source: epath.Path, folder: epath.Path) -> None:
-  """Copies an entry under a temporary name, checks its size, then gives it its own name."""
+  """Copy an entry under a temporary name, check its size, then rename it."""
   part = folder / f"part-{secrets.token_hex(8)}"
   try:
     source.copy(part, overwrite=True)
@@ -103,11 +103,11 @@ def _copy(source: epath.Path, folder: epath.Path) -> None:
     if got != expected:
       raise OSError(f"{source} has {expected} bytes, its copy in {folder} {got}")
     part.replace(folder / source.name)
-  except Exception:
+  except BaseException:  # also Ctrl-C: nobody would remove the part
     part.unlink(missing_ok=True)
     raise
 
 
 def megabytes(size: int) -> str:
-  """Bytes in units of 10^6."""
+  """Format a number of bytes in megabytes (10^6 bytes)."""
   return f"{size / 1e6:.1f} MB"

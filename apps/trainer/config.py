@@ -1,49 +1,53 @@
-"""From the configuration tree to the typed configs of the parts; impossible values end here."""
+"""Conversion of the settings to the configs of the components, with checks of their values."""
 
 from collections.abc import Sequence
 import dataclasses
 import json
+import math
 import typing
 from typing import Any, Literal, NamedTuple
 
-from ml_collections import ConfigDict
+import jax
 
 from apps.trainer.augment import AugmentConfig
+from apps.trainer.losses import LOSSES
+from apps.trainer.losses.loss_term import LossTerm
+from apps.trainer.model_options import check_loss_options, check_options
 from apps.trainer.optimizer import OptimizerConfig
 from apps.trainer.optimizers import OPTIMIZERS, AdamW, UpdateRule
-from apps.trainer.rules import fields, flag, real, text, whole
-from apps.trainer.schedules import ScheduleConfig
-from apps.trainer.settings import check_settings
+from apps.trainer.rules import fields, integer, of_type, real, shown
+from apps.trainer.run_config import LossSettings, ModelSettings, RunConfig
+from apps.trainer.section import Section
+from apps.trainer.task import Task
+import ov_data
+import ov_models
 
-_TYPES = {bool: flag, int: whole(0), float: real(0), str: text}
 
-
-def optimizer_config(config: ConfigDict) -> OptimizerConfig:
-  """`config.optimizer`; raises ValueError for values out of range."""
-  values = config.optimizer.to_dict()
-  values["schedule"] = ScheduleConfig(**values["schedule"])
-  values["lr_multipliers"] = tuple((str(r), float(f)) for r, f in values["lr_multipliers"])
-  values["frozen"] = tuple(values["frozen"])
+def optimizer_config(config: RunConfig) -> OptimizerConfig:
+  """Return the optimizer of `config.optimizer`; raise ValueError for values out of range."""
+  values = config.optimizer.to_dict() | {"schedule": config.optimizer.schedule}
+  values["lr_multipliers"] = tuple((regex, float(f)) for regex, f in values["lr_multipliers"])
   adamw = {field.name: values.pop(field.name) for field in dataclasses.fields(AdamW)}
   rule = _update_rule(values.pop("name"), values.pop("options"), AdamW(**adamw))
   return OptimizerConfig(**values, rule=rule)
 
 
 def _update_rule(name: str, options: dict[str, Any], adamw: AdamW) -> UpdateRule:
-  """The update rule of `config.optimizer.name`.
+  """Return the update rule of `config.optimizer.name`.
 
   Args:
-    name: of `OPTIMIZERS`.
-    options: fields of its dataclass.
-    adamw: the fields of AdamW, which are settings of their own.
+    name: key of `OPTIMIZERS`.
+    options: fields of the dataclass of the update rule.
+    adamw: the AdamW rule from its separate settings.
 
   Raises:
-    ValueError: an option is unknown, of another type or out of range, or a setting of AdamW was
-      changed that the rule does not use.
+    ValueError: an option is unknown, has the wrong type or is out of range, or a setting of AdamW
+      was changed that the rule does not use.
   """
   kind: Any = OPTIMIZERS[name]
   hints = typing.get_type_hints(kind)
-  rules = {field: _TYPES[hint] for field, hint in hints.items() if hint in _TYPES}
+  own = {field: hint for field, hint in hints.items() if field != "adamw"}
+  rules = {field: of_type(hint, integer(0), real(0)) for field, hint in own.items()}
   fields(rules)(f"config.optimizer.options (of {name})", options)
   if kind is AdamW:
     return dataclasses.replace(adamw, **options)
@@ -53,29 +57,174 @@ def _update_rule(name: str, options: dict[str, Any], adamw: AdamW) -> UpdateRule
   for field in dataclasses.fields(AdamW):
     if (value := getattr(adamw, field.name)) != getattr(default, field.name):
       raise ValueError(
-        f"config.optimizer.{field.name}={value!r} is of adamw and has no effect with "
+        f"config.optimizer.{field.name}={value!r} is a setting of adamw and has no effect with "
         f"config.optimizer.name={name}; set config.optimizer.options, which may have "
         f"{', '.join(rules)}"
       )
   return kind(**options)
 
 
-def augment_config(config: ConfigDict) -> AugmentConfig:
-  """Colour jitter on or off; always the predecessor's strengths."""
+def augment_config(config: RunConfig) -> AugmentConfig:
+  """Return the augmentation with jitter on or off, with the strengths of the released code."""
   if config.input.color_jitter:
     return AugmentConfig()
   return AugmentConfig(jitter_probability=0.0, gray_probability=0.0)
+
+
+def make_task(config: RunConfig, tokenizer: ov_data.Tokenizer, mesh: jax.sharding.Mesh) -> Task:
+  """Return the task of a stage.
+
+  Args:
+    config: configuration of the stage.
+    tokenizer: tokenizer of the run.
+    mesh: devices that compute the loss.
+
+  Raises:
+    ValueError: the settings contradict each other.
+  """
+  model = model_config(config.model, vocab_size=tokenizer.vocab_size)
+  losses = loss_terms(config.loss)
+  if model.decoder is not None and not config.loss.caption and losses:
+    raise ValueError(
+      'config.model.decoder is set and config.loss.caption is 0; set config.model.decoder=""'
+    )
+  if model.text is not None and model.text.pool == "last" and tokenizer.cls_id is None:
+    raise ValueError(
+      "the text tower reads the last token, and the tokenizer has no [CLS] to put there; "
+      'set config.model.text_options={"pool": "mean"} or use a vocabulary with [CLS]'
+    )
+  masked = model.text is not None and model.text.padding == "mask"
+  if tokenizer.pad_id == tokenizer.eos_id and (masked or model.decoder is not None):
+    raise ValueError(
+      f"the tokenizer pads with its end token, id {tokenizer.eos_id}, so captions and masked texts "
+      'would have no end; set config.model.decoder="" and '
+      'config.model.text_options={"padding": "attend"}, or use a vocabulary with [PAD]'
+    )
+  names = (config.model.encoder, config.model.text, config.model.decoder)
+  return Task(
+    model,
+    losses,
+    tokenizer.pad_id,
+    mesh,
+    " + ".join(part for part in names if part),
+    _text_specs(config, model, any(term.compares_rows for term in losses)),
+  )
+
+
+def model_config(model: ModelSettings, *, vocab_size: int) -> ov_models.VisionLanguageConfig:
+  """Return the model configuration of `config.model`.
+
+  Args:
+    model: the `model` section of a configuration.
+    vocab_size: number of entries of the tokenizer.
+
+  Raises:
+    ValueError: the sizes contradict each other, or the variant is unknown.
+  """
+  rows = model.vocab_size or -(-vocab_size // 128) * 128  # full tiles for the matmul of the head
+  if rows < vocab_size:
+    raise ValueError(
+      f"config.model.vocab_size={rows} is smaller than the tokenizer's {vocab_size} entries; "
+      "set it to at least that, or to 0 to take the tokenizer's size"
+    )
+  queries = model.decoder_kind == "queries"
+  decoder = ov_models.QueryDecoderConfig if queries else ov_models.DecoderConfig
+  check_options("config.model.encoder_options", model.encoder_options, ov_models.ViTConfig)
+  check_options("config.model.text_options", model.text_options, ov_models.TextConfig)
+  check_options("config.model.decoder_options", model.decoder_options, decoder)
+  return ov_models.VisionLanguageConfig.from_names(
+    model.encoder,
+    model.text or None,
+    model.decoder or None,
+    image_size=model.image_size,
+    vocab_size=rows,
+    text_len=model.token_len,
+    caption_len=model.caption_len or model.token_len - 1,
+    decoder_kind=model.decoder_kind,
+    preset=model.preset,
+    embed_dim=model.embed_dim or None,
+    log_scale_init=math.log(model.scale_init),
+    bias_init=model.bias_init,
+    parallel_ratio=model.parallel_ratio,
+    keep_ratio=model.keep_ratio,
+    encoder_options=model.encoder_options,
+    text_options=model.text_options,
+    decoder_options=model.decoder_options,
+    dtype=model.dtype,
+    remat=model.remat,
+    attention=model.attention,
+  )
+
+
+def loss_terms(loss: LossSettings) -> tuple[LossTerm, ...]:
+  """Return the losses of `config.loss` with non-zero weight, in the order of `LOSSES`.
+
+  Raises:
+    ValueError: the loss or one of its fields is unknown.
+  """
+  settings, terms = loss.to_dict(), []
+  more = settings.pop("more")
+  known = [name for name in LOSSES if name not in settings]
+  for name in more:
+    if name not in known:
+      valid = f"valid names are {', '.join(known)}" if known else "no further losses are defined"
+      remedy = f"set config.loss.{name}" if name in LOSSES else valid
+      raise ValueError(f"config.loss.more has {shown(name)}; {remedy}")
+  for name, kind in LOSSES.items():
+    if name in more:
+      check_loss_options(f"config.loss.more.{name}", more[name], kind)
+      terms.append(kind(**more[name]))
+    elif name in settings:
+      own = [field.name for field in dataclasses.fields(kind) if field.name != "weight"]
+      terms.append(kind(weight=settings[name], **{field: settings[field] for field in own}))
+  return tuple(term for term in terms if term.weight)
+
+
+def _text_specs(
+  config: RunConfig, model: ov_models.VisionLanguageConfig, contrastive: bool
+) -> tuple[tuple[str, ov_data.TextSpec], ...] | None:
+  """Return the texts of a batch; if a record lacks one kind of text, the other one is used."""
+  alt_keys, caption_keys = config.input.alt_keys, config.input.caption_keys
+  if not alt_keys and model.text is None:
+    return None
+  sentences = config.input.sentence_positive and contrastive
+  if not alt_keys:
+    raise ValueError(
+      "config.input.alt_keys=(), and the text tower needs short texts; name their features, such "
+      "as ('txt',)"
+    )
+  if not caption_keys and (sentences or model.decoder is not None):
+    raise ValueError(
+      "config.input.caption_keys=(), and the decoder or config.input.sentence_positive needs long "
+      "texts; name their features, such as ('llava_caption',)"
+    )
+  specs = {}
+  if (text := model.text) is not None:
+    cls = text.pool == "last"
+    instead = caption_keys if sentences or model.decoder is not None else ()
+    # Alt texts that consist of punctuation are trained on, as in the released code.
+    specs["alt_ids"] = ov_data.TextSpec(
+      alt_keys, text.max_len, append_cls=cls, fallback=instead, needs_words=False
+    )
+    if sentences:
+      specs["sentence_ids"] = ov_data.TextSpec(
+        caption_keys, text.max_len, pick="sentence", append_cls=cls, fallback=alt_keys
+      )
+  if model.decoder is not None:
+    instead = alt_keys if model.text is not None else ()
+    specs["caption_ids"] = ov_data.TextSpec(caption_keys, model.caption_len, fallback=instead)
+  return tuple(specs.items())
 
 
 class InitSettings(NamedTuple):
   """One source of `config.init_from`.
 
   Attributes:
-    setting: what its path is called, for messages.
-    path: of the checkpoint.
-    step: which checkpoint; None takes the newest.
-    part: the trained parameters or their average.
-    options: of `init_from.plan_init`.
+    setting: name of the setting of the path, for messages.
+    path: path of the checkpoint.
+    step: step of the checkpoint; None takes the newest.
+    part: trained parameters or their average.
+    options: keyword arguments of `init_from.plan_init`.
   """
 
   setting: str
@@ -85,14 +234,14 @@ class InitSettings(NamedTuple):
   options: dict[str, Any]
 
 
-def init_sources(config: ConfigDict) -> list[InitSettings]:
-  """Return the sources of `config.init_from`, the one of `config.ft_from` included, in order.
+def init_sources(config: RunConfig) -> list[InitSettings]:
+  """Return the sources of `config.init_from`, including that of `config.ft_from`, in order.
 
   Args:
-    config: whose values were checked.
+    config: configuration with checked values.
 
   Raises:
-    ValueError: `ft_from` and `init_from.path` are both set.
+    ValueError: both `ft_from` and `init_from.path` are set.
   """
   shared = config.init_from.to_dict()
   more = [dict(source) for source in shared.pop("more")]
@@ -114,29 +263,26 @@ def init_sources(config: ConfigDict) -> list[InitSettings]:
   ]
 
 
-def check_values(config: ConfigDict) -> None:
-  """Check every setting that does not depend on data or devices.
+def check_values(config: RunConfig) -> None:
+  """Check settings that depend on each other, but not on data or devices.
 
   Raises:
-    ValueError: naming the setting, its value and what was expected.
+    ValueError: the message names the setting, its value and the expectation.
   """
-  check_settings(config)
   if config.eval.checkpoint_step is not None and not config.eval_only:
     raise ValueError(
       f"config.eval.checkpoint_step={config.eval.checkpoint_step} needs config.eval_only=True; "
-      "training goes on from the newest checkpoint"
+      "training resumes from the newest checkpoint"
     )
   init_sources(config)
 
 
-def to_json(config: ConfigDict) -> str:
-  """The resolved configuration as text; the same for the same settings."""
+def to_json(config: Section) -> str:
+  """Return the resolved configuration as text, identical for identical settings."""
   return json.dumps(config.to_dict(), indent=2, sort_keys=True, default=_plain) + "\n"
 
 
 def _plain(value: Any) -> Any:
-  if isinstance(value, ConfigDict):
-    return value.to_dict()
   if isinstance(value, Sequence):
     return list(value)
   raise TypeError(f"config holds a {type(value).__name__}: {value!r}")

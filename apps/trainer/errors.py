@@ -1,11 +1,11 @@
-"""Errors that end a program: a line for users, a traceback for bugs, and the exit code.
+"""Errors that end a program: one line for user errors, a traceback for bugs, and exit codes.
 
 | Exit code | Meaning |
 |---|---|
 | 0 | done |
 | 1 | a bug, with a traceback |
-| 2 | something the user must change first; launchers do not start the run again |
-| 75 | may pass by itself, such as a full disk; launchers start the run again |
+| 2 | an error that the user must fix; launchers do not restart the run |
+| 75 | a possibly temporary error, such as a full disk; launchers restart the run |
 | 130, 143 | stopped by SIGINT (Ctrl-C) or SIGTERM |
 """
 
@@ -32,37 +32,37 @@ MAX_MESSAGE = 1000  # characters of a message that ends the program
 
 
 class UserError(Exception):
-  """Something the user can put right; the message says what was found, expected, and to do."""
+  """An error that the user can fix; the message gives value, expectation and remedy."""
 
 
-class Unreachable(UserError):
-  """An error that may pass by itself, such as a network failure; starting again may help."""
+class TemporaryError(UserError):
+  """A possibly temporary error, such as a network failure; a restart may succeed."""
 
 
-AGAIN = 75  # exit code: no mistake, and starting again may help; launchers do
+TEMPORARY_FAILURE = 75  # exit code of temporary errors; launchers restart the run
 
-# Raised by the set-up of a run for a wrong value, a missing file or a malformed record.
+# Raised during set-up for a wrong value, a missing file or a malformed record.
 _SET_UP_ERRORS = (
   ValueError, OSError, LookupError, TypeError, re.error, MemoryError, OverflowError, RecursionError
 )  # fmt: skip
-# Their text alone does not say what happened: 'x' of a KeyError, "" of a MemoryError.
+# Their text alone is not informative: 'x' of a KeyError, "" of a MemoryError.
 _NAMED = (LookupError, TypeError, re.error, MemoryError, OverflowError, RecursionError)
 
-_AGAIN_IS = "give the same command again"
-_NO_SPACE = f"free space and {_AGAIN_IS}"
-_NO_RIGHT = f"make it writable and {_AGAIN_IS}, or choose another folder"
+_RETRY = "give the same command again"
+_NO_SPACE = f"free space and {_RETRY}"
+_NO_PERMISSION = f"make it writable and {_RETRY}, or choose another folder"
 _REMEDIES = {
   errno.ENOSPC: _NO_SPACE,
   errno.EDQUOT: _NO_SPACE,
-  errno.EROFS: _NO_RIGHT,
-  errno.EACCES: _NO_RIGHT,
-  errno.EPERM: _NO_RIGHT,
-  errno.ENOENT: f"restore it and {_AGAIN_IS}; another program may have deleted or moved it",
-  errno.EIO: f"check the disk and {_AGAIN_IS}",
-  errno.ESTALE: f"check the network file system and {_AGAIN_IS}",
+  errno.EROFS: _NO_PERMISSION,
+  errno.EACCES: _NO_PERMISSION,
+  errno.EPERM: _NO_PERMISSION,
+  errno.ENOENT: f"restore it and {_RETRY}; another program may have deleted or moved it",
+  errno.EIO: f"check the disk and {_RETRY}",
+  errno.ESTALE: f"check the network file system and {_RETRY}",
 }
-# Errors that the user must act on before a new start can help; any other may pass by itself.
-_LASTING = (
+# Errors that the user must fix before a restart can succeed; all others may be temporary.
+_PERMANENT = (
   errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
   errno.ENAMETOOLONG, errno.ELOOP, errno.EFBIG,
 )  # fmt: skip
@@ -70,45 +70,45 @@ _LASTING = (
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-  """Turn the errors of a set-up phase into UserError; the cause stays attached."""
+  """Convert the errors of a set-up phase to UserError; the cause stays attached."""
   try:
     yield
   except _SET_UP_ERRORS as error:
-    kind = Unreachable if _passes(error) else UserError
+    kind = TemporaryError if _is_temporary(error) else UserError
     raise kind(_text(error)) from error
 
 
 @contextlib.contextmanager
-def run_errors(place: str, last_checkpoint: Callable[[], int | None]) -> Iterator[None]:
-  """Turn what the machine can do to a running run into UserError, with what is saved.
+def run_errors(workdir: str, last_checkpoint: Callable[[], int | None]) -> Iterator[None]:
+  """Convert errors of the machine during a run to UserError, and report the last checkpoint.
 
   Args:
-    place: the workdir, for errors that name no path.
-    last_checkpoint: returns the step of the newest complete checkpoint, None without one.
+    workdir: path of the workdir, for errors that name no path.
+    last_checkpoint: function that returns the step of the newest complete checkpoint, or None.
 
   Raises:
-    UserError: for OSError (no permission, deleted folder) and MemoryError; Unreachable where the
-      cause may pass by itself, such as a full disk.
-    KeyboardInterrupt: as received, with what is saved added to its text.
+    UserError: an OSError (no permission, deleted folder) or MemoryError occurred; TemporaryError if
+      the cause may be temporary, such as a full disk.
+    KeyboardInterrupt: the run was interrupted; the message includes the last checkpoint.
   """
   try:
     yield
   except KeyboardInterrupt as error:
-    _say_saved(error, _saved(last_checkpoint), f"{_AGAIN_IS} to resume")
+    _append_checkpoint(error, _saved(last_checkpoint), f"{_RETRY} to resume")
     raise
   except UserError as error:
     cause, saved = error.__cause__, _saved(last_checkpoint)
     of_machine = isinstance(cause, OSError) and cause.errno is not None
     if hasattr(error, "saved") or (of_machine and "complete" in saved):
-      _say_saved(error, saved)
+      _append_checkpoint(error, saved)
     raise
   except (OSError, MemoryError) as error:
-    ended = (Unreachable if _passes(error) else UserError)(_describe(error, place))
-    if isinstance(error, MemoryError) or error.errno is not None:  # others say what to do
-      _say_saved(ended, _saved(last_checkpoint), _remedy(error))
+    ended = (TemporaryError if _is_temporary(error) else UserError)(_describe(error, workdir))
+    if isinstance(error, MemoryError) or error.errno is not None:  # others include a remedy
+      _append_checkpoint(ended, _saved(last_checkpoint), _remedy(error))
     raise ended from error
   except RuntimeError as error:
-    if "RESOURCE_EXHAUSTED" not in str(error):  # as XLA reports that an array does not fit
+    if "RESOURCE_EXHAUSTED" not in str(error):  # XLA could not allocate an array
       raise
     raise UserError(
       f"the devices have too little memory: {str(error).splitlines()[0]}; "
@@ -117,48 +117,48 @@ def run_errors(place: str, last_checkpoint: Callable[[], int | None]) -> Iterato
     ) from error
 
 
-def _say_saved(error: BaseException, saved: str, remedy: str = "") -> None:
-  """Add what is saved to the text of an error, or bring it up to date: a save may have ended."""
+def _append_checkpoint(error: BaseException, saved: str, remedy: str = "") -> None:
+  """Add the last checkpoint to the text of an error, or update it after another save."""
   before = getattr(error, "saved", None)
   if before is None:
     text = f"{error or 'interrupted'}; {saved}{remedy}".removesuffix("; ")
   else:
     text = str(error).replace(before, saved.rstrip("; "), 1) if before and saved else str(error)
   error.args = (text,)
-  setattr(error, "saved", saved.rstrip("; ") or before or "")  # noqa: B010 (not of the class)
+  setattr(error, "saved", saved.rstrip("; ") or before or "")  # noqa: B010 (no declared field)
 
 
-def _passes(error: BaseException) -> bool:
-  """Whether starting again may help."""
+def _is_temporary(error: BaseException) -> bool:
+  """Return whether the error may be temporary."""
   if not isinstance(error, OSError):
     return False
   if isinstance(error, ChildProcessError | ConnectionError | TimeoutError):
     return True
-  if error.errno is None:  # the text of a library
+  if error.errno is None:  # an error of a library
     return any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
-  return error.errno not in _LASTING
+  return error.errno not in _PERMANENT
 
 
-def _describe(error: OSError | MemoryError, place: str) -> str:
-  """Path and reason."""
+def _describe(error: OSError | MemoryError, workdir: str) -> str:
+  """Return the path and the reason of an error."""
   if isinstance(error, MemoryError):
     return f"this machine has too little memory{f': {error}' if str(error) else ''}"
   if error.errno is None:
     return str(error) or type(error).__name__
   path = error.filename
-  # Some errors carry a remedy of their own in strerror.
+  # Some errors include a remedy in strerror.
   reason = os.strerror(error.errno) if error.errno in _REMEDIES else error.strerror
-  return f"{os.fsdecode(path) if isinstance(path, str | bytes) else place}: {reason}"
+  return f"{os.fsdecode(path) if isinstance(path, str | bytes) else workdir}: {reason}"
 
 
 def _remedy(error: OSError | MemoryError) -> str:
   if isinstance(error, MemoryError):
     return "lower config.batch_size, config.input.num_threads or config.input.shuffle"
-  return _REMEDIES.get(error.errno or 0, f"correct this and {_AGAIN_IS}")
+  return _REMEDIES.get(error.errno or 0, f"correct this and {_RETRY}")
 
 
 def _saved(last_checkpoint: Callable[[], int | None]) -> str:
-  """What the newest checkpoint is; nothing where that cannot be read, as in a deleted workdir."""
+  """Return the newest checkpoint as text; empty if unreadable, as in a deleted workdir."""
   try:
     step = last_checkpoint()
   except Exception as error:
@@ -168,7 +168,7 @@ def _saved(last_checkpoint: Callable[[], int | None]) -> str:
 
 
 def _text(error: BaseException) -> str:
-  """The message of an error, with its type where the message alone says too little."""
+  """Return the message of an error, with its type if the message alone is not informative."""
   text = str(error)
   if isinstance(error, OSError) and isinstance(error.filename, str | bytes):
     text = f"{os.fsdecode(error.filename)}: {error.strerror}"
@@ -180,22 +180,22 @@ def _text(error: BaseException) -> str:
 
 
 def _message(error: BaseException) -> str:
-  """What went wrong; where config_flags put a traceback into the text, its first cause."""
+  """Return what failed; if config_flags added a traceback to the text, its first cause."""
   while "Traceback" in str(error) and (inner := error.__cause__ or error.__context__):
     error = inner
   if isinstance(error, AttributeError) and isinstance(error.__context__, KeyError):
-    name = ". ".join(str(error.__context__.args[0]).splitlines())  # and one that is meant, perhaps
+    name = ". ".join(str(error.__context__.args[0]).splitlines())  # may include a suggestion
     return f"the configuration (see apps/configs/base.py) has no setting {name}"
   if isinstance(error, AttributeError) and "'get_config'" in str(error):
     return "the file of --config has no function get_config(arg); see apps/configs/caption_demo.py"
   if isinstance(error, ImportError | NameError | ArithmeticError | AssertionError | RuntimeError):
-    frame = traceback.extract_tb(error.__traceback__)[-1]  # of a config file
+    frame = traceback.extract_tb(error.__traceback__)[-1]  # in the config file
     return f"{frame.filename}, line {frame.lineno}: {str(error) or type(error).__name__}"
   return _text(error)
 
 
 def _setting_of_file(error: BaseException) -> str | None:
-  """The setting that a config file used and that is not there; None for other errors."""
+  """Return the unknown setting that a config file used; None for other errors."""
   while error.__cause__ is not None:
     error = error.__cause__
   if not (isinstance(error, AttributeError) and isinstance(error.__context__, KeyError)):
@@ -206,18 +206,18 @@ def _setting_of_file(error: BaseException) -> str | None:
 
 
 def exit_code(error: BaseException) -> int:
-  """The exit code of a program that ends with this error."""
+  """Return the exit code of a program that ends with this error."""
   if isinstance(error, SystemExit):
     return error.code if isinstance(error.code, int) else int(error.code is not None)
   if isinstance(error, UserError):
-    return AGAIN if isinstance(error, Unreachable) else 2
+    return TEMPORARY_FAILURE if isinstance(error, TemporaryError) else 2
   if isinstance(error, startup.Terminated):
     return 143
   return 130 if isinstance(error, KeyboardInterrupt) else 1
 
 
 def report(error: BaseException) -> int:
-  """Print what ends the program to stderr: one line, or a traceback for a bug.
+  """Print the error that ends the program to stderr: one line, or a traceback for a bug.
 
   Returns:
     The exit code.
@@ -233,14 +233,14 @@ def report(error: BaseException) -> int:
 
 
 def one_line(error: BaseException, longest: int = MAX_MESSAGE) -> str:
-  """Return the message of an error in one line without control characters, its type if it has none.
+  """Return the message of an error in one line without control characters, or else its type.
 
-  A user's own text can make a message arbitrarily long. The middle of a long one is left out: it
-  begins with the value received and ends with the remedy.
+  Long messages are shortened in the middle, because they begin with the value received and end with
+  the remedy.
 
   Args:
-    error: whose message.
-    longest: characters of the line, at least 100.
+    error: the error to format.
+    longest: maximum length of the line, at least 100.
   """
   text = printable(" ".join(str(error).split())) or type(error).__name__
   if len(text) > longest:
@@ -250,7 +250,7 @@ def one_line(error: BaseException, longest: int = MAX_MESSAGE) -> str:
 
 
 class _OneLineLogs(standard_logging.Formatter):
-  """Formats records without control characters, and without tracebacks of libraries' threads."""
+  """Formatter that removes control characters, and tracebacks of library threads."""
 
   def __init__(self, inner: standard_logging.Formatter):
     super().__init__()
@@ -268,21 +268,24 @@ def run_app(
   *,
   arguments: bool = False,
   explain: Callable[[Sequence[str]], str | None] | None = None,
+  rename: Callable[[str], str] = str,
 ) -> None:
   """Run an absl app in which a UserError ends the program with one line and exit code 2.
 
-  Relative paths, the config file's included, are read from where the user stands: `bazel run`
-  starts programs elsewhere. OV_TRACEBACK=1 shows the full traceback.
+  Relative paths, including that of the config file, are resolved against the directory of the user,
+  because `bazel run` starts programs elsewhere. OV_TRACEBACK=1 shows the full traceback.
 
   Args:
-    main: called without arguments; or, where `arguments` is set, with the list of those that are
-      no flags.
-    arguments: whether there may be such; otherwise they are refused.
-    explain: gets the command line when its flags cannot be parsed; returns a message with the
-      remedy, or None for the message of the parser.
+    main: function without arguments; if `arguments` is set, it takes the list of positional
+      arguments.
+    arguments: whether positional arguments are allowed; otherwise they are an error.
+    explain: function from a command line with invalid flags to a message with the remedy, or None
+      to use the message of the parser.
+    rename: function that maps a flag to its current name.
   """
   startup.set_up()
-  logging.set_verbosity(logging.WARNING)  # libraries' chatter; --verbosity=0 shows it
+  sys.argv[1:] = map(rename, sys.argv[1:])  # config_flags reads sys.argv
+  logging.set_verbosity(logging.WARNING)  # hide logs of libraries; --verbosity=0 shows them
   handler = logging.get_absl_handler().python_handler
   handler.stream = sys.stderr
   handler.setFormatter(_OneLineLogs(logging.PythonFormatter()))
@@ -294,32 +297,33 @@ def run_app(
       return function(argv)
     except (UserError, KeyboardInterrupt) as error:
       sys.exit(report(error))
-    except Exception:
-      # A library may turn the interrupt into its own error, as a failed import does.
+    except Exception as error:
+      # A library may convert the interrupt to another error, as in a failed import.
       if (number := startup.received()) is None:
         raise
+      logging.info("error after the signal: %s", error, exc_info=error)
       report(KeyboardInterrupt(f"stopped by {startup.describe(number)}"))
       sys.exit(128 + number)
 
   def parse(argv: Sequence[str]) -> list[str]:
     def parse_flags(args: Sequence[str]) -> list[str]:
-      try:  # config files run here, and may raise anything
+      try:  # runs config files, which may raise anything
         return flags.FLAGS(args)
       except Exception as error:
         in_file = isinstance(error, ImportError | NameError) or "Traceback" in str(error)
-        said = None if in_file or explain is None else explain(args)
-        if said is None and explain is not None and (name := _setting_of_file(error)):
-          said = explain([f"--config.{name}"])
-        raise UserError(said or _message(error)) from error
+        explanation = None if in_file or explain is None else explain(args)
+        if explanation is None and explain is not None and (name := _setting_of_file(error)):
+          explanation = explain([f"--config.{name}"])
+        raise UserError(explanation or _message(error)) from error
 
     rest = guarded(parse_flags, argv)
     if len(rest) > 1 and not arguments:
-      guarded(_refuse, rest[1:])
+      guarded(_reject_arguments, rest[1:])
     return rest
 
   call = (lambda argv: main(argv[1:])) if arguments else (lambda _: main())
   app.run(lambda argv: guarded(call, argv), flags_parser=parse)
 
 
-def _refuse(arguments: Sequence[str]) -> None:
+def _reject_arguments(arguments: Sequence[str]) -> None:
   raise UserError(f"unexpected arguments {' '.join(arguments)!r}; flags start with --")

@@ -1,4 +1,4 @@
-"""Errors of the machine end in one line with path, what is saved, remedy and exit code."""
+"""Tests of messages and exit codes of errors of the machine."""
 
 import errno
 import os
@@ -7,8 +7,8 @@ import re
 import pytest
 
 from apps.trainer.errors import (
-  AGAIN,
   MAX_MESSAGE,
+  TEMPORARY_FAILURE,
   UserError,
   exit_code,
   one_line,
@@ -20,7 +20,7 @@ from apps.trainer.startup import Terminated
 
 
 def end(error, step=8):
-  """The UserError that an error of a run becomes."""
+  """Return the UserError that an error of a run is converted to."""
   with pytest.raises(UserError) as caught, run_errors("/runs/a", lambda: step):
     raise error
   return caught.value
@@ -29,32 +29,32 @@ def end(error, step=8):
 @pytest.mark.parametrize(
   ("number", "code", "remedy"),
   (
-    (errno.ENOSPC, AGAIN, "free space and give the same command again"),
-    (errno.EDQUOT, AGAIN, "free space and give the same command again"),
-    (errno.EIO, AGAIN, "check the disk"),
-    (errno.ESTALE, AGAIN, "check the network file system"),
-    (errno.ECONNRESET, AGAIN, "give the same command again"),
+    (errno.ENOSPC, TEMPORARY_FAILURE, "free space and give the same command again"),
+    (errno.EDQUOT, TEMPORARY_FAILURE, "free space and give the same command again"),
+    (errno.EIO, TEMPORARY_FAILURE, "check the disk"),
+    (errno.ESTALE, TEMPORARY_FAILURE, "check the network file system"),
+    (errno.ECONNRESET, TEMPORARY_FAILURE, "give the same command again"),
     (errno.EROFS, 2, "make it writable and give the same command again"),
     (errno.EACCES, 2, "make it writable and give the same command again"),
     (errno.ENOENT, 2, "restore it and give the same command again"),
   ),
 )
-def test_an_error_of_the_machine_says_path_reason_checkpoint_and_remedy(number, code, remedy):
+def test_os_error_message(number, code, remedy):
   error = end(OSError(number, os.strerror(number), "/runs/a/metrics.jsonl"))
-  said = f"/runs/a/metrics.jsonl: {os.strerror(number)}; the checkpoint of step 8 is complete; "
-  assert str(error).startswith(said) and remedy in str(error)
+  message = f"/runs/a/metrics.jsonl: {os.strerror(number)}; the checkpoint of step 8 is complete; "
+  assert str(error).startswith(message) and remedy in str(error)
   assert exit_code(error) == code
 
 
-def test_an_error_without_a_path_names_the_workdir():
+def test_error_without_path_names_workdir():
   assert str(end(OSError(errno.ENOSPC, "full"))).startswith("/runs/a: No space left on device; ")
 
 
-def test_without_a_checkpoint_the_line_says_so():
+def test_error_without_checkpoint():
   assert "; no checkpoint yet; " in str(end(OSError(errno.ENOSPC, "full"), step=None))
 
 
-def test_checkpoints_that_cannot_be_read_hide_nothing():
+def test_unreadable_checkpoints_do_not_hide_error():
   def deleted():
     raise FileNotFoundError("/runs/a/checkpoints")
 
@@ -63,19 +63,19 @@ def test_checkpoints_that_cannot_be_read_hide_nothing():
     raise FileNotFoundError(errno.ENOENT, "gone")
 
 
-def test_the_text_of_a_library_about_a_full_disk_asks_for_a_new_start():
+def test_library_error_for_full_disk_is_temporary():
   error = end(OSError("saving step 4 failed: No space left on device. Make space"))
   assert str(error) == "saving step 4 failed: No space left on device. Make space"
-  assert exit_code(error) == AGAIN
+  assert exit_code(error) == TEMPORARY_FAILURE
 
 
-def test_a_killed_worker_asks_for_a_new_start():
+def test_killed_worker_is_temporary():
   error = end(ChildProcessError("a worker process ended with code -9; give the same command again"))
   assert str(error).startswith("a worker process ended with code -9")
-  assert exit_code(error) == AGAIN
+  assert exit_code(error) == TEMPORARY_FAILURE
 
 
-def test_an_error_of_a_phase_tells_the_checkpoint_once():
+def test_checkpoint_is_mentioned_once():
   inner, outer = (run_errors("/runs/a", lambda step=step: step) for step in (4, 8))
   with pytest.raises(UserError) as caught, outer, inner, user_errors():
     raise OSError(errno.EACCES, "Permission denied", "/runs/a/evaluations/8.json")
@@ -83,8 +83,8 @@ def test_an_error_of_a_phase_tells_the_checkpoint_once():
   assert str(caught.value) == expected
 
 
-def test_a_save_that_ends_meanwhile_is_the_one_that_is_said():
-  """The inner context is left first, then the checkpoints are closed."""
+def test_newest_checkpoint_is_mentioned():
+  """The inner context exits first, then the checkpoints are closed."""
   for error in (OSError(errno.ENOSPC, "full"), KeyboardInterrupt("stopped")):
     inner, outer = run_errors("/runs/a", lambda: 8), run_errors("/runs/a", lambda: 12)
     with pytest.raises((UserError, KeyboardInterrupt)) as caught, outer, inner:
@@ -94,7 +94,7 @@ def test_a_save_that_ends_meanwhile_is_the_one_that_is_said():
     assert str(caught.value).count("give the same command again") == 1
 
 
-def test_too_little_memory():
+def test_out_of_memory():
   error = end(MemoryError("Unable to allocate 2.00 GiB"))
   assert "too little memory: Unable to allocate 2.00 GiB; the checkpoint of step 8" in str(error)
   assert exit_code(error) == 2
@@ -102,13 +102,13 @@ def test_too_little_memory():
   assert "devices have too little memory" in str(error) and "config.batch_size" in str(error)
 
 
-def test_a_bug_keeps_its_traceback():
+def test_bug_keeps_traceback():
   with pytest.raises(RuntimeError, match="^bug$"), run_errors("/runs/a", lambda: 8):
     raise RuntimeError("bug")
 
 
 @pytest.mark.parametrize(
-  ("error", "said"),
+  ("error", "message"),
   (
     (KeyError("x"), "KeyError: 'x'"),
     (TypeError("got an unexpected keyword argument 'x'"), "TypeError: got an unexpected"),
@@ -119,8 +119,8 @@ def test_a_bug_keeps_its_traceback():
     (FileNotFoundError(errno.ENOENT, "No such file", "/data"), "/data: No such file"),
   ),
 )
-def test_mistakes_found_in_the_set_up(error, said):
-  with pytest.raises(UserError, match=f"^{re.escape(said)}"), user_errors():
+def test_setup_errors(error, message):
+  with pytest.raises(UserError, match=f"^{re.escape(message)}"), user_errors():
     raise error
 
 
@@ -139,13 +139,13 @@ def test_signals(capsys):
   )
 
 
-def test_control_characters_of_a_path_are_escaped(capsys):
+def test_control_characters_are_escaped(capsys):
   assert report(UserError("/tmp/\x1b[31mred\x07\udcff\n\u202etxt: gone")) == 2
   (line,) = capsys.readouterr().err.splitlines()
   assert line.endswith(r"error: /tmp/\x1b[31mred\x07\udcff \u202etxt: gone")
 
 
-def test_a_long_message_keeps_its_beginning_and_its_remedy():
+def test_long_message_is_shortened_in_the_middle():
   text = one_line(ValueError(f"name={'x' * 10**6}; choose a shorter one"))
   assert len(text) <= MAX_MESSAGE
   assert text.startswith("name=xxx") and text.endswith("choose a shorter one")

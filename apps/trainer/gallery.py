@@ -1,4 +1,4 @@
-"""Galleries of the report: what was found for a text or a picture, right and wrong."""
+"""Galleries of the report: queries with retrieved or predicted items, correct and incorrect."""
 
 import dataclasses
 from typing import Any
@@ -7,19 +7,19 @@ import numpy as np
 
 from apps.trainer.report_text import thumbnail_url
 
-MOST_ROWS = 24  # shown of a gallery
-_DATA_URL = "data:image/"  # how a query that is a picture begins
+MAX_ROWS = 24  # maximum number of rows shown per gallery
+_DATA_URL = "data:image/"  # prefix of a query that is an image
 
 
 @dataclasses.dataclass(frozen=True)
 class GalleryItem:
-  """One thing that was found: a picture, a text, or a picture with its text.
+  """One retrieved or predicted item: an image, a text, or an image with its text.
 
   Attributes:
-    image: as in `Sample`; None for a text alone.
-    text: what stands under the picture; may be empty.
-    score: similarity or likelihood; None shows none.
-    right: whether it belongs to the query.
+    image: as in `Sample`; None for a text.
+    text: caption of the image, or the text; may be empty.
+    score: similarity or likelihood; None hides it.
+    right: whether the item matches the query.
   """
 
   image: np.ndarray | str | None
@@ -30,13 +30,13 @@ class GalleryItem:
 
 @dataclasses.dataclass(frozen=True)
 class GalleryRow:
-  """A query, and what was found for it, best first.
+  """A query and its items, best first.
 
   Attributes:
-    query: a text, or a picture as in `Sample`.
-    found: best first.
-    rank: place of the first right answer among all candidates, from 1; None if not known.
-    text: beside a picture that is the query, such as its true class.
+    query: text, or an image as in `Sample`.
+    found: items, best first.
+    rank: rank of the first correct item among all candidates, from 1; None if unknown.
+    text: text next to a query image, such as its true class.
   """
 
   query: np.ndarray | str
@@ -47,7 +47,7 @@ class GalleryRow:
 
 @dataclasses.dataclass(frozen=True)
 class Gallery:
-  """Rows of one kind, such as the pictures found for texts; `note` says how they were chosen."""
+  """Rows of one kind, such as images retrieved for texts; `note` describes their selection."""
 
   title: str
   note: str
@@ -55,7 +55,7 @@ class Gallery:
 
 
 def shrunk(gallery: Gallery) -> Gallery:
-  """The rows that are shown, with their pictures as data URLs."""
+  """Return the visible rows, with images as data URLs."""
   rows = [
     dataclasses.replace(
       row,
@@ -65,13 +65,13 @@ def shrunk(gallery: Gallery) -> Gallery:
         for item in row.found
       ),
     )
-    for row in gallery.rows[:MOST_ROWS]
+    for row in gallery.rows[:MAX_ROWS]
   ]
   return dataclasses.replace(gallery, rows=tuple(rows))
 
 
 def from_json(plain: dict[str, Any]) -> Gallery:
-  """The reverse of `dataclasses.asdict` of a shrunk gallery."""
+  """Return the gallery for the `dataclasses.asdict` of a shrunk gallery."""
   rows = [
     GalleryRow(**{**row, "found": tuple(GalleryItem(**item) for item in row["found"])})
     for row in plain["rows"]
@@ -80,22 +80,22 @@ def from_json(plain: dict[str, Any]) -> Gallery:
 
 
 def view(gallery: Gallery) -> dict[str, Any]:
-  """What the template needs; a row shows pictures if anything that was found has one."""
+  """Return the template variables; a row shows images if any of its items has one."""
   rows = []
   for row in shrunk(gallery).rows:
     query = _url(row.query)
-    is_picture = query.startswith(_DATA_URL)
+    is_image = query.startswith(_DATA_URL)
     rows.append(
       {
-        "picture": query if is_picture else "",
-        "text": row.text if is_picture else query,
+        "image": query if is_image else "",
+        "text": row.text if is_image else query,
         "rank": row.rank,
         "found": row.found,
-        "pictures": any(item.image is not None for item in row.found),
+        "has_images": any(item.image is not None for item in row.found),
       }
     )
   return {"title": gallery.title, "note": gallery.note, "rows": rows}
 
 
-def _url(picture: np.ndarray | str) -> str:
-  return picture if isinstance(picture, str) else thumbnail_url(picture)
+def _url(image: np.ndarray | str) -> str:
+  return image if isinstance(image, str) else thumbnail_url(image)

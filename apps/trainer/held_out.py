@@ -1,4 +1,4 @@
-"""What every evaluator is made from: the model and how held-out data are opened, shown and told."""
+"""Model and held-out data for evaluators: opens data, shows progress and annotates results."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 import contextlib
@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from ml_collections import ConfigDict
 
 from apps.trainer import inputs
 from apps.trainer.progress import Terminal
+from apps.trainer.run_config import RetrievalSettings, RunConfig, ZeroShotSettings
 import ov_data
 from ov_data import fs
 import ov_eval
@@ -21,45 +21,49 @@ HostBatch = Mapping[str, Any]
 
 
 class Examples(NamedTuple):
-  """Held-out examples: batches of them, and what their split is called in results."""
+  """Batches of held-out examples, and the name of their split in results."""
 
   loader: ov_data.Loader
   split: str
 
   def folders(self, label_key: str) -> tuple[str, ...] | None:
-    """What numbers under `label_key` mean, where pictures lie in folders of classes."""
+    """Return the class names of `label_key` if the images are stored in class folders."""
     return self.loader.datasets[0].class_names if label_key == "label" else None
 
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-  """What an evaluator gets.
+  """Inputs of an evaluator.
 
   Attributes:
-    config: of the stage.
-    task: of the stage; any class with the attributes that the evaluator uses.
-    tokenizer: of the run.
-    mesh: of the run.
-    terminal: shows how far an evaluation is.
-    waiting: entered while the next batch is waited for.
+    config: configuration of the stage.
+    task: task of the stage; any class with the attributes that the evaluator uses.
+    tokenizer: tokenizer of the run.
+    mesh: mesh of the run.
+    terminal: terminal that shows the progress of the evaluation.
+    waiting: context manager entered while waiting for the next batch.
+    run: name of the run, for files that identify it.
   """
 
-  config: ConfigDict
+  config: RunConfig
   task: Any
   tokenizer: ov_data.Tokenizer
   mesh: jax.sharding.Mesh
   terminal: Terminal
   waiting: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+  run: str = ""
 
-  def open(self, section: ConfigDict | None = None, **options: Any) -> Examples:
-    """The data of a section of `config.eval` with `dir`; those of `config.input` without.
+  def open(
+    self, section: RetrievalSettings | ZeroShotSettings | None = None, **options: Any
+  ) -> Examples:
+    """Open the data of a section of `config.eval` with `dir`, or those of `config.input`.
 
     Args:
-      section: has `dir`, `split`, `image_key` and `examples`.
-      **options: of `inputs.eval_loader`.
+      section: section with `dir`, `split`, `image_key` and `examples`.
+      **options: keyword arguments of `inputs.eval_loader`.
 
     Raises:
-      ValueError: the data are not there, or not as described.
+      ValueError: the data do not exist or do not match their description.
     """
     data = self.config.input
     if section is not None:
@@ -69,7 +73,7 @@ class HeldOut:
     return self.open_path(data.eval_data_dir, data.eval_split, **options)
 
   def open_path(self, path: str, split: str, *, examples: int = 0, **options: Any) -> Examples:
-    """The first `examples` (0: all) of the data at `path`; see `open`."""
+    """Open the first `examples` (0: all) examples at `path`; see `open`."""
     config = self.config
     loader = inputs.eval_loader(
       config,
@@ -85,10 +89,10 @@ class HeldOut:
     name = split or os.path.basename(path.rstrip("/"))
     return Examples(loader, f"{name}[:{examples}]" if examples else name)
 
-  def batches(self, what: str, examples: Examples) -> Iterator[dict[str, Any]]:
-    """The batches of one pass, with a bar."""
+  def batches(self, description: str, examples: Examples) -> Iterator[dict[str, Any]]:
+    """Yield the batches of one pass, with a progress bar."""
     loader = examples.loader
-    with self.terminal.count(what, loader.num_batches or 0) as advance:
+    with self.terminal.count(description, loader.num_batches or 0) as advance:
       batches = iter(loader)
       while True:
         with self.waiting():
@@ -99,22 +103,22 @@ class HeldOut:
         advance(1)
 
   @contextlib.contextmanager
-  def progress(self, what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar for what `ov_eval` tells of its work: (done, in all)."""
-    with self.terminal.count(what, 0) as advance:
+  def progress(self, description: str) -> Iterator[Callable[[int, int], None]]:
+    """Yield a progress callback for `ov_eval`: (done, total)."""
+    with self.terminal.count(description, 0) as advance:
       shown = 0
 
-      def tell(done: int, in_all: int) -> None:
+      def update(done: int, total: int) -> None:
         nonlocal shown
-        advance(done - shown, in_all)
+        advance(done - shown, total)
         shown = done
 
-      yield tell
+      yield update
 
-  def told(
+  def annotate(
     self, results: Iterable[ov_eval.Result], evaluator: str, examples: Examples, **context: Any
   ) -> list[ov_eval.Result]:
-    """The results with what identifies them, and how many examples were left out as broken."""
+    """Add the context and the number of invalid examples to results."""
     broken = sum(examples.loader.skipped.values())
     if broken:
       context["broken_examples"] = broken
@@ -128,9 +132,9 @@ class HeldOut:
     )
 
   def write_predictions(self, name: str, records: Iterable[Mapping[str, Any]]) -> None:
-    """One JSON line for each example into NAME.jsonl of `config.eval.per_example`, if that is set.
+    """Write one JSON line per example to NAME.jsonl in `config.eval.per_example`, if set.
 
-    Every process must have the records of all; the first writes them.
+    Every process must pass all records; process 0 writes them.
     """
     if not self.config.eval.per_example or jax.process_index():
       return

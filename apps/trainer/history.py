@@ -1,8 +1,8 @@
 """Training history: which steps ran in which stage with which batch size.
 
 The number of examples seen and the position in the data follow from it. Both are saved with every
-checkpoint and compared with the history when the checkpoint is read, so settings that change when
-a run resumes (`batch_size`, `total_steps`) never change what was counted before.
+checkpoint and compared with the history when it is restored, so changes of `batch_size` or
+`total_steps` on resume never change what was counted before.
 """
 
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ class History:
   """The spans of a run so far, oldest first."""
 
   def __init__(self, spans: Sequence[Span] = ()):
-    """Check and keep `spans`.
+    """Validate and store `spans`.
 
     Raises:
       ValueError: the spans contradict each other.
@@ -62,7 +62,7 @@ class History:
 
     Args:
       stage: name of the stage.
-      step: finished steps of the run.
+      step: completed steps of the run.
       batch_size: examples per step from here on.
     """
     examples = position = 0
@@ -73,7 +73,7 @@ class History:
         position = 0
       elif last.batch_size == batch_size:
         return
-      if last.first_step == step:  # no step ran in it
+      if last.first_step == step:  # the span has no steps
         self._spans.pop()
     self._spans.append(Span(stage, step, examples, position, batch_size))
 
@@ -82,20 +82,20 @@ class History:
     return _at(self._span(step), step)[0] if self._spans else 0
 
   def position(self, step: int) -> int:
-    """Return the number of examples read of the data of the stage that ran step `step`."""
+    """Return the number of examples read from the data of the stage that ran step `step`."""
     return _at(self._span(step), step)[1] if self._spans else 0
 
   def first_step(self, stage: str) -> int | None:
-    """Return the steps of the run before `stage`; None where the history does not hold it."""
+    """Return the number of steps before `stage`; None if the history does not contain it."""
     return next((s.first_step for s in self._spans if s.stage == stage and s.position == 0), None)
 
   def _span(self, step: int) -> Span:
-    """The span that ran step number `step`, counted from 1; the first for step 0."""
+    """Return the span that ran step `step`, counted from 1; the first span for step 0."""
     ran = [span for span in self._spans if span.first_step < step]
     return ran[-1] if ran else self._spans[0]
 
 
 def _at(span: Span, step: int) -> tuple[int, int]:
-  """Examples seen and position after `step` steps of the run."""
+  """Return the examples seen and the position after `step` steps of the run."""
   done = (step - span.first_step) * span.batch_size
   return span.examples + done, span.position + done

@@ -1,4 +1,4 @@
-"""Examples seen and positions follow from what ran, not from what is configured now."""
+"""Tests that examples and positions follow from the history, not from the configuration."""
 
 import random
 
@@ -7,7 +7,7 @@ import pytest
 from apps.trainer.history import History, Span
 
 
-def test_another_batch_size_counts_from_where_it_begins():
+def test_batch_size_change():
   history = History()
   history.begin("main", 0, 16)
   history.begin("main", 4, 8)  # resumed after 4 steps
@@ -16,7 +16,7 @@ def test_another_batch_size_counts_from_where_it_begins():
   assert history.spans == (Span("main", 0, 0, 0, 16), Span("main", 4, 64, 64, 8))
 
 
-def test_a_stage_counts_its_own_position():
+def test_position_per_stage():
   history = History()
   history.begin("a", 0, 16)
   history.begin("a", 2, 16)  # resumed with the same batch size: nothing is added
@@ -28,7 +28,7 @@ def test_a_stage_counts_its_own_position():
   assert history.first_step("c") is None
 
 
-def test_no_step_leaves_no_span():
+def test_empty_span_is_dropped():
   history = History()
   history.begin("a", 0, 16)
   history.begin("a", 0, 8)
@@ -36,7 +36,7 @@ def test_no_step_leaves_no_span():
   assert History().examples(0) == History().position(0) == 0
 
 
-def test_any_sequence_of_resumes_counts_every_example_once():
+def test_resumes_count_every_example_once():
   dice = random.Random(0)
   for _ in range(50):
     history, step, examples = History(), 0, 0
@@ -62,6 +62,6 @@ def test_any_sequence_of_resumes_counts_every_example_once():
     (Span("a", 0, 0, 0, 16), Span("b", 4, 64, 64, 8)),
   ],
 )
-def test_a_history_that_contradicts_itself_is_refused(spans):
+def test_inconsistent_history(spans):
   with pytest.raises(ValueError, match="inconsistent after step"):
     History(spans)

@@ -1,15 +1,14 @@
-"""What a run does next to training: hooks get the events of the loop, which knows none by name.
+"""Hooks: callbacks for the events of the training loop.
 
-Host health, compile cache and report are hooks. All are called on every process, one after the
-other, in the thread of the loop.
+Host health, compile cache and report are hooks. All hooks are called on every process, in order,
+in the thread of the loop.
 """
 
 from collections.abc import Iterator, Sequence
 import contextlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-  from apps.trainer.run import Run
   from apps.trainer.stages import Stage
   from apps.trainer.task import Evaluation
 
@@ -23,39 +22,43 @@ SAVING = "saving"
 
 
 class Hook:
-  """Base of hooks; every method does nothing. Steps are those of the run that are done."""
+  """Base class of hooks; every method does nothing. Steps are completed steps of the run."""
 
-  def on_start(self, run: "Run") -> None:
-    """Act before the first stage."""
+  def on_start(self, run: Any) -> None:
+    """Handle the start of the run, before the first stage.
+
+    Args:
+      run: the run, a `run.Run`.
+    """
 
   def on_phase(self, stage: str, step: int, phase: str) -> None:
-    """Act when the process enters a phase; `stage` is a name."""
+    """Handle a new phase of the process; `stage` is the name of the stage."""
 
   def on_step(self, step: int) -> None:
-    """Act after a step was given to the devices."""
+    """Handle a dispatched step."""
 
   def on_eval(self, stage: "Stage", step: int, evaluation: "Evaluation") -> None:
-    """Act after an evaluation was written to metrics.jsonl."""
+    """Handle an evaluation that was written to metrics.jsonl."""
 
   def on_end(self) -> None:
-    """Act after the last stage of a run that nothing stopped."""
+    """Handle the end of an uninterrupted run."""
 
   def on_error(self, error: BaseException) -> None:
-    """Act on an exception, before anything outside waits for other processes."""
+    """Handle an exception, before anything outside waits for other processes."""
 
 
 class Hooks(Hook):
-  """Several hooks as one."""
+  """Sequence of hooks that acts as one hook."""
 
   def __init__(self, hooks: Sequence[Hook] = ()):
     self._hooks = list(hooks)
     self._now = ("", 0, STARTING)
 
   def add(self, hook: Hook) -> None:
-    """Call this hook too, after the others."""
+    """Append a hook."""
     self._hooks.append(hook)
 
-  def on_start(self, run: "Run") -> None:
+  def on_start(self, run: Any) -> None:
     """See Hook."""
     for hook in self._hooks:
       hook.on_start(run)
@@ -88,7 +91,7 @@ class Hooks(Hook):
 
   @contextlib.contextmanager
   def waiting_for_input(self) -> Iterator[None]:
-    """Enter the phase INPUT for a block, and the phase before it afterwards."""
+    """Enter the phase INPUT within a block, then restore the previous phase."""
     stage, step, phase = self._now
     self.on_phase(stage, step, INPUT)
     yield
@@ -96,7 +99,7 @@ class Hooks(Hook):
 
   @contextlib.contextmanager
   def errors(self) -> Iterator[None]:
-    """Call `on_error` for an exception of a block."""
+    """Call `on_error` for exceptions of a block."""
     try:
       yield
     except BaseException as error:

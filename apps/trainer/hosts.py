@@ -1,17 +1,17 @@
-"""Host health: reports stragglers, and ends all processes when one dies.
+"""Host health: reports stragglers, and stops all processes when one dies.
 
-Every process posts a beat to the board of `ov_sharding` every two seconds, in a thread: its step,
-what it does, how long it did what, and what it failed with. Process 0 reads the beats and writes
-its word back: how the run ends, if it does. Nothing of this is on the path of a step.
+Every process posts a heartbeat to the board of `ov_sharding` every two seconds, in a thread: its
+step, current phase, time spent in each phase, and its error, if any. Process 0 reads the heartbeats
+and posts how the run ends, once it does. Nothing of this is on the path of a step.
 
-How the death of a process is known:
-  - a collective raises an error, as between CPUs. Whoever gives no sign of life for 6 s is gone;
-  - everything hangs. The runtime of jax misses the process after `gone_after` seconds, and
-    ends the others by SIGABRT, with a stack of its own. Ours is the last line after it;
-  - process 0 dies. The runtime knows at once from its socket, and does the same.
-All end with one line that names the process, and with the exit code GONE, which launchers answer by
-starting all again. A process that fails by itself ends the others in the same way; where that is
-the user's mistake, with the code for it.
+A dead process is detected in one of three ways:
+  - a collective raises an error, as between CPUs. A process without a heartbeat for 6 s is dead;
+  - all processes hang. The runtime of JAX misses the process after `gone_after` seconds, prints a
+    stack and aborts the others with SIGABRT. This module prints one more line;
+  - process 0 dies. The runtime detects this at once from its socket and aborts the others.
+Every process then prints one line that names the dead process, and exits with the code GONE, on
+which launchers restart all processes. A process that fails with an error stops the others in the
+same way; for a user error with the exit code of that error.
 """
 
 from collections.abc import Callable, Iterator
@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 from absl import logging
 import jax
 
-from apps.trainer.errors import AGAIN, exit_code, program, report, run_errors
+from apps.trainer.errors import TEMPORARY_FAILURE, exit_code, program, report, run_errors
 from apps.trainer.hooks import STARTING, Hook
 from apps.trainer.slow_hosts import Beat, SlowHosts
 from apps.trainer.startup import printable
@@ -40,21 +40,21 @@ import ov_sharding
 if TYPE_CHECKING:
   from apps.trainer.run import Run
 
-GONE = AGAIN  # exit code: another process is gone or failed
+GONE = TEMPORARY_FAILURE  # exit code: another process died or failed
 _BEAT = 2.0  # seconds
-_SHORT_BEAT = 0.5  # seconds, until all have been heard, and at the end of this process
-_SILENT = 3 * _BEAT  # without a beat, once something else is wrong as well
-# Codes that say what every process should end with: a mistake, Ctrl-C, SIGTERM.
+_SHORT_BEAT = 0.5  # seconds, until all processes have reported, and at the end of this process
+_DEAD_AFTER = 3 * _BEAT  # seconds without a heartbeat, counted once another error is known
+# Exit codes that all processes share: user error, Ctrl-C, SIGTERM.
 _SHARED_CODES = (2, 130, 143)
-# Errors that a process gets because another is gone. Others count as its own.
-_OF_OTHERS = re.compile(
+# Errors that a process gets because another one died. All others count as its own.
+_LOST_PEER = re.compile(
   r"gloo|nccl|connection (closed|reset|refused)|socket closed|coordination|heartbeat|unavailable",
   re.IGNORECASE,
 )
 
 
-class End(NamedTuple):
-  """How a run ends: text is one line, process the one that is the cause."""
+class ExitReason(NamedTuple):
+  """End of a run: a one-line text and the process that caused it."""
 
   kind: str  # done | gone | failed
   process: int
@@ -62,59 +62,61 @@ class End(NamedTuple):
   code: int
 
 
-def judge(
+def decide_exit(
   beats: dict[int, Beat], silent: dict[int, float], count: int, since: float | None
-) -> End | None:
-  """How a run of `count` processes ends, if it does.
+) -> ExitReason | None:
+  """Return how a run of `count` processes ends; None while it continues.
 
   Args:
-    beats: the last of each process that has posted any.
-    silent: seconds since each process was heard.
-    count: processes.
-    since: seconds since the first process was known to have failed; None if none has.
+    beats: last heartbeat of each process that has posted one.
+    silent: seconds since the last heartbeat of each process.
+    count: number of processes.
+    since: seconds since the first failure was detected; None without a failure.
   """
   if len(beats) == count and all(beat.done for beat in beats.values()):
-    return End("done", 0, "", 0)
+    return ExitReason("done", 0, "", 0)
   failed = {i: beat for i, beat in beats.items() if beat.failed is not None}
   if since is None:
     return None
   for i in range(count):
     ended = i in beats and (beats[i].done or i in failed)
-    if not ended and silent[i] >= _SILENT:
-      return End("gone", i, f"no sign of life for {silent[i]:.0f} s", GONE)
-  if len(failed) < count and since < _SILENT + _BEAT:
-    return None  # by then it is known who is silent
-  own = {i: beat for i, beat in failed.items() if not _OF_OTHERS.search(beat.failed or "")}
+    if not ended and silent[i] >= _DEAD_AFTER:
+      return ExitReason("gone", i, f"no heartbeat for {silent[i]:.0f} s", GONE)
+  if len(failed) < count and since < _DEAD_AFTER + _BEAT:
+    return None  # wait until silent processes are known
+  own = {i: beat for i, beat in failed.items() if not _LOST_PEER.search(beat.failed or "")}
   first = min(own or failed)
   code = failed[first].code
-  return End("failed", first, failed[first].failed or "", code if code in _SHARED_CODES else GONE)
+  return ExitReason(
+    "failed", first, failed[first].failed or "", code if code in _SHARED_CODES else GONE
+  )
 
 
 class Hosts(Hook):
-  """Watches the processes of a run; does nothing in a run of one. A context manager.
+  """Monitor of the processes of a run, a context manager; does nothing for a single process.
 
   Attributes:
-    last_checkpoint: asked for the step of the newest complete checkpoint when the run ends badly.
+    last_checkpoint: function that returns the step of the newest complete checkpoint, for errors.
   """
 
   def __init__(
     self,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     *,
-    place: str = "the workdir",
+    workdir: str = "the workdir",
     slow_after: float = 60.0,
     gone_after: float = 30.0,
   ):
-    """Reads who takes part; the thread begins with the context.
+    """Read the process count; the thread starts with the context.
 
     Args:
-      say: prints one line; used by process 0.
-      place: the workdir, for errors that name no path.
-      slow_after: seconds that a process may stay behind the others before it is named.
-      gone_after: as it was told to `ov_sharding.initialize`.
+      log: function that prints one line; used by process 0.
+      workdir: path of the workdir, for errors that name no path.
+      slow_after: seconds that a process may delay the others before it is reported.
+      gone_after: heartbeat timeout that was passed to `ov_sharding.initialize`.
     """
     self.last_checkpoint: Callable[[], int | None] = lambda: None
-    self._say, self._place, self._gone_after = say, place, gone_after
+    self._log, self._workdir, self._gone_after = log, workdir, gone_after
     self._board = ov_sharding.board()
     self._me, self._count = jax.process_index(), jax.process_count()
     self._slow = SlowHosts(slow_after)
@@ -124,28 +126,28 @@ class Hosts(Hook):
     self._error: BaseException | None = None
     self._done = False
     self._names: dict[int, str] = {}
-    self._heard: dict[int, tuple[int, float]] = {}  # number of the last beat, when it came
-    self._trouble: float | None = None  # when the first failure was known
+    self._heard: dict[int, tuple[int, float]] = {}  # number of the last beat, time of arrival
+    self._trouble: float | None = None  # time of the first failure
     self._suspect: int | None = None
     self._wake, self._ended = threading.Event(), threading.Event()
 
   def at(self, step: int, phase: str) -> None:
-    """Notes what this process does from now on.
+    """Record the step and the phase of this process.
 
     Args:
-      step: number of steps of the run that were given to the devices.
-      phase: a few words; those of slow_hosts for what waits for devices, and so for the others.
+      step: number of dispatched steps of the run.
+      phase: short description; phases that wait for devices are listed in slow_hosts.
     """
     now = time.monotonic()
     spent = {**self._spent, self._phase: self._spent.get(self._phase, 0.0) + now - self._since}
     self._step, self._phase, self._since, self._spent = step, phase, now, spent
 
   def on_start(self, run: "Run") -> None:
-    """Name the last checkpoint of the run if it ends badly."""
+    """Register the last checkpoint of the run for error messages."""
     self.last_checkpoint = run.checkpoints.finished_step
 
   def on_phase(self, stage: str, step: int, phase: str) -> None:
-    """Show step and phase to the other processes."""
+    """Report step and phase to the other processes."""
     self.at(step, phase)
 
   def on_error(self, error: BaseException) -> None:
@@ -153,13 +155,13 @@ class Hosts(Hook):
     self._fail(error)
 
   @contextlib.contextmanager
-  def told(self) -> Iterator[None]:
-    """Report an exception inside to the others at once, before anything outside waits for them.
+  def report_errors(self) -> Iterator[None]:
+    """Report an exception of the block to the other processes before anything waits for them.
 
-    Errors of the machine, such as a full disk, become UserError; see `run_errors`.
+    Errors of the machine, such as a full disk, are converted to UserError; see `run_errors`.
     """
     try:
-      with run_errors(self._place, lambda: self.last_checkpoint()):
+      with run_errors(self._workdir, lambda: self.last_checkpoint()):
         yield
     except BaseException as error:
       self._fail(error)
@@ -167,7 +169,7 @@ class Hosts(Hook):
 
   def __enter__(self) -> Self:
     if self._board is not None:
-      _on_abort(self._last_words)
+      _on_abort(self._on_runtime_abort)
       threading.Thread(target=self._watch, args=(self._board,), daemon=True).start()
     return self
 
@@ -181,13 +183,13 @@ class Hosts(Hook):
       return
     if error is not None:
       self._fail(error)
-      # The thread ends the process; this is for the case that it cannot.
+      # The thread ends the process; this timeout covers the case that it cannot.
       self._ended.wait(2 * self._gone_after + 60)
       _exit(report(error))
     self._done = True
     self._wake.set()
-    self._ended.wait()  # whoever fails now is still heard
-    _on_abort(None)  # Python code cannot run once the interpreter goes down
+    self._ended.wait()  # processes that fail now are still reported
+    _on_abort(None)  # the handler cannot run Python code during interpreter shutdown
 
   def _fail(self, error: BaseException) -> None:
     if self._failed is None:
@@ -204,11 +206,11 @@ class Hosts(Hook):
     )
 
   def _watch(self, board: ov_sharding.Board) -> None:
-    """The thread: beats until the run ends, and ends the process where it ends badly."""
+    """Post heartbeats until the run ends, and exit the process if the run fails."""
     try:
       for number in range(sys.maxsize):
         end = None
-        with contextlib.suppress(ConnectionError):  # the runtime of jax tells what that means
+        with contextlib.suppress(ConnectionError):  # handled by the runtime of JAX
           end = self._exchange(board, number)
         if end is not None:
           self._finish(board, end)
@@ -219,15 +221,15 @@ class Hosts(Hook):
     finally:
       self._ended.set()
 
-  def _exchange(self, board: ov_sharding.Board, number: int) -> End | None:
+  def _exchange(self, board: ov_sharding.Board, number: int) -> ExitReason | None:
     board.put(f"hosts/{self._me}", json.dumps(self._beat(number)))
     if len(self._names) < self._count:
       found = board.items("hosts").items()
       self._names = {int(i): json.loads(text)[0] for i, text in found}
     return self._lead(board) if self._me == 0 else self._follow(board)
 
-  def _lead(self, board: ov_sharding.Board) -> End | None:
-    """What process 0 makes of the beats of all."""
+  def _lead(self, board: ov_sharding.Board) -> ExitReason | None:
+    """Evaluate the heartbeats of all processes; runs on process 0."""
     now = time.monotonic()
     beats = {int(i): Beat(*json.loads(text)) for i, text in board.items("hosts").items()}
     for i in range(self._count):
@@ -238,56 +240,56 @@ class Hosts(Hook):
     if self._trouble is None and any(beat.failed is not None for beat in beats.values()):
       self._trouble = now
     since = None if self._trouble is None else now - self._trouble
-    end = judge(beats, silent, self._count, since)
+    end = decide_exit(beats, silent, self._count, since)
     if end is None and since is None:
       for line in self._slow.observe(now, beats):
-        self._say(line)
-    absent = [i for i in silent if silent[i] >= _SILENT and not (i in beats and beats[i].done)]
+        self._log(line)
+    absent = [i for i in silent if silent[i] >= _DEAD_AFTER and not (i in beats and beats[i].done)]
     self._suspect = max(absent, key=silent.__getitem__) if absent else None
     board.put("word", json.dumps({"end": end, "suspect": self._suspect}))
     return end
 
-  def _follow(self, board: ov_sharding.Board) -> End | None:
+  def _follow(self, board: ov_sharding.Board) -> ExitReason | None:
     word = json.loads(board.get("word") or "{}")
     self._suspect = word.get("suspect")
-    return End(*word["end"]) if word.get("end") else None
+    return ExitReason(*word["end"]) if word.get("end") else None
 
-  def _finish(self, board: ov_sharding.Board, end: End) -> None:
+  def _finish(self, board: ov_sharding.Board, end: ExitReason) -> None:
     if end.kind == "done":
       return
     with contextlib.suppress(ConnectionError):
       board.put(f"read/{self._me}", "")
     error = self._error
-    own = error is not None and (end.process == self._me or not _OF_OTHERS.search(str(error)))
+    own = error is not None and (end.process == self._me or not _LOST_PEER.search(str(error)))
     if own and error is not None and end.kind == "failed":
       code = report(error)
     else:
       what = "is gone" if end.kind == "gone" else "failed"
-      self._tell(f"{self._name(end.process)} {what}: {end.text}")
+      self._print_error(f"{self._name(end.process)} {what}: {end.text}")
       code = end.code
-    if self._me == 0:  # with this process the board ends
+    if self._me == 0:  # the board ends with this process
       readers, deadline = self._count - (end.kind == "gone"), time.monotonic() + 2.5 * _BEAT
       while len(board.items("read")) < readers and time.monotonic() < deadline:
         time.sleep(0.1)
     _exit(code)
 
-  def _last_words(self) -> None:
-    """Runs when the runtime of jax ends this process, in a thread of its own."""
+  def _on_runtime_abort(self) -> None:
+    """Report why the runtime of JAX aborts this process; runs in a separate thread."""
     if self._suspect is not None:
-      missed = f"no sign of life for {self._gone_after:.0f} s"
-      self._tell(f"{self._name(self._suspect)} is gone: {missed}")
+      missed = f"no heartbeat for {self._gone_after:.0f} s"
+      self._print_error(f"{self._name(self._suspect)} is gone: {missed}")
     elif self._me != 0 and self._board is not None and not self._board.reachable():
       host, port = self._board.address
-      self._tell(f"{self._name(0)} is gone: nothing listens at {host}:{port}")
+      self._print_error(f"{self._name(0)} is gone: nothing listens at {host}:{port}")
     else:
-      self._tell("the runtime of jax ended this process; its lines above say why")
+      self._print_error("the runtime of JAX ended this process; see its log lines above")
     _exit(GONE)
 
   def _name(self, process: int) -> str:
     host = self._names.get(process)
     return f"process {process} ({host})" if host else f"process {process}"
 
-  def _tell(self, what: str) -> None:
+  def _print_error(self, what: str) -> None:
     step = _within(5.0, self.last_checkpoint)
     saved = f"last checkpoint: step {step:,}; " if step is not None else ""
     advice = "start all processes again with the same command, as launchers do"
@@ -296,7 +298,7 @@ class Hosts(Hook):
 
 
 def _within(seconds: float, ask: Callable[[], Any]) -> Any:
-  """The answer; None where it takes longer or fails: a bucket may be out of reach as well."""
+  """Return the result of `ask`; None on timeout or error, as for an unreachable bucket."""
   found: list[Any] = []
 
   def run() -> None:
@@ -312,21 +314,21 @@ def _within(seconds: float, ask: Callable[[], Any]) -> Any:
 
 
 def _exit(code: int) -> None:
-  """Ends the process at once: the usual end would wait for processes that are gone."""
+  """Exit at once: a normal exit would wait for processes that are dead."""
   sys.stdout.flush()
   sys.stderr.flush()
   os._exit(code)
 
 
-_abort_handler: Any = None  # kept alive as long as the C library may call it
+_abort_handler: Any = None  # keeps the handler alive while C code may call it
 
 
 def _on_abort(act: Callable[[], None] | None) -> None:
-  """Calls `act` where C++ code aborts this process; None: no longer.
+  """Call `act` when C++ code aborts this process; None removes the handler.
 
-  The `signal` module cannot do it: it runs handlers in the main thread, later, and abort() does not
-  wait. The thread that aborts waits for Python's lock here, which others give up while they wait
-  for devices or for the board.
+  The `signal` module cannot do this: it runs handlers later in the main thread, and abort() does
+  not wait. The aborting thread waits for the GIL, which other threads release while they wait for
+  devices or for the board.
   """
   global _abort_handler
   library = ctypes.CDLL(None)

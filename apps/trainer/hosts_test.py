@@ -1,4 +1,4 @@
-"""How a run ends, as process 0 judges it; //tests/multiprocess kills real processes."""
+"""Tests of the exit decision of process 0; //tests/multiprocess kills real processes."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 from apps.trainer import hosts
 from apps.trainer.errors import UserError
 from apps.trainer.hooks import EVALUATING, Hooks
-from apps.trainer.hosts import GONE, End, Hosts, judge
+from apps.trainer.hosts import GONE, ExitReason, Hosts, decide_exit
 from apps.trainer.slow_hosts import Beat
 
 GLOO = "UNKNOWN: Gloo all-reduce failed: Connection closed by peer [10.0.0.1]:1"
@@ -15,67 +15,73 @@ NOBODY = dict.fromkeys(range(3), 1.0)
 
 
 def beats(**changes: dict) -> dict[int, Beat]:
-  """Three processes; changes as _1={"failed": ...}."""
+  """Return heartbeats of three processes; changes as _1={"failed": ...}."""
   plain = {i: Beat(f"h{i}", 7, 40, "in a step", {}) for i in range(3)}
   return {i: b._replace(**changes.get(f"_{i}", {})) for i, b in plain.items()}
 
 
-def test_a_healthy_run_goes_on_and_ends_when_all_are_done():
+def test_healthy_run_ends_when_all_are_done():
   done = {"done": True}
-  assert judge(beats(), NOBODY, 3, None) is None
-  assert judge(beats(_0=done, _1=done), NOBODY, 3, None) is None
-  assert judge(beats(_0=done, _1=done, _2=done), NOBODY, 3, None) == End("done", 0, "", 0)
+  assert decide_exit(beats(), NOBODY, 3, None) is None
+  assert decide_exit(beats(_0=done, _1=done), NOBODY, 3, None) is None
+  assert decide_exit(beats(_0=done, _1=done, _2=done), NOBODY, 3, None) == ExitReason(
+    "done", 0, "", 0
+  )
 
 
-def test_silence_alone_is_left_to_the_runtime_of_jax():
-  assert judge(beats(), {0: 0.0, 1: 1.0, 2: 25.0}, 3, None) is None
+def test_missing_heartbeat_alone_is_left_to_jax():
+  assert decide_exit(beats(), {0: 0.0, 1: 1.0, 2: 25.0}, 3, None) is None
 
 
-def test_who_is_silent_when_a_collective_fails_is_gone():
+def test_silent_process_is_dead_after_collective_error():
   failed = {"failed": GLOO, "code": 1}
   two = beats(_0=failed, _1=failed)
-  assert judge(two, {0: 0.0, 1: 1.0, 2: 4.0}, 3, 1.0) is None
-  assert judge(two, {0: 0.0, 1: 1.0, 2: 6.0}, 3, 3.0) == End(
-    "gone", 2, "no sign of life for 6 s", GONE
+  assert decide_exit(two, {0: 0.0, 1: 1.0, 2: 4.0}, 3, 1.0) is None
+  assert decide_exit(two, {0: 0.0, 1: 1.0, 2: 6.0}, 3, 3.0) == ExitReason(
+    "gone", 2, "no heartbeat for 6 s", GONE
   )
 
 
 @pytest.mark.parametrize("since", [0.0, 20.0])
-def test_the_cause_is_an_error_of_its_own(since: float):
+def test_own_error_is_the_cause(since: float):
   every = beats(
     _0={"failed": GLOO, "code": 1}, _1={"failed": "no space", "code": 1}, _2={"failed": GLOO}
   )
-  assert judge(every, NOBODY, 3, since) == End("failed", 1, "no space", GONE)
+  assert decide_exit(every, NOBODY, 3, since) == ExitReason("failed", 1, "no space", GONE)
 
 
-def test_others_may_still_turn_out_to_be_gone_when_the_first_fails():
+def test_decision_waits_for_silent_processes():
   one = beats(_1={"failed": "no space", "code": 1})
-  assert judge(one, NOBODY, 3, 2.0) is None
-  assert judge(one, NOBODY, 3, 9.0) == End("failed", 1, "no space", GONE)
+  assert decide_exit(one, NOBODY, 3, 2.0) is None
+  assert decide_exit(one, NOBODY, 3, 9.0) == ExitReason("failed", 1, "no space", GONE)
 
 
 @pytest.mark.parametrize(("code", "expected"), [(1, GONE), (2, 2), (130, 130), (143, 143)])
-def test_mistakes_and_signals_keep_their_code(code: int, expected: int):
-  end = judge(beats(_2={"failed": "text", "code": code}), NOBODY, 3, 9.0)
-  assert end == End("failed", 2, "text", expected)
+def test_user_errors_and_signals_keep_exit_code(code: int, expected: int):
+  end = decide_exit(beats(_2={"failed": "text", "code": code}), NOBODY, 3, 9.0)
+  assert end == ExitReason("failed", 2, "text", expected)
 
 
-def test_where_all_lost_the_connection_the_first_is_named():
+def test_first_process_is_reported_if_all_lost_connection():
   failed = {"failed": GLOO, "code": 1}
-  end = judge(beats(_0=failed, _1=failed, _2=failed), NOBODY, 3, 0.0)
-  assert end == End("failed", 0, GLOO, GONE)
+  end = decide_exit(beats(_0=failed, _1=failed, _2=failed), NOBODY, 3, 0.0)
+  assert end == ExitReason("failed", 0, GLOO, GONE)
 
 
-def test_a_beat_survives_json():
+def test_heartbeat_json_round_trip():
   beat = Beat("h", 1, 2, "saving", {"saving": 1.5}, "no space", 1, False)
   assert Beat(*json.loads(json.dumps(beat))) == beat
 
 
-def test_one_process_is_not_watched(monkeypatch: pytest.MonkeyPatch):
+def test_single_process_is_not_watched(monkeypatch: pytest.MonkeyPatch):
   monkeypatch.setattr(hosts.threading, "Thread", None)  # none is started
   with Hosts(print) as watched:
     watched.at(3, "saving")
-  with pytest.raises(UserError, match="as it was"), Hosts(print) as watched, watched.told():
+  with (
+    pytest.raises(UserError, match="as it was"),
+    Hosts(print) as watched,
+    watched.report_errors(),
+  ):
     raise UserError("as it was")
 
 
@@ -92,7 +98,7 @@ def test_phases_are_timed(monkeypatch: pytest.MonkeyPatch):
   assert beat.spent == {"starting": 1.0, EVALUATING: 2.0 + 8.0, "waiting for input": 4.0}
 
 
-def test_a_checkpoint_directory_that_does_not_answer_is_left_out():
+def test_unresponsive_checkpoint_directory():
   def refuse() -> int:
     raise OSError("no network")
 

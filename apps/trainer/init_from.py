@@ -1,23 +1,23 @@
-"""Start a run from the parameters of another one, whatever its resolution, patch or text length.
+"""Initialisation of a run from the parameters of another one, with any resolution or patch size.
 
-  params, report = init_from(workdir_of_the_other_run, state["params"])
-  state = state_lib.replace_params(state, params)
-  print(report.text())
+  plan = plan_init(open_source(workdir_of_the_other_run), state["params"])
+  print(plan.report.text())
+  state = state_lib.replace_params(state, plan.apply(state["params"]))
 
-Parameters go by their path. Of a path that both have:
+Parameters are matched by path. For a path of both models:
 
-  same shape                      taken
-  position table of a tower with  its grid resampled (`ov_models.resample_positions`); square grids
+  same shape                      copied
+  position table of a tower with  grid resampled (`ov_models.resample_positions`); square grids
     patches  [1 + h * w, D]
   other position table [T, D]     rows resampled linearly
   patch embedding [P, P, 3, D]    resized to the new patch size, see `resize_patches`
-  anything else (depth, width,    left fresh, with the reason
+  anything else (depth, width,    kept fresh, with the reason
     vocabulary)
 
-What only the new model has stays fresh, what only the old one has is not used; the report names
-all of it. The other run may be one of the published code, see `init_source`. Towers can come from
-several runs: one call for each, with `include`. Optimizer state, step and data position are not
-touched.
+Parameters of the new model only stay fresh, those of the old model only are unused; the report
+lists both. The other run may be one of the released OpenVision code, see `init_source`. Towers can
+be initialised from several runs: plan each of them, with `include`. Optimizer state, step and
+data position are not changed.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,7 +31,7 @@ from etils import epath
 import jax
 import jax.numpy as jnp
 
-from apps.trainer.init_source import InitSource, Part, open_source
+from apps.trainer.init_source import InitSource
 from apps.trainer.paths import flatten_paths, path_str
 from ov_data import fs
 import ov_models
@@ -39,22 +39,22 @@ import ov_models
 PyTree = Any
 Resample = Callable[[jax.Array], jax.Array]
 
-_OF_TOKENS = re.compile("embed/embedding$|decoder/head/kernel$")  # a row or column for each
-_CHOSEN = ("not included", "excluded")  # why a parameter stays as it is: it was asked for
+_TOKEN_ROWS = re.compile("embed/embedding$|decoder/head/kernel$")  # one row or column per token
+_REQUESTED = ("not included", "excluded")  # requested reasons to keep a parameter
 
 
 @dataclasses.dataclass(frozen=True)
 class InitReport:
-  """What became of every parameter of the new and of the old model.
+  """Report on every parameter of the new and of the old model.
 
   Attributes:
-    source: the checkpoint directory.
-    tokenizer: fingerprint of the tokenizer of the source; None where that is not known.
-    notes: what else there is to know about the source.
-    taken: paths copied as they were.
-    resampled: path -> what was done.
-    fresh: path -> why it keeps the value it had.
-    unused: paths of the old model that the new one does not have.
+    source: directory of the checkpoint.
+    tokenizer: fingerprint of the tokenizer of the source; None if unknown.
+    notes: further remarks on the source.
+    taken: paths that were copied unchanged.
+    resampled: path -> description of the resampling.
+    fresh: path -> reason why it keeps its value.
+    unused: paths that only the old model has.
   """
 
   source: str
@@ -66,8 +66,8 @@ class InitReport:
   unused: tuple[str, ...]
 
   def text(self) -> str:
-    """Return a few lines for the terminal; what is as expected is only counted."""
-    lines = [f"initialised from {self.source}: {len(self.taken)} arrays taken"]
+    """Return a summary for the terminal; expected cases are only counted."""
+    lines = [f"initialised from {self.source}: {len(self.taken)} arrays copied"]
     lines += [f"  note: {note}" for note in self.notes]
     if self.tokenizer is None and (rows := self.rows_of_tokens):
       lines.append(
@@ -75,31 +75,31 @@ class InitReport:
         "not name it: config.tokenizer.path must be that vocabulary"
       )
     lines += [f"  resampled {path}: {how}" for path, how in self.resampled.items()]
-    for why in _CHOSEN:
+    for why in _REQUESTED:
       if count := list(self.fresh.values()).count(why):
-        lines.append(f"  left as they are: {count} arrays {why}")
-    lines += [f"  fresh {path}: {why}" for path, why in self.fresh.items() if why not in _CHOSEN]
+        lines.append(f"  unchanged: {count} arrays {why}")
+    lines += [f"  fresh {path}: {why}" for path, why in self.fresh.items() if why not in _REQUESTED]
     lines += [f"  unused {path}" for path in self.unused]
     return "\n".join(lines)
 
   @property
   def rows_of_tokens(self) -> list[str]:
-    """The paths that were taken and have a row or column for each token."""
-    return [path for path in (*self.taken, *self.resampled) if _OF_TOKENS.search(path)]
+    """Return the copied paths that have one row or column per token."""
+    return [path for path in (*self.taken, *self.resampled) if _TOKEN_ROWS.search(path)]
 
   def save(self, path: epath.PathLike) -> None:
-    """Write everything as JSON."""
+    """Write the report as JSON."""
     text = json.dumps(dataclasses.asdict(self), indent=2) + "\n"
     fs.write_atomic(str(path), text.encode())
 
 
 class InitPlan(NamedTuple):
-  """What `init_from` will do; nothing is read yet.
+  """Plan of `plan_init`; no array is read yet.
 
   Attributes:
-    source: where parameters come from.
+    source: source of the parameters.
     resample: path -> function from the array of the source to that of the model.
-    report: what becomes of every parameter.
+    report: report on every parameter.
   """
 
   source: InitSource
@@ -107,7 +107,7 @@ class InitPlan(NamedTuple):
   report: InitReport
 
   def apply(self, params: PyTree) -> PyTree:
-    """Return `params`, the arrays that the plan was made for, with those of the source in place."""
+    """Return `params`, the arrays that the plan was made for, with those of the source inserted."""
     new = flatten_paths(params)
     wanted = {path: self.source.arrays[path] for path in (*self.report.taken, *self.resample)}
     read = self.source.read({path: _target(old, new[path]) for path, old in wanted.items()})
@@ -118,34 +118,6 @@ class InitPlan(NamedTuple):
     )
 
 
-def init_from(
-  source: epath.PathLike,
-  params: PyTree,
-  *,
-  step: int | None = None,
-  part: Part = "params",
-  **options: Any,
-) -> tuple[PyTree, InitReport]:
-  """Copy what fits from a checkpoint into fresh parameters.
-
-  Args:
-    source: workdir, folder of checkpoints or one checkpoint, see `init_source.open_source`.
-    params: arrays of the new model, fresh or from another source, with their final shardings.
-    step: which checkpoint, by default the newest.
-    part: the trained parameters or their average.
-    **options: of `plan_init`.
-
-  Returns:
-    Arrays in the tree and the shardings of `params`, and the report.
-
-  Raises:
-    ValueError: if a regex matches no parameter, or nothing at all fits.
-    CheckpointError: if there is no intact checkpoint.
-  """
-  plan = plan_init(open_source(source, step, part), params, **options)
-  return plan.apply(params), plan.report
-
-
 def plan_init(
   source: InitSource,
   params: PyTree,
@@ -154,29 +126,27 @@ def plan_init(
   exclude: Sequence[str] = (),
   patch_resize: Literal["pseudoinverse", "bilinear"] = "pseudoinverse",
 ) -> InitPlan:
-  """Compare a source with a model, without reading arrays.
+  """Match the parameters of a source and of a model, without reading arrays.
 
   Args:
-    source: opened by `open_source`.
+    source: source returned by `open_source`.
     params: arrays of the new model, or their shapes and dtypes.
-    include: regexes of paths to take; none means all.
-    exclude: regexes of paths to leave fresh.
-    patch_resize: see `resize_patches`.
+    include: regexes of paths to copy; empty means all.
+    exclude: regexes of paths to keep fresh.
+    patch_resize: method of `resize_patches`.
 
   Returns:
-    What is taken, resampled and left fresh.
+    The plan.
 
   Raises:
-    ValueError: if a regex is broken or matches no parameter, or nothing at all fits.
+    ValueError: a regex matches no parameter, or no parameter fits.
   """
-  if patch_resize not in ("pseudoinverse", "bilinear"):
-    raise ValueError(f"init_from patch_resize={patch_resize!r}; expected pseudoinverse or bilinear")
   new, old = flatten_paths(params), source.arrays
   for name, regexes in (("include", include), ("exclude", exclude)):
     for regex in regexes:
-      if not any(_matches(name, regex, path) for path in new):
+      if not any(re.search(regex, path) for path in new):
         raise ValueError(
-          f"init_from {name}={regex!r} matches no parameter; paths are such as {_some(new)}."
+          f"init_from {name}={regex!r} matches no parameter; examples of paths: {_some(new)}."
         )
 
   taken: list[str] = []
@@ -185,9 +155,9 @@ def plan_init(
   fresh: dict[str, str] = {}
   for path, leaf in new.items():
     if include and not any(re.search(regex, path) for regex in include):
-      fresh[path] = _CHOSEN[0]
+      fresh[path] = _REQUESTED[0]
     elif any(re.search(regex, path) for regex in exclude):
-      fresh[path] = _CHOSEN[1]
+      fresh[path] = _REQUESTED[1]
     elif path not in old:
       fresh[path] = "not in the source"
     elif old[path].shape == leaf.shape:
@@ -216,14 +186,14 @@ def plan_init(
 
 
 def check_tokenizer(report: InitReport, fingerprint: str) -> None:
-  """Check that the rows of tokens that were taken mean the same tokens here.
+  """Check that copied token embeddings belong to the tokenizer of this run.
 
   Args:
-    report: of `init_from`.
-    fingerprint: of the tokenizer of this run.
+    report: report of a plan.
+    fingerprint: fingerprint of the tokenizer of this run.
 
   Raises:
-    ValueError: they come from a run with another tokenizer; says what to do.
+    ValueError: they belong to another tokenizer; the message includes the remedy.
   """
   rows = report.rows_of_tokens
   if rows and report.tokenizer not in (None, fingerprint):
@@ -231,20 +201,20 @@ def check_tokenizer(report: InitReport, fingerprint: str) -> None:
       f"{', '.join(rows)} of {report.source} belong to another tokenizer ({report.tokenizer}) than "
       f"this run's ({fingerprint}), so token numbers would mean other words; start in a new "
       "workdir with config.tokenizer.path set to the tokenizer folder of that run, or leave them "
-      f"fresh with config.init_from.exclude=({_OF_TOKENS.pattern!r},)"
+      f"fresh with config.init_from.exclude=({_TOKEN_ROWS.pattern!r},)"
     )
 
 
 def resize_patches(
   kernel: jax.Array, size: int, method: Literal["pseudoinverse", "bilinear"]
 ) -> jax.Array:
-  """A patch embedding [P, P, 3, D] for patches of `size` pixels a side: [size, size, 3, D].
+  """Resize a patch embedding [P, P, 3, D] to patches of `size` pixels: [size, size, 3, D].
 
-  "pseudoinverse" gives the kernel whose tokens of resized images differ least from the old tokens
-  of the original ones, and not at all when patches grow (FlexiViT, Beyer et al. 2022,
-  https://arxiv.org/abs/2212.08013): for x' = b x the row operation of bilinear resizing,
-  w' = pinv(b^T) w along both sides. "bilinear" resizes the kernel like a picture, as the
-  predecessors do from p16 to p8; a token's size then changes by about (size / P)^2.
+  "pseudoinverse" minimises the change of the tokens when images are resized with the patches; there
+  is no change when patches grow (FlexiViT, Beyer et al. 2022, https://arxiv.org/abs/2212.08013).
+  With the row operation x' = b x of bilinear resizing, w' = pinv(b^T) w along both sides.
+  "bilinear" resizes the kernel like an image, as the released OpenVision code does from p16 to p8;
+  the norm of tokens then changes by about (size / P)^2.
   """
   old = kernel.shape[0]
   if method == "bilinear":
@@ -261,30 +231,24 @@ def _fit(
   paths: Any,
   patch_resize: Literal["pseudoinverse", "bilinear"],
 ) -> tuple[str, Resample] | str:
-  """How an array of another shape is made to fit, or why it is not."""
+  """Return how an array of another shape is resampled, or why it cannot be."""
   tower, _, name = path.rpartition("/")
   if path.endswith("patch_embed/kernel") and old[2:] == new[2:]:
     return f"{patch_resize} resize", lambda x: resize_patches(x, new[0], patch_resize)
   if name == "position_embedding" and old[1:] == new[1:]:
     if f"{tower}/patch_embed/kernel".lstrip("/") not in paths:
       return "linear", lambda x: jax.image.resize(x, new, "linear", antialias=False)
-    sides = [math.isqrt(rows - 1) for rows in (old[0], new[0])]
-    if all(side**2 + 1 == rows for side, rows in zip(sides, (old[0], new[0]), strict=True)):
+    prefix = int(f"{tower}/cls".lstrip("/") in paths)
+    sides = [math.isqrt(rows - prefix) for rows in (old[0], new[0])]
+    if all(side**2 + prefix == rows for side, rows in zip(sides, (old[0], new[0]), strict=True)):
       before, after = ((side, side) for side in sides)
-      return "bilinear", lambda x: ov_models.resample_positions(x, before, after)
-    return f"position tables of {old[0]} and {new[0]} rows are not 1 + a square grid"
+      return "bilinear", lambda x: ov_models.resample_positions(x, before, after, prefix)
+    return f"position tables of {old[0]} and {new[0]} rows are not {prefix} + a square grid"
   return f"the source has {list(old)}, the model {list(new)}"
 
 
-def _matches(name: str, regex: str, path: str) -> bool:
-  try:
-    return re.search(regex, path) is not None
-  except re.error as error:
-    raise ValueError(f"init_from {name}={regex!r} is no regular expression: {error}") from error
-
-
 def _target(old: jax.ShapeDtypeStruct, new: jax.Array) -> jax.ShapeDtypeStruct:
-  """Where an array is read to: equal shapes as the new one, others replicated."""
+  """Return the target of a read: sharded like the new array for equal shapes, else replicated."""
   sharding = new.sharding
   if old.shape != new.shape and isinstance(sharding, jax.sharding.NamedSharding):
     sharding = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())

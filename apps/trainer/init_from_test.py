@@ -1,4 +1,4 @@
-"""Parameters of one run in the model of another: what is taken, resampled, left fresh, refused."""
+"""Tests of the initialisation from another run: copied, resampled and fresh parameters, errors."""
 
 import json
 
@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from apps.trainer.checkpoint import CheckpointError, Checkpoints
-from apps.trainer.init_from import check_tokenizer, init_from, resize_patches
+from apps.trainer.init_from import check_tokenizer, plan_init, resize_patches
+from apps.trainer.init_source import open_source
 import ov_models
 from ov_models import DecoderConfig, VisionLanguageConfig, ViTConfig
 
@@ -30,7 +31,7 @@ def make_params(config, seed):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-  """A workdir whose newest checkpoint holds OLD, with an average that is twice as large."""
+  """Return a workdir whose newest checkpoint contains OLD, with an average twice as large."""
   workdir = tmp_path_factory.mktemp("source")
   ema = jax.tree.map(lambda p: 2 * p, OLD)
   with Checkpoints(workdir / "checkpoints") as checkpoints:
@@ -50,6 +51,12 @@ def fresh(**kwargs):
   return FRESH[key]
 
 
+def copy(source, params, **options):
+  """Return `params` with those of the newest checkpoint of a workdir, and the report."""
+  plan = plan_init(open_source(source), params, **options)
+  return plan.apply(params), plan.report
+
+
 def flat(tree):
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   return {jax.tree_util.keystr(p, simple=True, separator="/"): np.array(x) for p, x in leaves}
@@ -60,22 +67,22 @@ def assert_equal(a, b):
     np.testing.assert_array_equal(x, y, err_msg=path)
 
 
-def test_the_same_model_is_taken_whole(source):
-  params, report = init_from(source, fresh())
+def test_same_model_is_copied(source):
+  params, report = copy(source, fresh())
   assert_equal(params, OLD)
   assert not report.resampled and not report.fresh and not report.unused
   assert len(report.taken) == len(jax.tree.leaves(OLD)) and report.source.endswith("/2")
 
 
-def test_an_earlier_step_and_the_average_can_be_taken(source):
+def test_earlier_step_and_average(source):
   twice = jax.tree.map(lambda p: 2 * p, OLD)
-  assert_equal(init_from(source, fresh(), step=1)[0], twice)
-  assert_equal(init_from(source, fresh(), part="ema")[0], twice)
+  for earlier in (open_source(source, step=1), open_source(source, part="ema")):
+    assert_equal(plan_init(earlier, fresh()).apply(fresh()), twice)
 
 
-def test_another_resolution_and_text_length_resample_the_positions(source):
+def test_position_tables_are_resampled(source):
   new = fresh(image=48, max_len=20)
-  params, report = init_from(source, new)
+  params, report = copy(source, new)
   got, old = flat(params), flat(OLD)
   assert report.resampled == {
     "decoder/position_embedding": "[12, 32] -> [20, 32], linear",
@@ -93,9 +100,9 @@ def test_another_resolution_and_text_length_resample_the_positions(source):
     np.testing.assert_array_equal(got[path], old[path])
 
 
-def test_other_vocabulary_depth_and_width_stay_fresh_and_are_told(source, tmp_path):
+def test_mismatching_parameters_stay_fresh(source, tmp_path):
   new = fresh(vocab=50, decoder={**SMALL, "depth": 3})
-  params, report = init_from(source, new)
+  params, report = copy(source, new)
   got = flat(params)
   assert report.fresh["decoder/embed/embedding"] == "the source has [40, 32], the model [50, 32]"
   assert "decoder/head/kernel" in report.fresh
@@ -108,23 +115,23 @@ def test_other_vocabulary_depth_and_width_stay_fresh_and_are_told(source, tmp_pa
   assert json.loads((tmp_path / "report.json").read_text())["fresh"] == report.fresh
 
 
-def test_what_only_one_side_has(source):
+def test_parameters_of_one_model_only(source):
   new = {"encoder": fresh()["encoder"], "probe": {"kernel": jnp.ones(3)}}
-  _, report = init_from(source, new)
+  report = plan_init(open_source(source), new).report
   assert report.fresh == {"probe/kernel": "not in the source"}
   assert "decoder/head/kernel" in report.unused and len(report.unused) > 10
 
 
 def test_include_and_exclude(source):
-  params, report = init_from(source, fresh(), include=["^encoder/"], exclude=["cls$"])
+  params, report = copy(source, fresh(), include=["^encoder/"], exclude=["cls$"])
   assert report.fresh["encoder/cls"] == "excluded"
   assert report.fresh["decoder/head/kernel"] == "not included"
   assert all(path.startswith("encoder/") for path in report.taken)
   np.testing.assert_array_equal(params["encoder"]["cls"], fresh()["encoder"]["cls"])
 
 
-def test_patches_of_another_size_are_resized(source):
-  params, report = init_from(source, fresh(image=64, patch=16))
+def test_patch_kernels_are_resized(source):
+  params, report = copy(source, fresh(image=64, patch=16))
   kernel = OLD["encoder"]["patch_embed"]["kernel"]
   assert report.resampled == {
     "encoder/patch_embed/kernel": "[8, 8, 3, 32] -> [16, 16, 3, 32], pseudoinverse resize"
@@ -150,7 +157,7 @@ def test_pseudoinverse_keeps_tokens_of_enlarged_patches():
   np.testing.assert_allclose(same, tokens(patches, kernel), rtol=1e-4, atol=1e-4)
 
 
-def test_pseudoinverse_of_smaller_patches_is_closest_and_bilinear_is_the_predecessors():
+def test_patch_resize_methods():
   kernel = OLD["encoder"]["patch_embed"]["kernel"]
   smooth = jax.image.resize(
     jax.random.normal(jax.random.key(3), (50, 3, 3, 3)), (50, 8, 8, 3), "bilinear"
@@ -169,31 +176,37 @@ def test_pseudoinverse_of_smaller_patches_is_closest_and_bilinear_is_the_predece
 @pytest.mark.parametrize(
   "kwargs,message",
   [
-    (dict(include=["^encdoer/"]), "include='.encdoer/' matches no parameter; paths are such as"),
+    (dict(include=["^encdoer/"]), "include='.encdoer/' matches no parameter; examples of paths:"),
     (dict(exclude=["nothing"]), "exclude='nothing' matches no parameter"),
-    (dict(step=1, part="ema"), "holds no 'ema'; it holds params, step"),
   ],
 )
-def test_errors_name_value_and_remedy(source, kwargs, message):
+def test_error_messages(source, kwargs, message):
   with pytest.raises(ValueError, match=message):
-    init_from(source, fresh(), **kwargs)
+    plan_init(open_source(source), fresh(), **kwargs)
 
 
-def test_nothing_that_fits_is_an_error(source, tmp_path):
+def test_a_checkpoint_without_average_has_no_ema(source):
+  with pytest.raises(ValueError, match="holds no 'ema'; it holds params, step"):
+    open_source(source, step=1, part="ema")
+
+
+def test_no_matching_parameters(source, tmp_path):
   with pytest.raises(ValueError, match="nothing in .* fits the model: it holds decoder/"):
-    init_from(source, {"image": {"kernel": jnp.ones(3)}})
+    plan_init(open_source(source), {"image": {"kernel": jnp.ones(3)}})
   with pytest.raises(CheckpointError, match="no intact checkpoint"):
-    init_from(tmp_path, fresh())
+    open_source(tmp_path)
 
 
-def test_rows_of_tokens_come_only_from_a_run_with_the_same_tokenizer(tmp_path):
+def test_token_rows_require_same_tokenizer(tmp_path):
   with Checkpoints(tmp_path / "checkpoints") as checkpoints:
     checkpoints.save(1, {"params": OLD, "step": jnp.int32(1)}, {"tokenizer": "a1b2"})
-  _, everything = init_from(tmp_path, fresh())
+  everything = plan_init(open_source(tmp_path), fresh()).report
   check_tokenizer(everything, "a1b2")
   with pytest.raises(ValueError, match="decoder/embed/embedding.*another tokenizer .a1b2.*c3d4"):
     check_tokenizer(everything, "c3d4")
-  _, tower = init_from(tmp_path, fresh(), include=("^encoder/",))
+  tower = plan_init(open_source(tmp_path), fresh(), include=("^encoder/",)).report
   check_tokenizer(tower, "c3d4")
-  _, rest = init_from(tmp_path, fresh(), exclude=("embed/embedding$|decoder/head/kernel$",))
+  rest = plan_init(
+    open_source(tmp_path), fresh(), exclude=("embed/embedding$|decoder/head/kernel$",)
+  ).report
   check_tokenizer(rest, "c3d4")

@@ -1,11 +1,11 @@
-"""Parameters that a run may start from: a checkpoint, of the published code too, or an export.
+"""Sources of initial parameters: checkpoints of this or of the released code, and exports.
 
   source = open_source("/data/released/checkpoint.npz", step=None, part="params")
   source.arrays["encoder/cls"]  # shape and dtype; nothing is on a device yet
 
-All are folders. A workdir of this code has `checkpoints/<step>/state`, one of the published code
-`checkpoint.npz/<step>/default`; the folder of a published repository has `jax_orbax_weight` around
-the latter. An export is a folder that `//apps:export --format=safetensors` wrote.
+All sources are folders. A workdir of this code has `checkpoints/<step>/state`, one of the released
+code `checkpoint.npz/<step>/default`; a published repository has the latter in `jax_orbax_weight`.
+An export is a folder written by `//apps:export --format=safetensors`.
 """
 
 from collections.abc import Callable, Mapping
@@ -40,14 +40,14 @@ _EXPECTED = (
 
 
 class InitSource(NamedTuple):
-  """One checkpoint, opened.
+  """One opened checkpoint.
 
   Attributes:
-    name: its folder.
+    name: path of the checkpoint.
     arrays: path -> shape and dtype of every parameter, by the names of this code.
-    read: gets the shape, dtype and sharding of some paths; returns their arrays.
-    tokenizer: fingerprint of the tokenizer of its run; None where the checkpoint does not say.
-    notes: what a reader of the report must know.
+    read: function from shapes, dtypes and shardings by path to arrays.
+    tokenizer: fingerprint of the tokenizer of its run; None if the checkpoint does not include it.
+    notes: remarks for the report.
   """
 
   name: str
@@ -58,31 +58,31 @@ class InitSource(NamedTuple):
 
 
 def open_source(path: epath.PathLike, step: int | None = None, part: Part = "params") -> InitSource:
-  """Open a checkpoint, whichever code wrote it.
+  """Open a checkpoint of this or of the released code.
 
   Args:
-    path: a workdir, its folder of checkpoints, or one checkpoint; local or gs://.
-    step: which checkpoint; the newest by default.
-    part: the trained parameters or their average.
+    path: workdir, its folder of checkpoints, or one checkpoint; local or gs://.
+    step: step of the checkpoint; the newest by default.
+    part: trained parameters or their average.
 
   Returns:
-    The source; parameters of the published code are in host memory.
+    The source; parameters of the released code are in host memory.
 
   Raises:
     CheckpointError: there is no intact checkpoint.
-    ValueError: the checkpoint holds another model, or no such part.
+    ValueError: the checkpoint contains another model, or lacks the part.
   """
   root = absolute_path(path)
   try:
     exists = root.exists()
-  except Exception as error:  # of whichever library reads the bucket
+  except Exception as error:  # of any library that reads the bucket
     what = " ".join(str(error).split())
     raise CheckpointError(
-      f"{root} cannot be opened: {what}; see that the network reaches it, and that the credentials "
+      f"{root} cannot be opened: {what}; check the network, and that the credentials "
       "of this machine may read it"
     ) from error
   if not exists:
-    raise CheckpointError(f"{root}: there is no such folder; {_EXPECTED}")
+    raise CheckpointError(f"{root}: the folder does not exist; {_EXPECTED}")
   if not root.is_dir():
     raise CheckpointError(f"{root} is a file; {_EXPECTED}")
   if (root / "model.safetensors").is_file() and "://" not in str(root):
@@ -124,7 +124,7 @@ def _open_own(root: epath.Path, step: int | None, part: Part) -> InitSource:
 def _open_published(root: epath.Path, step: int | None, part: Part) -> InitSource:
   folder = root if "://" in str(root) else Path(str(root))
   try:
-    # Kernels that are not split by heads are the same for any number of heads.
+    # Kernels that are not split by heads do not depend on the number of heads.
     found = orbax_folder.read(folder, step=step, num_heads=1)
   except FileNotFoundError as error:
     raise CheckpointError(f"{error} {_EXPECTED}") from error
@@ -133,9 +133,9 @@ def _open_published(root: epath.Path, step: int | None, part: Part) -> InitSourc
 
 
 def _in_memory(name: str, found: Imported, part: Part, note: str) -> InitSource:
-  """A source whose parameters are in host memory."""
+  """Return a source with parameters in host memory."""
   if part != "params":
-    raise ValueError(f"{name} is {note} and holds no {part!r}; take params.")
+    raise ValueError(f"{name} is {note} and holds no {part!r}; set the part to params.")
   params: Any = found.params
   if isinstance(found.config, ov_models.ViTConfig):
     params = {"encoder": params}

@@ -1,10 +1,10 @@
-"""How texts reach a text tower is kept with the run: one way at a time, that of the stage."""
+"""Tests of the text processor and tokenizer saved in the workdir."""
 
-from ml_collections import ConfigDict
 import pytest
 
-from apps.trainer.inputs import check_text_processor, keep_text_processor, open_tokenizer
+from apps.trainer.inputs import check_text_processor, open_tokenizer, save_text_processor
 from apps.trainer.progress import Terminal
+from apps.trainer.run_config import RunConfig
 from apps.trainer.workdir import Workdir
 from ov_data import TextProcessor, Tokenizer
 
@@ -28,47 +28,44 @@ def kept(workdir):
   return TextProcessor.load(workdir.path / "tokenizer").length
 
 
-def test_a_later_stage_with_other_texts_takes_the_place_of_the_one_before(workdir, short, long):
+def test_later_stage_replaces_text_processor(workdir, short, long):
   check_text_processor(workdir, [short, long])  # nothing is kept, so nothing is wrong
-  keep_text_processor(workdir, short, replace=True)
+  save_text_processor(workdir, short, replace=True)
   assert kept(workdir) == 12
   check_text_processor(workdir, [short, long])
-  keep_text_processor(workdir, long, replace=True)
+  save_text_processor(workdir, long, replace=True)
   assert kept(workdir) == 20
   check_text_processor(workdir, [short, long])
 
 
-def test_evaluating_an_earlier_stage_leaves_the_workdir_alone(workdir, short, long):
-  keep_text_processor(workdir, long, replace=False)
-  keep_text_processor(workdir, short, replace=False)
+def test_evaluation_does_not_change_workdir(workdir, short, long):
+  save_text_processor(workdir, long, replace=False)
+  save_text_processor(workdir, short, replace=False)
   assert kept(workdir) == 20
 
 
-def test_texts_of_no_stage_are_refused(workdir, short, long):
-  keep_text_processor(workdir, short, replace=True)
-  with pytest.raises(ValueError, match="belongs to texts of 12 tokens, .* asks for 20 tokens"):
+def test_text_processor_of_no_stage_is_rejected(workdir, short, long):
+  save_text_processor(workdir, short, replace=True)
+  with pytest.raises(ValueError, match="belongs to texts of 12 tokens, .* requires 20 tokens"):
     check_text_processor(workdir, [long, long])
   other = TextProcessor(short.tokenizer, 30)
-  with pytest.raises(ValueError, match="asks for 20 tokens, .* or 30 tokens"):
+  with pytest.raises(ValueError, match="requires 20 tokens, .* or 30 tokens"):
     check_text_processor(workdir, [long, other])
 
 
-def test_without_a_text_tower_nothing_is_kept_or_refused(workdir, short):
-  keep_text_processor(workdir, None, replace=True)
+def test_no_text_processor_without_text_tower(workdir, short):
+  save_text_processor(workdir, None, replace=True)
   assert not (workdir.path / "tokenizer").exists()
-  keep_text_processor(workdir, short, replace=True)
+  save_text_processor(workdir, short, replace=True)
   check_text_processor(workdir, [None])
 
 
 def tokenizer_config(path=""):
-  config = ConfigDict({"tokenizer": {"path": path}, "eval_only": False, "ft_from": ""})
-  config.init_from = ConfigDict({"path": ""})
-  config.checkpoint = ConfigDict({"dir": ""})
-  return config
+  return RunConfig.parse({"tokenizer": {"path": path}})
 
 
 @pytest.mark.parametrize("left", ([], ["tokenizer.json"], ["packing.json"], ["notes.txt"]))
-def test_a_tokenizer_whose_save_was_interrupted_is_made_again(workdir, short, tmp_path, left):
+def test_incomplete_tokenizer_is_recreated(workdir, short, tmp_path, left):
   short.tokenizer.save(tmp_path / "given")
   folder = workdir.path / "tokenizer"
   folder.mkdir()
@@ -82,7 +79,7 @@ def test_a_tokenizer_whose_save_was_interrupted_is_made_again(workdir, short, tm
   assert [path.name for path in aside.iterdir()] == left if left else not aside.exists()
 
 
-def test_an_incomplete_tokenizer_of_a_run_with_checkpoints_is_refused(workdir, short, tmp_path):
+def test_incomplete_tokenizer_with_checkpoints_is_an_error(workdir, short, tmp_path):
   short.tokenizer.save(tmp_path / "given")
   (workdir.path / "tokenizer").mkdir()
   (workdir.path / "checkpoints" / "4").mkdir(parents=True)

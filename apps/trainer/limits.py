@@ -1,37 +1,33 @@
-"""Sizes that a machine cannot hold, and pixels that no patch covers, before anything is made."""
+"""Checks of image and batch sizes before anything is allocated."""
 
 import os
-from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
+from apps.trainer.run_config import RunConfig
 from apps.trainer.task import Task
-import ov_models
 
-_MOST_PATCHES = 2**16  # attention needs their square
+_MAX_PATCHES = 2**16  # attention is quadratic in it
 
 
 def check_patches(task: Task) -> None:
-  """Check how many patches an image has.
+  """Check the number of patches of an image.
 
   Raises:
-    ValueError: more than attention can take.
+    ValueError: there are more patches than attention supports.
   """
-  encoder = _encoder(task)
-  if encoder is not None and encoder.num_patches > _MOST_PATCHES:
+  encoder = task.model.encoder
+  if encoder.num_patches > _MAX_PATCHES:
     raise ValueError(
       f"config.model.image_size={encoder.image_size} with patches of {encoder.patch_size} px makes "
-      f"{encoder.num_patches:,} patches; expected at most {_MOST_PATCHES:,}: lower the size, or "
+      f"{encoder.num_patches:,} patches; expected at most {_MAX_PATCHES:,}: lower the size, or "
       "take larger patches, such as config.model.encoder=Ti/16"
     )
 
 
 def border_note(task: Task) -> str | None:
-  """Describe the border of an image that fills no patch and is ignored; None without one."""
-  encoder = _encoder(task)
-  if encoder is None:
-    return None
+  """Return a warning on image borders that fill no patch and are ignored; None without one."""
+  encoder = task.model.encoder
   size, patch = encoder.image_size, encoder.patch_size
   rows, _ = encoder.dropped_pixels(size, size)
   if not rows:
@@ -44,15 +40,15 @@ def border_note(task: Task) -> str | None:
   )
 
 
-def check_batch_memory(config: ConfigDict, task: Task) -> None:
-  """Check that a batch fits into the memory of this machine.
+def check_batch_memory(config: RunConfig, task: Task) -> None:
+  """Check that a batch fits into the memory of this host.
 
   Args:
-    config: of a stage.
-    task: of the stage.
+    config: configuration of a stage.
+    task: task of the stage.
 
   Raises:
-    ValueError: the images and texts of this process's rows need more than there is.
+    ValueError: the images and texts of this process exceed the memory.
   """
   texts = max(1, len(task.text_specs or {}))
   example = 3 * task.image_size**2 + 5 * texts * task.text_len
@@ -66,14 +62,8 @@ def check_batch_memory(config: ConfigDict, task: Task) -> None:
 
 
 def _memory() -> int | None:
-  """Bytes of memory of this machine; None where the system does not know."""
+  """Return the bytes of memory of this host; None if unknown."""
   try:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
   except (ValueError, OSError):
     return None
-
-
-def _encoder(task: Task) -> ov_models.ViTConfig | None:
-  """The vision tower of a task, where it has one of ov_models."""
-  encoder: Any = getattr(getattr(task, "model", None), "encoder", None)
-  return encoder if isinstance(encoder, ov_models.ViTConfig) else None

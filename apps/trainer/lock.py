@@ -1,23 +1,26 @@
 """Lock of a workdir: one run at a time on local disks, shared file systems and buckets.
 
   with lock.folder(Path("/runs/a"), "--workdir=/runs/a"):
-    ...  # a second run that tries the same ends with one line that names this process
+    ...  # a second run on this folder fails with one line that names this process
 
-The file `run.lock` names the owner: host, process, job, start time. Two mechanisms keep it:
+The file `run.lock` names the owner: host, process, job, start time. There are two mechanisms:
 
-  flock   on file systems where `flock` reaches every host. The lock ends with its process.
-  lease   in a bucket and on other file systems. It ends when its owner deletes the file.
+  flock   on file systems where `flock` works across hosts. The lock ends with its process.
+  lease   in buckets and on other file systems. It ends when its owner deletes the file.
 
-In both cases the owner renews the file every 3 s. A new run takes the lock over at once where
+In both cases the owner renews the file every 3 s. A new run takes the lock over at once if
   - nobody holds it,
   - the owner ran on this machine and its process has ended,
-  - the owner ran on another machine as part of the same job (`lock_owner.job_id`): the scheduler
-    starts a job again only after it has ended the last attempt.
-An owner on another machine, of no job or another one, is watched for up to 15 s: one that renews
-the file is alive, and the new run is refused; otherwise the lock is stale and taken over. Clocks
-of machines are not compared.
+  - the owner ran on another machine as part of the same job (`lock_owner.job_id`): a scheduler
+    restarts a job only after its last attempt has ended.
+Any other owner on another machine is watched for up to 15 s. If it renews the file, it is alive and
+the new run fails; otherwise the lock is stale and is taken over. Clocks of machines are not
+compared.
 
-An owner that finds its lock taken over, such as a process that was suspended, ends at once.
+An owner whose lock was taken over, such as a suspended process, exits at once.
+
+Libraries such as filelock support no buckets, and do not detect that an owner on another machine
+has ended.
 """
 
 from collections.abc import Callable, Iterator
@@ -37,69 +40,69 @@ from absl import logging
 import tensorstore
 
 from apps.trainer.errors import UserError
-from apps.trainer.lock_owner import Owner, has_ended, parse, this_process, to_bytes
 from apps.trainer.startup import printable, program
+from ov_data.lock_owner import Owner, has_ended, parse, this_process, to_bytes
 
 FILE = "run.lock"
 RENEW_SECONDS = 3.0
 STALE_SECONDS = 15.0  # five missed renewals
-_REQUEST_SECONDS = 60.0  # for an answer of a bucket
-_LOST = 2  # exit code: starting again would fight with the new owner
-# File systems where flock may hold on this machine only, or not at all.
+_REQUEST_SECONDS = 60.0  # timeout of a bucket request
+_LOST = 2  # exit code: a restart would conflict with the new owner
+# File systems where flock may not work across hosts, or not at all.
 _WITHOUT_FLOCK = ("fuse", "lustre", "9p", "virtiofs", "cifs", "smb", "afs")
 _NO_FLOCK = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
 @contextlib.contextmanager
 def folder(
-  path: Path, setting: str, say: Callable[[str], None] = lambda text: None
+  path: Path, setting: str, log: Callable[[str], None] = lambda text: None
 ) -> Iterator[None]:
-  """Hold the lock of a folder on a file system; creates the folder.
+  """Hold the lock of a folder on a file system; create the folder.
 
   Args:
-    path: the folder.
-    setting: the setting and its value, for messages.
-    say: prints a line, when it has to watch the owner.
+    path: path of the folder.
+    setting: name and value of the setting, for messages.
+    log: function that prints a line while the owner is watched.
 
   Raises:
-    UserError: another run holds it.
+    UserError: another run holds the lock.
     OSError: the folder cannot be written.
   """
   path.mkdir(parents=True, exist_ok=True)
   me, file = this_process(), path / FILE
-  fd = _flock(file, me, setting, say) if _flock_reaches_all(path) else None
+  fd = _flock(file, me, setting, log) if _flock_reaches_all(path) else None
   if fd is None:
-    with _lease(_FileRecord(file), me, setting, say):
+    with _lease(_FileRecord(file), me, setting, log):
       yield
     return
   try:
     with _watching(lambda: _renew_file(fd, file, me), setting):
       yield
   finally:
-    with contextlib.suppress(OSError):  # the folder may be gone
+    with contextlib.suppress(OSError):  # the folder may be deleted
       if _is_file(fd, file):
         file.unlink()
     os.close(fd)
 
 
 def bucket(
-  store: tensorstore.KvStore, setting: str, say: Callable[[str], None] = lambda text: None
+  store: tensorstore.KvStore, setting: str, log: Callable[[str], None] = lambda text: None
 ) -> contextlib.AbstractContextManager[None]:
   """Hold the lock of a folder in a bucket.
 
   Args:
-    store: the folder.
-    setting: the setting and its value, for messages.
-    say: prints a line, when it has to watch a lease.
+    store: key-value store of the folder.
+    setting: name and value of the setting, for messages.
+    log: function that prints a line while a lease is watched.
 
   Raises:
-    UserError: another run holds it.
+    UserError: another run holds the lock.
     ValueError, TimeoutError: the bucket cannot be used.
   """
-  return _lease(_BucketRecord(store), this_process(), setting, say)
+  return _lease(_BucketRecord(store), this_process(), setting, log)
 
 
-def _refuse(owner: Owner | None, setting: str) -> UserError:
+def _in_use_error(owner: Owner | None, setting: str) -> UserError:
   if owner is None:
     return UserError(
       f"{setting} is in use by another run; wait until it ends, or choose another folder"
@@ -111,11 +114,11 @@ def _refuse(owner: Owner | None, setting: str) -> UserError:
 
 
 def _flock_reaches_all(path: Path) -> bool:
-  """Whether flock on the file system of a folder is seen by every host that shares it."""
+  """Return whether flock on the file system of a folder works across hosts."""
   best, kind = "", ""
   try:
     mounts = Path("/proc/self/mounts").read_text("utf-8", "surrogateescape").splitlines()
-  except OSError:  # no Linux
+  except OSError:  # not Linux
     return True
   resolved = os.path.realpath(path)
   for line in mounts:
@@ -127,17 +130,17 @@ def _flock_reaches_all(path: Path) -> bool:
   return not kind.startswith(_WITHOUT_FLOCK)
 
 
-def _flock(file: Path, me: Owner, setting: str, say: Callable[[str], None]) -> int | None:
+def _flock(file: Path, me: Owner, setting: str, log: Callable[[str], None]) -> int | None:
   """Lock the file with flock and write `me` into it.
 
   Returns:
-    The file descriptor that holds the lock; None where the file system has no flock.
+    File descriptor that holds the lock; None if the file system has no flock.
   """
   for _ in range(50):
     fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     try:
       fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      if _is_file(fd, file):  # another run may have removed or replaced it since it was opened
+      if _is_file(fd, file):  # another run may have removed or replaced it after open
         os.ftruncate(fd, 0)
         os.pwrite(fd, to_bytes(me), 0)
         return fd
@@ -145,23 +148,23 @@ def _flock(file: Path, me: Owner, setting: str, say: Callable[[str], None]) -> i
     except BlockingIOError:
       os.close(fd)
       owner, seen = _read_file(file)
-      if owner is None:  # its owner is about to write it, or to remove it
+      if owner is None:  # its owner is about to write or remove it
         time.sleep(0.1)
-      # Held for a process that has ended: by a child of it, or by the server for a lost host.
-      elif _may_take(owner, seen, me, lambda: _read_file(file), setting, say):
+      # Held after its process ended: by a child process, or by the server for a lost host.
+      elif _may_take(owner, seen, me, lambda: _read_file(file), setting, log):
         return _replace(file, me)
     except OSError as error:
       os.close(fd)
       if error.errno in _NO_FLOCK:
         return None
       raise OSError(error.errno, error.strerror, str(file)) from error
-  raise _refuse(None, setting)
+  raise _in_use_error(None, setting)
 
 
 def _read_file(file: Path) -> tuple[Owner | None, object]:
-  """The owner in a file and what changes when it is renewed."""
+  """Return the owner in a file, and a value that changes with each renewal."""
   try:
-    with open(file, "rb") as opened:  # an open file has its true time on NFS, too
+    with open(file, "rb") as opened:  # opening updates the modification time on NFS
       return parse(opened.read(10_000)), os.fstat(opened.fileno()).st_mtime_ns
   except FileNotFoundError:
     return None, None
@@ -173,32 +176,32 @@ def _may_take(
   me: Owner,
   read: Callable[[], tuple[Owner | None, object]],
   setting: str,
-  say: Callable[[str], None],
+  log: Callable[[str], None],
 ) -> bool:
-  """Whether `me` may take over the lock of `owner`, watching the owner where that is not known.
+  """Return whether `me` may take over the lock of `owner`; watch the owner if that is unknown.
 
   Args:
-    owner: None for a record that is not of this module.
-    seen: what changes when the lock is renewed.
+    owner: owner of the lock; None for a record that this module did not write.
+    seen: value that changes with each renewal of the lock.
     me: this process.
-    read: reads owner and `seen` again.
-    setting: for messages.
-    say: prints a line.
+    read: function that reads owner and `seen` again.
+    setting: name and value of the setting, for messages.
+    log: function that prints a line.
 
   Returns:
-    False where somebody else has taken it meanwhile.
+    False if another process took the lock in the meantime.
 
   Raises:
     UserError: the owner is alive.
   """
   ended = owner and has_ended(owner, me)
   if ended is False:
-    raise _refuse(owner, setting)
+    raise _in_use_error(owner, setting)
   if ended:
     return True
-  say(
-    f"{setting} was last in use by {owner or 'another run'}: watching for up to "
-    f"{STALE_SECONDS:.0f} s whether that is alive"
+  log(
+    f"{setting} was last in use by {owner or 'another run'}: waiting up to "
+    f"{STALE_SECONDS:.0f} s for a renewal of its lock"
   )
   deadline = time.monotonic() + STALE_SECONDS
   while time.monotonic() < deadline:
@@ -206,13 +209,13 @@ def _may_take(
     found, now = read()
     if now != seen:
       if found and owner and found.token == owner.token:
-        raise _refuse(owner, setting)
+        raise _in_use_error(owner, setting)
       return False
   return True
 
 
 def _replace(file: Path, me: Owner) -> int:
-  """Lock a new file and give it the name of one whose owner has ended."""
+  """Lock a new file and rename it to replace one whose owner has ended."""
   new = file.with_name(f"{file.name}.{me.token}.partial")
   fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
   try:
@@ -228,7 +231,7 @@ def _replace(file: Path, me: Owner) -> int:
 
 
 def _is_file(fd: int, file: Path) -> bool:
-  """Whether the file of that name is the open one."""
+  """Return whether the path still refers to the open file."""
   try:
     return os.path.samestat(os.fstat(fd), os.stat(file))
   except FileNotFoundError:
@@ -236,29 +239,29 @@ def _is_file(fd: int, file: Path) -> bool:
 
 
 def _renew_file(fd: int, file: Path, me: Owner) -> Owner | None:
-  """Renew the file; return the owner that has replaced it, None if nobody did."""
+  """Renew the file; return the owner that replaced it, or None."""
   try:
     if _is_file(fd, file):
       os.utime(fd)
       return None
     owner = parse(file.read_bytes())
-  except OSError:  # deleted with the workdir, which the run notices where it writes
+  except OSError:  # deleted with the workdir, which fails on the next write of the run
     return None
   return owner if owner is not None and owner.token != me.token else None
 
 
 class _Record(Protocol):
-  """The record of a lease, in a place that all machines see."""
+  """Record of a lease, visible to all machines."""
 
   def read(self) -> tuple[bytes | None, object]:
     """Return the content, None if there is none, and its generation."""
 
   def write(self, data: bytes | None, generation: object) -> object | None:
-    """Replace (None: delete) a generation; returns the new one, None if it was another."""
+    """Replace (None: delete) a generation; return the new one, or None on a conflict."""
 
 
 class _BucketRecord:
-  """An object of a bucket, written on condition of its generation."""
+  """Object in a bucket, written on condition of its generation."""
 
   def __init__(self, store: tensorstore.KvStore):
     self._store = store
@@ -274,7 +277,7 @@ class _BucketRecord:
 
 
 class _FileRecord:
-  """A file. Two writers at the same moment both succeed; the first notices when it renews."""
+  """File. Two simultaneous writers both succeed; the first one notices at its next renewal."""
 
   def __init__(self, path: Path):
     self._path = path
@@ -303,9 +306,9 @@ class _FileRecord:
 
 
 @contextlib.contextmanager
-def _lease(record: _Record, me: Owner, setting: str, say: Callable[[str], None]) -> Iterator[None]:
+def _lease(record: _Record, me: Owner, setting: str, log: Callable[[str], None]) -> Iterator[None]:
   lease = _Lease(record, me)
-  lease.acquire(setting, say)
+  lease.acquire(setting, log)
   try:
     with _watching(lease.renew, setting):
       yield
@@ -314,17 +317,17 @@ def _lease(record: _Record, me: Owner, setting: str, say: Callable[[str], None])
 
 
 class _Lease:
-  """A lease of this process."""
+  """Lease of this process."""
 
   def __init__(self, record: _Record, me: Owner):
     self._record, self._me = record, me
     self._generation: object = None
 
-  def acquire(self, setting: str, say: Callable[[str], None]) -> None:
-    """Return when this process has the lease; raise UserError if a live one has it."""
+  def acquire(self, setting: str, log: Callable[[str], None]) -> None:
+    """Wait for the lease; raise UserError if a live process holds it."""
     while True:
       data, generation = self._record.read()
-      if data is None or _may_take(parse(data), generation, self._me, self._read, setting, say):
+      if data is None or _may_take(parse(data), generation, self._me, self._read, setting, log):
         self._generation = self._record.write(to_bytes(self._me), generation)
         if self._generation is not None:
           return
@@ -334,14 +337,14 @@ class _Lease:
     return (None if data is None else parse(data)), generation
 
   def renew(self) -> Owner | None:
-    """Renew the lease; return the owner that has taken it over, None if nobody did."""
+    """Renew the lease; return the owner that took it over, or None."""
     renewed = dataclasses.replace(self._me, renewals=self._me.renewals + 1)
     written = self._record.write(to_bytes(renewed), self._generation)
     if written is None:
       owner, generation = self._read()
       if owner is not None and owner.token != self._me.token:
         return owner
-      self._generation = generation  # it was deleted, or the answer to the last renewal was lost
+      self._generation = generation  # deleted, or the response to the last renewal was lost
       return None
     self._me, self._generation = renewed, written
     return None
@@ -349,20 +352,20 @@ class _Lease:
   def release(self) -> None:
     try:
       self._record.write(None, self._generation)
-    except Exception as error:  # the next run sees that this process has ended
+    except Exception as error:  # the next run detects that this process has ended
       logging.debug("%s: %s", FILE, error)
 
 
 @contextlib.contextmanager
 def _watching(look: Callable[[], Owner | None], setting: str) -> Iterator[None]:
-  """Call `look` in a thread; the process ends when it returns another owner."""
+  """Call `look` in a thread; exit the process when it returns another owner."""
   over = threading.Event()
 
   def watch() -> None:
     while not over.wait(RENEW_SECONDS):
       try:
         owner = look()
-      except Exception as error:  # a network failure; the next time may be better
+      except Exception as error:  # a network failure; retry later
         logging.debug("%s: %s", setting, error)
         continue
       if owner is not None and not over.is_set():
@@ -376,7 +379,7 @@ def _watching(look: Callable[[], Owner | None], setting: str) -> Iterator[None]:
     yield
   finally:
     over.set()
-    thread.join(_REQUEST_SECONDS)  # a renewal after the release would bring the record back
+    thread.join(_REQUEST_SECONDS)  # a renewal after the release would recreate the record
 
 
 def _end(text: str) -> None:

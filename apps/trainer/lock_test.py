@@ -1,4 +1,4 @@
-"""The lock of a workdir: one live owner; ended, stale and lost owners are recovered."""
+"""Tests of the workdir lock: one live owner; recovery from ended, stale and lost owners."""
 
 import dataclasses
 import json
@@ -11,8 +11,9 @@ import sys
 import pytest
 import tensorstore
 
-from apps.trainer import lock, lock_owner
+from apps.trainer import lock
 from apps.trainer.errors import UserError
+from ov_data import lock_owner
 
 _HOLD = """
 import sys, time
@@ -48,7 +49,7 @@ def store():
 
 
 def start(path, kind, **variables):
-  """A process that holds the lock of a folder."""
+  """Start a process that holds the lock of a folder."""
   process = subprocess.Popen(
     [sys.executable, "-c", _HOLD, str(path), kind],
     env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), **variables},
@@ -70,12 +71,12 @@ def owner(path):
 
 
 def elsewhere(**changes):
-  """An owner on another machine."""
+  """Return an owner on another machine."""
   values = {"host": "other", "machine": "boot:1", **changes}
   return dataclasses.replace(lock_owner.this_process(), **values)
 
 
-def test_a_second_process_is_refused_with_the_owner_and_the_remedy(tmp_path, kind):
+def test_second_process_fails_with_owner_and_remedy(tmp_path, kind):
   process = start(tmp_path, kind)
   try:
     expected = rf"--workdir=run is in use by process {process.pid} on \S+ \(since .* UTC\); "
@@ -87,7 +88,7 @@ def test_a_second_process_is_refused_with_the_owner_and_the_remedy(tmp_path, kin
     end(process)
 
 
-def test_a_killed_owner_delays_nobody(tmp_path, kind):
+def test_lock_of_killed_owner_is_taken_over(tmp_path, kind):
   end(start(tmp_path, kind))
   assert (tmp_path / lock.FILE).exists()
   watched = []
@@ -97,7 +98,7 @@ def test_a_killed_owner_delays_nobody(tmp_path, kind):
   assert not (tmp_path / lock.FILE).exists()
 
 
-def test_a_lock_that_a_child_of_the_killed_owner_holds_is_taken_over(tmp_path):
+def test_lock_held_by_child_of_killed_owner(tmp_path):
   file = tmp_path / lock.FILE
   gone = subprocess.Popen([sys.executable, "-c", ""])
   gone.wait()
@@ -113,7 +114,7 @@ def test_a_lock_that_a_child_of_the_killed_owner_holds_is_taken_over(tmp_path):
     end(child)
 
 
-def test_the_same_job_on_another_machine_takes_over_at_once(tmp_path, monkeypatch):
+def test_same_job_on_another_machine(tmp_path, monkeypatch):
   monkeypatch.setattr(lock, "_flock_reaches_all", lambda path: False)
   monkeypatch.setenv("SLURM_JOB_ID", "41")
   (tmp_path / lock.FILE).write_bytes(lock_owner.to_bytes(elsewhere()))
@@ -123,7 +124,7 @@ def test_the_same_job_on_another_machine_takes_over_at_once(tmp_path, monkeypatc
   assert not watched
 
 
-def test_a_stale_owner_on_another_machine_is_taken_over_after_watching(tmp_path, kind, monkeypatch):
+def test_stale_owner_on_another_machine(tmp_path, kind, monkeypatch):
   monkeypatch.setattr(lock, "_flock_reaches_all", lambda path: False)
   (tmp_path / lock.FILE).write_bytes(lock_owner.to_bytes(elsewhere(job="SLURM_JOB_ID=40")))
   watched = []
@@ -132,9 +133,9 @@ def test_a_stale_owner_on_another_machine_is_taken_over_after_watching(tmp_path,
   assert len(watched) == 1 and "on other" in watched[0]
 
 
-def test_a_live_owner_on_another_machine_is_seen_by_its_renewals(tmp_path, kind, monkeypatch):
+def test_live_owner_on_another_machine(tmp_path, kind, monkeypatch):
   process = start(tmp_path, kind)
-  monkeypatch.setattr(lock_owner, "_machine", lambda: "boot:1")  # this process is elsewhere
+  monkeypatch.setattr(lock_owner, "_machine", lambda: "boot:1")  # another machine
   try:
     expected = f"in use by process {process.pid}"
     with pytest.raises(UserError, match=expected), lock.folder(tmp_path, "--workdir=run"):
@@ -143,7 +144,7 @@ def test_a_live_owner_on_another_machine_is_seen_by_its_renewals(tmp_path, kind,
     end(process)
 
 
-def test_an_owner_whose_lock_was_taken_over_ends_with_one_line(tmp_path, kind):
+def test_owner_exits_after_losing_lock(tmp_path, kind):
   process = start(tmp_path, kind)
   new = tmp_path / "new"
   new.write_bytes(lock_owner.to_bytes(elsewhere()))
@@ -161,13 +162,13 @@ def test_an_owner_whose_lock_was_taken_over_ends_with_one_line(tmp_path, kind):
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"host": 1}', b"\xff"])
-def test_a_record_that_is_torn_or_foreign_locks_nobody_out(tmp_path, kind, content):
+def test_incomplete_or_foreign_record_is_ignored(tmp_path, kind, content):
   (tmp_path / lock.FILE).write_bytes(content)
   with lock.folder(tmp_path, "--workdir=run"):
     assert owner(tmp_path)["pid"] == os.getpid()
 
 
-def test_a_link_is_not_followed(tmp_path):
+def test_symlink_is_not_followed(tmp_path):
   (tmp_path / "run").mkdir()
   (tmp_path / "run" / lock.FILE).symlink_to(tmp_path / "precious")
   with pytest.raises(OSError), lock.folder(tmp_path / "run", "--workdir=run"):
@@ -175,7 +176,7 @@ def test_a_link_is_not_followed(tmp_path):
   assert not (tmp_path / "precious").exists()
 
 
-def test_bucket_lease_is_refused_renewed_and_released(store):
+def test_bucket_lease_lifecycle(store):
   with lock.bucket(store, "--workdir=gs://b/r"):
     expected = f"in use by process {os.getpid()}"
     with pytest.raises(UserError, match=expected), lock.bucket(store, "--workdir=gs://b/r"):
@@ -207,18 +208,18 @@ def test_bucket_lease_taken_over_is_noticed(store):
   lease.acquire("--workdir=gs://b/r", print)
   store.write(lock.FILE, lock_owner.to_bytes(elsewhere())).result()
   assert lease.renew().host == "other"
-  lease.release()  # leaves the lease of the other
+  lease.release()  # keeps the lease of the other owner
   assert json.loads(store.read(lock.FILE).result().value)["host"] == "other"
 
 
-def test_a_reused_process_number_is_another_process():
+def test_reused_process_id():
   me = lock_owner.this_process()
   assert lock_owner.has_ended(me, me) is False
   assert lock_owner.has_ended(dataclasses.replace(me, started="1"), me) is True
   assert lock_owner.has_ended(elsewhere(), me) is None
 
 
-def test_the_lock_outlives_nothing_where_the_folder_is_deleted(tmp_path):
+def test_lock_with_deleted_folder(tmp_path):
   folder = tmp_path / "run"
   with lock.folder(folder, "--workdir=run"):
     (folder / lock.FILE).unlink()

@@ -1,16 +1,15 @@
-"""The training loop: mesh, data, task, state, restore, steps, evaluation, report.
+"""Training loop: mesh, data, task, state, restore, steps, evaluation, report.
 
-`run_training` reads top to bottom. It knows no task: an app gives it the functions of `App`.
+`run_training` is independent of losses and evaluators.
 
-A run stopped at any point goes on exactly where its last checkpoint stands: a checkpoint holds
-params, optimizer state, step and data position; the randomness of a step follows from (seed, step);
-and all lines of metrics.jsonl up to a checkpoint are written before the checkpoint.
+An interrupted run resumes exactly from its last checkpoint: a checkpoint contains parameters,
+optimizer state, step and data position; the random keys of a step follow from (seed, step); and all
+lines of metrics.jsonl up to a checkpoint are written before the checkpoint.
 """
 
 import contextlib
 
 import jax
-from ml_collections import ConfigDict
 
 from apps.trainer import inputs
 from apps.trainer.checkpoint import Checkpoints
@@ -21,16 +20,12 @@ from apps.trainer.hooks import Hooks
 from apps.trainer.init_from import plan_init
 from apps.trainer.init_source import open_source
 from apps.trainer.optimizer import summarize_groups
-from apps.trainer.parts import App, build_step
-from apps.trainer.prepare import (
-  Prepared,
-  PreparedStage,
-  open_training_data,
-  prepare,
-)
+from apps.trainer.parts import MakeEvaluate, build_step
+from apps.trainer.prepare import Prepared, PreparedStage, prepare
 from apps.trainer.progress import Terminal
 from apps.trainer.resume import check_step
 from apps.trainer.run import Run
+from apps.trainer.run_config import RunConfig
 from apps.trainer.sinks import MetricWriter
 from apps.trainer.startup import printable
 from apps.trainer.state import TrainState, init_state, replace_params
@@ -43,29 +38,29 @@ import ov_models
 
 
 def run_training(
-  config: ConfigDict,
+  config: RunConfig,
   workdir: Workdir,
-  app: App,
+  make_evaluate: MakeEvaluate,
   terminal: Terminal,
   hooks: Hooks,
 ) -> int:
   """Train all stages of `config` in `workdir`, or resume them.
 
   Args:
-    config: of the run.
-    workdir: of the run.
-    app: makes tasks and evaluators.
-    terminal: shows the phases.
-    hooks: what is done next to training; the compile cache is added.
+    config: configuration of the run.
+    workdir: workdir of the run.
+    make_evaluate: function that creates the evaluators of a stage.
+    terminal: terminal that shows the phases.
+    hooks: hooks of the run; the compile cache is added.
 
   Returns:
-    The exit code: 0, or that of the signal that asked to stop before the end.
+    The exit code: 0, or that of the signal that stopped the run early.
 
   Raises:
-    UserError: settings, data or a checkpoint that cannot be used, told in one line.
+    UserError: settings, data or a checkpoint are invalid; the message is one line.
   """
   with user_errors():
-    prepared = prepare(config, workdir, app, terminal, hooks.waiting_for_input)
+    prepared = prepare(config, workdir, make_evaluate, terminal, hooks.waiting_for_input)
     stages, mesh, tokenizer = prepared.stages, prepared.mesh, prepared.tokenizer
     if jax.process_index() == 0 and not config.eval_only:
       fs.write_atomic(str(workdir.path / "config.json"), to_json(config).encode())
@@ -78,7 +73,7 @@ def run_training(
 
   cache, saved = prepared.cache, prepared.saved
   hooks.add(cache)
-  saving = run_errors(printable(workdir.place), checkpoints.finished_step)
+  saving = run_errors(printable(workdir.uri), checkpoints.finished_step)
   with cache, checkpoints, StopRequest() as stop, hooks.errors(), saving:
     cache.fetch()
     writer = MetricWriter(
@@ -127,29 +122,29 @@ def run_training(
       return 0
 
 
-def _train_stage(run: Run, prepared: PreparedStage, whole: Prepared) -> str | None:
-  """Train one stage to its end; return the signal that stopped it, if one did."""
-  stage, parts, evaluate = prepared
-  config, mesh, say = stage.config, run.mesh, run.terminal.phase
+def _train_stage(run: Run, prepared_stage: PreparedStage, prepared: Prepared) -> str | None:
+  """Train one stage to its end; return the signal that stopped it, if any."""
+  stage, parts, evaluate = prepared_stage
+  config, mesh, phase = stage.config, run.mesh, run.terminal.phase
   with user_errors():
     task, optimizer = parts.task, parts.optimizer
     texts = task.text_processor(run.tokenizer)
-    inputs.keep_text_processor(run.workdir, texts, replace=not config.eval_only)
+    inputs.save_text_processor(run.workdir, texts, replace=not config.eval_only)
     run.model_name = task.name
     run.num_params = ov_models.num_params(task.abstract_params())
-    say(
+    phase(
       f"{stage.name}: {task.name} at {task.image_size} px, "
       f"{run.num_params:,} parameters, {config.total_steps:,} steps of {config.batch_size:,}"
     )
     wanted = config.optimizer
-    if wanted.frozen or wanted.lr_multipliers or wanted.layer_decay:  # what the regexes matched
-      say(f"{stage.name}: parameter groups\n{summarize_groups(optimizer.groups)}")
+    if wanted.frozen or wanted.lr_multipliers or wanted.layer_decay:  # show what the regexes match
+      phase(f"{stage.name}: parameter groups\n{summarize_groups(optimizer.groups)}")
     train_step = build_step(config, parts, mesh, stage.index)
-    loader = whole.loader
-    if stage.index > whole.first:
-      say(f"{stage.name}: opening the data")
-      loader = open_training_data(whole, stage.index)
-    state = _start(run, prepared, whole, loader)
+    loader = prepared.loader
+    if stage.index > prepared.first:
+      phase(f"{stage.name}: opening the data")
+      loader = inputs.train_loader(config, task, run.tokenizer, mesh, stage.index)
+    state = _start(run, prepared_stage, prepared, loader)
     step = stage.first_step + int(state["step"])
     if loader is not None and step < stage.last_step:
       run.history.begin(stage.name, step, config.batch_size)
@@ -162,7 +157,6 @@ def _train_stage(run: Run, prepared: PreparedStage, whole: Prepared) -> str | No
       first_step=stage.first_step,
       last_step=stage.last_step,
     ) as progress,
-    ov_models.on_mesh(mesh),
   ):
     stepper = Stepper(run, stage, task, evaluate, progress)
     signal = None
@@ -177,15 +171,15 @@ def _train_stage(run: Run, prepared: PreparedStage, whole: Prepared) -> str | No
 
 
 def _start(
-  run: Run, prepared: PreparedStage, whole: Prepared, loader: ov_data.Loader | None
+  run: Run, prepared_stage: PreparedStage, prepared: Prepared, loader: ov_data.Loader | None
 ) -> TrainState:
-  """The state a stage begins or resumes with; sets the loader, if any, to where it belongs.
+  """Return the initial state of a stage, and set the position of the loader, if any.
 
-  1. the run's own checkpoint, 2. params of the stage before, 3. `config.init_from`, one source
-  after the other, 4. scratch.
+  The source is the first of: 1. the run's own checkpoint, 2. the parameters of the previous stage,
+  3. `config.init_from`, one source after the other, 4. random initialisation.
   """
-  stage, parts = prepared.stage, prepared.parts
-  saved = whole.saved if stage.index == whole.first else run.checkpoints.latest_step()
+  stage, parts = prepared_stage.stage, prepared_stage.parts
+  saved = prepared.saved if stage.index == prepared.first else run.checkpoints.latest_step()
   if saved is not None and saved > stage.first_step:
     run.terminal.phase(f"{stage.name}: restoring step {saved:,}")
     state, metadata = run.checkpoints.restore(parts.abstract, saved)
@@ -197,8 +191,8 @@ def _start(
   state = init_state(
     parts.task.init, jax.random.key(stage.config.seed), parts.optimizer.tx, parts.shardings
   )
-  init = whole.init
-  if stage.index:  # the params the stage before ended with
+  init = prepared.init
+  if stage.index:  # parameters of the previous stage
     run.checkpoints.wait()
     source = open_source(run.checkpoints.directory, saved)
     init = [plan_init(source, state["params"])]

@@ -1,4 +1,4 @@
-"""Speed of a run: images per second, share of time waiting for input, model FLOPs utilisation."""
+"""Throughput of a run: images per second, fraction of time waiting for input, MFU."""
 
 import time
 
@@ -18,7 +18,7 @@ _PEAK_FLOPS = {
 
 
 def peak_flops() -> float | None:
-  """Peak of all devices of the run together; None where it is not known (CPUs, other cards)."""
+  """Return the peak FLOP/s of all devices of the run; None if unknown (CPUs, other devices)."""
   kind = jax.devices()[0].device_kind
   known = [name for name in _PEAK_FLOPS if kind.startswith(name)]
   return _PEAK_FLOPS[max(known, key=len)] * jax.device_count() if known else None
@@ -28,11 +28,11 @@ class Meter:
   """Averages over the steps since the last reading."""
 
   def __init__(self, *, batch_size: int, flops_per_example: float):
-    """Starts the clock.
+    """Start the clock.
 
     Args:
-      batch_size: examples per step over all devices.
-      flops_per_example: model FLOPs of a training example.
+      batch_size: number of examples per step over all devices.
+      flops_per_example: model FLOPs of one training example.
     """
     self._batch_size = batch_size
     self._flops = flops_per_example
@@ -40,18 +40,18 @@ class Meter:
     self.reset()
 
   def reset(self) -> None:
-    """Starts over, so that compiling, evaluating and saving do not count."""
+    """Restart, so that compilation, evaluation and saving are not counted."""
     self._begin = time.perf_counter()
     self._steps = 0
     self._waited = 0.0
 
   def step(self, waited: float) -> None:
-    """Counts one step that waited so many seconds for its input."""
+    """Count one step that waited this many seconds for its input."""
     self._steps += 1
     self._waited += waited
 
   def read(self) -> dict[str, float]:
-    """Names of `sinks.TIMING_NAMES`; train/mfu only where the peak is known."""
+    """Return the metrics in `sinks.TIMING_NAMES`; train/mfu only if the peak is known."""
     seconds = max(time.perf_counter() - self._begin, 1e-9)
     images = self._steps * self._batch_size / seconds
     values = {

@@ -1,12 +1,12 @@
-"""The optimizer of a stage: an update rule in a chain that all rules share.
+"""Optimizer of a stage: an update rule in a chain that all rules share.
 
   make_optimizer(config, abstract_params, total_steps) -> Optimizer(tx, learning_rate, groups)
 
-The chain, in this order. The names are the keys of its state in checkpoints, where only "NAME" and
+The chain, in this order. The names are the keys of its state in checkpoints; only "NAME" and
 "schedule" have a state:
 
   clip           clip_by_global_norm(grad_clip_norm), or identity
-  NAME           the update rule by its name in `optimizers.OPTIMIZERS`, such as "adamw"; it has no
+  NAME           the update rule by its name in `optimizers.OPTIMIZERS`, such as "adamw", without
                  state for frozen parameters
   weight_decay   add_decayed_weights(weight_decay), only where the path matches `decay_regex`
   rate           scale(learning_rate)
@@ -21,13 +21,12 @@ Weight decay is decoupled (AdamW, Loshchilov and Hutter 2017, https://arxiv.org/
 Layer-wise decay follows BEiT (Bao et al. 2021, https://arxiv.org/abs/2106.08254): block i of L gets
 r^(L-i), embeddings before the blocks get r^(L+1), everything else 1.
 
-Paths are the keys of the nested dict joined by "/", e.g. `encoder/blocks/attn/query/kernel`;
-a regex matches when `re.search` finds it in the path, so anchor it with ^ and $ where that matters.
+Paths are the keys of the nested dict joined by "/", e.g. `encoder/blocks/attn/query/kernel`.
+Regexes are matched with `re.search`; anchor them with ^ and $ where needed.
 """
 
 from collections.abc import Sequence
 import dataclasses
-import math
 import re
 from typing import Any, NamedTuple
 
@@ -39,35 +38,38 @@ import optax
 from apps.trainer.optimizers import OPTIMIZERS, AdamW, UpdateRule
 from apps.trainer.optimizers.update_rule import named_chain
 from apps.trainer.paths import flatten_paths, is_stacked, path_str
-from apps.trainer.schedules import Schedule, ScheduleConfig, make_schedule
+from apps.trainer.run_config import ScheduleSettings
+from apps.trainer.schedules import Schedule, make_schedule
 
 PyTree = Any
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-  """The optimizer of one stage; the defaults of the chain are the published recipe.
+  """Configuration of the optimizer of one stage; the defaults are the published recipe.
+
+  `run_config.OptimizerSettings` checks the values.
 
   Attributes:
     learning_rate: peak rate, already scaled to the batch (`schedules.scaled_learning_rate`).
-    schedule: its multiplier over the steps.
+    schedule: multiplier of the learning rate over the steps.
     rule: update rule with its hyperparameters, of a type in `OPTIMIZERS`.
-    weight_decay: decoupled, times the scheduled learning rate.
-    decay_regex: which parameters decay.
-    grad_clip_norm: global L2 norm to which gradients are scaled down; None for no clipping.
-    lr_multipliers: (regex, factor) pairs; the first that matches a path counts.
-    layer_decay: r in (0, 1], or None for none.
-    layer_decay_regex: paths to which the layer-wise decay applies, e.g. "^encoder/".
-    input_regex: paths that layer-wise decay counts as standing before the blocks: embeddings,
-      positions and cls.
+    weight_decay: decoupled weight decay, multiplied by the scheduled learning rate.
+    decay_regex: regex of the parameters with weight decay.
+    grad_clip_norm: maximum global L2 norm of the gradients; None disables clipping.
+    lr_multipliers: (regex, factor) pairs; the first match of a path applies.
+    layer_decay: r in (0, 1]; None disables layer-wise decay.
+    layer_decay_regex: regex of the paths with layer-wise decay, e.g. "^encoder/".
+    input_regex: regex of the paths that layer-wise decay treats as preceding the blocks:
+      embeddings, positions and cls.
     frozen: regexes of parameters that keep their value and get no optimizer state.
-    ema_decay: decay of an average of the parameters kept in the train state, None for none. The
+    ema_decay: decay of an average of the parameters in the train state; None disables it. The
       average starts at the initial parameters and is not debiased; its decay at step t is
       min(ema_decay, (1 + t) / (10 + t)), so that early parameters fade quickly.
   """
 
   learning_rate: float
-  schedule: ScheduleConfig = ScheduleConfig()
+  schedule: ScheduleSettings = ScheduleSettings()
   rule: UpdateRule = AdamW()
   weight_decay: float = 0.2
   decay_regex: str = r"(^|/)kernel$"
@@ -79,42 +81,15 @@ class OptimizerConfig:
   frozen: tuple[str, ...] = ()
   ema_decay: float | None = None
 
-  def __post_init__(self) -> None:
-    def require(ok: bool, name: str, expected: str) -> None:
-      if not ok:
-        raise ValueError(f"optimizer {name}={getattr(self, name)!r} must be {expected}.")
-
-    require(0 <= self.learning_rate < math.inf, "learning_rate", "finite and >= 0")
-    require(0 <= self.weight_decay < math.inf, "weight_decay", "finite and >= 0")
-    clip, layer, ema = self.grad_clip_norm, self.layer_decay, self.ema_decay
-    require(
-      clip is None or 0 < clip < math.inf,
-      "grad_clip_norm",
-      "> 0 and finite, or None for no clipping",
-    )
-    require(layer is None or 0 < layer <= 1, "layer_decay", "in (0, 1], or None for none")
-    for regex, factor in self.lr_multipliers:
-      require(0 <= factor < math.inf, "lr_multipliers", f"finite and >= 0 for {regex!r}")
-    for name, regexes in (
-      ("decay_regex", [self.decay_regex]),
-      ("layer_decay_regex", [self.layer_decay_regex]),
-      ("input_regex", [self.input_regex]),
-      ("frozen", self.frozen),
-      ("lr_multipliers", [regex for regex, _ in self.lr_multipliers]),
-    ):
-      for regex in regexes:
-        _check_regex(name, regex)
-    require(ema is None or 0 < ema < 1, "ema_decay", "in (0, 1), or None for no average")
-
 
 class Optimizer(NamedTuple):
-  """What `make_optimizer` builds.
+  """Output of `make_optimizer`.
 
   Attributes:
-    tx: the gradient transformation; its `update` needs the params.
+    tx: gradient transformation; its `update` needs the params.
     learning_rate: step -> learning rate of parameters with multiplier 1, float32 [].
-    trainable: the params tree with True where a parameter is updated.
-    groups: path -> "frozen" or a short text of decay and multiplier, for the log and for tests.
+    trainable: tree of the params with True for updated parameters.
+    groups: path -> "frozen" or a short description of decay and multiplier, for logs and tests.
   """
 
   tx: optax.GradientTransformation
@@ -124,16 +99,16 @@ class Optimizer(NamedTuple):
 
 
 def make_optimizer(config: OptimizerConfig, abstract_params: PyTree, total_steps: int) -> Optimizer:
-  """Builds the chain for the parameters' paths and shapes; nothing is allocated.
+  """Build the chain for the paths and shapes of the parameters, without allocating arrays.
 
   Args:
-    config: see `OptimizerConfig`.
+    config: configuration of the optimizer.
     abstract_params: nested dict of arrays or ShapeDtypeStructs.
-    total_steps: optimizer steps of the run, for the schedule.
+    total_steps: number of optimizer steps of the run, for the schedule.
 
   Raises:
-    ValueError: if a regex of frozen or lr_multipliers matches no parameter, all are frozen, or
-      layer-wise decay finds no stacked blocks.
+    ValueError: a regex of frozen or lr_multipliers matches no parameter, all parameters are frozen,
+      or layer-wise decay finds no stacked blocks.
   """
   shapes = flatten_paths(abstract_params)
   _require_matches("frozen", config.frozen, shapes)
@@ -170,10 +145,13 @@ def make_optimizer(config: OptimizerConfig, abstract_params: PyTree, total_steps
 
 
 def ema_update(ema: PyTree, params: PyTree, decay: float, step: jax.Array) -> PyTree:
-  """One step of the average described at `OptimizerConfig.ema_decay`; ema is float32.
+  """Return the average after one step, as described in `OptimizerConfig.ema_decay`.
 
   Args:
-    step: int32 [], number of updates before the one that gave `params`.
+    ema: float32 average before the step.
+    params: parameters after the step.
+    decay: maximum decay.
+    step: int32 [], number of updates before the one that produced `params`.
   """
   t = step.astype(jnp.float32)
   d = jnp.minimum(decay, (1.0 + t) / (10.0 + t))
@@ -181,7 +159,7 @@ def ema_update(ema: PyTree, params: PyTree, decay: float, step: jax.Array) -> Py
 
 
 def summarize_groups(groups: dict[str, str]) -> str:
-  """One line for each group with the number of its parameter arrays and the first paths."""
+  """Return one line per group with its number of arrays and the first paths."""
   by_group: dict[str, list[str]] = {}
   for path, group in groups.items():
     by_group.setdefault(group, []).append(path)
@@ -192,7 +170,7 @@ def summarize_groups(groups: dict[str, str]) -> str:
 
 
 def _multipliers(config: OptimizerConfig, shapes: dict[str, Any]) -> dict[str, np.ndarray]:
-  """Path -> factor, float32 [] or, for stacked blocks, [L, 1, ...]."""
+  """Return path -> factor: float32 [], or [L, 1, ...] for stacked blocks."""
   depths = {
     path[: path.index("blocks/")]: leaf.shape[0]
     for path, leaf in shapes.items()
@@ -201,7 +179,7 @@ def _multipliers(config: OptimizerConfig, shapes: dict[str, Any]) -> dict[str, n
   if config.layer_decay is not None and not depths:
     raise ValueError(
       f"layer_decay={config.layer_decay} finds no stacked `blocks/` under "
-      f"layer_decay_regex={config.layer_decay_regex!r}; paths are such as "
+      f"layer_decay_regex={config.layer_decay_regex!r}; examples of paths: "
       f"{', '.join(list(shapes)[:3])}."
     )
 
@@ -225,17 +203,10 @@ def _multipliers(config: OptimizerConfig, shapes: dict[str, Any]) -> dict[str, n
 def _scale_by_multipliers(multipliers: PyTree) -> optax.GradientTransformation:
   def update(updates: PyTree, params: PyTree | None = None) -> PyTree:
     del params
-    # A factor 1 is left out, which keeps the arithmetic of the plain chain.
+    # A factor of 1 is skipped to keep the arithmetic of the plain chain.
     return jax.tree.map(lambda u, m: u if np.all(m == 1) else u * m, updates, multipliers)
 
   return optax.stateless(update)
-
-
-def _check_regex(name: str, regex: str) -> None:
-  try:
-    re.compile(regex)
-  except re.error as error:
-    raise ValueError(f"optimizer {name}: {regex!r} is no regular expression: {error}.") from error
 
 
 def _any_match(regexes: Sequence[str], path: str) -> bool:
@@ -246,7 +217,7 @@ def _require_matches(name: str, regexes: Sequence[str], shapes: dict[str, Any]) 
   for regex in regexes:
     if not any(re.search(regex, path) for path in shapes):
       raise ValueError(
-        f"{name} regex {regex!r} matches no parameter; paths are such as "
+        f"{name} regex {regex!r} matches no parameter; examples of paths: "
         f"{', '.join(list(shapes)[:: max(1, len(shapes) // 6)])}."
       )
 

@@ -1,7 +1,6 @@
-"""The optimizer chain: arithmetic of each entry, groups by path, errors."""
+"""Tests of the optimizer chain: arithmetic of each entry, groups by path, errors."""
 
 import dataclasses
-import math
 
 import chex
 import jax
@@ -18,10 +17,10 @@ from apps.trainer.optimizer import (
   summarize_groups,
 )
 from apps.trainer.optimizers import AdamW
-from apps.trainer.schedules import ScheduleConfig
+from apps.trainer.run_config import ScheduleSettings
 
 L, D = 3, 4
-CONSTANT = ScheduleConfig(kind="constant")
+CONSTANT = ScheduleSettings(kind="constant")
 
 
 def leaf(*shape):
@@ -54,7 +53,7 @@ def one_update(config, params, grads, steps=1):
 
 
 def test_two_steps_of_adamw_by_hand():
-  config = OptimizerConfig(0.5, ScheduleConfig(warmup_steps=4), AdamW(mu_dtype="float32"))
+  config = OptimizerConfig(0.5, ScheduleSettings(warmup_steps=4), AdamW(mu_dtype="float32"))
   params, grads = make_params(), jax.tree.map(jnp.sin, make_params())
   updates, _ = one_update(config, params, grads, steps=2)
   for path, g in flatten_paths(grads).items():
@@ -67,7 +66,7 @@ def test_two_steps_of_adamw_by_hand():
 
 
 def test_first_step_of_a_warmup_changes_nothing():
-  config = OptimizerConfig(1.0, ScheduleConfig(warmup_steps=2))
+  config = OptimizerConfig(1.0, ScheduleSettings(warmup_steps=2))
   updates, _ = one_update(config, make_params(), make_params())
   assert all((u == 0).all() for u in updates.values())
 
@@ -80,7 +79,7 @@ def test_moments_have_the_published_dtypes_and_checkpoint_keys():
   assert {"adamw/inner_state/count", "schedule/count"} <= adam.keys()
 
 
-def test_the_default_keeps_adam_of_optax_to_the_bit():
+def test_default_matches_optax_adam_bitwise():
   params = make_params()
   plain = optax.scale_by_adam(0.9, 0.95, 1e-8, mu_dtype=jnp.bfloat16)
   config = OptimizerConfig(1.0, CONSTANT, weight_decay=0.0)
@@ -140,7 +139,7 @@ def test_layer_wise_decay_uses_the_depth_of_each_tower():
   assert groups["decoder/head/kernel"] == "decayed"
 
 
-def test_multipliers_by_regex_first_match_wins_and_layer_decay_multiplies():
+def test_lr_multipliers_and_layer_decay():
   config = OptimizerConfig(
     1.0,
     CONSTANT,
@@ -170,7 +169,9 @@ def test_frozen_parameters_are_not_updated_and_have_no_moments():
 
 
 def test_learning_rate_is_rate_times_schedule():
-  optimizer = make_optimizer(OptimizerConfig(3.0, ScheduleConfig(warmup_steps=4)), make_params(), 8)
+  optimizer = make_optimizer(
+    OptimizerConfig(3.0, ScheduleSettings(warmup_steps=4)), make_params(), 8
+  )
   np.testing.assert_allclose([optimizer.learning_rate(s) for s in (0, 2, 4, 8)], [0, 1.5, 3, 0])
 
 
@@ -186,33 +187,15 @@ def test_ema_decay_warms_up():
 @pytest.mark.parametrize(
   "kwargs,message",
   [
-    (dict(frozen=("^encdoer/",)), "frozen regex '.encdoer/' matches no parameter; paths are such"),
+    (
+      dict(frozen=("^encdoer/",)),
+      "frozen regex '.encdoer/' matches no parameter; examples of paths",
+    ),
     (dict(lr_multipliers=(("heads$", 2.0),)), "lr_multipliers regex 'heads.' matches no parameter"),
     (dict(frozen=("",)), "freezes every parameter"),
     (dict(layer_decay=0.5, layer_decay_regex="^text/"), "finds no stacked `blocks/`"),
-    (dict(layer_decay=1.5), "layer_decay=1.5 must be in"),
-    (dict(grad_clip_norm=0.0), "grad_clip_norm=0.0 must be > 0"),
-    (dict(ema_decay=1.0), "ema_decay=1.0"),
-    (dict(weight_decay=-1.0), "weight_decay=-1.0"),
   ],
 )
-def test_errors_name_value_and_remedy(kwargs, message):
+def test_error_messages(kwargs, message):
   with pytest.raises(ValueError, match=message):
     make_optimizer(OptimizerConfig(1.0, **kwargs), make_params(), 10)
-
-
-@pytest.mark.parametrize(
-  ("fields", "said"),
-  [
-    ({"learning_rate": math.inf}, "learning_rate=inf must be finite and >= 0"),
-    ({"learning_rate": math.nan}, "learning_rate=nan must be"),
-    ({"weight_decay": math.inf}, "weight_decay=inf must be"),
-    ({"grad_clip_norm": math.inf}, "grad_clip_norm=inf must be"),
-    ({"lr_multipliers": (("a", -1.0),)}, "must be finite and >= 0 for 'a'"),
-    ({"frozen": ("[",)}, "frozen: '.' is no regular expression: unterminated"),
-    ({"layer_decay_regex": "*"}, "layer_decay_regex: '.' is no regular expression: nothing to"),
-  ],
-)
-def test_values_that_are_no_numbers_or_regular_expressions(fields, said):
-  with pytest.raises(ValueError, match=said):
-    OptimizerConfig(**({"learning_rate": 1.0} | fields))

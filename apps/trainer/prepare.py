@@ -1,6 +1,6 @@
-"""Open everything that a run opens, before anything expensive.
+"""Preparation of a run: opens and checks everything before any expensive operation.
 
-`prepare` is what a run and `--check` share: a mistake ends either of them with the same line.
+A run and `--check` both call `prepare`, so they report the same errors.
 """
 
 from collections.abc import Callable, Container, Sequence
@@ -12,21 +12,21 @@ from typing import NamedTuple
 
 from etils import epath
 import jax
-from ml_collections import ConfigDict
 
 from apps.trainer import inputs
 from apps.trainer.checkpoint import absolute_path, saved_checkpoint
 from apps.trainer.checkpoint_folder import check_path
-from apps.trainer.compile_cache import FULL, CompileCache
+from apps.trainer.compile_cache import DISK_FULL, CompileCache
 from apps.trainer.config import check_values, init_sources, to_json
 from apps.trainer.held_out import HeldOut
 from apps.trainer.history import History
 from apps.trainer.init_from import InitPlan, check_tokenizer, plan_init
 from apps.trainer.init_source import open_source
 from apps.trainer.limits import border_note, check_batch_memory
-from apps.trainer.parts import App, Parts, build_parts
+from apps.trainer.parts import MakeEvaluate, Parts, build_parts
 from apps.trainer.progress import Terminal
 from apps.trainer.resume import Progress, check_resumes
+from apps.trainer.run_config import RunConfig
 from apps.trainer.sinks import check_wandb
 from apps.trainer.stages import Stage, resolve_stages
 from apps.trainer.task import Evaluate
@@ -38,12 +38,12 @@ Waiting = Callable[[], contextlib.AbstractContextManager[None]]
 
 
 class PreparedStage(NamedTuple):
-  """One stage, opened.
+  """One opened stage.
 
   Attributes:
-    stage: its configuration and steps.
-    parts: its task, optimizer and abstract state.
-    evaluate: None without held-out data, and for stages that will not run.
+    stage: configuration and steps of the stage.
+    parts: task, optimizer and abstract state of the stage.
+    evaluate: evaluators; None without held-out data, and for stages that will not run.
   """
 
   stage: Stage
@@ -52,19 +52,19 @@ class PreparedStage(NamedTuple):
 
 
 class Prepared(NamedTuple):
-  """A run, opened; nothing is allocated on devices.
+  """An opened run; nothing is allocated on devices.
 
   Attributes:
     stages: all stages.
-    first: index of the stage to train, or to evaluate, first.
-    mesh: the devices.
-    tokenizer: of the run.
-    cache: its compile cache, not entered yet.
-    checkpoints: where they are kept.
-    saved: step of the checkpoint to resume from or to evaluate; None where there is none.
-    progress: of the steps up to `saved`.
-    init: what the first stage takes from other runs; empty where it resumes.
-    loader: the training data of the first stage; None for an evaluation.
+    first: index of the first stage to train or evaluate.
+    mesh: mesh of the devices.
+    tokenizer: tokenizer of the run.
+    cache: compile cache of the run, not yet entered.
+    checkpoints: directory of the checkpoints.
+    saved: step of the checkpoint to resume from or to evaluate; None without one.
+    progress: progress of the run up to `saved`.
+    init: plans of the initialisation from other runs; empty on resume.
+    loader: training data of the first stage; None for an evaluation.
   """
 
   stages: list[PreparedStage]
@@ -80,7 +80,7 @@ class Prepared(NamedTuple):
 
 
 class Model(NamedTuple):
-  """The model of every stage, and what it depends on."""
+  """Models of all stages, and their dependencies."""
 
   stages: list[Stage]
   parts: list[Parts]
@@ -89,26 +89,25 @@ class Model(NamedTuple):
   cache: CompileCache
 
 
-def open_model(config: ConfigDict, workdir: Workdir, app: App, terminal: Terminal) -> Model:
+def open_model(config: RunConfig, workdir: Workdir, terminal: Terminal) -> Model:
   """Check all values and build the abstract state of every stage.
 
   Args:
-    config: of the run.
-    workdir: keeps the tokenizer, or gets it.
-    app: makes the tasks.
-    terminal: shows the phases.
+    config: configuration of the run.
+    workdir: workdir that contains the tokenizer, or receives it.
+    terminal: terminal that shows the phases.
 
   Raises:
-    ValueError, OSError: settings or a tokenizer that cannot be used.
+    ValueError, OSError: the settings or the tokenizer are invalid.
   """
   check_values(config)
   cache = CompileCache(config.compile_cache, config.compile_store, terminal.phase)
   stages = resolve_stages(config)
-  mesh = ov_sharding.make_mesh(ov_sharding.MeshConfig(**config.mesh))
+  mesh = ov_sharding.make_mesh(ov_sharding.MeshConfig(**config.mesh.to_dict()))
   devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
   terminal.phase(f"{devices}, mesh {dict(mesh.shape)}")
   tokenizer = inputs.open_tokenizer(config, workdir, terminal)
-  parts = [build_parts(stage.config, app.make_task, tokenizer, mesh) for stage in stages]
+  parts = [build_parts(stage.config, tokenizer, mesh) for stage in stages]
   for stage, (task, *_) in zip(stages, parts, strict=True):
     check_batch_memory(stage.config, task)
     if note := border_note(task):
@@ -117,9 +116,9 @@ def open_model(config: ConfigDict, workdir: Workdir, app: App, terminal: Termina
 
 
 def prepare(
-  config: ConfigDict,
+  config: RunConfig,
   workdir: Workdir,
-  app: App,
+  make_evaluate: MakeEvaluate,
   terminal: Terminal,
   waiting: Waiting = contextlib.nullcontext,
   *,
@@ -128,18 +127,18 @@ def prepare(
   """Open everything that a run opens.
 
   Args:
-    config: of the run.
-    workdir: of the run.
-    app: makes tasks and evaluators.
-    terminal: shows the phases.
-    waiting: entered while an evaluation waits for its next batch.
-    tokenizer_home: keeps the tokenizer in place of `workdir`.
+    config: configuration of the run.
+    workdir: workdir of the run.
+    make_evaluate: function that creates the evaluators of a stage.
+    terminal: terminal that shows the phases.
+    waiting: context manager entered while an evaluation waits for its next batch.
+    tokenizer_home: workdir of the tokenizer, if not `workdir`.
 
   Raises:
-    ValueError, OSError, UserError: what would stop the run, in one line.
+    ValueError, OSError, UserError: the run would fail; the message is one line.
   """
-  _check_places(config, workdir)
-  model = open_model(config, tokenizer_home or workdir, app, terminal)
+  _check_paths(config, workdir)
+  model = open_model(config, tokenizer_home or workdir, terminal)
   tasks = [parts.task for parts in model.parts]
   inputs.check_text_processor(workdir, [task.text_processor(model.tokenizer) for task in tasks])
   checkpoints = config.checkpoint.dir or workdir.checkpoints
@@ -159,7 +158,7 @@ def prepare(
     )
     if progress.note:
       terminal.phase(progress.note)
-  else:  # nothing was trained here yet
+  else:  # a new run
     init = _plan_init(config, model, workdir, checkpoints, terminal)
   stages = []
   loader = None
@@ -170,14 +169,24 @@ def prepare(
       inputs.check_batch_size(stage.config, model.mesh)
       data = to_json(stage.config.input)
       if not config.eval_only and data not in seen:
-        opened = open_training_data(model, stage.index)
+        opened = inputs.train_loader(
+          stage.config, parts.task, model.tokenizer, model.mesh, stage.index
+        )
         if loader is None:
           loader = opened
-        else:  # its stage opens it again
+        else:  # reopened by its stage
           opened.close()
       seen.add(data)
-      held_out = HeldOut(stage.config, parts.task, model.tokenizer, model.mesh, terminal, waiting)
-      evaluate = app.make_evaluate(held_out)
+      held_out = HeldOut(
+        stage.config,
+        parts.task,
+        model.tokenizer,
+        model.mesh,
+        terminal,
+        waiting,
+        workdir.path.name,
+      )
+      evaluate = make_evaluate(held_out)
       if config.eval_only and evaluate is None:
         raise ValueError(
           "eval_only: nothing to evaluate; set config.input.eval_data_dir or data of config.eval"
@@ -197,33 +206,16 @@ def prepare(
   )
 
 
-def open_training_data(run: Model | Prepared, index: int) -> ov_data.Loader:
-  """Open the training data of a stage.
-
-  Args:
-    run: whose stage.
-    index: of the stage.
-
-  Raises:
-    ValueError, OSError: data that cannot be used.
-  """
-  if isinstance(run, Model):
-    stage, parts = run.stages[index], run.parts[index]
-  else:
-    stage, parts, _ = run.stages[index]
-  return inputs.train_loader(stage.config, parts.task, run.tokenizer, run.mesh, index)
-
-
 def check_writable(path: epath.PathLike, setting: str, ignore: Container[int] = ()) -> None:
-  """Check that a folder can be made and written, without leaving anything there.
+  """Check that a folder can be created and written, without leaving files.
 
   Args:
-    path: of the folder; one in a bucket is not tried.
-    setting: what the path is called, for the message.
-    ignore: numbers of errors that do not matter.
+    path: path of the folder; folders in a bucket are not tested.
+    setting: name of the setting, for the message.
+    ignore: error numbers to ignore.
 
   Raises:
-    OSError: it cannot; names the setting and the obstacle.
+    OSError: the folder cannot be written; the message names the setting and the obstacle.
   """
   if "://" in str(path):
     return
@@ -241,44 +233,44 @@ def check_writable(path: epath.PathLike, setting: str, ignore: Container[int] = 
     ) from error
 
 
-def _check_places(config: ConfigDict, workdir: Workdir) -> None:
-  """Check the folders that a run writes, and the services that it reports to."""
+def _check_paths(config: RunConfig, workdir: Workdir) -> None:
+  """Check the folders that a run writes, and that Weights & Biases can be used if it is set."""
   if config.checkpoint.dir:
     check_path(config.checkpoint.dir, "config.checkpoint.dir=")
   else:
-    check_path(workdir.place, "--workdir=")
+    check_path(workdir.uri, "--workdir=")
   if jax.process_index() == 0:
     for setting, path in (
       ("checkpoint.dir", config.checkpoint.dir),
       ("compile_cache", config.compile_cache),
       ("eval.per_example", config.eval.per_example),
     ):
-      if path:  # without space a cache keeps nothing, which ends no run
-        ignore = FULL if setting == "compile_cache" else ()
+      if path:  # a full disk disables the compile cache, but does not end the run
+        ignore = DISK_FULL if setting == "compile_cache" else ()
         check_writable(path, f"config.{setting}", ignore)
     if config.wandb_project and not config.eval_only:
       check_wandb()
 
 
 def _first_stage(stages: Sequence[Stage], saved: int | None, eval_only: bool) -> int:
-  """Index of the stage to resume (the last where all are done), or that saved the step."""
+  """Return the index of the stage to resume (the last if all are done), or that saved the step."""
   step = saved or 0
   here = [s.index for s in stages if step < s.last_step or (eval_only and step == s.last_step)]
   return here[0] if here else stages[-1].index
 
 
 def _plan_init(
-  config: ConfigDict,
+  config: RunConfig,
   model: Model,
   workdir: Workdir,
   checkpoints: epath.PathLike,
   terminal: Terminal,
 ) -> list[InitPlan]:
-  """What the first stage takes from each source of `config.init_from`."""
+  """Return the plans of the first stage, one for each source of `config.init_from`."""
   sources = init_sources(model.stages[0].config)
   if not sources and (published := workdir.path / "checkpoint.npz").is_dir():
     raise ValueError(
-      f"{published} is of a run of the published code, which cannot be resumed here; give another "
+      f"{published} was written by the released code and cannot be resumed here; set another "
       f"--workdir, and --config.ft_from={published} to start from its parameters"
     )
   if config.eval_only and not sources:

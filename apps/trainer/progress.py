@@ -1,4 +1,4 @@
-"""What a run says on the terminal: a line per phase, a bar per stage; plain lines into a file."""
+"""Terminal output of a run: a line per phase, a progress bar per stage; plain lines in files."""
 
 from collections.abc import Callable, Iterator
 import contextlib
@@ -20,37 +20,37 @@ from apps.trainer.startup import printable
 
 
 class Terminal:
-  """The terminal of a run. Silent on every process but the first."""
+  """Terminal of a run; silent on all processes except process 0."""
 
   def __init__(self, *, active: bool = True, file: IO[str] | None = None, every: float = 30.0):
-    """Nothing is printed yet.
+    """Configure the output; prints nothing.
 
     Args:
-      active: False prints nothing at all.
-      file: standard error when omitted.
-      every: seconds between two lines of progress where the output is not a terminal.
+      active: False disables all output.
+      file: output file; standard error by default.
+      every: seconds between lines of progress if the output is not a terminal.
     """
     self._console = Console(file=file or sys.stderr, highlight=False, quiet=not active)
     self._started = time.monotonic()
     self._every = every
 
   def phase(self, text: str) -> None:
-    """Announces what begins now, so that the last line of a stuck job tells where."""
+    """Print the phase that begins now, so that the last line of a stuck job shows its phase."""
     seconds = time.monotonic() - self._started
     line = f"[{seconds:7.1f} s] {printable(text)}"
     self._console.print(line, markup=False, soft_wrap=True)
 
   def stage(self, name: str, *, step: int, first_step: int, last_step: int) -> "StageProgress":
-    """Progress of one stage as a context manager; steps are numbered over the whole run."""
+    """Return the progress of a stage as a context manager; steps count over the whole run."""
     return StageProgress(self._console, name, step, first_step, last_step, self._every)
 
   @contextlib.contextmanager
   def count(self, name: str, total: int) -> Iterator[Callable[..., None]]:
-    """A bar for work that is counted.
+    """Show a progress bar for counted work.
 
     Yields:
-      A function of how many more are done and, where `total` was not yet known, of how many there
-      are in all.
+      A function that takes the number of newly completed items and, if `total` was unknown, the
+      total.
     """
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
     shown = self._console.is_terminal and not self._console.quiet
@@ -60,7 +60,7 @@ class Terminal:
 
 
 class StageProgress:
-  """One bar, or one line every few seconds."""
+  """Progress of a stage: a bar on terminals, otherwise a line every few seconds."""
 
   def __init__(
     self, console: Console, name: str, step: int, first_step: int, last_step: int, every: float
@@ -76,7 +76,7 @@ class StageProgress:
     if console.is_terminal and not console.quiet:
       self._bar_column = BarColumn()
       facts = TextColumn("{task.fields[facts]}", markup=False)
-      named = TextColumn("{task.description}", markup=False)  # a name is no format: it may hold {}
+      named = TextColumn("{task.description}", markup=False)  # names may contain {}
       self._bar = Progress(named, self._bar_column, facts, console=console)
       total = last_step - first_step
       self._task = self._bar.add_task(name, total=total, completed=step - first_step, facts="")
@@ -90,14 +90,14 @@ class StageProgress:
     mfu: float | None,
     input_wait: float,
   ) -> None:
-    """Shows the state after `step`.
+    """Show the state after `step`.
 
     Args:
-      step: number of finished steps of the run.
-      loss: of this step.
-      images_per_second: over all devices.
-      mfu: model FLOPs utilisation, 0 to 1; None where the device's peak is unknown.
-      input_wait: share of the time spent waiting for input, 0 to 1.
+      step: number of completed steps of the run.
+      loss: loss of this step.
+      images_per_second: throughput over all devices.
+      mfu: model FLOPs utilisation, 0 to 1; None if the peak of the devices is unknown.
+      input_wait: fraction of the time spent waiting for input, 0 to 1.
     """
     now = time.monotonic()
     if self._begun is None:
@@ -122,7 +122,7 @@ class StageProgress:
       )
 
   def _eta(self, now: float, step: int) -> str:
-    """From the speed since the first update, evaluations and checkpoints included."""
+    """Estimate the remaining time from the speed since the first update, pauses included."""
     assert self._begun is not None
     began, first = self._begun
     if step <= first:
@@ -139,12 +139,12 @@ class StageProgress:
       self._bar.stop()
 
 
-def _percent(share: float | None, digits: int) -> str:
-  return "-" if share is None else f"{share:.{digits}%}"
+def _percent(fraction: float | None, digits: int) -> str:
+  return "-" if fraction is None else f"{fraction:.{digits}%}"
 
 
 def duration(seconds: float) -> str:
-  """Such as 0:00:09, 0:12:03 or 2 d 03:10:00."""
+  """Format a duration, such as 0:00:09, 0:12:03 or 2 d 03:10:00."""
   whole = round(seconds)
   days, rest = divmod(whole, 86400)
   hours, rest = divmod(rest, 3600)

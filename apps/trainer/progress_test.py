@@ -24,7 +24,7 @@ def test_phase_is_one_line_with_the_time(clock):
   assert out.getvalue() == f"[   12.3 s] compiling [step] of a long description {'x' * 100}\n"
 
 
-def test_a_file_gets_plain_lines_with_every_fact(clock):
+def test_plain_lines_in_files(clock):
   out = io.StringIO()
   with Terminal(file=out, every=30).stage("84px", step=0, first_step=0, last_step=100) as stage:
     for step in range(1, 101):
@@ -60,7 +60,7 @@ def test_bar_fits_one_line(width):
     assert fact in text
 
 
-def test_other_processes_say_nothing():
+def test_other_processes_print_nothing():
   out = io.StringIO()
   terminal = Terminal(active=False, file=out)
   terminal.phase("restoring")
@@ -74,7 +74,7 @@ def test_duration():
 
 
 @pytest.mark.parametrize("name", ("a{b}", "{0}", "100% {task.x}", "[red]x", "\x1b[31mred\x07"))
-def test_names_are_shown_as_they_are_written(name):
+def test_names_are_not_markup(name):
   out = io.StringIO()
   terminal = Terminal(file=out)
   terminal._console = Console(file=out, force_terminal=True, color_system=None, width=200)

@@ -1,4 +1,4 @@
-"""Paths in a report, relative to the workdir, so that a shared page names no user or machine."""
+"""Relative paths in a report, so that a shared page reveals no user or machine."""
 
 from collections.abc import Mapping
 import os
@@ -10,12 +10,12 @@ def relative(value: Any, workdir: Path) -> Any:
   """Replace absolute paths in a nested value.
 
   Args:
-    value: str, mapping, list or tuple, nested; anything else is returned as it is.
-    workdir: of the report.
+    value: str, mapping, list or tuple, possibly nested; other values are returned unchanged.
+    workdir: workdir of the report.
 
   Returns:
-    The value with paths relative to the workdir, such as `data` or `../shards`; a path in the home
-    directory starts with ~ where the workdir is somewhere else. Keys of mappings are changed, too.
+    The value with paths relative to the workdir, such as `data` or `../shards`. Paths in the home
+    directory start with ~ if the workdir is outside of it. Keys of mappings are converted too.
   """
   if isinstance(value, str):
     return _text(value, os.path.abspath(workdir), os.path.expanduser("~"))

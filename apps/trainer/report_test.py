@@ -16,7 +16,7 @@ from apps.trainer.report import (
   Sample,
   Stage,
   data_url,
-  remake_report,
+  recreate_report,
   write_report,
 )
 from apps.trainer.report_text import mark_words, plain
@@ -27,7 +27,7 @@ EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)> & \"' {{ 7 * 7 }}"
 
 
 class _Page(HTMLParser):
-  """Checks that tags close, and collects them with their attributes and text."""
+  """Parser that checks that tags are closed, and collects tags, attributes and text."""
 
   VOID = {"meta", "img", "line", "path", "circle"}
 
@@ -91,7 +91,7 @@ def workdir(tmp_path):
   return tmp_path
 
 
-def test_page_says_everything(workdir):
+def test_page_shows_all_data(workdir):
   source = write_report(workdir, _data()).read_text()
   page = _Page(source)
   for text in (
@@ -135,16 +135,16 @@ def test_nothing_is_loaded_from_elsewhere(workdir):
   assert policies == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]
 
 
-def test_page_can_be_made_again_from_the_workdir(workdir):
+def test_page_can_be_recreated_from_workdir(workdir):
   first = write_report(workdir, _data()).read_bytes()
   (workdir / "report.html").unlink()
-  assert remake_report(workdir).read_bytes() == first
+  assert recreate_report(workdir).read_bytes() == first
   json.loads((workdir / "report.json").read_text(), parse_constant=lambda name: 1 / 0)
   files = sorted(path.name for path in workdir.iterdir())
   assert files == ["metrics.jsonl", "report.html", "report.json"]
 
 
-def test_an_empty_run_still_gives_a_page(tmp_path):
+def test_empty_run_gives_a_page(tmp_path):
   page = _Page(write_report(tmp_path, ReportData(title="nothing yet")).read_text())
   assert "nothing yet" in page.text and "Curves" not in page.text
 
@@ -183,7 +183,7 @@ def test_plain(value, text):
   assert plain(value) == text
 
 
-def test_right_in_other_words_is_marked_right(workdir):
+def test_correct_paraphrase_is_marked_right(workdir):
   sample = Sample(_image(), "a star below a heart", ("a heart above a star",), 3, 3)
   data = _data(samples=(sample,), attribute_words=("star", "heart", "above", "below"))
   text = write_report(workdir, data).read_text()
@@ -191,7 +191,7 @@ def test_right_in_other_words_is_marked_right(workdir):
   assert text.count('class="wrong"') == text.count('class="missed"') == 1  # the legend only
 
 
-def test_pictures_small_exact_and_large_shrunk():
+def test_small_images_are_exact_and_large_ones_resized():
   small, large = _image(), _image(2, 600)
   kind, payload = data_url(small).split(",")
   assert kind == "data:image/png;base64"
@@ -213,7 +213,7 @@ def test_no_absolute_path_of_the_machine(tmp_path, monkeypatch):
   )
   (tmp_path / "run").mkdir()
   page = write_report(tmp_path / "run", data)
-  for file in (page, page.with_name("report.json"), remake_report(tmp_path / "run")):
+  for file in (page, page.with_name("report.json"), recreate_report(tmp_path / "run")):
     text = file.read_text()
     assert str(tmp_path) not in text
     assert "../home/best" in text and "gs://b/x" in text

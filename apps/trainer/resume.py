@@ -1,4 +1,4 @@
-"""What a run takes over from its newest checkpoint, and whether its settings allow that."""
+"""Checks whether a run can resume from its newest checkpoint, and what it continues from."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -15,12 +15,12 @@ from apps.trainer.state import TrainState
 
 
 class Progress(NamedTuple):
-  """How far a run has come.
+  """Progress of a run.
 
   Attributes:
-    history: its steps so far.
-    stages: stage name -> what the report says about its data.
-    note: what a checkpoint of an earlier version does not hold; empty where it holds everything.
+    history: steps so far.
+    stages: stage name -> data of the stage for the report.
+    note: what a checkpoint of an earlier version lacks; empty if complete.
   """
 
   history: History
@@ -41,17 +41,17 @@ def check_resumes(
 
   Args:
     saved: directory of the checkpoint.
-    stages: of the run.
+    stages: stages of the run.
     first: index of the stage that resumes, or that starts from the parameters.
-    abstract: state of that stage.
+    abstract: abstract state of that stage.
     tokenizer: fingerprint of the run's tokenizer.
-    eval_only: whether nothing is trained.
+    eval_only: whether the run only evaluates.
 
   Returns:
-    The progress that the checkpoint holds.
+    The progress saved in the checkpoint.
 
   Raises:
-    ValueError, OSError: it does not fit the settings of the run, in one line.
+    ValueError, OSError: the checkpoint does not fit the settings; the message is one line.
   """
   metadata, stage = parse_metadata(read_metadata(saved)), stages[first]
   step = metadata.step
@@ -78,22 +78,22 @@ def check_resumes(
 
 
 def check_step(state_step: int, saved: int, stage: Stage) -> None:
-  """Check that the state of a checkpoint is at the step where the configuration puts it.
+  """Check that the state of a checkpoint is at the step where the configuration expects it.
 
   Args:
-    state_step: updates of the stage, as the state counts them.
+    state_step: number of updates of the stage in the state.
     saved: step of the checkpoint.
-    stage: into which the configuration puts that step.
+    stage: stage that the configuration assigns to that step.
 
   Raises:
-    ValueError: stages before it had other numbers of steps.
+    ValueError: the stages before it had other numbers of steps.
   """
   if stage.first_step + state_step != saved:
     raise ValueError(_other_start(saved, stage, saved - state_step))
 
 
 def _check_stage(metadata: Metadata, stage: Stage) -> None:
-  """Raise ValueError unless `stage` ran the step of a checkpoint, from the same first step on."""
+  """Raise ValueError unless `stage` ran the step of a checkpoint, with the same first step."""
   step = metadata.step
   if metadata.stage != stage.name:
     raise ValueError(
@@ -115,7 +115,7 @@ def _other_start(step: int, stage: Stage, began: int) -> str:
 
 
 def _progress(saved: epath.Path, metadata: Metadata, stages: Sequence[Stage]) -> Progress:
-  """The progress in the metadata of a checkpoint; derived where an earlier version saved it."""
+  """Return the progress in the metadata of a checkpoint, derived for earlier versions."""
   if metadata.history or metadata.loader is None or metadata.stage is None:
     return Progress(History(metadata.history), dict(metadata.stages))
   spans = []
@@ -132,7 +132,7 @@ def _progress(saved: epath.Path, metadata: Metadata, stages: Sequence[Stage]) ->
   steps = metadata.step - stage.first_step
   if steps and position and position % steps == 0:
     spans.append(Span(stage.name, stage.first_step, examples, 0, position // steps))
-  else:  # its batch size changed on the way
+  else:  # the batch size changed during the stage
     size = int(stage.config.batch_size)
     spans = [Span(stage.name, metadata.step, examples + position, position, size)]
   loader = metadata.loader

@@ -1,15 +1,15 @@
-"""What a run takes over from a checkpoint, and the settings that it refuses."""
+"""Tests of the progress restored from a checkpoint, and of settings that prevent a resume."""
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 import pytest
 
 from apps.trainer.checkpoint import Checkpoints, find_checkpoint
 from apps.trainer.history import History, Span
 from apps.trainer.resume import check_resumes, check_step
+from apps.trainer.run_config import RunConfig
 from apps.trainer.stages import Stage
 
 STATE = {"params": {"w": jnp.zeros(2)}, "step": jnp.int32(0)}
@@ -17,18 +17,18 @@ ABSTRACT = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), STATE)
 
 
 def stages(*steps, batch_size=16, ema_decay=None):
-  """Stages a, b, ... of so many steps."""
+  """Return stages a, b, ... with these numbers of steps."""
   found, first = [], 0
   for index, total in enumerate(steps):
     config = {"total_steps": total, "batch_size": batch_size, "model": {"token_len": 8}}
     config["optimizer"] = {"ema_decay": ema_decay}
-    found.append(Stage(index, "abc"[index], ConfigDict(config), first))
+    found.append(Stage(index, "abc"[index], RunConfig.parse(config), first))
     first += total
   return found
 
 
 def save(folder, step, ran=(("a", 0, 16),), **more):
-  """Save a checkpoint after `step` steps; `ran` holds stage, first step and batch size."""
+  """Save a checkpoint after `step` steps; `ran` contains stage, first step and batch size."""
   history = History()
   for span in ran:
     history.begin(*span)
@@ -57,7 +57,7 @@ def resume(saved, of, first=0, abstract=ABSTRACT, tokenizer="t1", eval_only=Fals
 OLD = {"examples": None, "history": None, "stages": None}
 
 
-def test_progress_is_what_was_saved_whatever_the_settings_are_now(tmp_path):
+def test_progress_is_independent_of_settings(tmp_path):
   saved = save(tmp_path, 8, (("a", 0, 16), ("a", 4, 8)))
   progress = resume(saved, stages(8, batch_size=4))
   assert progress.history.examples(8) == 96 and not progress.note
@@ -65,7 +65,7 @@ def test_progress_is_what_was_saved_whatever_the_settings_are_now(tmp_path):
 
 
 @pytest.mark.parametrize("tokenizer, ema", [("t1", 0.5), ("t2", None)])
-def test_settings_that_do_not_fit_end_in_one_line(tmp_path, tokenizer, ema):
+def test_incompatible_settings(tmp_path, tokenizer, ema):
   saved = save(tmp_path, 8)
   abstract = ABSTRACT | ({"ema": ABSTRACT["params"]} if ema else {})
   with pytest.raises((ValueError, OSError)) as error:
@@ -78,7 +78,7 @@ def test_settings_that_do_not_fit_end_in_one_line(tmp_path, tokenizer, ema):
     assert "not the tokenizer of" in message and "is t2, not t1" in message
 
 
-def test_fewer_steps_than_were_trained_are_refused_but_can_be_evaluated(tmp_path):
+def test_fewer_total_steps_can_only_be_evaluated(tmp_path):
   saved = save(tmp_path, 8)
   message = r"config.total_steps: the configuration ends after step 7, but .*/8 holds step 8"
   with pytest.raises(ValueError, match=message):
@@ -87,7 +87,7 @@ def test_fewer_steps_than_were_trained_are_refused_but_can_be_evaluated(tmp_path
   assert resume(saved, stages(8)).history.examples(8) == 128
 
 
-def test_changed_stages_are_refused(tmp_path):
+def test_changed_stages_are_rejected(tmp_path):
   saved = save(tmp_path, 15, (("a", 0, 16), ("b", 10, 8)))
   assert resume(saved, stages(10, 10), first=1).history.examples(15) == 200
   with pytest.raises(ValueError, match="'b' began after step 10, the config begins it after .* 12"):
@@ -102,7 +102,7 @@ def test_changed_stages_are_refused(tmp_path):
     resume(saved, stages(15, 5), first=1)
 
 
-def test_the_state_must_be_at_the_step_where_the_settings_put_it():
+def test_state_step_must_match_settings():
   stage = stages(10, 10)[1]
   check_step(5, 15, stage)
   with pytest.raises(

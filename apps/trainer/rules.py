@@ -1,31 +1,32 @@
-"""What the value of a setting may be: a type with its limits, or a dict with named fields.
+"""Rules for the values of settings: types with limits, and dicts with named fields.
 
-A rule is called with the name of a setting and its value, and raises ValueError with value and
-expectation. Rules never convert. Their limits are those of the arithmetic behind the settings:
-int32 counters, float32 arrays, and sizes that no machine can hold.
+A rule takes the name of a setting and its value, and raises ValueError with value and expectation.
+Rules never convert values. Their limits are those of the arithmetic: int32 counters, float32
+arrays, and sizes that no machine can hold. msgspec, which parses checkpoints, would check types and
+ranges too, but its messages do not contain the value.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+import importlib
 import re
+import typing
 from typing import Any
 import unicodedata
-
-from ml_collections import ConfigDict
 
 from apps.trainer.names import nearest_leaf
 
 Rule = Callable[[str, Any], None]
 
-COUNT = 2**31 - 1  # of int32
-FLOAT32 = 3.4e38  # larger numbers are Inf in float32
-_LEAST = 1.2e-38  # smaller numbers may be 0 there
-_ROUNDED = 6e-8  # relative: nearer numbers may be equal there
-_LONGEST = 4096  # characters of a string, as of a path
-_SHOWN = 80  # characters of a value in a message
+COUNT = 2**31 - 1  # maximum of int32
+FLOAT32 = 3.4e38  # larger numbers overflow to Inf in float32
+_LEAST = 1.2e-38  # smaller numbers may underflow to 0
+_ROUNDED = 6e-8  # relative; closer numbers may be equal in float32
+_LONGEST = 4096  # maximum characters of a string, such as a path
+_SHOWN = 80  # maximum characters of a value in a message
 
 
 def shown(value: Any) -> str:
-  """Return a value for a message, cut where it is long."""
+  """Return a value for a message, shortened if long."""
   try:
     text = repr(value)
   except (ValueError, RecursionError):  # an integer of more than 4,300 digits
@@ -34,17 +35,17 @@ def shown(value: Any) -> str:
 
 
 def wrong(name: str, value: Any, expected: str) -> ValueError:
-  """Return the error of a setting."""
+  """Return the error for the value of a setting."""
   return ValueError(f"{name}={shown(value)}; expected {expected}")
 
 
-def whole(low: int, high: int = COUNT, *, also: int | None = None) -> Rule:
-  """Return the rule of integers in [low, high], and of one more."""
+def integer(low: int, high: int = COUNT, *, also: int | None = None) -> Rule:
+  """Return the rule of integers in [low, high], plus the value `also`."""
   other = "" if also is None else f", or {also}"
 
   def rule(name: str, value: Any) -> None:
     if type(value) is not int:
-      raise wrong(name, value, f"a whole number of at least {low}{other}")
+      raise wrong(name, value, f"an integer of at least {low}{other}")
     if value != also and value < low:
       raise wrong(name, value, f"at least {low}{other}")
     if value != also and value > high:
@@ -57,10 +58,10 @@ def real(low: float, high: float = FLOAT32, *, above: bool = False, below: bool 
   """Return the rule of finite numbers in [low, high].
 
   Args:
-    low: smallest number.
-    high: largest number.
-    above: refuse `low` itself, and what float32 rounds to it.
-    below: refuse `high` itself, and what float32 rounds to it.
+    low: lower limit.
+    high: upper limit.
+    above: exclude `low`, and values that float32 rounds to it.
+    below: exclude `high`, and values that float32 rounds to it.
   """
   least = low + max(abs(low) * _ROUNDED, _LEAST) if above else low
   most = high - abs(high) * _ROUNDED if below else high
@@ -76,7 +77,7 @@ def real(low: float, high: float = FLOAT32, *, above: bool = False, below: bool 
 
 
 def choice(*allowed: str) -> Rule:
-  """Return the rule of one of these strings."""
+  """Return the rule of a string that is one of `allowed`."""
 
   def rule(name: str, value: Any) -> None:
     if type(value) is not str or value not in allowed:
@@ -85,19 +86,19 @@ def choice(*allowed: str) -> Rule:
   return rule
 
 
-def key_of(table: Callable[[], Iterable[str]]) -> Rule:
-  """Return the rule of the keys of a table, which is made when a value is checked."""
-  return lambda name, value: choice(*table())(name, value)
+def key_of(module: str, table: str) -> Rule:
+  """Return the rule of the keys of a table in a module, which is imported at the first check."""
+  return lambda name, value: choice(*getattr(importlib.import_module(module), table))(name, value)
 
 
 def flag(name: str, value: Any) -> None:
-  """The rule of True and False."""
+  """Check that a value is True or False."""
   if type(value) is not bool:
     raise wrong(name, value, "True or False")
 
 
 def text(name: str, value: Any) -> None:
-  """The rule of strings that are names and paths."""
+  """Check that a value is a string for a name or a path."""
   if type(value) is not str:
     raise wrong(name, value, "a string")
   if len(value) > _LONGEST:
@@ -107,16 +108,16 @@ def text(name: str, value: Any) -> None:
 
 
 def regex(name: str, value: Any) -> None:
-  """The rule of regular expressions."""
+  """Check that a value is a regular expression."""
   text(name, value)
   try:
     re.compile(value)
   except (re.error, OverflowError, RecursionError) as error:
-    raise ValueError(f"{name}={shown(value)} is no regular expression: {error}") from error
+    raise ValueError(f"{name}={shown(value)} is not a valid regular expression: {error}") from error
 
 
 def optional(rule: Rule) -> Rule:
-  """Return the rule of None and of what `rule` takes."""
+  """Return the rule of None and of values that follow `rule`."""
 
   def either(name: str, value: Any) -> None:
     if value is not None:
@@ -129,8 +130,8 @@ def several(rule: Rule, example: str) -> Rule:
   """Return the rule of tuples and lists.
 
   Args:
-    rule: of each item.
-    example: a tuple of them, for the message.
+    rule: rule of each item.
+    example: example of a valid tuple, for the message.
   """
 
   def every(name: str, value: Any) -> None:
@@ -143,7 +144,7 @@ def several(rule: Rule, example: str) -> Rule:
 
 
 def one_or_several(rule: Rule, example: str) -> Rule:
-  """Return the rule of a string that `rule` takes, and of tuples of them; see `several`."""
+  """Return the rule of a string that follows `rule`, or a tuple of them; see `several`."""
 
   def either(name: str, value: Any) -> None:
     (rule if isinstance(value, str) else several(rule, example))(name, value)
@@ -152,7 +153,7 @@ def one_or_several(rule: Rule, example: str) -> Rule:
 
 
 def pair(first: Rule, second: Rule, example: str) -> Rule:
-  """Return the rule of two values, such as `example`."""
+  """Return the rule of pairs, such as `example`."""
 
   def rule(name: str, value: Any) -> None:
     if not isinstance(value, tuple | list) or len(value) != 2:
@@ -167,19 +168,19 @@ def fields(rules: Mapping[str, Rule], *required: str) -> Rule:
   """Return the rule of dicts with these fields.
 
   Args:
-    rules: of the fields.
-    *required: fields that must be there and not be empty.
+    rules: rules of the fields.
+    *required: required, non-empty fields.
   """
 
   def rule(name: str, value: Any) -> None:
-    if not isinstance(value, Mapping | ConfigDict):
+    if not isinstance(value, Mapping):
       raise wrong(name, value, f"a dict with {', '.join(required or rules)}")
     for field, part in dict(value).items():
       if field not in rules:
         near = nearest_leaf(str(field), list(rules))
         raise ValueError(
           f"{name} has {shown(field)}; "
-          + (f"did you mean {near!r}?" if near else f"it may have {', '.join(rules)}")
+          + (f"did you mean {near!r}?" if near else f"valid fields are {', '.join(rules)}")
         )
       rules[field](f"{name}.{field}", part)
     for field in required:
@@ -189,9 +190,34 @@ def fields(rules: Mapping[str, Rule], *required: str) -> Rule:
   return rule
 
 
+def of_type(hint: Any, integer: Rule, number: Rule) -> Rule:
+  """Return the rule of the values of a dataclass field.
+
+  Args:
+    hint: type of the field: bool, int, float, str, a Literal of strings, or one of them or None.
+    integer: rule of int values.
+    number: rule of float values.
+  """
+  if type(None) in (parts := typing.get_args(hint)):
+    (kind,) = (part for part in parts if part is not type(None))
+    return optional(of_type(kind, integer, number))
+  if typing.get_origin(hint) is typing.Literal:
+    return choice(*parts)
+  return {bool: flag, int: integer, float: number, str: text}[hint]
+
+
+def dicts(name: str, value: Any) -> None:
+  """Check that a value is a dict whose values follow `plain_dict`."""
+  if not isinstance(value, Mapping):
+    raise wrong(name, value, "a dict of dicts, such as {'NAME': {'weight': 1.0}}")
+  for field, part in dict(value).items():
+    text(f"a field of {name}", field)
+    plain_dict(f"{name}.{field}", part)
+
+
 def plain_dict(name: str, value: Any) -> None:
-  """The rule of dicts with simple values; their fields are those of another library's config."""
-  if not isinstance(value, Mapping | ConfigDict):
+  """Check that a value is a dict of simple values, the fields of another library's config."""
+  if not isinstance(value, Mapping):
     raise wrong(name, value, "a dict of fields, such as {'depth': 3}")
   for field, part in dict(value).items():
     text(f"a field of {name}", field)

@@ -1,15 +1,15 @@
-"""What all stages of a run share."""
+"""State of a run that all stages share."""
 
 import dataclasses
 
 import jax
-from ml_collections import ConfigDict
 
 from apps.trainer.checkpoint import Checkpoints
 from apps.trainer.checkpoint_metadata import StageData
 from apps.trainer.history import History
 from apps.trainer.hooks import Hooks
 from apps.trainer.progress import Terminal
+from apps.trainer.run_config import RunConfig
 from apps.trainer.sinks import MetricWriter
 from apps.trainer.stages import Stage
 from apps.trainer.stop import StopRequest
@@ -19,9 +19,9 @@ import ov_data
 
 @dataclasses.dataclass
 class Run:
-  """Opened once; the fields with defaults collect what the report shows."""
+  """Opened once; the fields with defaults collect the content of the report."""
 
-  config: ConfigDict
+  config: RunConfig
   workdir: Workdir
   stages: list[Stage]
   tokenizer: ov_data.Tokenizer
@@ -31,9 +31,9 @@ class Run:
   writer: MetricWriter
   stop: StopRequest
   hooks: Hooks
-  history: History  # of the steps so far
-  stage_data: dict[str, StageData]  # by name of the stage
-  step: int = 0  # finished steps of the stages that ended, and of the one that runs at its end
+  history: History  # history of the steps so far
+  stage_data: dict[str, StageData]  # by stage name
+  step: int = 0  # completed steps of finished stages, and of the current one once it ends
   model_name: str = ""
   num_params: int = 0
   init_from: list[str] = dataclasses.field(default_factory=list)

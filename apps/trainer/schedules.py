@@ -1,7 +1,7 @@
-"""Learning-rate schedules as multipliers of the peak rate, and the predecessors' step arithmetic.
+"""Learning-rate schedules as multipliers of the peak rate, and step counts of the released code.
 
 A schedule is a function `step -> multiplier`: `step` int or int32 [], result float32 []. It is
-traceable, and the optimizer multiplies it with `OptimizerConfig.learning_rate`. Every kind starts
+traceable; the optimizer multiplies its result by `OptimizerConfig.learning_rate`. Every kind starts
 with a linear warm-up from 0:
 
   warmup(s)        = min(1, s / W)                                         (1 where W = 0)
@@ -10,10 +10,11 @@ with a linear warm-up from 0:
   rsqrt(s)         = warmup(s) * sqrt(K / (K + max(0, s - W))) * (m + (1 - m) * c(q))
   constant(s)      = warmup(s)
 
-`SCHEDULES` has one function for each kind; to add one, write its function and its line there.
+To add a kind, write its function and add it to `SCHEDULES`.
 
-T total steps, W warmup_steps, m min_multiplier, C cooldown_steps, K timescale, and c the cool-down
-shape: linear 1 - q, cosine, or sqrt 1 - sqrt(q). Steps past T keep the last value.
+T total steps, W warmup_steps, m min_multiplier, C cooldown_steps, K timescale: `ScheduleSettings`,
+which checks the values. c is the cool-down shape: linear 1 - q, cosine, or sqrt 1 - sqrt(q). Steps
+past T keep the last value.
 
 Papers: cosine, Loshchilov and Hutter 2016, https://arxiv.org/abs/1608.03983; WSD (warm-up, stable,
 decay), Hu et al. 2024, https://arxiv.org/abs/2404.06395; 1 - sqrt cool-down, Haegele et al. 2024,
@@ -21,61 +22,24 @@ https://arxiv.org/abs/2405.18392; rsqrt, Zhai et al. 2021, https://arxiv.org/abs
 """
 
 from collections.abc import Callable
-import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
 
+from apps.trainer.run_config import ScheduleSettings
+
 Schedule = Callable[[jax.Array | int], jax.Array]
-Decay = Callable[[jax.Array], jax.Array]  # the same of a float32 step
+Decay = Callable[[jax.Array], jax.Array]  # schedule of a float32 step
 
-IMAGENET_EXAMPLES = 1_281_167  # the unit of a virtual epoch, whatever the data set really holds
-
-
-@dataclasses.dataclass(frozen=True)
-class ScheduleConfig:
-  """Which schedule, and its lengths in optimizer steps.
-
-  Attributes:
-    kind: key of `SCHEDULES`, see the formulas above.
-    warmup_steps: W, linear warm-up from 0; fewer than the total steps.
-    min_multiplier: m in [0, 1), what a decay ends at, as a share of the peak rate.
-    cooldown_steps: C, the last steps over which wsd and rsqrt decay to m; W + C <= T.
-    cooldown_shape: key of `COOLDOWNS`, c of the formulas.
-    timescale: K of rsqrt, in steps.
-  """
-
-  kind: str = "warmup_cosine"
-  warmup_steps: int = 0
-  min_multiplier: float = 0.0
-  cooldown_steps: int = 0
-  cooldown_shape: str = "linear"
-  timescale: int = 10_000
-
-  def __post_init__(self) -> None:
-    for name, table in (("kind", SCHEDULES), ("cooldown_shape", COOLDOWNS)):
-      if (value := getattr(self, name)) not in table:
-        raise ValueError(f"schedule {name}={value!r} is unknown; choose one of {', '.join(table)}.")
-    if self.warmup_steps < 0 or self.cooldown_steps < 0:
-      raise ValueError(
-        f"schedule lengths must be >= 0, got warmup_steps={self.warmup_steps}, "
-        f"cooldown_steps={self.cooldown_steps}."
-      )
-    if not 0 <= self.min_multiplier < 1:
-      raise ValueError(
-        f"schedule min_multiplier={self.min_multiplier} must lie in [0, 1): it is a share of the "
-        "peak learning rate, not a rate."
-      )
-    if self.timescale <= 0:
-      raise ValueError(f"schedule timescale={self.timescale} must be a positive number of steps.")
+IMAGENET_EXAMPLES = 1_281_167  # examples of a virtual epoch, for any data set
 
 
-def make_schedule(config: ScheduleConfig, total_steps: int) -> Schedule:
-  """The multiplier function of `config` for a run of `total_steps` optimizer steps.
+def make_schedule(config: ScheduleSettings, total_steps: int) -> Schedule:
+  """Return the multiplier function of `config` for a run of `total_steps` optimizer steps.
 
   Raises:
-    ValueError: if the warm-up does not end before the run does, or warm-up and cool-down overlap.
+    ValueError: the warm-up does not end before the run, or warm-up and cool-down overlap.
   """
   total, warmup, cooldown = total_steps, config.warmup_steps, config.cooldown_steps
   if total < 1:
@@ -93,7 +57,7 @@ def make_schedule(config: ScheduleConfig, total_steps: int) -> Schedule:
   return lambda step: kind(jnp.asarray(step, jnp.float32))
 
 
-def _warmup_cosine(config: ScheduleConfig, total: int) -> Decay:
+def _warmup_cosine(config: ScheduleSettings, total: int) -> Decay:
   _require_no_cooldown(config)
   start = config.warmup_steps
 
@@ -103,13 +67,13 @@ def _warmup_cosine(config: ScheduleConfig, total: int) -> Decay:
   return schedule
 
 
-def _wsd(config: ScheduleConfig, total: int) -> Decay:
+def _wsd(config: ScheduleSettings, total: int) -> Decay:
   if config.cooldown_steps == 0:
     raise ValueError("schedule kind='wsd' needs cooldown_steps > 0; without decay use 'constant'.")
   return lambda s: _warmup(config, s) * _cooldown(config, total, s)
 
 
-def _rsqrt(config: ScheduleConfig, total: int) -> Decay:
+def _rsqrt(config: ScheduleSettings, total: int) -> Decay:
   def schedule(s: jax.Array) -> jax.Array:
     after = jnp.maximum(0.0, s - config.warmup_steps)
     decay = jnp.sqrt(config.timescale / (config.timescale + after))
@@ -118,7 +82,7 @@ def _rsqrt(config: ScheduleConfig, total: int) -> Decay:
   return schedule
 
 
-def _constant(config: ScheduleConfig, total: int) -> Decay:
+def _constant(config: ScheduleSettings, total: int) -> Decay:
   del total
   _require_no_cooldown(config)
   return lambda s: _warmup(config, s)
@@ -128,7 +92,7 @@ def _cosine(p: jax.Array) -> jax.Array:
   return 0.5 * (1.0 + jnp.cos(jnp.pi * p))
 
 
-SCHEDULES: dict[str, Callable[[ScheduleConfig, int], Decay]] = {
+SCHEDULES: dict[str, Callable[[ScheduleSettings, int], Decay]] = {
   "warmup_cosine": _warmup_cosine,
   "wsd": _wsd,
   "rsqrt": _rsqrt,
@@ -142,7 +106,7 @@ COOLDOWNS: dict[str, Decay] = {
 
 
 def virtual_epoch_steps(epochs: float, batch_size: int) -> int:
-  """Optimizer steps of `epochs` virtual ImageNet epochs: floor(1,281,167 * epochs / batch_size).
+  """Return floor(1,281,167 * epochs / batch_size), the steps of virtual ImageNet epochs.
 
   Stages and warm-ups of the published recipes are counted in these, independent of the data set.
   """
@@ -154,16 +118,16 @@ def virtual_epoch_steps(epochs: float, batch_size: int) -> int:
 
 
 def batch_size_from_factor(batch_factor: float) -> int:
-  """Global batch of the predecessors' `batch_factor`: int(16384 * batch_factor) examples."""
+  """Return the global batch size for a `batch_factor` of the released code: int(16384 * factor)."""
   return int(1024 * 16 * batch_factor)
 
 
 def scaled_learning_rate(base_lr: float, batch_size: int) -> float:
-  """Peak learning rate of a `base_lr` given per 256 examples: base_lr * batch_size / 256."""
+  """Return the peak learning rate for a `base_lr` per 256 examples: base_lr * batch_size / 256."""
   return base_lr * batch_size / 256
 
 
-def _require_no_cooldown(config: ScheduleConfig) -> None:
+def _require_no_cooldown(config: ScheduleSettings) -> None:
   if config.cooldown_steps:
     raise ValueError(
       f"schedule kind={config.kind!r} has no cool-down, got "
@@ -171,7 +135,7 @@ def _require_no_cooldown(config: ScheduleConfig) -> None:
     )
 
 
-def _warmup(config: ScheduleConfig, step: jax.Array) -> jax.Array:
+def _warmup(config: ScheduleSettings, step: jax.Array) -> jax.Array:
   return (
     jnp.minimum(1.0, step / config.warmup_steps) if config.warmup_steps else jnp.ones_like(step)
   )
@@ -181,11 +145,11 @@ def _fraction(step: jax.Array, start: int, length: int) -> jax.Array:
   return jnp.clip((step - start) / max(length, 1), 0.0, 1.0)
 
 
-def _blend(config: ScheduleConfig, decay: jax.Array) -> jax.Array:
+def _blend(config: ScheduleSettings, decay: jax.Array) -> jax.Array:
   return config.min_multiplier + (1.0 - config.min_multiplier) * decay
 
 
-def _cooldown(config: ScheduleConfig, total: int, step: jax.Array) -> jax.Array:
+def _cooldown(config: ScheduleSettings, total: int, step: jax.Array) -> jax.Array:
   length = config.cooldown_steps
   if not length:
     return jnp.ones_like(step)

@@ -1,7 +1,7 @@
-"""Where metrics go: metrics.jsonl always, TensorBoard and Weights & Biases when asked.
+"""Metric writers: metrics.jsonl always, TensorBoard and Weights & Biases on request.
 
-`metrics.jsonl` holds one JSON object a line: `step` and flat names such as `train/loss`. A run that
-was interrupted and resumed leaves the same file as one that was not, except for the values of
+`metrics.jsonl` has one JSON object per line: `step` and flat names such as `train/loss`. An
+interrupted and resumed run writes the same file as an uninterrupted one, except for the values of
 TIMING_NAMES. Compare two such files with `python -m apps.trainer.sinks A B`.
 """
 
@@ -21,12 +21,12 @@ import msgspec
 from apps.trainer.errors import UserError
 from ov_data import fs
 
-# Values of the clock and of the machine; everything else in metrics.jsonl is reproducible.
+# Timing and throughput values; everything else in metrics.jsonl is reproducible.
 TIMING_NAMES = frozenset(
   {
-    "train/images_per_second",  # all devices together
-    "train/mfu",  # model FLOPs done over FLOPs of the devices' peak, 0 to 1
-    "train/input_wait",  # share of the time spent waiting for the next batch, 0 to 1
+    "train/images_per_second",  # over all devices
+    "train/mfu",  # model FLOPs / peak FLOPs of the devices, 0 to 1
+    "train/input_wait",  # fraction of the time spent waiting for the next batch, 0 to 1
     "train/seconds",  # since the previous line
     "eval/seconds",  # one evaluation
   }
@@ -34,10 +34,10 @@ TIMING_NAMES = frozenset(
 
 
 class MetricWriter:
-  """Writes metrics in the order of steps; a context manager.
+  """Writer of metrics in the order of steps; a context manager.
 
-  A line is on its way to the disk when `write` returns. To resume exactly, everything up to step s
-  (evaluations at s included) must be written before the checkpoint of step s is begun.
+  `write` returns after the line was passed to the operating system. For exact resumption, all
+  metrics up to step s (including evaluations at s) must be written before the checkpoint of step s.
   """
 
   def __init__(
@@ -50,19 +50,19 @@ class MetricWriter:
     wandb_project: str | None = None,
     config: Mapping[str, Any] | None = None,
   ):
-    """Opens the sinks.
+    """Open the writers.
 
     Args:
       workdir: existing folder for metrics.jsonl, tensorboard/ and wandb/.
-      resume_step: step of the restored checkpoint: later lines of an earlier attempt are cut
-        away, damaged lines are counted and set aside. None starts an empty file.
-      active: False on every process but the first; then nothing is opened or written.
+      resume_step: step of the restored checkpoint: later lines of an earlier attempt are removed,
+        damaged lines are counted and moved to another file. None starts an empty file.
+      active: False on all processes except process 0; disables all output.
       tensorboard: also write event files.
       wandb_project: also report to Weights & Biases; the key is read from WANDB_API_KEY only.
-      config: resolved configuration, shown by Weights & Biases.
+      config: resolved configuration, for Weights & Biases.
 
     Raises:
-      UserError: if Weights & Biases is asked for but not installed or has no key.
+      UserError: Weights & Biases is requested but not installed, or has no key.
     """
     self._file = self._events = self._wandb = None
     if not active:
@@ -80,9 +80,9 @@ class MetricWriter:
       self._events = EventFile(workdir / "tensorboard", first_step=first)
 
   def write(self, step: int, values: Mapping[str, Any]) -> None:
-    """Writes one line of scalars (Python, NumPy, or device arrays already on the host).
+    """Write one line of scalars (Python, NumPy, or device arrays on the host).
 
-    A value that is NaN or infinite becomes null: JSON has no word for it.
+    NaN and Inf are written as null, because JSON cannot represent them.
     """
     if self._file is None:
       return
@@ -97,11 +97,11 @@ class MetricWriter:
       self._wandb.log(scalars, step=step)
 
   def flush(self) -> None:
-    """Returns when metrics.jsonl is on the disk.
+    """Wait until metrics.jsonl is on the disk.
 
     Raises:
-      UserError: another file, or none, has its name: what was written is lost.
-      OSError: it cannot be written; names the file.
+      UserError: the file was removed or replaced, so its metrics are lost.
+      OSError: the file cannot be written; the message names it.
     """
     if self._file is not None:
       self._sync()
@@ -128,7 +128,7 @@ class MetricWriter:
       )
 
   def close(self) -> None:
-    """Closes every sink; may be called twice."""
+    """Close all writers; may be called twice."""
     if self._file is not None:
       self._sync()
       self._file.close()
@@ -146,9 +146,9 @@ class MetricWriter:
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-  """The lines of a metrics.jsonl; null becomes NaN, a torn last line is left out.
+  """Return the lines of a metrics.jsonl; null becomes NaN.
 
-  Damaged lines are left out too, with a warning that counts them.
+  An incomplete last line is skipped; so are damaged lines, with a warning that counts them.
   """
   lines, damaged = [], []
   for number, (_, line) in enumerate(_lines(Path(path).read_bytes()), start=1):
@@ -157,12 +157,12 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     else:
       lines.append({name: math.nan if value is None else value for name, value in line.items()})
   if damaged:
-    logging.warning("%s: left out %s", path, _count(damaged))
+    logging.warning("%s: skipped %s", path, _count(damaged))
   return lines
 
 
 def compare_metrics(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> list[str]:
-  """Differences of two metrics.jsonl, bit for bit, TIMING_NAMES left out; empty if equal."""
+  """Return the differences of two metrics.jsonl, bit for bit without TIMING_NAMES."""
   first, second = (
     [{k: v for k, v in line.items() if k not in TIMING_NAMES} for line in read_metrics(path)]
     for path in (a, b)
@@ -182,8 +182,8 @@ def compare_metrics(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> lis
 def _cut(path: Path, resume_step: int | None) -> None:
   """Keep the lines up to resume_step, by writing a new file and renaming it.
 
-  Damaged lines are written to `metrics.jsonl.damaged-N`, and so are lines of later steps that
-  stand before a line that is kept: a step was changed. The torn line of a kill is dropped.
+  Damaged lines are moved to `metrics.jsonl.damaged-N`, and so are lines of later steps that precede
+  a kept line, which means that a step was changed. The incomplete line of a killed run is dropped.
   """
   lines: list[tuple[bytes, dict[str, Any] | None]] = []
   if resume_step is not None and path.exists():
@@ -219,7 +219,7 @@ def _cut(path: Path, resume_step: int | None) -> None:
 
 
 def _lines(content: bytes) -> list[tuple[bytes, dict[str, Any] | None]]:
-  """Every complete line of a metrics.jsonl and its values; None for a damaged line."""
+  """Return all complete lines of a metrics.jsonl with their values; None for a damaged line."""
   lines: list[tuple[bytes, dict[str, Any] | None]] = []
   for text in content.split(b"\n")[:-1]:
     try:
@@ -233,7 +233,7 @@ def _lines(content: bytes) -> list[tuple[bytes, dict[str, Any] | None]]:
 
 
 def _count(damaged: list[int]) -> str:
-  """Such as `2 damaged lines (7, 9)`."""
+  """Format a count, such as `2 damaged lines (7, 9)`."""
   shown = ", ".join(map(str, damaged[:5])) + (", ..." if len(damaged) > 5 else "")
   return f"{len(damaged)} damaged line{'s' if len(damaged) > 1 else ''} ({shown})"
 
@@ -251,18 +251,18 @@ def check_wandb() -> None:
   """Check that Weights & Biases can be used.
 
   Raises:
-    UserError: it is not installed or has no key; says what to do.
+    UserError: it is not installed or has no key; the message includes the remedy.
   """
   try:
     import wandb  # noqa: F401
   except ImportError as error:
     raise UserError(
-      "Weights & Biases was asked for but is not installed; pip install wandb, or drop the setting"
+      "Weights & Biases is enabled but is not installed; pip install wandb, or drop the setting"
     ) from error
   offline = os.environ.get("WANDB_MODE") in ("offline", "disabled")
   if not offline and not os.environ.get("WANDB_API_KEY"):
     raise UserError(
-      "Weights & Biases was asked for but WANDB_API_KEY is not set; "
+      "Weights & Biases is enabled but WANDB_API_KEY is not set; "
       "export it, or set WANDB_MODE=offline"
     )
 
@@ -289,7 +289,7 @@ def _main(arguments: list[str]) -> int:
     print("usage: python -m apps.trainer.sinks A/metrics.jsonl B/metrics.jsonl", file=sys.stderr)
     return 2
   differences = compare_metrics(*arguments)
-  print("\n".join(differences) or "equal, timing left out")
+  print("\n".join(differences) or "equal except for timing")
   return 1 if differences else 0
 
 

@@ -25,7 +25,7 @@ def _write(workdir, steps, resume_step=None, speed=1.0):
         writer.write(step, {"eval/caption_nll": math.exp(-step)})
 
 
-def test_one_json_object_a_line_with_flat_names(tmp_path):
+def test_one_json_object_per_line(tmp_path):
   _write(tmp_path, range(1, 5))
   lines = [json.loads(text) for text in (tmp_path / "metrics.jsonl").read_text().splitlines()]
   assert [line["step"] for line in lines] == [1, 2, 3, 4, 4]
@@ -38,7 +38,7 @@ def test_one_json_object_a_line_with_flat_names(tmp_path):
 
 
 @pytest.mark.parametrize("stopped, resumed", [(3, 2), (8, 4), (9, 8), (5, 5), (2, None)])
-def test_resumed_file_equals_the_uninterrupted_one(tmp_path, stopped, resumed):
+def test_resumed_file_equals_uninterrupted_one(tmp_path, stopped, resumed):
   whole, parts = tmp_path / "whole", tmp_path / "parts"
   whole.mkdir()
   parts.mkdir()
@@ -90,7 +90,7 @@ def test_comparison_sees_the_last_bit_and_missing_values(tmp_path):
   assert sinks._main(paths) == 1 and sinks._main([paths[0], paths[0]]) == 0
 
 
-def test_values_that_are_not_finite_stay_valid_json(tmp_path):
+def test_nan_and_inf_are_written_as_null(tmp_path):
   with MetricWriter(tmp_path) as writer:
     writer.write(1, {"a": math.nan, "b": -math.inf, "c": np.float64(2)})
   text = (tmp_path / "metrics.jsonl").read_text()
@@ -98,7 +98,7 @@ def test_values_that_are_not_finite_stay_valid_json(tmp_path):
   assert math.isnan(read_metrics(tmp_path / "metrics.jsonl")[0]["a"])
 
 
-def test_what_is_not_a_number_is_refused_by_name(tmp_path):
+def test_non_numeric_metric_is_an_error(tmp_path):
   with MetricWriter(tmp_path) as writer, pytest.raises(TypeError, match="'train/loss'"):
     writer.write(1, {"train/loss": np.zeros(2)})
 
@@ -117,7 +117,7 @@ def test_tensorboard_events(tmp_path):
   assert b"train/loss" in events.read_bytes()
 
 
-def test_wandb_missing_or_without_key_is_one_clear_line(tmp_path, monkeypatch):
+def test_wandb_missing_or_without_key(tmp_path, monkeypatch):
   monkeypatch.delenv("WANDB_API_KEY", raising=False)
   monkeypatch.delenv("WANDB_MODE", raising=False)
   monkeypatch.setitem(sys.modules, "wandb", None)
@@ -154,7 +154,7 @@ BAD = {
   "no JSON": b'{"step": 3, "train/loss" 0.5}',
   "a list": b"[3]",
   "no step": b'{"stop": 3}',
-  "a step that is none": b'{"step": true}',
+  "a step that is no integer": b'{"step": true}',
   "a negative step": b'{"step": -3}',
   "a step of text": b'{"step": "3"}',
   "a value of text": b'{"step": 3, "train/loss": "0.5"}',
@@ -164,14 +164,14 @@ BAD = {
 
 
 @pytest.mark.parametrize("bad", BAD)
-def test_lines_after_a_damaged_one_are_kept_and_it_is_set_aside(tmp_path, bad, caplog):
+def test_damaged_lines_are_moved_aside(tmp_path, bad, caplog):
   logging.use_python_logging(quiet=True)
   path = tmp_path / "metrics.jsonl"
   _write(tmp_path, range(1, 10))
   lines = path.read_bytes().splitlines()
   path.write_bytes(b"\n".join([*lines[:2], BAD[bad], *lines[3:]]) + b"\n")
   assert len(read_metrics(path)) == len(lines) - 1
-  assert "left out 1 damaged line (3)" in caplog.text
+  assert "skipped 1 damaged line (3)" in caplog.text
   MetricWriter(tmp_path, resume_step=8).close()
   assert "1 damaged line (3), moved to metrics.jsonl.damaged-1" in caplog.text
   assert (tmp_path / "metrics.jsonl.damaged-1").read_bytes() == BAD[bad] + b"\n"
@@ -187,7 +187,7 @@ def test_damaged_lines_are_never_overwritten(tmp_path):
   assert kept == ["damage 0\n", "damage 1\n", "damage 2\n"]
 
 
-def test_a_changed_step_is_damage_where_kept_lines_follow(tmp_path):
+def test_changed_step_is_moved_aside(tmp_path):
   path = tmp_path / "metrics.jsonl"
   path.write_text('{"step": 1}\n{"step": 92}\n{"step": 3}\n{"step": 4}\n{"step": 5}\n')
   MetricWriter(tmp_path, resume_step=3).close()
@@ -195,7 +195,7 @@ def test_a_changed_step_is_damage_where_kept_lines_follow(tmp_path):
   assert (tmp_path / "metrics.jsonl.damaged-1").read_text() == '{"step": 92}\n'
 
 
-def test_a_file_that_was_removed_or_replaced_ends_the_run(tmp_path):
+def test_removed_or_replaced_file_is_an_error(tmp_path):
   for change in (
     lambda path: path.unlink(),
     lambda path: path.rename(tmp_path / "elsewhere"),
@@ -210,7 +210,7 @@ def test_a_file_that_was_removed_or_replaced_ends_the_run(tmp_path):
         writer.flush()
 
 
-def test_cutting_never_leaves_a_half_written_file(tmp_path, monkeypatch):
+def test_truncation_is_atomic(tmp_path, monkeypatch):
   _write(tmp_path, range(1, 5))
   before = (tmp_path / "metrics.jsonl").read_bytes()
 

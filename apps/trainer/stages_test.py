@@ -1,21 +1,21 @@
-from ml_collections import ConfigDict
 import pytest
 
+from apps.trainer.run_config import RunConfig
 from apps.trainer.stages import resolve_stages
 
 
 def config(*stages):
-  return ConfigDict(
+  return RunConfig.parse(
     {"total_steps": 10, "model": {"image_size": 84, "encoder": "L/14"}, "stages": stages}
   )
 
 
-def test_without_stages_the_run_is_one():
+def test_run_without_stages():
   (stage,) = resolve_stages(config())
   assert (stage.name, stage.first_step, stage.last_step) == ("main", 0, 10)
 
 
-def test_changes_hold_for_their_stage_only_and_steps_go_on():
+def test_changes_apply_to_one_stage():
   first, second, third = resolve_stages(
     config(
       {"name": "84px", "total_steps": 5},
@@ -33,20 +33,19 @@ def test_changes_hold_for_their_stage_only_and_steps_go_on():
 
 
 @pytest.mark.parametrize(
-  ("stages", "said"),
+  ("stages", "message"),
   [
     (({"model.image_sise": 1},), "image_sise"),
     (({"total_steps": "many"},), "total_steps"),
-    (({"name": "a"}, {"name": "a"}), "stands twice"),
+    (({"name": "a"}, {"name": "a"}), "is used twice"),
   ],
 )
-def test_impossible_changes_are_named(stages, said):
-  with pytest.raises(ValueError, match=said):
+def test_invalid_changes(stages, message):
+  with pytest.raises(ValueError, match=message):
     resolve_stages(config(*stages))
 
 
 @pytest.mark.parametrize("stages", [7, "84px", (84, 224)])
-def test_what_is_no_list_of_changes_is_refused(stages):
-  wrong = ConfigDict(config().to_dict() | {"stages": stages})
+def test_invalid_stages(stages):
   with pytest.raises(ValueError, match="expected a list of changes, such as"):
-    resolve_stages(wrong)
+    RunConfig.parse({"stages": stages})

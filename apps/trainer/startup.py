@@ -1,10 +1,10 @@
 """Process setup that every program needs before its slow imports.
 
-`set_up` makes three things certain:
+`set_up` ensures three things:
   - logging never ends a program: output that cannot be written (closed pipe, full disk) is dropped;
-  - paths and files are UTF-8, whatever the locale;
-  - SIGINT and SIGTERM end the program with one line and exit code 130 or 143, from the first
-    import on. `stop.StopRequest` replaces the handlers while a run trains.
+  - paths and files are UTF-8 in every locale;
+  - SIGINT and SIGTERM end the program with one line and exit code 130 or 143, from the first import
+    on. `stop.StopRequest` replaces the handlers during training.
 
 This module imports the standard library only.
 """
@@ -23,22 +23,22 @@ from typing import Any
 import warnings
 
 _NAMES = {signal.SIGINT: "SIGINT (Ctrl-C)", signal.SIGTERM: "SIGTERM"}
-# Control characters except newline and tab, and the marks that reorder the text around them.
+# Control characters except newline and tab, and bidirectional formatting characters.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 _received: signal.Signals | None = None
-_reported: set[str] = set()  # lines about background threads
+_reported: set[str] = set()  # messages about background threads
 
 
 class Terminated(KeyboardInterrupt):
-  """SIGTERM, where nothing else handles it; like Ctrl-C it is no Exception."""
+  """Unhandled SIGTERM; like KeyboardInterrupt not an Exception."""
 
 
 def set_up() -> None:
   """Prepare standard streams, encoding and signal handlers; may be called twice.
 
-  Call it first in a program: where the locale is not UTF-8, the program starts again in Python's
-  UTF-8 mode.
+  Call it first in a program: if the locale is not UTF-8, the program is restarted in Python's UTF-8
+  mode.
   """
   _open_closed_streams()
   _restart_in_utf8()
@@ -47,9 +47,9 @@ def set_up() -> None:
     (signal.SIGINT, signal.default_int_handler),
     (signal.SIGTERM, signal.SIG_DFL),
   ):
-    if signal.getsignal(number) is default:  # not where a parent process has it ignored
+    if signal.getsignal(number) is default:  # keep the setting of a parent process that ignores it
       signal.signal(number, _interrupt)
-  # A save that failed leaves them behind.
+  # Failed saves leave such coroutines.
   warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
   sys.unraisablehook = _unraisable
   sys.excepthook = _uncaught
@@ -57,17 +57,17 @@ def set_up() -> None:
 
 
 def received() -> signal.Signals | None:
-  """The signal that interrupted this program; None if none did."""
+  """Return the signal that interrupted this program; None if there was none."""
   return _received
 
 
 def describe(number: signal.Signals) -> str:
-  """Name a signal for a message, such as "SIGINT (Ctrl-C)"."""
+  """Return the name of a signal for a message, such as "SIGINT (Ctrl-C)"."""
   return _NAMES.get(number, number.name)
 
 
 def program() -> str:
-  """Return the name of the program, which its error lines start with."""
+  """Return the name of the program, the prefix of its error lines."""
   return os.path.splitext(os.path.basename(sys.argv[0]))[0]
 
 
@@ -82,7 +82,7 @@ def printable(text: str) -> str:
 
 
 def _open_closed_streams() -> None:
-  """Open /dev/null for closed standard streams: the next file opened would take their number."""
+  """Open /dev/null for closed standard streams: the next opened file would get their number."""
   for fd in (0, 1, 2):
     try:
       os.fstat(fd)
@@ -99,7 +99,7 @@ def _restart_in_utf8() -> None:
 
 
 class _Tolerant(io.RawIOBase):
-  """A file descriptor for text that people read: what cannot be written is dropped."""
+  """File descriptor for text output that drops what cannot be written."""
 
   def __init__(self, fd: int):
     self._fd = fd
@@ -124,7 +124,7 @@ def _tolerate_failed_writes() -> None:
   for name, fd in (("stdout", 1), ("stderr", 2)):
     stream = getattr(sys, name)
     if stream is not None and stream is not getattr(sys, f"__{name}__"):
-      continue  # captured, as by a test
+      continue  # captured, for example by a test
     if stream is not None and isinstance(getattr(stream.buffer, "raw", None), _Tolerant):
       continue
     buffer = io.BufferedWriter(_Tolerant(fd))
@@ -138,7 +138,7 @@ def _tolerate_failed_writes() -> None:
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
   global _received
-  if _received is not None:  # the second one does not wait for anything
+  if _received is not None:  # exit immediately on the second signal
     os._exit(128 + number)
   _received = signal.Signals(number)
   text = f"stopped by {describe(_received)}"
@@ -151,15 +151,15 @@ def _unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
   error = unraisable.exc_value
   if isinstance(error, KeyboardInterrupt) and _received is not None:
     number, _received = _received, None
-    # Again, once this hook has returned: an exception in it would be dropped as well.
+    # Again after this hook has returned, because an exception in it would be dropped as well.
     threading.Timer(0.1, os.kill, (os.getpid(), number)).start()
-  elif not isinstance(error, OSError):  # such as a file that a full disk cannot take at the end
+  elif not isinstance(error, OSError):  # OSError: for example a file closed on a full disk
     _report_background(error)
 
 
 def _uncaught(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-  """End an interrupted import with one line; `errors.run_app` handles the rest of a program."""
-  if threading.current_thread() is not threading.main_thread():  # a callback of a library
+  """End an interrupted import with one line; `errors.run_app` handles all other errors."""
+  if threading.current_thread() is not threading.main_thread():  # callback of a library
     _report_background(error)
   elif _received is not None:
     print(f"{program()}: stopped by {describe(_received)}", file=sys.stderr, flush=True)
@@ -169,10 +169,10 @@ def _uncaught(kind: type[BaseException], error: BaseException, trace: Any) -> No
 
 
 def _report_background(error: BaseException | None) -> None:
-  """Print one line for an error that nobody handles, as in a thread, and none when it repeats.
+  """Print one line for an unhandled background error, once per message.
 
-  Threads of libraries fail by the hundred once the program fails, and what ends the program has
-  its own line.
+  Threads of libraries fail by the hundred once the program fails, and the program reports its own
+  error.
   """
   if error is None or isinstance(error, SystemExit) or str(error) == "Event loop is closed":
     return

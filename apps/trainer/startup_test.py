@@ -1,4 +1,4 @@
-"""Standard streams, encoding and signals of a program, in processes of their own."""
+"""Tests of standard streams, encoding and signals, in separate processes."""
 
 import os
 import signal
@@ -39,7 +39,7 @@ def command(tmp_path, *arguments):
 
 
 def end_by_signals():
-  """Undo what a shell does to programs in the background: it has them ignore Ctrl-C."""
+  """Restore the handling of Ctrl-C, which shells disable for background programs."""
   signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -68,7 +68,7 @@ def test_output_that_cannot_be_written_is_dropped(tmp_path, redirect):
   assert int(descriptor) > 2
 
 
-def test_a_reader_that_stops_reading_ends_nothing(tmp_path):
+def test_closed_pipe_does_not_end_program(tmp_path):
   args = command(tmp_path, 2000, tmp_path / "done")
   shell = '{ "$@"; echo $? >code; } 2>&1 | head -1'
   subprocess.run(["sh", "-c", shell, "sh", *args], env=environment(), cwd=tmp_path, check=True)
@@ -107,7 +107,7 @@ def test_a_signal_ends_a_program_with_one_line(tmp_path, number, code):
   ]
 
 
-def test_an_interrupt_that_a_library_swallows_ends_the_program(tmp_path):
+def test_swallowed_interrupt_ends_program(tmp_path):
   swallow = """
 class Noisy:
   def __del__(self):
@@ -121,7 +121,7 @@ time.sleep(60)
   assert done.stderr.splitlines()[1:] == ["prog: stopped by SIGINT (Ctrl-C)"]
 
 
-def test_an_import_that_turns_the_interrupt_into_an_error(tmp_path):
+def test_interrupt_converted_by_import(tmp_path):
   args = command(
     tmp_path, 0, tmp_path / "done",
     "try: os.kill(os.getpid(), 2)\nexcept BaseException: raise ImportError('x')",
@@ -131,7 +131,7 @@ def test_an_import_that_turns_the_interrupt_into_an_error(tmp_path):
   assert done.stderr.splitlines()[1:] == ["prog: stopped by SIGINT (Ctrl-C)"]
 
 
-def test_errors_of_threads_are_one_line_each_and_not_repeated(tmp_path):
+def test_thread_errors_are_one_line_without_repetition(tmp_path):
   failing = """
 def fail(): raise ValueError("torn")
 for _ in range(5):

@@ -1,12 +1,12 @@
-"""The train state: one plain dict of arrays, which is all that a step changes.
+"""Train state: one plain dict of arrays that a step updates.
 
   {"params": nested dict,          float32 parameters
    "opt": optax state,             moments shaped and sharded like the parameters
-   "step": int32 [],               updates done so far; also the index of the next update
-   "ema": nested dict}             float32 average of params, only where it is asked for
+   "step": int32 [],               number of completed updates; also the index of the next update
+   "ema": nested dict}             float32 average of the parameters, only if enabled
 
-Nothing random is in it: every draw of step s comes from fold_in(key(seed), s), see `step_key`, so a
-resumed run draws what an uninterrupted one would have drawn, on any number of devices or hosts.
+The state contains no random numbers: every draw of step s uses fold_in(key(seed), s), see
+`step_key`, so a resumed run draws the same values on any number of devices or hosts.
 
   abstract = abstract_state(abstract_params, tx, ema=False)
   shardings = state_shardings(abstract, param_shardings, mesh)
@@ -28,9 +28,9 @@ TrainState = dict[str, Any]
 
 
 def new_state(params: PyTree, tx: optax.GradientTransformation, *, ema: bool = False) -> TrainState:
-  """The state before the first update around `params` (which it shares, no copy is made).
+  """Return the state before the first update; it shares `params` without a copy.
 
-  The step counts as int32; the average starts at the parameters.
+  The average starts at the parameters.
   """
   state = {"params": params, "opt": tx.init(params), "step": jnp.zeros((), jnp.int32)}
   if ema:
@@ -41,17 +41,17 @@ def new_state(params: PyTree, tx: optax.GradientTransformation, *, ema: bool = F
 def abstract_state(
   abstract_params: PyTree, tx: optax.GradientTransformation, *, ema: bool = False
 ) -> TrainState:
-  """Shapes and dtypes of `new_state`, as ShapeDtypeStructs; nothing is allocated."""
+  """Return shapes and dtypes of `new_state` as ShapeDtypeStructs, without allocating arrays."""
   return jax.eval_shape(lambda params: new_state(params, tx, ema=ema), abstract_params)
 
 
 def state_shardings(abstract: TrainState, param_shardings: PyTree, mesh: Mesh) -> TrainState:
-  """Shardings for every leaf of an abstract state: what mirrors a parameter is sharded like it.
+  """Return the shardings of an abstract state: optimizer arrays are sharded like their parameters.
 
   Args:
-    abstract: from `abstract_state`.
+    abstract: state returned by `abstract_state`.
     param_shardings: NamedShardings in the tree of the parameters.
-    mesh: of those shardings.
+    mesh: mesh of those shardings.
   """
   return ov_sharding.state_shardings(abstract, abstract["params"], param_shardings, mesh)
 
@@ -62,13 +62,13 @@ def init_state(
   tx: optax.GradientTransformation,
   shardings: TrainState,
 ) -> TrainState:
-  """A fresh state, created under jit where it will live: no device ever holds all of it.
+  """Create a fresh state under jit with its final shardings, so that no device holds all of it.
 
   Args:
-    init_params: key -> params, traceable.
+    init_params: traceable function from a key to params.
     key: scalar random key.
-    tx: the optimizer's transformation.
-    shardings: from `state_shardings`; an "ema" entry in it asks for an average.
+    tx: transformation of the optimizer.
+    shardings: shardings returned by `state_shardings`; an "ema" entry enables the average.
   """
 
   def init(key: jax.Array) -> TrainState:
@@ -78,7 +78,7 @@ def init_state(
 
 
 def replace_params(state: TrainState, params: PyTree) -> TrainState:
-  """The state with other parameters of the same shapes; an average starts again at them."""
+  """Return the state with other parameters of the same shapes; an average restarts from them."""
   if "ema" not in state:
     return {**state, "params": params}
   shardings = jax.tree.map(lambda x: x.sharding, state["ema"])
@@ -87,16 +87,16 @@ def replace_params(state: TrainState, params: PyTree) -> TrainState:
 
 
 def with_shardings(abstract: PyTree, shardings: PyTree) -> PyTree:
-  """ShapeDtypeStructs that carry their sharding: the target of a restore or of `jit.lower`."""
+  """Return ShapeDtypeStructs with shardings, the target of a restore or of `jit.lower`."""
   return jax.tree.map(
     lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), abstract, shardings
   )
 
 
 def step_key(seed: int, step: jax.Array | int) -> jax.Array:
-  """The random key of one step: fold_in(threefry key of `seed`, step).
+  """Return the random key of a step: fold_in(threefry key of `seed`, step).
 
-  Threefry bits depend on the key and the position in the drawn array only, so the same values come
-  out however the array is sharded.
+  Threefry bits depend only on the key and the position in the array, so the values are the same for
+  any sharding.
   """
   return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step)

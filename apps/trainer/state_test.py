@@ -1,4 +1,4 @@
-"""The train state as a plain tree: shapes without allocation, replacement of parameters, keys."""
+"""Tests of the train state: shapes without allocation, replacement of parameters, keys."""
 
 import chex
 import jax
@@ -12,7 +12,7 @@ PARAMS = {"kernel": jnp.arange(6.0).reshape(2, 3), "bias": jnp.ones(3)}
 TX = optax.adam(0.1)
 
 
-def test_abstract_state_is_the_outline_of_a_new_one():
+def test_abstract_state_matches_new_state():
   for ema in (False, True):
     state = state_lib.new_state(PARAMS, TX, ema=ema)
     abstract = state_lib.abstract_state(PARAMS, TX, ema=ema)
@@ -21,7 +21,7 @@ def test_abstract_state_is_the_outline_of_a_new_one():
     assert ("ema" in state) == ema and state["step"].dtype == jnp.int32
 
 
-def test_replaced_parameters_restart_the_average_in_its_own_memory():
+def test_replace_params_restarts_average():
   state = state_lib.new_state(PARAMS, TX, ema=True)
   other = jax.tree.map(lambda p: p + 1, PARAMS)
   state = state_lib.replace_params(state, other)
@@ -36,7 +36,7 @@ def test_replaced_parameters_restart_the_average_in_its_own_memory():
   )
 
 
-def test_step_keys_depend_on_seed_and_step_and_are_those_of_the_documentation():
+def test_step_keys():
   keys = {(s, t): jax.random.key_data(state_lib.step_key(s, t)) for s in (0, 1) for t in (0, 1)}
   assert len({tuple(np.array(k)) for k in keys.values()}) == 4
   expected = jax.random.fold_in(jax.random.key(1, impl="threefry2x32"), 1)

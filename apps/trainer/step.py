@@ -1,25 +1,26 @@
-"""The train step: state, batch -> state, metrics; one jitted pure function.
+"""Train step: a jitted pure function from state and batch to state and metrics.
 
   step = make_train_step(loss_fn, optimizer.tx, state_shardings=..., batch_sharding=..., seed=0,
                          learning_rate=optimizer.learning_rate, trainable=optimizer.trainable)
   state, metrics = step(state, batch)      # the old state is donated: do not use it again
 
-`loss_fn(params, batch, key) -> LossOutput(loss, weight, metrics)` is `Task.loss`. Metrics are
-float32 scalars on the device: loss, weight, grad_norm, param_norm, update_norm, learning_rate,
-nonfinite, and the task's own. Read them one step late, so that the host never waits.
-
-If reading the code: `update` is the core, the rest is arguments.
+`loss_fn(params, batch, key, ema, step) -> LossOutput(loss, weight, metrics)` is `Task.loss`.
+Metrics are float32 scalars on the device: loss, weight, grad_norm, param_norm, update_norm,
+learning_rate, nonfinite, and those of the task. Read them one step late, so that the host never
+waits.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Protocol
 
+from einops import rearrange
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 import optax
 
 from apps.trainer import optimizer as optimizer_lib
+from apps.trainer.losses.loss_term import LossOutput
 from apps.trainer.schedules import Schedule
 from apps.trainer.state import TrainState, step_key
 import ov_losses
@@ -28,48 +29,28 @@ PyTree = Any
 Batch = dict[str, jax.Array]
 
 
-class LossOutput(NamedTuple):
-  """What a task's loss returns.
-
-  Attributes:
-    loss: float32 [], a mean over `weight` units (tokens for captions), over the whole batch.
-    weight: float32 [], how many units the mean is over; 0 if the batch held none.
-    metrics: name -> float32 [], means over the same units.
-  """
-
-  loss: jax.Array
-  weight: jax.Array
-  metrics: dict[str, jax.Array]
-
-
-@runtime_checkable
 class TwoPhase(Protocol):
-  """A loss that compares rows with each other, so that it is no mean over microbatches.
+  """A loss that is not a weighted mean over micro-batches, such as one that compares rows.
 
-  The loss of a batch is that of `embed` plus that of `combine`, where `embed` treats every row by
-  itself. Accumulated through `ov_losses.gradient_cache` it is exact: all microbatches are embedded,
-  their rows compared at once, and each microbatch gets its share of the gradient.
+  The loss of a batch is the sum of the losses of `embed` and the loss of `combine`; `embed` treats
+  every row independently. Accumulation through `ov_losses.gradient_cache` is exact: all
+  micro-batches are embedded, their rows are compared at once, and each micro-batch gets its part of
+  the gradient.
   """
 
-  def embed(self, params: PyTree, batch: Batch, key: jax.Array) -> tuple[PyTree, LossOutput]:
-    """Arrays [b, ...] that `combine` needs of the rows, and the loss the rows have on their own.
+  def embed(
+    self, params: PyTree, batch: Batch, key: jax.Array, ema: PyTree | None, step: jax.Array
+  ) -> tuple[PyTree, list[LossOutput]]:
+    """Return arrays [b, ...] of the rows for `combine`, and the losses that need no other rows.
 
-    Its weight is 0 where there is no such loss.
+    The weight of a loss is 0 if the micro-batch has no units for it.
     """
 
   def combine(self, params: PyTree, rows: PyTree) -> LossOutput:
-    """The loss between all rows [B, ...] of a batch, in order; its weight is the step's."""
+    """Return the loss over all rows [B, ...] of a batch, in order; its weight is the step's."""
 
 
-@runtime_checkable
-class Projected(Protocol):
-  """A task whose params must stay within limits, such as those of a temperature."""
-
-  def project(self, params: PyTree) -> PyTree:
-    """The nearest params within the limits; applied after every update, to params of any value."""
-
-
-LossFn = Callable[[PyTree, Batch, jax.Array], LossOutput]
+LossFn = Callable[[PyTree, Batch, jax.Array, PyTree | None, jax.Array], LossOutput]
 Preprocess = Callable[[Batch], Batch]
 
 
@@ -88,43 +69,43 @@ def make_train_step(
   two_phase: TwoPhase | None = None,
   project: Callable[[PyTree], PyTree] | None = None,
 ) -> jax.stages.Wrapped:
-  """Builds the jitted step.
+  """Build the jitted step.
 
-  Gradient accumulation splits the batch of B rows into `accumulate` microbatches and scans over
-  them; microbatch j holds the rows j, j + k, j + 2k, ..., so every device works on its own rows and
-  the split is the same on any number of devices. Its gradient is that of the whole batch,
+  Gradient accumulation splits the batch of B rows into `accumulate` micro-batches and scans over
+  them. Micro-batch j holds the rows j, j + k, j + 2k, ..., so every device processes its own rows
+  and the split is the same on any number of devices. The gradient is that of the full batch,
   sum(w * g) / sum(w), up to float32 rounding. Only draws that `loss_fn` makes for a whole batch
-  from its key (token masks) depend on the number of microbatches. Where the loss compares rows,
-  `two_phase` keeps that true.
+  from its key (token masks) depend on the number of micro-batches. If the loss compares rows,
+  `two_phase` preserves this.
 
-  A step whose loss or gradient norm is not finite changes nothing: the old state comes back with
-  the metric nonfinite = 1, and the caller decides.
+  A step with a NaN or Inf loss or gradient norm returns the old state with the metric
+  nonfinite = 1; the caller decides how to proceed.
 
   Args:
-    loss_fn: see the module docstring; the key it gets is different for every step and microbatch.
-    tx: from `make_optimizer`.
-    state_shardings: from `state.state_shardings`, for what goes in and comes out. An "ema" entry
-      needs `ema_decay`, and the reverse.
-    batch_sharding: of every array of the batch, over its first dimension B.
-    seed: of the run.
-    learning_rate: step -> float32 [], for the metric only.
-    accumulate: number of microbatches k; B must be a multiple of k times the batch shards.
-    preprocess: batch -> batch on the device, e.g. `augment.make_preprocess(...)`; works on one
-      microbatch at a time.
+    loss_fn: loss, see the module docstring; its key differs for every step and micro-batch.
+    tx: transformation returned by `make_optimizer`.
+    state_shardings: shardings of input and output, from `state.state_shardings`. An "ema" entry
+      requires `ema_decay`, and vice versa.
+    batch_sharding: sharding of every array of the batch, over its first dimension B.
+    seed: seed of the run.
+    learning_rate: step -> float32 [], used for the metric only.
+    accumulate: number of micro-batches k; B must be a multiple of k times the batch shards.
+    preprocess: batch -> batch on the device, e.g. `augment.make_preprocess(...)`; called for each
+      micro-batch.
     ema_decay: see `OptimizerConfig.ema_decay`.
     trainable: params tree of bools; no gradient is computed where it is False.
-    two_phase: the parts of a `loss_fn` that compares rows; used where `accumulate` > 1.
-    project: params -> params within their limits, applied to every updated param that is
-      trainable, before the average. A limit inside the loss would have no gradient beyond it.
+    two_phase: components of a `loss_fn` that is not a mean; used if `accumulate` > 1.
+    project: params -> params within their limits, applied to trainable params after every update,
+      before the average. A limit inside the loss would have no gradient beyond it.
 
   Returns:
     The jitted function; its `lower(abstract_state, abstract_batch)` compiles without data.
 
   Raises:
-    ValueError: for a bad `accumulate`, or on the first call if it does not divide the batch.
+    ValueError: `accumulate` is invalid, or, on the first call, does not divide the batch.
   """
   if accumulate < 1:
-    raise ValueError(f"accumulate={accumulate} must be at least 1 microbatch.")
+    raise ValueError(f"accumulate={accumulate} must be at least 1 micro-batch.")
   if (ema_decay is None) == ("ema" in state_shardings):
     raise ValueError(
       f"ema_decay={ema_decay} does not agree with the state, which has "
@@ -145,15 +126,19 @@ def make_train_step(
 
   prepare = preprocess or (lambda batch: batch)
 
-  def objective(params: PyTree, batch: Batch, key: jax.Array) -> tuple[jax.Array, LossOutput]:
-    out = loss_fn(freeze(params), prepare(batch), key)
-    return out.loss, out
-
-  gradient = jax.grad(objective, has_aux=True)
-
   def update(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-    params, step = state["params"], state["step"]
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for shardings of activations
+      return on_mesh(state, batch)
+
+  def on_mesh(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+    params, step, ema = state["params"], state["step"], state.get("ema")
     key = step_key(seed, step)
+
+    def objective(params: PyTree, batch: Batch, key: jax.Array) -> tuple[jax.Array, LossOutput]:
+      out = loss_fn(freeze(params), prepare(batch), key, ema, step)
+      return out.loss, out
+
+    gradient = jax.grad(objective, has_aux=True)
     if accumulate == 1:
       grads, out = gradient(params, batch, key)
     else:
@@ -163,7 +148,9 @@ def make_train_step(
         grads, out = _accumulated(gradient, params, batches, key, shardings)
       else:
         grads, out = ov_losses.gradient_cache(
-          lambda params, batch, key: two_phase.embed(freeze(params), prepare(batch), key),
+          lambda params, batch, key: two_phase.embed(
+            freeze(params), prepare(batch), key, ema, step
+          ),
           lambda params, rows: two_phase.combine(freeze(params), rows),
           params,
           batches,
@@ -177,8 +164,8 @@ def make_train_step(
     if ema_decay is not None:
       new["ema"] = optimizer_lib.ema_update(state["ema"], new["params"], ema_decay, step)
 
-    # What Adam makes of finite gradients is finite; and known before the update, this leaves fewer
-    # copies of the state alive at once than a look at the update would.
+    # Adam maps finite gradients to finite updates, so checking the gradients is sufficient. A check
+    # of the updates would keep more copies of the state alive.
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(out.loss + grad_norm)
     new = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, state)
@@ -206,7 +193,7 @@ def make_train_step(
 
 
 def _split(batch: Batch, k: int, sharding: NamedSharding) -> Batch:
-  """[B, ...] -> [k, B / k, ...] with rows j, j + k, ... in microbatch j; no row changes device."""
+  """Reshape [B, ...] to [k, B / k, ...]: micro-batch j has rows j, j + k, ...; no communication."""
   rows = len(next(iter(batch.values())))
   shards = sharding.num_devices // sharding.shard_shape((sharding.num_devices,))[0]
   multiple = k * shards
@@ -218,7 +205,7 @@ def _split(batch: Batch, k: int, sharding: NamedSharding) -> Batch:
   spec = NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
 
   def split(x: jax.Array) -> jax.Array:
-    x = x.reshape(rows // k, k, *x.shape[1:]).swapaxes(0, 1)
+    x = rearrange(x, "(b k) ... -> k b ...", k=k)
     return jax.lax.with_sharding_constraint(x, spec)
 
   return jax.tree.map(split, batch)
@@ -231,10 +218,10 @@ def _accumulated(
   key: jax.Array,
   shardings: PyTree,
 ) -> tuple[PyTree, LossOutput]:
-  """Weighted mean of gradients, loss and metrics over the leading axis of `batches`.
+  """Return the weighted mean of gradients, loss and metrics over the leading axis of `batches`.
 
-  sum_j w_j g_j / sum_j w_j, and zeros where all weights are zero. Sums are float32 and sharded like
-  the parameters.
+  It is sum_j w_j g_j / sum_j w_j, and zeros if all weights are zero. Sums are float32 and sharded
+  like the parameters.
   """
 
   def body(sums: PyTree, xs: tuple[jax.Array, Batch]) -> tuple[PyTree, LossOutput]:
@@ -245,7 +232,7 @@ def _accumulated(
 
   k = len(next(iter(batches.values())))
   zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-  sums, outs = jax.lax.scan(body, zeros, (jnp.arange(k), batches))  # outs hold [k]
+  sums, outs = jax.lax.scan(body, zeros, (jnp.arange(k), batches))  # outs have shape [k]
   total = outs.weight.sum()
   scale = jnp.where(total > 0, 1.0 / jnp.maximum(total, 1e-30), 0.0)
   mean = lambda x: _weighted(x, outs.weight).sum() * scale
@@ -254,5 +241,5 @@ def _accumulated(
 
 
 def _weighted(x: jax.Array, w: jax.Array) -> jax.Array:
-  """w * x in float32, and 0 where w is 0 even if x, a mean over nothing, is not a number."""
+  """Return w * x in float32; 0 if w is 0, even if x, a mean over nothing, is NaN."""
   return jnp.where(w > 0, w * x.astype(jnp.float32), 0.0)

@@ -1,4 +1,4 @@
-"""One device, eight devices and accumulation give the same training, on data and fsdp meshes."""
+"""Tests that one device, eight devices and accumulation give the same training."""
 
 import functools
 
@@ -11,13 +11,14 @@ import pytest
 
 from apps.trainer import state as state_lib
 from apps.trainer.augment import AugmentConfig, make_preprocess
+from apps.trainer.losses.loss_term import LossOutput
 from apps.trainer.optimizer import OptimizerConfig, make_optimizer
-from apps.trainer.schedules import ScheduleConfig
-from apps.trainer.step import LossOutput, make_train_step
+from apps.trainer.run_config import ScheduleSettings
+from apps.trainer.step import make_train_step
 
 B, S, F = 16, 4, 16
 JITTERED = AugmentConfig()
-CONFIG = OptimizerConfig(1e-2, ScheduleConfig(warmup_steps=2), grad_clip_norm=1.0, ema_decay=0.9)
+CONFIG = OptimizerConfig(1e-2, ScheduleSettings(warmup_steps=2), grad_clip_norm=1.0, ema_decay=0.9)
 
 
 def init_params(key):
@@ -28,7 +29,7 @@ def init_params(key):
   }
 
 
-def loss_fn(params, batch, key):
+def loss_fn(params, batch, key, ema=None, step=None):
   x = batch["image"].reshape(len(batch["image"]), -1)
   noise = 0.1 * jax.random.normal(key, ())  # a draw for the batch, the same on every device
   hidden = jax.nn.gelu(x @ params["hidden"]["kernel"] + params["hidden"]["bias"] + noise)
@@ -89,20 +90,20 @@ def train(shape, accumulate=1, steps=5):
 
 
 def assert_same(a, b):
-  # float32 sums in another order; five Adam steps of 1e-2 amplify that to about 1e-5.
+  # different float32 summation order; five Adam steps of 1e-2 amplify that to about 1e-5.
   for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
     np.testing.assert_allclose(np.array(x), np.array(y), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(8, 1), (2, 4)])
-def test_eight_devices_equal_one(shape):
+def test_eight_devices_match_one(shape):
   reference, expected = train((1, 1))
   state, losses = train(shape)
   np.testing.assert_allclose(losses, expected, rtol=1e-5)
   assert_same(state, reference)
 
 
-def test_accumulated_on_eight_devices_equals_accumulated_on_one():
+def test_accumulation_on_eight_devices_matches_one():
   reference, expected = train((1, 1), accumulate=2)
   state, losses = train((2, 4), accumulate=2)
   np.testing.assert_allclose(losses, expected, rtol=1e-5)

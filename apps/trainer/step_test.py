@@ -1,4 +1,4 @@
-"""The train step on one device: arithmetic, accumulation, donation, one trace, bad steps."""
+"""Tests of the train step on one device: arithmetic, accumulation, donation, tracing, NaN steps."""
 
 import functools
 import warnings
@@ -13,13 +13,14 @@ import pytest
 
 from apps.trainer import state as state_lib
 from apps.trainer.checkpoint import Checkpoints
+from apps.trainer.losses.loss_term import LossOutput
 from apps.trainer.optimizer import OptimizerConfig, make_optimizer
 from apps.trainer.optimizers import AdamW
-from apps.trainer.schedules import ScheduleConfig
-from apps.trainer.step import LossOutput, make_train_step
+from apps.trainer.run_config import ScheduleSettings
+from apps.trainer.step import make_train_step
 
 D, F = 8, 16
-CONFIG = OptimizerConfig(0.01, ScheduleConfig(kind="constant"), AdamW(mu_dtype="float32"))
+CONFIG = OptimizerConfig(0.01, ScheduleSettings(kind="constant"), AdamW(mu_dtype="float32"))
 
 
 def init_params(key):
@@ -30,8 +31,8 @@ def init_params(key):
   }
 
 
-def loss_fn(params, batch, key):
-  """Masked mean square error; weight = number of rows in the mask, as tokens are for captions."""
+def loss_fn(params, batch, key, ema=None, step=None):
+  """Masked mean square error; the weight is the number of masked rows, like caption tokens."""
   hidden = jax.nn.gelu(batch["x"] @ params["hidden"]["kernel"] + params["hidden"]["bias"])
   error = (hidden @ params["head"]["kernel"])[:, 0] - batch["y"]
   weight = batch["mask"].sum()
@@ -98,7 +99,7 @@ def test_a_step_is_gradient_then_optax():
 
 
 @pytest.mark.parametrize("k", [4, 6])
-def test_accumulated_equals_whole_batch_although_weights_differ(k):
+def test_accumulation_matches_full_batch_with_unequal_weights(k):
   batch = make_batch()
   batch["mask"][1::k] = 0.0  # microbatch 1 holds nothing
   assert len({batch["mask"][j::k].sum() for j in range(k)}) > 1
@@ -107,14 +108,14 @@ def test_accumulated_equals_whole_batch_although_weights_differ(k):
   for _ in range(3):
     whole, expected = step(whole, batch)
     parts, metrics = accumulating(parts, batch)
-  # Sums in another order: float32, Adam's first steps amplify by up to sqrt(1 / g^2).
+  # Different summation order in float32; Adam's first steps amplify by up to sqrt(1 / g^2).
   chex.assert_trees_all_close(parts["params"], whole["params"], rtol=1e-5, atol=1e-6)
   for name in ("loss", "weight", "grad_norm", "twice"):
     np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-5)
 
 
 @pytest.mark.parametrize("k", [1, 4])
-def test_a_batch_without_weight_changes_nothing_but_decay(k):
+def test_batch_without_weight_only_decays(k):
   state, step, _ = setup(accumulate=k)
   before = jax.device_get(state["params"])
   state, metrics = step(state, make_batch() | {"mask": np.zeros(24, np.float32)})
@@ -123,7 +124,7 @@ def test_a_batch_without_weight_changes_nothing_but_decay(k):
 
 
 @pytest.mark.parametrize("k", [1, 4])
-def test_a_non_finite_step_keeps_the_state(k):
+def test_nan_step_keeps_state(k):
   state, step, _ = setup(OptimizerConfig(0.01, ema_decay=0.9), accumulate=k)
   state, _ = step(state, make_batch())
   before = jax.device_get(state)
@@ -137,8 +138,8 @@ def test_a_non_finite_step_keeps_the_state(k):
   assert metrics["nonfinite"] == 0 and int(state["step"]) == 2
 
 
-def test_a_non_finite_gradient_under_a_finite_loss_is_seen():
-  def loss(params, batch, key):
+def test_nan_gradient_with_finite_loss_is_detected():
+  def loss(params, batch, key, ema, step):
     x = params["hidden"]["bias"][0]  # sqrt has the gradient inf * 0 = nan at 0
     return LossOutput(jnp.sqrt(x * x), jnp.float32(1), {})
 
@@ -194,7 +195,7 @@ def test_frozen_parameters_stay_and_get_no_gradient():
 
 
 def test_resumed_training_equals_uninterrupted_bit_for_bit(tmp_path):
-  config = OptimizerConfig(0.01, ScheduleConfig(warmup_steps=2), ema_decay=0.9)
+  config = OptimizerConfig(0.01, ScheduleSettings(warmup_steps=2), ema_decay=0.9)
 
   def run(state, step, first, last):
     lines = []
@@ -236,7 +237,7 @@ def test_preprocess_runs_on_each_microbatch():
   assert seen == [(8, D)]
 
 
-def test_errors_name_value_and_remedy():
+def test_error_messages():
   with pytest.raises(ValueError, match="accumulate=0"):
     setup(accumulate=0)
   state, step, _ = setup(accumulate=5)

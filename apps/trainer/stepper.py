@@ -1,10 +1,11 @@
-"""The steps of one stage: batches in, metrics and checkpoints out."""
+"""Training steps of one stage, with logging, evaluation and checkpoints."""
 
 import contextlib
 import dataclasses
 import time
 from typing import Any
 
+from absl import logging
 import jax
 
 from apps.trainer import inputs
@@ -22,10 +23,11 @@ import ov_sharding
 
 
 class Stepper:
-  """Runs steps; logs, evaluates and saves when they are due.
+  """Runs steps; logs, evaluates and saves at the configured intervals.
 
-  Metrics are fetched one step late, so that the devices never wait for the host. What belongs to
-  step s is written before the checkpoint of step s: a resumed run repeats no line and skips none.
+  Metrics are fetched one step late, so that the devices never wait for the host. All metrics of
+  step s are written before the checkpoint of step s, so a resumed run neither repeats nor skips
+  lines.
   """
 
   def __init__(
@@ -49,10 +51,10 @@ class Stepper:
   def train(
     self, state: TrainState, train_step: Any, loader: ov_data.Loader
   ) -> tuple[TrainState, str | None]:
-    """Steps from where `state` and `loader` are to the end of the stage, or to a request to stop.
+    """Run steps until the end of the stage or a request to stop.
 
     Returns:
-      The last state, and the name of the signal that ended it early.
+      The last state, and the name of the signal that stopped it, if any.
     """
     config, run, stage = self._config, self._run, self._stage
     step = first = int(state["step"])
@@ -71,34 +73,34 @@ class Stepper:
       waited = time.perf_counter() - began
       self._enter(step, STEP if step > first else COMPILING)
       batch = ov_sharding.global_batch({k: batch[k] for k in self._batch_keys}, run.mesh)
-      # Tracing can still find a setting that this machine cannot do.
+      # Tracing may reveal a setting that this machine does not support.
       with user_errors() if step == first else contextlib.nullcontext():
         state, metrics = train_step(state, batch)
       step += 1
       self._enter(step, STEP)
-      self._settle()
+      self._finish_previous_step()
       self._pending = (step, metrics)
-      if step == first + 1:  # this step's time is mostly the compiler's
-        self._settle()
+      if step == first + 1:  # the first step is dominated by compilation
+        self._finish_previous_step()
         run.terminal.phase(f"{stage.name}: first step after {time.perf_counter() - began:.1f} s")
       run.hooks.on_step(stage.first_step + step)
       if step == first + 1:
         self._meter.reset()
       else:
         self._meter.step(waited)
-      self._due(step, state, loader)
-    self._settle()
+      self._run_periodic(step, state, loader)
+    self._finish_previous_step()
     self._profile(step)
     if signal and step > first:
       self._save(step, state, loader)
     return state, signal
 
   def evaluate(self, state: TrainState, *, record: bool = True) -> None:
-    """Evaluate, write the metrics, and hand the result to the hooks.
+    """Evaluate, write the metrics, and pass the result to the hooks.
 
     Args:
-      state: whose averaged params are used, where there are some.
-      record: adds a line to metrics.jsonl; not wanted for a step that has its line already.
+      state: train state; its average is used if there is one.
+      record: add a line to metrics.jsonl; False for a step that already has one.
     """
     run, done = self._run, int(state["step"])
     step = self._stage.first_step + done
@@ -107,7 +109,7 @@ class Stepper:
     self._enter(done, EVALUATING)
     run.terminal.phase(f"{self._stage.name}: evaluating at step {step:,}")
     began = time.perf_counter()
-    # The first evaluation can still find a setting that does not fit the data.
+    # The first evaluation may reveal a setting that does not fit the data.
     with contextlib.nullcontext() if self._evaluated else user_errors():
       evaluation = self._evaluate(state.get("ema", state["params"]))
     self._evaluated = True
@@ -120,7 +122,7 @@ class Stepper:
     """Enter a phase after `step` steps of the stage."""
     self._run.hooks.on_phase(self._stage.name, self._stage.first_step + step, phase)
 
-  def _due(self, step: int, state: TrainState, loader: ov_data.Loader) -> None:
+  def _run_periodic(self, step: int, state: TrainState, loader: ov_data.Loader) -> None:
     config = self._config
     ends = step == config.total_steps
     logs = ends or step % config.log_every == 0
@@ -128,28 +130,31 @@ class Stepper:
     saves = ends or step % config.checkpoint.every == 0
     if not (logs or evaluates or saves):
       return
-    self._settle()
+    self._finish_previous_step()
     if evaluates:
       try:
         self.evaluate(state)
       except Exception:
-        if jax.process_count() == 1:  # what was learned outlives data that cannot be evaluated
-          self._save(step, state, loader)
+        if jax.process_count() == 1:  # save the progress although the evaluation failed
+          try:
+            self._save(step, state, loader)
+          except UserError as error:  # the error of the evaluation is the one to raise
+            logging.error("%s", error)
         raise
     if saves:
       self._save(step, state, loader)
     if evaluates or saves:
       self._meter.reset()
 
-  def _settle(self) -> None:
-    """Waits for the step before, shows it, and writes it where a line is due."""
+  def _finish_previous_step(self) -> None:
+    """Wait for the previous step, show its metrics, and write them at the logging interval."""
     if self._pending is None:
       return
     step, metrics = self._pending
     self._pending = None
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     if values.pop("nonfinite"):
-      self._refuse(step, values)
+      self._raise_nonfinite(step, values)
     global_step = self._stage.first_step + step
     speed = self._meter.read()
     self._progress.update(
@@ -165,12 +170,12 @@ class Stepper:
       self._run.writer.write(global_step, {**line, **speed})
       self._meter.reset()
 
-  def _refuse(self, step: int, values: dict[str, float]) -> None:
+  def _raise_nonfinite(self, step: int, values: dict[str, float]) -> None:
     saved = self._run.checkpoints.latest_step()
     last = self._run.history.position(self._stage.first_step + step)
     names = ("loss", "grad_norm", "update_norm", "learning_rate")
     raise UserError(
-      f"step {self._stage.first_step + step} is not finite: "
+      f"step {self._stage.first_step + step} has a NaN or Inf: "
       + ", ".join(f"{name} {values[name]:.4g}" for name in names)
       + f", examples {last - self._config.batch_size} to {last - 1} of stage "
       f"{self._stage.name!r}. "
@@ -201,15 +206,15 @@ class Stepper:
       )
 
   def _profile(self, step: int) -> None:
-    """Starts and stops the trace of the steps that `config.profile` names, before `step` runs."""
+    """Start or stop the trace of the steps in `config.profile`, before `step` runs."""
     start, steps = self._config.profile.start, self._config.profile.steps
     if steps and step == start:
       jax.profiler.start_trace(str(self._run.workdir.path / "profile"))
       self._tracing = True
     elif self._tracing and step >= start + steps:
-      self._settle()
+      self._finish_previous_step()
       jax.profiler.stop_trace()
       self._tracing = False
       self._run.workdir.push()
-      place = self._run.workdir.place
-      self._run.terminal.phase(f"profile of {steps} steps is in {place}/profile")
+      uri = self._run.workdir.uri
+      self._run.terminal.phase(f"profile of {steps} steps is in {uri}/profile")

@@ -1,6 +1,6 @@
-"""Stopping on request: a run ends at the next step, after a checkpoint.
+"""Graceful stop: a run ends at the next step, after a checkpoint.
 
-SIGTERM asks for it, Ctrl-C, and Google Compute Engine, where it is about to take a machine away.
+A stop is requested by SIGTERM, by Ctrl-C, or by a Google Compute Engine preemption notice.
 """
 
 from collections.abc import Callable
@@ -20,40 +20,43 @@ from jax.experimental import multihost_utils
 
 import ov_sharding
 
-_WHY = "stop"  # key of the board
-_POLL = 2.0  # seconds; a preempted machine has 30
-# What the metadata server of Google Compute Engine says of an instance, and what ends it. A machine
-# that migrates goes on after a pause.
+_REASON_KEY = "stop"  # key on the board
+_POLL = 2.0  # seconds; preempted machines have 30
+# Values of the metadata server of Google Compute Engine that announce the end of an instance. A
+# machine that migrates continues after a pause.
 _NOTICES = {"maintenance-event": "TERMINATE", "preempted": "TRUE"}
 
 
 class StopRequest:
-  """A context manager that turns requests to stop into a question to ask before each step.
+  """Context manager that collects requests to stop, to be checked before each step.
 
-  A second Ctrl-C ends the process at once. With several processes SIGTERM on any of them stops
-  all at the same step: JAX's own preemption service listens for it, and agrees on the step. A
-  notice of Google Compute Engine becomes SIGTERM to the process that read it.
+  A second Ctrl-C ends the process at once. In a multi-process run, SIGTERM on any process stops all
+  of them at the same step: JAX's preemption service listens for it and agrees on the step. A
+  notice of Google Compute Engine is converted to SIGTERM for the process that read it.
   """
 
   def __init__(self) -> None:
     self._board = ov_sharding.board()
     self._signal: int | None = None
-    self._why: str | None = None
+    self._reason: str | None = None
     self._old: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
     self._over = threading.Event()
 
   def requested(self, step: int) -> str | None:
-    """What asks to stop before `step`, if anything does; on every process or on none."""
+    """Return the signal or notice that requests a stop before `step`; None without a request.
+
+    The result is the same on every process.
+    """
     if jax.process_count() > 1:
       if not multihost_utils.reached_preemption_sync_point(step):
         return None
       self._signal = signal.SIGTERM
-      return (self._board and self._board.get(_WHY)) or "SIGTERM"
-    return (self._why or signal.Signals(self._signal).name) if self._signal else None
+      return (self._board and self._board.get(_REASON_KEY)) or "SIGTERM"
+    return (self._reason or signal.Signals(self._signal).name) if self._signal else None
 
   @property
   def exit_code(self) -> int:
-    """0, or that of a program which a signal ended: whoever started it sees that it is not done."""
+    """Return 0, or the exit code of a program ended by a signal if the run was stopped."""
     return 128 + self._signal if self._signal else 0
 
   def __enter__(self) -> Self:
@@ -72,13 +75,13 @@ class StopRequest:
 
   def _note(self, number: int, frame: FrameType | None) -> None:
     self._signal = number
-    signal.signal(number, self._old[number])  # a second one acts as usual
+    signal.signal(number, self._old[number])  # a second signal has its default effect
 
   def _listen(self, server: str) -> None:
-    """The thread: asks for notices until there is a new one, or the run is over.
+    """Poll for notices until there is a new one, or the run is over.
 
-    One that is there at the start has stopped the run before; machines with GPUs get it an hour
-    ahead, and go on until then.
+    A notice that exists at the start has already stopped the run before. Machines with GPUs receive
+    it an hour in advance and continue until then.
     """
     known = read_notices(server) or set()
     while not self._over.wait(_POLL):
@@ -90,27 +93,27 @@ class StopRequest:
         continue
       notice = min(notices - known)
       logging.warning("%s on %s: stops after a checkpoint", notice, socket.gethostname())
-      self._why = notice
+      self._reason = notice
       if self._board is not None:
-        self._why = f"{notice} on {socket.gethostname()}"
-        with contextlib.suppress(ConnectionError):  # then the runtime of jax ends this process
-          self._board.put(_WHY, self._why)
-      if not self._over.is_set():  # afterwards nobody listens for the signal
+        self._reason = f"{notice} on {socket.gethostname()}"
+        with contextlib.suppress(ConnectionError):  # then the runtime of JAX ends this process
+          self._board.put(_REASON_KEY, self._reason)
+      if not self._over.is_set():  # afterwards no handler is installed
         os.kill(os.getpid(), signal.SIGTERM)
       return
 
 
 def metadata_server() -> str | None:
-  """Where to ask for notices: host or host:port; None outside Google Compute Engine.
+  """Return host or host:port of the metadata server; None outside Google Compute Engine.
 
-  GCE_METADATA_HOST names another, as for Google's own libraries.
+  GCE_METADATA_HOST overrides it, as in Google's libraries.
   """
   default = "metadata.google.internal" if ov_sharding.is_google_host() else None
   return os.environ.get("GCE_METADATA_HOST") or default
 
 
 def read_notices(server: str) -> set[str] | None:
-  """Why this machine is about to end, such as `preempted TRUE`; None where nobody answers."""
+  """Return why this machine is about to end, such as `preempted TRUE`; None without an answer."""
   found = set()
   direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
   for name, ending in _NOTICES.items():
@@ -120,7 +123,7 @@ def read_notices(server: str) -> set[str] | None:
     try:
       with direct.open(request, timeout=5) as answer:
         value = answer.read(100).decode(errors="replace").strip()
-    except (OSError, http.client.HTTPException) as error:  # it is asked again
+    except (OSError, http.client.HTTPException) as error:  # polled again later
       logging.debug("no answer about %s: %s", name, error)
       return None
     if value.startswith(ending):

@@ -1,4 +1,4 @@
-"""Requests to stop, and the notices of a server that stands for Google's."""
+"""Tests of requests to stop, and of preemption notices from a fake metadata server."""
 
 from collections.abc import Iterator
 import http.server
@@ -17,7 +17,7 @@ QUIET = {"maintenance-event": "NONE", "preempted": "FALSE"}
 
 @pytest.fixture
 def metadata(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
-  """What the stand-in answers, by name; it refuses who does not send Google's header."""
+  """Yield the answers of the fake server by name; it rejects requests without Google's header."""
   values = dict(QUIET)
 
   class Handler(http.server.BaseHTTPRequestHandler):
@@ -35,7 +35,7 @@ def metadata(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
   server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
   threading.Thread(target=server.serve_forever, daemon=True).start()
   monkeypatch.setenv("GCE_METADATA_HOST", f"127.0.0.1:{server.server_port}")
-  monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")  # notices do not go through proxies
+  monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")  # notices bypass proxies
   monkeypatch.setattr(stop, "_POLL", 0.01)
   yield values
   server.shutdown()
@@ -50,28 +50,30 @@ def wait_for_request(request: StopRequest) -> str | None:
 
 
 @pytest.mark.parametrize(
-  "number, said, code", [(signal.SIGTERM, "SIGTERM", 143), (signal.SIGINT, "SIGINT", 130)]
+  "number, message, code", [(signal.SIGTERM, "SIGTERM", 143), (signal.SIGINT, "SIGINT", 130)]
 )
-def test_a_signal_is_a_question_and_an_exit_code(number: int, said: str, code: int):
+def test_signal_requests_stop_and_sets_exit_code(number: int, message: str, code: int):
   with StopRequest() as request:
     assert request.requested(0) is None and request.exit_code == 0
     os.kill(os.getpid(), number)
-    assert request.requested(1) == said and request.exit_code == code
+    assert request.requested(1) == message and request.exit_code == code
   assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_a_second_ctrl_c_acts_at_once():
-  with StopRequest():
+def test_second_ctrl_c_exits_at_once():
+  with StopRequest() as request:
     os.kill(os.getpid(), signal.SIGINT)
+    assert wait_for_request(request)
     with pytest.raises(KeyboardInterrupt):
       os.kill(os.getpid(), signal.SIGINT)
+      time.sleep(60)  # the signal can reach another thread first
 
 
 @pytest.mark.parametrize(
   "name, value",
   [("maintenance-event", "TERMINATE_ON_HOST_MAINTENANCE"), ("preempted", "TRUE")],
 )
-def test_a_notice_stops_and_is_named(metadata: dict[str, str], name: str, value: str):
+def test_preemption_notice_requests_stop(metadata: dict[str, str], name: str, value: str):
   with StopRequest() as request:
     time.sleep(0.2)
     assert request.requested(0) is None
@@ -80,7 +82,7 @@ def test_a_notice_stops_and_is_named(metadata: dict[str, str], name: str, value:
     assert request.exit_code == 143
 
 
-def test_a_notice_that_is_there_at_the_start_was_heeded_before(metadata: dict[str, str]):
+def test_existing_notice_is_ignored(metadata: dict[str, str]):
   metadata["maintenance-event"] = "TERMINATE_ON_HOST_MAINTENANCE"
   with StopRequest() as request:
     time.sleep(0.5)
@@ -90,13 +92,13 @@ def test_a_notice_that_is_there_at_the_start_was_heeded_before(metadata: dict[st
     assert wait_for_request(request) == "preempted TRUE"
 
 
-def test_a_migration_is_no_reason_to_stop(metadata: dict[str, str]):
+def test_migration_does_not_stop(metadata: dict[str, str]):
   metadata["maintenance-event"] = "MIGRATE_ON_HOST_MAINTENANCE"
   assert stop.read_notices(os.environ["GCE_METADATA_HOST"]) == set()
 
 
-def test_a_server_that_answers_late_is_asked_again(metadata: dict[str, str]):
-  metadata.clear()  # every request is refused
+def test_unresponsive_server_is_polled_again(metadata: dict[str, str]):
+  metadata.clear()  # every request is rejected
   with StopRequest() as request:
     time.sleep(0.2)
     assert request.requested(0) is None
@@ -104,7 +106,7 @@ def test_a_server_that_answers_late_is_asked_again(metadata: dict[str, str]):
     assert wait_for_request(request) == "preempted TRUE"
 
 
-def test_nobody_is_asked_elsewhere(monkeypatch: pytest.MonkeyPatch):
+def test_no_server_outside_gce(monkeypatch: pytest.MonkeyPatch):
   monkeypatch.delenv("GCE_METADATA_HOST", raising=False)
   monkeypatch.setattr(stop.ov_sharding, "is_google_host", lambda: False)
   assert stop.metadata_server() is None

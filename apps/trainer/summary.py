@@ -1,25 +1,28 @@
-"""The files that show a run: evaluation.json after an evaluation, report.html at the end."""
+"""Result files of a run: evaluation.json after an evaluation, report.html at the end."""
 
 from collections import Counter
 from typing import Any
 
 import jax
 
-from apps.trainer import outputs
-from apps.trainer.errors import user_errors
+from apps.trainer.errors import UserError, user_errors
 from apps.trainer.hooks import Hook
 from apps.trainer.progress import duration
-from apps.trainer.report import ReportData, key_figures, versions, write_report
+from apps.trainer.report import ReportData, main_metrics, versions, write_report
 from apps.trainer.report import Stage as ReportStage
 from apps.trainer.run import Run
 from apps.trainer.sinks import read_metrics
 from apps.trainer.stages import Stage
 from apps.trainer.task import Evaluation
+from ov_data import fs
 import ov_eval
+
+# Without these a run cannot be resumed, exported or compared.
+_FILES = ("config.json", "metrics.jsonl", "tokenizer")
 
 
 class Report(Hook):
-  """Writes evaluations and the report into the workdir; prints the key figures."""
+  """Hook that writes evaluations and the report into the workdir, and prints the main metrics."""
 
   def __init__(self) -> None:
     self._run: Run
@@ -27,35 +30,35 @@ class Report(Hook):
     self._evaluated_step = 0
 
   def on_start(self, run: Run) -> None:
-    """Keep the run, which collects most of what the report shows."""
+    """Store the run, which collects most of the report."""
     self._run = run
 
   def on_eval(self, stage: Stage, step: int, evaluation: Evaluation) -> None:
-    """Write evaluation.json, the last, and evaluations/<step>.json, one of each step."""
+    """Write evaluation.json and other files, the newest, and evaluations/<step>.json."""
     run = self._run
     self._evaluation, self._evaluated_step = evaluation, step
     if jax.process_index() == 0:
       with user_errors():
         self._write_evaluation(stage, step, evaluation)
     run.workdir.push()
-    shown = key_figures(evaluation.results) or evaluation.results[:4]
-    figures = [f"{result.name} {result.value:.4f}" for result in shown]
-    run.terminal.phase(f"{stage.name}: " + ", ".join(figures))
+    shown = main_metrics(evaluation.results) or evaluation.results[:4]
+    values = [f"{result.name} {result.value:.4f}" for result in shown]
+    run.terminal.phase(f"{stage.name}: " + ", ".join(values))
 
   def on_end(self) -> None:
-    """Write report.html, and check that the files of the run are there."""
+    """Write report.html, and check that the files of the run exist."""
     run = self._run
     with user_errors():
       if jax.process_index() == 0:
         write_report(run.workdir.path, self._data())
       run.workdir.push()
-      outputs.check(run)
-    run.terminal.phase(f"done: {run.workdir.place}/report.html")
+      check_outputs(run)
+    run.terminal.phase(f"done: {run.workdir.uri}/report.html")
 
   def _write_evaluation(self, stage: Stage, step: int, evaluation: Evaluation) -> None:
     data = stage.config.input
     head: dict[str, Any] = {"split": data.eval_split or data.eval_data_dir}
-    if step == 0:  # the params are not of this run
+    if step == 0:  # parameters of another run
       head["init_from"] = self._run.init_from
     folder = self._run.workdir.path
     (folder / "evaluations").mkdir(exist_ok=True)
@@ -67,6 +70,9 @@ class Report(Hook):
         examples_seen=self._run.history.examples(step),
         **head,
       )
+    for path, text in evaluation.files.items():
+      (folder / path).parent.mkdir(parents=True, exist_ok=True)
+      fs.write_atomic(str(folder / path), text.encode())
 
   def _data(self) -> ReportData:
     run, evaluation = self._run, self._evaluation
@@ -87,15 +93,15 @@ class Report(Hook):
         "parameters": f"{run.num_params:,}",
         "image size": f"{last.config.model.image_size} px",
         "steps": f"{run.step:,}",
-        "figures of step": f"{self._evaluated_step:,}",
+        "evaluated step": f"{self._evaluated_step:,}",
         "examples seen": f"{run.history.examples(run.step):,}",
-        "steps and evaluations took": duration(seconds),
+        "training and evaluation time": duration(seconds),
         "devices": f"{devices}, mesh {mesh}",
         "compute": last.config.model.dtype,
       },
       stages=tuple(ReportStage(s.name, s.first_step) for s in run.stages),
       samples=evaluation.samples,
-      samples_note=f"the first held-out pictures, captions after step {self._evaluated_step:,}",
+      samples_note=f"first held-out images, captions at step {self._evaluated_step:,}",
       attribute_words=evaluation.attribute_words,
       classes=evaluation.classes,
       galleries=evaluation.galleries,
@@ -104,3 +110,27 @@ class Report(Hook):
       config=run.config.to_dict(),
       versions=versions(),
     )
+
+
+def check_outputs(run: Run) -> None:
+  """Check that the files of a run exist; process 0 only.
+
+  Raises:
+    UserError: files or the last checkpoint are missing, for example after the workdir was deleted.
+    OSError: the last checkpoint could not be saved.
+  """
+  if run.config.eval_only:
+    return
+  run.checkpoints.wait()
+  if jax.process_index():
+    return
+  missing = [name for name in _FILES if not (run.workdir.path / name).exists()]
+  if run.checkpoints.finished_step() != run.step:
+    missing.append(f"{run.checkpoints.directory}/{run.step}")
+  if missing:
+    raise UserError(
+      f"{run.workdir.uri} lacks {', '.join(missing)}, which the run wrote: something deleted or "
+      "replaced them meanwhile, so it is incomplete; restore them from a copy, or train again in "
+      "another --workdir"
+    )
+  run.writer.flush()

@@ -1,78 +1,253 @@
-"""What the trainer asks of a task; an app brings one."""
+"""Training task: a model, its losses, and the contents of a batch."""
 
 from collections.abc import Callable, Mapping
 import dataclasses
-from typing import Any, Protocol
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from apps.trainer.gallery import Gallery
+from apps.trainer.losses import LOSSES
+from apps.trainer.losses.loss_term import Batch, LossContext, LossOutput, LossTerm, Params
 from apps.trainer.report import ClassTable, Sample
-from apps.trainer.step import Batch, LossOutput
 import ov_data
 import ov_eval
+import ov_losses
+import ov_models
 
-Params = Any  # nested dict of arrays
+_TEXTS = ("alt_ids", "sentence_ids")  # of the text tower, in the order of its K texts
 
 
-class Task(Protocol):
-  """A model with its loss. Knows no optimizer, mesh, file or loop.
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """A model and its losses, independent of optimizer, files and loop.
 
-  One whose loss compares examples with each other also has the methods of `step.TwoPhase`; one
-  whose params must stay within limits has that of `step.Projected`.
+  A batch contains `image`, `valid`, `index`, and the texts of `specs`: `alt_ids`, a short text;
+  `sentence_ids`, one sentence of the long text; `caption_ids`, the long text for the decoder.
+  Without `specs` it contains `ids` only, one caption as drawn by default in `ov_data.Loader`.
+
+  Attributes:
+    model: configuration of the model.
+    losses: loss terms with non-zero weight.
+    pad_id: padding id of the tokenizer.
+    mesh: devices that compute the loss.
+    name: short name of the model, such as "Ti/16 + Ti".
+    specs: names and specs of the texts of a batch; None: one caption.
   """
 
-  @property
-  def name(self) -> str:
-    """The model in a few characters, such as "Ti/16 + Ti"."""
+  model: ov_models.VisionLanguageConfig
+  losses: tuple[LossTerm, ...]
+  pad_id: int
+  mesh: jax.sharding.Mesh
+  name: str = "model"
+  specs: tuple[tuple[str, ov_data.TextSpec], ...] | None = None
+
+  def __post_init__(self) -> None:
+    if not self.losses:
+      raise ValueError(f"config.loss: every weight is 0; set {', '.join(LOSSES)}")
+    given = ("caption_ids",) if self.specs is None else tuple(dict(self.specs))
+    for term in self.losses:
+      term.check(self.model)
+      if missing := [key for key in term.batch_keys if key not in given]:
+        raise ValueError(
+          f"{type(term).__name__} needs {missing[0]} and a batch has only {', '.join(given)}; set "
+          "config.input.alt_keys and config.input.caption_keys"
+        )
 
   @property
   def image_size(self) -> int:
-    """Pixels of the square pictures the model takes."""
+    """Return the side length in pixels of the images of the model."""
+    return self.model.encoder.image_size
 
   @property
   def text_len(self) -> int:
-    """Tokens of each text."""
+    """Return the tokens per text of the text tower, or per caption without one."""
+    text = self.model.text
+    return self.model.caption_len if text is None else text.max_len
 
   @property
   def text_specs(self) -> Mapping[str, ov_data.TextSpec] | None:
-    """Names and making of the texts of a batch; None: one caption as `ids`, see `Loader`."""
+    """Return names and specs of the texts of a batch; None: one caption as `ids`."""
+    return None if self.specs is None else dict(self.specs)
+
+  @property
+  def loader_options(self) -> dict[str, Any]:
+    """Return the arguments of `ov_data.Loader` that define an example."""
+    options: dict[str, Any] = {"image_size": self.image_size, "text_len": self.text_len}
+    return options if self.specs is None else options | {"texts": dict(self.specs)}
 
   @property
   def batch_keys(self) -> tuple[str, ...]:
-    """The arrays of a batch that go to the devices."""
+    """Return the arrays of a batch that are sent to the devices."""
+    return ("image", "valid", "index", *(self.text_specs or ("ids",)))
 
   @property
-  def flops_per_example(self) -> float:
-    """Model FLOPs of forward and backward for one example."""
+  def compares_rows(self) -> bool:
+    """Return whether a loss depends on all rows of a batch at once."""
+    return any(term.compares_rows for term in self.losses)
 
-  def text_processor(self, tokenizer: "ov_data.Tokenizer") -> "ov_data.TextProcessor | None":
-    """How texts reach a text tower; None for a model without one."""
+  @property
+  def two_phase(self) -> bool:
+    """Return whether the loss is not a weighted mean over micro-batches; see `step.TwoPhase`."""
+    return self.compares_rows or len(self.losses) > 1
+
+  @functools.cached_property
+  def flops_per_example(self) -> float:
+    """Return the model FLOPs of forward and backward pass, without rematerialization."""
+    num_texts = max(1, len([name for name, _ in self.specs or () if name in _TEXTS]))
+    return ov_models.flops_per_example(self.model, num_texts=num_texts)
+
+  def text_processor(self, tokenizer: ov_data.Tokenizer) -> ov_data.TextProcessor | None:
+    """Return the text processor of the text tower; None without one."""
+    text = self.model.text
+    if text is None:
+      return None
+    return ov_data.TextProcessor(
+      tokenizer,
+      text.max_len,
+      append_cls=text.pool == "last",
+      pool=text.pool,
+      padding=text.padding,
+    )
 
   def init(self, key: jax.Array) -> Params:
-    """Fresh params; works under jit."""
+    """Return fresh params; traceable."""
+    return ov_models.init(self.model, key)
 
   def abstract_params(self) -> Params:
-    """Shapes and dtypes of params."""
+    """Return shapes and dtypes of the params."""
+    return ov_models.abstract_params(self.model)
 
   def logical_axes(self) -> Params:
-    """The tree of params with a tuple of logical axis names for each."""
+    """Return the tree of the params with a tuple of logical axis names for each."""
+    return ov_models.logical_axes(self.model)
 
-  def loss(self, params: Params, batch: Batch, key: jax.Array) -> LossOutput:
-    """Loss of a batch whose images are normalised float32."""
+  def loss(
+    self,
+    params: Params,
+    batch: Batch,
+    key: jax.Array,
+    ema: Params | None = None,
+    step: jax.Array | None = None,
+  ) -> LossOutput:
+    """Return the weighted sum of the losses of a batch.
+
+    Its weight is that of a single loss that compares no rows, otherwise the number of valid rows.
+
+    Args:
+      params: parameters of the model.
+      batch: arrays [B, ...]; images are normalized float32.
+      key: random key of this step.
+      ema: average of `params`, if the run keeps one.
+      step: int32 [], completed steps; None means 0.
+    """
+    rows, own = self.embed(params, batch, key, ema, step)
+    terms = [self.combine(params, rows), *own] if self.two_phase else own
+    metrics: dict[str, jax.Array] = {}
+    for term in terms:
+      metrics |= term.metrics
+    return LossOutput(_sum([term.loss for term in terms]), terms[0].weight, metrics)
+
+  def embed(
+    self,
+    params: Params,
+    batch: Batch,
+    key: jax.Array,
+    ema: Params | None = None,
+    step: jax.Array | None = None,
+  ) -> tuple[dict[str, Any], list[LossOutput]]:
+    """Return arrays [B, ...] of the rows for `combine`, and the losses that need no other rows.
+
+    See `loss` for the arguments.
+
+    Returns:
+      rows: "valid" bool [B], and the arrays of each loss that compares rows, under its number.
+      own: the weighted losses that compare no rows.
+    """
+    batch = self._named(batch)
+    model, texts, outputs = self._forward(params, batch, key)
+    step = jnp.zeros((), jnp.int32) if step is None else step
+    context = LossContext(
+      params, ema, model, outputs, batch, texts, key, step, self.pad_id, self.mesh
+    )
+    rows: dict[str, Any] = {"valid": batch["valid"]}
+    own = []
+    for number, term in enumerate(self.losses):
+      if term.compares_rows:
+        rows[str(number)] = term.rows(context)
+      else:
+        own.append(_weighted(term, term(context)))
+    return rows, own
+
+  def combine(self, params: Params, rows: dict[str, Any]) -> LossOutput:
+    """Return the sum of the weighted losses that compare rows over all rows of a batch, or 0."""
+    valid = rows["valid"]
+    terms = [
+      _weighted(term, term.compare(params, rows[str(number)] | {"valid": valid}, self.mesh))
+      for number, term in enumerate(self.losses)
+      if term.compares_rows
+    ]
+    metrics: dict[str, jax.Array] = {}
+    for term in terms:
+      metrics |= term.metrics
+    if not terms:
+      return LossOutput(jnp.zeros(()), valid.sum().astype(jnp.float32), {})
+    return LossOutput(_sum([term.loss for term in terms]), terms[0].weight, metrics)
+
+  def project(self, params: Params) -> Params:
+    """Return the nearest params within the limits of all losses."""
+    for term in self.losses:
+      params = term.project(params)
+    return params
+
+  def score(self, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Return the negative log-likelihood [B] and the number of target tokens [B] of captions."""
+    batch = self._named(batch)
+    model, _, outputs = self._forward(params, batch, None, texts=_TEXTS[:1])
+    targets, mask = ov_losses.shift_left(batch["caption_ids"], self.pad_id)
+    mask = mask * batch["valid"][:, None]
+    assert outputs.hidden is not None  # evaluators require a decoder
+    log_likelihood = ov_losses.sequence_log_likelihood(
+      outputs.hidden, model.head_kernel, targets, mask
+    )
+    return -log_likelihood, mask.sum(axis=1)
+
+  def _forward(
+    self, params: Params, batch: Batch, key: jax.Array | None, texts: tuple[str, ...] = _TEXTS
+  ) -> tuple[ov_models.VisionLanguageModel, jax.Array | None, ov_models.VisionLanguageOutput]:
+    """Return the model, the ids [B, K, T] of its texts, and its output for a batch."""
+    model = ov_models.bind(self.model, params)
+    ids = None
+    if self.model.text is not None:
+      ids = jnp.stack([batch[name] for name in texts if name in batch], axis=1)
+    return model, ids, model(batch["image"], batch.get("caption_ids"), key, texts=ids)
+
+  def _named(self, batch: Batch) -> Batch:
+    """Rename the only caption of a batch to the name of one of several texts."""
+    return batch | {"caption_ids": batch["ids"]} if self.specs is None else batch
+
+
+def _weighted(term: LossTerm, out: LossOutput) -> LossOutput:
+  return out._replace(loss=term.weight * out.loss)
+
+
+def _sum(values: list[jax.Array]) -> jax.Array:
+  return functools.reduce(jnp.add, values)
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-  """What an evaluation found.
+  """Results of an evaluation.
 
   Attributes:
-    results: figures; each becomes `eval/<name>` in metrics.jsonl.
-    samples: pictures with captions for the report.
+    results: metrics; each becomes `eval/<name>` in metrics.jsonl.
+    samples: images with captions, for the report.
     attribute_words: words of the samples to mark as right or wrong.
-    classes: confusion of a zero-shot classification.
-    galleries: what was found for a text or a picture, for the report.
+    classes: confusion counts of a zero-shot classification.
+    galleries: retrieved or predicted items, for the report.
+    files: text files for the workdir, by path.
   """
 
   results: tuple[ov_eval.Result, ...]
@@ -80,6 +255,7 @@ class Evaluation:
   attribute_words: tuple[str, ...] = ()
   classes: ClassTable | None = None
   galleries: tuple[Gallery, ...] = ()
+  files: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 Evaluate = Callable[[Params], Evaluation]
@@ -88,7 +264,7 @@ Evaluate = Callable[[Params], Evaluation]
 def abstract_batch(
   task: Task, rows: int, sharding: jax.sharding.NamedSharding
 ) -> dict[str, jax.ShapeDtypeStruct]:
-  """Shapes and dtypes of a batch of `rows` examples as the train step gets it."""
+  """Return shapes and dtypes of a batch of `rows` examples for the train step."""
   specs = task.text_specs or {}
   batch = {}
   for key in task.batch_keys:

@@ -1,7 +1,7 @@
 """Event file of scalars for TensorBoard, written in the calling thread.
 
-`tensorboardX.SummaryWriter` writes in a background thread: where that cannot write, it prints a
-traceback, and the program waits for it for ever once ten scalars are queued.
+`tensorboardX.SummaryWriter` writes in a background thread. If that thread cannot write, it prints a
+traceback, and the program waits for it forever once ten scalars are queued.
 """
 
 from collections.abc import Mapping
@@ -26,10 +26,10 @@ class EventFile:
 
     Args:
       folder: created if missing.
-      first_step: TensorBoard hides what earlier files hold of this step and later ones.
+      first_step: step from which TensorBoard hides the values of earlier files.
 
     Raises:
-      OSError: it cannot be written; names the folder.
+      OSError: the file cannot be written; the message names the folder.
     """
     self._folder, self._flushed = str(folder), time.monotonic()
     with fs.writing(self._folder):
@@ -43,7 +43,7 @@ class EventFile:
     """Write the scalars of a step.
 
     Raises:
-      OSError: it cannot be written; names the folder.
+      OSError: the file cannot be written; the message names the folder.
     """
     with fs.writing(self._folder):
       for name, value in values.items():
@@ -52,7 +52,7 @@ class EventFile:
       self.flush()
 
   def flush(self) -> None:
-    """Return when the file is on the disk."""
+    """Wait until the file is on the disk."""
     with fs.writing(self._folder):
       self._writer.flush()
     self._flushed = time.monotonic()

@@ -1,4 +1,4 @@
-"""A loss between rows: microbatches, their number and the number of devices change no update."""
+"""Tests that updates of a loss between rows do not depend on micro-batches and devices."""
 
 import functools
 
@@ -10,17 +10,18 @@ import numpy as np
 import pytest
 
 from apps.trainer import state as state_lib
+from apps.trainer.losses.loss_term import LossOutput
 from apps.trainer.optimizer import OptimizerConfig, make_optimizer
 from apps.trainer.optimizers import AdamW
-from apps.trainer.schedules import ScheduleConfig
-from apps.trainer.step import LossOutput, TwoPhase, make_train_step
+from apps.trainer.run_config import ScheduleSettings
+from apps.trainer.step import make_train_step
 
 B, D, E = 32, 12, 8
-CONFIG = OptimizerConfig(1e-2, ScheduleConfig(kind="constant"), AdamW(mu_dtype="float32"))
+CONFIG = OptimizerConfig(1e-2, ScheduleSettings(kind="constant"), AdamW(mu_dtype="float32"))
 
 
 class Toy:
-  """CLIP's loss between two linear towers, and a mean square error of each row with a mask."""
+  """CLIP loss between two linear towers, and a masked mean square error per row."""
 
   def init(self, key):
     a, b, c = jax.random.split(key, 3)
@@ -31,7 +32,7 @@ class Toy:
       "log_scale": jnp.float32(1.5),
     }
 
-  def embed(self, params, batch, key):
+  def embed(self, params, batch, key, ema=None, step=None):
     del key
     unit = lambda x: x / (jnp.linalg.norm(x, axis=1, keepdims=True) + 1e-8)
     image = jnp.tanh(batch["x"] @ params["image"]["kernel"])
@@ -43,7 +44,7 @@ class Toy:
     error = (image @ params["head"]["kernel"])[:, 0] - batch["z"]
     weight = batch["mask"].sum()
     own = (error**2 * batch["mask"]).sum() / jnp.maximum(weight, 1)
-    return rows, LossOutput(own, weight, {"own": own})
+    return rows, [LossOutput(own, weight, {"own": own})]
 
   def combine(self, params, rows):
     valid = rows["valid"]
@@ -54,8 +55,8 @@ class Toy:
     loss = jnp.where(valid, both, 0).sum() / jnp.maximum(count, 1)
     return LossOutput(loss, count, {"between": loss})
 
-  def loss(self, params, batch, key):
-    rows, own = self.embed(params, batch, key)
+  def loss(self, params, batch, key, ema=None, step=None):
+    rows, (own,) = self.embed(params, batch, key)
     out = self.combine(params, rows)
     return LossOutput(out.loss + own.loss, out.weight, out.metrics | own.metrics)
 
@@ -107,7 +108,7 @@ def train(shape=(1, 1), accumulate=1, frozen=(), two_phase=True, steps=3):
 
 def assert_same(got, expected):
   for a, b in zip(jax.tree.leaves(got[0]), jax.tree.leaves(expected[0]), strict=True):
-    # float32 sums in another order; three Adam steps of 1e-2 amplify that.
+    # different float32 summation order; three Adam steps of 1e-2 amplify that.
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
   for a, b in zip(got[1], expected[1], strict=True):
     assert a.keys() == b.keys()
@@ -118,12 +119,12 @@ def assert_same(got, expected):
 @pytest.mark.parametrize(
   ("shape", "accumulate"), [((1, 1), 4), ((8, 1), 1), ((8, 1), 4), ((2, 4), 4)]
 )
-def test_any_number_of_microbatches_and_devices_gives_the_same_updates(shape, accumulate):
+def test_updates_do_not_depend_on_micro_batches_and_devices(shape, accumulate):
   assert_same(train(shape, accumulate), train())
 
 
-def test_without_its_two_phases_the_loss_between_rows_would_be_another():
-  """What the tests above could not tell apart if the toy's rows did not depend on each other."""
+def test_loss_without_two_phases_differs():
+  """Ensures that the tests above are meaningful: the rows of the toy depend on each other."""
   _, lines = train(accumulate=4, two_phase=False)
   assert abs(lines[0]["between"] - train()[1][0]["between"]) > 0.5
 
@@ -135,8 +136,3 @@ def test_frozen_params_stay_and_the_others_learn_the_same():
   initial = jax.jit(Toy().init)(jax.random.key(0))
   np.testing.assert_array_equal(got[0]["text"]["kernel"], initial["text"]["kernel"])
   assert np.abs(got[0]["image"]["kernel"] - initial["image"]["kernel"]).max() > 1e-3
-
-
-def test_a_task_is_two_phase_by_its_methods():
-  assert isinstance(Toy(), TwoPhase)
-  assert not isinstance(object(), TwoPhase)

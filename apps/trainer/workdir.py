@@ -1,20 +1,20 @@
-"""The folder of a run: one of this machine, or one of a bucket.
+"""Workdir of a run: a local folder, or a folder in a bucket.
 
   with open_workdir("gs://bucket/run") as workdir:
-    (workdir.path / "evaluation.json").write_text(...)  # a folder of this machine in either case
-    workdir.push()  # and now it is in the bucket
+    (workdir.path / "evaluation.json").write_text(...)  # always a local path
+    workdir.push()  # upload to the bucket
 
-For a bucket that folder is a temporary one. A run appends to its files and renames them, which
-objects of a bucket cannot do, so it works here and copies: from the bucket when it is opened, to
-the bucket before each checkpoint, after each evaluation and at the end. Checkpoints are not copied;
-orbax writes and reads them in the bucket.
+For a bucket the local folder is temporary. A run appends to files and renames them, which buckets
+do not support. It therefore works locally and copies files: from the bucket when it is opened, and
+to the bucket before each checkpoint, after each evaluation and at the end. Checkpoints are not
+copied; Orbax writes and reads them in the bucket.
 
-The folder is a new one each time and goes at the end, so the bucket alone says how far a run has
-come: nothing that an attempt before has left on this machine is believed, and a second program on
-the same workdir (`--check`, an export) disturbs nothing.
+Each process uses a fresh temporary folder, deleted on exit, so the bucket is the only source of
+truth: files left by an earlier attempt are ignored, and a second program on the same workdir
+(`--check`, an export) does not interfere.
 
-Every process of a multi-host run has a folder of its own and sends only what it wrote itself:
-process 0 nearly everything, the others their profiles.
+Every process of a multi-host run has its own folder and uploads only the files that it wrote:
+process 0 nearly all of them, the others their profiles.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,83 +29,84 @@ from jax.experimental import multihost_utils
 import tensorstore
 
 from apps.trainer import lock
-from apps.trainer.errors import Unreachable, UserError
+from apps.trainer.errors import TemporaryError, UserError
 
-# What a run reads again; a name that ends with / is a folder. Nothing else is fetched, whatever
-# may lie beside it.
-FETCHED = (
+# Files that a run reads again; names that end with / are folders. Nothing else is downloaded.
+DOWNLOADED = (
   "config.json", "evaluation.json", "evaluations/", "metrics.jsonl", "tokenizer/", "wandb_run_id",
 )  # fmt: skip
-# What is not sent: the demo's pictures, which every host draws alike, and what goes to Weights &
-# Biases by itself.
-KEPT_HERE = ("data", "wandb")
+# Folders that are not uploaded: the demo images, which are identical on every host, and the files
+# that Weights & Biases uploads itself.
+NOT_UPLOADED = ("data", "wandb")
 
-_OPENING = 60  # seconds for the first answer of a bucket; without a network it never comes
-_SENDING = 600  # seconds for an upload, repetitions after faults of the network included
+_OPEN_TIMEOUT = 60  # timeout in seconds of the first request to a bucket
+_TRANSFER_TIMEOUT = 600  # timeout in seconds of an upload or a download, including retries
 
 
 class Workdir:
-  """A folder of this machine, or one that all machines see.
+  """Workdir on this machine or on a shared file system.
 
   Attributes:
-    path: where files are read and written.
-    place: how the user calls it, for messages.
-    checkpoints: where they belong if the configuration names no other place.
-    common: whether all processes see the same `path`.
+    path: local path for reading and writing files.
+    uri: path or gs:// URL of the workdir, for messages.
+    checkpoints: default location of the checkpoints.
+    is_shared: whether all processes see the same `path`.
   """
 
-  common = True
+  is_shared = True
 
   def __init__(self, path: Path):
-    self.path, self.place = path, str(path)
+    self.path, self.uri = path, str(path)
     self.checkpoints = str(path / "checkpoints")
 
   def push(self) -> None:
-    """Returns when the files are where the next start looks for them."""
+    """Upload the files to where the next start reads them."""
 
   def share(self, written: str) -> None:
-    """Returns when every process can read what process 0 has written.
+    """Wait until every process can read the files written by process 0.
 
     Args:
-      written: what that is, a name for the barrier; all processes call this with the same.
+      written: description of the files, a name for the barrier; the same on all processes.
     """
     if jax.process_count() > 1:
       multihost_utils.sync_global_devices(written)
 
 
-class Mirror(Workdir):
-  """A folder of this machine that stands for one in a bucket, `url`.
+class BucketWorkdir(Workdir):
+  """Local copy of a folder in a bucket, `url`.
 
   Raises:
-    UserError: the bucket cannot be read (when opened) or written (by `push`), in one line;
-      Unreachable where that may pass.
+    UserError: the bucket cannot be read (when opened) or written (by `push`); TemporaryError if the
+      error may be temporary. The message is one line.
   """
 
-  common = False
+  is_shared = False
 
   def __init__(self, path: Path, url: str, store: tensorstore.KvStore):
-    """Fetches `FETCHED` from `store` into `path`."""
+    """Download `DOWNLOADED` from `store` to `path`."""
     super().__init__(path)
-    self.place, self.checkpoints, self._store = url, f"{url}/checkpoints", store
-    self._stamps: dict[str, tuple[int, int]] = {}  # name -> size and time of what the bucket has
-    self._served = False  # whether the bucket has done what was asked of it
+    self.uri, self.checkpoints, self._store = url, f"{url}/checkpoints", store
+    self._stamps: dict[str, tuple[int, int]] = {}  # name -> size and time of the uploaded file
+    self._served = False  # whether a request to the bucket has succeeded
     path.mkdir(parents=True, exist_ok=True)
     self._fetch()
 
   def push(self) -> None:
-    """Sends the files that are new or changed since they were fetched or sent."""
+    """Upload the files that are new or changed."""
     sending = {}
     for path in sorted(self.path.rglob("*")):
       name = path.relative_to(self.path).as_posix()
       unfinished = path.name.endswith(".partial")
-      if unfinished or name.split("/")[0] in KEPT_HERE or path.is_symlink() or not path.is_file():
+      if (
+        unfinished or name.split("/")[0] in NOT_UPLOADED or path.is_symlink() or not path.is_file()
+      ):
         continue
-      stamp = _stamp(path)  # before it is read: what changes meanwhile is sent the next time
+      stamp = _stamp(path)  # taken before reading: later changes are uploaded the next time
       if self._stamps.get(name) != stamp:
         sending[name] = stamp, self._store.write(name, path.read_bytes())
     for name, (stamp, future) in sending.items():
       with self._in_one_line(f"writing {name}"):
-        future.result(timeout=_SENDING)
+        future.result(timeout=_TRANSFER_TIMEOUT)
       self._stamps[name] = stamp
 
   def share(self, written: str) -> None:
@@ -114,27 +115,26 @@ class Mirror(Workdir):
     if jax.process_index():
       self._fetch()
 
-  def try_writing(self) -> None:
-    """Raises UserError where the bucket cannot be written, without leaving anything there."""
+  def check_writable(self) -> None:
+    """Raise UserError if the bucket cannot be written, without leaving objects."""
     name = f"write_test_{jax.process_index()}"
     with self._in_one_line("writing"):
       for content in (b"can be written", None):  # None deletes
-        self._store.write(name, content).result(timeout=_OPENING)
+        self._store.write(name, content).result(timeout=_OPEN_TIMEOUT)
     self._served = True
 
   def hold_lock(
-    self, stack: contextlib.ExitStack, setting: str, say: Callable[[str], None]
+    self, stack: contextlib.ExitStack, setting: str, log: Callable[[str], None]
   ) -> None:
-    """Hold the lock of the folder until `stack` ends, and fetch what its last owner has written."""
+    """Hold the lock until `stack` closes, and download the files of the last owner."""
     with self._in_one_line("locking"):
-      stack.enter_context(lock.bucket(self._store, setting, say))
+      stack.enter_context(lock.bucket(self._store, setting, log))
     self._fetch()
 
-  def try_checkpoints(self) -> None:
-    """Raises UserError where the library that makes folders of checkpoints has no access.
+  def check_checkpoint_access(self) -> None:
+    """Raise UserError if the library that creates checkpoint folders has no access to the bucket.
 
-    It is another one than ours, TensorFlow where that is installed, and finds its credentials
-    itself.
+    That library (TensorFlow, if installed) finds its credentials itself.
     """
     with self._in_one_line("opening"):
       epath.Path(self.checkpoints).exists()
@@ -144,12 +144,12 @@ class Mirror(Workdir):
       if not entry.endswith("/"):
         return [entry]
       inside = tensorstore.KvStore.KeyRange(entry, entry[:-1] + "0")  # "0" follows "/"
-      return [name.decode() for name in self._store.list(inside).result(timeout=_OPENING)]
+      return [name.decode() for name in self._store.list(inside).result(timeout=_OPEN_TIMEOUT)]
 
     with self._in_one_line("reading"):
-      wanted = [name for entry in FETCHED for name in names(entry) if not _strange(name)]
+      wanted = [name for entry in DOWNLOADED for name in names(entry) if not _is_not_file(name)]
       reads = {name: self._store.read(name) for name in wanted}
-      found = {name: read.result(timeout=_SENDING) for name, read in reads.items()}
+      found = {name: read.result(timeout=_TRANSFER_TIMEOUT) for name, read in reads.items()}
     for name, result in found.items():
       if result.state == "value":
         path = self.path / name
@@ -157,16 +157,16 @@ class Mirror(Workdir):
         path.write_bytes(result.value)
         self._stamps[name] = _stamp(path)
 
-  def _in_one_line(self, doing: str) -> contextlib.AbstractContextManager[None]:
-    return _one_line(doing, self.place, passes=self._served)
+  def _in_one_line(self, action: str) -> contextlib.AbstractContextManager[None]:
+    return _one_line(action, self.uri, temporary=self._served)
 
 
 @contextlib.contextmanager
-def _one_line(doing: str, place: str, *, passes: bool) -> Iterator[None]:
-  """Errors of whichever library as UserError.
+def _one_line(action: str, uri: str, *, temporary: bool) -> Iterator[None]:
+  """Convert errors of any library to a one-line UserError.
 
-  A bucket that does not answer, or did what was asked of it before (`passes`), will again:
-  Unreachable.
+  If the bucket does not respond, or has served a request before (`temporary`), the error may be
+  temporary: TemporaryError.
   """
   try:
     yield
@@ -174,121 +174,123 @@ def _one_line(doing: str, place: str, *, passes: bool) -> Iterator[None]:
     raise
   except Exception as error:
     what = str(error) or "no answer"
-    raise (Unreachable if passes or isinstance(error, TimeoutError) else UserError)(
-      f"{doing} in {place}: {what}; see that the bucket is there, that the network reaches "
+    raise (TemporaryError if temporary or isinstance(error, TimeoutError) else UserError)(
+      f"{action} in {uri}: {what}; check that the bucket exists, that the network reaches "
       "it, and that the credentials of this machine may read, write and delete in it"
     ) from error
 
 
 @contextlib.contextmanager
 def open_workdir(
-  place: str,
+  uri: str,
   *,
-  writes: bool = True,
+  writable: bool = True,
   exclusive: bool = False,
-  say: Callable[[str], None] = lambda text: None,
+  log: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Workdir]:
-  """The folder of a run; every process opens the same.
+  """Open the workdir of a run; every process opens the same.
 
   Args:
-    place: a path, where ~ is the home directory, or gs://BUCKET/FOLDER.
-    writes: whether files will be written there; otherwise nothing is sent to a bucket.
-    exclusive: whether process 0 holds the lock of the folder meanwhile, see `lock`.
-    say: prints a line, where the lock has to wait.
+    uri: path, where ~ is the home directory, or gs://BUCKET/FOLDER.
+    writable: whether files will be written; otherwise nothing is uploaded to a bucket.
+    exclusive: whether process 0 holds the lock of the folder, see `lock`.
+    log: function that prints a line while waiting for the lock.
 
   Raises:
-    UserError: the place cannot be used, or another run uses it; in one line, before anything else
-      is done.
+    UserError: the uri is invalid, or another run uses it; the message is one line.
   """
-  setting, exclusive = f"--workdir={place}", exclusive and jax.process_index() == 0
-  if "://" not in place:
-    path = Path(place).expanduser()
-    with lock.folder(path, setting, say) if exclusive else contextlib.nullcontext():
+  setting, exclusive = f"--workdir={uri}", exclusive and jax.process_index() == 0
+  if "://" not in uri:
+    path = Path(uri).expanduser()
+    with lock.folder(path, setting, log) if exclusive else contextlib.nullcontext():
       yield Workdir(path)
     return
-  url, store = _open_store(place)
+  url, store = _open_store(uri)
   with (
     tempfile.TemporaryDirectory(prefix="openvision-") as scratch,
     contextlib.ExitStack() as stack,
   ):
-    mirror = Mirror(Path(scratch) / PurePosixPath(url).name, url, store)
-    mirror.try_checkpoints()
-    if writes:
-      mirror.try_writing()
+    bucket_workdir = BucketWorkdir(Path(scratch) / PurePosixPath(url).name, url, store)
+    bucket_workdir.check_checkpoint_access()
+    if writable:
+      bucket_workdir.check_writable()
     if exclusive:
-      mirror.hold_lock(stack, setting, say)
+      bucket_workdir.hold_lock(stack, setting, log)
     try:
-      yield mirror
+      yield bucket_workdir
     except Exception:
-      if writes:
-        _send_what_there_is(mirror)
+      if writable:
+        _upload_best_effort(bucket_workdir)
       raise
-    if writes:
-      mirror.push()
+    if writable:
+      bucket_workdir.push()
 
 
 @contextlib.contextmanager
-def locked(place: str, setting: str, say: Callable[[str], None]) -> Iterator[None]:
-  """Hold the lock of a folder other than the workdir on process 0, such as one of checkpoints.
+def locked(uri: str, setting: str, log: Callable[[str], None]) -> Iterator[None]:
+  """Hold the lock of another folder than the workdir on process 0, such as one of checkpoints.
 
   Args:
-    place: a path, or gs://BUCKET/FOLDER; "" locks nothing.
-    setting: the setting and its value, for messages.
-    say: prints a line, where the lock has to wait.
+    uri: path, or gs://BUCKET/FOLDER; "" locks nothing.
+    setting: name and value of the setting, for messages.
+    log: function that prints a line while waiting for the lock.
 
   Raises:
-    UserError: another run uses it, or it cannot be used.
+    UserError: another run uses the folder, or it is invalid.
   """
-  if not place or jax.process_index():
+  if not uri or jax.process_index():
     yield
-  elif "://" in place:
-    url, store = _open_store(place)
+  elif "://" in uri:
+    url, store = _open_store(uri)
     with contextlib.ExitStack() as stack:
-      with _one_line("locking", url, passes=False):
-        stack.enter_context(lock.bucket(store, setting, say))
+      with _one_line("locking", url, temporary=False):
+        stack.enter_context(lock.bucket(store, setting, log))
       yield
   else:
-    with lock.folder(Path(place).expanduser(), setting, say):
+    with lock.folder(Path(uri).expanduser(), setting, log):
       yield
 
 
-def _open_store(place: str) -> tuple[str, tensorstore.KvStore]:
-  """The address of a folder in a bucket, in its usual form, and the folder."""
-  bucket, folder = _split(place)
+def _open_store(uri: str) -> tuple[str, tensorstore.KvStore]:
+  """Return the normalized URL of a folder in a bucket, and its key-value store."""
+  bucket, folder = _split(uri)
   spec = {"driver": "gcs", "bucket": bucket, "path": f"{folder}/"}
   try:
-    return f"gs://{bucket}/{folder}", tensorstore.KvStore.open(spec).result(timeout=_OPENING)
+    return f"gs://{bucket}/{folder}", tensorstore.KvStore.open(spec).result(timeout=_OPEN_TIMEOUT)
   except ValueError as error:
-    raise UserError(f"{place}: {error}") from error
+    raise UserError(f"{uri}: {error}") from error
 
 
-def _send_what_there_is(mirror: Mirror) -> None:
-  """For who looks why a run ended; the error that ended it counts more than one of sending."""
+def _upload_best_effort(bucket_workdir: BucketWorkdir) -> None:
+  """Upload files after a failure, best effort.
+
+  Errors of reading or uploading a file are logged, so they cannot hide the original error.
+  """
   try:
-    mirror.push()
-  except UserError as error:
+    bucket_workdir.push()
+  except (UserError, OSError) as error:
     logging.warning("%s", error)
 
 
-def _split(place: str) -> tuple[str, str]:
-  """Bucket and folder of gs://BUCKET/FOLDER."""
-  scheme, _, rest = place.partition("://")
+def _split(uri: str) -> tuple[str, str]:
+  """Return bucket and folder of gs://BUCKET/FOLDER."""
+  scheme, _, rest = uri.partition("://")
   bucket, *parts = rest.split("/")
   parts = [part for part in parts if part]
   if scheme != "gs":
     raise UserError(
-      f"{place}: expected a folder of this machine or gs://BUCKET/FOLDER; no other store "
-      "is known, so mount it as a folder, or copy it"
+      f"{uri}: expected a folder of this machine or gs://BUCKET/FOLDER; no other store "
+      "is supported, so mount it as a folder, or copy it"
     )
   if not bucket or not parts or {".", ".."} & set(parts):
     raise UserError(
-      f"{place}: expected gs://BUCKET/FOLDER, a folder for each run, without . and .. in its path"
+      f"{uri}: expected gs://BUCKET/FOLDER, a folder for each run, without . and .. in its path"
     )
   return bucket, "/".join(parts)
 
 
-def _strange(name: str) -> bool:
-  """Whether a name is none of a file below the folder: of a placeholder, or one that leads out."""
+def _is_not_file(name: str) -> bool:
+  """Return whether an object is not a file in the folder: a placeholder, or a name with ".."."""
   return name.endswith("/") or ".." in name.split("/")
 
 

@@ -1,7 +1,7 @@
-"""How a format of //apps:export is described; the modules next to this one describe one each.
+"""Description of a format of //apps:export; each other module of this package defines one.
 
-A format's module is imported to list the formats in `--help`, so nothing here or there imports JAX,
-`ov_convert` or a library of the format, except inside functions.
+The modules are imported to list the formats in `--help`, so JAX, `ov_convert` and libraries of the
+format are imported only inside functions.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 IMAGE = ("image/tokens", "image/pooled", "image/embedding")
 TEXT = ("text/embedding", "logits")
 CAPTIONS = ("caption/ids",)
-PIXELS, IDS = ("image/pixels",), ("text/ids",)  # of libraries that preprocess by themselves
+PIXELS, IDS = ("image/pixels",), ("text/ids",)  # for libraries with their own preprocessing
 
-# Parts of pip lines and titles, filled in as `Program` says.
+# Templates of pip lines and titles, see `Program`.
 TOKENIZERS_FOR_TEXTS = "{{ ' tokenizers' if texts else '' }}"
 TOKENIZERS = "{{ ' tokenizers' if texts or captions else '' }}"
 PURPOSES = "{{ purpose if texts or not captions else 'Captions' }}" + (
@@ -34,8 +34,8 @@ class Versions:
   """The tested range of one library.
 
   Attributes:
-    oldest: the oldest version that runs the programs; it is a lower bound of the pip line.
-    newest: the newest version that was tried.
+    oldest: oldest version that runs the programs; lower bound of the pip line.
+    newest: newest tested version.
   """
 
   oldest: str
@@ -44,17 +44,17 @@ class Versions:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """A program of a model card, before the values of `snippets` are filled in.
+  """Program of a model card, as templates for the values of `snippets`.
 
-  `title`, `install` and `code` are Jinja templates; `code` can use the macros of `macros`. It runs
-  where the libraries of `install`, their dependencies, and nothing else are installed.
+  `title`, `install` and `code` are Jinja templates; `code` can use the macros of `macros`. It must
+  run in an environment with the libraries of `install` and their dependencies only.
 
   Attributes:
-    title: what it shows.
-    library: which environment runs it: a format of //apps:export, or "torch".
-    install: names of what pip installs, separated by blanks.
-    code: Python.
-    needs: the value without which the card omits the program; "" for none.
+    title: heading of the program.
+    library: environment that runs it: a format of //apps:export, or "torch".
+    install: pip packages, separated by spaces.
+    code: Python code.
+    needs: value without which the card omits the program; "" for none.
   """
 
   title: str
@@ -66,13 +66,12 @@ class Program:
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-  """An integer that a writer takes, as the flag --<format>_<name>.
+  """Integer option of a writer, set by the flag --<format>_<name>.
 
   Attributes:
     name: keyword argument of `ExportFormat.write`.
     help: description of the flag.
-    resolve: returns the value to write with, the default for None; raises ValueError for a value
-      that cannot be used.
+    resolve: validates a value, or returns the default for None; raises ValueError.
   """
 
   name: str
@@ -82,11 +81,11 @@ class Option:
 
 @dataclasses.dataclass(frozen=True)
 class ReadOptions:
-  """What the user gave for an import.
+  """Options of an import.
 
   Attributes:
-    python: interpreter with PyTorch, for files that only it reads; see `ov_convert.client_env`.
-    image_size: pixels, for formats with "image_size" in `Format.reads`.
+    python: interpreter with PyTorch, for PyTorch files; see `ov_convert.client_env`.
+    image_size: image size, for formats with "image_size" in `Format.reads`.
     num_heads: attention heads, for formats with "num_heads" in `Format.reads`.
   """
 
@@ -97,12 +96,12 @@ class ReadOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Format:
-  """A format that is imported, exported, or both.
+  """Format for import, export, or both.
 
   Attributes:
-    name: in --format=NAME and --from=NAME:PATH.
+    name: name in --format=NAME and --from=NAME:PATH.
     read: reads a folder; None for a format that is only exported.
-    reads: options of an import that the files of this format do not state themselves.
+    reads: import options that apply to this format, because its files do not state them.
   """
 
   name: str
@@ -116,26 +115,26 @@ def _no_notes(release: "Release", facts: Mapping[str, Any]) -> Sequence[str]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportFormat(Format):
-  """A format that is exported.
+  """Format for export.
 
   Attributes:
-    title: name of the format in sentences of the model card.
+    title: name of the format in the text of the model card.
     library: `library_name` of the model card; None if the hub has no name for it.
-    check: raises ValueError if the format cannot hold a model.
-    write: writes the folder; takes the `options` by name.
-    client: script in `ov_convert/clients` that loads the folder as the library documents it.
-    here: whether `client` runs in this environment: it needs JAX and no client library.
+    check: raises ValueError if the format does not support a model.
+    write: writes the folder; takes `options` as keyword arguments.
+    client: script in `ov_convert/clients` that loads the folder as documented by the library.
+    here: whether `client` runs in this environment, with JAX and no client library.
     offers: names of arrays that the library must return, if our model has them.
     complete: adds files that need more than the release, and returns further comparisons.
-    programs: of the model card, the most useful first.
+    programs: programs of the model card, the most useful first.
     tested: versions of libraries that no other format needs; see `libraries`.
-    texts: whether the folder holds a text tower.
-    joint: whether image and text tower are one model of the library.
-    decoder: caption decoders that the folder holds: none, those that write word by word, or any.
+    texts: whether the folder contains the text tower.
+    joint: whether image and text tower are one model in the library.
+    decoder: caption decoders that the folder contains: none, autoregressive ones, or any.
     preprocesses: whether the library has its own preprocessing.
-    sizes: returns the sentences of the card on images of another size; see `fixed_size`.
-    notes: returns sentences of the card on surprising behavior, from the release and parity.json.
-    options: of the writer.
+    sizes: returns the text of the card on images of another size; see `fixed_size`.
+    notes: returns sentences of the card on unexpected behavior, from the release and parity.json.
+    options: options of the writer.
   """
 
   title: str
@@ -150,7 +149,7 @@ class ExportFormat(Format):
   tested: Mapping[str, Versions] = dataclasses.field(default_factory=dict)
   texts: bool = True
   joint: bool = True
-  decoder: Literal["none", "writes", "any"] = "none"
+  decoder: Literal["none", "autoregressive", "any"] = "none"
   preprocesses: bool = False
   sizes: "Callable[[Release], str]"
   notes: "Callable[[Release, Mapping[str, Any]], Sequence[str]]" = _no_notes
@@ -158,24 +157,24 @@ class ExportFormat(Format):
 
 
 def fixed_size(release: "Release") -> str:
-  """Return the sentences on image sizes of a format that stores the shape of its input."""
+  """Return the text on image sizes for a format with a fixed input shape."""
   side = release.encoder.image_size
   return f"It reads images of {side} x {side} pixels and no others. {_another_size(release)}"
 
 
 def interpolating(library: str) -> "Callable[[Release], str]":
-  """Return `ExportFormat.sizes` of a library that interpolates positions.
+  """Return `ExportFormat.sizes` for a library that interpolates positions.
 
   Args:
-    library: what the library does with images of another size, as a clause.
+    library: clause that describes what the library does with images of another size.
   """
 
   def sizes(release: "Release") -> str:
     side = release.encoder.image_size
     cosine = "0.96" if release.encoder.position == "sincos2d" else "0.99999"
     return (
-      f"It is for images of {side} x {side} pixels. For others {library}: features are then not "
-      f"those of the original (cosine {cosine} for a random ViT-Ti/16 of 48 pixels at 96). "
+      f"It is for images of {side} x {side} pixels. For others {library}; features then differ "
+      f"from the original (cosine {cosine} for a random ViT-Ti/16 of 48 pixels at 96). "
       f"{_another_size(release)}"
     )
 
@@ -185,4 +184,4 @@ def interpolating(library: str) -> "Callable[[Release], str]":
 def _another_size(release: "Release") -> str:
   computed = release.encoder.position == "sincos2d"
   positions = "positions are computed for it" if computed else "learned positions are resampled"
-  return f"For another size export the run again with --image_size: {positions}."
+  return f"For another size, export the run again with --image_size: {positions}."

@@ -84,7 +84,7 @@ FORMAT = form.ExportFormat(
       "{{ purpose }}", "onnx", "onnxruntime numpy pillow" + form.TOKENIZERS_FOR_TEXTS, _PROGRAM
     ),
   ),
-  # Before 1.19 onnxruntime does not import with numpy 2.
+  # onnxruntime before 1.19 does not support numpy 2.
   tested={"onnxruntime": form.Versions("1.19.0", "1.32.0")},
   sizes=form.fixed_size,
   notes=_notes,

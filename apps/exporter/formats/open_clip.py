@@ -31,18 +31,18 @@ def _read(folder: Path, options: form.ReadOptions) -> "Imported":
 def _notes(release: "Release", facts: Mapping[str, Any]) -> Sequence[str]:
   if release.text is None:
     return (
-      "open_clip loads no model without a text tower. The one here has one word and zero weights: "
-      "use encode_image and visual alone.",
+      "open_clip requires a text tower. The one here is a dummy: it has one word and zero weights; "
+      "use only encode_image and visual.",
     )
   repairs = (
-    "Before it makes tokens, open_clip repairs texts: those with typographic quotes, control "
-    "characters or HTML entities get other ids than in training."
+    "open_clip cleans texts before tokenization: texts with typographic quotes, control characters "
+    "or HTML entities get different ids than in training."
   )
   if release.text.padding != "mask":
     return (repairs,)
   return (
-    "Texts are filled up with [eos], where training had padding: so open_clip hides what comes "
-    "after a text, and gives the embeddings of training.",
+    "Texts are padded with [eos] instead of padding tokens, so that open_clip masks the positions "
+    "after a text. Embeddings are the same as in training.",
     repairs,
   )
 
@@ -96,7 +96,7 @@ pixels = preprocess(read_picture("{{ photo }}"))[None]
 
 with torch.inference_mode():
   out = model.visual.forward_intermediates(pixels, output_fmt="NLC")
-layers = out["image_intermediates"]  # of each block: [1, patches, width], before the final norm
+layers = out["image_intermediates"]  # outputs of blocks, [1, patches, width], before the final norm
 print(len(layers), layers[-1].shape)
 """
 
@@ -115,13 +115,13 @@ FORMAT = form.ExportFormat(
   offers=(*form.PIXELS, *form.IMAGE, *form.IDS, *form.TEXT),
   programs=(
     form.Program("{{ purpose }}", "open_clip", _INSTALL, _PROGRAM),
-    form.Program("Features of each patch", "open_clip", _INSTALL, _PATCHES),
+    form.Program("Patch features", "open_clip", _INSTALL, _PATCHES),
   ),
-  # `local-dir:` is new in 3.0.
+  # `local-dir:` was added in 3.0.
   tested={"open_clip_torch": form.Versions("3.0.0", "3.3.0")},
   preprocesses=True,
   sizes=form.interpolating(
-    "open_clip refuses others, or interpolates the table of positions if asked to"
+    "open_clip raises an error, or interpolates the position table if configured to"
   ),
   notes=_notes,
 )

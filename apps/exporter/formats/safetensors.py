@@ -1,4 +1,4 @@
-"""Format "safetensors": all parts of a model, for ov_models and for a PyTorch file next to it."""
+"""Format "safetensors": complete models for ov_models, with a single-file PyTorch module."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,7 +35,7 @@ def _complete(folder: Path, source: "Source") -> "list[Row]":
 
 
 def add_tokenizer(folder: Path, source: "Source") -> None:
-  """Write the tokenizer in the form that ov_data reads."""
+  """Write the tokenizer in the format of ov_data."""
   if source.processor is not None:
     source.processor.save(folder / "tokenizer")
   elif source.tokenizer is not None:
@@ -43,7 +43,7 @@ def add_tokenizer(folder: Path, source: "Source") -> None:
 
 
 def compare_loaded(folder: Path, release: "Release") -> "list[Row]":
-  """Return whether `ov_models.load` returns the released model bit for bit, as one row."""
+  """Return a row that states whether `ov_models.load` returns bitwise equal parameters."""
   import numpy as np
 
   from ov_convert.name_map import flatten
@@ -51,11 +51,11 @@ def compare_loaded(folder: Path, release: "Release") -> "list[Row]":
   import ov_models
 
   config, params = ov_models.load(folder)
-  problem = "" if config == release.config else f"config.json says {config}"
+  problem = "" if config == release.config else f"config.json has {config}"
   want, have = flatten(release.params), flatten(params)
   unequal = [n for n in want if n not in have or not np.array_equal(want[n], have[n])]
   if unequal:
-    problem = problem or f"{len(unequal)} tensors differ, the first is {unequal[0]}"
+    problem = problem or f"{len(unequal)} tensors differ, for example {unequal[0]}"
   return [Row("ov_models.load", float(len(unequal)), None, 0.0, 0.0, problem)]
 
 
@@ -77,7 +77,8 @@ config, params = ov_models.load(folder)
 model = ov_models.bind(config, params)
 
 with open("{{ photo }}", "rb") as file:
-  picture = ov_data.decode.whole(file.read(), {{ size }}, "{{ pre.fit }}")
+  picture = ov_data.decode.whole(file.read(), {{ size }}, "{{ pre.fit }}"
+{%- if pre.interpolation != "bilinear" %}, interpolation="{{ pre.interpolation }}"{% endif %})
 mean, std = np.float32({{ pre.mean | numbers }}), np.float32({{ pre.std | numbers }})
 pixels = (picture[None] / np.float32(255) - mean) / std  # [1, {{ size }}, {{ size }}, 3]
 {% if texts %}

@@ -83,11 +83,11 @@ FORMAT = form.ExportFormat(
       _PROGRAM,
     ),
   ),
-  # Before 0.8.2 jax cannot call functions that jax 0.10 exports.
+  # jax before 0.8.2 cannot load functions exported by jax 0.10.
   tested={
     "jax": form.Versions("0.8.2", "0.10.2"),
     "flatbuffers": form.Versions("23.5.26", "25.12.19"),
   },
-  decoder="writes",
+  decoder="autoregressive",
   sizes=form.fixed_size,
 )

@@ -29,7 +29,7 @@ def _read(folder: Path, options: form.ReadOptions) -> "Imported":
 
 
 def _notes(release: "Release", facts: Mapping[str, Any]) -> Sequence[str]:
-  return ("timm 1.0.16 to 1.0.25 load the folder too, with torch 2.15.",)
+  return ("timm 1.0.16 to 1.0.25 also load the folder, with torch 2.15.",)
 
 
 _PROGRAM = """\
@@ -47,12 +47,12 @@ transform = timm.data.create_transform(**config, is_training=False)
 pixels = transform(read_picture("{{ photo }}"))[None]
 
 with torch.inference_mode():
-  tokens = model.forward_features(pixels)  # [1, 1 + patches, width], [CLS] first
+  tokens = model.forward_features(pixels)  # [1, tokens, width], [CLS] and registers first
   pooled = model.forward_head(tokens, pre_logits=True)  # [1, width]
 print(tokens.shape, pooled.shape)
 {% if text %}
 
-with torch.inference_mode():  # in the space that pictures share with texts
+with torch.inference_mode():  # embedding in the shared image-text space
   embedding = torch.nn.functional.normalize(model.forward_head(tokens), dim=-1)
 print(embedding.shape)
 {% endif %}
@@ -67,14 +67,14 @@ FORMAT = form.ExportFormat(
   write=_write,
   client="run_timm.py",
   offers=(*form.PIXELS, *form.IMAGE),
-  programs=(form.Program("Features of a picture", "timm", "timm torch numpy pillow", _PROGRAM),),
-  # `local-dir:` is new in 1.0.16. Before 1.0.26 timm leaves reading safetensors to torch, which
-  # torch 2.6 does not do.
+  programs=(form.Program("Image features", "timm", "timm torch numpy pillow", _PROGRAM),),
+  # `local-dir:` was added in 1.0.16. Before 1.0.26 timm relies on torch to read safetensors, which
+  # torch 2.6 does not support.
   tested={"timm": form.Versions("1.0.26", "1.0.31")},
   texts=False,
   preprocesses=True,
   sizes=form.interpolating(
-    "timm refuses others, or interpolates the table of positions if asked to"
+    "timm raises an error, or interpolates the position table if configured to"
   ),
   notes=_notes,
 )

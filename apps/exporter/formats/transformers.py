@@ -29,11 +29,13 @@ def _read(folder: Path, options: form.ReadOptions) -> "Imported":
 
 
 def _notes(release: "Release", facts: Mapping[str, Any]) -> Sequence[str]:
-  if release.encoder.pool != "gap":
+  from ov_convert.release import option_problems
+
+  if release.encoder.pool != "gap" or option_problems(release.config):
     return ()
   return (
-    "The class of the image tower is BEiT, without its relative positions and layer scales: that "
-    "computes what this tower does, up to the pooled vector.",
+    "The class of the image tower is BEiT without relative positions and layer scales, which is "
+    "equivalent to this tower, including the pooled vector.",
   )
 
 
@@ -56,8 +58,31 @@ with torch.inference_mode():
   out = model(pixels, output_hidden_states=True)
 pooled = out.pooler_output  # [1, width]
 patches = out.hidden_states[-1][:, 1:]  # [1, patches, width], before the final norm
-penultimate = out.hidden_states[-2][:, 1:]  # the layer that multimodal models read
+penultimate = out.hidden_states[-2][:, 1:]  # the layer used by multimodal models
 print(pooled.shape, patches.shape, penultimate.shape)
+"""
+
+_FAMILY = """\
+import numpy as np
+from PIL import Image
+import torch
+from transformers import AutoImageProcessor, AutoModel
+
+
+{{ read_picture() }}
+
+folder = "{{ folder }}"
+processor = AutoImageProcessor.from_pretrained(folder)
+model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+tower = getattr(model, "vision_model", model)
+picture = read_picture("{{ photo }}")
+pixels = processor(images=picture, return_tensors="pt").pixel_values
+
+with torch.inference_mode():
+  out = tower(pixels, output_hidden_states=True)
+print(out.last_hidden_state.shape)  # [1, tokens, width], tokens of cls and registers first
+if out.pooler_output is not None:
+  print(out.pooler_output.shape)  # [1, width]
 """
 
 _TEXTS = """\
@@ -73,7 +98,7 @@ from transformers import AutoTokenizer, {{ text_class }}
 {{ read_picture() }}
 
 folder = "{{ folder }}"
-full = {"dtype": torch.float32}  # whatever the files hold
+full = {"dtype": torch.float32}  # for any dtype of the files
 processor = AutoImageProcessor.from_pretrained(folder)
 image_tower = AutoModelForImageClassification.from_pretrained(folder, **full).eval()
 tokenizer = AutoTokenizer.from_pretrained(f"{folder}/text")
@@ -87,7 +112,7 @@ texts = tokenizer(
   return_tensors="pt",
 )
 {% if words.append_cls %}
-# [CLS] comes behind the padding, where the tokenizer itself cannot put it.
+# Append [CLS] after the padding, which the tokenizer cannot do.
 ids = pad(texts.input_ids, (0, 1), value=tokenizer.cls_token_id)
 mask = pad(texts.attention_mask, (0, 1), value=1)
 {% else %}
@@ -99,7 +124,7 @@ with torch.inference_mode():
 {% if text.padding == "mask" %}
   out = text_tower(ids, attention_mask=mask)
 {% else %}
-  out = text_tower(ids)  # without the mask: in training, padding was seen
+  out = text_tower(ids)  # without the mask: padding is attended to, as in training
 {% endif %}
   text = normalize(out.{{ "pooler_output" if text.pool == "last" else "text_embeds" }}, dim=-1)
 joint = AutoConfig.from_pretrained(folder).openvision
@@ -111,7 +136,7 @@ print(similarity.softmax(dim=-1))
 {% endif %}
 """
 
-# From 5.4 on some versions of transformers read pictures with torchvision only.
+# Some versions of transformers from 5.4 on require torchvision to preprocess images.
 _INSTALL = "transformers torch torchvision numpy pillow"
 
 FORMAT = form.ExportFormat(
@@ -124,10 +149,11 @@ FORMAT = form.ExportFormat(
   client="run_transformers.py",
   offers=(*form.PIXELS, *form.IMAGE, *form.IDS, *form.TEXT),
   programs=(
-    form.Program("Features of a picture", "transformers", _INSTALL, _PROGRAM),
-    form.Program("{{ purpose }}", "transformers", _INSTALL, _TEXTS, "texts"),
+    form.Program("Image features", "transformers", _INSTALL, _PROGRAM, "plain"),
+    form.Program("{{ purpose }}", "transformers", _INSTALL, _TEXTS, "plain_texts"),
+    form.Program("Image features", "transformers", _INSTALL, _FAMILY, "family"),
   ),
-  # In 4.56.0 to 4.57.1 the last hidden state comes after the final norm; earlier versions lack
+  # In 4.56.0 to 4.57.1 the last hidden state is after the final norm; earlier versions lack
   # `dtype=`.
   tested={
     "transformers": form.Versions("4.57.2", "5.24.0"),
@@ -135,6 +161,6 @@ FORMAT = form.ExportFormat(
   },
   joint=False,
   preprocesses=True,
-  sizes=form.interpolating("transformers interpolates the table of positions"),
+  sizes=form.interpolating("transformers interpolates the position table"),
   notes=_notes,
 )

@@ -1,4 +1,4 @@
-"""Adafactor: Adam's second moment as row and column means, no first moment."""
+"""Adafactor: factored second moment, no first moment."""
 
 import dataclasses
 from typing import Any
@@ -21,17 +21,17 @@ PyTree = Any
 class Adafactor:
   """`optax.scale_by_factored_rms` (Shazeer and Stern 2018, https://arxiv.org/abs/1804.04235).
 
-  Updates have an RMS of about 1 in every layer, so learning rates are those of AdamW. The mean of
-  the second moment is over all steps at first: its decay rate at step t is 1 - (t + 1)^-decay_rate.
+  Updates have an RMS of about 1 in every layer, so learning rates are those of AdamW. The decay
+  rate of the second moment at step t is 1 - (t + 1)^-decay_rate, so early means cover all steps.
 
   Attributes:
     decay_rate: exponent of the decay rate of the second moment.
-    min_dim_size_to_factor: second-largest dimension of the smallest array that is factored.
-    eps: added to the squared gradients.
-    clipping_threshold: RMS to which the update of a layer is scaled down.
+    min_dim_size_to_factor: minimum size of the second-largest dimension of factored arrays.
+    eps: constant added to the squared gradients.
+    clipping_threshold: maximum RMS of the update of a layer.
     scale_parameters: multiply the update of a layer by the RMS of its parameters, as in the paper;
       the learning rate is then relative.
-    momentum: decay rate of a float32 average of the updates; 0 keeps none.
+    momentum: decay rate of a float32 average of the updates; 0 disables it.
   """
 
   decay_rate: float = 0.8
@@ -48,7 +48,7 @@ class Adafactor:
     require_decays(self, "momentum")
 
   def build(self) -> optax.GradientTransformation:
-    """Return the chain of optax.adafactor without learning rate and weight decay."""
+    """Return the chain of `optax.adafactor` without learning rate and weight decay."""
     second_moment = optax.scale_by_factored_rms(
       decay_rate=self.decay_rate,
       min_dim_size_to_factor=self.min_dim_size_to_factor,
@@ -66,26 +66,26 @@ class Adafactor:
 
 
 def _per_layer(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-  """A stateless transformation of optax, whose blocks are arrays, with layers as blocks."""
+  """Apply a stateless optax transformation with a block per array to each layer."""
   return per_layer(lambda update, param: tx.update(update, tx.init(param), param)[0])
 
 
 def _with_dimensions_of_params(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-  """`scale_by_factored_rms` whose means keep the averaged axis, with length 1.
+  """Keep the averaged axis in the means of `scale_by_factored_rms`, with length 1.
 
-  So every mean has as many dimensions as its parameter and is sharded like it.
+  Every mean then has as many dimensions as its parameter and is sharded like it.
   """
 
   def expand(state: Any, params: PyTree) -> Any:
-    # Row means lack the largest axis, column means the second largest; of equal ones optax takes
-    # the last as the largest.
+    # Row means lack the largest axis, column means the second largest. For equal axes optax treats
+    # the last one as the largest.
     rows = jax.tree.map(lambda x, p: x.reshape(_shape(x, p, last=True)), state.v_row, params)
     columns = jax.tree.map(lambda x, p: x.reshape(_shape(x, p, last=False)), state.v_col, params)
     return state._replace(v_row=rows, v_col=columns)
 
   def squeeze(mean: jax.Array, param: jax.Array) -> jax.Array:
     if mean.ndim != param.ndim or mean.ndim < 2:
-      return mean  # one zero, in place of a mean that is not kept
+      return mean  # placeholder of a mean that is not kept
     (axis,) = (i for i, n in enumerate(mean.shape) if n != param.shape[i])
     return mean.squeeze(axis)
 
@@ -101,12 +101,12 @@ def _with_dimensions_of_params(tx: optax.GradientTransformation) -> optax.Gradie
 
 
 def _shape(mean: jax.Array, param: jax.Array, *, last: bool) -> tuple[int, ...]:
-  """The shape of the param with 1 for the axis that a mean of it lacks; its own for a placeholder.
+  """Return the shape of a param with 1 for the axis that its mean lacks, or of a placeholder.
 
   Args:
-    mean: of rows or columns.
-    param: what it is a mean of.
-    last: which axis, where several fit.
+    mean: mean over rows or columns.
+    param: parameter that the mean belongs to.
+    last: use the last matching axis instead of the first.
   """
   if mean.ndim != param.ndim - 1 or mean.ndim == 0:
     return mean.shape

@@ -1,4 +1,4 @@
-"""Adam, for AdamW: weight decay is decoupled and added by the chain that all optimizers share."""
+"""Adam part of AdamW; the chain that all optimizers share adds the decoupled weight decay."""
 
 import dataclasses
 
@@ -17,13 +17,13 @@ class AdamW:
   Attributes:
     b1: decay rate of the first moment.
     b2: decay rate of the second moment.
-    eps: added to the square root of the second moment.
-    mu_dtype: dtype of the first moment; "float32" costs 2 more bytes a parameter, "int8" (codes
-      with a scale for each block) 1 less. With "bfloat16" the compiler decides whether the product
-      b1 * mu is rounded to it (xla_allow_excess_precision); that moves single updates by up to
-      0.4%.
-    second_moment: "full", 4 bytes a parameter; "factored", means of rows and columns, next to
-      nothing; "int8", codes with a scale for each block, 1 byte. Small arrays are kept in full.
+    eps: constant added to the square root of the second moment.
+    mu_dtype: dtype of the first moment. Relative to "bfloat16", "float32" needs 2 more bytes per
+      parameter and "int8" (block-wise quantized) 1 byte less. With "bfloat16" the compiler decides
+      whether b1 * mu is rounded to bfloat16 (xla_allow_excess_precision), which changes single
+      updates by up to 0.4%.
+    second_moment: "full", 4 bytes per parameter; "factored", means of rows and columns, almost no
+      memory; "int8", block-wise quantized, 1 byte. Small arrays are always kept in full.
   """
 
   b1: float = 0.9
@@ -39,7 +39,7 @@ class AdamW:
     require_choice(self, "second_moment", "full", "factored", "int8")
 
   def build(self) -> optax.GradientTransformation:
-    """Return Adam; `moments` has the versions that keep less than a float32 of v."""
+    """Return Adam; memory-efficient variants are in `moments`."""
     rates = self.b1, self.b2, self.eps
     if self.second_moment == "full" and self.mu_dtype != "int8":
       return optax.scale_by_adam(*rates, mu_dtype=jnp.dtype(self.mu_dtype))

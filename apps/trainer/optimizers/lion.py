@@ -12,8 +12,8 @@ from apps.trainer.optimizers.update_rule import require_choice, require_decays
 class Lion:
   """`optax.scale_by_lion` (Chen et al. 2023, https://arxiv.org/abs/2302.06675).
 
-  Every entry of an update is -1, 0 or 1, so the paper takes a learning rate 3 to 10 times smaller
-  than for AdamW, and a weight decay as much larger.
+  Every entry of an update is -1, 0 or 1, so the paper uses a learning rate 3 to 10 times smaller
+  than for AdamW and a correspondingly larger weight decay.
 
   Attributes:
     b1: weight of the momentum in the interpolation.
@@ -30,5 +30,5 @@ class Lion:
     require_choice(self, "mu_dtype", "bfloat16", "float32")
 
   def build(self) -> optax.GradientTransformation:
-    """Return Lion's sign of the interpolated momentum."""
+    """Return the sign of the interpolated momentum."""
     return optax.scale_by_lion(self.b1, self.b2, mu_dtype=jnp.dtype(self.mu_dtype))

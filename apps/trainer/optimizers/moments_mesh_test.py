@@ -1,4 +1,4 @@
-"""Factored and coded moments on one and on eight devices, with micro-batches, split by fsdp."""
+"""Tests of factored and quantized moments on one and eight devices, with micro-batches and fsdp."""
 
 import functools
 import math
@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from apps.trainer import state as state_lib
+from apps.trainer.losses.loss_term import LossOutput
 from apps.trainer.optimizer import OptimizerConfig, make_optimizer
 from apps.trainer.optimizers import AdamW
-from apps.trainer.schedules import ScheduleConfig
-from apps.trainer.step import LossOutput, make_train_step
+from apps.trainer.run_config import ScheduleSettings
+from apps.trainer.step import make_train_step
 import ov_sharding
 
 L, B, D, F = 2, 16, 192, 384  # 24 columns of D for each of 8 devices, blocks of 96
@@ -34,7 +35,7 @@ def init_params(key):
   return tree.unflatten(jax.random.normal(k, s) / D**0.5 for k, s in zip(keys, leaves, strict=True))
 
 
-def loss_fn(params, batch, key):
+def loss_fn(params, batch, key, ema=None, step=None):
   del key
   x = batch["x"]
   for i in range(L):
@@ -57,7 +58,7 @@ def setup(option, shape, accumulate=1):
   )
   abstract_params = jax.eval_shape(init_params, jax.random.key(0))
   config = OptimizerConfig(
-    RATE, ScheduleConfig(kind="constant"), AdamW(mu_dtype=option[0], second_moment=option[1])
+    RATE, ScheduleSettings(kind="constant"), AdamW(mu_dtype=option[0], second_moment=option[1])
   )
   optimizer = make_optimizer(config, abstract_params, total_steps=10)
   abstract = state_lib.abstract_state(abstract_params, optimizer.tx)
@@ -86,18 +87,18 @@ def train(option, shape, accumulate=1):
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_eight_devices_with_micro_batches_equal_one_without(option):
+def test_devices_and_micro_batches_match_single_device(option):
   expected, expected_losses = train(option, (1, 1))
   params, losses = train(option, (2, 4), accumulate=2)
-  np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)  # sums in another order
+  np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)  # different summation order
   for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
     off = np.abs(x - y) / RATE  # in updates
-    # Float32 sums in another order move one in some thousand over the edge to the next code, or
+    # Another float32 summation order moves one in some thousand over the edge to the next code, or
     # to the next bfloat16: m by up to 1.6%, sqrt(v) by 2 / 255 of the largest and more of smaller.
     assert np.quantile(off, 0.99) < 1e-3 and off.max() < 0.2
 
 
-def test_rows_columns_codes_and_scales_are_split_like_their_params():
+def test_moments_are_sharded_like_params():
   factored = setup(OPTIONS[0], (1, 8))[2]["opt"]["adamw"].inner_state.nu
   assert factored["rows"]["blocks"]["up"].spec == P(None, "fsdp", None)
   assert factored["columns"]["blocks"]["up"].spec == P(None, None, None)
@@ -119,7 +120,7 @@ def test_rows_columns_codes_and_scales_are_split_like_their_params():
     (OPTIONS[1], 2 * (2 * L * D * F + 4 * (L * D * 4 + D)), 2 * 4 * (L * F + L * F * 2)),
   ],
 )
-def test_bytes_of_a_device(option, split, whole):
+def test_bytes_per_device(option, split, whole):
   tx, _, shardings, _ = setup(option, (1, 8))
   shapes = jax.eval_shape(init_params, jax.random.key(0))
   held = ov_sharding.bytes_per_device(jax.eval_shape(tx.init, shapes), shardings["opt"])
@@ -128,7 +129,7 @@ def test_bytes_of_a_device(option, split, whole):
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_the_update_gathers_no_array(option):
-  """Blocks go over several devices here, rows and columns too: means and scales are exchanged."""
+  """Blocks, rows and columns span several devices here, so means and scales need collectives."""
   tx, _, shardings, _ = setup(option, (1, 8))
   update = jax.jit(
     tx.update,
@@ -137,10 +138,10 @@ def test_the_update_gathers_no_array(option):
   )
   shapes = jax.eval_shape(init_params, jax.random.key(0))
   text = update.lower(shapes, jax.eval_shape(tx.init, shapes), shapes).compile().as_text()
-  exchanged = re.findall(r"= (\S.*?) (?:all-|collective-|reduce-scatter)[\w-]*\(", text)
+  collectives = re.findall(r"= (\S.*?) (?:all-|collective-|reduce-scatter)[\w-]*\(", text)
   sizes = [
     math.prod(map(int, shape.split(",")))
-    for results in exchanged
+    for results in collectives
     for shape in re.findall(r"\[([\d,]+)\]", results)
   ]
   assert sizes and max(sizes) <= 2 * L * F

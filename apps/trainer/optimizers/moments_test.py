@@ -1,4 +1,4 @@
-"""Moments that take less memory: what they round, that they train like Adam, what they weigh."""
+"""Tests of memory-efficient moments: rounding, training compared with Adam, memory."""
 
 import functools
 
@@ -12,12 +12,12 @@ from apps.trainer import state as state_lib
 from apps.trainer.checkpoint import CheckpointError, Checkpoints
 from apps.trainer.optimizer import OptimizerConfig, flatten_paths, make_optimizer
 from apps.trainer.optimizers import AdamW, moments
-from apps.trainer.schedules import ScheduleConfig
+from apps.trainer.run_config import ScheduleSettings
 import ov_models
 
 L, D, F = 2, 128, 256
 OPTIONS = [("bfloat16", "factored"), ("bfloat16", "int8"), ("int8", "int8"), ("int8", "factored")]
-CONSTANT = ScheduleConfig(kind="constant")
+CONSTANT = ScheduleSettings(kind="constant")
 
 
 def adam(mu_dtype="float32", second_moment="full", b1=0.9, b2=0.95):
@@ -30,7 +30,7 @@ def normal(seed, *shape):
 
 
 def run(tx, grads):
-  """Updates of every step, and the last state."""
+  """Return the updates of every step, and the last state."""
   state, update = tx.init(grads[0]), jax.jit(tx.update)
   out = []
   for g in grads:
@@ -40,7 +40,7 @@ def run(tx, grads):
 
 
 @pytest.mark.parametrize("option", [("float32", "factored"), ("int8", "int8")])
-def test_small_arrays_are_plain_adam(option):
+def test_small_arrays_use_plain_adam(option):
   grads = [{"bias": normal(i, D), "blocks": {"scale": normal(i, 64, D)}} for i in range(4)]
   got, _ = run(adam(*option), grads)
   expected, _ = run(optax.scale_by_adam(0.9, 0.95), grads)
@@ -51,7 +51,7 @@ def test_small_arrays_are_plain_adam(option):
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_the_first_step_by_hand(option):
-  """Corrected for the start, m is g, and v is g^2 or the means of its rows and columns."""
+  """With bias correction, m is g, and v is g^2 or the means of its rows and columns."""
   g = normal(0, D, F)
   v = g.astype(np.float64) ** 2
   if option[1] == "factored":
@@ -61,8 +61,8 @@ def test_the_first_step_by_hand(option):
   np.testing.assert_allclose(first["w"], g / (np.sqrt(v) + 1e-8), rtol=2e-6)
 
 
-def test_factored_moments_are_those_of_adam_where_squares_are_products():
-  """g^2 = a_i b_j in each layer: nothing is lost, whatever the layers' sizes."""
+def test_factoring_is_exact_for_rank_one_squares():
+  """With g^2 = a_i b_j in each layer, factoring is exact."""
   a, b, layer = np.exp(normal(0, L, D, 1)), np.exp(normal(1, L, 1, F)), np.array([1e-4, 10.0])
   size = np.sqrt(a * b).astype(np.float32) * layer[:, None, None].astype(np.float32)
   grads = [{"blocks": {"w": size * np.sign(normal(i, L, D, F))}} for i in range(6)]
@@ -91,7 +91,7 @@ def test_factored_moments_are_those_of_adam_where_squares_are_products():
     ((), 0, None),
   ],
 )
-def test_where_an_array_is_split_into_rows_and_columns(shape, first, axis):
+def test_split_axis(shape, first, axis):
   assert moments.split_axis(shape, first) == axis
 
 
@@ -104,23 +104,23 @@ def test_where_an_array_is_split_into_rows_and_columns(shape, first, axis):
     ((32, 128), 0, True, 128),
     ((31, 128), 0, False, 128),
     ((64, 31, 128), 1, False, 128),  # 64 layers of an array that is small
-    ((32003, 16), 0, False, 16),  # scales would be a quarter
+    ((32003, 16), 0, False, 16),  # scales would add a quarter
     ((64, 1077), 0, True, 1077),  # odd: one scale for the row
   ],
 )
-def test_what_gets_codes_and_how_many_share_a_scale(shape, first, coded, block):
+def test_quantized_arrays_and_block_sizes(shape, first, coded, block):
   assert moments.can_code(shape, first) == coded
   assert moments.block_size(shape) == block
 
 
 def spread(dtype, *shape):
-  """Numbers of five magnitudes; squares where they have no sign."""
+  """Return numbers of five magnitudes; squares for unsigned dtypes."""
   x = normal(0, *shape) * 10.0 ** np.random.default_rng(1).uniform(-5, 0, shape).astype(np.float32)
   return jnp.asarray(x if dtype == "int8" else x * x)
 
 
 def quanta(dtype, x, scale):
-  """The codes beside x as numbers, (q / n)^p * scale, in float64."""
+  """Return the values (q / n)^p * scale of the codes adjacent to x, in float64."""
   levels, power = {"int8": (127, 2), "uint8": (255, 4)}[dtype]
   share = np.abs(np.asarray(x, np.float64)) / scale
   low = np.minimum(np.floor(share ** (1 / power) * levels), levels - 1)
@@ -128,7 +128,7 @@ def quanta(dtype, x, scale):
 
 
 @pytest.mark.parametrize("dtype", ["int8", "uint8"])
-def test_a_code_is_one_of_the_two_beside_the_value_and_right_on_average(dtype):
+def test_rounding_is_to_adjacent_codes_and_unbiased(dtype):
   block, steps = 64, 1000
   x = spread(dtype, 16, 4 * block)
   pack = jax.jit(lambda x, step: moments.encode(x, jnp.dtype(dtype), block, step))
@@ -161,7 +161,7 @@ def test_zeros_stay_zeros(dtype):
 
 
 def loss(params, key):
-  """Of a regression that two hidden layers can learn; inputs of two magnitudes."""
+  """Return the loss of a regression that two hidden layers can learn; inputs of two magnitudes."""
   x = jax.random.normal(key, (32, D)) * jnp.logspace(-1, 0, D)
   y = jnp.tanh(x @ normal(7, D, 4) / 4)
   hidden = x @ params["in"]
@@ -202,8 +202,8 @@ def test_learns_like_adam(option, b2):
     np.testing.assert_allclose(got[part].mean(), expected[part].mean(), rtol=tolerance)
 
 
-def test_updates_end_with_the_gradients():
-  """Half of each block gets none after 50 steps; that of the others goes on.
+def test_updates_decay_without_gradients():
+  """Half of each block gets no gradient after 50 steps; the other half still does.
 
   Adam's updates are at 1e-5 after 150 steps more. Rounded to the nearest code they stay at 0.3: m
   is too small a part of its block to change by half a quantum.
@@ -239,8 +239,8 @@ def captioner():
     (("int8", "factored"), 1.03, 1.06),
   ],
 )
-def test_bytes_of_a_parameter(option, low, high):
-  """A scale of 4 bytes for 64 to 128 entries; what is small stays at 4 or 8 bytes."""
+def test_bytes_per_parameter(option, low, high):
+  """A scale needs 4 bytes per 64 to 128 entries; small arrays need 4 or 8 bytes per entry."""
   config = OptimizerConfig(1.0, rule=AdamW(mu_dtype=option[0], second_moment=option[1]))
   tx = make_optimizer(config, captioner(), 10).tx
   size = sum(
@@ -278,7 +278,7 @@ def abstract(state):
 
 
 @pytest.mark.parametrize("option", [("bfloat16", "factored"), ("int8", "int8")])
-def test_goes_on_from_a_checkpoint_bit_for_bit(tmp_path, option):
+def test_resume_is_bitwise_exact(tmp_path, option):
   start, tx = make_state(option)
   halfway = advance(start, tx, 3)
   with Checkpoints(tmp_path) as checkpoints:
@@ -291,19 +291,19 @@ def test_goes_on_from_a_checkpoint_bit_for_bit(tmp_path, option):
 
 
 @pytest.mark.parametrize("option", [("bfloat16", "factored"), ("int8", "int8")])
-def test_a_checkpoint_with_other_moments_is_refused(tmp_path, option):
+def test_checkpoint_with_other_moments_is_rejected(tmp_path, option):
   (plain, _), (other, _) = make_state(("bfloat16", "full")), make_state(option)
   with Checkpoints(tmp_path) as checkpoints:
     checkpoints.save(1, plain, {})
     with pytest.raises(CheckpointError) as error:
       checkpoints.restore(abstract(other))
   message = str(error.value)
-  assert "/1 holds another optimizer state than this run would, in 1" in message
+  assert "/1 has a different optimizer state than this run, in 1" in message
   assert "such as opt/adamw/inner_state/step: missing, expected int32[]. Keep config." in message
   assert "\n" not in message
 
 
-def test_a_checkpoint_with_the_first_moment_in_another_dtype_is_refused(tmp_path):
+def test_checkpoint_with_other_mu_dtype_is_rejected(tmp_path):
   (saved, _), (other, _) = make_state(("float32", "full")), make_state(("bfloat16", "full"))
   with Checkpoints(tmp_path) as checkpoints:
     checkpoints.save(1, saved, {})

@@ -1,4 +1,4 @@
-"""Muon: orthogonalized momentum for the kernels of the blocks, AdamW for everything else."""
+"""Muon: orthogonalized momentum for the kernels of the blocks, AdamW for all other parameters."""
 
 import dataclasses
 import math
@@ -28,18 +28,18 @@ _MATRICES = re.compile(r"/kernel$")
 class Muon:
   """`optax.contrib.scale_by_muon` (Jordan 2024, https://kellerjordan.github.io/posts/muon).
 
-  Muon updates the stacked kernels of the blocks, [L, in, out], each layer by itself. Embeddings,
+  Muon updates the stacked kernels of the blocks, [L, in, out], separately per layer. Embeddings,
   positions, norms, biases, heads and projections outside the blocks are updated by AdamW.
 
   Attributes:
     beta: decay rate of the momentum.
     steps: Newton-Schulz iterations.
-    nesterov: whether the momentum looks one step ahead.
+    nesterov: use Nesterov momentum.
     mu_dtype: dtype of the momentum.
     consistent_rms: scale updates of [in, out] by this times sqrt(max(in, out)), which gives them
-      an RMS like that of AdamW, so that its learning rate and weight decay fit both (Liu et al.
-      2025, https://arxiv.org/abs/2502.16982). 0: by sqrt(max(1, out / in)).
-    adamw: the rule of the other parameters.
+      the RMS of AdamW updates, so that both share learning rate and weight decay (Liu et al. 2025,
+      https://arxiv.org/abs/2502.16982). 0: scale by sqrt(max(1, out / in)).
+    adamw: update rule of the other parameters.
   """
 
   beta: float = 0.95
@@ -80,7 +80,7 @@ class Muon:
 
 
 def _is_matrix(params: PyTree) -> PyTree:
-  """True for stacked kernels, [L, in, out]; of updates as of params."""
+  """Return True for stacked kernels, [L, in, out]; accepts updates or params."""
 
   def one(path: Any, param: jax.Array) -> bool:
     text = path_str(path)
@@ -94,12 +94,12 @@ def _is_other(params: PyTree) -> PyTree:
 
 
 def _dimension_numbers(updates: PyTree) -> PyTree:
-  """The axes of [L, in, out]: axis 0, which is not named, counts matrices."""
+  """Return the dimension numbers of [L, in, out]: the unnamed axis 0 counts matrices."""
   return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(1, 2), updates)
 
 
 def _without_constants(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-  """Muon without the coefficients of its iteration in the state, which checkpoints would hold."""
+  """Remove the coefficients of the Newton-Schulz iteration from the state and from checkpoints."""
   coefficients = tx.init({}).ns_coeffs
 
   def init(params: PyTree) -> Any:

@@ -1,4 +1,4 @@
-"""Every optimizer of the table on one and on eight devices, its state split by fsdp and tensor."""
+"""Tests of every optimizer on one and eight devices, with state sharded over fsdp and tensor."""
 
 import functools
 
@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from apps.trainer import state as state_lib
+from apps.trainer.losses.loss_term import LossOutput
 from apps.trainer.optimizer import OptimizerConfig, make_optimizer
 from apps.trainer.optimizers import OPTIMIZERS, Adafactor
 from apps.trainer.paths import flatten_paths
-from apps.trainer.schedules import ScheduleConfig
-from apps.trainer.step import LossOutput, make_train_step
+from apps.trainer.run_config import ScheduleSettings
+from apps.trainer.step import make_train_step
 
 L, B, D, F = 2, 16, 16, 32
 RATE, STEPS = 1e-3, 3
@@ -44,7 +45,7 @@ def init_params(key):
   return tree.unflatten(jax.random.normal(k, s) / D**0.5 for k, s in zip(keys, leaves, strict=True))
 
 
-def loss_fn(params, batch, key):
+def loss_fn(params, batch, key, ema=None, step=None):
   del key
   x, blocks = batch["x"], params["blocks"]
   for i in range(L):
@@ -66,7 +67,7 @@ def setup(name, shape):
     lambda s: NamedSharding(mesh, s), SPECS, is_leaf=lambda s: isinstance(s, P)
   )
   abstract_params = jax.eval_shape(init_params, jax.random.key(0))
-  config = OptimizerConfig(RATE, ScheduleConfig(kind="constant"), RULES[name], grad_clip_norm=1.0)
+  config = OptimizerConfig(RATE, ScheduleSettings(kind="constant"), RULES[name], grad_clip_norm=1.0)
   optimizer = make_optimizer(config, abstract_params, total_steps=10)
   abstract = state_lib.abstract_state(abstract_params, optimizer.tx)
   shardings = state_lib.state_shardings(abstract, of_params, mesh)
@@ -94,10 +95,10 @@ def train(name, shape):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_eight_devices_equal_one(name):
+def test_eight_devices_match_one(name):
   expected, expected_losses = train(name, (1, 1, 1))
   params, losses = train(name, (2, 4, 1))
-  np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)  # sums in another order
+  np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)  # different summation order
   for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
     off = np.abs(x - y) / RATE  # in updates
     # Where a gradient is near zero, its sign depends on the order of sums; a moment may round to
@@ -106,8 +107,8 @@ def test_eight_devices_equal_one(name):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_updates_split_by_tensor_too_equal_those_of_one_device(name):
-  """The update alone: this loss pins no activations, which tensor parallelism needs."""
+def test_tensor_parallel_updates_match_one_device(name):
+  """Tests the update only: the loss constrains no activations, as tensor parallelism requires."""
 
   def run(shape):
     tx, _, _, shardings, _ = setup(name, shape)
@@ -127,7 +128,7 @@ def test_updates_split_by_tensor_too_equal_those_of_one_device(name):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_state_is_sharded_like_the_params(name, caplog):
   _, _, abstract, shardings, _ = setup.__wrapped__(name, (2, 2, 2))
-  assert not caplog.records  # nothing large is replicated
+  assert not caplog.records  # no large array is replicated
   specs = {path: s.spec for path, s in flatten_paths(shardings["opt"]).items()}
   of_params = {path: s.spec for path, s in flatten_paths(shardings["params"]).items()}
   followed = set()

@@ -1,4 +1,4 @@
-"""Every optimizer of the table against float64 arithmetic of single layers, written out."""
+"""Tests of every optimizer against a float64 reference per layer."""
 
 import functools
 import re
@@ -12,7 +12,7 @@ import pytest
 from apps.trainer.optimizer import OptimizerConfig, make_optimizer
 from apps.trainer.optimizers import OPTIMIZERS, Adafactor, AdamW, Lion, Muon
 from apps.trainer.paths import flatten_paths, is_stacked
-from apps.trainer.schedules import ScheduleConfig
+from apps.trainer.run_config import ScheduleSettings
 import ov_models
 
 L, STEPS = 3, 4
@@ -29,7 +29,7 @@ SHAPES = {
   "text/head/kernel": (4, 6),
 }
 CONFIG = dict(
-  schedule=ScheduleConfig(warmup_steps=2),
+  schedule=ScheduleSettings(warmup_steps=2),
   weight_decay=0.3,
   grad_clip_norm=1.0,
   lr_multipliers=(("head", 2.0),),
@@ -114,7 +114,7 @@ def muon_direction(rule, g, memory, t):
 
 
 def direction(rule, path, g, w, memory, t):
-  """Of one array or one layer, in float64."""
+  """Return the update direction of one array or one layer, in float64."""
   if isinstance(rule, Muon):
     if "/blocks/" in path and path.endswith("/kernel"):
       return muon_direction(rule, g, memory, t)
@@ -135,7 +135,7 @@ def multiplier(path, layer):
 
 
 def naive(rule):
-  """Params after each step, in float64, layer by layer."""
+  """Yield the params after each step, in float64, layer by layer."""
   params = {path: x.astype(np.float64) for path, x in random(0).items()}
   memories = {}
   history = []
@@ -157,7 +157,7 @@ def naive(rule):
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_four_steps_equal_layers_in_float64(name):
+def test_four_steps_match_float64_reference(name):
   params = tree({path: jnp.asarray(x) for path, x in random(0).items()})
   start = flatten_paths(params)
   tx = make_optimizer(OptimizerConfig(0.01, rule=RULES[name], **CONFIG), params, 10).tx
@@ -182,7 +182,7 @@ def test_four_steps_equal_layers_in_float64(name):
 
 
 def test_singular_values_of_muon_are_near_one_in_each_layer():
-  """A layer whose gradient is 1,000 times larger takes nothing from the others."""
+  """A layer with 1,000 times larger gradients does not affect the others."""
   grads = jnp.asarray(np.random.default_rng(0).normal(size=(L, 8, 8)), jnp.float32)
   grads = {"blocks": {"kernel": grads * jnp.array([1.0, 1e3, 1e-3])[:, None, None]}}
   tx = Muon(consistent_rms=0.0).build()
@@ -199,7 +199,7 @@ def openvision(variant):
   return ov_models.abstract_params(config)
 
 
-def test_muon_has_the_kernels_of_blocks_and_adamw_has_the_rest():
+def test_muon_updates_block_kernels_only():
   params = openvision("Ti/16")
   state = flatten_paths(jax.eval_shape(Muon().build().init, params))
   having = lambda prefix: {p.removeprefix(prefix) for p in state if p.startswith(prefix)}
@@ -223,8 +223,8 @@ def test_muon_has_the_kernels_of_blocks_and_adamw_has_the_rest():
     ("adafactor", "L/14", 0.0195),
   ],
 )
-def test_bytes_of_a_parameter(name, variant, expected):
-  """The table of docs/one_gpu.md."""
+def test_bytes_per_parameter(name, variant, expected):
+  """Values of the table in docs/one_gpu.md."""
   params = openvision(variant)
   state = jax.eval_shape(OPTIMIZERS[name]().build().init, params)
   size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
@@ -232,7 +232,7 @@ def test_bytes_of_a_parameter(name, variant, expected):
 
 
 @pytest.mark.parametrize(
-  ("make", "said"),
+  ("make", "message"),
   [
     (lambda: AdamW(b2=1.0), r"b2=1.0 must be in \[0, 1\)"),
     (lambda: AdamW(eps=float("nan")), "eps=nan must be finite and > 0"),
@@ -255,6 +255,6 @@ def test_bytes_of_a_parameter(name, variant, expected):
     (lambda: Adafactor(momentum=1.0), r"momentum=1.0 must be in \[0, 1\)"),
   ],
 )
-def test_hyperparameters_out_of_range_name_value_and_expectation(make, said):
-  with pytest.raises(ValueError, match=said):
+def test_invalid_hyperparameters(make, message):
+  with pytest.raises(ValueError, match=message):
     make()

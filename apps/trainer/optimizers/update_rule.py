@@ -1,6 +1,6 @@
-"""The interface of an update rule, and helpers to write one.
+"""Interface of update rules, and helpers to write one.
 
-An update rule turns gradients into directions; everything else is shared by all of them, see
+An update rule maps gradients to directions; all other parts of the optimizer are shared, see
 `apps.trainer.optimizer`. It is a frozen dataclass of its hyperparameters with a method `build`.
 """
 
@@ -20,21 +20,21 @@ class UpdateRule(Protocol):
   """A frozen dataclass of hyperparameters."""
 
   def build(self) -> optax.GradientTransformation:
-    """Return the transformation of gradients to directions, before the learning rate.
+    """Return the transformation of gradients to directions, without the learning rate.
 
-    Its state is saved in checkpoints, so each part of it must have a name: join transformations
-    with `named_chain`. `init` and `update` see `optax.MaskedNode` for frozen parameters.
+    Its state is saved in checkpoints, so each part must have a name: join transformations with
+    `named_chain`. `init` and `update` receive `optax.MaskedNode` for frozen parameters.
     """
 
 
 def named_chain(*parts: tuple[str, optax.GradientTransformation]) -> optax.GradientTransformation:
-  """Join transformations; the state is a dict of the states that hold arrays, by name.
+  """Chain transformations; the state is a dict of the non-empty states by name.
 
-  `optax.named_chain` keeps those without arrays too. Checkpoints would hold them as empty nodes,
-  and could not be restored once a transformation is added or removed.
+  `optax.named_chain` also keeps the empty states. Checkpoints would store them as empty nodes and
+  could not be restored after a transformation is added or removed.
 
   Args:
-    *parts: pairs of name and transformation, in the order in which they are applied.
+    *parts: pairs of name and transformation, in order of application.
   """
 
   def init(params: PyTree) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def named_chain(*parts: tuple[str, optax.GradientTransformation]) -> optax.Gradi
 
 
 def require(rule: Any, name: str, ok: bool, expected: str) -> None:
-  """Raise ValueError with name, value and expectation of a hyperparameter unless it is `ok`."""
+  """Raise ValueError with name, value and expectation of a hyperparameter unless `ok`."""
   if not ok:
     raise ValueError(f"optimizer {name}={getattr(rule, name)!r} must be {expected}.")
 
@@ -81,10 +81,10 @@ def require_choice(rule: Any, name: str, *allowed: str) -> None:
 def per_layer(
   function: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> optax.GradientTransformation:
-  """Return a stateless transformation that treats each layer of a stack as a separate array.
+  """Return a stateless transformation that processes each layer of a stack separately.
 
   Args:
-    function: (update, parameter) of one array or one layer -> update.
+    function: function from (update, parameter) of one array or layer to the update.
   """
 
   def one(path: Any, update: jax.Array, param: jax.Array) -> jax.Array:
