@@ -1,15 +1,15 @@
-"""Runs the programs of model cards in environments that hold what the card's pip line installs.
+"""Run the programs of model cards in new environments made by the pip lines of the cards.
 
   bazel run //tests/clients:clean_environments -- --size=Ti/16@160 [--format=timm,onnx]
     [--kind=clip,captioner,image] [--versions=newest,oldest]
 
-For each model with random weights and each format, the folder and its card are written. Each pip
-line of a card makes two empty environments: one from the line as it stands, and one with the oldest
-versions that it allows. There every program of the card runs, and the outputs of the library are
-compared with ours. Prints one line for each; the exit code is 1 if any failed.
+Exports models with random weights to each format and writes their cards. Each pip line of a card is
+installed twice: unchanged, and with the oldest versions that it allows. In both environments, every
+program of the card runs, and the outputs of the library are compared with those of this repository.
+Prints one line for each; the exit code is 1 if any failed.
 
-Needs a package index, and up to 6 GB of disk for each environment with PyTorch: PyPI's build for
-Linux brings CUDA libraries. With uv on PATH, environments share their files and take seconds.
+Requires a package index, and up to 6 GB of disk for each environment with PyTorch, because PyPI's
+build for Linux includes CUDA libraries. With uv on PATH, environments share files and take seconds.
 """
 
 from collections.abc import Iterator, Sequence
@@ -38,7 +38,7 @@ _SIZE = flags.DEFINE_list("size", list(SIZES), f"Some of {', '.join(SIZES)}.")
 _KIND = flags.DEFINE_list("kind", list(KINDS), f"Some of {', '.join(KINDS)}.")
 _FORMAT = flags.DEFINE_list("format", list(EXPORTS), f"Some of {', '.join(EXPORTS)}.")
 _VERSIONS = flags.DEFINE_list("versions", ["newest", "oldest"], "newest, oldest, or both.")
-_PICTURES = flags.DEFINE_string("pictures", None, "Folder of pictures; drawn ones by default.")
+_PICTURES = flags.DEFINE_string("pictures", None, "Folder of images; drawn ones by default.")
 
 _PROGRAM_SECONDS = 600
 SHOWN = ("image/pixels", "image/pooled", "image/tokens", "image/embedding", "text/ids",
@@ -46,24 +46,24 @@ SHOWN = ("image/pixels", "image/pooled", "image/tokens", "image/embedding", "tex
 
 
 class Environments:
-  """Virtual environments, one for each set of requirements, made when first asked for.
+  """Virtual environments, one for each set of requirements, created on first use.
 
   Attributes:
-    scratch: folder that holds them.
+    scratch: folder of the environments.
   """
 
   def __init__(self, scratch: Path) -> None:
     self.scratch = scratch
     self._pythons: dict[tuple[str, ...], Path] = {}
     checkout = Path(os.environ.get("BUILD_WORKSPACE_DIRECTORY") or Path(__file__).parents[2])
-    for name in libraries.OWN:  # copies: a build leaves files next to the sources
+    for name in libraries.OWN:  # build copies, because a build leaves files next to the sources
       shutil.copytree(checkout / name, scratch / name)
 
   def python(self, requirements: Sequence[str]) -> Path:
-    """Return the interpreter of an environment that holds `requirements`.
+    """Return the interpreter of an environment with `requirements`.
 
     Raises:
-      subprocess.CalledProcessError: they could not be installed.
+      subprocess.CalledProcessError: if the installation fails.
     """
     key = tuple(requirements)
     if key not in self._pythons:
@@ -99,7 +99,7 @@ def main(argv: list[str]) -> None:
 def try_model(
   place: Path, kind: str, size: str, environments: Environments
 ) -> Iterator[tuple[str, bool]]:
-  """Yield a line for each format, pip line and choice of versions, and whether all is well."""
+  """Yield a result line and success for each format, pip line and choice of versions."""
   make_workdir(place / "workdir", config_of(kind, size))
   source = load_source(place / "workdir")
   pictures = probe.pictures(Path(_PICTURES.value) if _PICTURES.value else None)
@@ -135,10 +135,10 @@ def try_model(
 
 
 def programs_of(page: str) -> dict[str, list[str]]:
-  """Return the programs of a card by the pip line above them.
+  """Return the programs of a card, grouped by the preceding pip line.
 
   Raises:
-    ValueError: a program without a pip line, or no program.
+    ValueError: if a program has no pip line, or there is no program.
   """
   found: dict[str, list[str]] = {}
   for text in re.split(r"^(?=### )", page, flags=re.MULTILINE)[1:]:
@@ -153,7 +153,7 @@ def programs_of(page: str) -> dict[str, list[str]]:
 
 
 def write_format(folder: Path, name: str, source: Source) -> None:
-  """Writes an export and its card."""
+  """Write an export and its card."""
   folder.mkdir()
   EXPORTS[name].write(folder, source.release)
   if name == "safetensors":
@@ -162,7 +162,7 @@ def write_format(folder: Path, name: str, source: Source) -> None:
 
 
 def run_program(python: Path, code: str, folder: Path) -> str:
-  """Runs a program of a card, offline; returns its last words if it fails, else ""."""
+  """Run a program of a card offline; return "" or, if it fails, the last lines of its output."""
   code = code.replace(snippets.FOLDER, str(folder))
   code = code.replace(snippets.PICTURE, str(folder.parent / snippets.PICTURE))
   kept = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
@@ -183,7 +183,7 @@ def compare(
   ours: dict[str, np.ndarray],
   python: Path,
 ) -> tuple[list[parity.Row], dict[str, str]]:
-  """Returns how the outputs of the library agree with ours, and what is installed there."""
+  """Return a comparison of the library's outputs with ours, and the installed versions."""
   listed = (
     "import importlib.metadata as m, json; "
     "print(json.dumps({d.name.replace('-', '_').lower(): d.version for d in m.distributions()}))"

@@ -1,4 +1,4 @@
-"""//apps:export as a user runs it: runs of both apps, every format, mistakes in one line."""
+"""Tests of //apps:export as a user runs it: runs of both apps, every format, error messages."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 from apps.exporter.formats.table import EXPORTS
 from tests.end_to_end.runner import CAPTION_TRAIN, CLIP_TRAIN, TINY, expect_one_line, run, tiny_clip
 
-EXPORT = CAPTION_TRAIN.parent / "export.py"  # to import it would define --workdir twice
+EXPORT = CAPTION_TRAIN.parent / "export.py"  # importing it would define --workdir twice
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_formats_of_a_run(kind, cache, tmp_path, request):
   else:
     assert "caption/ids" in judged["safetensors"] & judged["stablehlo"]
 
-  # What was exported comes back, and trains: its figures are those of the run.
+  # Importing the export gives a model that trains and has the metrics of the run.
   back = tmp_path / "back"
   code, printed = export(
     f"--from=safetensors:{out}/safetensors", f"--to-workdir={back}", cache=cache
@@ -99,33 +99,36 @@ def test_a_dry_run_lists_what_would_be_uploaded(clip, cache, tmp_path):
   )  # fmt: skip
   assert code == 0, printed
   assert (
-    "org/name: " in printed and "model.safetensors" in printed and "nothing was sent" in printed
+    "org/name: " in printed and "model.safetensors" in printed and "nothing was uploaded" in printed
   )
   code, printed = export(f"--out={out}", "--push_to_hub=org/name", "--dry_run", cache=cache)
   assert code == 0 and "model.safetensors" in printed, printed
 
 
-def test_mistakes_are_one_line(clip, cache, tmp_path):
+def test_mistakes_give_one_line_errors(clip, cache, tmp_path):
   out = f"--out={tmp_path / 'out'}"
   for flags, said in (
     ([], "give --workdir=RUN --format=... --out=FOLDER to export"),
     ([f"--workdir={clip}"], "give --workdir=RUN"),
-    ([f"--workdir={clip}", out, "--format=timn"], "timn is no format; there are safetensors, open"),
+    (
+      [f"--workdir={clip}", out, "--format=timn"],
+      "unknown format timn; choose from safetensors",
+    ),
     ([f"--workdir={clip}", out, "--dtype=int8"], "flag --dtype=int8"),
-    ([f"--workdir={clip}", out, "--dry_run"], "--dry_run says what --push_to_hub"),
+    ([f"--workdir={clip}", out, "--dry_run"], "--dry_run requires --push_to_hub=org/name"),
     ([f"--workdir={clip}", f"--out={clip}"], "exists and is not empty; choose another folder"),
     ([f"--workdir={clip}", "--out=gs://bucket/x"], "--out=gs://bucket/x is remote"),
     (
       [f"--from=timm:{tmp_path}", "--to_workdir=gs://bucket/x"],
       "--to_workdir=gs://bucket/x is remote",
     ),
-    ([f"--workdir={tmp_path}/none", out], "there is no such folder"),
+    ([f"--workdir={tmp_path}/none", out], "no such folder"),
     ([f"--workdir={clip}", out, "--step=7"], "no checkpoint of step 7"),
     ([f"--workdir={clip}", out, "--image_size=7"], "smaller than one patch of 16"),
     ([f"--workdir={clip}", out, "--format=onnx", "--dtype=float16"], "onnx: .*float32"),
     ([f"--workdir={clip}", out, "--push_to_hub=org/name"], "HF_TOKEN"),
     ([f"--workdir={clip}", out, "--push_to_hub=name", "--dry_run"], "org/name"),
-    ([f"--out={tmp_path}", "--push_to_hub=org/name"], "is no export to upload"),
+    ([f"--out={tmp_path}", "--push_to_hub=org/name"], "is not an export to upload"),
     (["--from=timm:x"], "an import needs both"),
     ([f"--from=timm:{tmp_path}", f"--to_workdir={tmp_path}/w"], r"config\.json"),
     ([f"--from=tim:{tmp_path}", f"--to_workdir={tmp_path}/w"], "tim"),

@@ -1,4 +1,4 @@
-"""Workdirs of models with random weights, in published sizes: what exports are tried on."""
+"""Workdirs of models with random weights in published sizes, for tests of exports."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from apps.exporter.importer import write_workdir
-from ov_convert.release import Fit, Imported, Preprocess, Words
+from ov_convert.release import Fit, Imported, Preprocess, TokenizerSpec
 import ov_data
 import ov_models
 
@@ -26,10 +26,10 @@ _SENTENCES = (
 
 
 def config_of(kind: str, size: str) -> Any:
-  """The published model of a size.
+  """Return the configuration of a published model.
 
   Args:
-    kind: one of KINDS: "clip" is OpenVision, "captioner" OpenVision 2, "image" its image tower.
+    kind: one of KINDS: "clip" is OpenVision, "captioner" OpenVision 2, "image" an image tower.
     size: one of SIZES.
   """
   image, other, pixels = SIZES[size]
@@ -43,7 +43,7 @@ def config_of(kind: str, size: str) -> Any:
 
 
 def random_params(config: Any, seed: int = 0) -> Any:
-  """Fresh parameters whose norms, biases, cls token and positions are not trivial."""
+  """Return random parameters with nontrivial norms, biases, cls token and position embeddings."""
   params = jax.tree.map(np.asarray, ov_models.init(config, jax.random.key(seed)))
   rng = np.random.default_rng(seed)
 
@@ -56,19 +56,39 @@ def random_params(config: Any, seed: int = 0) -> Any:
   return jax.tree_util.tree_map_with_path(shaken, params)
 
 
-def make_workdir(workdir: Path, config: Any, *, fit: Fit = "center") -> None:
-  """A workdir as an import makes it, with a small tokenizer."""
+def _scaled(params: Any, factor: float) -> Any:
+  """Return params with scaled kernels."""
+
+  def scale(path: Any, leaf: np.ndarray) -> np.ndarray:
+    return leaf * np.float32(factor) if path[-1].key == "kernel" else leaf
+
+  return jax.tree_util.tree_map_with_path(scale, params)
+
+
+def make_workdir(
+  workdir: Path, config: Any, *, fit: Fit = "center", kernel_scale: float = 1.0
+) -> None:
+  """Create a workdir like an import does, with a small tokenizer.
+
+  Args:
+    workdir: folder to create.
+    config: configuration of the model.
+    fit: how images are fitted.
+    kernel_scale: factor of the kernels. Random models give similar embeddings to all inputs; larger
+      kernels spread them.
+  """
   preprocess = Preprocess(getattr(config, "encoder", config).image_size, fit)
+  params = _scaled(random_params(config), kernel_scale)
   if isinstance(config, ov_models.ViTConfig):
-    found = Imported(config, random_params(config), preprocess, None)
+    found = Imported(config, params, preprocess, None)
     write_workdir(workdir, found, "random weights", workdir.parent)
     return
   tokenizer = ov_data.Tokenizer.train(_SENTENCES, 400)
   text = getattr(config, "text", None)
   length = text.max_len if text else config.decoder.max_len
-  words = Words(
+  spec = TokenizerSpec(
     tokenizer.to_json(), length, bool(text and text.pool == "last"),
     tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id, tokenizer.cls_id,
   )  # fmt: skip
-  found = Imported(config, random_params(config), preprocess, words)
+  found = Imported(config, params, preprocess, spec)
   write_workdir(workdir, found, "random weights", workdir.parent)

@@ -1,4 +1,4 @@
-"""Exports that were made wrong on purpose: each is caught, and what is named is what was broken."""
+"""Deliberately broken exports: the parity check detects each and names the broken part."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from ov_convert import parity
 import ov_models
 from tests.clients.random_models import make_workdir
 
-# A model small enough to be loaded a dozen times; D = 64 so that kernels are square where they can.
+# Small enough to load a dozen times; D = 64 makes as many kernels as possible square.
 _BLOCK = {"width": 64, "depth": 2, "mlp_dim": 96, "num_heads": 2}
 CLIP = ov_models.VisionLanguageConfig.from_names(
   "Ti/8", "Ti", None, image_size=32, vocab_size=512, text_len=16, preset="openvision_released",
@@ -26,7 +26,7 @@ CLIP = ov_models.VisionLanguageConfig.from_names(
 
 @dataclasses.dataclass
 class Made:
-  """A source, its probe, and what ours makes of it."""
+  """A source, its probe, and the outputs of our model."""
 
   source: Source
   probe: Path
@@ -61,7 +61,7 @@ def transpose(file: Path, name: str) -> None:
 OPEN_CLIP, TIMM, BEIT = "open_clip_model.safetensors", "model.safetensors", "model.safetensors"
 CONFIG = "open_clip_config.json"
 CASES = {
-  # format, what is broken, what is named
+  # format, broken part, name in the message
   "open_clip transposed kernel": (
     "open_clip",
     lambda f: transpose(f / OPEN_CLIP, "visual.transformer.resblocks.1.attn.out_proj.weight"),
@@ -146,7 +146,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_is_broken_is_named(made, tmp_path, case):
+def test_a_broken_export_is_detected(made, tmp_path, case):
   name, sabotage, named = CASES[case]
   chosen = EXPORTS[name]
   chosen.write(tmp_path, made.source.release)
@@ -159,7 +159,7 @@ def test_what_is_broken_is_named(made, tmp_path, case):
 
 
 @pytest.mark.parametrize("name", ["open_clip", "timm", "transformers", "safetensors"])
-def test_what_is_not_broken_agrees(made, tmp_path, name):
+def test_an_intact_export_agrees(made, tmp_path, name):
   chosen = EXPORTS[name]
   chosen.write(tmp_path, made.source.release)
   rows, _ = judge(chosen, tmp_path, made.probe, made.ours)

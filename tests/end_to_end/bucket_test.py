@@ -1,7 +1,7 @@
-"""--workdir=gs://...: a run goes on in another machine, and its bucket holds all that it is.
+"""Tests of --workdir=gs://...: a run resumes on another machine from the bucket alone.
 
-The bucket is a server in this process (`fake_bucket`); the apps, TensorFlow, TensorStore and orbax
-under test are the real ones.
+The bucket is a server in this process (`fake_bucket`). The apps, TensorFlow, TensorStore and orbax
+are real.
 """
 
 import importlib.util
@@ -38,12 +38,12 @@ FLAGS = (
   "--config.eval.every=8",
   "--config.tensorboard=True",
 )
-# At a save of step 6, and so on: the last step whose metrics the bucket had when it began.
+# Step of a checkpoint -> last step whose metrics were in the bucket when saving began.
 Began = dict[int, int]
 
 
 def steps(bucket, name="runs/one/metrics.jsonl"):
-  """Steps of the lines of metrics that the bucket has."""
+  """Return the steps of the metrics in the bucket."""
   return [int(line.split(b'"step": ')[1].split(b",")[0]) for line in lines(bucket, name)]
 
 
@@ -52,7 +52,7 @@ def lines(bucket, name):
 
 
 class Machine:
-  """A machine that is new: its home and its temporary files are empty."""
+  """A new machine with an empty home and an empty temporary folder."""
 
   def __init__(self, folder: Path, bucket: FakeBucket):
     self.home, self.scratch = folder / "home", folder / "scratch"
@@ -75,7 +75,7 @@ def bucket(tmp_path):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-  """Metrics of the run in a local folder."""
+  """Return the metrics of an uninterrupted run in a local folder."""
   folder = tmp_path_factory.mktemp("undisturbed")
   code, printed = runner.run(*FLAGS, f"--workdir={folder / 'run'}", cache=folder / "home")
   assert code == 0, printed
@@ -84,7 +84,7 @@ def undisturbed(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def moved(tmp_path_factory):
-  """A run that was killed after step 8 and went on elsewhere: bucket, what it printed, machine."""
+  """Kill a run after step 8 and resume it elsewhere; return bucket, output and machine."""
   folder = tmp_path_factory.mktemp("moved")
   began: Began = {}
 
@@ -108,7 +108,7 @@ def moved(tmp_path_factory):
     yield bucket, began, printed, second
 
 
-def test_a_new_machine_goes_on_where_the_killed_one_was(moved, undisturbed, tmp_path):
+def test_a_killed_run_resumes_on_a_new_machine(moved, undisturbed, tmp_path):
   bucket, _, printed, _ = moved
   assert "main: restoring step " in printed
   assert f"done: {URL}/report.html" in printed
@@ -117,7 +117,7 @@ def test_a_new_machine_goes_on_where_the_killed_one_was(moved, undisturbed, tmp_
   assert not compare_metrics(undisturbed, tmp_path / "metrics.jsonl")
 
 
-def test_the_bucket_has_all_files_and_the_machine_none(moved):
+def test_all_files_are_in_the_bucket_and_none_on_the_machine(moved):
   bucket, _, _, machine = moved
   found = bucket.names("runs/one/")
   wanted = {
@@ -126,7 +126,7 @@ def test_the_bucket_has_all_files_and_the_machine_none(moved):
   }  # fmt: skip
   others = {name for name in found if not name.startswith(("checkpoints/", "tensorboard/"))}
   assert others == wanted
-  assert sum(name.startswith("tensorboard/") for name in found) >= 2  # one of each start
+  assert sum(name.startswith("tensorboard/") for name in found) >= 2  # one per start
   for step in (12, 16):
     assert f"checkpoints/{step}/commit_success.txt" in found
     assert f"checkpoints/{step}/manifest.json" in found
@@ -135,7 +135,7 @@ def test_the_bucket_has_all_files_and_the_machine_none(moved):
   assert bucket.unknown == []
 
 
-def test_a_checkpoint_begins_after_its_metrics_are_in_the_bucket(moved):
+def test_metrics_are_uploaded_before_a_checkpoint_begins(moved):
   _, began, _, _ = moved
   assert began.keys() == {6, 12, 16}
   assert all(metrics >= step for step, metrics in began.items()), began
@@ -147,12 +147,12 @@ def test_check_changes_nothing(moved):
   code, printed = machine.run(*FLAGS, "--check", f"--workdir={URL}")
   assert code == 0, printed
   assert "check passed" in printed
-  assert "training a tokenizer" not in printed  # that of the run is there
+  assert "training a tokenizer" not in printed  # that of the run is in the bucket
   assert bucket.objects == before
 
 
-def test_another_run_is_evaluated_out_of_the_bucket(moved, tmp_path):
-  """Tokenizer, params and texts are those of the run, so the figures are, too."""
+def test_another_run_is_evaluated_from_the_bucket(moved, tmp_path):
+  """Tokenizer, params and texts are those of the run, so the metrics are equal."""
   bucket, _, _, machine = moved
   flags = ("--config.eval_only=True", f"--config.init_from.path={URL}")
   code, printed = machine.run(*FLAGS, *flags, f"--workdir={tmp_path}")
@@ -181,7 +181,7 @@ print(model.about["step"], model.tokenizer.fingerprint, len(model.results))
   assert int(results) > 3
 
 
-def test_a_bucket_that_cannot_be_used_is_told_in_one_line(bucket, tmp_path):
+def test_an_unusable_bucket_gives_a_one_line_error(bucket, tmp_path):
   machine = Machine(tmp_path, bucket)
   code, printed = machine.run(*FLAGS, "--workdir=gs://another-bucket/run")
   runner.expect_one_line(printed, code, r"writing in gs://another-bucket/run: .*does not exist")
@@ -194,7 +194,7 @@ def test_a_bucket_that_cannot_be_used_is_told_in_one_line(bucket, tmp_path):
 
 
 def test_two_machines_share_a_run(bucket, tmp_path):
-  """Each has its own files: the tokenizer of the first reaches the second through the bucket."""
+  """Each has separate files; the second gets the tokenizer of the first through the bucket."""
   machines = [Machine(tmp_path / str(number), bucket) for number in range(2)]
   warmup = "--config.optimizer.schedule.warmup_steps=1"
   flags = ("--config.total_steps=4", "--config.checkpoint.every=4", warmup)

@@ -1,7 +1,7 @@
-"""A curriculum of two towers whose texts grow from stage to stage, killed in each.
+"""A two-tower curriculum whose text length grows by stage, killed in every stage.
 
-The captioner of curriculum_test is killed in the same places. What this one adds is the text tower:
-the folder that tells its texts to evaluation and export follows the stage.
+The captioner in curriculum_test is killed at the same points. This test adds the text tower: its
+text processor, which evaluation and export read, must follow the stage.
 """
 
 import pytest
@@ -32,7 +32,7 @@ def cache(tmp_path_factory):
   return tmp_path_factory.mktemp("home")
 
 
-def test_kill_9_in_every_stage_changes_no_figure(tmp_path_factory, tmp_path, cache):
+def test_kill_9_in_every_stage_changes_no_metric(tmp_path_factory, tmp_path, cache):
   undisturbed = tmp_path_factory.mktemp("undisturbed")
   printed = CURRICULUM.run(undisturbed, cache=cache)
   assert "resampled text/position_embedding: [15, 32] -> [17, 32], linear" in printed

@@ -1,10 +1,11 @@
-"""clip_train on one device, on eight, and on two processes: the same losses and the same figures.
+"""clip_train on one device, on eight, and on two processes gives equal losses and metrics.
 
-The order of float32 sums differs, 2^-24 relative each: the first losses agree within 5e-6 (2e-7, 0
-and 1.4e-6 were seen). AdamW then amplifies that, most where a gradient is near zero and its update
-the sign of rounding: 7e-5 was seen after 20 steps, and 5e-4 leaves room. A wrong batch order, mask
-or gradient mean shows at 1e-2. Ranks and classes are counts, so that a figure that differs at all
-means an example lost, repeated or misread.
+Tolerances: only the summation order in float32 differs, with a relative error of 2^-24 per sum. The
+first losses agree within 5e-6 (measured: 2e-7, 0 and 1.4e-6). AdamW amplifies the differences,
+mostly where a gradient is near zero and the sign of its update depends on rounding. 7e-5 was
+measured after 20 steps; 5e-4 leaves room. A wrong batch order, mask or gradient mean changes losses
+by 1e-2. Ranks and classes are counts, so any difference of their metrics means that an example was
+lost, repeated or misread.
 """
 
 import json
@@ -61,8 +62,8 @@ def test_losses_agree(single, tmp_path, processes, devices, flags):
   assert losses[0] > 1.1 * losses[-1], "nothing was learnt, so nothing was compared"
 
 
-def test_two_processes_find_the_same_figures(single, tmp_path):
-  # 16 pairs and 32 labelled pictures in batches of 12: the last ones are not full.
+def test_two_processes_give_the_same_metrics(single, tmp_path):
+  # 16 pairs and 32 labelled images in batches of 12: the last batches are not full.
   flags = ("--config.eval_only=True", f"--config.init_from.path={single}")
   found = []
   for processes, devices in ((1, 1), (2, 2)):
@@ -77,8 +78,8 @@ def test_two_processes_find_the_same_figures(single, tmp_path):
     if name in ("caption_nll", "caption_perplexity"):
       assert two[name]["value"] == pytest.approx(result["value"], rel=1e-6)
     elif name.startswith("probe_"):
-      # Fitted step by step: roundings of the features grow, and an example at a border may change
-      # sides. One of 32 may; counts and shares of everything else are equal.
+      # Iterative fitting amplifies rounding errors of the features, so one of 32 examples near a
+      # decision boundary may change its class. All other metrics are equal.
       assert two[name]["value"] == pytest.approx(result["value"], abs=1 / 32 + 1e-9)
     else:
       assert two[name]["value"] == result["value"], name

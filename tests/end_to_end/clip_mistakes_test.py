@@ -1,10 +1,10 @@
-"""Mistakes in what is new of clip_train end with one clear line and exit code 2."""
+"""Invalid settings and data specific to clip_train give a one-line error and exit code 2."""
 
 import json
 
 import pytest
 
-from ov_data import writer
+from apps.demo import scene_shards
 from tests.end_to_end import runner
 
 
@@ -16,20 +16,19 @@ def cache(tmp_path_factory):
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
   folder = tmp_path_factory.mktemp("shards")
-  writer.make_scenes_dataset(
+  scene_shards.make_scenes_dataset(
     folder, {"train": 60, "heldout": 20}, image_size=32, num_objects=1, workers=0
   )
   return folder
 
 
 def expect(flags, said, cache):
-  code, printed = runner.run(*flags, cache=cache, app=runner.CLIP_TRAIN)
+  code, printed = runner.run_forked(*flags, cache=cache, app=runner.CLIP_TRAIN)
   runner.expect_one_line(printed, code, said)
 
 
 TINY = runner.tiny_clip()
 SETTINGS = {
-  "configuration of the other app": (runner.TINY, "for another app.*clip_demo.py or openvision.py"),
   "unknown loss": (runner.tiny_clip("clap"), "loss='clap': expected one of openvision, clip"),
   "no loss": ((*TINY, "--config.loss.clip=0", "--config.loss.caption=0"), "every weight is 0"),
   "negative weight": ((*TINY, "--config.loss.clip=-1"), "config.loss.clip=-1"),
@@ -74,7 +73,10 @@ DATA = {
   "retrieval texts": ("--config.eval.retrieval.caption_keys=('title',)", "'title' is in none"),
   "retrieval data": ("--config.eval.retrieval.dir=nowhere", "no such file or directory"),
   "list of classes": ("--config.eval.zero_shot.classes=nowhere.txt", "neither a set of classes"),
-  "classes of folders": ("--config.eval.zero_shot.classes=folders", "do not lie in folders"),
+  "classes of folders": (
+    "--config.eval.zero_shot.classes=folders",
+    "are not stored in class folders",
+  ),
   "probe data": ("--config.eval.features.train_dir=nowhere", "no such file or directory"),
 }
 
@@ -90,14 +92,14 @@ def test_wrong_data(name, shards, tmp_path, cache):
   [
     (
       "cat\ndog\n",
-      "the label '(circle|square|triangle|cross)' under 'label' is none of the 2 classes",
+      "the label '(circle|square|triangle|cross)' under 'label' is not one of the 2 classes",
     ),
-    ("circle\nsquare\ntriangle\n", "the label 'cross' under 'label' is none of the 3 classes"),
+    ("circle\nsquare\ntriangle\n", "the label 'cross' under 'label' is not one of the 3 classes"),
     ("circle\n\nsquare\ntriangle\ncross\n", "classes.txt, line 2 is empty"),
     ("cr\udce8me\nsquare\n", "classes.txt, line 1: byte 0xe8 is not UTF-8"),
   ],
 )
-def test_classes_that_do_not_fit_the_records(content, said, shards, tmp_path, cache):
+def test_classes_that_do_not_match_the_records(content, said, shards, tmp_path, cache):
   classes = tmp_path / "classes.txt"
   classes.write_bytes(content.encode("utf-8", "surrogateescape"))
   flags = own_data(shards, tmp_path / "run", f"--config.eval.zero_shot.classes={classes}")
@@ -105,7 +107,7 @@ def test_classes_that_do_not_fit_the_records(content, said, shards, tmp_path, ca
   assert not list((tmp_path / "run").glob("checkpoints/[0-9]*"))  # before the first step
 
 
-def test_template_without_a_place_for_the_name(shards, tmp_path, cache):
+def test_template_without_a_placeholder(shards, tmp_path, cache):
   classes, templates = tmp_path / "classes.txt", tmp_path / "templates.txt"
   classes.write_text("circle\nsquare\ntriangle\ncross\n")
   templates.write_text("a photo of a {}\na photo\n")
@@ -125,13 +127,13 @@ def test_split_file_of_another_kind(shards, tmp_path, cache):
   expect(flags, r"COCO's own captions_\*\.json need image_root", cache)
 
 
-def test_texts_prepared_in_another_way_than_the_params_know(tmp_path, cache):
+def test_texts_processed_differently_than_in_training(tmp_path, cache):
   run = (*TINY, "--config.total_steps=5", f"--workdir={tmp_path}")
-  code, printed = runner.run(*run, cache=cache, app=runner.CLIP_TRAIN)
+  code, printed = runner.run_forked(*run, cache=cache, app=runner.CLIP_TRAIN)
   assert code == 0, printed
   expect(
     (*run, "--config.model.token_len=18"),
-    "belongs to texts of 15 tokens, .* the configuration asks for 18 tokens",
+    "belongs to texts of 15 tokens, .* but the configuration requires 18 tokens",
     cache,
   )
   expect(

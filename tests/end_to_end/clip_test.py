@@ -1,10 +1,9 @@
-"""OpenVision training as a user runs it: what it leaves, resuming, evaluating, other losses."""
+"""OpenVision training as a user runs it: outputs, resuming, evaluation, other losses."""
 
 import json
 from pathlib import Path
 import random
 import signal
-import time
 
 import jax
 import numpy as np
@@ -37,18 +36,18 @@ def trained(tmp_path_factory, cache):
 
 
 def figures(path: Path):
-  """The figures of an evaluation, as they stand in the file."""
+  """Return the metrics of an evaluation as in its file."""
   return {(r["name"]): r["value"] for r in json.loads(path.read_text())["results"]}
 
 
 def params_of(workdir):
-  """Arrays by path, of the newest checkpoint."""
+  """Return the arrays of the newest checkpoint by path."""
   state = ocp.PyTreeCheckpointer().restore(find_checkpoint(workdir) / "state")
   leaves = jax.tree_util.tree_leaves_with_path(state["params"])
   return {jax.tree_util.keystr(p, simple=True, separator="/"): np.asarray(x) for p, x in leaves}
 
 
-def test_a_run_leaves_figures_galleries_and_the_text_side_of_the_model(trained):
+def test_a_run_writes_metrics_galleries_and_the_text_processor(trained):
   lines = read_metrics(trained / "metrics.jsonl")
   names = {name for line in lines for name in line}
   assert {
@@ -59,7 +58,11 @@ def test_a_run_leaves_figures_galleries_and_the_text_side_of_the_model(trained):
     "eval/caption_nll",
   } <= names  # fmt: skip
   page = (trained / "report.html").read_text()
-  for title in ("Pictures found for captions", "Captions found for pictures", "Zero-shot mistakes"):
+  for title in (
+    "Images retrieved for captions",
+    "Captions retrieved for images",
+    "Zero-shot mistakes",
+  ):
     assert title in page
   assert "http://" not in page.replace("http://www.w3.org", "")
   found = ov_eval.read_results(trained / "evaluation.json")
@@ -72,7 +75,7 @@ def test_a_run_leaves_figures_galleries_and_the_text_side_of_the_model(trained):
   assert (processor.length, processor.pool, processor.padding) == (15, "last", "attend")
 
 
-def test_evaluating_again_gives_the_same_figures_to_the_last_digit(trained, cache, tmp_path):
+def test_evaluating_again_gives_identical_metrics(trained, cache, tmp_path):
   before = figures(trained / "evaluation.json")
   metrics = (trained / "metrics.jsonl").read_bytes()
   run(
@@ -93,7 +96,7 @@ def test_evaluating_again_gives_the_same_figures_to_the_last_digit(trained, cach
   assert np.median([line["rank"] for line in ranks]) == before["txt2img_median_rank"]
 
 
-def test_another_workdir_evaluates_the_params_with_the_texts_of_their_run(trained, cache, tmp_path):
+def test_another_workdir_evaluates_with_the_text_processor_of_the_params(trained, cache, tmp_path):
   run(
     *runner.tiny_clip(),
     f"--workdir={tmp_path / 'again'}",
@@ -104,19 +107,15 @@ def test_another_workdir_evaluates_the_params_with_the_texts_of_their_run(traine
   )
   assert figures(tmp_path / "again" / "evaluation.json") == figures(trained / "evaluation.json")
   page = (tmp_path / "again" / "report.html").read_text()
-  assert "Pictures found for captions" not in page and "Zero-shot mistakes" not in page
+  assert "Images retrieved for captions" not in page and "Zero-shot mistakes" not in page
 
 
-def test_kill_9_changes_no_figure(trained, cache, tmp_path):
+def test_kill_9_changes_no_metric(trained, cache, tmp_path):
   dice = random.Random("clip")
   flags = (*runner.tiny_clip(), f"--workdir={tmp_path}")
   process = runner.start(*flags, cache=cache, app=runner.CLIP_TRAIN)
-  step = dice.randrange(9, 20)
+  runner.wait_for_step(tmp_path, dice.randrange(9, 20), process)
   path = tmp_path / "metrics.jsonl"
-  while process.poll() is None:
-    if path.exists() and (lines := read_metrics(path)) and lines[-1]["step"] >= step:
-      break
-    time.sleep(0.02)
   process.send_signal(signal.SIGKILL)
   process.communicate()
   assert 0 < read_metrics(path)[-1]["step"] < 30
@@ -148,8 +147,8 @@ def test_every_loss_is_finite_and_falls_over_200_steps(loss, cache, tmp_path):
   assert "zero_shot_top1" in names and "probe_top1" in names
 
 
-def test_towers_from_two_runs_one_of_them_locked(trained, cache, tmp_path):
-  """LiT: the image tower of one run stays as it is, a text tower of another one learns on."""
+def test_towers_from_two_runs_with_one_frozen(trained, cache, tmp_path):
+  """LiT: the image tower of one run is frozen, and the text tower of another run is trained."""
   run(
     *runner.tiny_clip("clip"),
     f"--workdir={tmp_path}",

@@ -1,4 +1,4 @@
-"""A store of compiled programs, filled without training, spares another home the compiler."""
+"""A compile cache that was filled without training is used on another machine."""
 
 from pathlib import Path
 import re
@@ -16,7 +16,7 @@ SHORT = (
 
 
 def start(folder: Path, name: str, app: Path, *flags: str) -> str:
-  """A start on a new machine with a new workdir; returns what it printed."""
+  """Start on a new machine with a new workdir, and return the output."""
   flags = (*flags, *SHORT, f"--workdir={folder / name}")
   code, printed = runner.run(*flags, cache=folder / "home" / name, app=app)
   assert code == 0, printed
@@ -24,28 +24,28 @@ def start(folder: Path, name: str, app: Path, *flags: str) -> str:
 
 
 def train_step(printed: str, stage: str) -> str:
-  """What became of the train step of a stage; told once."""
+  """Return the logged origin of a stage's train step, and check that it is logged once."""
   (line,) = re.findall(rf"{stage}: train step (.*)", printed)
   return line
 
 
 def compile_then_train(folder: Path, stages: list[str], app: Path, *flags: str) -> None:
-  """One machine compiles into a store, another one trains with what is there."""
+  """Compile into the cache on one machine, and train from the cache on another."""
   flags = (*flags, f"--config.compile_store={folder}/store")
   printed = start(folder, "ahead", app, *flags, "--compile")
   print(printed)
   keys = []
   for stage in stages:
     line = train_step(printed, stage)
-    keys += re.findall(r"^compiled in .*, kept in .* as (jit_update-\w{8}) ", line)
-    # In the table: seconds, key, size, peak memory.
+    keys += re.findall(r"^compiled in .*, cached in .* as (jit_update-\w{8}) ", line)
+    # Table columns: seconds, key, size, peak memory.
     assert re.search(rf"{stage} .* compiled .* {keys[-1]} .* MB .* MiB", printed)
-  assert f"{len(stages)} programs kept" in printed
+  assert f"{len(stages)} programs saved" in printed
   assert not (folder / "ahead" / "metrics.jsonl").exists()
 
   printed = start(folder, "trained", app, *flags)
   print(printed)
-  assert f"{len(stages)} of {len(stages)} programs fetched" in printed
+  assert f"{len(stages)} of {len(stages)} programs copied" in printed
   for stage, key in zip(stages, keys, strict=True):
     line = train_step(printed, stage)
     assert re.fullmatch(rf"loaded from the compile cache in .*: {key} .*", line)
@@ -57,7 +57,7 @@ def test_captioner_of_two_stages(tmp_path):
   printed = start(tmp_path, "alone", runner.CAPTION_TRAIN, *flags)
   assert train_step(printed, "small").startswith("compiled in ")
   assert train_step(printed, "large").startswith("compiled in ")
-  # The program is the same, to the bit, whoever compiled it.
+  # The program is bitwise the same on both machines.
   trained, alone = (tmp_path / name / "metrics.jsonl" for name in ("trained", "alone"))
   assert not compare_metrics(trained, alone)
 

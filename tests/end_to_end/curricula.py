@@ -1,4 +1,4 @@
-"""Runs of several stages that are killed in the middle of each, and what they leave behind."""
+"""Runs of several stages that are killed in the middle of each, and their outputs."""
 
 import dataclasses
 import json
@@ -8,30 +8,30 @@ import time
 
 from tests.end_to_end import runner
 
-STEPS = 16  # of each stage, with a checkpoint of every other and a line of metrics for each
+STEPS = 16  # per stage; every step logs metrics, every second step has a checkpoint
 _TIMEOUT = 480  # seconds of a run on a busy machine
 
 
 @dataclasses.dataclass(frozen=True)
 class Curriculum:
-  """An app with the flags of a run whose stages are `names`, of STEPS steps each."""
+  """An app and the flags of a run with stages `names` of STEPS steps each."""
 
   app: Path
   names: tuple[str, ...]
   flags: tuple[str, ...]
 
   def run(self, workdir: Path, *flags: str, cache: Path, **more: str) -> str:
-    """Runs to the end; returns what was printed."""
+    """Run to the end and return the output."""
     every = (*self._all_flags(workdir), *flags)
     code, printed = runner.run(*every, app=self.app, cache=cache, timeout=_TIMEOUT, **more)
     assert code == 0, printed
     return printed
 
   def kill(self, number: int, workdir: Path, *flags: str, cache: Path, **more: str) -> int:
-    """Runs until there is a new checkpoint of stage `number`, kills the run.
+    """Run until stage `number` has a new checkpoint, then kill the run.
 
     Returns:
-      The step of the newest checkpoint: what the next run has to go on from.
+      The step of the newest checkpoint, from which the next run must resume.
     """
     before = max(saved_step(workdir), number * STEPS)
     every = (*self._all_flags(workdir), *flags)
@@ -48,7 +48,7 @@ class Curriculum:
     return step
 
   def metadata(self, workdir: Path) -> dict:
-    """What the last checkpoint says of stage and data; the config has the workdir in its paths."""
+    """Return stage and data of the last checkpoint, without the config, which contains paths."""
     folder = workdir / "checkpoints" / str(len(self.names) * STEPS) / "metadata"
     content = json.loads((folder / "metadata").read_text())
     return {name: value for name, value in content.items() if name != "config"}
@@ -58,12 +58,12 @@ class Curriculum:
       *self.flags,
       f"--config.total_steps={STEPS}",
       "--config.checkpoint.every=2",
-      "--config.eval.every=0",  # at the end of each stage only
+      "--config.eval.every=0",  # only at the end of each stage
       f"--workdir={workdir}",
     )
 
 
 def saved_step(workdir: Path) -> int:
-  """Of the newest complete checkpoint; 0 without any."""
+  """Return the step of the newest complete checkpoint, or 0."""
   folders = (workdir / "checkpoints").glob("*")
   return max((int(path.name) for path in folders if path.name.isdigit()), default=0)

@@ -1,4 +1,4 @@
-"""A curriculum moved from 8 devices to 4 and back, each time in the middle of its second stage."""
+"""A curriculum moves from 8 devices to 4 and back, both times in the middle of its second stage."""
 
 import numpy as np
 
@@ -20,20 +20,21 @@ SPLIT = "--config.mesh.fsdp=2"
 
 
 def column(workdir, name):
-  """The values of a metric, in the order of steps."""
+  """Return the values of a metric ordered by step."""
   lines = read_metrics(workdir / "metrics.jsonl")
   return np.array([line[name] for line in lines if name in line])
 
 
 def simulated(devices):
-  """The variable that makes so many CPU devices."""
+  """Return the environment variable that simulates this number of CPU devices."""
   return {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
 
 
-def test_the_examples_and_the_schedule_stay(tmp_path):
-  """Tolerance of losses: as in devices_test, only the order of float32 sums over the batch differs.
+def test_examples_and_schedule_do_not_change(tmp_path):
+  """Examples and learning rates are equal, and losses agree within the tolerance.
 
-  2^-24 relative each, which 32 AdamW steps amplify; a wrong batch or rate shows at 1e-2.
+  As in devices_test, only the order of float32 sums over the batch differs. The relative error of
+  2^-24 per sum is amplified by 32 AdamW steps. A wrong batch or rate changes losses by 1e-2.
   """
   single, moved, cache = (tmp_path / name for name in ("single", "moved", "home"))
   CURRICULUM.run(single, cache=cache)

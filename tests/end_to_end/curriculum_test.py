@@ -1,6 +1,6 @@
-"""A curriculum of three stages in one run: killed in each, and no figure changes.
+"""A run with a curriculum of three stages, killed in every stage, gives unchanged metrics.
 
-The stages differ in pixels, patch size, length of captions, decoder, batch and rate.
+The stages differ in resolution, patch size, caption length, decoder, batch size and learning rate.
 """
 
 import json
@@ -40,7 +40,7 @@ def undisturbed(tmp_path_factory, cache):
   return workdir
 
 
-def test_the_report_of_each_stage_says_what_became_of_the_params(undisturbed):
+def test_the_report_of_each_stage_lists_transferred_params(undisturbed):
   large = json.loads((undisturbed / "init_from_large.json").read_text())
   assert large["source"].endswith(f"/{STEPS}")
   assert not large["fresh"] and not large["unused"]
@@ -54,7 +54,7 @@ def test_the_report_of_each_stage_says_what_became_of_the_params(undisturbed):
   assert {"encoder/norm/scale", "decoder/head/kernel"} <= set(fine["taken"])
 
 
-def test_kill_9_in_every_stage_changes_no_figure(undisturbed, tmp_path, cache):
+def test_kill_9_in_every_stage_changes_no_metric(undisturbed, tmp_path, cache):
   killed = [CURRICULUM.kill(number, tmp_path, cache=cache) for number in range(3)]
   printed = CURRICULUM.run(tmp_path, cache=cache)
   print(f"killed after the checkpoints of steps {killed}")

@@ -1,9 +1,9 @@
-"""The same run on one device, on eight, and on two processes of two devices gives the same losses.
+"""A run on one device, on eight, and on two processes of two devices gives the same losses.
 
-Tolerance: the data and all random draws are the same; only the order of float32 sums over the batch
-differs, 2^-24 relative each, and 20 AdamW steps amplify it. Where a gradient is near zero Adam's
-update is the sign of rounding, so 5e-5 after 20 steps leaves room (3e-6 was seen); a wrong batch
-order, mask or gradient mean shows at 1e-2.
+Tolerance: data and random numbers are equal. Only the order of float32 sums over the batch differs,
+with a relative error of 2^-24 per sum, which 20 AdamW steps amplify. Where a gradient is near zero,
+the sign of Adam's update depends on rounding. 3e-6 was measured after 20 steps; 5e-5 leaves room. A
+wrong batch order, mask or gradient mean changes losses by 1e-2.
 """
 
 import numpy as np

@@ -1,13 +1,14 @@
-"""A Google Cloud Storage in this process, so that runs write to gs:// as they do to the real one.
+"""Fake Google Cloud Storage server in this process, for runs that write to gs://.
 
   with FakeBucket("bucket", folder) as bucket:
     runner.run(..., "--workdir=gs://bucket/run", **bucket.environment())
   bucket.objects["run/config.json"]
 
-Nothing in the programs under test is replaced. TensorStore is told the address of this server.
-TensorFlow knows https://www.googleapis.com only, but asks the proxy of `https_proxy`: this server
-answers that too, decrypts with a certificate made for the test, and serves the same objects. Only
-the calls that the two libraries make are there; any other is answered with 501 and remembered.
+The programs under test are unchanged. TensorStore has a setting for the address of the server.
+TensorFlow always uses https://www.googleapis.com, but through the proxy in `https_proxy`: this
+server acts as that proxy, decrypts with a certificate made for the test, and serves the same
+objects. Only the requests of the two libraries are implemented; others get status 501 and are
+recorded.
 """
 
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from typing import Any, Self
 from urllib import parse
 
 _HOSTS = ("www.googleapis.com", "storage.googleapis.com")
-_PAGE = 1000  # names in one answer, as the real one
+_PAGE = 1000  # names per response, as in the real service
 
 
 class FakeBucket:
@@ -30,15 +31,15 @@ class FakeBucket:
 
   Attributes:
     objects: name -> content.
-    unknown: requests that nothing here answers.
-    read_only: whether to refuse what would change an object, with 403.
+    unknown: requests that are not implemented.
+    read_only: whether requests that change objects get status 403.
   """
 
   def __init__(self, name: str, folder: Path, on_write: Callable[[str], None] | None = None):
-    """Makes a certificate in `folder`; needs the program openssl.
+    """Create a certificate in `folder` with the program openssl.
 
     Args:
-      name: of the bucket; others do not exist.
+      name: name of the bucket; others do not exist.
       folder: for the certificate and its key.
       on_write: called with the name of an object before it is written.
     """
@@ -46,7 +47,7 @@ class FakeBucket:
     self.unknown: list[str] = []
     self.read_only = False
     self.generations: dict[str, int] = {}
-    self.uploads: dict[str, str] = {}  # a resumable one -> name of the object
+    self.uploads: dict[str, str] = {}  # resumable upload -> name of the object
     self.lock = threading.Lock()
     self._certificate = folder / "certificate.pem"
     key = folder / "key.pem"
@@ -63,7 +64,7 @@ class FakeBucket:
     self.tls.load_cert_chain(self._certificate, key)
 
   def environment(self) -> dict[str, str]:
-    """Variables that bring a program here, and nowhere else."""
+    """Return environment variables that direct a program to this bucket."""
     address = f"http://127.0.0.1:{self._server.server_port}"
     return {
       "TENSORSTORE_GCS_HTTP_URL": address,
@@ -76,7 +77,7 @@ class FakeBucket:
     }
 
   def names(self, prefix: str) -> list[str]:
-    """Names of objects below `prefix`, without it."""
+    """Return the names of objects below `prefix`, without the prefix."""
     with self.lock:
       return sorted(n.removeprefix(prefix) for n in self.objects if n.startswith(prefix))
 
@@ -99,17 +100,17 @@ class FakeBucket:
 
 
 class _Refused(Exception):
-  """An answer other than success: its code and reason."""
+  """An error response with its status code and reason."""
 
 
 class _Server(server.ThreadingHTTPServer):
-  """Listens for all connections to one bucket."""
+  """Server for all connections to one bucket."""
 
   bucket: FakeBucket
 
 
 class _Handler(server.BaseHTTPRequestHandler):
-  """One connection."""
+  """Handler of one connection."""
 
   protocol_version = "HTTP/1.1"
   server: _Server
@@ -119,7 +120,7 @@ class _Handler(server.BaseHTTPRequestHandler):
     return self.server.bucket
 
   def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 (as in http.server)
-    """Says nothing."""
+    """Log nothing."""
 
   def do_CONNECT(self) -> None:
     self.send_response(200)
@@ -250,7 +251,7 @@ class _Handler(server.BaseHTTPRequestHandler):
 
   def finish_upload(self, *, query: dict[str, str], body: bytes) -> None:
     name = self.bucket.uploads[parse.urlsplit(self.path).path.rpartition("/")[2]]
-    if not self.headers["Content-Range"].startswith("bytes */"):  # which only asks how far it is
+    if not self.headers["Content-Range"].startswith("bytes */"):  # a status query of the upload
       self.bucket.put(name, body)
     self._send_json(self._metadata(name))
 

@@ -1,15 +1,15 @@
-"""Kill a run before each of its file changes, resume it, and compare it with an undisturbed run.
+"""Kill a run before each of its file changes, resume it, and compare it with an uninterrupted run.
 
   python -m tests.end_to_end.kill_points caption FOLDER [--every N] [--jobs N]
 
-A kill leaves behind what is on the disk, so the run need not be repeated for every kill: one run
-is recorded, and its workdir copied before each file change of Python and after each file was
-opened for writing (then it is still empty). Each copy is a workdir of a killed run. The same
-command is run in each of them and must end with exit code 0, the same metrics and evaluations, the
-same arrays in the last checkpoint and the same report; clock times are left out.
+A kill leaves the current files on disk. So instead of repeating the run for every kill, the
+workdir of one run is copied before each file change of Python and after each opening of a file for
+writing, when the file is still empty. Each copy is the workdir of a killed run. The same command
+runs in each copy. It must end with exit code 0, and its metrics, evaluations, report and arrays of
+the last checkpoint must be equal, except for clock times.
 
-TensorStore writes arrays in threads of C++ code, which Python's audit hooks do not see. Their files
-are seen as they are at the next change that Python makes.
+TensorStore writes arrays in C++ threads, which Python's audit hooks do not see. The copy at the
+next file change of Python includes their files.
 """
 
 import argparse
@@ -26,7 +26,7 @@ import threading
 import time
 from typing import Any, NamedTuple
 
-from apps.trainer.errors import run_app
+from apps import launch
 from apps.trainer.sinks import TIMING_NAMES, compare_metrics
 from tests.end_to_end import runner
 
@@ -35,11 +35,11 @@ FLAGS = {
   "caption": (*runner.TINY, *_STEPS),
   "clip": (*runner.tiny_clip(), *_STEPS),
 }
-# Imported before processes are forked, so that each begins within milliseconds. None of them
-# starts a thread or opens a device when it is imported.
+# Imported before processes are forked, so that each starts within milliseconds. No import starts
+# a thread or opens a device.
 _HEAVY = (
-  "jax", "orbax.checkpoint", "ov_models", "ov_losses", "ov_eval", "apps.caption_task",
-  "apps.clip_task", "apps.evaluators", "apps.demo_data", "apps.trainer.check", "apps.trainer.loop",
+  "jax", "orbax.checkpoint", "ov_models", "ov_losses", "ov_eval",
+  "apps.evaluators", "apps.demo_data", "apps.trainer.check", "apps.trainer.loop",
   "apps.trainer.hosts",
 )  # fmt: skip
 _CHANGES = frozenset(
@@ -49,8 +49,8 @@ _CHANGES = frozenset(
   }
 )  # fmt: skip
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-# Of the report: it tells how long steps and evaluations took.
-_CLOCK_FACTS = frozenset({"steps and evaluations took"})
+# Entries of the report that depend on timing.
+_CLOCK_FACTS = frozenset({"training and evaluation time"})
 
 
 class Point(NamedTuple):
@@ -58,7 +58,7 @@ class Point(NamedTuple):
 
   Attributes:
     folder: the copy.
-    change: what would have been changed next.
+    change: the next file change of the run.
   """
 
   folder: Path
@@ -66,12 +66,12 @@ class Point(NamedTuple):
 
 
 class _Recorder:
-  """An audit hook that copies `workdir` to `copies` before each file change in it."""
+  """Audit hook that copies `workdir` to `copies` before each file change in it."""
 
   def __init__(self, workdir: Path, copies: Path):
     self._workdir, self._copies = workdir, copies
-    self._lock = threading.Lock()  # file changes of other threads wait for a copy
-    self._here = threading.local()  # whether this thread copies
+    self._lock = threading.Lock()  # file changes of other threads wait until a copy is complete
+    self._here = threading.local()  # whether this thread is copying
     self._count = 0
 
   def __call__(self, event: str, args: tuple[Any, ...]) -> None:
@@ -121,7 +121,7 @@ def record(app: str, folder: Path) -> list[Point]:
 
   Args:
     app: "caption" or "clip".
-    folder: existing, empty.
+    folder: an existing, empty folder.
   """
   workdir, copies = folder / "undisturbed", folder / "points"
   copies.mkdir()
@@ -140,12 +140,12 @@ def run(
 
   Args:
     app: "caption" or "clip".
-    workdir: of the run.
+    workdir: workdir of the run.
     home: the home directory of the process, which holds the compile cache.
     hook: an audit hook of the process.
 
   Returns:
-    Its exit code, and what it printed. A process that takes five minutes is killed: -9.
+    The exit code and the output. A process is killed after five minutes, with exit code -9.
   """
   for name in _HEAVY:
     importlib.import_module(name)
@@ -172,19 +172,19 @@ def _become(
   output: Path,
   hook: Callable[[str, tuple[Any, ...]], None] | None,
 ) -> None:
-  """Be a process that runs the app; does not return."""
+  """Run the app in this forked process; does not return."""
   code = 1
   try:
     with open(output, "wb") as file:
       os.dup2(file.fileno(), 1)
       os.dup2(file.fileno(), 2)
-    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")  # a test may have replaced them
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")  # tests may replace them
     os.environ["HOME"] = str(home)
     module = importlib.import_module(f"apps.{app}_train")
     sys.argv = [module.__file__ or "", *FLAGS[app], f"--workdir={workdir}"]
     if hook is not None:
       sys.addaudithook(hook)
-    run_app(module.main)
+    launch.run(f"{app}_config")
     code = 0
   except SystemExit as ended:
     code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
@@ -198,7 +198,7 @@ def _become(
 
 
 def differences(undisturbed: Path, resumed: Path) -> list[str]:
-  """Compare two finished runs; return one line for each difference, none where they are equal."""
+  """Compare two finished runs and return one line for each difference."""
   found = compare_metrics(undisturbed / "metrics.jsonl", resumed / "metrics.jsonl")
   arrays = [path.with_name(f"{path.name}.arrays").read_text() for path in (undisturbed, resumed)]
   if arrays[0] != arrays[1]:
@@ -215,13 +215,13 @@ def differences(undisturbed: Path, resumed: Path) -> list[str]:
 def try_points(
   app: str, points: list[Point], folder: Path, *, kept: bool = False
 ) -> Iterator[tuple[Point, list[str]]]:
-  """Resume from each point; yield it with what is wrong.
+  """Resume from each point and yield it with its differences.
 
   Args:
-    app: as of `record`.
-    points: of `record`.
-    folder: that of `record`.
-    kept: whether the workdirs of good runs are kept.
+    app: "caption" or "clip".
+    points: result of `record`.
+    folder: folder of `record`.
+    kept: whether to keep the workdirs of runs without differences.
   """
   for point in points:
     code, printed = run(app, point.folder, folder)
@@ -237,7 +237,7 @@ def try_points(
 
 
 def _arrays(workdir: Path) -> str:
-  """A digest of all arrays of the newest checkpoint."""
+  """Return a digest of all arrays in the newest checkpoint."""
   import jax
   import numpy as np
   import orbax.checkpoint as ocp
@@ -256,13 +256,13 @@ def _arrays(workdir: Path) -> str:
 
 
 def _json_files(workdir: Path) -> list[str]:
-  """The results of a run in JSON, apart from those in `data` and `checkpoints`."""
+  """Return the JSON files of a run, except those in `data` and `checkpoints`."""
   found = [*workdir.glob("*.json"), *workdir.glob("evaluations/*.json")]
   return sorted(path.relative_to(workdir).as_posix() for path in found)
 
 
 def _facts(path: Path) -> Any:
-  """The content of a JSON file without names of the workdir and values of the clock."""
+  """Return the content of a JSON file without workdir paths and times."""
   text = path.read_text("utf-8")
   workdir = path.parent.parent if path.parent.name == "evaluations" else path.parent
   text = text.replace(str(workdir), "WORKDIR").replace(json.dumps(workdir.name), '"NAME"')
@@ -274,7 +274,7 @@ def _facts(path: Path) -> Any:
 
 
 def _stamps(folder: Path) -> list[tuple[str, int, int]]:
-  """Name, size and time of every file below a folder."""
+  """Return name, size and mtime of every file below a folder."""
   stamps = []
   for path in sorted(folder.rglob("*")):
     with contextlib.suppress(FileNotFoundError):

@@ -1,4 +1,4 @@
-"""Runs of both apps, killed before every file change, resume as if nothing had happened."""
+"""Runs of both apps that are killed before any of their file changes resume with equal results."""
 
 import pytest
 

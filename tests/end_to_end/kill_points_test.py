@@ -1,6 +1,6 @@
-"""A run killed before a file change resumes as if nothing had happened: points spread over a run.
+"""A run killed before a file change resumes with equal results, for a sample of file changes.
 
-`kill_points_nightly_test` tries all of them.
+`kill_points_nightly_test` covers all of them.
 """
 
 import pytest
@@ -20,7 +20,7 @@ def points(folder):
   return kill_points.record("caption", folder)
 
 
-def test_points_cover_what_a_run_writes(points):
+def test_points_cover_all_outputs_of_a_run(points):
   changed = " ".join(point.change for point in points)
   for name in ("data/", "tokenizer", "config.json", "metrics.jsonl", "manifest", "report.html"):
     assert name in changed
@@ -38,7 +38,7 @@ def test_every_point_resumes(points, folder):
 
 
 def test_differences_are_found(points, folder, tmp_path):
-  """The comparison itself can fail."""
+  """The comparison detects changes."""
   undisturbed = folder / "undisturbed"
   other = tmp_path / "other"
   other.mkdir()

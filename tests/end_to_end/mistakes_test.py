@@ -1,10 +1,10 @@
-"""A user's mistakes end with one clear line and exit code 2, before anything expensive."""
+"""Invalid settings and data give a one-line error and exit code 2 before any expensive work."""
 
 import re
 
 import pytest
 
-from ov_data import writer
+from apps.demo import scene_shards
 from tests.end_to_end import runner
 
 
@@ -15,9 +15,9 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-  """A small data set to spoil: 60 training scenes in one shard."""
+  """Create a small data set to damage: 60 training scenes in one shard."""
   folder = tmp_path_factory.mktemp("shards")
-  writer.make_scenes_dataset(folder, {"train": 60}, image_size=32, workers=0)
+  scene_shards.make_scenes_dataset(folder, {"train": 60}, image_size=32, workers=0)
   return folder
 
 
@@ -33,7 +33,7 @@ def own_data(folder, *flags):
 
 
 def spoil(shards, tmp_path, change):
-  """A copy of the data set with `change` applied to the bytes of its shard, index left out."""
+  """Copy the data set without its index, with `change` applied to the bytes of its shard."""
   (shard,) = shards.glob("*.tfrecord")
   (tmp_path / shard.name).write_bytes(change(bytearray(shard.read_bytes())))
   return tmp_path
@@ -44,7 +44,7 @@ def truncate(data):
 
 
 def corrupt_pictures(data):
-  """Destroys every JPEG header; framing checksums are redone, as a faulty writer would."""
+  """Destroy every JPEG header, and update the checksums of records like a faulty writer would."""
   from ov_data import records
 
   out, position = bytearray(), 0
@@ -59,11 +59,14 @@ def corrupt_pictures(data):
 CASES = {
   "no flags": ((), "give --config"),
   "unknown flag": ((*runner.TINY, "--wrokdir=x"), "wrokdir"),
-  "missing config": (("--config=nowhere.py",), "nowhere.py: there is no such file; recipes are in"),
+  "missing config": (
+    ("--config=nowhere.py",),
+    "nowhere.py: the file does not exist; recipes are in",
+  ),
   "unknown config argument": ((f"--config={runner.DEMO}:runlokal=1",), "did you mean 'runlocal'"),
   "unknown setting": (
     (*runner.TINY, "--config.batchsize=2"),
-    "config.batchsize: there is no such setting; did you mean --config.batch_size",
+    "config.batchsize: unknown setting; did you mean --config.batch_size",
   ),
   "settings of the published code": (
     (*runner.TINY, "--config.wandb.entity=me", "--config.model.image.dtype=bfloat16"),
@@ -75,6 +78,10 @@ CASES = {
   ),
   "value of another type": ((*runner.TINY, "--config.batch_size=many"), "many"),
   "value out of range": ((*runner.TINY, "--config.log_every=0"), "config.log_every=0"),
+  "setting by its old name": (
+    (*runner.TINY, "--config.model.caption_weight=-1"),
+    "config.loss.caption=-1.0; expected a finite number",
+  ),
   "unknown variant": ((*runner.TINY, "--config.model.encoder=Tiny/16"), "Tiny"),
   "width and heads": (
     (*runner.TINY, "--config.model.encoder_options={'num_heads': 5}"),
@@ -118,7 +125,7 @@ def test_wrong_settings(name, tmp_path, cache):
   flags, said = CASES[name]
   if flags and not any(f.startswith("--workdir") for f in flags):
     flags = (*flags, f"--workdir={tmp_path / 'run'}")
-  code, printed = runner.run(*flags, cache=cache, WANDB_API_KEY="")
+  code, printed = runner.run_forked(*flags, cache=cache, WANDB_API_KEY="")
   runner.expect_one_line(printed, code, said)
 
 
@@ -144,7 +151,7 @@ def test_wrong_configuration_files(content, said, tmp_path, cache):
   path = tmp_path / "own.py"
   path.write_text(content)
   flags = (f"--config={path}", f"--workdir={tmp_path / 'run'}")
-  runner.expect_one_line(*reversed(runner.run(*flags, cache=cache)), said)
+  runner.expect_one_line(*reversed(runner.run_forked(*flags, cache=cache)), said)
 
 
 DATA_CASES = {
@@ -164,7 +171,7 @@ def test_wrong_data(name, shards, tmp_path, cache):
   make, said = DATA_CASES[name]
   (tmp_path / "data").mkdir()
   flags = own_data(make(shards, tmp_path / "data"), f"--workdir={tmp_path / 'run'}")
-  runner.expect_one_line(*reversed(runner.run(*flags, cache=cache)), said)
+  runner.expect_one_line(*reversed(runner.run_forked(*flags, cache=cache)), said)
 
 
 @pytest.mark.parametrize(
@@ -175,9 +182,9 @@ def test_wrong_data(name, shards, tmp_path, cache):
     (("--config.input.data_dir=",), "no training data"),
   ],
 )
-def test_wrong_description_of_the_data(flags, said, shards, tmp_path, cache):
+def test_invalid_data_description(flags, said, shards, tmp_path, cache):
   flags = own_data(shards, *flags, f"--workdir={tmp_path / 'run'}")
-  runner.expect_one_line(*reversed(runner.run(*flags, cache=cache)), said)
+  runner.expect_one_line(*reversed(runner.run_forked(*flags, cache=cache)), said)
 
 
 @pytest.mark.parametrize(
@@ -192,14 +199,14 @@ def test_wrong_vocabulary(content, said, shards, tmp_path, cache):
   vocabulary = tmp_path / "vocab.txt"
   vocabulary.write_text(content)
   flags = own_data(shards, f"--config.tokenizer.path={vocabulary}", f"--workdir={tmp_path / 'run'}")
-  runner.expect_one_line(*reversed(runner.run(*flags, cache=cache)), said)
+  runner.expect_one_line(*reversed(runner.run_forked(*flags, cache=cache)), said)
 
 
-def test_a_truncated_shard_is_used_as_far_as_it_goes(shards, tmp_path, cache):
-  """What is lost is said, with shard and offset, and stands in the report."""
+def test_the_complete_records_of_a_truncated_shard_are_used(shards, tmp_path, cache):
+  """The lost records are logged with shard and offset, and are in the report."""
   (tmp_path / "data").mkdir()
   folder = spoil(shards, tmp_path / "data", truncate)
-  code, printed = runner.run(*own_data(folder, f"--workdir={tmp_path / 'run'}"), cache=cache)
+  code, printed = runner.run_forked(*own_data(folder, f"--workdir={tmp_path / 'run'}"), cache=cache)
   assert code == 0, printed
   assert re.search(r"train-00000-of-00001.tfrecord.* byte \d+.*", printed), printed
   assert "truncated" in (tmp_path / "run" / "report.html").read_text()
@@ -207,7 +214,7 @@ def test_a_truncated_shard_is_used_as_far_as_it_goes(shards, tmp_path, cache):
 
 @pytest.mark.parametrize("kept", [0, 1])
 def test_check_compares_records_with_the_manifest(kept, shards, tmp_path, cache):
-  """A shard that arrived empty, or cut between two records, has no other sign of what it lacks."""
+  """Only the manifest shows that a shard is empty or was cut between two records."""
 
   def cut(data):
     return data[: kept * (16 + int.from_bytes(data[:8], "little"))]
@@ -216,28 +223,28 @@ def test_check_compares_records_with_the_manifest(kept, shards, tmp_path, cache)
   (folder / "dataset.json").write_bytes((shards / "dataset.json").read_bytes())
   flags = own_data(folder, "--check", f"--workdir={tmp_path / 'run'}")
   said = rf"split 'train' has 60 records, but train-00000-of-00001\.tfrecord holds {kept} of 60"
-  runner.expect_one_line(*reversed(runner.run(*flags, cache=cache)), said)
+  runner.expect_one_line(*reversed(runner.run_forked(*flags, cache=cache)), said)
 
 
-def test_check_says_what_a_run_would_be(tmp_path, cache):
+def test_check_prints_a_summary_of_the_run(tmp_path, cache):
   workdir = tmp_path / "run"
-  code, printed = runner.run(*runner.TINY, "--check", f"--workdir={workdir}", cache=cache)
+  code, printed = runner.run_forked(*runner.TINY, "--check", f"--workdir={workdir}", cache=cache)
   assert code == 0, printed
   for fact in ("parameters", "params per device", "text tokens", "16 of 16 rows good", "passed"):
     assert fact in printed
   assert not (workdir / "checkpoints").exists()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, cache):
+def test_a_nan_loss_stops_the_run(tmp_path, cache):
   flags = (
     *runner.TINY,
     f"--workdir={tmp_path / 'run'}",
     "--config.optimizer.learning_rate=1e30",
     "--config.optimizer.schedule.warmup_steps=0",
   )
-  code, printed = runner.run(*flags, cache=cache)
+  code, printed = runner.run_forked(*flags, cache=cache)
   runner.expect_one_line(
-    printed, code, r"step \d+ is not finite: loss .*, grad_norm .*, update_norm"
+    printed, code, r"step \d+ has a NaN or Inf: loss .*, grad_norm .*, update_norm"
   )
 
 

@@ -1,4 +1,4 @@
-"""`--config.ft_from=CHECKPOINT` starts both apps from a checkpoint of the published code."""
+"""`--config.ft_from=CHECKPOINT` starts both apps from a checkpoint of the released code."""
 
 import importlib.util
 import os
@@ -22,7 +22,7 @@ GOLDEN = Path(os.environ.get("OV_GOLDEN", "")) / "openvision1_checkpoint"
 pytestmark = pytest.mark.skipif(
   not GOLDEN.is_dir(), reason="$OV_GOLDEN names no folder with openvision1_checkpoint"
 )
-# The sizes of the golden checkpoint; with a rate of 0 a step changes no parameter.
+# The sizes of the golden checkpoint. A learning rate of 0 keeps all parameters.
 SIZES = (
   "--config.model.encoder=Ti/8",
   "--config.model.encoder_options={'width': 64, 'depth': 2, 'mlp_dim': 128, 'num_heads': 2}",
@@ -58,12 +58,12 @@ def trained_params(workdir):
   return flat(ocp.PyTreeCheckpointer().restore(find_checkpoint(workdir) / "state")["params"])
 
 
-def test_two_towers_take_everything(tmp_path, cache):
+def test_two_towers_load_all_params(tmp_path, cache):
   workdir = tmp_path / "run"
   flags = (*CLIP, f"--workdir={workdir}", f"--config.ft_from={GOLDEN}")
   code, printed = runner.run(*flags, "--check", app=runner.CLIP_TRAIN, cache=cache)
   assert code == 0, printed
-  taken = r"initialised from .*/checkpoint.npz/5/default: 65 arrays taken"
+  taken = r"initialised from .*/checkpoint.npz/5/default: 65 arrays copied"
   assert re.search(taken, printed) and "a checkpoint of the published code" in printed
   assert not (workdir / "checkpoints").exists()
 
@@ -76,9 +76,9 @@ def test_two_towers_take_everything(tmp_path, cache):
     np.testing.assert_array_equal(found[path], array, err_msg=path)
 
 
-def test_a_captioner_takes_the_image_tower(tmp_path, cache):
+def test_a_captioner_loads_the_image_tower(tmp_path, cache):
   workdir = tmp_path / "run"
-  # The folder of one step, by the argument of the general setting.
+  # The folder of one step.
   flags = (
     *CAPTION,
     *NO_EVALUATION,
@@ -87,7 +87,7 @@ def test_a_captioner_takes_the_image_tower(tmp_path, cache):
     "--config.init_from.include=('^encoder/',)",
   )
   code, printed = runner.run(*flags, cache=cache)
-  assert code == 0 and "20 arrays taken" in printed, printed
+  assert code == 0 and "20 arrays copied" in printed, printed
   expected = flat(orbax_folder.read(GOLDEN, num_heads=2).params["encoder"])
   found = trained_params(workdir)
   assert len(expected) == 20

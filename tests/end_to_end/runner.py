@@ -1,13 +1,20 @@
-"""Starts the training apps as a user does, on configurations that train in seconds."""
+"""Start the training apps as a user does, with configurations that train in seconds."""
 
+import contextlib
+import importlib
+import multiprocessing
 import os
 from pathlib import Path
 import re
+import runpy
 import subprocess
 import sys
+import tempfile
+import time
 
 import apps.caption_train
 import apps.clip_train
+from apps.trainer.sinks import read_metrics
 
 CAPTION_TRAIN = Path(apps.caption_train.__file__)
 CLIP_TRAIN = Path(apps.clip_train.__file__)
@@ -32,7 +39,7 @@ _SMALL = (
 )
 _BLOCK = "{'width': 32, 'depth': 1, 'mlp_dim': 64, 'num_heads': 2}"
 
-# One tiny block each, 4 image tokens, a few dozen scenes.
+# One small block per tower, 4 image tokens, a few dozen scenes.
 TINY = (
   f"--config={DEMO}:runlocal",
   *_SMALL,
@@ -42,7 +49,7 @@ TINY = (
 
 
 def tiny_clip(loss: str = "openvision") -> tuple[str, ...]:
-  """The same for clip_train, with one of its losses."""
+  """Return the flags of a small configuration of clip_train with one of its losses."""
   return (
     f"--config={CLIP_DEMO}:runlocal,loss={loss}",
     *_SMALL,
@@ -55,13 +62,21 @@ def tiny_clip(loss: str = "openvision") -> tuple[str, ...]:
 
 
 def environment(cache: Path, **more: str) -> dict[str, str]:
-  """Variables of a run; `cache` becomes the home directory, compile cache included."""
+  """Return the environment variables of a run whose home directory is `cache`.
+
+  Under Bazel, the compile cache in it is the one shared by all tests.
+  """
+  if shared := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+    own = cache / ".cache" / "openvision" / "xla"
+    own.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+      own.symlink_to(shared)
   path = os.pathsep.join(p for p in sys.path if p)
   return {**os.environ, "PYTHONPATH": path, "HOME": str(cache), "JAX_PLATFORMS": "cpu", **more}
 
 
 def start(*args: str, cache: Path, app: Path = CAPTION_TRAIN, **more: str) -> subprocess.Popen[str]:
-  """Starts an app with these flags."""
+  """Start an app with these flags."""
   return subprocess.Popen(
     [sys.executable, str(app), *args],
     env=environment(cache, **more),
@@ -74,7 +89,7 @@ def start(*args: str, cache: Path, app: Path = CAPTION_TRAIN, **more: str) -> su
 def run(
   *args: str, cache: Path, app: Path = CAPTION_TRAIN, timeout: float = 240, **more: str
 ) -> tuple[int, str]:
-  """Runs an app to its end; returns exit code and everything it printed."""
+  """Run an app to completion and return its exit code and output."""
   process = start(*args, cache=cache, app=app, **more)
   try:
     out, err = process.communicate(timeout=timeout)
@@ -84,8 +99,57 @@ def run(
   return process.returncode, out + err
 
 
+def wait_for_step(workdir: Path, step: int, process: subprocess.Popen[str]) -> None:
+  """Wait until metrics.jsonl has reached `step` or the process has ended."""
+  path = workdir / "metrics.jsonl"
+  while process.poll() is None:
+    if path.exists() and (lines := read_metrics(path)) and lines[-1]["step"] >= step:
+      return
+    time.sleep(0.02)
+
+
+def run_forked(
+  *args: str, cache: Path, app: Path = CAPTION_TRAIN, timeout: float = 240, **more: str
+) -> tuple[int, str]:
+  """Run an app like `run` in a fork of this process, which needs no imports.
+
+  The caller must not have used a device, because JAX's threads do not survive a fork.
+  """
+  _import_app()
+  with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
+    process = multiprocessing.get_context("fork").Process(
+      target=_run_here, args=(app, args, environment(cache, **more), output.fileno())
+    )
+    process.start()
+    process.join(timeout)
+    if process.exitcode is None:
+      process.kill()
+      raise subprocess.TimeoutExpired(args, timeout)
+    output.seek(0)
+    return process.exitcode, output.read()
+
+
+def _import_app() -> None:
+  """Import the modules that apps.launch imports late."""
+  for name in ("apps.demo_data", "apps.evaluators", "apps.trainer.check", "apps.trainer.loop"):
+    importlib.import_module(name)
+
+
+def _run_here(app: Path, args: tuple[str, ...], variables: dict[str, str], output: int) -> None:
+  """Run an app in this process with the given flags and environment variables."""
+  for name, descriptor in (("stdout", 1), ("stderr", 2)):
+    os.dup2(output, descriptor)
+    stream = open(descriptor, "w", encoding="utf-8", buffering=1, closefd=False)  # noqa: SIM115 (stays open)
+    setattr(sys, name, stream)
+    setattr(sys, f"__{name}__", stream)
+  os.environ.clear()
+  os.environ.update(variables)
+  sys.argv = [str(app), *args]
+  runpy.run_path(str(app), run_name="__main__")
+
+
 def expect_one_line(printed: str, code: int, said: str) -> None:
-  """A user's mistake: exit code 2, no traceback, and one line that matches `said`."""
+  """Check an error of the user: exit code 2, no traceback, and one line that matches `said`."""
   errors = [line for line in printed.splitlines() if "error:" in line]
   assert code == 2, printed
   assert "Traceback" not in printed, printed

@@ -1,4 +1,4 @@
-"""Full disks, missing permissions, deleted workdirs: one line, and the same command resumes."""
+"""Full disks, missing permissions and deleted workdirs give one-line errors; the run resumes."""
 
 import errno
 import os
@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from apps.trainer.errors import AGAIN
+from apps.trainer.errors import TEMPORARY_FAILURE
 from apps.trainer.sinks import compare_metrics
 from tests.end_to_end import runner
 
@@ -20,7 +20,7 @@ STEPS = (
   "--config.tensorboard=True",
 )
 
-# Runs an app in which writing to paths that match a pattern fails with an error number.
+# Program that runs an app in which writes to matching paths fail with an error number.
 _FAILING = """
 import builtins, io, os, re, runpy, sys
 pattern, number, app = re.compile(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
@@ -53,7 +53,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(cache, tmp_path_factory):
-  """A finished run; fills the compile cache."""
+  """Run to completion, which fills the compile cache."""
   workdir = tmp_path_factory.mktemp("runs") / "trained"
   code, printed = runner.run(*runner.TINY, *STEPS, f"--workdir={workdir}", cache=cache)
   assert code == 0, printed
@@ -61,7 +61,7 @@ def trained(cache, tmp_path_factory):
 
 
 def run_failing(pattern, number, workdir, cache):
-  """Exit code and error lines of a run in which writing fails."""
+  """Return exit code and error lines of a run in which writes fail."""
   done = subprocess.run(
     [
       sys.executable, "-c", _FAILING, pattern, str(int(number)), str(runner.CAPTION_TRAIN),
@@ -75,15 +75,15 @@ def run_failing(pattern, number, workdir, cache):
 
 def test_a_run_resumes_after_a_full_disk_in_every_phase(trained, cache, tmp_path):
   workdir = tmp_path / "run"
-  phases = (  # in the order of a run; each attempt comes further than the one before
-    (r"/run/[^/]*tokenizer", errno.ENOSPC, AGAIN, ""),
-    (r"/run/config\.json", errno.ENOSPC, AGAIN, ""),
-    (r"metrics\.jsonl", errno.ENOSPC, AGAIN, ""),
+  phases = (  # in the order of a run, so that each attempt gets further than the previous one
+    (r"/run/[^/]*tokenizer", errno.ENOSPC, TEMPORARY_FAILURE, ""),
+    (r"/run/config\.json", errno.ENOSPC, TEMPORARY_FAILURE, ""),
+    (r"metrics\.jsonl", errno.ENOSPC, TEMPORARY_FAILURE, ""),
     (r"/run/tensorboard", errno.EACCES, 2, ""),
     (r"checkpoints/\d", errno.EACCES, 2, ""),
-    (r"/run/evaluations/", errno.EDQUOT, AGAIN, "checkpoint of step 4 is complete"),
+    (r"/run/evaluations/", errno.EDQUOT, TEMPORARY_FAILURE, "checkpoint of step 4 is complete"),
     (r"/run/report\.json", errno.EROFS, 2, "the checkpoint of step 8 is complete"),
-    (r"/run/report\.html", errno.ENOSPC, AGAIN, "the checkpoint of step 8 is complete"),
+    (r"/run/report\.html", errno.ENOSPC, TEMPORARY_FAILURE, "the checkpoint of step 8 is complete"),
   )
   for pattern, number, expected, saved in phases:
     code, lines = run_failing(pattern, number, workdir, cache)
@@ -96,13 +96,13 @@ def test_a_run_resumes_after_a_full_disk_in_every_phase(trained, cache, tmp_path
   assert compare_metrics(trained / "metrics.jsonl", workdir / "metrics.jsonl") == []
 
 
-def test_a_compile_cache_on_a_full_disk_ends_nothing(trained, cache, tmp_path):
+def test_a_compile_cache_on_a_full_disk_does_not_stop_the_run(trained, cache, tmp_path):
   del trained  # only its compile cache is used
   code, lines = run_failing(r"/xla", errno.ENOSPC, tmp_path / "run", cache)
   assert (code, lines) == (0, [])
 
 
-def test_a_deleted_workdir_is_one_line_and_never_success(trained, cache, tmp_path):
+def test_a_deleted_workdir_gives_a_one_line_error(trained, cache, tmp_path):
   del trained  # only its compile cache is used
   workdir = tmp_path / "run"
   flags = (*runner.TINY, *STEPS, "--config.total_steps=5000", "--config.eval.every=0")
@@ -118,7 +118,7 @@ def test_a_deleted_workdir_is_one_line_and_never_success(trained, cache, tmp_pat
   print(lines[0])
 
 
-def test_lost_output_ends_nothing(trained, cache, tmp_path):
+def test_a_closed_output_stream_does_not_stop_the_run(trained, cache, tmp_path):
   workdir = tmp_path / "é犬"
   flags = [*runner.TINY, *STEPS, f"--workdir={workdir}"]
   done = subprocess.run(

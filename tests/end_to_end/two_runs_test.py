@@ -1,4 +1,4 @@
-"""Two runs in one workdir: the second is refused, and a killed one delays nobody."""
+"""Two runs in one workdir: the second is rejected, and a killed run delays no other."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ from apps.trainer.workdir import open_workdir
 lock.RENEW_SECONDS = 0.3
 
 def main(arguments):
-  with open_workdir(arguments[0], exclusive=True, say=print) as workdir:
+  with open_workdir(arguments[0], exclusive=True, log=print) as workdir:
     print("held", flush=True)
     time.sleep(float(arguments[1]))
 
@@ -32,7 +32,7 @@ def cache(tmp_path_factory):
 
 
 def hold(bucket, seconds, **variables):
-  """A process that opens gs://bucket/run for itself."""
+  """Start a process that locks gs://bucket/run."""
   return subprocess.Popen(
     [sys.executable, "-c", _HOLD, "gs://bucket/run", str(seconds)],
     env={
@@ -47,11 +47,11 @@ def hold(bucket, seconds, **variables):
   )
 
 
-def test_a_bucket_serves_one_run_and_forgets_a_killed_one(tmp_path):
+def test_a_bucket_is_locked_by_one_run_until_it_is_killed(tmp_path):
   with FakeBucket("bucket", tmp_path) as bucket:
     first = hold(bucket, 100)
     assert first.stdout.readline() == "held\n"
-    for _ in range(2):  # the lease is renewed meanwhile
+    for _ in range(2):  # meanwhile the lease is renewed
       time.sleep(0.7)
       second = hold(bucket, 0)
       out, err = second.communicate(timeout=60)
@@ -64,12 +64,12 @@ def test_a_bucket_serves_one_run_and_forgets_a_killed_one(tmp_path):
     assert "run/run.lock" in bucket.objects
     third = hold(bucket, 0)
     out, err = third.communicate(timeout=60)
-    assert (third.returncode, out) == (0, "held\n"), err  # it has watched nobody
+    assert (third.returncode, out) == (0, "held\n"), err  # no other log lines
     assert "run/run.lock" not in bucket.objects
     assert bucket.unknown == []
 
 
-def test_a_second_start_is_refused_and_the_run_resumes_after_kill_9(cache, tmp_path):
+def test_a_second_start_is_rejected_and_the_run_resumes_after_kill_9(cache, tmp_path):
   flags = (*runner.TINY, f"--workdir={tmp_path}/run", "--config.eval.every=0")
   first = runner.start(*flags, "--config.total_steps=20000", cache=cache)
   checkpoints = tmp_path / "run" / "checkpoints"

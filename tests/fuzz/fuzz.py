@@ -1,7 +1,7 @@
-"""Runs trials on randomly damaged inputs, within limits on time and memory.
+"""Run trials on randomly damaged inputs with limits on time and memory.
 
-Trial number i of a kind depends on (kind, i) alone: a failure names both, and `run(kind, [i])`
-repeats it.
+Trial i of a kind depends only on (kind, i). A failure reports both, and `run(kind, [i])` repeats
+it.
 """
 
 from collections import Counter
@@ -18,7 +18,8 @@ import numpy as np
 from tests.fuzz import trials
 from tests.fuzz.mutations import mutate
 
-MAX_SECONDS = 20  # of one trial; most take milliseconds
+MAX_SECONDS = 20  # CPU time of one trial; most take milliseconds
+MAX_WAIT = 10 * MAX_SECONDS  # clock time of one trial, which depends on other load
 MAX_BYTES = 2 << 30  # resident memory of the process
 
 
@@ -32,15 +33,15 @@ def run(
 
   Args:
     kind: a key of `kinds`.
-    numbers: of the trials.
+    numbers: numbers of the trials.
     folder: scratch space.
     kinds: `trials.KINDS`, or those of `trials_run`.
 
   Returns:
-    How many inputs were "used", "counted" and "refused".
+    The number of inputs by outcome: "used", "counted" and "refused".
 
   Raises:
-    AssertionError: a trial failed, hung or took too much memory; names it.
+    AssertionError: if a trial fails, hangs or uses too much memory; the message names the trial.
   """
   trial = kinds[kind](folder)
   outcomes: Counter[str] = Counter()
@@ -49,7 +50,7 @@ def run(
     original = trial.seeds[rng.integers(len(trial.seeds))]
     data = mutate(rng, original)
     try:
-      with _alarm(MAX_SECONDS):
+      with _limits():
         outcomes[trial.check(data, original)] += 1
     except trials.Refused:
       outcomes["refused"] += 1
@@ -66,14 +67,23 @@ def run(
 
 
 @contextlib.contextmanager
-def _alarm(seconds: int) -> Iterator[None]:
-  def fail(*_: object) -> None:
-    raise AssertionError(f"no result after {seconds} s")
+def _limits() -> Iterator[None]:
+  """Fail after `MAX_SECONDS` of CPU time, or `MAX_WAIT` by the clock."""
 
-  before = signal.signal(signal.SIGALRM, fail)
-  signal.alarm(seconds)
+  def fail(number: int, _: object) -> None:
+    took = f"{MAX_SECONDS} s of CPU time" if number == signal.SIGPROF else f"{MAX_WAIT} s"
+    raise AssertionError(f"no result after {took}")
+
+  timers = {
+    signal.SIGPROF: (signal.ITIMER_PROF, MAX_SECONDS),
+    signal.SIGALRM: (signal.ITIMER_REAL, MAX_WAIT),
+  }
+  before = {number: signal.signal(number, fail) for number in timers}
+  for timer, seconds in timers.values():
+    signal.setitimer(timer, seconds)
   try:
     yield
   finally:
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
+    for number, (timer, _) in timers.items():
+      signal.setitimer(timer, 0)
+      signal.signal(number, before[number])

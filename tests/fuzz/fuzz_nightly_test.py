@@ -1,10 +1,10 @@
-"""50,000 damaged inputs, other ones than in `fuzz_test`."""
+"""50,000 damaged inputs, different from those in `fuzz_test`."""
 
 import pytest
 
 from tests.fuzz import fuzz, trials
 
-_FIRST, _TRIALS = 1000, 5556  # of each of 9 kinds
+_FIRST, _TRIALS = 1000, 5556  # trials of each of 9 kinds
 
 
 @pytest.mark.parametrize("kind", trials.KINDS)

@@ -1,10 +1,10 @@
-"""1,000 damaged inputs: none ends in a traceback, hangs, or loses something without a count."""
+"""1,000 damaged inputs: none causes a traceback, a hang, or an uncounted loss of data."""
 
 import pytest
 
 from tests.fuzz import fuzz, trials
 
-_TRIALS = 112  # of each of 9 kinds
+_TRIALS = 112  # trials of each of 9 kinds
 
 
 @pytest.mark.parametrize("kind", trials.KINDS)

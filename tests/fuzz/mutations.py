@@ -1,4 +1,4 @@
-"""Seeded damage to bytes: flips, cuts, insertions, repeats, and values that parsers fail on."""
+"""Seeded random damage to bytes: bit flips, cuts, insertions, repeats, and unusual values."""
 
 import json
 from typing import Any
@@ -30,11 +30,11 @@ _VALUES: tuple[Any, ...] = (
   ),
   *("/etc/passwd", "gone.jpg", "a" * 300, "x" * 2_000_000, [], [[]], ["a", 1], {}, {"raw": None}),
 )
-_MOST = 3  # changes of one input
+_MOST = 3  # maximum number of changes per input
 
 
 def mutate(rng: np.random.Generator, data: bytes) -> bytes:
-  """Return `data` with 1 to 3 random changes: to a value where it is JSON, or to bytes."""
+  """Return `data` with 1 to 3 random changes, of a JSON value if it is JSON, or of bytes."""
   if rng.random() < 0.5 and (documents := _json_lines(data)):
     return _mutate_json(rng, *documents)
   changed = bytearray(data)
@@ -44,7 +44,7 @@ def mutate(rng: np.random.Generator, data: bytes) -> bytes:
 
 
 def _json_lines(data: bytes) -> tuple[list[bytes], list[int]] | None:
-  """Return data that is JSON as one document or in lines, and which of these are JSON."""
+  """Split data into one JSON document or JSON lines, and return which parts are valid JSON."""
   if data[:1] not in (b"{", b"["):
     return None
   for lines in ([data], data.split(b"\n")):
@@ -84,7 +84,7 @@ def _change(rng: np.random.Generator, data: bytearray) -> None:
   if not data:
     data += rng.bytes(int(rng.integers(0, 20)))
     return
-  # Headers are at the front, and few bytes.
+  # Headers are at the beginning and short.
   near = min(len(data), 64) if rng.random() < 0.4 else len(data)
   at = int(rng.integers(near))
   few = int(rng.integers(1, 24))
@@ -102,6 +102,6 @@ def _change(rng: np.random.Generator, data: bytearray) -> None:
     case 5:
       data[at:at] = _TEXTS[rng.integers(len(_TEXTS))]
     case 6:
-      data[at:at] = data[at : at + int(rng.integers(1, 2000))]  # once more
+      data[at:at] = data[at : at + int(rng.integers(1, 2000))]  # repeat it
     case 7:
       del data[at:]

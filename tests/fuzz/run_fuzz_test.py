@@ -1,10 +1,10 @@
-"""1,000 damaged configurations, checkpoints, imports and results: none ends in a traceback."""
+"""1,000 damaged configurations, checkpoints, imports and results: none causes a traceback."""
 
 import pytest
 
 from tests.fuzz import fuzz, trials_run
 
-_TRIALS = 112  # of each of 9 kinds
+_TRIALS = 112  # trials of each of 9 kinds
 
 
 @pytest.mark.parametrize("kind", trials_run.KINDS)
@@ -15,6 +15,6 @@ def test_damaged_inputs(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", trials_run.KINDS)
-def test_inputs_without_damage_are_used(kind, tmp_path):
+def test_undamaged_inputs_are_used(kind, tmp_path):
   trial = trials_run.KINDS[kind](tmp_path)
   assert [trial.check(seed, seed) for seed in trial.seeds] == ["used"] * len(trial.seeds)

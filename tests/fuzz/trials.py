@@ -1,8 +1,8 @@
-"""What is damaged, and what must hold afterwards: one class for each kind of input.
+"""Trials of damaged data: one class for each kind of input.
 
-A trial gets damaged bytes, opens them as a user would, and returns whether they were "used",
-"counted" or "refused". It fails where something is lost without a count, or an error is not one
-line that names the file.
+A trial opens damaged bytes as a user would, and returns whether they were "used", "counted" or
+"refused". It fails if data is lost without a count, or if an error is not one line that names the
+file.
 """
 
 from collections import Counter
@@ -25,18 +25,18 @@ Outcome = str
 
 
 class Refused(Exception):
-  """The input was refused with a good message."""
+  """The input was rejected with a valid message."""
 
 
 @contextlib.contextmanager
 def refusing(path: Path) -> Iterator[None]:
-  """Turn the errors that a user may see into Refused.
+  """Convert errors that are shown to users into Refused.
 
   Args:
-    path: the file; the message must name it, or a folder that it is in.
+    path: the file; the message must contain its path or that of a parent folder.
 
   Raises:
-    AssertionError: the message has several lines, is too long, or does not name the file.
+    AssertionError: if the message has several lines, is too long, or does not name the file.
   """
   try:
     yield
@@ -58,7 +58,7 @@ def _image(format: str = "JPEG", value: int = 0, mode: str = "RGB", **options: o
 
 
 class Images:
-  """Encoded images of every format: decoded, or refused with a reason."""
+  """Encoded images of every format are decoded, or rejected with a reason."""
 
   def __init__(self, folder: Path):
     exif = Image.Exif()
@@ -87,12 +87,12 @@ class Images:
       except ov_data.DecodeError as error:
         assert error.reason and "\n" not in str(error)
         outcomes.add("counted")
-    # A scaled decode may stop before damage that a full one meets; never the other way round.
+    # Scaled decoding may stop before damage that full decoding reaches, but not vice versa.
     return "counted" if "counted" in outcomes else "used"
 
 
 class Examples:
-  """Records whose checksums fit bytes that are no sound `tf.train.Example`."""
+  """Records with valid checksums whose content is a damaged `tf.train.Example`."""
 
   def __init__(self, folder: Path):
     self._folder = folder
@@ -148,14 +148,14 @@ class _DataSet:
       path.write_bytes(data)
 
   def _read(self) -> tuple[Counter[bytes], int]:
-    """Return the records, and how many were counted as damaged or unreadable."""
+    """Return the records, and the number counted as damaged or unreadable."""
     with refusing(self._path):
       dataset = ov_data.Dataset(ov_data.Source(str(self._out), "train"))
     found: Counter[bytes] = Counter()
     lost = len(dataset.skips)
     for record in range(len(dataset)):
       try:
-        found[dataset.read(record)] += 1
+        found[example.serialise(dataset.features(record))] += 1
       except ov_data.RecordError:
         lost += 1
     assert found.keys() <= self._wanted.keys(), "a record that was never written"
@@ -163,7 +163,7 @@ class _DataSet:
 
 
 class Shards(_DataSet):
-  """A shard of a data set, with its sidecar or without."""
+  """A shard of a data set, with or without its sidecar."""
 
   def __init__(self, folder: Path):
     super().__init__(folder, "train-00000-of-00002.tfrecord")
@@ -180,7 +180,7 @@ class Shards(_DataSet):
 
 
 class Sidecars(_DataSet):
-  """The index of a shard: whatever is in it, all records are read."""
+  """Index files of shards: all records are read, regardless of the content of the index."""
 
   def __init__(self, folder: Path):
     super().__init__(folder, "train-00000-of-00002.tfrecord.ovidx")
@@ -193,7 +193,7 @@ class Sidecars(_DataSet):
 
 
 class Manifests(_DataSet):
-  """The manifest of a data set: all records are read, or it is refused."""
+  """Manifests of data sets: all records are read, or the manifest is rejected."""
 
   def __init__(self, folder: Path):
     super().__init__(folder, writer.MANIFEST)
@@ -216,7 +216,7 @@ def _tar(members: list[tuple[str, bytes]], format: int) -> bytes:
 
 
 class Tars:
-  """A tar of pairs: every image is read, or its loss is counted."""
+  """Tars of image-text pairs: every image is read, or its loss is counted."""
 
   def __init__(self, folder: Path):
     self._path = folder / "t.tar"
@@ -237,13 +237,13 @@ class Tars:
     found = [layouts.read_blob(item.image, 1 << 20) for item in listing.items]
     assert len({item.key for item in listing.items}) == len(found), "keys are not unique"
     missing = len(self._images) - len(found)
-    # No checksum covers the content of members; those that changed still count as found.
+    # No checksum covers the content of members, so changed members count as found.
     assert missing <= 0 or listing.skips or listing.notes.counts, f"{missing} images are missing"
     return "counted" if listing.skips or listing.notes.counts else "used"
 
 
 class Lists:
-  """Lists of images and captions: read, with what is left out counted, or refused."""
+  """Lists of images and captions: entries are read or counted, or the list is rejected."""
 
   _NAMES = ("a.jpg", "b.png", "c d.jpg", "é.jpg")
 
@@ -291,7 +291,7 @@ class Lists:
         dataset = ov_data.Dataset(ov_data.Source(str(path), image_root=root, format=format))
         for record in range(len(dataset)):
           with contextlib.suppress(ov_data.example.FeatureError):  # counted by the loader
-            dataset.features(record)
+            dataset.read(record)
     finally:
       path.unlink()
     return "counted" if listing.skips or listing.notes.counts else "used"
@@ -327,7 +327,7 @@ class Names:
 
 
 class Progress:
-  """The logs of an interrupted conversion: it resumes to the same data set, or is refused."""
+  """Progress files of a conversion: it resumes to the same data set, or is rejected."""
 
   def __init__(self, folder: Path):
     self._out = folder / "set"

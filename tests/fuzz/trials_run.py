@@ -1,7 +1,7 @@
-"""Damage to what a run, an import or a comparison reads: one class for each kind of input.
+"""Trials of damaged inputs of runs, imports and comparisons: one class for each kind of input.
 
-The functions are those that the apps call, all in one process. An outcome is "used", where a
-checksum covers the file only with the result of the undamaged one, or "refused".
+The trials call the functions of the apps in this process. An outcome is "used" or "refused". Files
+with a checksum may be used only if the result is that of the undamaged file.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,8 +20,6 @@ from ml_collections import ConfigDict, config_flags
 import numpy as np
 
 from apps import launch
-from apps.caption_task import CaptionTask
-from apps.clip_task import ClipTask
 from apps.configs import base
 from apps.exporter import importer
 from apps.exporter.formats.format import ReadOptions
@@ -35,7 +33,7 @@ from apps.trainer.parts import build_parts
 from apps.trainer.sinks import read_metrics
 from ov_convert import open_clip, timm_vit, torch_module, transformers_vit
 from ov_convert import testing as convert_testing
-from ov_convert.release import Imported, Preprocess, Words
+from ov_convert.release import Imported, Preprocess, TokenizerSpec
 import ov_data
 import ov_eval
 import ov_models
@@ -53,13 +51,13 @@ _VIT = ov_models.ViTConfig(**_BLOCK, patch_size=8, image_size=16)
 
 @contextlib.contextmanager
 def _refusing(name: str = "") -> Iterator[None]:
-  """Turn the errors that a user may see into Refused.
+  """Convert errors that are shown to users into Refused.
 
   Args:
-    name: what the message must name; "" for nothing.
+    name: text that the message must contain, or "".
 
   Raises:
-    AssertionError: the message is empty or too long, or does not name it.
+    AssertionError: if the message is empty or too long, or does not contain `name`.
   """
   try:
     yield
@@ -72,7 +70,7 @@ def _refusing(name: str = "") -> Iterator[None]:
 
 
 class _Files:
-  """Files of a folder; each is damaged in turn, and all are written anew before.
+  """Files of a folder. Before each trial all files are rewritten; then one is damaged.
 
   Attributes:
     seeds: the contents of the files.
@@ -87,7 +85,7 @@ class _Files:
     self._last: Path | None = None
 
   def damage(self, data: bytes, original: bytes) -> Path:
-    """Write `data` in place of the file with the content `original`, and return its path."""
+    """Replace the file whose content is `original` by `data`, and return its path."""
     if self._last is not None:
       self._last.write_bytes(self._contents[self._last])
     self._last = path = self._by_seed[original]
@@ -96,7 +94,7 @@ class _Files:
 
 
 def _defaults(config: ConfigDict) -> dict[str, str]:
-  """Flags of all settings of a configuration, with the values that they have."""
+  """Return flags for all settings of a configuration with their values."""
   found = {}
   for name in leaves(config):
     value = config
@@ -115,7 +113,7 @@ _SMALL = (
 
 
 class _Configs:
-  """Configurations: read as flags are, checked, and built without an array."""
+  """Configurations: parsed like flags, validated, and built without arrays."""
 
   def __init__(self, folder: Path):
     self._folder = folder
@@ -130,16 +128,15 @@ class _Configs:
       with _refusing_flags():
         values(argv)
       with _refusing():
-        launch.check_config(values.config, kind, "")
-    (stage, *_) = launch.resolve_stages(values.config)
-    make = ClipTask.from_config if kind == "clip_config" else CaptionTask.from_config
+        config = launch.check_config(values.config, kind)
+    (stage, *_) = launch.resolve_stages(config)
     with _refusing():
-      build_parts(stage.config, make, self._tokenizer, self._mesh)
+      build_parts(stage.config, self._tokenizer, self._mesh)
 
 
 @contextlib.contextmanager
 def _refusing_flags() -> Iterator[None]:
-  """As run_app treats errors of flags; of a configuration file any error is the user's."""
+  """Report flag errors like run_app; all errors in a configuration file are errors of the user."""
   try:
     yield
   except Exception as error:
@@ -176,14 +173,14 @@ class Flags(_Configs):
     try:
       settings = json.loads(text)
       own = [f"--config.{name}={value}" for name, value in settings.items()]
-    except (ValueError, AttributeError, RecursionError):  # no JSON: the text itself, in a flag
+    except (ValueError, AttributeError, RecursionError):  # not JSON: use the text as the value
       own = [f"--config.{text[2:40]}", f"--config.stages={text[:2000]}"]
     self.build([f"--config=apps/configs/{demo}.py", *_SMALL, *own], kind)
     return "used"
 
 
 class ConfigFiles(_Configs):
-  """Configuration files, which are programs."""
+  """Configuration files, which are Python programs."""
 
   def __init__(self, folder: Path):
     super().__init__(folder)
@@ -208,16 +205,16 @@ class ConfigFiles(_Configs):
 
 
 def _workdir(folder: Path) -> Path:
-  """A workdir with a model of two towers, texts, a checkpoint of step 0 and figures."""
+  """Create a workdir with a two-tower model, texts, a checkpoint of step 0 and metrics."""
   tokenizer = ov_data.Tokenizer.train(["a red square", "a blue dot"], 60, kind="words")
-  words = Words(
+  spec = TokenizerSpec(
     tokenizer.to_json(), 8, True, tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id,
     tokenizer.unk_id, tokenizer.cls_id,
   )  # fmt: skip
   params = jax.tree.map(np.asarray, ov_models.init(_CLIP, jax.random.key(0)))
   preprocess = Preprocess(16, "squash", (0.5,) * 3, (0.25,) * 3)
   workdir = folder / "run"
-  found = Imported(_CLIP, params, preprocess, words)
+  found = Imported(_CLIP, params, preprocess, spec)
   importer.write_workdir(workdir, found, "somewhere", folder)
   (workdir / "config.json").write_text(json.dumps(base.clip_config().to_dict()))
   (workdir / "evaluations").mkdir()
@@ -235,7 +232,7 @@ def _write_figures(path: Path, step: int) -> None:
 
 
 class Checkpoints(_Files):
-  """Files of a checkpoint: it is read as it was written, or is no checkpoint."""
+  """Files of a checkpoint: it is restored as it was written, or is not a checkpoint."""
 
   def __init__(self, folder: Path):
     self._workdir = _workdir(folder)
@@ -254,7 +251,7 @@ class Checkpoints(_Files):
 
 
 class Checksums(_Files):
-  """The files that its manifest lists, and the manifest: every change is found."""
+  """The manifest of a checkpoint and its files: every change is detected."""
 
   def __init__(self, folder: Path):
     checkpoint = _workdir(folder) / "checkpoints/0"
@@ -269,7 +266,7 @@ class Checksums(_Files):
 
 
 class Workdirs(_Files):
-  """What an export reads next to checkpoints: configuration and figures."""
+  """Inputs of an export in addition to checkpoints: configuration and metrics."""
 
   def __init__(self, folder: Path):
     super().__init__(_workdir(folder), ("config.json", "0.json"))
@@ -282,7 +279,7 @@ class Workdirs(_Files):
 
 
 class Tokenizers(_Files):
-  """A saved tokenizer with its text processor: the same ids, or it is refused."""
+  """Saved tokenizers with a text processor: the same token ids, or rejected."""
 
   _TEXTS = ("a red square", "two  Blue dots", "", "é [eos]")
 
@@ -301,7 +298,7 @@ class Tokenizers(_Files):
 
 
 class Imports:
-  """Folders of other libraries: a model that fits its config, or refused."""
+  """Model folders of other libraries: the model matches its config, or is rejected."""
 
   def __init__(self, folder: Path):
     clip = convert_testing.release(
@@ -323,7 +320,7 @@ class Imports:
       write(folder / kind, source)
       files = _Files(folder / kind, ("*.json", "*.safetensors"))
       self._files |= dict.fromkeys(files.seeds, (files, kind))
-    # Most files hold weights; what is about them is more often what is wrong.
+    # Most files contain weights; damage metadata more often.
     self.seeds = [*self._files]
 
   def check(self, data: bytes, original: bytes) -> Outcome:
@@ -336,7 +333,7 @@ class Imports:
 
 
 class Evaluations(_Files):
-  """Files of figures: compared and drawn, or refused."""
+  """Files of metrics: compared and drawn, or rejected."""
 
   def __init__(self, folder: Path):
     run = folder / "run"
@@ -360,7 +357,7 @@ class Evaluations(_Files):
 
 
 class Reports(_Files):
-  """What a report is made of: report.json and metrics.jsonl."""
+  """Inputs of a report: report.json and metrics.jsonl."""
 
   def __init__(self, folder: Path):
     lines = [
@@ -389,7 +386,7 @@ class Reports(_Files):
     self.damage(data, original)
     with _refusing():
       read_metrics(self.folder / "metrics.jsonl")
-      report.remake_report(self.folder)
+      report.recreate_report(self.folder)
     return "used"
 
 

@@ -1,7 +1,7 @@
-"""Our two towers, losses and optimizer against the predecessor's, through the name map.
+"""Compare two towers, losses and optimizer with the released OpenVision code, by the name map.
 
-The golden arrays come from a small random model run in float32 with exact matmuls. With
-OV_PRINT_GOLDEN=1 the largest difference to each is printed.
+The golden arrays come from a small random model in float32 with full-precision matmuls.
+OV_PRINT_GOLDEN=1 prints the largest difference of each array.
 """
 
 import functools
@@ -15,14 +15,14 @@ import orbax.checkpoint as ocp
 import pytest
 
 from apps.trainer.optimizer import OptimizerConfig, make_optimizer
-from apps.trainer.schedules import ScheduleConfig
+from apps.trainer.run_config import ScheduleSettings
 from ov_convert import openvision_jax
 import ov_losses
 import ov_models
 
 _CHECKPOINT = "openvision1_checkpoint/checkpoint.npz/5/default"
 
-# tests/golden/dims.json; the sizes are no published variant.
+# From tests/golden/dims.json; the sizes are not those of a published variant.
 CONFIG = ov_models.VisionLanguageConfig(
   encoder=ov_models.ViTConfig(
     width=64, depth=2, mlp_dim=128, num_heads=2, patch_size=8, image_size=32
@@ -59,7 +59,7 @@ def batch_of(golden):
 
 
 def total_loss(params, batch):
-  """1 x contrastive + 2 x caption, as published, and what it is made of."""
+  """Return the published loss, 1 x contrastive + 2 x caption, and its terms."""
   model = ov_models.bind(CONFIG, params)
   image = model.encode_image(batch["image_normalised"])
   text = model.encode_text(jnp.concatenate([batch["labels1"], batch["labels2"]]))
@@ -93,7 +93,7 @@ def gradient():
 
 @pytest.fixture(scope="module")
 def evaluated(golden):
-  """Outputs and gradients (under their names) of our model at the golden parameters."""
+  """Return the outputs and gradients of our model at the golden parameters, by golden name."""
   with jax.default_matmul_precision("highest"):
     params = openvision_jax.to_ours(under(golden, "param/"), CONFIG)
     (_, outputs), grads = gradient()(params, batch_of(golden))
@@ -106,7 +106,7 @@ def show(name, difference):
 
 
 def close(name, ours, theirs, tolerance, scale=None):
-  """The largest difference relative to the largest entry, or to `scale`."""
+  """Check the largest difference relative to the largest entry or to `scale`."""
   assert np.shape(ours) == np.shape(theirs), name
   scale = np.abs(theirs).max() if scale is None else scale
   difference = np.abs(np.asarray(ours) - theirs).max()
@@ -122,7 +122,7 @@ OUTPUTS = (
 
 @pytest.mark.parametrize("name", OUTPUTS)
 def test_outputs_and_losses(name, golden, evaluated):
-  # Two float32 programs that sum up to 192 terms in another order.
+  # Float32 sums of up to 192 terms in different order.
   close(name, evaluated[0][name], golden[name], 1e-5)
 
 
@@ -132,8 +132,8 @@ def test_every_gradient(golden, evaluated):
   assert len(theirs) == 113
   for name, grad in theirs.items():
     if name.endswith("key/bias"):
-      # Zero in exact arithmetic (a constant added to all keys leaves the softmax as it is): both
-      # sides are rounding errors, held against the gradient of the query bias.
+      # Zero in exact arithmetic, because a constant added to all keys does not change the softmax.
+      # Both sides are rounding errors, compared relative to the gradient of the query bias.
       scale = np.abs(theirs[name.replace("key/bias", "query/bias")]).max()
       close(f"grad/{name}, of the query bias", ours[name], grad, 1e-4, scale)
     else:
@@ -141,8 +141,8 @@ def test_every_gradient(golden, evaluated):
 
 
 @pytest.mark.parametrize("preset", ["default", "openvision_released", "clip"])
-def test_a_wrong_formula_is_caught(preset, golden):
-  # The comparison must be able to fail: our other presets are not theirs.
+def test_a_wrong_formula_is_detected(preset, golden):
+  # The comparison must fail for our other presets, which differ from the released code.
   text = ov_models.TextConfig(
     width=48, depth=2, mlp_dim=96, num_heads=2, vocab_size=128, max_len=16,
     **ov_models.PRESETS[preset].text,
@@ -161,7 +161,7 @@ def test_five_optimizer_steps(golden):
   batch = batch_of(golden)
   start = under(golden, "param/")
   params = openvision_jax.to_ours(start, CONFIG)
-  config = OptimizerConfig(1e-3, ScheduleConfig(warmup_steps=2))  # the rest is the recipe's
+  config = OptimizerConfig(1e-3, ScheduleSettings(warmup_steps=2))  # others: recipe
   optimizer = make_optimizer(config, params, total_steps=10)
 
   def step(params, opt):
@@ -169,7 +169,7 @@ def test_five_optimizer_steps(golden):
     updates, opt = optimizer.tx.update(grads, opt, params)
     return jax.tree.map(jnp.add, params, updates), opt, loss
 
-  # By default XLA keeps 0.9 * mu in float32, which the golden run rounded to bfloat16.
+  # XLA keeps 0.9 * mu in float32 by default; the golden run rounded it to bfloat16.
   step = jax.jit(step, compiler_options={"xla_allow_excess_precision": False})
   params = jax.tree.map(jnp.asarray, params)
   opt, losses = optimizer.tx.init(params), []
@@ -177,14 +177,14 @@ def test_five_optimizer_steps(golden):
     params, opt, loss = step(params, opt)
     losses.append(float(loss))
   show("train5_losses", np.abs(losses / golden["train5_losses"] - 1).max())
-  # They fall by 14%: a step that is wrong by 0.1% would move them by 1e-4.
+  # The losses fall by 14%, so an error of 0.1% in a step would change them by 1e-4.
   np.testing.assert_allclose(losses, golden["train5_losses"], rtol=1e-5)
 
   after, expected = openvision_jax.to_theirs(params, CONFIG), under(golden, "param_after5/")
   moved = max(np.abs(start[name] - w).max() for name, w in expected.items())
   difference = {name: np.abs(after[name] - w).ravel() / moved for name, w in expected.items()}
-  # Key biases have no gradient but rounding, and Adam divides it by its own size: their steps go
-  # anywhere.
+  # Gradients of key biases are rounding errors, which Adam normalizes, so their steps are
+  # arbitrary.
   biases = [difference.pop(name) for name in expected if name.endswith("key/bias")]
   show(f"key biases after 5 steps, of the largest move, {moved:.2g}", np.concatenate(biases).max())
   assert np.concatenate(biases).max() < 1
@@ -192,28 +192,28 @@ def test_five_optimizer_steps(golden):
   show("the median of all other parameters", np.median(rest))
   show("99.99% of them", np.quantile(rest, 0.9999))
   show("all of them", rest.max())
-  # Most differ by what float32 loses. A first moment that falls on the other side of a bfloat16
-  # rounding moves its step by 2^-8. Only where a gradient or a moment passes through zero is it
-  # rounding to more than that.
+  # Most differences are float32 rounding. If a first moment rounds to another bfloat16 value, its
+  # step changes by 2^-8. Larger differences occur only where a gradient or a moment is near
+  # zero.
   assert np.median(rest) < 1e-4
   assert np.quantile(rest, 0.9999) < 2**-8
   assert rest.max() < 0.05
 
 
-def test_what_decays_and_the_schedule(golden):
+def test_weight_decay_mask_and_schedule(golden):
   params = openvision_jax.to_ours(under(golden, "param/"), CONFIG)
-  optimizer = make_optimizer(OptimizerConfig(1.0, ScheduleConfig(warmup_steps=2)), params, 10)
+  optimizer = make_optimizer(OptimizerConfig(1.0, ScheduleSettings(warmup_steps=2)), params, 10)
   decayed = {entry.theirs for entry in openvision_jax.name_map(CONFIG).entries
              if optimizer.groups[entry.ours[0]] == "decayed"}  # fmt: skip
   assert decayed == {name for name in under(golden, "param/") if name.endswith("/kernel")}
   ours = np.array([optimizer.learning_rate(step) for step in range(11)])
-  # Two float32 formulas of a cosine between 0 and 1.
+  # Two float32 formulas for a cosine between 0 and 1.
   show("schedule", np.abs(ours - golden["schedule_multiplier_steps_0_to_10"]).max())
   np.testing.assert_allclose(ours, golden["schedule_multiplier_steps_0_to_10"], atol=2e-7)
 
 
-def test_their_checkpoint_loads(golden):
-  """The orbax checkpoint of the predecessor, after those five steps."""
+def test_the_released_checkpoint_loads(golden):
+  """Load the orbax checkpoint of the released OpenVision code after these five steps."""
   folder = find_golden(_CHECKPOINT)
   with ocp.PyTreeCheckpointer() as checkpointer:
     stored = checkpointer.restore(folder)
@@ -226,7 +226,7 @@ def test_their_checkpoint_loads(golden):
   for name, tensor in expected.items():
     np.testing.assert_array_equal(back[name], tensor, err_msg=name)
   (loss, _), _ = gradient()(params, batch_of(golden))
-  assert 0 < loss < golden["train5_losses"][-1]  # one update further
+  assert 0 < loss < golden["train5_losses"][-1]  # after one more update
 
 
 def find_golden(name):

@@ -1,6 +1,6 @@
-"""Four processes on loopback: one dies, fails, is slow or is asked to stop; what the others do.
+"""Reaction of four loopback processes when one of them dies, fails, is slow or is asked to stop.
 
-The times hold on a busy machine too: they are far above what is printed on an idle one.
+Time limits are far above the times on an idle machine, so that they also hold under load.
 """
 
 from collections.abc import Iterator
@@ -17,11 +17,11 @@ from tests.multiprocess import hosts_worker
 from tests.multiprocess.launcher import Group
 
 FOREVER = 1_000_000
-LIMIT = 100  # seconds for what takes ten
+LIMIT = 100  # seconds; an idle machine takes ten
 
 
 def start(what: str, ends: int = FOREVER, processes: int = 4, **env: str) -> Group:
-  """Starts the worker; `env` is for process 2."""
+  """Start the workers; `env` applies to process 2."""
   return Group(
     [hosts_worker.__file__, what, str(ends)],
     processes=processes,
@@ -31,7 +31,7 @@ def start(what: str, ends: int = FOREVER, processes: int = 4, **env: str) -> Gro
 
 
 def wait_for(group: Group, text: str, index: int = 1) -> None:
-  """Returns once a process has printed `text`."""
+  """Wait until a process has printed `text`."""
   deadline = time.monotonic() + LIMIT
   while text not in group.printed(index):
     assert None in group.codes() and time.monotonic() < deadline, group.printed(index)
@@ -39,7 +39,7 @@ def wait_for(group: Group, text: str, index: int = 1) -> None:
 
 
 def ended(group: Group) -> tuple[list[int], list[str]]:
-  """Codes, and what each printed last and beside its steps."""
+  """Return exit codes, and the last line and the lines other than steps of each process."""
   assert group.wait(LIMIT), f"still alive: {group.codes()}"
   results = group.results()
   texts = [re.sub(r"^step \d+\n", "", r.stderr, flags=re.MULTILINE) for r in results]
@@ -50,11 +50,11 @@ def ended(group: Group) -> tuple[list[int], list[str]]:
   ("what", "victim"),
   [
     ("nothing", 2),  # a collective fails
-    ("nothing", 0),  # the coordinator is gone
-    ("alone", 2),  # nothing but the missing signs of life
+    ("nothing", 0),  # the coordinator dies
+    ("alone", 2),  # only heartbeats are missing
   ],
 )
-def test_the_others_end_and_name_who_is_gone(what: str, victim: int):
+def test_the_others_end_and_name_the_dead_process(what: str, victim: int):
   with start(what) as group:
     wait_for(group, "step 30\n")
     killed = time.monotonic()
@@ -74,7 +74,7 @@ def test_the_others_end_and_name_who_is_gone(what: str, victim: int):
     assert not any("Check failure" in text for text in texts), "the runtime of jax was faster"
 
 
-def test_a_process_that_fails_ends_the_others_and_is_named():
+def test_a_failing_process_is_reported_and_ends_the_others():
   with start("error", processes=3) as group:
     codes, texts = ended(group)
   assert codes == [75, 75, 1], texts
@@ -85,7 +85,7 @@ def test_a_process_that_fails_ends_the_others_and_is_named():
 
 
 @pytest.mark.parametrize("what", ["mistake", "all"])
-def test_a_mistake_of_the_user_is_one_in_every_process(what: str):
+def test_an_error_of_the_user_is_reported_by_every_process(what: str):
   with start(what, processes=3) as group:
     codes, texts = ended(group)
   assert codes == [2, 2, 2], texts
@@ -96,21 +96,21 @@ def test_a_mistake_of_the_user_is_one_in_every_process(what: str):
     assert "config.batch_size=0 is not positive" in text
 
 
-def test_a_slow_process_is_named_and_the_run_goes_on():
+def test_a_slow_process_is_reported_and_the_run_continues():
   with start("slow", ends=150, processes=3) as group:
     codes, texts = ended(group)
   assert codes == [0, 0, 0], texts
   named, over = [line for line in texts[0].splitlines() if line.startswith("process 2 (host ")]
-  # Which of the two signs comes first depends on how long the steps before it took.
-  sign = r"(at step 20 for \d+ s, waiting for input|last 4 s went into: waiting for input; .+)"
+  # Which of the two reports comes first depends on the duration of earlier steps.
+  sign = r"(at step 20 for \d+ s, waiting for input|last 4 s were spent in: waiting for input; .+)"
   assert re.search(f"{sign}; the others wait for it$", named), named
-  assert "no longer behind" in over
+  assert "caught up" in over
   assert not any("process" in text for text in texts[1:])
 
 
 @contextlib.contextmanager
 def metadata_server() -> Iterator[tuple[str, dict[str, str]]]:
-  """Host and port of a stand-in for Google's, and its answers."""
+  """Start a fake of Google's metadata server; return its host, port and answers."""
   values = {"maintenance-event": "NONE", "preempted": "FALSE"}
 
   class Handler(http.server.BaseHTTPRequestHandler):

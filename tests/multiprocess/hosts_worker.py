@@ -1,15 +1,15 @@
-"""One process of the tests of apps.trainer.hosts: steps that need all processes, and what befalls.
+"""Worker process for tests of apps.trainer.hosts: runs collective steps and simulates an event.
 
   hosts_worker.py BEFALLS ENDS
 
-BEFALLS is what happens to process 2 at step 20:
-  nothing   the steps go on until the test kills somebody
-  alone     the same, without any exchange between the processes
-  slow      its input takes 12 seconds
+BEFALLS is the event of process 2 at step 20:
+  nothing   the steps continue until the test kills a process
+  alone     the same without collectives
+  slow      the input takes 12 seconds
   error     an exception
   mistake   a UserError
   all       a UserError in every process
-ENDS is the number of steps. Every process prints each step, process 0 what `Hosts` says.
+ENDS is the number of steps. Every process prints its steps; process 0 also the reports of `Hosts`.
 """
 
 import sys
@@ -42,14 +42,14 @@ def befall(what: str, me: int) -> None:
 
 
 def main(what: str, ends: int) -> int:
-  # Without an exchange only the runtime of jax misses a process; with one, errors come before.
+  # Without collectives only JAX's runtime detects a dead process; a collective fails earlier.
   gone_after = 10 if what == "alone" else 60
   ov_sharding.initialize(timeout_seconds=100, gone_after_seconds=gone_after)
   me, mesh = jax.process_index(), ov_sharding.make_mesh(ov_sharding.MeshConfig())
   add = jax.jit(lambda x: x + jnp.sum(x), out_shardings=ov_sharding.batch_sharding(mesh))
   with Hosts(say, slow_after=SLOW_AFTER, gone_after=gone_after) as hosts:
     hosts.last_checkpoint = lambda: CHECKPOINT
-    with StopRequest() as stop, hosts.told():
+    with StopRequest() as stop, hosts.report_errors():
       for step in range(ends):
         if asked := stop.requested(step):
           say(f"{asked}: stopped at {step}")

@@ -1,8 +1,8 @@
-"""A run of four processes loses one, and later process 0; no figure shows it in the end.
+"""A run of four processes in which one, and later process 0, is killed gives unchanged metrics.
 
-metrics.jsonl is compared bit for bit with that of a run that nobody disturbed: it has the loss of
-every step, which depends on every example of the batch, and the count of examples. The checkpoints
-of the last step hold the position of the loader.
+metrics.jsonl must be bitwise equal to that of an uninterrupted run. It contains the loss of every
+step, which depends on every example of the batch, and the number of examples. The checkpoint of the
+last step contains the position of the loader.
 """
 
 import json
@@ -25,12 +25,12 @@ FLAGS = (
   f"--config.checkpoint.every={EVERY}",
   f"--config.eval.every={STEPS}",
 )
-LIMIT = 600  # seconds for what takes twenty on an idle machine
+LIMIT = 600  # seconds; an idle machine takes twenty
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-  """Of all runs, with their compile cache."""
+  """Create the home directory of all runs, which contains their compile cache."""
   return tmp_path_factory.mktemp("home")
 
 
@@ -50,7 +50,7 @@ def run(workdir: Path, home: Path) -> None:
 
 
 def kill(workdir: Path, home: Path, victim: int, step: int) -> None:
-  """Starts the run, kills a process after `step` steps, and looks at how the others end."""
+  """Start the run, kill a process after `step` steps, and check how the others end."""
   with start(workdir, home) as group:
     path, deadline = workdir / "metrics.jsonl", time.monotonic() + LIMIT
     while not path.exists() or not any(m["step"] >= step for m in read_metrics(path)):

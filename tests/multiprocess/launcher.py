@@ -1,9 +1,9 @@
-"""Runs one Python program as several JAX processes on this machine, over loopback sockets.
+"""Run a Python program as several JAX processes on this machine, over loopback sockets.
 
   results = launch(["-m", "apps.caption_train", "--config=..."], processes=2, devices=2)
 
-Each process sees `devices` simulated CPU devices and the variables that `ov_sharding.initialize`
-reads. When one process fails or the time is up, all of them are killed, children included.
+Each process has `devices` simulated CPU devices and the variables that `ov_sharding.initialize`
+reads. After a failure or a timeout, all processes and their children are killed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ from typing import Self
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """What one process left behind. A negative return code is the signal that ended it."""
+  """Exit code and output of a process. A negative code is the signal that ended it."""
 
   returncode: int
   stdout: str
@@ -30,7 +30,7 @@ class Result:
 
 
 class LaunchError(RuntimeError):
-  """A process failed or the time ran out; the message holds the end of every output."""
+  """A process failed or timed out; the message contains the end of every output."""
 
   def __init__(self, reason: str, results: Sequence[Result]):
     tails = [
@@ -42,14 +42,14 @@ class LaunchError(RuntimeError):
 
 
 def free_port() -> int:
-  """A TCP port that was free a moment ago."""
+  """Return a TCP port that is currently free."""
   with socket.socket() as s:
     s.bind(("127.0.0.1", 0))
     return s.getsockname()[1]
 
 
 class Group:
-  """Processes of one run; a context manager that kills what is left of them, children included."""
+  """Context manager for the processes of a run; kills remaining processes and their children."""
 
   def __init__(
     self,
@@ -60,7 +60,7 @@ class Group:
     env: Mapping[str, str] | None = None,
     per_process_env: Sequence[Mapping[str, str]] | None = None,
   ):
-    """Starts them; the arguments are those of `launch`."""
+    """Start the processes; the arguments are those of `launch`."""
     self._stack = contextlib.ExitStack()
     self._root = pathlib.Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
     self.running: list[subprocess.Popen[bytes]] = []
@@ -96,11 +96,11 @@ class Group:
         )
 
   def codes(self) -> list[int | None]:
-    """The return code of each, None while it runs."""
+    """Return the exit code of each process, None while it runs."""
     return [process.poll() for process in self.running]
 
   def wait(self, timeout: float) -> bool:
-    """Whether all ended within `timeout` seconds."""
+    """Wait for all processes; return whether they ended within `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while None in self.codes():
       if time.monotonic() > deadline:
@@ -109,15 +109,15 @@ class Group:
     return True
 
   def kill(self) -> None:
-    """Ends all with SIGKILL, children included."""
+    """Kill all processes and their children."""
     _kill_all(self.running)
 
   def printed(self, index: int) -> str:
-    """What a process has written to standard error so far."""
+    """Return the standard error output of a process so far."""
     return (self._root / f"{index}.err").read_text(errors="replace")
 
   def results(self) -> list[Result]:
-    """What each left behind; all must have ended."""
+    """Return the results of all processes, which must have ended."""
     return [
       Result(
         process.wait(),
@@ -143,21 +143,21 @@ def launch(
   env: Mapping[str, str] | None = None,
   per_process_env: Sequence[Mapping[str, str]] | None = None,
 ) -> list[Result]:
-  """Runs `python *args` as `processes` processes and waits for all of them.
+  """Run `python *args` in `processes` processes and wait for all of them.
 
   Args:
     args: arguments of the Python interpreter: a script path, or "-m" and a module.
-    processes: number of processes; with 1 no coordinator is set, as in a plain run.
-    devices: simulated CPU devices in each process.
-    timeout: seconds until everything is killed.
-    env: variables for all processes, on top of the ones of this process.
-    per_process_env: variables for each process, on top of `env`.
+    processes: number of processes; 1 sets no coordinator, as in a normal run.
+    devices: number of simulated CPU devices per process.
+    timeout: seconds until all processes are killed.
+    env: variables for all processes, in addition to those of this process.
+    per_process_env: variables for each process, in addition to `env`.
 
   Returns:
     One `Result` per process, in process order, all with return code 0.
 
   Raises:
-    LaunchError: when a process returns another code, or the time runs out.
+    LaunchError: if a process returns another code, or the time runs out.
   """
   with Group(
     args, processes=processes, devices=devices, env=env, per_process_env=per_process_env
@@ -171,7 +171,7 @@ def launch(
 
 
 def _wait(group: Group, timeout: float) -> str | None:
-  """None when all ended with 0, else what went wrong first."""
+  """Wait for all processes; return None if all exit with 0, otherwise the first failure."""
   deadline = time.monotonic() + timeout
   while True:
     codes = group.codes()
@@ -188,7 +188,7 @@ def _wait(group: Group, timeout: float) -> str | None:
 
 def _kill_all(running: Sequence["subprocess.Popen[bytes]"]) -> None:
   for process in running:
-    # The group outlives its leader while children run, so it is signalled in either case.
+    # The group exists while children run, even after its leader has ended, so always signal it.
     with contextlib.suppress(ProcessLookupError):
       os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -1,6 +1,6 @@
-"""One process of the multi-process test: five steps of a small MLP, params split over fsdp.
+"""Worker process of multiprocess_test: five steps of a small MLP with params sharded over fsdp.
 
-Prints one JSON line: the loss before each step and a checksum of the params after the last.
+Prints one JSON line: the loss before each step, and a checksum of the final params.
 """
 
 import json
@@ -14,6 +14,7 @@ import ov_sharding
 
 BATCH, WIDTH, HIDDEN, STEPS = 16, 8, 32, 5
 AXES = {"fc1": ("embed", "mlp"), "fc2": ("mlp", "embed")}
+RULES = {"embed": ("fsdp",), "mlp": ("tensor",)}
 
 
 def loss_fn(params: dict, batch: dict) -> jax.Array:
@@ -40,7 +41,7 @@ def init() -> dict:
 def main(data: int, fsdp: int, tensor: int, order: str) -> None:
   ov_sharding.initialize(timeout_seconds=60)
   devices = jax.devices()
-  if order == "interleaved":  # hosts alternate along the batch
+  if order == "interleaved":  # rows of the batch alternate between hosts
     half = len(devices) // 2
     devices = [devices[i // 2 + half * (i % 2)] for i in range(len(devices))]
     mesh = jax.sharding.Mesh(np.array(devices).reshape(data, fsdp, tensor), ov_sharding.AXES)
@@ -49,7 +50,7 @@ def main(data: int, fsdp: int, tensor: int, order: str) -> None:
 
   shapes = jax.eval_shape(init)
   params = shapes["params"]
-  param_shardings = ov_sharding.tree_shardings(AXES, params, mesh)
+  param_shardings = ov_sharding.tree_shardings(AXES, params, mesh, RULES)
   shardings = ov_sharding.state_shardings(shapes, params, param_shardings, mesh)
   state = jax.jit(init, out_shardings=shardings)()
   scalar = ov_sharding.replicated(mesh)

@@ -1,4 +1,4 @@
-"""Two processes on real loopback sockets train like one process; failures are short and clear."""
+"""Two processes on loopback sockets give the losses of one process; failures give clear errors."""
 
 import functools
 import json
@@ -10,14 +10,14 @@ import pytest
 from tests.multiprocess import mlp_worker
 from tests.multiprocess.launcher import LaunchError, Result, free_port, launch
 
-# The gradients are float32 sums of 16 rows, added in another order on each mesh (relative error
-# below 16 * 6e-8), and five steps at rate 0.1 let it grow little.
+# The order of the float32 sums of 16 rows in gradients depends on the mesh (relative error below
+# 16 * 6e-8), and five steps at learning rate 0.1 amplify the error little.
 RTOL = 1e-5
 
 
 def train(processes, devices, *args):
   results = launch([mlp_worker.__file__, *args], processes=processes, devices=devices, timeout=120)
-  # Gloo reports on standard output too; the result is the one line of JSON.
+  # Gloo also logs to standard output; the result is the only JSON line.
   lines = [json.loads(line) for r in results for line in r.stdout.splitlines() if line[0] == "{"]
   assert [line["processes"] for line in lines] == [processes] * processes
   assert all(line == lines[0] for line in lines)
@@ -39,11 +39,11 @@ def test_one_process_learns():
   "args",
   [
     ("-1", "1", "1", "mesh"),  # data across processes
-    ("1", "4", "1", "mesh"),  # params split across processes
-    ("1", "2", "2", "interleaved"),  # devices of the two processes alternate in the batch
+    ("1", "4", "1", "mesh"),  # params sharded across processes
+    ("1", "2", "2", "interleaved"),  # devices of the two processes alternate along the batch
   ],
 )
-def test_two_processes_equal_one(args):
+def test_two_processes_give_the_losses_of_one(args):
   expected, got = one_process(), train(2, 2, *args)
   np.testing.assert_allclose(got["losses"], expected["losses"], rtol=RTOL)
   np.testing.assert_allclose(got["checksum"], expected["checksum"], rtol=RTOL)
@@ -69,7 +69,7 @@ time.sleep(60)
 
 
 def test_launcher_kills_everything_when_time_is_up(tmp_path):
-  # The child of the process must die too.
+  # The child of the process must also die.
   code = f"""
 import pathlib, subprocess, sys, time
 child = "import pathlib, time; time.sleep(4); pathlib.Path('{tmp_path}/alive').touch()"
@@ -95,7 +95,7 @@ def test_launcher_environment():
 
 
 def failed_start(code, **env):
-  """The one process of a run of two that stays alone."""
+  """Start only one of two processes and return its error."""
   variables = {"OV_COORDINATOR": f"127.0.0.1:{free_port()}", "OV_NUM_PROCESSES": "2", **env}
   with pytest.raises(LaunchError) as error:
     run_python(code, processes=1, devices=1, env=variables, timeout=60)
@@ -103,7 +103,7 @@ def failed_start(code, **env):
   return result.stderr, variables["OV_COORDINATOR"]
 
 
-def test_missing_coordinator_is_named():
+def test_missing_coordinator_is_reported():
   code = "import ov_sharding; ov_sharding.initialize(timeout_seconds=2)"
   stderr, coordinator = failed_start(code, OV_PROCESS_ID="1")
   assert f"process 1 of 2: nothing listens at coordinator {coordinator} after 2 s" in stderr
@@ -112,11 +112,11 @@ def test_missing_coordinator_is_named():
 def test_missing_peer_is_reported_with_the_coordinator():
   code = "import ov_sharding; ov_sharding.initialize(timeout_seconds=2)"
   stderr, coordinator = failed_start(code, OV_PROCESS_ID="0")
-  assert f"Waiting for the other processes since 1 s (coordinator {coordinator}" in stderr
+  assert f"Still waiting for the other processes after 1 s (coordinator {coordinator}" in stderr
   assert "Start-up failed: not all processes connected within 2 s" in stderr
 
 
-def test_too_late_and_twice():
+def test_initialize_too_late_or_twice():
   code = """
 import jax, ov_sharding
 jax.devices()
@@ -127,5 +127,5 @@ ov_sharding.initialize(timeout_seconds=2)
   assert "must be called before any JAX calls" in stderr
 
   twice = "import ov_sharding; ov_sharding.initialize(); ov_sharding.initialize()"
-  with pytest.raises(LaunchError, match="was called before in this process; call it once"):
+  with pytest.raises(LaunchError, match="was already called in this process; call it once"):
     run_python(twice, processes=2, devices=1, timeout=60)

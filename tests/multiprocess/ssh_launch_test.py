@@ -1,7 +1,7 @@
-"""A run of four processes goes on by itself when one is killed, and no figure shows it.
+"""A run of four processes restarts itself after one is killed, with unchanged metrics.
 
-`kill -9` of one process under the script that tools/launch writes for ssh: all end, all begin again
-from the last checkpoint, and metrics.jsonl is that of four processes that nobody disturbed.
+After `kill -9` of one process, the program of `tpu launch --kind=ssh` ends all processes and
+restarts them from the last checkpoint. metrics.jsonl must equal that of an uninterrupted run.
 """
 
 from collections.abc import Callable
@@ -16,12 +16,12 @@ import uuid
 from apps.trainer.sinks import compare_metrics, read_metrics
 from tests.end_to_end import runner
 from tests.multiprocess import launcher
-from tools.launch import fake_ssh, ssh
-from tools.launch.job import Job
+from tools.tpu import fake_ssh
+from tools.tpu.job import Job, ssh_script
 
 HOSTS = ("a", "b", "c", "d")
 STEPS, EVERY, KILL_AT = 12, 4, 6
-LIMIT = 600  # seconds for what takes thirty on an idle machine
+LIMIT = 600  # seconds; an idle machine takes thirty
 FLAGS = (
   *runner.TINY,
   f"--config.total_steps={STEPS}",
@@ -35,7 +35,7 @@ def variables(home: Path) -> dict[str, str]:
 
 
 def start(folder: Path, home: Path) -> subprocess.Popen[bytes]:
-  """The script, whose hosts are this machine; what it prints goes to FOLDER/log."""
+  """Start the script with this machine as all hosts; its output goes to FOLDER/log."""
   env = variables(home)
   kept = [f"{name}={env[name]}" for name in ("PYTHONPATH", "HOME", "XLA_FLAGS")]
   checkout = fake_ssh.install(folder, "env", *kept, sys.executable)
@@ -46,14 +46,14 @@ def start(folder: Path, home: Path) -> subprocess.Popen[bytes]:
   )  # fmt: skip
   script = folder / "job.py"
   port = launcher.free_port()
-  script.write_text(ssh.script(job, HOSTS, "127.0.0.1", port, str(checkout), "cpu"))
+  script.write_text(ssh_script(job, HOSTS, "127.0.0.1", port, str(checkout), "cpu"))
   env["PATH"] = f"{folder}/bin:{env['PATH']}"
   with (folder / "log").open("wb") as log:
     return subprocess.Popen([sys.executable, script], stdout=log, stderr=log, env=env)
 
 
 def apps(folder: Path) -> dict[str, int]:
-  """Ids of the live processes of the app, by number in the run."""
+  """Return the ids of the live processes of the app by process number."""
   found = {}
   for place in Path("/proc").iterdir():
     try:
@@ -62,7 +62,7 @@ def apps(folder: Path) -> dict[str, int]:
         if (place / "exe").resolve() == Path(sys.executable).resolve():
           found[environment["OV_PROCESS_ID"]] = int(place.name)
     except OSError:
-      continue  # it ended meanwhile
+      continue  # the process has ended
   return found
 
 
@@ -71,7 +71,7 @@ def _words(path: Path) -> list[str]:
 
 
 def wait_for(folder: Path, process: subprocess.Popen[bytes], true: Callable[[], bool]) -> float:
-  """The time at which it was true."""
+  """Wait until a condition is true and return the time."""
   deadline = time.monotonic() + LIMIT
   while not true():
     assert time.monotonic() < deadline and process.poll() is None, (folder / "log").read_text()
@@ -79,7 +79,7 @@ def wait_for(folder: Path, process: subprocess.Popen[bytes], true: Callable[[], 
   return time.monotonic()
 
 
-def test_kill_9_of_one_process_changes_no_figure(tmp_path: Path):
+def test_kill_9_of_one_process_changes_no_metric(tmp_path: Path):
   home = tmp_path / "home"
   launcher.launch(
     [str(runner.CAPTION_TRAIN), *FLAGS, f"--workdir={tmp_path / 'undisturbed'}"],
@@ -104,7 +104,7 @@ def test_kill_9_of_one_process_changes_no_figure(tmp_path: Path):
     seen = wait_for(folder, process, lambda: "launch: c: ended with" in log.read_text())
     assert not set(first.values()) & set(apps(folder).values())
     reached = step()
-    # A run that resumes cuts away the lines after its checkpoint, and writes them again.
+    # A resumed run truncates the lines after its checkpoint and rewrites them.
     wait_for(folder, process, lambda: step() < reached)
     again = wait_for(folder, process, lambda: step() > reached // EVERY * EVERY)
     code = process.wait(timeout=LIMIT)
@@ -114,7 +114,7 @@ def test_kill_9_of_one_process_changes_no_figure(tmp_path: Path):
   said = log.read_text()
   assert code == 0, said
   assert "launch: c: ended with code 137, signal 9" in said
-  assert "launch: all begin again in 2 s, from the last checkpoint; 1 tries left" in said
+  assert "launch: all restart in 2 s from the last checkpoint; 1 restarts left" in said
   assert not apps(folder)
   print(f"from kill to notice {seen - killed:.1f} s, to the first new step {again - killed:.1f} s")
   assert reached < STEPS, "killed too late to change anything"

@@ -1,10 +1,11 @@
-"""Installs packages of this repository with pip alone, and runs the examples of their READMEs.
+"""Install packages of this repository with pip, and run the examples of their READMEs.
 
 python3 tests/standalone/pip_install_check.py [ov-models ...]
 
-Needs Python 3.11 or newer with venv, and a package index. For each package (default: all) it makes
-an empty environment, installs that one directory, lists what came along, and runs the first Python
-block of its README. It fails where tensorflow or torch was pulled in.
+Requires Python 3.11 or newer with venv, and a package index. For each package (default: all),
+creates an empty environment, installs only its directory and those of the packages that it
+requires, lists the dependencies, and runs the first Python block of its README. Fails if tensorflow
+or torch is installed as a dependency.
 """
 
 import json
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 
 PACKAGES = pathlib.Path(__file__).parents[2] / "packages"
 HEAVY = {"tensorflow", "tensorflow-cpu", "torch"}
@@ -30,7 +32,7 @@ def check(name: str, folder: pathlib.Path) -> None:
   subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
   python = folder / "venv/bin/python"
   pip = [python, "-m", "pip", "--disable-pip-version-check"]
-  subprocess.run([*pip, "install", "--quiet", PACKAGES / name], check=True)
+  subprocess.run([*pip, "install", "--quiet", *required(name)], check=True)
   listed = subprocess.run([*pip, "list", "--format=json"], check=True, capture_output=True)
   versions = {dist["name"]: dist["version"] for dist in json.loads(listed.stdout)}
   print(f"{name}: installed in {time.monotonic() - start:.0f} s:")
@@ -43,6 +45,13 @@ def check(name: str, folder: pathlib.Path) -> None:
     sys.exit(f"{PACKAGES / name / 'README.md'} has no Python block to run")
   subprocess.run([python, "-c", example[1]], cwd=folder, check=True)
   print(f"{name}: the README's example ran; {time.monotonic() - start:.0f} s in all", flush=True)
+
+
+def required(name: str) -> list[pathlib.Path]:
+  """Return the directories of a package and of the packages of this repository that it requires."""
+  project = tomllib.loads((PACKAGES / name / "pyproject.toml").read_text())["project"]
+  own = [re.match(r"ov-\w+", line) for line in project["dependencies"]]
+  return [*(PACKAGES / found[0] for found in own if found), PACKAGES / name]
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""What the parts of this repository cost on this machine, and what became slower.
+"""Run the benchmarks of this repository, and compare two results.
 
   bazel run //tools/bench -- startup compile --out=bench.json
   bazel run //tools/bench -- --compare old.json new.json
 
-Names what to measure, and without a name says what there is; compile_tpu wants OV_EXTRAS=tpu.
-Prints tables, as Markdown; --out writes every round, --page puts tables and plots into
-docs/benchmarks.md. --compare ends with exit code 1 where something became slower or larger.
+Arguments are benchmark names; without any, the error lists them. Prints Markdown tables; --out
+writes the values of every round, --page updates the tables in docs/benchmarks.md. --compare exits
+with code 1 if a metric became worse.
 """
 
 import json
@@ -20,13 +20,15 @@ from absl import flags
 
 from apps.trainer.errors import UserError, run_app, user_errors
 
-_OUT = flags.DEFINE_string("out", None, "File to write the figures to, as JSON.")
-_PAGE = flags.DEFINE_string(
-  "page", None, "Page whose tables and plots are replaced: docs/benchmarks.md."
-)
-_ROUNDS = flags.DEFINE_integer("rounds", 5, "How often each case runs.", lower_bound=1)
-_ONLY = flags.DEFINE_string("only", "", "Regular expression; only cases it is found in.")
-_COMPARE = flags.DEFINE_bool("compare", False, "Compare two files of figures: old, new.")
+NAMES = ("startup", "compile", "step", "memory", "input", "checkpoint", "eval", "learning")
+
+_OUT = flags.DEFINE_string("out", None, "JSON file to write every round to.")
+_PAGE = flags.DEFINE_string("page", None, "Page whose tables are replaced: docs/benchmarks.md.")
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "Number of runs of each case.", lower_bound=1)
+_ONLY = flags.DEFINE_string("only", "", "Regular expression; run only cases that match.")
+_RUNS = flags.DEFINE_string("runs", None, "Folder that keeps the trainings of `learning`.")
+_FIGURES = flags.DEFINE_string("figures", None, "Folder for the charts of `learning`.")
+_COMPARE = flags.DEFINE_bool("compare", False, "Compare two files of --out: old, new.")
 
 
 def main(arguments: list[str]) -> None:
@@ -43,65 +45,63 @@ def main(arguments: list[str]) -> None:
 
 
 def _measure(names: list[str]) -> None:
-  """Measures all before a file is written."""
-  from tools.bench import (
-    checkpointing,
-    compiling,
-    evaluation,
-    harness,
-    losses,
-    memory,
-    results,
-    startup,
-    stepping,
-    tables,
-  )
-  from tools.bench import input as loading
+  """Run benchmarks, then write the requested files."""
+  from tools.bench import harness, results, tables
 
-  there = {
-    "startup": startup.make,
-    "compile": compiling.make_cpu,
-    "compile_tpu": compiling.make_tpu,
-    "step": stepping.make,
-    "loss": losses.make,
-    "memory": memory.make,
-    "memory_state": memory.make_state,
-    "memory_compiled": memory.make_compiled,
-    "data": loading.make,
-    "data_memory": loading.make_memory,
-    "checkpoint": checkpointing.make,
-    "eval": evaluation.make,
-  }
   if not names:
-    raise UserError(f"name what to measure; there are {', '.join(there)}")
-  if unknown := [name for name in names if name not in there]:
-    raise UserError(f"there is no benchmark {', '.join(unknown)}; there are {', '.join(there)}")
+    raise UserError(f"no benchmark is named; expected some of {', '.join(NAMES)}")
+  if unknown := [name for name in names if name not in NAMES]:
+    raise UserError(f"unknown {', '.join(unknown)}; expected some of {', '.join(NAMES)}")
   out = Path(_OUT.value).expanduser() if _OUT.value else None
   page = Path(_PAGE.value).expanduser() if _PAGE.value else None
-  if out and (out.is_dir() or not out.parent.is_dir()):  # said before hours of work
+  if out and (out.is_dir() or not out.parent.is_dir()):  # fail before hours of work
     raise UserError(f"--out={_OUT.value}; expected a file in a folder that exists")
   if page:
     with user_errors():
       tables.check_page(page, names)
+  if "learning" in names and len(names) > 1:
+    raise UserError("learning trains on simulated devices; run it without other benchmarks")
+  kept = Path(_RUNS.value).expanduser() if _RUNS.value else None
+  drawn = Path(_FIGURES.value).expanduser() if _FIGURES.value else None
+  if (kept or drawn) and names != ["learning"]:
+    raise UserError("--runs and --figures belong to learning; leave them out")
+  if drawn and not drawn.is_dir():
+    raise UserError(f"--figures={_FIGURES.value}; expected a folder that exists")
   try:
     wanted = re.compile(_ONLY.value).search
   except re.error as error:
-    raise UserError(f"--only={_ONLY.value} is no regular expression: {error}") from error
+    raise UserError(f"--only={_ONLY.value} is not a regular expression: {error}") from error
+  # Import heavy modules only after the arguments have been validated.
+  from tools.bench import compiling, evaluation, learning, memory, saving, startup, stepping
+  from tools.bench import input as loading
+
+  benchmarks = {
+    "startup": startup.make,
+    "compile": compiling.make,
+    "step": stepping.make,
+    "memory": memory.make,
+    "input": loading.make,
+    "checkpoint": saving.make,
+    "eval": evaluation.make,
+    "learning": learning.make,
+  }
   names = list(dict.fromkeys(names))
   with tempfile.TemporaryDirectory() as scratch:
-    benchmarks = []
+    chosen = []
     for name in names:
-      folder = Path(scratch) / name
-      folder.mkdir()
+      folder = kept or Path(scratch) / name
+      folder.mkdir(parents=True, exist_ok=True)
       with user_errors():
-        benchmarks.append(there[name](folder).only(wanted))
-    if empty := [benchmark.name for benchmark in benchmarks if not benchmark.cases]:
+        chosen.append(benchmarks[name](folder).only(wanted))
+    if empty := [benchmark.name for benchmark in chosen if not benchmark.cases]:
       raise UserError(f"--only={_ONLY.value} leaves no case of {', '.join(empty)}")
     say = _say if os.isatty(sys.stderr.fileno()) else _say_line
     measured = []
-    for one in benchmarks:
+    for one in chosen:
       rounds = 1 if one.exact else _ROUNDS.value
       measured.append((one, harness.measure(one, rounds, say), rounds))
+    if drawn:
+      learning.draw(chosen[0], folder, drawn)
   found = results.to_dict(measured, command_of(names))
   if out:
     out.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
@@ -112,16 +112,15 @@ def _measure(names: list[str]) -> None:
 
 
 def command_of(names: list[str]) -> str:
-  """What measures the same again; where the figures went does not matter."""
-  environment = ["OV_EXTRAS=tpu"] if "compile_tpu" in names else []
+  """Return the command that repeats the measurement, without --out and --page."""
   flags_given = [] if _ROUNDS.value == _ROUNDS.default else [f"--rounds={_ROUNDS.value}"]
   flags_given += [f"--only={_ONLY.value}"] if _ONLY.value else []
   program = ["tools/bazel", "run", "//tools/bench", "--"]
-  return shlex.join([*environment, *program, *names, *flags_given])
+  return shlex.join([*program, *names, *flags_given])
 
 
 def _say(text: str) -> None:
-  """In place of the line before."""
+  """Print a progress line in place of the previous one."""
   print(f"\r\033[K[bench] {text}", end="", file=sys.stderr, flush=True)
 
 

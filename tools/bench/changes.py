@@ -1,10 +1,10 @@
-"""What became slower or larger between two files of figures, beyond noise.
+"""Compare two --out files and report metrics that became worse by more than the noise.
 
-CPU seconds, and what is done in one, differ where the ranges of their rounds do not overlap and the
-medians are more than `MARGIN` apart: with five rounds each, ranges of equal programs part by chance
-once in 126 figures. A count differs where it is not equal. The clock is not judged, for other work
-on the machine stretches it. Between two machines seconds say nothing: there the ratios within a
-round are judged.
+CPU seconds, and rates per CPU second, differ if the ranges of their rounds do not overlap and the
+medians differ by more than `MARGIN`. With five rounds each, the ranges of equal programs are
+disjoint by chance once in 126 comparisons. Counts must be equal. Clock time is not compared because
+it depends on the load of the machine. Between two machines, only ratios within a round are
+compared.
 """
 
 from typing import Any
@@ -13,15 +13,15 @@ from tools.bench import results
 from tools.bench.harness import METRICS, Metric
 
 MARGIN = 0.05
-ROUNDS = 5  # fewer say too little of the noise
-_MACHINE = ("cpu", "cores", "system", "device")  # what seconds depend on beside the programs
+ROUNDS = 5  # fewer rounds do not show the noise
+_MACHINE = ("cpu", "cores", "system", "device")  # what timings also depend on
 
 
 def compare(old_path: str, new_path: str) -> tuple[str, bool]:
-  """(what changed, whether anything became worse).
+  """Return the report, and whether any metric became worse.
 
   Raises:
-    OSError, ValueError: files that cannot be read, or compared.
+    OSError, ValueError: if a file cannot be read, or the two cannot be compared.
   """
   old, new = results.read(old_path), results.read(new_path)
   same = all(old["machine"][name] == new["machine"][name] for name in _MACHINE)
@@ -35,18 +35,22 @@ def compare(old_path: str, new_path: str) -> tuple[str, bool]:
     _check(before[benchmark["name"]], benchmark)
     rows = {row["name"]: row for row in before[benchmark["name"]]["rows"]}
     for row in benchmark["rows"]:
-      for metric, figure in row["metrics"].items():
+      for metric, value in row["metrics"].items():
         earlier = rows.get(row["name"], {"metrics": {}})["metrics"].get(metric)
-        kind = METRICS[metric]
-        if earlier is None or not _judged(kind, ratio=row["ratio"], same_machine=same):
+        kind = METRICS.get(metric)
+        if (
+          kind is None
+          or earlier is None
+          or not _judged(kind, ratio=row["ratio"], same_machine=same)
+        ):
           continue
-        change = _change(kind, earlier, figure)
+        change = _change(kind, earlier, value)
         words = ("larger", "smaller") if kind.exact else ("slower", "faster")
         words = words[::-1] if kind.exact and kind.more else words
         line = f"{benchmark['name']}: {row['name']}, {kind.heading}: "
-        line += f"{earlier['median']:.4g} -> {figure['median']:.4g}"
+        line += f"{earlier['median']:.4g} -> {value['median']:.4g}"
         if earlier["median"]:
-          line += f" ({figure['median'] / earlier['median'] - 1:+.1%})"
+          line += f" ({value['median'] / earlier['median'] - 1:+.1%})"
         if change > 0:
           worse.append(f"{words[0]:8}{line}")
         elif change < 0:
@@ -54,7 +58,7 @@ def compare(old_path: str, new_path: str) -> tuple[str, bool]:
         else:
           alike += 1
   if not (worse or better or alike):
-    raise ValueError(f"{old_path} and {new_path} have no figure in common")
+    raise ValueError(f"{old_path} and {new_path} have no number in common")
   notes = [f"{len(worse)} worse, {len(better)} better, {alike} within noise"]
   if not same:
     notes.append("other machine: only counts and ratios were compared")
@@ -74,21 +78,21 @@ def _check(old: dict[str, Any], new: dict[str, Any]) -> None:
 
 
 def _judged(kind: Metric, *, ratio: bool, same_machine: bool) -> bool:
-  """A ratio moves with either of its cases, so it is judged only where they cannot be."""
+  """Return whether to compare a metric; ratios only if their cases cannot be compared directly."""
   if kind.exact:
     return not ratio
   return kind.judged and ratio != same_machine
 
 
 def _change(kind: Metric, old: dict[str, Any], new: dict[str, Any]) -> int:
-  """1 for worse, -1 for better, 0 for neither."""
+  """Return 1 if the metric became worse, -1 if better, otherwise 0."""
   if kind.more:
     return -_grown(kind, old, new)
   return _grown(kind, old, new)
 
 
 def _grown(kind: Metric, old: dict[str, Any], new: dict[str, Any]) -> int:
-  """1 for more, -1 for less, 0 for neither."""
+  """Return 1 if the value grew, -1 if it shrank, otherwise 0."""
   if kind.exact:
     return (new["median"] > old["median"]) - (new["median"] < old["median"])
   margin = 1 + MARGIN

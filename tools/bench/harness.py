@@ -1,11 +1,10 @@
-"""Cases that are run in turn, round after round, and what a round gives.
+"""Benchmark harness: runs cases in interleaved rounds and records the metrics of each round.
 
   benchmark = Benchmark("startup", "...", [Case("help/export", run), ...], ratios=[...])
   measured = measure(benchmark, rounds=5, say=print)
 
-Rounds interleave the cases, so that what else the machine does hits all alike. A comparison is the
-ratio of two cases within a round. A figure is the median over the rounds, with the lowest and the
-highest beside it.
+Interleaving spreads the effect of other load on the machine over all cases. Cases are compared by
+their ratio within a round. Results are the median and range over the rounds.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,14 +21,14 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-  """Something a case may give.
+  """A metric that a case may return.
 
   Attributes:
-    heading: of its column.
-    exact: the same in every round; else it varies.
-    more: whether more is better.
-    judged: whether `--compare` says what became worse: not of the clock, which stretches with
-      whatever else the machine does.
+    heading: column heading.
+    exact: whether the value must be the same in every round.
+    more: whether higher is better.
+    judged: whether `--compare` reports changes. False for clock time, which depends on the load of
+      the machine.
   """
 
   heading: str
@@ -38,11 +37,11 @@ class Metric:
   judged: bool = True
 
 
-# In the order of the tables. "CPU s" are seconds of all cores together.
+# In table order. "CPU s" is summed over all cores.
 METRICS: dict[str, Metric] = {
   "blocked_s": Metric("s before the next step", judged=False),
   "cpu_s": Metric("CPU s"),
-  "clock_s": Metric("clock s", judged=False),
+  "clock_s": Metric("wall s", judged=False),
   "trace_cpu_s": Metric("trace CPU s"),
   "lower_cpu_s": Metric("lower CPU s"),
   "compile_cpu_s": Metric("compile CPU s"),
@@ -58,30 +57,33 @@ METRICS: dict[str, Metric] = {
   "gflops_per_cpu_s": Metric("GFLOP per CPU s", more=True),
   "mfu": Metric("MFU", more=True, judged=False),
   "resident_mib": Metric("resident MiB", judged=False),
-  "grown_mib": Metric("MiB more at the peak", judged=False),
+  "grown_mib": Metric("added peak MiB", judged=False),
   "file_mib": Metric("MiB on disk", judged=False),
   "state_mib": Metric("state MiB", exact=True),
   "temporary_mib": Metric("temporaries MiB", exact=True),
   "peak_mib": Metric("peak MiB", exact=True),
-  "kept_mib": Metric("MiB kept per image", exact=True),
-  "host_mib": Metric("MiB per image on the host", exact=True),
-  "batch_16": Metric("batch on 16 GB", exact=True, more=True),
-  "batch_24": Metric("24 GB", exact=True, more=True),
-  "batch_40": Metric("40 GB", exact=True, more=True),
-  "batch_80": Metric("80 GB", exact=True, more=True),
-  "batch_141": Metric("141 GB", exact=True, more=True),
   "instructions": Metric("HLO instructions", exact=True),
+  "loss_early": Metric("loss, early", judged=False),
+  "loss_late": Metric("loss, late", judged=False),
+  "grad_early": Metric("gradient norm, early", judged=False),
+  "grad_late": Metric("gradient norm, late", judged=False),
+  "scale_late": Metric("scale, end", judged=False),
+  "weights": Metric("weights, end", judged=False),
+  "bands": Metric("noise bands", judged=False),
+  "found_at": Metric("found at step", exact=True, judged=False),
+  "held_out_ours": Metric("held-out, OpenVision", judged=False),
+  "held_out_torch": Metric("held-out, PyTorch", judged=False),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """One thing to measure.
+  """One case of a benchmark.
 
   Attributes:
-    name: of the row.
-    run: does it once; gives a value for some of METRICS.
-    warm_up: whether a first run is thrown away.
+    name: row name.
+    run: function that runs the case once and returns values for some of METRICS.
+    warm_up: whether the first run is discarded.
   """
 
   name: str
@@ -91,7 +93,7 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Ratio:
-  """Case `case` in units of case `base`; the one that is to be small stands first."""
+  """The metrics of case `case` divided by those of case `base`."""
 
   case: str
   base: str
@@ -103,7 +105,7 @@ class Ratio:
 
 @dataclasses.dataclass(frozen=True)
 class Goal:
-  """The median of a row's metric is to be at most `limit`, or `at_least` it."""
+  """Limit on the median of a metric: an upper bound, or a lower bound if `at_least`."""
 
   row: str
   metric: str
@@ -115,33 +117,16 @@ class Goal:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plot:
-  """Curves of one metric, a point for each row.
-
-  Attributes:
-    title: above it, and of its file.
-    x_label: what the numbers across are.
-    metric: upwards.
-    lines: label -> (number across, row), in order.
-  """
-
-  title: str
-  x_label: str
-  metric: str
-  lines: Mapping[str, Sequence[tuple[float, str]]]
-
-
-@dataclasses.dataclass(frozen=True)
 class Benchmark:
-  """Cases that belong into one table.
+  """The cases of one table.
 
   Attributes:
-    name: on the command line.
-    about: what the rows are, for the reader of the table.
-    dtype: of the model; None where there is none.
-    batch: examples of a step; None where there is none.
-    notes: such as what was left out, and why.
-    exact: nothing it measures varies, so that one round says all.
+    name: name on the command line.
+    about: description of the rows, shown with the table.
+    dtype: dtype of the model, or None if there is no model.
+    batch: batch size, or None if there is no batch.
+    notes: remarks, such as which cases were left out and why.
+    exact: whether all metrics are deterministic, so that one round is enough.
   """
 
   name: str
@@ -152,42 +137,33 @@ class Benchmark:
   dtype: str | None = None
   batch: int | None = None
   notes: Sequence[str] = ()
-  plots: Sequence[Plot] = ()
   exact: bool = False
 
   def only(self, wanted: Callable[[str], object]) -> "Benchmark":
-    """The cases whose name is wanted, with the ratios and goals that are left."""
+    """Return the benchmark restricted to the cases with matching names, their ratios and goals."""
     cases = [case for case in self.cases if wanted(case.name)]
     names = {case.name for case in cases}
     ratios = [ratio for ratio in self.ratios if {ratio.case, ratio.base} <= names]
     rows = names | {ratio.name for ratio in ratios}
     goals = [goal for goal in self.goals if goal.row in rows]
-    plots = []
-    for plot in self.plots:
-      lines = {
-        label: [point for point in points if point[1] in rows]
-        for label, points in plot.lines.items()
-      }
-      if lines := {label: points for label, points in lines.items() if points}:
-        plots.append(dataclasses.replace(plot, lines=lines))
-    return dataclasses.replace(self, cases=cases, ratios=ratios, goals=goals, plots=plots)
+    return dataclasses.replace(self, cases=cases, ratios=ratios, goals=goals)
 
 
 class Stopwatch:
-  """Seconds since it was made or last read: of all threads of this process, and on the clock."""
+  """Measures CPU time of this process and clock time since the last reading."""
 
   def __init__(self) -> None:
     self.read()
 
   def read(self) -> tuple[float, float]:
-    """(CPU seconds, clock seconds); begins anew."""
+    """Return (CPU seconds, clock seconds), and restart."""
     now = time.process_time(), time.perf_counter()
     before, self._since = getattr(self, "_since", now), now
     return now[0] - before[0], now[1] - before[1]
 
 
 def timed(work: Callable[[], T]) -> tuple[T, dict[str, float]]:
-  """What `work` gives, and its seconds; it must not leave anything running."""
+  """Return the result of `work` and its seconds; all its work must end before it returns."""
   watch = Stopwatch()
   found = work()
   cpu, clock = watch.read()
@@ -195,15 +171,15 @@ def timed(work: Callable[[], T]) -> tuple[T, dict[str, float]]:
 
 
 def measured(work: Callable[[], T]) -> tuple[T, dict[str, float]]:
-  """Like `timed`, and by how many MiB this process grew at most; without memory of devices."""
-  Path("/proc/self/clear_refs").write_text("5", "ascii")  # the peak begins anew
+  """Run `work` like `timed`, and add the peak growth of host memory in MiB."""
+  Path("/proc/self/clear_refs").write_text("5", "ascii")  # reset the peak
   before, _ = resident_mib()
   found, seconds = timed(work)
   return found, {**seconds, "grown_mib": max(0.0, resident_mib()[1] - before)}
 
 
 def resident_mib() -> tuple[float, float]:
-  """Of this process, now and at its peak."""
+  """Return the current and the peak resident memory of this process."""
   lines = Path("/proc/self/status").read_text("utf-8").splitlines()
   fields = {name: value for name, _, value in (line.partition(":") for line in lines)}
   now, peak = (int(fields[name].split()[0]) / 1024 for name in ("VmRSS", "VmHWM"))
@@ -211,32 +187,32 @@ def resident_mib() -> tuple[float, float]:
 
 
 def rates(what: str, count: float, seconds: Mapping[str, float]) -> dict[str, float]:
-  """`count` per second of the CPU and of the clock, under the names of METRICS."""
+  """Return `count` per CPU second and per clock second, under their names in METRICS."""
   return {
     f"{what}_per_cpu_s": count / seconds["cpu_s"],
     f"{what}_per_s": count / seconds["clock_s"],
   }
 
 
-Values = dict[str, dict[str, list[float]]]  # row -> metric -> one value a round
+Values = dict[str, dict[str, list[float]]]  # row -> metric -> one value per round
 
 
 def measure(benchmark: Benchmark, rounds: int, say: Callable[[str], None]) -> Values:
-  """Runs every case `rounds` times, in turn; ratios are rows, too.
+  """Run every case `rounds` times in interleaved order. Ratios become additional rows.
 
   Args:
-    benchmark: what to run.
-    rounds: at least 1.
-    say: shows a line of progress.
+    benchmark: the cases to run.
+    rounds: number of rounds, at least 1.
+    say: function that prints a progress line.
 
   Raises:
-    RuntimeError: an exact figure was not the same in every round.
+    RuntimeError: if an exact metric differs between rounds.
   """
   values: Values = {case.name: {} for case in benchmark.cases}
   turns = [case for case in benchmark.cases if case.warm_up]
   warm_ups = len(turns)
   turns += list(benchmark.cases) * rounds
-  took: dict[str, float] = {}  # seconds of the last run
+  took: dict[str, float] = {}  # duration of the last run in seconds
   for number, case in enumerate(turns):
     left = [took.get(turn.name) for turn in turns[number:]]
     known = [seconds for seconds in left if seconds is not None]
@@ -264,12 +240,12 @@ def measure(benchmark: Benchmark, rounds: int, say: Callable[[str], None]) -> Va
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:
-  """Median, lowest and highest."""
+  """Return median, minimum and maximum."""
   return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
 
 def cpu_seconds_of(process: int) -> float:
-  """CPU seconds that a process that still runs has used so far, all its threads together."""
+  """Return the CPU seconds used so far by all threads of a running process."""
   with open(f"/proc/{process}/stat", encoding="utf-8") as file:
     fields = file.read().rpartition(")")[2].split()
   return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

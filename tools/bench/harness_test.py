@@ -7,7 +7,6 @@ from tools.bench.harness import (
   Benchmark,
   Case,
   Goal,
-  Plot,
   Ratio,
   Stopwatch,
   cpu_seconds_of,
@@ -18,7 +17,7 @@ from tools.bench.harness import (
 
 
 def _benchmark(calls: list[str], values: dict[str, list[float]]) -> Benchmark:
-  """Cases that give the values in turn, and note when they ran."""
+  """Return a benchmark whose cases return given values in order and record when they ran."""
 
   def case(name: str) -> Case:
     given = iter(values[name])
@@ -34,19 +33,19 @@ def _benchmark(calls: list[str], values: dict[str, list[float]]) -> Benchmark:
   )
 
 
-def test_rounds_interleave_and_ratios_are_taken_within_them():
+def test_rounds_are_interleaved_and_ratios_are_within_rounds():
   calls: list[str] = []
   said: list[str] = []
   toy = _benchmark(calls, {"a": [99, 2, 9], "b": [4, 3]})
   values = measure(toy, 2, said.append)
-  assert calls == ["a", "a", "b", "a", "b"]  # the first is thrown away
+  assert calls == ["a", "a", "b", "a", "b"]  # the first run is discarded
   assert values["a"]["cpu_s"] == [2, 9] and values["b"]["cpu_s"] == [4, 3]
   assert values["a : b"]["cpu_s"] == [0.5, 3]
   assert said[0].startswith("toy 1/5  eta ?  warming up a")
   assert said[4].startswith("toy 5/5  eta 0:00:00  running b")
 
 
-def test_a_count_that_changes_is_an_error():
+def test_a_changed_count_is_an_error():
   counts = iter((1, 2))
   toy = Benchmark(
     "toy", "A toy.", [Case("a", lambda: {"instructions": next(counts)}, warm_up=False)]
@@ -55,22 +54,13 @@ def test_a_count_that_changes_is_an_error():
     measure(toy, 2, lambda _: None)
 
 
-def test_only_keeps_what_belongs_together():
+def test_only_keeps_related_ratios_and_goals():
   toy = _benchmark([], {"a": [], "b": []})
   assert toy.only(lambda name: name == "a").ratios == []
   assert toy.only(lambda name: name == "a").goals == []
   kept = toy.only(lambda name: True)
   assert [case.name for case in kept.cases] == ["a", "b"]
   assert kept.ratios == [Ratio("a", "b")] and len(kept.goals) == 1
-
-
-def test_only_keeps_the_points_that_are_left():
-  lines = {"both": [(1, "a"), (2, "b")], "other": [(2, "b")]}
-  toy = Benchmark(
-    "toy", "A toy.", [Case("a", dict), Case("b", dict)], plots=[Plot("t", "x", "cpu_s", lines)]
-  )
-  (plot,) = toy.only(lambda name: name == "a").plots
-  assert plot.lines == {"both": [(1, "a")]}
 
 
 def test_goals():
@@ -81,18 +71,18 @@ def test_goals():
 
 def test_seconds_of_this_process():
   watch = Stopwatch()
-  while watch.read()[0] == 0:  # some clocks stand still for a while
+  while watch.read()[0] == 0:  # some clocks are coarse
     sum(range(10_000))
-  ticks = 1 / os.sysconf("SC_CLK_TCK")  # the system counts in these
+  ticks = 1 / os.sysconf("SC_CLK_TCK")  # resolution of the system's counter
   assert abs(cpu_seconds_of(os.getpid()) - sum(os.times()[:2])) <= 2 * ticks
 
 
-def test_memory_that_is_given_back_counts_at_its_peak():
+def test_released_memory_counts_at_its_peak():
   mib = 2**20
   _, small = measured(lambda: np.ones(10 * mib, np.uint8))
   total, large = measured(lambda: int(np.ones(100 * mib, np.uint8).sum()))
   assert total == 100 * mib
-  # The system counts pages in lots, and this process has other work for some.
+  # The system counts pages in batches, and this process allocates some for other work.
   assert small["grown_mib"] < 50 < 90 < large["grown_mib"] < 150
   assert large["cpu_s"] > 0 and large["clock_s"] > 0
 

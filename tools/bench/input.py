@@ -1,20 +1,36 @@
-"""What the input of a train step costs: batches, the first one, the index, resuming, memory.
+"""Benchmark of the input pipeline: throughput, first batch, index, resuming, memory.
 
-Images for each CPU second are those of `ov_data.Loader` end to end: read, parse, decode, crop,
-resize, tokenise, batch. Beside it run a loader as one writes it first and the published pipeline,
-see `tools.bench.input_peers`.
+Images per CPU second are measured for `ov_data.Loader` end to end: read, parse, decode, crop,
+resize, tokenize, batch.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent import futures
+import contextlib
 import functools
+import io
+import multiprocessing
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+import time
+from typing import Any
 
-from tools.bench.harness import Benchmark, Case, Goal, Plot, Ratio, Stopwatch, measured, rates
+from PIL import Image
+
+from ov_data.index import load_indexes
+from tools.bench.harness import (
+  Benchmark,
+  Case,
+  Goal,
+  Ratio,
+  Stopwatch,
+  measured,
+  rates,
+  resident_mib,
+)
 from tools.bench.input_data import (
   BATCH,
   KINDS,
-  LARGE,
   SMALL,
   TINY_PIXELS,
   TINY_RECORDS,
@@ -25,117 +41,69 @@ from tools.bench.input_data import (
   open_loader,
 )
 
-if TYPE_CHECKING:
-  from tools.bench.input_peers import Open
-
 PIXELS = (84, 160, 224, 384)
+FORMATS = ("tfrecord", "tar", "parquet", "array_record")
+FORMAT_PIXELS = (84, 224)
+# Few records are cached between two passes. The row groups of Parquet have 7 records.
+BLOCKS = {"shuffle": "block", "block": 16, "window": 1}
 THREADS = 2
-WANTED = {84: 1000, 224: 600}  # images for each CPU second, from JPEGs of 512 x 384
-PEER_PIXELS = {SMALL: PIXELS, LARGE: (224,)}
-# Row -> processes, and threads of each.
+GOALS = {84: 1000, 224: 600}  # images per CPU second, from JPEGs of 512 x 384
+# Row -> number of processes, and threads per process.
 SPREAD_PIXELS = 224
 SPREAD = {
   "1 process, 1 thread": (1, 1),
   "1 process, 2 threads": (1, 2),
   "2 processes, 1 thread each": (2, 1),
 }
-# Row -> shards in the folder, and how often each stands in the list of shards.
-RESUMED = {
-  "10^6 records": (10, 1),
-  "10^8 records": (1000, 1),
-  "10^9 records, simulated": (10, 1000),
-}
-STEPS = (1_000, 10_000, 100_000)
-FLAT = 1.05  # of the memory after the fewest steps
+# Row -> number of shards in the folder; all but the first are links.
+RESUMED = {"10^6 records": 10, "10^8 records": 1000, "10^9 records": 10_000}
 
 Batches = Iterable[Mapping[str, Any]]
 
 
 def make(scratch: Path) -> Benchmark:
-  """The cases; `scratch` is a folder for the shards, 0.8 GB."""
-  from tools.bench import input_peers
-
+  """Return the cases. `scratch` is a folder for the shards (0.8 GB)."""
   data = Data(scratch)
-  peers = {"Pillow": input_peers.pillow}
-  notes = []
-  if input_peers.has_tensorflow():
-    peers["tf.data"] = input_peers.tf_data
-  else:
-    notes.append("Without tf.data, for TensorFlow is not installed")
-  cases, ratios = [], []
+  cases = []
   for kind in KINDS:
     cases.append(Case(f"{kind.name}, decoded only", functools.partial(_decode_only, kind)))
     for px in PIXELS:
-      cases.append(Case(_row(kind, px), _Passes(functools.partial(_ours, data, kind, px))))
-      for peer, opens in peers.items() if px in PEER_PIXELS.get(kind, ()) else ():
-        theirs = _row(kind, px, peer)
-        cases.append(Case(theirs, _Passes(functools.partial(_theirs, opens, data, kind, px))))
-        ratios.append(Ratio(_row(kind, px), theirs))
+      cases.append(Case(_row(kind, px), _Passes(functools.partial(_open, data, kind, px))))
+  ratios = []
+  for px in FORMAT_PIXELS:
+    rows = {format: f"{px} px, block order, {format}" for format in FORMATS}
+    for format, row in rows.items():
+      cases.append(Case(row, _Passes(functools.partial(_open, data, SMALL, px, format, **BLOCKS))))
+    ratios += [Ratio(rows[format], rows["tfrecord"]) for format in FORMATS[1:]]
   spread = {f"{SPREAD_PIXELS} px, {row}": shape for row, shape in SPREAD.items()}
   for row, shape in spread.items():
     cases.append(Case(row, functools.partial(_spread, data, *shape), warm_up=False))
   ratios += [Ratio(row, next(iter(spread))) for row in list(spread)[1:]]
-  for row, indexed in {"first batch, index there": True, "first batch, no index": False}.items():
+  for row, indexed in {"first batch, index present": True, "first batch, no index": False}.items():
     cases.append(Case(row, functools.partial(_first_batch, data, indexed), warm_up=False))
   cases.append(Case("index", functools.partial(_index, data), warm_up=False))
-  for row, (shards, copies) in RESUMED.items():
-    run = functools.partial(_resume, data, shards, copies)
+  for row, count in RESUMED.items():
+    run = functools.partial(_resume, data, count)
     cases.append(Case(f"resume in {row}", run, warm_up=False))
   return Benchmark(
-    "data",
-    f"Batches of {BATCH} made pictures with texts of 128 tokens, by {THREADS} threads, out of "
+    "input",
+    f"Batches of {BATCH} random images with texts of 128 tokens, by {THREADS} threads, from "
     "shards in the page cache.",
     cases,
     ratios=ratios,
     goals=[
-      Goal(_row(SMALL, px), "images_per_cpu_s", wanted, at_least=True)
-      for px, wanted in WANTED.items()
+      Goal(_row(SMALL, px), "images_per_cpu_s", goal, at_least=True) for px, goal in GOALS.items()
     ],
     batch=BATCH,
-    notes=notes,
-    plots=[
-      _plot("Input by format", {kind.name: (kind, ()) for kind in KINDS}),
-      _plot(f"Input from {SMALL.name}", {
-        "ov-data": (SMALL, ()), **{peer: (SMALL, (peer,)) for peer in peers}
-      }),
-    ],
-  )  # fmt: skip
-
-
-def make_memory(scratch: Path) -> Benchmark:
-  """The memory of a process that loads and does nothing else, as it goes on."""
-  data = Data(scratch)
-  cases = [
-    Case(f"{steps:,} steps", functools.partial(_many_steps, data, steps), warm_up=False)
-    for steps in STEPS
-  ]
-  ratios = [Ratio(case.name, cases[0].name) for case in cases[1:]]
-  points = [(steps, case.name) for steps, case in zip(STEPS, cases, strict=True)]
-  return Benchmark(
-    "data_memory",
-    f"A process that loads pictures of {TINY_PIXELS} x {TINY_PIXELS} pixels and does nothing else, "
-    "after so many batches of one.",
-    cases,
-    ratios=ratios,
-    goals=[Goal(ratio.name, "resident_mib", FLAT) for ratio in ratios],
-    batch=1,
-    plots=[Plot("Memory of the input over time", "batches", "resident_mib", {"": points})],
   )
 
 
-def _row(kind: Kind, px: int, *peer: str) -> str:
-  return ", ".join([kind.name, f"{px} px", *peer])
-
-
-def _plot(title: str, lines: Mapping[str, tuple[Kind, tuple[str, ...]]]) -> Plot:
-  points = {
-    label: [(px, _row(kind, px, *peer)) for px in PIXELS] for label, (kind, peer) in lines.items()
-  }
-  return Plot(title, "side of the crop, pixels", "images_per_cpu_s", points)
+def _row(kind: Kind, px: int) -> str:
+  return f"{kind.name}, {px} px"
 
 
 class _Passes:
-  """Goes through the batches of a pass; what makes them is opened once, and not measured."""
+  """Iterates over the batches of a pass. Opening the loader is not measured."""
 
   def __init__(self, opens: Callable[[], Callable[[], Batches]]):
     self._opened = functools.cache(opens)
@@ -145,26 +113,24 @@ class _Passes:
     return rates("images", *measured(lambda: sum(len(batch["image"]) for batch in one_pass())))
 
 
-def _ours(data: Data, kind: Kind, px: int) -> Callable[[], Batches]:
-  loader = open_loader(data.of(kind), data.tokenizer, image_size=px, threads=THREADS, passes=1)
+def _open(
+  data: Data, kind: Kind, px: int, format: str = "tfrecord", **order: Any
+) -> Callable[[], Batches]:
+  arguments = {"image_size": px, "threads": THREADS, "passes": 1, **order}
+  loader = open_loader(data.of(kind, format), data.tokenizer, **arguments)
   return loader.__iter__
 
 
-def _theirs(opens: "Open", data: Data, kind: Kind, px: int) -> Callable[[], Batches]:
-  return opens(data.of(kind), px, THREADS, data.tokenizer)
-
-
 def _decode_only(kind: Kind) -> dict[str, float]:
-  from tools.bench import input_peers
-
+  """Decode images at full size with Pillow, without further processing."""
   pictures = encoded(kind)
-  return rates(
-    "images", *measured(lambda: input_peers.full_decode(pictures, kind.records, THREADS))
-  )
+  decode = lambda number: Image.open(io.BytesIO(pictures[number % len(pictures)])).load()
+  with futures.ThreadPoolExecutor(THREADS) as pool:
+    return rates("images", *measured(lambda: len(list(pool.map(decode, range(kind.records))))))
 
 
 def _spread(data: Data, processes: int, threads: int) -> dict[str, float]:
-  """Every process loads its rows of each batch, as the hosts of a run do."""
+  """Load each batch in several processes, each its own rows, as the hosts of a run do."""
   rows = BATCH // processes
   arguments = [
     {
@@ -175,7 +141,7 @@ def _spread(data: Data, processes: int, threads: int) -> dict[str, float]:
     }
     for number in range(processes)
   ]
-  found, clock = _in_processes("one_pass", arguments)
+  found, clock = run(one_pass, arguments)
   images, cpu = (sum(one[what] for one in found) for what in ("images", "cpu_s"))
   return {
     **rates("images", images, {"cpu_s": cpu, "clock_s": clock}),
@@ -184,36 +150,29 @@ def _spread(data: Data, processes: int, threads: int) -> dict[str, float]:
 
 
 def _first_batch(data: Data, indexed: bool) -> dict[str, float]:
-  """From the start of the process; the index is what a first run leaves."""
+  """Load the first batch in a new process, with or without an existing index."""
   if not indexed:
     _remove_indexes(data.large)
   arguments = {**_places(data, data.large), "image_size": SPREAD_PIXELS, "threads": THREADS}
-  (found,), clock = _in_processes("first_batch", [arguments], imported=False)
-  return {**found, "clock_s": clock}
+  (found,), _ = run(first_batch, [arguments | {"started": time.time()}])
+  return found
 
 
 def _index(data: Data) -> dict[str, float]:
-  from ov_data.index import load_indexes
-
   _remove_indexes(data.large)
-  shards = sorted(map(str, data.large.glob("*.tfrecord")))
+  paths = sorted(map(str, data.large.glob("*.tfrecord")))
   watch = Stopwatch()
-  indexes = load_indexes(shards)
+  indexes = load_indexes(paths)
   cpu, clock = watch.read()
   megabytes = sum(index.size for index in indexes) / 1e6
   return {"cpu_s": cpu, "clock_s": clock, "mb_per_cpu_s": megabytes / cpu}
 
 
-def _resume(data: Data, shards: int, copies: int) -> dict[str, float]:
-  """Resumes a few batches before the end of the first epoch."""
-  position = shards * copies * TINY_RECORDS - 10 * BATCH
-  arguments = {**_tiny(data, shards), "position": position, "copies": copies}
-  (found,), _ = _in_processes("resume", [arguments])
-  return found
-
-
-def _many_steps(data: Data, steps: int) -> dict[str, float]:
-  (found,), _ = _in_processes("many_steps", [{**_tiny(data, 1), "batch_size": 1, "steps": steps}])
+def _resume(data: Data, shards: int) -> dict[str, float]:
+  """Resume a few batches before the end of the first epoch."""
+  position = shards * TINY_RECORDS - 10 * BATCH
+  arguments = {**_tiny(data, shards), "position": position}
+  (found,), _ = run(resume, [arguments])
   return found
 
 
@@ -231,9 +190,58 @@ def _remove_indexes(folder: Path) -> None:
     sidecar.unlink()
 
 
-def _in_processes(
-  task: str, arguments: list[dict[str, Any]], imported: bool = True
+def run(
+  task: Callable[..., dict[str, float]], arguments: Sequence[dict[str, Any]]
 ) -> tuple[list[dict[str, float]], float]:
-  from tools.bench import input_process  # which imports ov_data
+  """Run a task in parallel, in one process per argument.
 
-  return input_process.run(task, arguments, imported=imported)
+  Returns:
+    The result of each process, and the clock seconds from the end of all imports to the last
+    result.
+  """
+  spawn = multiprocessing.get_context("spawn")
+  with contextlib.ExitStack() as stack:
+    pools = [stack.enter_context(futures.ProcessPoolExecutor(1, spawn)) for _ in arguments]
+    for ready in [pool.submit(_import) for pool in pools]:
+      ready.result()
+    began = time.perf_counter()
+    work = [pool.submit(task, **one) for pool, one in zip(pools, arguments, strict=True)]
+    return [one.result() for one in work], time.perf_counter() - began
+
+
+def _import() -> None:
+  """Import this module and ov_data in a new process, before the measurement."""
+
+
+def first_batch(started: float, **loader: Any) -> dict[str, float]:
+  """Open a loader, load a batch, and return the seconds since the process start at `started`."""
+  with open_loader(**loader) as opened:
+    next(opened)
+    return {"cpu_s": time.process_time(), "clock_s": time.time() - started}
+
+
+def one_pass(rows: tuple[int, int], **loader: Any) -> dict[str, float]:
+  """Load the rows of one host in all batches of a pass."""
+  watch = Stopwatch()
+  opened = open_loader(rows=slice(*rows), passes=1, **loader)
+  images = sum(len(batch["image"]) for batch in opened)
+  return {"cpu_s": watch.read()[0], "images": images, "resident_mib": resident_mib()[0]}
+
+
+def resume(position: int, folder: str, **loader: Any) -> dict[str, float]:
+  """Open a loader, restore the state of a position, and load a batch.
+
+  Args:
+    position: position in the global stream.
+    folder: folder of the shards; the catalog is stored next to it.
+    **loader: other arguments of `open_loader`.
+  """
+  os.environ["OV_DATA_CACHE"] = f"{folder} cache"
+  watch = Stopwatch()
+  opened = open_loader(folder, **loader)
+  opened.restore({**opened.state(), "position": position})
+  batch = next(opened)
+  cpu, clock = watch.read()
+  if batch["index"][0] != position or not batch["valid"].all() or opened.epochs[0] > 1:
+    raise RuntimeError(f"{opened.num_examples} records, batch {batch['index']}: not at {position}")
+  return {"cpu_s": cpu, "clock_s": clock, "resident_mib": resident_mib()[0]}

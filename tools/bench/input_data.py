@@ -1,37 +1,43 @@
-"""What the input benchmarks read: made pictures with captions, as shards, written when first used.
+"""Data of the input benchmark: shards of random images with captions, written on first use.
 
-The pictures are noise with the spectrum of photos, at about the bytes per pixel that photos of the
-web have. A few of them stand in many records.
+The images are noise with the spectrum of photos, and have about as many bytes per pixel as photos
+on the web. Many records share a few distinct images.
 """
 
 from collections.abc import Sequence
 import dataclasses
 import functools
 import io
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+  import numpy as np
+  from PIL import Image
+
   import ov_data
 
 BATCH, TEXT_LEN = 64, 128
 VOCABULARY = 3000
 LARGE_RECORDS, LARGE_SHARDS = 8192, 8  # 0.4 GB
 TINY_PIXELS, TINY_TEXT_LEN = 8, 16
-TINY_RECORDS = 100_000  # of one shard
+TINY_RECORDS = 100_000  # records per shard
+_SMALL_BYTES = 50_000  # bytes of a JPEG of SMALL
 _WEBP_QUALITY = 80
-_TEXTS = 512  # different captions; all of their words are in the first few
+_WORDS = 60  # words per text, from a vocabulary of a thousand
+_TEXTS = 512  # distinct captions; the first few contain the whole vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-  """Pictures of one size and format.
+  """Images of one size and format.
 
   Attributes:
-    size: width and height, pixels.
-    format: as Pillow writes it.
-    records: of a pass; a multiple of BATCH.
-    distinct: different pictures among them.
+    size: width and height in pixels.
+    format: name of the format in Pillow.
+    records: number of records of a pass, a multiple of BATCH.
+    distinct: number of distinct images among them.
   """
 
   size: tuple[int, int]
@@ -41,7 +47,7 @@ class Kind:
 
   @property
   def name(self) -> str:
-    """For rows and folders."""
+    """Return the name for rows and folders."""
     return f"{self.size[0]}x{self.size[1]} {self.format}"
 
 
@@ -57,19 +63,16 @@ KINDS = (
 
 @functools.cache
 def encoded(kind: Kind) -> list[bytes]:
-  """The distinct pictures of a kind, the same in every process."""
+  """Return the distinct images of a kind; they are the same in every process."""
   import numpy as np
 
-  from ov_data import throughput_report
-
   rng = np.random.default_rng(0)
-  pixels = kind.size[0] * kind.size[1]
-  small = throughput_report.SIZE[0] * throughput_report.SIZE[1]
+  pixels, small = math.prod(kind.size), math.prod(SMALL.size)
   found = []
   for _ in range(kind.distinct):
-    image = throughput_report.photo_like_noise(rng, kind.size)
+    image = photo_like_noise(rng, kind.size)
     if kind.format == "JPEG":
-      found.append(throughput_report.encode(image, throughput_report.BYTES * pixels // small))
+      found.append(encode(image, _SMALL_BYTES * pixels // small))
     else:
       buffer = io.BytesIO()
       quality = {"quality": _WEBP_QUALITY} if kind.format == "WebP" else {}
@@ -78,15 +81,50 @@ def encoded(kind: Kind) -> list[bytes]:
   return found
 
 
+def photo_like_noise(rng: "np.random.Generator", size: tuple[int, int]) -> "Image.Image":
+  """Return noise with amplitude 1 / frequency and correlated channels, as in photos.
+
+  Args:
+    rng: random number generator.
+    size: width and height in pixels.
+  """
+  import numpy as np
+  from PIL import Image
+
+  width, height = size
+  frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
+  frequency[0, 0] = 1
+  spectrum = rng.normal(size=(4, *frequency.shape)) + 1j * rng.normal(size=(4, *frequency.shape))
+  gray, *color = np.fft.irfft2(spectrum / frequency, s=(height, width))
+  planes = np.stack([gray + 0.4 * plane for plane in color], -1)
+  planes = 128 + 55 * planes / planes.std()
+  return Image.fromarray(planes.clip(0, 255).astype(np.uint8))
+
+
+def encode(image: "Image.Image", wanted: int) -> bytes:
+  """Encode an image as JPEG at the quality whose size is closest to `wanted` bytes."""
+
+  def at(quality: int) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+  low, high = 10, 97
+  while high - low > 1:
+    middle = (low + high) // 2
+    low, high = (middle, high) if len(at(middle)) < wanted else (low, middle)
+  return at(low)
+
+
 class Data:
-  """Folders of shards below a folder, each made when it is first asked for."""
+  """Folders of shards, each created on first use."""
 
   def __init__(self, scratch: Path):
     self._scratch = scratch
 
   @functools.cached_property
   def tokenizer(self) -> Path:
-    """A folder with the tokenizer of the captions."""
+    """Return a folder with the tokenizer of the captions."""
     import ov_data
 
     folder = self._scratch / "tokenizer"
@@ -95,21 +133,24 @@ class Data:
 
   @functools.cached_property
   def _texts(self) -> list[str]:
-    from ov_data import throughput_report
+    import numpy as np
 
-    return throughput_report.captions(_TEXTS)
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list("abdegiklmnoprstu"), 6)) for _ in range(1000)]
+    return [" ".join(rng.choice(words, _WORDS)) for _ in range(_TEXTS)]
 
-  def of(self, kind: Kind) -> Path:
-    """One shard with the records of a pass over a kind."""
-    return self._make(kind.name, encoded(kind), kind.records)
+  def of(self, kind: Kind, format: str = "tfrecord") -> Path:
+    """Return a folder with one shard of a format, which holds a pass over a kind."""
+    name = kind.name if format == "tfrecord" else f"{kind.name}, {format}"
+    return self._make(name, encoded(kind), kind.records, format=format)
 
   @functools.cached_property
   def large(self) -> Path:
-    """Shards that an index takes a moment for."""
+    """Return a folder with shards large enough for a measurable indexing time."""
     return self._make("large", encoded(SMALL), LARGE_RECORDS, LARGE_SHARDS)
 
   def tiny(self, shards: int) -> Path:
-    """Tiny records, 100,000 in each of many shards; all shards but the first are links to it."""
+    """Return a folder with many shards of 100,000 tiny records; all but the first are links."""
     folder = self._scratch / f"tiny {shards}"
     if not folder.exists():
       first = self._tiny_shard
@@ -129,28 +170,35 @@ class Data:
     folder = self._make("tiny", [buffer.getvalue()], TINY_RECORDS)
     return next(folder.glob("*.tfrecord"))
 
-  def _make(self, name: str, pictures: Sequence[bytes], records: int, shards: int = 1) -> Path:
-    import ov_data
+  def _make(
+    self,
+    name: str,
+    pictures: Sequence[bytes],
+    records: int,
+    shards: int = 1,
+    format: str = "tfrecord",
+  ) -> Path:
+    from ov_data.testing.shards import WRITERS
 
     folder = self._scratch / name
     if not folder.exists():
       folder.mkdir()
       for shard in range(shards):
-        path = folder / f"train-{shard:05}-of-{shards:05}.tfrecord"
-        with ov_data.ShardWriter(path) as writer:
-          for number in range(shard, records, shards):
-            picture, text = pictures[number % len(pictures)], self._texts[number % _TEXTS]
-            writer.write({"jpg": picture, "txt": text})
+        rows: list[dict[str, bytes | str | int]] = [
+          {"jpg": pictures[number % len(pictures)], "txt": self._texts[number % _TEXTS]}
+          for number in range(shard, records, shards)
+        ]
+        WRITERS[format](folder / f"train-{shard:05}-of-{shards:05}.{format}", rows)
     return folder
 
 
 def open_loader(folder: Path | str, tokenizer: Path | str, **arguments: Any) -> "ov_data.Loader":
-  """The loader of a folder, with the batch size and text length of these benchmarks.
+  """Return the loader of a folder, with the batch size and text length of this benchmark.
 
   Args:
-    folder: of shards.
-    tokenizer: its folder.
-    **arguments: `image_size`, and whatever is not as usual.
+    folder: folder of shards.
+    tokenizer: folder of the tokenizer.
+    **arguments: `image_size`, and overrides of the default arguments.
   """
   import ov_data
 

@@ -1,12 +1,12 @@
-"""The ways to make batches make the same ones, and what runs in processes answers for its part."""
+"""Tests of the input benchmark: its images, its processes, and the batches that it counts."""
 
 from pathlib import Path
+import time
 
-import numpy as np
 import pytest
 
 from tools.bench import input as loading
-from tools.bench import input_data, input_peers, input_process
+from tools.bench import input_data
 from tools.bench.input_data import BATCH, Kind
 
 _KIND = Kind((64, 48), "JPEG", 2 * BATCH, 4)
@@ -18,75 +18,60 @@ def data(tmp_path_factory) -> input_data.Data:
   return input_data.Data(tmp_path_factory.mktemp("data"))
 
 
-def _pass(batches) -> tuple[np.ndarray, np.ndarray]:
-  """Pictures and texts of a pass, the latter sorted: every way has an order of its own."""
-  batches = list(batches)
-  assert len(batches) == _KIND.records // BATCH
-  ids = np.concatenate([batch["ids"] for batch in batches])
-  return np.concatenate([batch["image"] for batch in batches]), ids[np.lexsort(ids.T)]
+def test_a_pass_counts_every_image(data):
+  found = loading._Passes(lambda: loading._open(data, _KIND, _PX))()
+  assert found["images_per_cpu_s"] > 0 and found["images_per_s"] > 0
+  loader = input_data.open_loader(data.of(_KIND), data.tokenizer, image_size=_PX, passes=1)
+  batches = list(loader)
+  assert sum(len(batch["image"]) for batch in batches) == _KIND.records
+  assert batches[0]["image"].shape == (BATCH, _PX, _PX, 3)
 
 
-@pytest.mark.parametrize("peer", ["pillow", "tf_data"])
-def test_peers_make_the_same_batches(peer, data):
-  if peer == "tf_data" and not input_peers.has_tensorflow():
-    pytest.skip("TensorFlow is not installed")
-  folder = data.of(_KIND)
-  loader = input_data.open_loader(folder, data.tokenizer, image_size=_PX, passes=1)
-  image, ids = _pass(loader)
-  one_pass = getattr(input_peers, peer)(folder, _PX, 2, data.tokenizer)
-  for _ in range(2):  # as often as wanted
-    peer_image, peer_ids = _pass(one_pass())
-    np.testing.assert_array_equal(peer_ids, ids)
-    assert peer_image.shape == image.shape and peer_image.dtype == image.dtype
-    # Crops of 40% and more of the same pictures: their means differ by a few of 255, where pictures
-    # in floats of 0 to 1 or in another order of channels and sides would not.
-    np.testing.assert_allclose(peer_image.mean((0, 1, 2)), image.mean((0, 1, 2)), atol=8)
+@pytest.mark.parametrize("format", loading.FORMATS)
+def test_every_format_has_the_same_batches(data, format):
+  one_pass = loading._open(data, _KIND, _PX, format, **loading.BLOCKS)
+  expected = loading._open(data, _KIND, _PX, "tfrecord", **loading.BLOCKS)
+  for found, wanted in zip(one_pass(), expected(), strict=True):
+    assert found["valid"].all() and (found["image"] == wanted["image"]).all()
 
 
-def test_pictures_are_of_their_format_and_size():
+def test_images_have_their_format_and_size():
   for kind, begin in {"JPEG": b"\xff\xd8", "WebP": b"RIFF", "PNG": b"\x89PNG"}.items():
     pictures = input_data.encoded(Kind((64, 48), kind, BATCH, 2))
     assert len(set(pictures)) == 2
     assert all(picture.startswith(begin) for picture in pictures)
-    assert input_peers.full_decode(pictures, 6, threads=2) == 6
+  assert loading._decode_only(_KIND)["images_per_s"] > 0
 
 
 def test_processes_load_their_rows(data):
   places = {"folder": str(data.of(_KIND)), "tokenizer": str(data.tokenizer), "image_size": _PX}
   arguments = [{**places, "rows": rows} for rows in [(0, 16), (16, BATCH)]]
-  found, clock = input_process.run("one_pass", arguments)
+  found, clock = loading.run(loading.one_pass, arguments)
   assert [one["images"] for one in found] == [2 * 16, 2 * (BATCH - 16)]
   assert clock > 0 and all(one["cpu_s"] > 0 and one["resident_mib"] > 1 for one in found)
-  (found,), _ = input_process.run("first_batch", [places], imported=False)
-  assert found["cpu_s"] > 0
+  first = {**places, "started": time.time()}
+  (found,), _ = loading.run(loading.first_batch, [first])
+  assert found["cpu_s"] > 0 and 0 < found["clock_s"] < 100
 
 
-def test_a_process_that_fails_is_told(data, capfd):
-  places = {"folder": "nowhere", "tokenizer": str(data.tokenizer), "image_size": _PX}
-  with pytest.raises(RuntimeError, match="first_batch.* ended with 1"):
-    input_process.run("first_batch", [places])
-  assert "no shards at nowhere" in capfd.readouterr().err
+def test_the_error_of_a_process_is_raised(data):
+  places = {"folder": "nowhere", "tokenizer": str(data.tokenizer), "image_size": _PX, "started": 0}
+  with pytest.raises(Exception, match="no shards at nowhere"):
+    loading.run(loading.first_batch, [places])
 
 
-def test_resuming_and_many_steps(monkeypatch, tmp_path: Path):
+def test_resuming(monkeypatch, tmp_path: Path):
   for module in (loading, input_data):
     monkeypatch.setattr(module, "TINY_RECORDS", 1000)
   data = input_data.Data(tmp_path)
-  real = loading._resume(data, shards=3, copies=1)  # raises where the row is another
-  simulated = loading._resume(data, shards=1, copies=5)
-  for found in (real, simulated, loading._many_steps(data, 3)):
+  for shards in (3, 120):  # with a catalog
+    found = loading._resume(data, shards)  # raises for any other row
     assert found["resident_mib"] > 1
 
 
-@pytest.mark.parametrize("tensorflow", [True, False])
-def test_what_is_declared_fits_together(tensorflow, monkeypatch, tmp_path: Path):
-  monkeypatch.setattr(input_peers, "has_tensorflow", lambda: tensorflow)
-  for make in (loading.make, loading.make_memory):
-    benchmark = make(tmp_path)
-    names = [case.name for case in benchmark.cases]
-    assert len(set(names)) == len(names)
-    assert benchmark.only(lambda _: True) == benchmark  # every ratio, goal and point has its row
-    if make is loading.make:
-      assert any("tf.data" in name for name in names) == tensorflow
-      assert bool(benchmark.notes) != tensorflow
-  assert not any(tmp_path.iterdir())  # nothing is written before it is wanted
+def test_every_ratio_and_goal_has_a_row(tmp_path: Path):
+  benchmark = loading.make(tmp_path)
+  names = [case.name for case in benchmark.cases]
+  assert len(set(names)) == len(names)
+  assert benchmark.only(lambda _: True) == benchmark
+  assert not any(tmp_path.iterdir())  # making the cases writes nothing

@@ -1,30 +1,28 @@
-"""Compare optimizers on the demos: several seeds, the best of several learning rates.
+"""Compare optimizers on the demos, with several seeds and learning rates.
 
   bazel run //tools/bench:optimizers -- --out=/tmp/optimizers
   bazel run //tools/bench:optimizers -- --out=/tmp/optimizers -- --config.total_steps=700
 
-Every run is the app in a separate process, in OUT/APP/OPTIMIZER-RATE-SEED. Its final evaluation
-is kept as OUT/APP/OPTIMIZER-RATE-SEED.json; a run that has one is not started again, and one that
-was interrupted resumes. Then a table is printed, of what is finished. Arguments after `--` go to
-every run; use another --out for others.
+Each run is a separate process of the app with the workdir OUT/APP/OPTIMIZER-RATE-SEED. Its final
+evaluation is saved as OUT/APP/OPTIMIZER-RATE-SEED.json. Finished runs are skipped and interrupted
+runs resume. The last output is a table of the finished runs. Arguments after `--` are passed to
+every run; use a separate --out for each set of them.
 """
 
 from collections.abc import Iterable, Sequence
-import json
 import math
 from pathlib import Path
 import shutil
 import statistics
-import subprocess
 import sys
 from typing import NamedTuple
 
 from absl import flags
 
 from apps.trainer.errors import UserError, run_app, user_errors
+from tools.bench.runs import ROOT, metrics, run_logged
 
-ROOT = Path(__file__).parents[2]
-# The program, the configuration, and the metric that decides which rate is best.
+# The program, the configuration, and the metric that selects the best rate.
 APPS = {
   "caption": ("caption_train.py", "caption_demo.py", "attribute_accuracy"),
   "clip": ("clip_train.py", "clip_demo.py", "img2txt_r1"),
@@ -38,7 +36,7 @@ _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Values of seed.")
 
 
 class Run(NamedTuple):
-  """One training run; `rate` and `seed` as they stand on the command line."""
+  """One training run; `rate` and `seed` are written as on the command line."""
 
   app: str
   optimizer: str
@@ -50,11 +48,11 @@ class Run(NamedTuple):
     return out / self.app / f"{self.optimizer}-{self.rate}-{self.seed}"
 
   def result(self, out: Path) -> Path:
-    """Return the file of its final evaluation."""
+    """Return the file of the final evaluation."""
     return self.workdir(out).parent / f"{self.workdir(out).name}.json"
 
   def command(self, out: Path, arguments: Sequence[str]) -> list[str]:
-    """Return the command line, with the arguments of the user last."""
+    """Return the command line; the user's arguments come last."""
     program, config, _ = APPS[self.app]
     preset, rest = config, list(arguments)
     if rest and rest[0].startswith("--config=:"):  # an argument of the configuration
@@ -74,7 +72,7 @@ class Run(NamedTuple):
 def plan(
   apps: Iterable[str], optimizers: Sequence[str], rates: Sequence[str], seeds: Sequence[str]
 ) -> list[Run]:
-  """Return all runs, one seed of everything before the next."""
+  """Return all runs, ordered by seed."""
   return [
     Run(app, optimizer, rate, seed)
     for app in apps
@@ -85,20 +83,15 @@ def plan(
 
 
 def train(run: Run, out: Path, arguments: Sequence[str]) -> None:
-  """Train, unless the run is finished; keep its evaluation and remove its data and checkpoints.
+  """Train unless the run is finished; keep the evaluation, remove data and checkpoints.
 
   Raises:
-    UserError: the app failed.
+    UserError: if the app failed.
   """
   if run.result(out).exists():
     return
-  command, workdir = run.command(out, arguments), run.workdir(out)
-  workdir.mkdir(parents=True, exist_ok=True)
-  with (workdir / "log.txt").open("a") as log:
-    code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
-  if code:
-    last = (["nothing"] + Path(log.name).read_text("utf-8", "replace").splitlines())[-1]
-    raise UserError(f"{workdir} ended with exit code {code}: {last}; see {log.name}")
+  workdir = run.workdir(out)
+  run_logged(run.command(out, arguments), workdir)
   unfinished = run.result(out).with_suffix(".tmp")
   shutil.copyfile(workdir / "evaluation.json", unfinished)
   unfinished.rename(run.result(out))
@@ -106,16 +99,10 @@ def train(run: Run, out: Path, arguments: Sequence[str]) -> None:
     shutil.rmtree(workdir / folder, ignore_errors=True)
 
 
-def metrics(run: Run, out: Path) -> dict[str, float]:
-  """Return the metrics of a finished run by name."""
-  results = json.loads(run.result(out).read_text())["results"]
-  return {row["name"]: float(row["value"]) for row in reversed(results)}  # the first of a name
-
-
 def table(runs: Sequence[Run], out: Path) -> str:
-  """Return the final metric of every optimizer and rate as Markdown, the best rate in bold.
+  """Return a Markdown table of the final metric by optimizer and rate, best rate in bold.
 
-  Runs that are not finished are left out; `seeds` counts those that are.
+  Unfinished runs are left out; `seeds` counts the finished ones.
   """
   lines = [
     "| demo | optimizer | learning rate | metric | mean | least | most | std | seeds |",
@@ -124,7 +111,7 @@ def table(runs: Sequence[Run], out: Path) -> str:
   groups: dict[tuple[str, str], dict[str, list[float]]] = {}
   for run in runs:
     if run.result(out).exists():
-      value = metrics(run, out)[APPS[run.app][2]]
+      value = metrics(run.result(out))[APPS[run.app][2]]
       groups.setdefault((run.app, run.optimizer), {}).setdefault(run.rate, []).append(value)
   for (app, optimizer), by_rate in groups.items():
     most = max(len(values) for values in by_rate.values())

@@ -1,4 +1,4 @@
-"""The comparison of optimizers trains, skips finished runs, resumes, and prints its table."""
+"""Tests of the optimizer comparison: training, skipping finished runs, resuming, and the table."""
 
 import json
 import subprocess
@@ -13,7 +13,7 @@ from tools.bench.optimizers import Run, table, train
 _BLOCK = "{'width': 32, 'depth': 1, 'mlp_dim': 64, 'num_heads': 2}"
 TINY = [
   "--config=:runlocal",
-  "--config.compile_cache=",  # the home directory is not writable in the sandbox of Bazel
+  "--config.compile_cache=",  # Bazel's sandbox has a read-only home directory
   "--config.model.encoder=mu/16",
   "--config.model.encoder_options={}",
   f"--config.model.decoder_options={_BLOCK}",
@@ -32,14 +32,14 @@ TINY = [
 def write(run, out, value):
   run.result(out).parent.mkdir(parents=True, exist_ok=True)
   name = optimizers.APPS[run.app][2]
-  rows = [{"name": name, "value": value}, {"name": name, "value": 99.0}]  # of other examples
+  rows = [{"name": name, "value": value}, {"name": name, "value": 99.0}]  # other examples
   run.result(out).write_text(json.dumps({"results": rows}))
 
 
 def test_the_table_has_mean_and_spread_and_marks_the_best_rate(tmp_path):
   runs = optimizers.plan(["clip"], ["adamw"], ["1e-3", "2e-3", "4e-3"], ["0", "1"])
   values = {("1e-3", "0"): 0.5, ("1e-3", "1"): 0.7, ("2e-3", "0"): 0.6, ("2e-3", "1"): 0.8}
-  values["4e-3", "0"] = 0.9  # its other seed is not finished
+  values["4e-3", "0"] = 0.9  # the other seed is not finished
   for (rate, seed), value in values.items():
     write(Run("clip", "adamw", rate, seed), tmp_path, value)
   lines = table(runs, tmp_path).splitlines()
@@ -50,7 +50,7 @@ def test_the_table_has_mean_and_spread_and_marks_the_best_rate(tmp_path):
   ]
 
 
-def test_a_run_that_fails_names_its_log_and_a_finished_one_is_not_started(tmp_path, monkeypatch):
+def test_a_failed_run_names_its_log_and_a_finished_run_is_skipped(tmp_path, monkeypatch):
   monkeypatch.setattr(Run, "command", lambda *_: [sys.executable, "-c", "print('why'); exit(3)"])
   run = Run("caption", "muon", "1e-3", "0")
   with pytest.raises(UserError, match=r"muon-1e-3-0 ended with exit code 3: why; see .*log.txt"):

@@ -1,4 +1,4 @@
-"""The file of a benchmark run: what was measured, on what machine, when, by which command."""
+"""Results file of a benchmark run: metrics, machine, date and command."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -7,47 +7,74 @@ import json
 import os
 from pathlib import Path
 import platform
-from typing import Any
+from typing import Any, Literal
 
-from tools.bench.harness import METRICS, Benchmark, Plot, Values, summary
+import msgspec
+
+from tools.bench.harness import Benchmark, Values, summary
 
 SCHEMA = 2
 
-# Keys of each level with the types of their values.
-_FILE = {"schema": int, "date": str, "command": str, "machine": dict, "benchmarks": list}
-_MACHINE = {"cpu": str, "cores": int, "system": str, "python": str, "jax": str, "device": str}
-_BENCHMARK = {
-  "name": str,
-  "about": str,
-  "dtype": (str, type(None)),
-  "batch": (int, type(None)),
-  "rounds": int,
-  "exact": bool,
-  "notes": list,
-  "rows": list,
-  "goals": list,
-  "plots": list,
-}
-_ROW = {"name": str, "ratio": bool, "metrics": dict}
-_NUMBER = (int, float)
-_FIGURE = {"values": list, "median": _NUMBER, "low": _NUMBER, "high": _NUMBER}
-_GOAL = {
-  "row": str,
-  "metric": str,
-  "limit": _NUMBER,
-  "at_least": bool,
-  "value": _NUMBER,
-  "reached": bool,
-}
-_PLOT = {"title": str, "x_label": str, "metric": str, "lines": dict}
+# The fields that `read` requires. Other fields, such as those of older versions, are ignored.
+
+
+class _Machine(msgspec.Struct):
+  cpu: str
+  cores: int
+  system: str
+  python: str
+  jax: str
+  device: str
+
+
+class _Number(msgspec.Struct):
+  values: list[int | float]
+  median: int | float
+  low: int | float
+  high: int | float
+
+
+class _Row(msgspec.Struct):
+  name: str
+  ratio: bool
+  metrics: dict[str, _Number]
+
+
+class _Goal(msgspec.Struct):
+  row: str
+  metric: str
+  limit: int | float
+  at_least: bool
+  value: int | float
+  reached: bool
+
+
+class _Benchmark(msgspec.Struct):
+  name: str
+  about: str
+  dtype: str | None
+  batch: int | None
+  rounds: int
+  exact: bool
+  notes: list[str]
+  rows: list[_Row]
+  goals: list[_Goal]
+
+
+class _File(msgspec.Struct):
+  schema: Literal[2]
+  date: str
+  command: str
+  machine: _Machine
+  benchmarks: list[_Benchmark]
 
 
 def to_dict(measured: Sequence[tuple[Benchmark, Values, int]], command: str) -> dict[str, Any]:
-  """The content of the file.
+  """Return the content of the file.
 
   Args:
-    measured: benchmarks, what `harness.measure` found, number of rounds.
-    command: that was given.
+    measured: each benchmark with its result of `harness.measure` and its number of rounds.
+    command: the command that ran the benchmarks.
   """
   return {
     "schema": SCHEMA,
@@ -59,24 +86,19 @@ def to_dict(measured: Sequence[tuple[Benchmark, Values, int]], command: str) -> 
 
 
 def machine() -> dict[str, Any]:
-  """What the figures depend on; imports jax and opens its devices."""
+  """Return the hardware and software versions; imports jax and opens its devices."""
   import jax
 
+  info = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+  models = (line.partition(":")[2].strip() for line in info if line.startswith("model name"))
   return {
-    "cpu": _cpu_model(),
+    "cpu": next(models, platform.processor() or "unknown"),
     "cores": len(os.sched_getaffinity(0)),
     "system": f"{platform.system()} {platform.machine()}",
     "python": platform.python_version(),
     "jax": jax.__version__,
     "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
   }
-
-
-def _cpu_model() -> str:
-  for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
-    if line.startswith("model name"):
-      return line.partition(":")[2].strip()
-  return platform.processor() or "unknown"
 
 
 def _benchmark(benchmark: Benchmark, values: Values, rounds: int) -> dict[str, Any]:
@@ -94,70 +116,23 @@ def _benchmark(benchmark: Benchmark, values: Values, rounds: int) -> dict[str, A
     value = summary(values[goal.row][goal.metric])["median"]
     outcome = {"value": value, "reached": goal.reached(value)}
     goals.append(dataclasses.asdict(goal) | outcome)
-  return {
-    "name": benchmark.name,
-    "about": benchmark.about,
-    "dtype": benchmark.dtype,
-    "batch": benchmark.batch,
-    "rounds": rounds,
-    "exact": benchmark.exact,
-    "notes": list(benchmark.notes),
-    "rows": rows,
-    "goals": goals,
-    "plots": [_plot(plot) for plot in benchmark.plots],
-  }
-
-
-def _plot(plot: Plot) -> dict[str, Any]:
-  lines = {label: [[x, row] for x, row in points] for label, points in plot.lines.items()}
-  return {**dataclasses.asdict(plot), "lines": lines}
+  fields = ("name", "about", "dtype", "batch", "exact")
+  facts = {field: getattr(benchmark, field) for field in fields}
+  return facts | {
+    "rounds": rounds, "notes": list(benchmark.notes), "rows": rows, "goals": goals,
+  }  # fmt: skip
 
 
 def read(path: str) -> dict[str, Any]:
-  """The content of a file.
+  """Read a results file.
 
   Raises:
-    OSError: it cannot be read.
-    ValueError: it is no such file.
+    OSError: if the file cannot be read.
+    ValueError: if the file was not written by --out.
   """
   try:
     found = json.loads(Path(path).expanduser().read_text("utf-8"))
-    check(found)
-  except ValueError as error:
-    raise ValueError(f"{path} is no file of figures: {error}; --out makes one") from error
+    msgspec.convert(found, _File)
+  except (ValueError, msgspec.ValidationError) as error:
+    raise ValueError(f"{path} is not a file of --out: {error}") from error
   return found
-
-
-def check(found: Any) -> None:
-  """Raises ValueError where something is not as `to_dict` writes it, naming the place."""
-  _check("the file", found, _FILE)
-  if found["schema"] != SCHEMA:
-    raise ValueError(f"schema is {found['schema']}, expected {SCHEMA}")
-  _check("machine", found["machine"], _MACHINE)
-  for benchmark in found["benchmarks"]:
-    _check("a benchmark", benchmark, _BENCHMARK)
-    for row in benchmark["rows"]:
-      _check(f"a row of {benchmark['name']}", row, _ROW)
-      for metric, figure in row["metrics"].items():
-        where = f"{row['name']}, {metric}"
-        if metric not in METRICS:
-          raise ValueError(f"{where} is unknown; there are {', '.join(METRICS)}")
-        _check(where, figure, _FIGURE)
-        if {name: figure[name] for name in ("median", "low", "high")} != summary(figure["values"]):
-          raise ValueError(f"{where}: median, low and high are not those of the values")
-    for goal in benchmark["goals"]:
-      _check(f"a goal of {benchmark['name']}", goal, _GOAL)
-    for plot in benchmark["plots"]:
-      _check(f"a plot of {benchmark['name']}", plot, _PLOT)
-      there = {row["name"] for row in benchmark["rows"] if plot["metric"] in row["metrics"]}
-      if missing := {row for points in plot["lines"].values() for _, row in points} - there:
-        raise ValueError(f"{plot['title']}: no row has {plot['metric']} of {sorted(missing)}")
-
-
-def _check(where: str, found: Any, keys: dict[str, Any]) -> None:
-  if not isinstance(found, dict) or set(found) != set(keys):
-    there = sorted(found) if isinstance(found, dict) else type(found).__name__
-    raise ValueError(f"{where} has {there}, expected {sorted(keys)}")
-  for name, kind in keys.items():
-    if not isinstance(found[name], kind):
-      raise ValueError(f"{where}: {name} is {found[name]!r}, expected {kind}")

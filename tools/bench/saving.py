@@ -1,97 +1,104 @@
-"""The cases of `checkpoint`: one train state, saved and restored in several ways."""
+"""Benchmark of checkpoints: time that saving blocks the loop, time to save, and time to restore.
+
+The train state has the recipe's optimizer and random values, which compress as little as trained
+ones. Checkpoints are written as in the training loop. Restoring reads a recent checkpoint from the
+page cache.
+"""
 
 from collections.abc import Callable, Mapping
+import functools
 import itertools
-import os
 from pathlib import Path
-from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 import numpy as np
-import safetensors.numpy
 
 from apps.trainer.checkpoint import Checkpoints, find_checkpoint
-from apps.trainer.paths import flatten_paths
-from tools.bench.checkpointing import OURS
-from tools.bench.compiling import plan_of
-from tools.bench.harness import Stopwatch, measured, timed
+from apps.trainer.run_config import RunConfig
+from tools.bench.compiling import load_config, plan_of
+from tools.bench.harness import Benchmark, Case, Stopwatch, measured, timed
 
-Arrays = Mapping[str, np.ndarray]
-
-
-def _write_npz(path: Path, arrays: Arrays) -> None:
-  with path.open("wb") as file:
-    np.savez(file, allow_pickle=False, **dict(arrays))
+SIZES = ("Ti", "S")
+MODEL = "img={0}/16,txt_decoder_name={0},res=160,batch_size=32"
 
 
-def _read_npz(path: Path) -> Arrays:
-  with np.load(path) as file:
-    return dict(file)
+def make(scratch: Path) -> Benchmark:
+  """Return the cases. `scratch` is the folder of the checkpoints."""
+  cases: list[Case] = []
+  for size in SIZES:
+    saved = functools.cache(functools.partial(_saved, size, scratch / size))
+    for name in ("save", "restore"):
+      cases.append(Case(f"{name}/{size}", functools.partial(_run, saved, name)))
+  return Benchmark(
+    "checkpoint",
+    f"The train state of `apps/configs/openvision2.py:{MODEL.format(SIZES[0])}`, and of "
+    f"{' and '.join(SIZES[1:])} in place of {SIZES[0]}: saved to a folder on a local disk, and "
+    "restored from the page cache, by apps/trainer/checkpoint.py. The loop resumes after the "
+    "seconds of the first column; the others count until everything is on the disk.",
+    cases,
+  )
 
 
-# Ways to write one file of arrays, and to read it.
-FILES: dict[str, tuple[Callable[[Path, Arrays], None], Callable[[Path], Arrays]]] = {
-  "npz": (_write_npz, _read_npz),
-  "safetensors": (
-    lambda path, arrays: safetensors.numpy.save_file(dict(arrays), path),
-    safetensors.numpy.load_file,
-  ),
-}
+def _run(saved: "Callable[[], Saved]", name: str) -> dict[str, float]:
+  return saved().save() if name == "save" else saved().restore()
+
+
+def _saved(size: str, folder: Path) -> "Saved":
+  return Saved(load_config("openvision2.py", MODEL.format(size)), folder)
 
 
 class Saved:
-  """A train state, and a folder with what is saved of it."""
+  """A train state and its checkpoints."""
 
-  def __init__(self, config: ConfigDict, folder: Path):
-    """Makes the state.
+  def __init__(self, config: RunConfig, folder: Path):
+    """Create the state.
 
     Args:
-      config: of one stage.
-      folder: for all that is saved; it is made.
+      config: settings of one stage.
+      folder: folder of the checkpoints, which is created.
     """
-    parts = plan_of(config, "cpu").parts
     rng = np.random.default_rng(0)
-    folder.mkdir()
 
     def fill(leaf: jax.ShapeDtypeStruct) -> jax.Array:
       values = np.asarray(0.02 * rng.standard_normal(leaf.shape, np.float32))
       return jax.device_put(values.astype(leaf.dtype), leaf.sharding)
 
-    self._abstract = parts.abstract
+    self._abstract = plan_of(config).parts.abstract
     self._state = jax.tree.map(fill, self._abstract)
     self._bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self._state))
     self._metadata = {"config": config.to_dict()}
     self._folder = folder
     self._steps = itertools.count(1)
 
-  def save(self, form: str) -> dict[str, float]:
-    """Until the disk has it; `blocked_s` is how long the caller waits."""
-    if form == OURS:
-      with Checkpoints(self._path(form)) as checkpoints:
-        blocked, figures = timed(lambda: self._save(checkpoints))
-    else:
-      blocked, figures = timed(lambda: self._save_file(form))
-    sizes = {"file_mib": self._saved_bytes(form) / 2**20, "state_mib": self._bytes / 2**20}
-    return figures | sizes | self._rate(figures) | {"blocked_s": blocked}
+  def save(self) -> dict[str, float]:
+    """Save and wait until the checkpoint is complete; `blocked_s` is the time the loop waits."""
+    with Checkpoints(self._folder) as checkpoints:
+      blocked, metrics = timed(lambda: self._save(checkpoints))
+    files = [file for file in Path(find_checkpoint(self._folder)).rglob("*") if file.is_file()]
+    sizes = {
+      "file_mib": sum(file.stat().st_size for file in files) / 2**20,
+      "state_mib": self._bytes / 2**20,
+    }
+    return metrics | sizes | self._rate(metrics) | {"blocked_s": blocked}
 
-  def restore(self, form: str) -> dict[str, float]:
-    """Until the devices have it."""
-    if not self._path(form).exists():  # only this case was asked for
-      self.save(form)
-    if form == OURS:
-      with Checkpoints(self._path(form)) as checkpoints:
-        read = lambda: checkpoints.restore(self._abstract).state
-        state, figures = measured(lambda: jax.block_until_ready(read()))
-    else:
-      state, figures = measured(lambda: jax.block_until_ready(self._read_file(form)))
+  def restore(self) -> dict[str, float]:
+    """Restore and wait until all arrays are on the devices.
+
+    Raises:
+      RuntimeError: if any bit differs from the saved state.
+    """
+    if not self._folder.exists():  # --only excluded the case that saves
+      self.save()
+    with Checkpoints(self._folder) as checkpoints:
+      read = lambda: checkpoints.restore(self._abstract).state
+      state, metrics = measured(lambda: jax.block_until_ready(read()))
     for one, other in zip(jax.tree.leaves(state), jax.tree.leaves(self._state), strict=True):
       if np.asarray(one).tobytes() != np.asarray(other).tobytes():
-        raise RuntimeError(f"{form} gave back another state than was saved; expected every bit")
-    return figures | self._rate(figures)
+        raise RuntimeError("the restored state is not the saved one; expected every bit")
+    return metrics | self._rate(metrics)
 
-  def _rate(self, figures: Mapping[str, float]) -> dict[str, float]:
-    return {"mb_per_s": self._bytes / 1e6 / figures["clock_s"]}
+  def _rate(self, metrics: Mapping[str, float]) -> dict[str, float]:
+    return {"mb_per_s": self._bytes / 1e6 / metrics["clock_s"]}
 
   def _save(self, checkpoints: Checkpoints) -> float:
     watch = Stopwatch()
@@ -99,33 +106,3 @@ class Saved:
     _, blocked = watch.read()
     checkpoints.wait()
     return blocked
-
-  def _save_file(self, form: str) -> float:
-    watch = Stopwatch()
-    path = self._path(form)
-    arrays = {name: np.asarray(leaf) for name, leaf in flatten_paths(self._state).items()}
-    FILES[form][0](path.with_suffix(".part"), arrays)
-    with path.with_suffix(".part").open("rb") as file:
-      os.fsync(file.fileno())
-    path.with_suffix(".part").replace(path)
-    return watch.read()[1]
-
-  def _read_file(self, form: str) -> Any:
-    arrays = FILES[form][1](self._path(form))
-    leaves = flatten_paths(self._abstract)
-    # numpy's files do not know bfloat16: it comes back as bytes.
-    placed = [
-      jax.device_put(arrays[name].view(leaf.dtype), leaf.sharding) for name, leaf in leaves.items()
-    ]
-    return jax.tree.unflatten(jax.tree.structure(self._abstract), placed)
-
-  def _saved_bytes(self, form: str) -> int:
-    """Of the newest state that was saved."""
-    path = self._path(form)
-    if form == OURS:
-      path = Path(find_checkpoint(path))
-    files = path.rglob("*") if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files if file.is_file())
-
-  def _path(self, form: str) -> Path:
-    return self._folder / f"state.{form}"

@@ -1,9 +1,9 @@
-"""How long an app takes until it does something: `--help`, imports, the first step.
+"""Benchmark of the start of an app: `--help`, imports, the first step.
 
-Every run is a process of its own, started with the interpreter of this one. `help/` is the app with
---help; `import/` all that it imports for its work, as it does once the flags are known to be right;
-`first step/` the demo from the command to the end of its first step, its data drawn before, with
-the step compiled and with the step out of the compile cache.
+Every run is a separate process with the interpreter of this one. `help/` runs the app with --help.
+`import/` imports the modules that the app imports after validating its flags. `first step/` runs
+the demo from the command to the end of its first step, with existing data, and with the step
+compiled or loaded from the compile cache.
 """
 
 import functools
@@ -19,28 +19,27 @@ from tools.bench.harness import Benchmark, Case, Goal, Ratio, cpu_seconds_of
 ROOT = Path(__file__).parents[2]
 HELP_SECONDS = 1.5
 
-# The module of an app, and what it imports for its work.
+# The module of an app, and the module that it imports after validating its flags.
 _TRAINS = ("apps.evaluators", "apps.trainer.loop", "apps.trainer.check", "apps.demo_data")
 APPS: dict[str, tuple[str, ...]] = {
-  "caption_train": ("apps.caption_train", "apps.caption_task", *_TRAINS),
-  "clip_train": ("apps.clip_train", "apps.clip_task", *_TRAINS),
+  "caption_train": ("apps.caption_train", *_TRAINS),
+  "clip_train": ("apps.clip_train", *_TRAINS),
   "export": ("apps.export", "apps.exporter.exporting", "apps.exporter.source"),
-  "preflight": ("tools.preflight.preflight", "apps.caption_task", "tools.preflight.assess"),
+  "preflight": ("tools.preflight.preflight", "tools.preflight.assess"),
   "tpu": ("tools.tpu.tpu",),
-  "launch": ("tools.launch.launch",),
   "compare": ("tools.compare.compare", "tools.compare.evaluations", "tools.compare.page"),
   "convert": ("tools.data.convert",),
 }
 _IMPORT = "import importlib, sys; [importlib.import_module(name) for name in sys.argv[1:]]"
-_FIRST_STEP = "first step after"  # what the trainer says
+_FIRST_STEP = "first step after"  # log line of the trainer
 
 
 def make(scratch: Path) -> Benchmark:
-  """The cases; `scratch` is a folder for workdirs and a compile cache."""
+  """Return the cases. `scratch` is a folder for workdirs and a compile cache."""
   cases = [Case("python alone", lambda: _finish([sys.executable, "-c", ""]))]
   for app, (module, *_) in APPS.items():
     command = [sys.executable, "-m", module, "--help"]
-    run = functools.partial(_finish, command, code=1, says="--helpfull")  # absl ends so
+    run = functools.partial(_finish, command, code=1, says="--helpfull")  # as absl does
     cases.append(Case(f"help/{app}", run))
   for name, modules in {"jax": ("jax",), **APPS}.items():
     command = [sys.executable, "-c", _IMPORT, *modules]
@@ -62,7 +61,7 @@ def make(scratch: Path) -> Benchmark:
 
 
 def _finish(command: list[str], code: int = 0, says: str = "") -> dict[str, float]:
-  """Runs a program to its end; raises RuntimeError where code or output are not as expected."""
+  """Run a program; raise RuntimeError for an unexpected exit code or output."""
   began = time.perf_counter()
   with subprocess.Popen(
     command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -78,21 +77,21 @@ def _finish(command: list[str], code: int = 0, says: str = "") -> dict[str, floa
 
 
 def environment() -> dict[str, str]:
-  """That of this process, with every package of the repository on the path."""
+  """Return the environment of this process with all packages of the repository on PYTHONPATH."""
   path = [ROOT, *sorted((ROOT / "packages").iterdir())]
   own = {name: value for name, value in os.environ.items() if name != "BUILD_WORKING_DIRECTORY"}
   return own | {"PYTHONPATH": os.pathsep.join(map(str, path)), "PYTHONSAFEPATH": "1"}
 
 
 class _Demo:
-  """The demo's first step, out of a workdir that has data and tokenizer."""
+  """Runs the first step of the demo in a workdir that has data and tokenizer."""
 
   def __init__(self, scratch: Path):
     self._scratch = scratch
     self._prepared = scratch / "prepared"
 
   def first_step(self, cache: str) -> dict[str, float]:
-    """From the command to the end of the first step; `cache` "" keeps and finds nothing."""
+    """Measure from the command to the end of the first step; `cache=""` disables the cache."""
     if not self._prepared.exists():
       _finish([*self._command(self._prepared, str(self._scratch / "cache")), "--compile"])
     workdir = self._scratch / "workdir"

@@ -1,9 +1,8 @@
-"""Count the lines of Python in a git revision, without and with tests, by folder.
+"""Count the lines of Python source and tests in git revisions, by folder.
 
 python tools/ci/lines.py [REVISION ...]
 
-A test is a file called `*_test.py`. Lines are physical lines, comments and blank ones included.
-With several revisions each gets a column, so that two states can be compared.
+Files named `*_test.py` are tests. Comment lines and blank lines count. Each revision is a column.
 """
 
 import collections
@@ -13,13 +12,13 @@ import sys
 
 
 def count(revision: str) -> dict[tuple[str, bool], int]:
-  """Return lines by (folder, whether they are tests).
+  """Return the number of lines by (folder, whether they are tests).
 
   Args:
-    revision: any name that git knows.
+    revision: name of a git revision.
 
   Raises:
-    subprocess.CalledProcessError: git does not know the revision.
+    subprocess.CalledProcessError: if git does not know the revision.
   """
   names = _git("ls-tree", "-r", "--name-only", "-z", revision).decode().split("\0")
   lines: dict[tuple[str, bool], int] = collections.Counter()
@@ -31,13 +30,13 @@ def count(revision: str) -> dict[tuple[str, bool], int]:
 
 
 def folder_of(name: str) -> str:
-  """Return the folder that a file is counted under: two levels of packages and tools, else one."""
+  """Return the folder of a file in the table: two levels in packages and tools, otherwise one."""
   parts = pathlib.PurePosixPath(name).parts[:-1]
   return "/".join(parts[:2] if parts and parts[0] in ("packages", "tools", "apps") else parts[:1])
 
 
 def table(counts: dict[str, dict[tuple[str, bool], int]]) -> list[str]:
-  """Return a line for each folder, and the sums."""
+  """Format one line per folder, and the sums."""
   folders = sorted({folder for lines in counts.values() for folder, _ in lines})
   rows = [("folder", *(f"{name} {kind}" for name in counts for kind in ("source", "tests")))]
   for folder in folders:

@@ -1,4 +1,4 @@
-"""Lines are counted in the revision that is named, not in the working tree."""
+"""Lines are counted in the given revision, not in the working tree."""
 
 import subprocess
 
@@ -28,13 +28,13 @@ def test_lines_of_a_revision(repository):
   assert lines.count("HEAD") == expected
 
 
-def test_table_ends_in_sums(repository):
+def test_table_ends_with_sums(repository):
   first, *_, last = lines.table({"HEAD": lines.count("HEAD")})
   assert first.split() == ["folder", "HEAD", "source", "HEAD", "tests"]
   assert last.split() == ["all", "4", "1"]
 
 
-def test_unknown_revision_ends_in_one_line(repository, monkeypatch):
+def test_unknown_revision_gives_a_one_line_error(repository, monkeypatch):
   monkeypatch.setattr("sys.argv", ["lines.py", "nothing"])
   with pytest.raises(SystemExit, match="(?i)not a valid object name nothing"):
     lines.main()

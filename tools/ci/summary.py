@@ -1,9 +1,10 @@
-"""Counts test cases in what `bazel test --build_event_json_file=FILE` wrote.
+"""Count the test cases in the build events of `bazel test --build_event_json_file=FILE`.
 
-tools/bazel run //tools/ci:summary -- FILE
+tools/bazel run //tools/ci:summary -- FILE [FILE ...]
 
-Prints the failed tests, the slowest, and as its last line "N passed, N failed, N skipped". The exit
-status is 1 where a case failed, a target failed without one (time-out, crash), or none ran.
+Prints the failed tests, the slowest tests, and "N passed, N failed, N skipped" over all files as
+the last line. The exit code is 1 if a case failed, a target failed without a failed case (timeout,
+crash), a case of a target with the tag "clients" was skipped, or no case ran.
 """
 
 import collections
@@ -16,30 +17,45 @@ import xml.etree.ElementTree as ElementTree
 SLOWEST = 10
 
 
-def main(events: pathlib.Path) -> int:
+def main(*files: pathlib.Path) -> int:
+  """Print the summary.
+
+  Args:
+    files: build event files of one or more runs.
+
+  Returns:
+    The exit code.
+  """
   counts: collections.Counter[str] = collections.Counter()
-  seconds: collections.Counter[str] = collections.Counter()
-  for line in events.read_text().splitlines():
-    event = json.loads(line)
-    if "testResult" not in event.get("id", {}):
+  seconds: dict[str, float] = collections.defaultdict(float)
+  clients: set[str] = set()
+  clients_skipped = False
+  for event in [json.loads(line) for path in files for line in path.read_text().splitlines()]:
+    identity = event.get("id", {})
+    if "targetConfigured" in identity and "clients" in event.get("configured", {}).get("tag", ()):
+      clients.add(identity["targetConfigured"]["label"])
+    if "testResult" not in identity:
       continue
-    label, result = event["id"]["testResult"]["label"], event["testResult"]
+    label, result = identity["testResult"]["label"], event["testResult"]
     seconds[label] += int(result.get("testAttemptDurationMillis", 0)) / 1000
     cases = case_counts(result)
     if result["status"] != "PASSED":
       cases["failed"] = max(cases["failed"], 1)
       print(f"{result['status']}: {label}")
+    if label in clients and cases["skipped"]:
+      clients_skipped = True
+      print(f"SKIPPED: {cases['skipped']} cases of {label}, which needs the clients' environment")
     counts += cases
 
-  for label, duration in seconds.most_common(SLOWEST):
+  for label, duration in sorted(seconds.items(), key=lambda item: -item[1])[:SLOWEST]:
     print(f"{duration:7.1f} s  {label}")
   print(f"{sum(seconds.values()):7.1f} s  all {len(seconds)} test targets")
   print(f"{counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped")
-  return int(counts["failed"] > 0 or not counts["passed"])
+  return int(counts["failed"] > 0 or clients_skipped or not counts["passed"])
 
 
 def case_counts(result: dict) -> collections.Counter[str]:
-  """Passed, failed and skipped cases of one run of one shard, from its test.xml."""
+  """Count passed, failed and skipped cases in the test.xml of one shard."""
   counts: collections.Counter[str] = collections.Counter()
   for output in result.get("testActionOutput", []):
     path = pathlib.Path(urllib.parse.unquote(urllib.parse.urlparse(output.get("uri", "")).path))
@@ -52,4 +68,4 @@ def case_counts(result: dict) -> collections.Counter[str]:
 
 
 if __name__ == "__main__":
-  sys.exit(main(pathlib.Path(sys.argv[1])))
+  sys.exit(main(*map(pathlib.Path, sys.argv[1:])))

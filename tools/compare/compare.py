@@ -1,39 +1,63 @@
-"""Compares the figures of models, or of the checkpoints of one.
+"""Compare evaluation metrics of several models, or of several checkpoints of one model.
 
   bazel run //tools/compare -- RUN_A RUN_B results/other.json --html=/tmp/compare.html
 
-Arguments are workdirs of runs (their evaluation.json and evaluations/<step>.json) and files that
-`ov_eval.write_results` made. Prints a table; --html also writes a page with curves and bars.
+Arguments are workdirs of runs (evaluation.json and evaluations/<step>.json are read) and files
+written by `ov_eval.write_results`. Prints a table; --html also writes a page with charts.
+--reference=NAME prints instead whether each run reproduces a published result, and exits with 3 if
+one does not; docs/references.md lists the names.
 """
 
 from pathlib import Path
 import shutil
+import sys
 
 from absl import flags
 
 from apps.trainer.errors import UserError, run_app, user_errors
 
 _HTML = flags.DEFINE_string("html", None, "Page to write.")
-_METRICS = flags.DEFINE_string("metrics", "", "Regular expression; only figures it is found in.")
+_METRICS = flags.DEFINE_string("metrics", "", "Regular expression; show only metrics that match.")
+_REFERENCE = flags.DEFINE_string("reference", None, "Published result to compare the runs with.")
 
-# Where the output goes to a file, a line is a row whatever its length.
+_NOT_REPRODUCED = 3  # exit code
+# In a file, every row is one line of any length.
 _NO_TERMINAL = (1_000_000, 24)
 
 
 def main(paths: list[str]) -> None:
   if not paths:
-    raise UserError("give workdirs or files of figures; --helpshort lists the flags")
+    raise UserError("give workdirs or files of metrics; --helpshort lists the flags")
   with user_errors():
-    print(compare(paths))
+    if _REFERENCE.value is None:
+      print(compare(paths))
+    elif not reproduce(paths, _REFERENCE.value):
+      sys.exit(_NOT_REPRODUCED)
+
+
+def reproduce(paths: list[str], name: str) -> bool:
+  """Print for each run whether it reproduces a published result, and return whether all do.
+
+  Raises:
+    ValueError, OSError: if the name or an input is invalid; the messages address the user.
+  """
+  from tools.compare import evaluations, references
+
+  reference = references.find(name)
+  runs = evaluations.read(paths)
+  verdicts = [references.judge(run, reference) for run in runs.rows]
+  for label, (_, text) in zip(evaluations.labels(runs.rows), verdicts, strict=True):
+    print(f"{label}: {text}")
+  return all(inside for inside, _ in verdicts)
 
 
 def compare(paths: list[str]) -> str:
-  """The table, and the page where it was asked for.
+  """Print the table, and write the HTML page if requested.
 
   Raises:
-    ValueError, OSError: a mistake in flags or input, in words for the user.
+    ValueError, OSError: if flags or input are invalid; the messages address the user.
   """
-  # These bring JAX along; mistakes in flags need not wait for it.
+  # These import JAX; errors in flags are reported before.
   from apps.trainer.report import HEADLINE
   from tools.compare import evaluations, page, text_table
 

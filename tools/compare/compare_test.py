@@ -1,4 +1,4 @@
-"""The app, as the user runs it."""
+"""Run the app as a user does."""
 
 import functools
 from pathlib import Path
@@ -26,7 +26,7 @@ def test_table_and_page(tmp_path: Path):
     _write(tmp_path / f"run/evaluations/{step}.json", 0.01 * step, step)
   _write(tmp_path / "run/evaluation.json", 0.2, 20)
   _write(tmp_path / "other.json", 0.3, 5)
-  # Flags may stand behind the arguments; paths are those of the user's folder.
+  # Flags may follow the arguments; paths are relative to the user's folder.
   done = _app("run", "other.json", "--html=out.html", "--metrics=top1", cwd=tmp_path)
   assert done.returncode == 0, done.stderr
   head, run, other, *_, page = done.stdout.splitlines()
@@ -36,16 +36,30 @@ def test_table_and_page(tmp_path: Path):
   assert page == "out.html" and "samples seen 640: 10.0%" in (tmp_path / page).read_text()
 
 
+def test_reference(tmp_path: Path):
+  context = {"classes": "imagenet", "templates": "openai_80"}
+  for name, value in (("a", 0.05), ("b", 0.07)):
+    result = ov_eval.Result("zero_shot_top1", value, 50_000, unit="share", context=context)
+    target, seen = tmp_path / f"{name}.json", 12_800_000
+    ov_eval.write_results(target, [result], split="validation", step=3125, examples_seen=seen)
+  done = _app("a.json", "--reference=datacomp_small_clip", cwd=tmp_path)
+  assert done.returncode == 0, done.stderr
+  assert done.stdout == "a.json: 5.0%: inside 4.6% – 5.6%, published 5.1%\n"
+  done = _app("a.json", "b.json", "--reference=datacomp_small_clip", cwd=tmp_path)
+  assert done.returncode == 3 and "b.json: 7.0%: above" in done.stdout
+
+
 @pytest.mark.parametrize(
   "arguments, message",
   [
-    ((), "give workdirs or files of figures"),
-    (("broken.json",), "broken.json is no file of results"),
+    ((), "give workdirs or files of metrics"),
+    (("broken.json",), "broken.json is not a results file"),
     (("good.json", "--html=no/folder/out.html"), "no/folder/out.html"),
+    (("good.json", "--reference=datacomp"), "--reference=datacomp: expected one of datacomp_small"),
     (("good.json", "--htm=x"), "Unknown command line flag 'htm'"),
   ],
 )
-def test_mistakes_end_in_one_line(tmp_path: Path, arguments: tuple[str, ...], message: str):
+def test_mistakes_give_one_line_errors(tmp_path: Path, arguments: tuple[str, ...], message: str):
   _write(tmp_path / "good.json", 0.5, 10)
   (tmp_path / "broken.json").write_text("{")
   done = _app(*arguments, cwd=tmp_path)

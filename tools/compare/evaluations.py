@@ -1,4 +1,4 @@
-"""Reads files of figures and puts equal figures of several models side by side."""
+"""Read files of metrics, and align the metrics of several models in columns."""
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
@@ -13,9 +13,9 @@ import msgspec
 import ov_eval
 from ov_eval import Result
 
-# What makes two figures of one name comparable, beside the number of examples.
+# Fields that must be equal in comparable metrics, in addition to the number of examples.
 CONTEXT = ("evaluator", "split", "templates_hash", "preprocessing")
-# The smallest of these sets that tells the figures of one name in one file apart.
+# Sets of fields; the smallest set that distinguishes equal names within a file is used.
 _KEYS = ((), ("evaluator",), ("split",), ("templates_hash",), ("evaluator", "split"), CONTEXT)
 
 _LOWER_IS_BETTER = re.compile(r"nll|perplexity|loss|rank|error")
@@ -23,16 +23,16 @@ _NEITHER_IS_BETTER = re.compile(r"^majority_|^distinct_|_words$|_l2$")
 
 
 _Count = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
-_LARGEST = 1e30  # no figure of a model is larger, and the axes of charts have limits
+_LARGEST = 1e30  # larger than every real metric, and within the limits of chart axes
 _Figure = Annotated[float, msgspec.Meta(ge=-_LARGEST, le=_LARGEST)]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Row:
-  """The types of a figure in a file."""
+  """The types of a metric in a file."""
 
   name: Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
-  value: float  # NaN where there is none
+  value: float  # NaN if the file has null
   count: _Count
   low: _Figure | None
   high: _Figure | None
@@ -42,7 +42,7 @@ class _Row:
 
 @dataclasses.dataclass(frozen=True)
 class _File:
-  """The types of a file of figures."""
+  """The types of a file of metrics."""
 
   split: Annotated[str, msgspec.Meta(max_length=1000)]
   step: _Count
@@ -53,12 +53,12 @@ class _File:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-  """The figures of one model at one step.
+  """The metrics of one model at one step.
 
   Attributes:
-    run: name of the run, different for each.
+    run: unique name of the run.
     step, examples_seen, level: as `ov_eval.write_results` took them.
-    results: the figures.
+    results: the metrics.
   """
 
   run: str
@@ -70,12 +70,12 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True)
 class Runs:
-  """What was found.
+  """All evaluations that were read.
 
   Attributes:
-    rows: what the table shows: the last evaluation of each run, every evaluation where there is
-      one run only, and each file that was named.
-    all: these and the earlier evaluations of the runs, in order of run and step.
+    rows: the rows of the table: the last evaluation of each run, or every evaluation if there is
+      only one run, and each file argument.
+    all: the rows and the earlier evaluations of the runs, ordered by run and step.
   """
 
   rows: tuple[Evaluation, ...]
@@ -84,7 +84,7 @@ class Runs:
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-  """Why the figures of a column are not comparable: `what` is not the same in all rows."""
+  """The reason why the metrics of a column are not comparable: rows differ in `what`."""
 
   what: str
   values: Mapping[str, tuple[int, ...]]  # value -> rows
@@ -92,14 +92,14 @@ class Difference:
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-  """One figure of several evaluations.
+  """One metric of several evaluations.
 
   Attributes:
-    name: of the figure.
-    detail: what else tells it from others of that name, such as the split; often empty.
-    results: one for each row, None where it has none.
-    differences: none where the rows compare.
-    best: rows with the best value; empty where rows do not compare, or no value is better.
+    name: name of the metric.
+    detail: distinguishes the metric from others of that name, such as by the split; often empty.
+    results: one for each row, or None for a row without the metric.
+    differences: reasons why the rows are not comparable; empty if they are.
+    best: rows with the best value; empty if rows are not comparable or no value is better.
   """
 
   name: str
@@ -110,16 +110,16 @@ class Column:
 
 
 def read(paths: Sequence[str]) -> Runs:
-  """Reads files of figures and workdirs of runs.
+  """Read files of metrics and workdirs of runs.
 
   Args:
-    paths: files that `ov_eval.write_results` made, or workdirs with `evaluation.json` and, of
-      several steps, `evaluations/<step>.json`.
+    paths: files written by `ov_eval.write_results`, or workdirs with `evaluation.json` and
+      optionally `evaluations/<step>.json`.
 
   Raises:
-    ValueError, OSError: for what is missing or no such file, with its path.
+    ValueError, OSError: if a file is missing or invalid; the message has its path.
   """
-  files: dict[Path, Path] = {}  # file -> what names its run
+  files: dict[Path, Path] = {}  # file -> path that names its run
   last: dict[Path, Path] = {}  # workdir -> last evaluation
   named: list[Path] = []
   for text in paths:
@@ -145,24 +145,24 @@ def read(paths: Sequence[str]) -> Runs:
 def columns(
   evaluations: Sequence[Evaluation], pattern: str = "", first: Sequence[str] = ()
 ) -> list[Column]:
-  """Equal figures side by side.
+  """Align equal metrics in columns.
 
   Args:
     evaluations: the rows.
-    pattern: regular expression that is searched for in the names of figures.
-    first: names that come before others; those come in the order in which they are found.
+    pattern: regular expression that is searched for in the names of metrics.
+    first: names of the first columns. The others follow in the order of the files.
 
   Raises:
-    ValueError: if the pattern is none or fits no name, or a file holds one figure twice.
+    ValueError: if the pattern is invalid or matches no name, or a file has a metric twice.
   """
   try:
     wanted = re.compile(pattern)
   except re.error as error:
-    raise ValueError(f"--metrics={pattern} is no regular expression: {error}.") from error
+    raise ValueError(f"--metrics={pattern} is not a regular expression: {error}.") from error
   names = list(dict.fromkeys(r.name for e in evaluations for r in e.results))
   shown = [name for name in names if wanted.search(name)]
   if not shown:
-    raise ValueError(f"--metrics={pattern} fits none of {', '.join(names)}.")
+    raise ValueError(f"--metrics={pattern} matches none of {', '.join(names)}.")
   shown.sort(key=lambda name: [*first, name].index(name))
   found = []
   for name in shown:
@@ -180,7 +180,7 @@ def columns(
 
 
 def direction(result: Result) -> int:
-  """1 where higher is better, -1 where lower is, 0 where neither."""
+  """Return 1 if higher is better, -1 if lower is better, otherwise 0."""
   if _NEITHER_IS_BETTER.search(result.name):
     return 0
   return -1 if _LOWER_IS_BETTER.search(result.name) else 1
@@ -189,12 +189,12 @@ def direction(result: Result) -> int:
 def warnings(
   found: Sequence[Column], rows: Sequence[str], say: Callable[[str], str] = str
 ) -> list[str]:
-  """One line for each thing that differs between rows, with the figures it concerns.
+  """Return one line for each property that differs between rows, with the metrics it affects.
 
   Args:
-    found: the figures.
-    rows: names of the rows; rows of one name are told once.
-    say: how to write the name of a figure.
+    found: columns of metrics.
+    rows: names of the rows; a name that repeats is reported once.
+    say: formats the name of a metric.
   """
   names: dict[tuple[str, str], list[str]] = {}
   for column in found:
@@ -211,13 +211,13 @@ def warnings(
 
 
 def labels(evaluations: Sequence[Evaluation]) -> list[str]:
-  """A name for each row: the run, and its step where the run has several rows."""
+  """Return a name for each row: the run, and its step if the run has several rows."""
   runs = [evaluation.run for evaluation in evaluations]
   return [e.run if runs.count(e.run) == 1 else f"{e.run} @ {e.step:,}" for e in evaluations]
 
 
 def _evaluations(workdir: Path) -> list[Path]:
-  """The files of a workdir in order of step, the last one last."""
+  """Return the evaluation files of a workdir in order of step; `evaluation.json` is last."""
   steps = [
     path
     for path in workdir.glob("evaluations/*.json")
@@ -226,7 +226,7 @@ def _evaluations(workdir: Path) -> list[Path]:
   found = sorted(steps, key=lambda path: int(path.stem))
   newest = workdir / "evaluation.json"
   if newest.is_file():
-    # The same figures lie under their step too.
+    # The same metrics are also stored under their step.
     same = newest.read_bytes()
     found = [path for path in found if path.read_bytes() != same] + [newest]
   if not found:
@@ -237,14 +237,14 @@ def _evaluations(workdir: Path) -> list[Path]:
 
 
 def _run_of(file: Path) -> Path:
-  """The workdir of a file, or the file itself where it lies in none."""
+  """Return the workdir that contains a file, or the file itself if there is none."""
   if file.name == "evaluation.json":
     return file.parent
   return file.parent.parent if file.parent.name == "evaluations" else file
 
 
 def _short_names(runs: Sequence[Path]) -> dict[Path, str]:
-  """As few of the last parts of each path as tell it from the others."""
+  """Return the shortest suffix of each path that distinguishes it from the others."""
   names = {}
   for run in runs:
     others = [other.parts for other in runs if other != run]
@@ -260,9 +260,9 @@ def _read(file: Path, run: str) -> Evaluation:
     found = ov_eval.read_results(file)
     msgspec.convert(dataclasses.asdict(found), type=_File)
   except (OverflowError, RecursionError, msgspec.ValidationError) as error:
-    raise ValueError(f"{file} is no file of results: {' '.join(str(error).split())}") from error
+    raise ValueError(f"{file} is not a results file: {' '.join(str(error).split())}") from error
   if not found.results:
-    raise ValueError(f"{file} holds no figure; evaluate the model first.")
+    raise ValueError(f"{file} contains no metric; evaluate the model first.")
   for result in found.results:
     if math.isfinite(result.value) and abs(result.value) > _LARGEST:
       raise ValueError(f"{file}: {result.name} is {result.value:g}; expected at most {_LARGEST:g}")
@@ -282,8 +282,8 @@ def _key(name: str, evaluations: Sequence[Evaluation]) -> tuple[str, ...]:
       return key
   twice = next(e for e in evaluations if not _distinct(name, CONTEXT, e))
   raise ValueError(
-    f"{twice.run} holds {name} twice with the same {', '.join(CONTEXT)}; "
-    "tell them apart with ov_eval.with_context."
+    f"{twice.run} contains {name} twice with the same {', '.join(CONTEXT)}; "
+    "distinguish them with ov_eval.with_context."
   )
 
 

@@ -1,4 +1,4 @@
-"""Which files are read, what stands side by side, and when that compares."""
+"""Tests of reading metrics, of columns, and of the conditions for a comparison."""
 
 import json
 import math
@@ -34,7 +34,7 @@ def _write(path: Path, *results: Result, step: int = 100, level: float = 0.95) -
 
 
 def _run(workdir: Path, *values: float) -> str:
-  """A workdir whose step 100, 200, ... had these values."""
+  """Create a workdir with these values at steps 100, 200, ..."""
   for number, value in enumerate(values, 1):
     _write(workdir / f"evaluations/{100 * number}.json", _top1(value), step=100 * number)
     _write(workdir / "evaluation.json", _top1(value), step=100 * number)
@@ -49,17 +49,17 @@ def test_of_several_runs_the_table_shows_the_last_evaluation(tmp_path: Path):
 
 
 def test_of_one_run_the_table_shows_every_evaluation(tmp_path: Path):
-  workdir = _run(tmp_path / "a", *(0.1 for _ in range(10)))  # step 1000 comes after 900
+  workdir = _run(tmp_path / "a", *(0.1 for _ in range(10)))  # step 1000 follows 900
   found = read([workdir])
   assert [e.step for e in found.rows] == list(range(100, 1001, 100)) and found.all == found.rows
   assert labels(found.rows)[:2] == ["a @ 100", "a @ 200"]
 
 
-def test_files_are_rows_of_their_own(tmp_path: Path):
+def test_files_are_separate_rows(tmp_path: Path):
   _run(tmp_path / "a", 0.1, 0.2, 0.3)
   early, last = tmp_path / "a/evaluations/100.json", tmp_path / "a/evaluation.json"
   other = _write(tmp_path / "results/other.json", _top1(0.9))
-  found = read([str(last), str(early), other, str(early)])  # named twice is shown once
+  found = read([str(last), str(early), other, str(early)])  # a path given twice is shown once
   assert labels(found.rows) == ["a @ 300", "a @ 100", "other.json"]
 
 
@@ -71,12 +71,12 @@ def test_a_workdir_without_earlier_evaluations_and_one_without_the_last(tmp_path
   assert [(e.run, e.step) for e in found.rows] == [("a", 100), ("b", 100)]
 
 
-def test_runs_of_one_name_are_told_apart(tmp_path: Path):
+def test_runs_with_equal_names_are_distinguished(tmp_path: Path):
   paths = [_run(tmp_path / where, 0.1) for where in ("x/run", "y/run", "z")]
   assert [e.run for e in read(paths).rows] == ["x/run", "y/run", "z"]
 
 
-def test_figures_stand_side_by_side_in_the_order_asked_for(tmp_path: Path):
+def test_metrics_are_aligned_in_the_requested_order(tmp_path: Path):
   words, nll = Result("caption_words", 9.0, 5), Result("caption_nll", 2.0, 5, unit="nats")
   paths = [
     _write(tmp_path / "a.json", words, _top1(0.1)),
@@ -87,13 +87,15 @@ def test_figures_stand_side_by_side_in_the_order_asked_for(tmp_path: Path):
   assert [c.name for c in found] == ["zero_shot_top1", "caption_nll", "caption_words"]
   assert [r and r.value for r in found[1].results] == [None, 2.0]
   assert [c.name for c in columns(rows, "nll|top")] == ["zero_shot_top1", "caption_nll"]
-  with pytest.raises(ValueError, match="--metrics=psnr fits none of caption_words, zero_shot_top1"):
+  with pytest.raises(
+    ValueError, match="--metrics=psnr matches none of caption_words, zero_shot_top1"
+  ):
     columns(rows, "psnr")
-  with pytest.raises(ValueError, match=r"--metrics=\( is no regular expression"):
+  with pytest.raises(ValueError, match=r"--metrics=\( is not a regular expression"):
     columns(rows, "(")
 
 
-def test_one_figure_of_several_data_sets_is_several_columns(tmp_path: Path):
+def test_one_metric_of_several_data_sets_is_several_columns(tmp_path: Path):
   pets, cars = _top1(0.1), _top1(0.2, split="cars/test")
   paths = [
     _write(tmp_path / "a.json", pets, cars),
@@ -105,12 +107,12 @@ def test_one_figure_of_several_data_sets_is_several_columns(tmp_path: Path):
     ("cars/test", [0.2, 0.3]),
   ]
   assert not any(c.differences for c in found) and found[1].best == {1}
-  with pytest.raises(ValueError, match="a.json holds zero_shot_top1 twice with the same"):
+  with pytest.raises(ValueError, match="a.json contains zero_shot_top1 twice with the same"):
     columns(read([_write(tmp_path / "a.json", pets, pets)]).rows)
 
 
 @pytest.mark.parametrize(
-  "changed, told",
+  "changed, expected",
   [
     ({"split": "cars/test"}, "split of zero_shot_top1: pets/test (a) against cars/test (b)"),
     ({"templates_hash": "cd34"}, "templates_hash of zero_shot_top1: ab12 (a) against cd34 (b)"),
@@ -119,20 +121,22 @@ def test_one_figure_of_several_data_sets_is_several_columns(tmp_path: Path):
     ({"count": 101}, "number of examples of zero_shot_top1: 100 (a) against 101 (b)"),
   ],
 )
-def test_what_does_not_compare_is_told_and_has_no_best(tmp_path: Path, changed: Any, told: str):
+def test_incomparable_rows_give_a_warning_and_have_no_best(
+  tmp_path: Path, changed: Any, expected: str
+):
   paths = [_write(tmp_path / "a.json", _top1(0.1)), _write(tmp_path / "b.json", _top1(**changed))]
   found = columns(read(paths).rows)
-  assert warnings(found, ["a", "b"]) == [told] and found[0].best == frozenset()
+  assert warnings(found, ["a", "b"]) == [expected] and found[0].best == frozenset()
 
 
-def test_what_a_file_does_not_say_does_not_compare_with_what_another_says(tmp_path: Path):
+def test_a_missing_property_differs_from_a_given_one(tmp_path: Path):
   bare = Result("zero_shot_top1", 0.5, 100, unit="share")
   paths = [_write(tmp_path / "a.json", _top1(0.1)), _write(tmp_path / "b.json", bare)]
-  told = warnings(columns(read(paths).rows), ["a", "b"])
-  assert "templates_hash of zero_shot_top1: ab12 (a) against not given (b)" in told
+  found = warnings(columns(read(paths).rows), ["a", "b"])
+  assert "templates_hash of zero_shot_top1: ab12 (a) against not given (b)" in found
 
 
-def test_one_difference_of_several_figures_is_told_once(tmp_path: Path):
+def test_one_difference_of_several_metrics_is_reported_once(tmp_path: Path):
   def both(**change: str) -> list[Result]:
     return ov_eval.with_context(
       [Result("top1", 0.1, 9), Result("top5", 0.2, 9)], **{**CONTEXT, **change}
@@ -158,7 +162,7 @@ def test_one_difference_of_several_figures_is_told_once(tmp_path: Path):
     ("generated_words", 0), ("distinct_captions", 0), ("probe_l2", 0), ("majority_top1", 0),
   ],
 )  # fmt: skip
-def test_which_way_is_better(name: str, better: int):
+def test_direction_of_metrics(name: str, better: int):
   assert direction(Result(name, 0.5, 1)) == better
 
 
@@ -174,7 +178,7 @@ def test_the_best_rows_are_marked(tmp_path: Path):
     for name, (top1, nll, same) in values.items()
   ]
   found = columns(read(paths).rows)
-  # Two share the first place; the lowest NLL; where all are equal none stands out.
+  # Two rows share the best value; the lowest NLL is best; equal values have no best.
   assert [set(c.best) for c in found] == [{1, 2}, {1}, set()]
 
 
@@ -207,34 +211,34 @@ def test_table(tmp_path: Path):
   ]
 
 
-def test_a_narrow_terminal_gets_blocks(tmp_path: Path):
+def test_a_narrow_terminal_splits_the_table_into_blocks(tmp_path: Path):
   *blocks, _ = _table(tmp_path, width=60).split("\n\n")
   assert len(blocks) == 2
   assert all(len(line) <= 60 for block in blocks for line in block.splitlines())
   assert blocks[1].splitlines()[1].split()[0] == "small.json"
-  assert len(_table(tmp_path, width=1).split("\n\n")) == 4  # at least one figure in each
+  assert len(_table(tmp_path, width=1).split("\n\n")) == 4  # at least one metric in each block
 
 
 @pytest.mark.parametrize(
   "content, message",
   [
     (None, "no such file or folder"),
-    ("{", "is no file of results"),
-    ("[]", "is no file of results"),
-    ('{"a": 1}', "is no file of results .KeyError: 'results'"),
+    ("{", "is not a results file"),
+    ("[]", "is not a results file"),
+    ('{"a": 1}', "is not a results file .KeyError: 'results'"),
     (
       '{"split": "x", "step": 1, "examples_seen": 1, "level": 0.9, "results": []}',
-      "holds no figure",
+      "contains no metric",
     ),
     (
       '{"split": "x", "step": 1, "examples_seen": "many", "level": 0.9, "results": '
       '[{"name": "a", "value": 1, "count": 1, "unit": "", "interval": null}]}',
       "Expected `int`, got `str` - at `\\$.examples_seen`",
     ),
-    ("[" * 100_000, "is no file of results"),
+    ("[" * 100_000, "is not a results file"),
   ],
 )
-def test_what_is_no_file_of_figures(tmp_path: Path, content: str | None, message: str):
+def test_files_that_are_not_metrics_are_rejected(tmp_path: Path, content: str | None, message: str):
   path = tmp_path / "evaluation.json"
   if content is not None:
     path.write_text(content)
@@ -301,7 +305,7 @@ def test_wrong_types_name_the_file(tmp_path: Path, field: str, value: Any):
     ("context", {"split": "a\nb"}),
   ],
 )
-def test_wrong_types_of_a_figure_name_the_file(tmp_path: Path, field: str, value: Any):
+def test_wrong_types_of_a_metric_name_the_file(tmp_path: Path, field: str, value: Any):
   (row,) = _GOOD["results"]
   _refused(tmp_path, {**_GOOD, "results": [{**row, field: value}]})
 

@@ -1,20 +1,16 @@
-"""The comparison as one self-contained page: table, curves over samples seen, bars."""
+"""Self-contained HTML page of a comparison: table, curves over samples seen, bar charts."""
 
 from collections.abc import Sequence
-import functools
 import math
 from pathlib import Path
-import re
 from typing import Any
-
-import jinja2
 
 from apps.trainer import charts, report_text
 from ov_eval import Result
 from tools.compare.evaluations import Column, Evaluation, labels, warnings
 
-_COLOURS = 8  # of the page's style; more runs repeat them, with dashes
-_OPEN = 6  # charts that are shown unfolded
+_COLOURS = 8  # colors in the style of the page; further runs repeat them with dashed lines
+_OPEN = 6  # charts that are initially expanded
 
 
 def render(
@@ -23,13 +19,13 @@ def render(
   everything: Sequence[Evaluation],
   all_columns: Sequence[Column],
 ) -> str:
-  """The page as text. Everything shown is escaped; nothing is loaded from elsewhere.
+  """Return the HTML of the page. All text is escaped, and no external resource is loaded.
 
   Args:
-    rows: of the table.
-    columns: of these rows.
+    rows: rows of the table.
+    columns: columns for `rows`.
     everything: the rows and the earlier evaluations of their runs.
-    all_columns: of these evaluations.
+    all_columns: columns for `everything`.
   """
   runs = list(dict.fromkeys(e.run for e in everything))
   names = labels(rows)
@@ -37,44 +33,29 @@ def render(
   curves = [chart for chart in drawn if chart]
   several = len({row.run for row in rows}) > 1
   bars = [_bars(column, rows, names, runs) for column in columns] if several else []
-  told = warnings(columns, names, report_text.label)
+  of_rows = warnings(columns, names, report_text.label)
   of_runs = warnings(all_columns, [e.run for e in everything], report_text.label)
-  return _template().render(
+  template = report_text.template(Path(__file__).with_name("page_template.html"))
+  return template.render(
     title=" and ".join(runs) if len(runs) < 3 else f"{len(runs)} models",
     rows=[
       {"name": name, "step": row.step, "seen": row.examples_seen, "colour": _colour(row.run, runs)}
       for name, row in zip(names, rows, strict=True)
     ],
     columns=columns,
-    warnings=told,
+    warnings=of_rows,
     levels=[f"{level:.0%}" for level in sorted({row.level for row in rows})],
     legend=[{"name": run, "colour": _colour(run, runs)} for run in runs],
     curves=curves[:_OPEN],
     more_curves=curves[_OPEN:],
-    curve_warnings=[text for text in of_runs if text not in told],
+    curve_warnings=[text for text in of_runs if text not in of_rows],
     bars=[bar for bar in bars if bar][:_OPEN],
     more_bars=[bar for bar in bars if bar][_OPEN:],
   )
 
 
-@functools.cache
-def _template() -> jinja2.Template:
-  environment = jinja2.Environment(
-    autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-  )
-  environment.filters.update(
-    figure=report_text.figure,
-    interval=report_text.interval,
-    label=report_text.label,
-    parts=lambda name: re.findall(r"[^_/]+[_/]*|[_/]+", name),
-    plain=report_text.plain,
-  )
-  source = Path(__file__).with_name("page_template.html").read_text(encoding="utf-8")
-  return environment.from_string(source)
-
-
 def _colour(run: str, runs: Sequence[str]) -> str:
-  """The classes of a run's colour."""
+  """Return the CSS classes of a run's color."""
   number = runs.index(run)
   return f"c{number % _COLOURS}" + (" again" if number >= _COLOURS else "")
 
@@ -86,7 +67,7 @@ def _title(column: Column) -> str:
 def _curves(
   column: Column, everything: Sequence[Evaluation], runs: Sequence[str]
 ) -> dict[str, Any] | None:
-  """A chart over samples seen; None where no run was evaluated twice."""
+  """Return a chart over samples seen, or None if no run was evaluated twice."""
   points: dict[str, list[tuple[float, float]]] = {}
   unit = ""
   for evaluation, result in zip(everything, column.results, strict=True):
@@ -106,7 +87,7 @@ def _curves(
 def _bars(
   column: Column, rows: Sequence[Evaluation], names: Sequence[str], runs: Sequence[str]
 ) -> dict[str, Any] | None:
-  """One bar for each row with the figure; None where fewer than two have it."""
+  """Return one bar for each row with the metric, or None if fewer than two rows have it."""
   shown = [
     (row, result)
     for row, result in enumerate(column.results)
@@ -141,5 +122,5 @@ def _high(result: Result) -> float:
   return result.high if report_text.interval(result) and result.high else result.value
 
 
-def _percent(share: float) -> float:
-  return round(100 * min(max(share, 0.0), 1.0), 2)
+def _percent(fraction: float) -> float:
+  return round(100 * min(max(fraction, 0.0), 1.0), 2)

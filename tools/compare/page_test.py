@@ -1,4 +1,4 @@
-"""The page: whole, escaped, self-contained, and right about what it draws."""
+"""Tests of the page: valid HTML, escaping, no external resources, and correct charts."""
 
 from html.parser import HTMLParser
 import math
@@ -14,7 +14,7 @@ EVIL = "<script>alert(1)</script> & \"' {{ 7 * 7 }}"
 
 
 class _Page(HTMLParser):
-  """Checks that tags close, and collects them with their attributes and text."""
+  """Parser that checks that tags are closed, and collects their attributes and text."""
 
   VOID = {"meta", "line", "path", "circle", "wbr"}
 
@@ -64,17 +64,17 @@ def test_table_curves_and_bars():
   text = _render(everything, everything[1::2])
   found = _Page(text)
   assert "run_0 and run_1" in found.text and "Zero-shot top-1" in found.text
-  assert "10.0 – 30.0%" in found.text and len(found.having("span", "best")) == 2  # table and bar
+  assert "10.0 – 30.0%" in found.text and len(found.having("span", "best")) == 2  # table, bar
   assert len(found.having("circle", "dot")) == 4 and len(found.having("g", "line")) == 2
   assert "run_1, samples seen 200: 21.0%" in found.text
-  # 20% and 21%, up to 31%, on an axis that ends at 40%.
+  # Values of 20% and 21%, with an interval up to 31%, on an axis up to 40%.
   widths = [a["style"] for t, a in found.tags if t == "i"]
   assert widths == ["width:50.0%", "width:52.5%"]
   brackets = [a["style"] for t, a in found.tags if t == "b"]
   assert brackets[0] == "left:25.0%;width:50.0%"
 
 
-def test_every_interval_lies_inside_its_bar():
+def test_every_interval_is_inside_its_bar():
   results = [
     Result("cider", 0.3, 9, -0.2, 0.9),
     Result("cider", math.inf, 9),
@@ -93,7 +93,7 @@ def test_one_evaluation_of_each_has_no_curve_and_one_run_no_bars():
   assert found.having("figure", "chart") and not found.having("figure", "bars")
 
 
-def test_figures_that_do_not_compare_are_marked_wherever_they_stand():
+def test_incomparable_metrics_are_marked_everywhere():
   one = [_evaluation("a", s, _top1(0.1 * s, split="pets")) for s in (1, 2)]
   other = [_evaluation("b", s, _top1(0.2 * s, split="cars")) for s in (1, 2)]
   found = _Page(_render([*one, *other], [one[1], other[1]]))
@@ -102,14 +102,14 @@ def test_figures_that_do_not_compare_are_marked_wherever_they_stand():
   assert not found.having("span", "best")
 
 
-def test_a_change_within_a_run_is_told_with_its_curves():
+def test_a_change_within_a_run_is_reported_with_its_curves():
   stages = [_evaluation("a", s, _top1(0.1 * s, preprocessing=f"{s}4 px")) for s in (8, 22)]
   whole = [*stages, _evaluation("b", 22, _top1(0.5, preprocessing="224 px"))]
   found = _Page(_render(whole, whole[1:]))
   assert "preprocessing of Zero-shot top-1: 84 px (a) against 224 px (a, b)" in found.text
 
 
-def test_many_runs_keep_their_colours():
+def test_many_runs_keep_their_colors():
   everything = _runs(10)
   found = _Page(_render(everything, everything[1::2]))
   lines = [a["class"] for a in found.having("g", "line")]
@@ -119,7 +119,7 @@ def test_many_runs_keep_their_colours():
 
 
 @pytest.mark.parametrize("count, folded", [(6, 0), (9, 2)])
-def test_more_than_six_charts_are_folded(count, folded):
+def test_more_than_six_charts_are_collapsed(count, folded):
   results = [Result(f"figure {i}", 0.5, 9) for i in range(count)]
   evaluations = [_evaluation(run, s, *results) for run in "ab" for s in (1, 2)]
   found = _Page(_render(evaluations, evaluations[1::2]))
@@ -127,7 +127,7 @@ def test_more_than_six_charts_are_folded(count, folded):
   assert len(found.having("figure", "chart")) == len(found.having("figure", "bars")) == count
 
 
-def test_nothing_is_loaded_and_everything_escaped():
+def test_nothing_is_loaded_and_everything_is_escaped():
   evil = [
     _evaluation(EVIL, s, Result(EVIL, 0.5, 9, context={"split": EVIL + str(s)})) for s in (1, 2)
   ]

@@ -1,4 +1,4 @@
-"""The table as text, in as many blocks as the terminal's width asks for."""
+"""Format the table as text, split into blocks that fit the width of the terminal."""
 
 from collections.abc import Sequence
 
@@ -9,12 +9,12 @@ _GAP = "  "
 
 
 def render(rows: Sequence[Evaluation], columns: Sequence[Column], width: int) -> str:
-  """Rows are evaluations, columns figures with intervals.
+  """Format evaluations as rows, and metrics with their intervals as columns.
 
   Args:
-    rows: as `columns` were made of.
-    columns: what to show.
-    width: of a line; columns that do not fit follow below, behind the names of the rows again.
+    rows: the evaluations that `columns` was made from.
+    columns: the metrics to show.
+    width: maximum line length. Columns that do not fit follow in further blocks with row names.
   """
   names = labels(rows)
   head = _aligned(
@@ -31,15 +31,15 @@ def render(rows: Sequence[Evaluation], columns: Sequence[Column], width: int) ->
   lines = ["\n".join(line.rstrip() for line in block) for block in blocks]
   notes = []
   if any(column.best for column in columns):
-    notes.append("* best; none is marked where the rows do not compare")
+    notes.append("* best; none is marked if the rows are not comparable")
   levels = sorted({row.level for row in rows})
   notes.append(f"intervals: {', '.join(f'{level:.0%}' for level in levels)}, over examples")
-  told = [f"! not comparable: {text}" for text in warnings(columns, names)]
-  return "\n\n".join([*lines, "\n".join([*told, *notes])])
+  incomparable = [f"! not comparable: {text}" for text in warnings(columns, names)]
+  return "\n\n".join([*lines, "\n".join([*incomparable, *notes])])
 
 
 def _cells(column: Column) -> list[str]:
-  """The heading and the cells, all of one width."""
+  """Return the heading and the cells, padded to equal width."""
   star = ["*" if row in column.best else " " for row in range(len(column.results))]
   values = _right(["–" if r is None else figure(r) for r in column.results])
   ranges = _right(["" if r is None else interval(r) for r in column.results])

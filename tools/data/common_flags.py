@@ -1,4 +1,4 @@
-"""Flags of every app here that writes shards, checked when they are parsed."""
+"""Common flags of the apps that write shards, validated during parsing."""
 
 from collections.abc import Callable, Iterator
 import contextlib
@@ -10,35 +10,35 @@ from absl import flags
 from ov_data import outputs, writer
 
 OUTPUT = flags.DEFINE_string("output", None, "Local folder for the shards.")
-SEED = flags.DEFINE_integer("seed", 0, "Another seed, other random choices.")
-WORKERS = flags.DEFINE_integer("workers", None, "Processes; default: one for each core.")
+SEED = flags.DEFINE_integer("seed", 0, "Seed of all random choices.")
+WORKERS = flags.DEFINE_integer("workers", None, "Number of processes; default: all cores.")
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace another data set in --output.")
 
 
 def local_path(value: str) -> Path:
-  """Return the path of a flag, `~` expanded.
+  """Return the path of a flag with `~` expanded.
 
   Raises:
-    ValueError: it is remote, of an unknown user, or no file can have that name.
+    ValueError: if the path is remote, of an unknown user, or not a valid file name.
   """
   path = os.path.expanduser(value)
   if path.startswith("~") and not os.path.lexists(path):
-    raise ValueError(f"{value}: there is no such user; write the path in full")
+    raise ValueError(f"{value}: there is no such user; use the complete path")
   return outputs.local_path(path)
 
 
 @contextlib.contextmanager
 def resumable() -> Iterator[None]:
-  """Add to an interrupt that the same command resumes; exit codes are 130 and 143."""
+  """Log on an interrupt that the same command resumes; exit with code 130 or 143."""
   try:
     yield
   except KeyboardInterrupt as error:
-    error.args = (f"{error or 'interrupted'}; the same command resumes from here",)
+    error.args = (f"{error or 'interrupted'}; repeat the command to resume",)
     raise
 
 
 def validate(name: str, check: Callable[[str], object]) -> None:
-  """Check a flag of a path before any work; errors name the flag."""
+  """Validate a path flag before any work; errors name the flag."""
 
   def checked(value: str | None) -> bool:
     try:

@@ -1,4 +1,4 @@
-"""Commands that write shards: outputs that are refused before any work, and those that work."""
+"""Output flags of the commands that write shards."""
 
 import os
 from pathlib import Path
@@ -27,16 +27,16 @@ def _fails(done: subprocess.CompletedProcess[str], *parts: str) -> None:
 
 
 @pytest.mark.parametrize("flag", ["output", "sheet"])
-def test_remote_outputs_are_refused_before_any_work(tmp_path: Path, flag: str):
+def test_remote_outputs_are_rejected_before_any_work(tmp_path: Path, flag: str):
   for url in ("gs://bucket/x.png", "s3://bucket/x.png", "https://host/x.png", "hdfs://n/x.png"):
     done = _app(f"--{flag}={url}", *_SMALL, cwd=tmp_path)
     _fails(done, f"--{flag}", f"output {url}: expected a local path", "write to a local directory")
   done = _app(f"--{flag}=file:///tmp/x.png", *_SMALL, cwd=tmp_path)
-  _fails(done, "leave out the scheme: /tmp/x.png")
+  _fails(done, "omit the scheme: /tmp/x.png")
   assert not list(tmp_path.iterdir())
 
 
-def test_impossible_outputs_are_refused_before_any_work(tmp_path: Path):
+def test_impossible_outputs_are_rejected_before_any_work(tmp_path: Path):
   (tmp_path / "file").write_text("x")
   _fails(_app(f"--output={tmp_path}/file", *_SMALL, cwd=tmp_path), "file is not a directory")
   _fails(_app(f"--output={tmp_path}/file/x", *_SMALL, cwd=tmp_path), "file is not a directory")
@@ -46,7 +46,7 @@ def test_impossible_outputs_are_refused_before_any_work(tmp_path: Path):
   _fails(_app("--sheet=x.bmp2", cwd=tmp_path), "expected a file name that ends with .png")
   with outputs.locked(tmp_path / "busy"):
     done = _app(f"--output={tmp_path}/busy", *_SMALL, cwd=tmp_path)
-  _fails(done, f"busy is being written by process {os.getpid()} on ")
+  _fails(done, f"busy is locked by process {os.getpid()} on ")
   assert sorted(p.name for p in tmp_path.iterdir()) == ["busy", "file"]
 
 
@@ -60,7 +60,7 @@ def test_outputs_with_special_names(tmp_path: Path, name: str):
 
 
 def test_a_limit_on_file_sizes_is_reported_in_one_line(tmp_path: Path):
-  """The error of a worker process names path and remedy, as that of a full disk does."""
+  """The error of a worker process has path and remedy, as for a full disk."""
   env = {**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
   command = f"ulimit -f 4; exec {sys.executable} -m {scenes.__name__} --output=d --train=3000 "
   done = subprocess.run(

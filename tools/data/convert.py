@@ -12,14 +12,14 @@
   Karpathy's dataset_*.json      with --images=FOLDER
   WebDataset tars                a folder, a glob, or name-{000..099}.tar; jpg|png|webp + txt|json
 
-Every image is decoded once. What cannot be used is left out, counted by reason and listed in
-skipped.jsonl. An interrupted conversion resumes when the same command is given again.
+Every image is decoded once. Unusable images are skipped, counted by reason and listed in
+skipped.jsonl. Repeat the command to resume an interrupted conversion.
 """
 
 from apps.trainer import startup
 
 if __name__ == "__main__":
-  startup.set_up()  # before the imports that take time
+  startup.set_up()  # before slow imports
 
 from collections import Counter
 import dataclasses
@@ -35,26 +35,26 @@ from apps.trainer.errors import UserError, run_app, user_errors
 from ov_data import fs, layouts, outputs, writer
 from tools.data import common_flags, progress, shards
 
-_INPUT = flags.DEFINE_string("input", None, "Folder, list or tars; see above.")
-_FORMAT = flags.DEFINE_enum("format", "auto", ("auto", *layouts.FORMATS), "What the input is.")
+_INPUT = flags.DEFINE_string("input", None, "Folder, list or tars to convert.")
+_FORMAT = flags.DEFINE_enum("format", "auto", ("auto", *layouts.FORMATS), "Format of the input.")
 _IMAGES = flags.DEFINE_string(
-  "images", "", "Folder of the images that a list names, if not its own."
+  "images", "", "Folder of the images of a list; default: the folder of the list."
 )
 _HOLDOUT = flags.DEFINE_float("holdout", 0.0, "Fraction of the images in the split 'heldout'.")
-_MAX_SIDE = flags.DEFINE_integer("max_side", 0, "Larger images are shrunk to this many pixels.")
+_MAX_SIDE = flags.DEFINE_integer("max_side", 0, "Downscale larger images to this many pixels.")
 _REENCODE = flags.DEFINE_bool("reencode", False, "Store every image as a new JPEG.")
-_QUALITY = flags.DEFINE_integer("quality", 92, "Quality of the JPEGs that are written.")
+_QUALITY = flags.DEFINE_integer("quality", 92, "Quality of written JPEGs.")
 _TEMPLATE = flags.DEFINE_string(
   "caption_template", "", "Caption for images that have only a label: 'a photo of a {}'."
 )
-_REQUIRE_CAPTION = flags.DEFINE_bool("require_caption", False, "Leave out images without caption.")
+_REQUIRE_CAPTION = flags.DEFINE_bool("require_caption", False, "Skip images without caption.")
 _FOLLOW_LINKS = flags.DEFINE_bool(
-  "follow_links", False, "Follow links that lead out of the folder of images."
+  "follow_links", False, "Follow links that point outside the folder of images."
 )
-_LIMIT = flags.DEFINE_integer("limit", 0, "Only so many images, to try things out.")
-_SHARD_MB = flags.DEFINE_integer("shard_mb", 64, "About the size of a shard.")
+_LIMIT = flags.DEFINE_integer("limit", 0, "Convert only a sample of this many images.")
+_SHARD_MB = flags.DEFINE_integer("shard_mb", 64, "Approximate size of a shard.")
 
-CLASSES = "classes.txt"  # beside the shards: label number i stands on line i + 1
+CLASSES = "classes.txt"  # stored next to the shards; label i is on line i + 1
 
 
 def main() -> None:
@@ -65,14 +65,14 @@ def main() -> None:
   print(summary)
   if not sum(summary.examples.values()):
     reasons = fs.printable(f"{summary.directory}/{writer.SKIPPED}")
-    raise UserError(f"no image could be used; {reasons} lists the reasons")
+    raise UserError(f"no image is usable; {reasons} lists the reasons")
 
 
 def convert(source: str, output: Path) -> writer.Summary:
-  """Convert as the flags say.
+  """Convert a collection according to the flags.
 
   Raises:
-    ValueError, OSError: a mistake in flags or input, in words for the user.
+    ValueError, OSError: if flags or input are invalid; the messages address the user.
   """
   if _SHARD_MB.value < 1:
     raise ValueError(f"shard_mb={_SHARD_MB.value}: expected at least 1.")
@@ -91,7 +91,7 @@ def convert(source: str, output: Path) -> writer.Summary:
   images = os.path.expanduser(_IMAGES.value or "")
   for path in (source, images):
     if fs.is_remote(path):
-      raise ValueError(f"{path}: only local files can be converted; copy it to a disk first.")
+      raise ValueError(f"{path}: only local files can be converted; copy it to a local disk first.")
   print(f"listing {fs.printable(source)}", file=sys.stderr)
   found = layouts.read(
     os.path.expanduser(source), _FORMAT.value or "auto", images, options.follow_links
@@ -113,7 +113,7 @@ def convert(source: str, output: Path) -> writer.Summary:
       "version": 2,
       "items": len(found.items),
       "content of the input": shards.digest(found),
-      "options": _recorded(options),
+      "options": _recipe_options(options),
       "holdout": _HOLDOUT.value,
       "seed": common_flags.SEED.value,
     }
@@ -138,20 +138,20 @@ def convert(source: str, output: Path) -> writer.Summary:
   return summary
 
 
-def _recorded(options: shards.Options) -> dict[str, Any]:
-  """Return the options for a recipe; one that is off is as it was before there was that option."""
+def _recipe_options(options: shards.Options) -> dict[str, Any]:
+  """Return the options for a recipe, without newer options that are off, for compatibility."""
   values = dataclasses.asdict(options)
   return {name: value for name, value in values.items() if name != "follow_links" or value}
 
 
 def _report(source: str, found: layouts.Listing) -> None:
-  """Print what the input is taken for, and what is left out of it already."""
+  """Print a summary of the input, with skips and notes."""
   print(layouts.describe(source, found), file=sys.stderr)
   reasons = Counter(skip.reason for skip in found.skips)
   for reason, count in reasons.items():
     first = next(skip for skip in found.skips if skip.reason == reason)
     key = layouts.text_rules.printable(first.key)
-    print(f"left out: {count:,} {reason} (the first: {key})", file=sys.stderr)
+    print(f"skipped: {count:,} {reason} (the first: {key})", file=sys.stderr)
   if found.notes.counts:
     print(f"note: {found.notes}", file=sys.stderr)
 

@@ -1,4 +1,4 @@
-"""Converter on input that changed between two runs, and on errors inside of it."""
+"""Converter: input that changes between two runs, and unexpected errors."""
 
 import logging
 import os
@@ -29,12 +29,12 @@ def _words(output: Path) -> set[bytes]:
   return {row["txt"][0].split()[0] for row in read_rows(output).values()}
 
 
-def test_new_captions_in_a_tar_are_noticed(tmp_path: Path):
+def test_new_captions_in_a_tar_are_detected(tmp_path: Path):
   arguments = (f"--input={tmp_path}/a.tar", f"--output={tmp_path}/out")
   path = _recaption(tmp_path / "a.tar", "old", 5)
   status = path.stat()
   assert run_app(*arguments).returncode == 0
-  _recaption(path, "new", 5)  # of equal size
+  _recaption(path, "new", 5)  # equal size
   os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
   done = run_app(*arguments)
   assert done.returncode == 2 and "another data set" in done.stderr
@@ -62,7 +62,7 @@ def test_a_resumed_conversion_never_mixes_captions(tmp_path: Path):
   assert _words(tmp_path / "out") == {b"new"} and len(read_rows(tmp_path / "out")) == 300
 
 
-def test_an_image_of_equal_size_in_a_folder_is_noticed(tmp_path: Path):
+def test_an_image_of_equal_size_in_a_folder_is_detected(tmp_path: Path):
   first, second = jpeg(1), jpeg(2)
   size = max(len(first), len(second))
   write(tmp_path / "in/x/1.jpg", first.ljust(size, b"\0"))
@@ -84,7 +84,7 @@ def test_an_image_of_equal_size_in_a_folder_is_noticed(tmp_path: Path):
     ("metadata.csv", "file_name,text\na.jpg,x", "file_name,text\na.jpg,y"),
   ],
 )
-def test_the_digest_knows_every_text(tmp_path: Path, file: str, before: str, after: str):
+def test_the_digest_depends_on_every_text(tmp_path: Path, file: str, before: str, after: str):
   write(tmp_path / "a.jpg", jpeg(1))
   digests = []
   for text in (before, after, before):
@@ -99,11 +99,11 @@ def test_a_tar_that_changes_during_the_conversion_ends_it(tmp_path: Path):
     plan = shards.plan(found, folder, shards.Options(), holdout=0, shard_bytes=1 << 20, seed=0)
     assert len([*plan("train", 0)]) == 5
     _recaption(tmp_path / "a.tar", "changed", 5)
-    with pytest.raises(ValueError, match="a.tar changed while it was converted; give the command"):
+    with pytest.raises(ValueError, match="a.tar changed during the conversion; repeat the command"):
       list(plan("train", 0))
 
 
-# Errors that nothing expects.
+# Unexpected errors.
 
 
 def _folder(tmp_path: Path, count: int) -> layouts.Listing:
@@ -144,7 +144,7 @@ def test_a_bug_that_hits_every_image_ends_the_run(
 
 
 @pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
-def test_memory_errors_and_interrupts_are_no_skips(
+def test_memory_errors_and_interrupts_are_not_skips(
   tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
 ):
   def full(data: bytes, limits: decode.Limits):

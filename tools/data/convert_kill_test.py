@@ -1,7 +1,7 @@
-"""A conversion that is killed before any of its file changes gives the same files when repeated.
+"""A conversion killed before any of its file changes gives the same files when repeated.
 
-A kill leaves behind what is on the disk. So one conversion is recorded: an audit hook copies its
-output before each file change, and the same command is given again in each copy.
+A kill leaves the current files on disk. An audit hook therefore copies the output of one conversion
+before each file change, and the test repeats the command in each copy.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,7 +24,7 @@ from tools.data.testing import jpeg, write
 _CHANGES = frozenset({"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link"})
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
-_recorders: list[Callable[[str, tuple[Any, ...]], None]] = []  # the hook itself cannot be removed
+_recorders: list[Callable[[str, tuple[Any, ...]], None]] = []  # audit hooks cannot be removed
 
 
 def _hook(event: str, args: tuple[Any, ...]) -> None:
@@ -33,10 +33,10 @@ def _hook(event: str, args: tuple[Any, ...]) -> None:
 
 
 class _Recorder:
-  """Copies `output` to numbered folders in `copies` before each file change in it.
+  """Recorder that copies `output` to numbered folders in `copies` before each file change.
 
   Attributes:
-    changes: the changes, in the order of the copies.
+    changes: file changes in the order of the copies.
   """
 
   def __init__(self, output: Path, copies: Path):
@@ -51,7 +51,7 @@ class _Recorder:
       return
     if not isinstance(args[0], str | os.PathLike):
       return
-    path = Path(args[0])  # relative to an open folder, as in shutil.rmtree: one of the output
+    path = Path(args[0])  # shutil.rmtree passes names relative to an open folder
     if path.is_absolute() and not path.is_relative_to(self._output):
       return
     self._busy = True
@@ -102,7 +102,7 @@ def _files(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-  """Images for three shards, one that is broken, and one in no class."""
+  """Images for three shards, including a broken one and one without a class."""
   folder = tmp_path_factory.mktemp("source")
   for number in range(8):
     image = jpeg(number, (300, 300), "PNG")

@@ -1,4 +1,4 @@
-"""Converter on layouts of files: guesses, splits, and what is counted rather than lost."""
+"""Converter: layout detection, splits, and counts of skipped files."""
 
 import json
 import os
@@ -101,7 +101,7 @@ def test_imagefolder_with_splits(tmp_path: Path, kind: str):
     ("metadata.csv", "file_name,url\na.jpg,b\n", "line 2: expected one of text, caption"),
     ("metadata.jsonl", '{"file": "a.jpg", "text": "x"}', "line 1: expected .file_name"),
     ("metadata.jsonl", '{"file_name": "a.jpg", "label": true}', "line 1: expected .label"),
-    ("metadata.parquet", "PAR1", "Parquet is not supported; write metadata.jsonl"),
+    ("metadata.parquet", "PAR1", "Parquet is not supported; convert it to metadata.jsonl"),
   ],
 )
 def test_imagefolder_mistakes(tmp_path: Path, name: str, text: str, message: str):
@@ -131,13 +131,13 @@ def test_folders_of_one_label_are_noted(tmp_path: Path):
     write(tmp_path / folder / "0.jpg", jpeg(0))
   found = layouts.read(str(tmp_path), "classes")
   assert found.class_names == ("a b", "c")
-  assert found.notes.counts == {"folders put together with another one of the same label": 1}
+  assert found.notes.counts == {"folders merged with another one of the same label": 1}
 
 
-def test_a_list_that_is_a_link_to_nowhere(tmp_path: Path):
+def test_a_list_that_is_a_broken_link(tmp_path: Path):
   write(tmp_path / "0.jpg", jpeg(0))
   (tmp_path / "captions.jsonl").symlink_to(tmp_path / "moved.jsonl")
-  with pytest.raises(ValueError, match=r"captions.jsonl: no such file; a link that leads nowhere"):
+  with pytest.raises(ValueError, match=r"captions.jsonl: no such file; is it a broken link"):
     layouts.read(str(tmp_path))
 
 
@@ -183,15 +183,15 @@ def test_hidden_stray_and_unsupported_files(tmp_path: Path):
     "dog/7.AVIF": "unsupported image type",
     "stray.jpg": "image in no class folder",
   }
-  assert found.notes.counts == {"hidden files and folders": 5, "files that are no images": 1}
+  assert found.notes.counts == {"hidden files and folders": 5, "files that are not images": 1}
   assert found.class_names == ("cat", "dog")
-  data = Dataset(Source(str(tmp_path / "in"), caption_keys=()))  # the loader agrees
+  data = Dataset(Source(str(tmp_path / "in"), caption_keys=()))  # same result as the loader
   assert data.class_names == ("cat", "dog")
-  assert {data.features(n)["key"][0].decode() for n in range(len(data))} == images
+  assert {data.read(n).texts["key"][0].decode() for n in range(len(data))} == images
   assert sorted(skip.key for skip in data.skips) == sorted(skipped(tmp_path / "out"))
 
 
-def test_both_lists_and_files_that_no_line_names(tmp_path: Path):
+def test_both_lists_and_unlisted_files(tmp_path: Path):
   for name in ("a.jpg", "b.jpg", "c.jpg", "sub/d.heic"):
     write(tmp_path / name, jpeg(1))
   captions = lines({"file": "a.jpg", "caption": "x"}, {"file": "./a.jpg", "captions": ["y", "x"]})
@@ -208,7 +208,7 @@ def test_both_lists_and_files_that_no_line_names(tmp_path: Path):
     ("c.jpg", "image that no line names"),
     ("sub/d.heic", "image that no line names"),
   ]
-  merged = "lines put together with an earlier one of the same file"
+  merged = "lines merged with an earlier one of the same file"
   assert found.notes.counts[merged] == 2
 
 
@@ -226,13 +226,13 @@ def test_karpathy_splits_become_splits(tmp_path: Path):
 
 
 @pytest.mark.parametrize("split", ["../x", "a b", "é"])
-def test_names_of_splits_that_are_no_file_names(tmp_path: Path, split: str):
+def test_names_of_splits_that_are_invalid_file_names(tmp_path: Path, split: str):
   path = write(tmp_path / "k.json", json.dumps({"images": [{"filename": "a.jpg", "split": split}]}))
   with pytest.raises(ValueError, match="expected letters, digits, _ and - only"):
     convert_listing(layouts.read(str(path)), tmp_path / "out")
 
 
-def test_what_is_no_regular_file_is_counted_and_never_waited_for(tmp_path: Path):
+def test_special_files_are_counted_and_never_block(tmp_path: Path):
   write(tmp_path / "in/cat/ok.jpg", jpeg(1))
   os.mkfifo(tmp_path / "in/cat/pipe.jpg")
   os.symlink("/dev/zero", tmp_path / "in/cat/device.jpg")
@@ -240,7 +240,7 @@ def test_what_is_no_regular_file_is_counted_and_never_waited_for(tmp_path: Path)
   os.symlink("nowhere", tmp_path / "in/cat/dangling.jpg")
   (tmp_path / "in/cat/folder.jpg").mkdir()
   server = socket.socket(socket.AF_UNIX)
-  os.chdir(tmp_path)  # a socket's path has at most 107 bytes
+  os.chdir(tmp_path)  # socket paths have at most 107 bytes
   server.bind("in/cat/socket.jpg")
   done = run_app("--input=in", f"--output={tmp_path}/out")
   server.close()
@@ -267,15 +267,15 @@ def test_links_to_folders(tmp_path: Path):
   assert found.notes.counts == {"links to folders that were not followed": 2}
 
 
-def test_links_that_lead_out_of_the_input(tmp_path: Path):
-  """They are counted; with --follow_links they are used. Links within the input always are."""
+def test_links_that_point_outside_of_the_input(tmp_path: Path):
+  """Outside links are counted, or used with --follow_links. Links within the input are used."""
   write(tmp_path / "private/secret.jpg", jpeg(1))
   write(tmp_path / "in/cat/own.jpg", jpeg(2))
   write(tmp_path / "in/dog/own.jpg", jpeg(3))
   (tmp_path / "in/cat/inside.jpg").symlink_to("../dog/own.jpg")
   (tmp_path / "in/cat/\x1b[31m.jpg").symlink_to(tmp_path / "private/secret.jpg")
   (tmp_path / "in/ant").symlink_to("../private")
-  (tmp_path / "link to in").symlink_to("in")  # named by the user
+  (tmp_path / "link to in").symlink_to("in")  # given by the user
   arguments = (f"--input={tmp_path}/link to in", f"--output={tmp_path}/out")
   done = run_app(*arguments)
   assert done.returncode == 0, done.stderr
@@ -295,7 +295,7 @@ def test_links_that_lead_out_of_the_input(tmp_path: Path):
 
 
 @pytest.mark.parametrize("list_name", ["captions.jsonl", "captions_val.json", "dataset_coco.json"])
-def test_links_in_lists_that_lead_out(tmp_path: Path, list_name: str):
+def test_links_in_lists_that_point_outside(tmp_path: Path, list_name: str):
   write(tmp_path / "private/secret.jpg", jpeg(1))
   write(tmp_path / "in/own.jpg", jpeg(2))
   (tmp_path / "in/linked.jpg").symlink_to(tmp_path / "private/secret.jpg")
@@ -322,7 +322,7 @@ def test_links_in_lists_that_lead_out(tmp_path: Path, list_name: str):
   assert read_rows(tmp_path / "all").keys() == set(names)
 
 
-def test_buckets_are_refused_at_once(tmp_path: Path):
+def test_buckets_are_rejected_before_any_work(tmp_path: Path):
   for arguments in (("--input=gs://b/in",), ("--input=x.json", "--images=gs://b/in")):
     done = run_app(*arguments, f"--output={tmp_path}/out")
     assert done.returncode == 2 and "only local files can be converted" in done.stderr

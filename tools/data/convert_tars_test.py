@@ -1,4 +1,4 @@
-"""Converter on tars: what is read, what is counted, and which keys records get."""
+"""Converter: tar members that are read or counted, and keys of records."""
 
 import io
 import json
@@ -70,8 +70,8 @@ def test_webdataset_links_are_not_followed(tmp_path: Path):
 
 
 @pytest.mark.parametrize("missing", [1024, 15_000, 15_360, 15_900])
-def test_truncated_tar_keeps_what_is_whole(tmp_path: Path, missing: int):
-  """Cut off in a picture, in the padding behind one, in a header, in the end mark."""
+def test_truncated_tar_keeps_complete_members(tmp_path: Path, missing: int):
+  """Truncate inside an image, its padding, a header, and the end marker."""
   whole = tar(
     tmp_path / "whole.tar",
     {f"{i}.{s}": jpeg(i) if s == "jpg" else "text" for i in range(9) for s in ("txt", "jpg")},
@@ -83,7 +83,7 @@ def test_truncated_tar_keeps_what_is_whole(tmp_path: Path, missing: int):
   assert summary.skipped["broken tar file"] == 1
 
 
-def test_a_range_without_end_is_refused(tmp_path: Path):
+def test_a_range_without_end_is_rejected(tmp_path: Path):
   with pytest.raises(ValueError, match="a range of 100,000,000,000 files; expected at most"):
     layouts.read(f"{tmp_path}/{{000..99999999999}}.tar")
 
@@ -106,7 +106,7 @@ def _converted(source: Path, output: Path) -> dict[str, list[bytes]]:
   return _texts(output)
 
 
-def test_archives_one_after_the_other(tmp_path: Path):
+def test_concatenated_archives(tmp_path: Path):
   parts = [tar(tmp_path / f"p/{i}", {f"{i}.jpg": jpeg(i), f"{i}.txt": f"t{i}"}) for i in range(2)]
   same = tar(tmp_path / "p/2", {"0.jpg": jpeg(2), "0.txt": "again"})
   data = b"".join(part.read_bytes() for part in (*parts, same))
@@ -154,7 +154,7 @@ def test_equal_names_in_several_folders(tmp_path: Path):
   }
 
 
-def test_where_captions_and_labels_are_taken_from(tmp_path: Path):
+def test_sources_of_captions_and_labels(tmp_path: Path):
   source = tar(
     tmp_path / "a.tar",
     {
@@ -210,7 +210,7 @@ def test_samples_that_cannot_be_used_are_counted_with_their_reason(tmp_path: Pat
   assert "rename the members (s0.jpg, s0.txt)" in found.skips[0].detail
 
 
-def test_one_damaged_header_costs_one_image(tmp_path: Path):
+def test_one_damaged_header_loses_one_image(tmp_path: Path):
   members: dict[str, bytes | str] = {}
   for i in range(20):
     members |= {f"{i:02d}.jpg": jpeg(i), f"{i:02d}.txt": f"t{i}"}
@@ -229,7 +229,7 @@ def test_an_unreadable_tar_among_others_is_counted(tmp_path: Path):
   assert skipped(tmp_path / "out") == {"1.tar": "broken tar file", "2.tar.gz": "compressed tar"}
 
 
-def test_compressed_tars_are_refused(tmp_path: Path):
+def test_compressed_tars_are_rejected(tmp_path: Path):
   with tarfile.open(tmp_path / "a.tar.gz", "w:gz"):
     pass
   write(tmp_path / "b.tar", (tmp_path / "a.tar.gz").read_bytes())

@@ -1,4 +1,4 @@
-"""Converter: every input format, what is left out, what is refused, and the app itself."""
+"""Converter: input formats, skipped images, rejected arguments, and the app."""
 
 from collections.abc import Callable
 import io
@@ -32,7 +32,7 @@ def test_captions_jsonl(tmp_path: Path):
   assert summary.examples == {"train": 2} and not summary.skipped
   assert rows["images/a.jpg"]["txt"] == [b"one", b"two", b"four"]
   assert rows["images/b.png"]["txt"] == [b"three"]
-  assert rows["images/a.jpg"]["jpg"] == [jpeg(1)]  # stored as it was
+  assert rows["images/a.jpg"]["jpg"] == [jpeg(1)]  # stored unchanged
   assert rows["images/b.png"]["jpg"] == [jpeg(2, format="PNG")]
   assert rows["images/a.jpg"]["width"].tolist() == [40]
   assert rows["images/a.jpg"]["height"].tolist() == [30]
@@ -145,7 +145,7 @@ def _odd_image(kind: str) -> bytes:
 @pytest.mark.parametrize(
   ("kind", "reencode", "stored", "size"),
   [
-    ("gif", False, "JPEG", (40, 30)),  # no format that every reader of the shards knows
+    ("gif", False, "JPEG", (40, 30)),  # not supported by every reader of the shards
     ("rotated", False, "JPEG", (30, 40)),
     ("rotated", True, "JPEG", (30, 40)),
     ("alpha", False, "PNG", (40, 30)),
@@ -162,11 +162,11 @@ def test_stored_form(tmp_path: Path, kind: str, reencode: bool, stored: str, siz
   assert (row["width"][0], row["height"][0]) == size
   assert decode.full(data).size == size
   assert Image.open(io.BytesIO(data)).format == stored
-  if kind == "alpha":  # transparent is white
+  if kind == "alpha":  # transparent becomes white
     assert decode.full(data).getpixel((5, 5)) == (255, 255, 255)
 
 
-def test_max_side_shrinks_only_what_is_larger(tmp_path: Path):
+def test_max_side_shrinks_only_larger_images(tmp_path: Path):
   write(tmp_path / "in/x/large.jpg", jpeg(1, (400, 200)))
   write(tmp_path / "in/x/small.jpg", jpeg(2, (50, 100)))
   convert_listing(
@@ -234,14 +234,14 @@ def _captions(path: Path, text: str) -> Path:
     (lambda p: _captions(p, ""), "no images found"),
     (
       lambda p: _captions(p, lines({"file": "a", "label": "x"}, {"file": "a", "label": "y"})),
-      "line 2: a was labelled 'x' before, now 'y'",
+      "line 2: a has label 'y', but 'x' in an earlier line",
     ),
     (lambda p: write(p / "x.json", '{"images": [], "annotations": []}'), "--images=FOLDER"),
-    (lambda p: write(p / "x.tar", b"no tar"), "no tar file that can be read"),
+    (lambda p: write(p / "x.tar", b"no tar"), "not a readable tar file"),
     (lambda p: p / "*.tar", "no tar file matches|files are missing"),
   ],
 )
-def test_mistakes_are_named(tmp_path: Path, make: Callable[[Path], Path], message: str):
+def test_errors_name_the_entry(tmp_path: Path, make: Callable[[Path], Path], message: str):
   with pytest.raises((ValueError, OSError), match=message):
     layouts.read(str(make(tmp_path)))
 
@@ -275,7 +275,7 @@ def test_options_are_checked(options: dict, message: str):
     shards.Options(**options)
 
 
-# The app, as the user runs it.
+# The app as a process.
 
 
 def test_app(tmp_path: Path):
@@ -301,13 +301,13 @@ def test_app(tmp_path: Path):
     ((), "give --input=FOLDER and --output=FOLDER"),
     (("--input=nowhere",), "nowhere: no such file or folder"),
     (("--input=broken.jsonl",), r"broken.jsonl, line 2: not JSON"),
-    (("--input=lost.jsonl",), "no image could be used"),
+    (("--input=lost.jsonl",), "no image is usable"),
     (("--input=lost.jsonl", "--holdout=1.5"), "holdout=1.5"),
     (("--input=lost.jsonl", "--format=zip"), "zip"),
     (("--input=lost.jsonl", "--images=nowhere"), "--images=nowhere: no such folder"),
   ],
 )
-def test_mistakes_end_in_one_line(tmp_path: Path, arguments: tuple[str, ...], message: str):
+def test_errors_are_one_line(tmp_path: Path, arguments: tuple[str, ...], message: str):
   write(tmp_path / "broken.jsonl", '{"file": "a", "caption": "x"}\nnot json\n')
   write(tmp_path / "lost.jsonl", lines({"file": "absent.jpg", "caption": "x"}))
   output = [f"--output={tmp_path}/out"] if arguments else []

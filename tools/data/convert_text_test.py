@@ -1,4 +1,4 @@
-"""Converter on text that is no valid UTF-8, on odd JSON, and on labels."""
+"""Converter: invalid UTF-8, unusual JSON, and labels."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import pytest
 from ov_data import layouts
 from tools.data.testing import convert_listing, jpeg, lines, read_rows, run_app, skipped, tar, write
 
-_LATIN_1 = "caf\udce9"  # as the file system gives b"caf\xe9"
+_LATIN_1 = "caf\udce9"  # b"caf\xe9" decoded with surrogateescape
 
 
 def _latin_1(path: Path, data: bytes) -> None:
@@ -52,7 +52,7 @@ def test_surrogates_in_tars(tmp_path: Path):
   assert rows["a.tar/2"]["label"] == [b"caf\\xe9"]
 
 
-def test_a_latin_1_name_is_read_kept_as_key_and_reported_when_left_out(tmp_path: Path):
+def test_a_latin_1_name_is_read_kept_as_key_and_reported_when_skipped(tmp_path: Path):
   _latin_1(tmp_path / f"in/dog/{_LATIN_1}.jpg", jpeg(1))
   _latin_1(tmp_path / f"in/{_LATIN_1}/broken{_LATIN_1}.jpg", b"broken")
   done = run_app(f"--input={tmp_path}/in", f"--output={tmp_path}/out", "--workers=2")
@@ -72,7 +72,7 @@ def test_output_survives_a_terminal_without_unicode(tmp_path: Path, monkeypatch)
 
 @pytest.mark.parametrize("as_json", [True, False])
 def test_lists_in_any_role(tmp_path: Path, as_json: bool):
-  """Invalid bytes in a list reach the name unchanged; captions and labels are repaired."""
+  """Invalid bytes in a list are preserved in names and repaired in captions and labels."""
   _latin_1(tmp_path / f"in/{_LATIN_1}.jpg", jpeg(1))
   if as_json:
     row = b'{"file_name": "caf\xe9.jpg", "text": "caf\xe9", "label": "caf\xe9", "caf\xe9": 1}'
@@ -86,7 +86,7 @@ def test_lists_in_any_role(tmp_path: Path, as_json: bool):
   assert row["txt"] == ["caf\ufffd".encode()]
 
 
-def test_names_that_no_file_can_have_are_counted(tmp_path: Path):
+def test_invalid_file_names_are_counted(tmp_path: Path):
   write(tmp_path / "in/a.jpg", jpeg(1))
   names = ["a.jpg", "b\0.jpg", "c\ud83d.jpg", "d" * 5000 + ".jpg", "a.jpg/e.jpg"]
   write(tmp_path / "in/captions.jsonl", lines(*({"file": n, "caption": "x\0y"} for n in names)))
@@ -114,7 +114,7 @@ def test_names_that_no_file_can_have_are_counted(tmp_path: Path):
     ('{"file_name": "a.jpg", "text": "x"}', "use format imagefolder"),
   ],
 )  # fmt: skip
-def test_odd_json_names_file_and_line(tmp_path: Path, line: str, message: str):
+def test_unusual_json_names_file_and_line(tmp_path: Path, line: str, message: str):
   path = write(tmp_path / "captions.jsonl", '{"file": "a.jpg", "caption": "x"}\n' + line)
   with pytest.raises(ValueError, match=f"captions.jsonl, line 2: .*{message}") as raised:
     layouts.read(str(path))
@@ -149,7 +149,7 @@ def test_repeated_ids_and_names_of_coco(tmp_path: Path):
   assert [(s.key, s.reason) for s in found.skips] == [("b.jpg", "repeated image id")]
 
 
-def test_labels_are_normalised_and_numbered_by_line(tmp_path: Path):
+def test_labels_are_normalized_and_numbered_by_line(tmp_path: Path):
   labels = ["dress", "dress ", "hat", "", "a\nb", 7, " \u2028", "x\x85y"]
   for i in range(len(labels)):
     write(tmp_path / f"in/{i}.jpg", jpeg(i))

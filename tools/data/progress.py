@@ -1,4 +1,4 @@
-"""A progress bar with rate and time left; a line every 15 seconds where the output is a file."""
+"""Progress bar with rate and remaining time; one line every 15 seconds if output is not a TTY."""
 
 import threading
 import time
@@ -20,7 +20,7 @@ _SECONDS_BETWEEN_LINES = 15.0
 
 
 class Counter:
-  """Counts examples up to a total; safe to call from several threads."""
+  """Thread-safe counter of examples with a known total."""
 
   def __init__(self, what: str, total: int, console: Console | None = None):
     self._what, self._total, self._done = what, total, 0

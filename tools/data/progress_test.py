@@ -1,4 +1,4 @@
-"""The counter draws a bar on a terminal and nothing needless elsewhere."""
+"""Progress bar on terminals and in log files."""
 
 import io
 

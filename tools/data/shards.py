@@ -1,4 +1,4 @@
-"""Examples of record shards from the items of an image collection."""
+"""Conversion of the items of an image collection to examples of record shards."""
 
 from collections.abc import Iterator, Sequence
 import dataclasses
@@ -19,10 +19,10 @@ from ov_data import decode, links
 from ov_data.layouts import Blob, Item, Listing, read_blob, text_rules
 from ov_data.writer import Features, Skip
 
-_KEPT_FORMATS = ("JPEG", "PNG", "WEBP")  # stored as they are
+_KEPT_FORMATS = ("JPEG", "PNG", "WEBP")  # stored unchanged
 _NOT_REGULAR = (errno.EINVAL, errno.EISDIR, errno.ENXIO)  # pipes and devices, folders, sockets
 _UNEXPECTED = "unexpected error"
-_ENOUGH = 20  # items that all failed unexpectedly are a bug
+_MIN_FAILURES = 20  # if that many items all fail unexpectedly, there is a bug
 HELD_OUT = "heldout"
 TRAIN = "train"
 
@@ -31,14 +31,14 @@ log = logging.getLogger("ov_data")
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """What is done to each item."""
+  """Options for the conversion of each item."""
 
-  max_side: int = 0  # larger images are shrunk to it; 0 keeps every size
-  reencode: bool = False  # every image becomes a JPEG; otherwise only those that have to
-  quality: int = 92  # of JPEGs written here
-  caption_template: str = ""  # makes a caption of the label where there is none: "a photo of a {}"
-  require_caption: bool = False  # leave out items without caption
-  follow_links: bool = False  # also links that lead out of the folder
+  max_side: int = 0  # downscale larger images to this; 0 keeps every size
+  reencode: bool = False  # convert all images to JPEG, not only unsupported formats
+  quality: int = 92  # quality of written JPEGs
+  caption_template: str = ""  # caption from the label if there is none: "a photo of a {}"
+  require_caption: bool = False  # skip items without caption
+  follow_links: bool = False  # follow links that point outside the folder
 
   def __post_init__(self) -> None:
     if self.max_side < 0 or 0 < self.max_side < 16:
@@ -52,14 +52,14 @@ class Options:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-  """The items of every shard, in a folder of one file each: workers read what they make.
+class ShardPlan:
+  """Assignment of items to shards, stored in one file per shard for the workers.
 
   Attributes:
-    folder: of the lists of items.
-    options: see there.
-    classes: the number of each label.
-    shards: the number of shards of each split.
+    folder: folder of the item lists.
+    options: options of the conversion.
+    classes: index of each label.
+    shards: number of shards of each split.
     tars: size and modification time of each tar file when its members were listed.
   """
 
@@ -70,46 +70,46 @@ class Plan:
   tars: dict[str, tuple[int, int]]
 
   def __call__(self, split: str, number: int) -> Iterator[Features | Skip]:
-    """Yield the examples of a shard (what `ov_data.writer` calls make_shard).
+    """Yield the examples of a shard (`make_shard` of `ov_data.writer`).
 
     Raises:
-      ValueError: a tar file changed since it was listed.
-      RuntimeError: all items fail with errors that nothing expects.
+      ValueError: if a tar file changed since it was listed.
+      RuntimeError: if all items fail with unexpected errors.
     """
     items, skips = pickle.loads(Path(self.folder, f"{split}-{number}").read_bytes())
     for path in {item.image.path for item in items if item.image.size is not None}:
-      if _stamp(path) != self.tars[path]:
-        raise ValueError(f"{path} changed while it was converted; give the command again.")
+      if _size_and_mtime(path) != self.tars[path]:
+        raise ValueError(f"{path} changed during the conversion; repeat the command.")
     yield from map(_escaped, skips)
     failed = 0
     for count, item in enumerate(items, 1):
-      result = _guarded(item, self.options, self.classes)
+      result = _convert_item(item, self.options, self.classes)
       if isinstance(result, Skip):
         failed += result.reason == _UNEXPECTED
         result = _escaped(result)
-      if failed == count and len(items) >= 3 and min(len(items), _ENOUGH) <= count:
-        raise RuntimeError(f"each of the first {count} images failed; the last: {result}")
+      if failed == count and len(items) >= 3 and min(len(items), _MIN_FAILURES) <= count:
+        raise RuntimeError(f"each of the first {count} images failed; the last error: {result}")
       yield result
 
 
 def plan(
   listing: Listing, folder: str, options: Options, *, holdout: float, shard_bytes: int, seed: int
-) -> Plan:
-  """Distribute the items over splits and shards.
+) -> ShardPlan:
+  """Assign the items to splits and shards.
 
-  The order, and what is held out, follow from a hash of (seed, key) alone: they do not depend on
-  the order of the input, and new items move none from one split to another.
+  Order and holdout depend only on a hash of (seed, key), not on the order of the input. New items
+  do not move other items between splits.
 
   Args:
-    listing: what to convert. Its own splits are kept.
-    folder: for the lists of the shards.
-    options: see there.
+    listing: items to convert. Existing splits are kept.
+    folder: folder for the item lists.
+    options: options of the conversion.
     holdout: fraction of the items in the split "heldout"; the others are "train".
-    shard_bytes: about the size of a shard, before any change of the images.
-    seed: of the hash.
+    shard_bytes: approximate size of a shard, before image conversion.
+    seed: seed of the hash.
 
   Raises:
-    ValueError: holdout is no fraction, or the input has its own splits.
+    ValueError: if holdout is not a fraction, or the input has splits.
   """
   check_holdout(holdout)
   splits: dict[str, list[Item]] = {}
@@ -121,8 +121,7 @@ def plan(
       raise ValueError(f"split {name!r}: expected letters, digits, _ and - only; rename it.")
   if holdout and splits.keys() - {TRAIN}:
     raise ValueError(
-      f"holdout={holdout}: the input has the splits {', '.join(splits)} already; leave --holdout "
-      "out."
+      f"holdout={holdout}: the input has the splits {', '.join(splits)} already; omit --holdout."
     )
   splits = splits or {TRAIN: []}
   if holdout:
@@ -141,32 +140,32 @@ def plan(
       Path(folder, f"{split}-{number}").write_bytes(pickle.dumps(part))
   classes = sorted({item.label for item in listing.items if item.label is not None})
   numbers = {label: number for number, label in enumerate(classes)}
-  return Plan(folder, options, numbers, shards, _tars(listing))
+  return ShardPlan(folder, options, numbers, shards, _tars(listing))
 
 
 def check_holdout(holdout: float) -> None:
-  """Raise ValueError where it is no fraction."""
+  """Raise ValueError if `holdout` is not a fraction."""
   if not 0 <= holdout < 1:
     raise ValueError(f"holdout={holdout}: expected a fraction from 0 to less than 1.")
 
 
 def sample(listing: Listing, count: int, seed: int) -> Listing:
-  """Return `count` of the items, by another hash than in `plan`: each split gets its fraction."""
+  """Return `count` items, sampled by a different hash than `plan` uses for the splits."""
   items = sorted(listing.items, key=lambda item: (_rank(seed, f"sample/{item.key}"), item.key))
   return dataclasses.replace(listing, items=items[:count])
 
 
 def digest(listing: Listing) -> str:
-  """Return 16 hex digits that change with everything that is written into records.
+  """Return 16 hex digits that identify the content of the records.
 
-  They cover keys, captions, labels and splits by content, images in files by size and modification
-  time, images in tars by their header and the size and modification time of the tar.
+  The digest covers the content of keys, captions, labels and splits, size and modification time of
+  image files, and for images in tars their header and size and modification time of the tar.
   """
   total = hashlib.sha256()
   tars = _tars(listing)
   for item in sorted(listing.items, key=lambda item: item.key):
     image = item.image
-    stamp = _stamp(image.path) if image.size is None else tars[image.path]
+    stamp = _size_and_mtime(image.path) if image.size is None else tars[image.path]
     place = (image.offset, image.size, image.checksum, *stamp)
     facts = (item.key, item.captions, item.label, item.split, place)
     total.update(json.dumps(facts).encode())
@@ -176,11 +175,11 @@ def digest(listing: Listing) -> str:
 def _tars(listing: Listing) -> dict[str, tuple[int, int]]:
   """Return size and modification time of each tar."""
   paths = {item.image.path for item in listing.items if item.image.size is not None}
-  return {path: _stamp(path) for path in paths}
+  return {path: _size_and_mtime(path) for path in paths}
 
 
-def _stamp(path: str) -> tuple[int, int]:
-  """Return size and modification time in nanoseconds, 0 for a file that is not there."""
+def _size_and_mtime(path: str) -> tuple[int, int]:
+  """Return size and modification time in nanoseconds, or zeros for a missing file."""
   try:
     status = os.stat(path)
   except (OSError, ValueError):  # counted when the item is read
@@ -198,18 +197,18 @@ def _rank(seed: int, key: str) -> int:
 
 
 def _size(blob: Blob) -> int:
-  return _stamp(blob.path)[0] if blob.size is None else blob.size
+  return _size_and_mtime(blob.path)[0] if blob.size is None else blob.size
 
 
 def _escaped(skip: Skip) -> Skip:
   return Skip(text_rules.printable(skip.key), skip.reason, text_rules.printable(skip.detail))
 
 
-_logged: set[type[Exception]] = set()  # types of errors that this process has logged
+_logged: set[type[Exception]] = set()  # error types already logged by this process
 
 
-def _guarded(item: Item, options: Options, classes: dict[str, int]) -> Features | Skip:
-  """Return the example of an item; no error of one item ends the conversion."""
+def _convert_item(item: Item, options: Options, classes: dict[str, int]) -> Features | Skip:
+  """Return the example of an item, or a skip for any error."""
   try:
     return _example(item, options, classes)
   except MemoryError:
@@ -232,7 +231,7 @@ def _example(item: Item, options: Options, classes: dict[str, int]) -> Features 
   except FileNotFoundError:
     return Skip(item.key, "missing image", item.image.path)
   except links.LinkError as error:
-    return Skip(item.key, links.LEADS_OUT, str(error))
+    return Skip(item.key, links.POINTS_OUTSIDE, str(error))
   except OSError as error:
     what = "not a regular file" if error.errno in _NOT_REGULAR else "unreadable file"
     return Skip(item.key, what, str(error))
@@ -252,7 +251,7 @@ def _example(item: Item, options: Options, classes: dict[str, int]) -> Features 
 
 
 def _image(blob: Blob, options: Options) -> tuple[bytes, int, int]:
-  """Return the bytes to store, after a complete decode, and width and height as displayed."""
+  """Decode an image; return the bytes to store, and width and height as displayed."""
   limits = decode.DEFAULT_LIMITS
   data = read_blob(blob, limits.max_bytes + 1, options.follow_links)
   image = decode.full(data, limits)

@@ -1,4 +1,4 @@
-"""Image collections for the tests of the converter."""
+"""Test utilities for the converter."""
 
 import io
 import json
@@ -20,7 +20,7 @@ Row = dict[str, example.Feature]
 
 
 def jpeg(value: int = 0, size: tuple[int, int] = (40, 30), format: str = "JPEG") -> bytes:
-  """Return an encoded image of random pixels; another value, another image."""
+  """Return an encoded image of random pixels with seed `value`."""
   rng = np.random.default_rng(value)
   buffer = io.BytesIO()
   pixels = rng.integers(0, 255, (size[1], size[0], 3), np.uint8)
@@ -29,14 +29,14 @@ def jpeg(value: int = 0, size: tuple[int, int] = (40, 30), format: str = "JPEG")
 
 
 def write(path: Path, data: bytes | str) -> Path:
-  """Write a file and the folders above it."""
+  """Write a file and create its parent folders."""
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_bytes(data if isinstance(data, bytes) else data.encode())
   return path
 
 
 def lines(*rows: object) -> str:
-  """Return rows as JSON lines."""
+  """Return the rows as JSON lines."""
   return "".join(json.dumps(row) + "\n" for row in rows)
 
 
@@ -45,7 +45,7 @@ def tar(
   members: dict[str, bytes | str] | list[tuple[str, bytes | str]],
   format: int = tarfile.PAX_FORMAT,
 ) -> Path:
-  """Write a tar file; a list of members may hold a name twice."""
+  """Write a tar file; a list of members may repeat a name."""
   path.parent.mkdir(parents=True, exist_ok=True)
   with tarfile.open(path, "w", format=format) as file:
     for name, data in members if isinstance(members, list) else members.items():
@@ -64,7 +64,7 @@ def convert_listing(
   holdout: float = 0.0,
   shard_bytes: int = 1 << 20,
 ) -> writer.Summary:
-  """Convert in this process."""
+  """Run the conversion in this process."""
   with tempfile.TemporaryDirectory() as folder:
     plan = shards.plan(
       found, folder, options or shards.Options(), holdout=holdout, shard_bytes=shard_bytes, seed=0
@@ -76,7 +76,7 @@ def convert_listing(
 def read_rows(output: Path, split: str = "train") -> dict[str, Row]:
   """Return the examples of a split by key."""
   data = sources.Dataset(sources.Source(str(output), split))
-  found = [example.parse(data.read(i)) for i in range(len(data))]
+  found = [data.features(i) for i in range(len(data))]
   return {row["key"][0].decode("utf-8", "surrogateescape"): row for row in found}
 
 
@@ -91,7 +91,7 @@ def skipped(output: Path) -> dict[str, str]:
 
 
 def run_app(*arguments: str, app: ModuleType = convert) -> subprocess.CompletedProcess[str]:
-  """Run an app as the user does."""
+  """Run an app in a process."""
   env = {**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
   command = [sys.executable, "-m", app.__name__, *arguments]
   return subprocess.run(

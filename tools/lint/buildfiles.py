@@ -1,13 +1,16 @@
-"""Reads BUILD.bazel files: which target has which sources and dependencies.
+"""Read the targets, sources and dependencies of BUILD.bazel files.
 
-Starlark is close enough to Python that a BUILD file runs as Python once its functions are given.
+The syntax of a BUILD file is also valid Python, so the file runs as Python with its functions
+defined here.
 """
 
+from collections.abc import Callable, Sequence
 import dataclasses
 import os
 import pathlib
 import re
 import sys
+from typing import Any
 
 BUILD = "BUILD.bazel"
 _MACROS = "//tools/python:defs.bzl"
@@ -18,18 +21,18 @@ _NATIVE_PYTHON = ("py_library", "py_binary", "py_test")
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-  """A Python target; paths are relative to the root, labels are written in full."""
+  """A Python target; paths are relative to the root, labels are absolute."""
 
   label: str
-  kind: str  # library, binary, test
+  kind: str  # "library", "binary" or "test"
   srcs: tuple[str, ...]
   deps: tuple[str, ...]
-  build: str  # the file that defines it
+  build: str  # the BUILD file
   line: int
 
 
 def full_label(label: str, package: str) -> str:
-  """//a/b:c from the ways in which a BUILD file of `package` may write it."""
+  """Return the absolute label //a/b:c for a label in a BUILD file of `package`."""
   if label.startswith(":"):
     return f"//{package}{label}"
   if "//" not in label:
@@ -38,10 +41,10 @@ def full_label(label: str, package: str) -> str:
 
 
 def glob(directory: pathlib.Path, include: list[str], exclude: list[str]) -> list[str]:
-  """Files below `directory`, not below a subdirectory that is a Bazel package of its own."""
+  """Return matching files below `directory`, excluding subdirectories that are Bazel packages."""
 
-  def regex(pattern):
-    # fnmatch lets * cross "/", Bazel lets only ** do so.
+  def regex(pattern: str) -> str:
+    # In fnmatch, * also matches "/"; in Bazel only ** does.
     pieces = re.split(r"(\*\*/|\*\*|\*)", pattern)
     special = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*"}
     return "".join(special.get(piece) or re.escape(piece) for piece in pieces)
@@ -58,17 +61,17 @@ def glob(directory: pathlib.Path, include: list[str], exclude: list[str]) -> lis
 
 
 def read(root: pathlib.Path, build: str) -> list[Target]:
-  """The ov_py_* targets of one BUILD file.
+  """Return the ov_py_* targets of one BUILD file.
 
   Raises:
-    ValueError: where the file does something that this reader does not know, with its place.
+    ValueError: if the file uses an unsupported construct; the message has its location.
   """
   path = root / build
   package = pathlib.PurePosixPath(build).parent.as_posix().removeprefix(".")
-  targets = []
+  targets: list[Target] = []
 
-  def define(kind):
-    def rule(name, srcs, deps=(), **_):
+  def define(kind: str) -> Callable[..., None]:
+    def rule(name: str, srcs: list[str], deps: Sequence[str] = (), **_: Any) -> None:
       files = tuple(pathlib.PurePosixPath(package, src).as_posix() for src in srcs)
       labels = tuple(full_label(dep, package) for dep in deps)
       line = sys._getframe(1).f_lineno
@@ -76,24 +79,24 @@ def read(root: pathlib.Path, build: str) -> list[Target]:
 
     return rule
 
-  def refuse(name):
-    def rule(**_):
+  def refuse(name: str) -> Callable[..., None]:
+    def rule(**_: Any) -> None:
       line = sys._getframe(1).f_lineno
       raise ValueError(f"{build}:{line}: {name}; write ov_{name} of //tools/python:defs.bzl")
 
     return rule
 
-  def load(bzl, *names):
+  def load(bzl: str, *names: str) -> None:
     if bzl != _MACROS:
-      constants = {}
+      constants: dict[str, Any] = {}
       file = root / bzl.removeprefix("//").replace(":", "/")
       exec(compile(file.read_text(), bzl, "exec"), constants)
       scope.update({name: constants[name] for name in names})
 
-  def ignore(*_, **__):
+  def ignore(*_: Any, **__: Any) -> None:
     return None
 
-  scope = dict.fromkeys(("package", *_OTHER_RULES), ignore)
+  scope: dict[str, Any] = dict.fromkeys(("package", *_OTHER_RULES), ignore)
   scope |= {name: refuse(name) for name in _NATIVE_PYTHON}
   scope |= {name: define(kind) for name, kind in _KINDS.items()}
   scope["load"] = load

@@ -1,4 +1,4 @@
-"""Formats the tree and mends what ruff can mend.
+"""Format the tree, and fix the violations that ruff can fix.
 
 tools/bazel run //tools/lint:fix
 """
@@ -12,6 +12,6 @@ import ruff
 if __name__ == "__main__":
   os.chdir(os.environ["BUILD_WORKSPACE_DIRECTORY"])
   tool = ruff.find_ruff_bin()
-  mended = subprocess.run([tool, "check", "--no-cache", "--fix", "."])
+  fixed = subprocess.run([tool, "check", "--no-cache", "--fix", "."])
   formatted = subprocess.run([tool, "format", "--no-cache", "."])
-  sys.exit(mended.returncode or formatted.returncode)
+  sys.exit(fixed.returncode or formatted.returncode)

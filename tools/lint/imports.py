@@ -1,4 +1,4 @@
-"""What Python files import, found without running them."""
+"""Find the imports of Python files without running them."""
 
 import ast
 import dataclasses
@@ -12,7 +12,7 @@ class Import:
   line: int
   module: str
   name: str | None
-  deferred: bool  # inside a function or under TYPE_CHECKING: importing the file does not run it
+  deferred: bool  # inside a function or under TYPE_CHECKING: not executed at import time
 
   @property
   def top(self) -> str:
@@ -20,7 +20,7 @@ class Import:
 
 
 def module_name(path: str) -> str:
-  """packages/ov-data/ov_data/index.py is ov_data.index; apps/trainer/__init__.py, apps.trainer."""
+  """Return the module of a file: packages/ov-data/ov_data/index.py is ov_data.index."""
   parts = pathlib.PurePosixPath(path).with_suffix("").parts
   if parts[0] == "packages":
     parts = parts[2:]
@@ -28,11 +28,11 @@ def module_name(path: str) -> str:
 
 
 def imports(root: pathlib.Path, path: str) -> list[Import]:
-  """Every import of a file, relative ones resolved."""
+  """Return all imports of a file; relative imports are resolved."""
   package = module_name(path).split(".")
   if not path.endswith("__init__.py"):
     package = package[:-1]
-  found = []
+  found: list[Import] = []
 
   def visit(node: ast.AST, deferred: bool) -> None:
     if isinstance(node, ast.Import):

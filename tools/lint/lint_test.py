@@ -1,13 +1,13 @@
-"""The checks find what they are for, in small trees that break one rule each."""
+"""Tests of the checks, on small trees that violate one rule each."""
 
 import textwrap
 
 import pytest
 
-from tools.lint import agreement, buildfiles, housekeeping, walls
+from tools.lint import agreement, buildfiles, housekeeping, import_rules, language
 from tools.lint.tree import Tree
 
-# A tree without fault: a package with a library and a test, and an app.
+# A tree without violations: a package with a library and a test, and an app.
 GOOD = {
   "packages/ov-models/BUILD.bazel": """
     load("//tools/python:defs.bzl", "ov_py_library", "ov_py_test")
@@ -34,7 +34,7 @@ GOOD = {
   "tools/python/requirements.lock": "numpy==2.4.6 ; python_full_version < '3.12'\npytest==9.0\n",
 }
 CHECKS = [
-  walls.check,
+  import_rules.check,
   agreement.check_deps,
   agreement.check_pyproject,
   housekeeping.check_files,
@@ -49,12 +49,12 @@ def make(root, **changes) -> Tree:
   return Tree(root)
 
 
-def faults(tree: Tree) -> list[str]:
-  return [str(fault) for check in CHECKS for fault in check(tree)]
+def violations(tree: Tree) -> list[str]:
+  return [str(violation) for check in CHECKS for violation in check(tree)]
 
 
-def test_good_tree_has_no_fault(tmp_path):
-  assert faults(make(tmp_path)) == []
+def test_good_tree_has_no_violation(tmp_path):
+  assert violations(make(tmp_path)) == []
 
 
 VIT = "packages/ov-models/ov_models/vit.py"
@@ -65,7 +65,7 @@ CLIENT = "packages/ov-convert/ov_convert/clients/run_timm.py"
 
 
 @pytest.mark.parametrize(
-  ("path", "text", "fault"),
+  ("path", "text", "violation"),
   [
     (
       VIT,
@@ -87,9 +87,9 @@ CLIENT = "packages/ov-convert/ov_convert/clients/run_timm.py"
     ),
   ],
 )
-def test_wall(tmp_path, path, text, fault):
+def test_import_rules(tmp_path, path, text, violation):
   tree = make(tmp_path, **{"tools/a.py": "", "apps/b.py": "", path: text})
-  assert [str(found)[: len(fault)] for found in walls.check(tree)] == [fault]
+  assert [str(found)[: len(violation)] for found in import_rules.check(tree)] == [violation]
 
 
 @pytest.mark.parametrize(
@@ -100,16 +100,17 @@ def test_wall(tmp_path, path, text, fault):
     (LOADER, "from google.protobuf import message"),
     ("apps/trainer/loop.py", "from apps.trainer import step"),
     ("tools/a.py", "from apps.trainer.step import Step"),
+    ("tools/a.py", "from apps.demo import scenes"),
     ("tools/preflight/c.py", "from apps import b"),
     (CLIENT, "import json\nimport torch, timm\nimport run_timm"),
   ],
 )
-def test_gate_in_the_wall(tmp_path, path, text):
-  assert walls.check(make(tmp_path, **{"apps/trainer/step.py": "", path: text})) == []
+def test_imports_that_the_rules_allow(tmp_path, path, text):
+  assert import_rules.check(make(tmp_path, **{"apps/trainer/step.py": "", path: text})) == []
 
 
 @pytest.mark.parametrize(
-  ("path", "text", "fault"),
+  ("path", "text", "violation"),
   [
     (
       "apps/train.py",
@@ -130,9 +131,9 @@ def test_gate_in_the_wall(tmp_path, path, text):
     (VIT, "import numpy, wandb", f"{VIT}:1: imports wandb, which users may lack: import it inside"),
   ],
 )
-def test_deps(tmp_path, path, text, fault):
+def test_deps(tmp_path, path, text, violation):
   found = agreement.check_deps(make(tmp_path, **{path: text}))
-  assert [str(f)[: len(fault)] for f in found] == [fault]
+  assert [str(f)[: len(violation)] for f in found] == [violation]
 
 
 def test_scripts_of_the_other_environment_need_no_deps(tmp_path):
@@ -143,7 +144,7 @@ def test_scripts_of_the_other_environment_need_no_deps(tmp_path):
 
 
 def test_dep_of_a_dep_is_not_enough(tmp_path):
-  """Bazel would let it pass: the files of ov-models are there through :b."""
+  """Bazel accepts it, because :b provides the files of ov-models."""
   build = """
     ov_py_library(name = "b", srcs = ["b.py"], deps = ["//packages/ov-models"])
     ov_py_binary(name = "train", srcs = ["train.py"], deps = [":b"])
@@ -161,7 +162,7 @@ def test_optional_module_inside_a_function(tmp_path):
 
 
 @pytest.mark.parametrize(
-  ("dependencies", "fault"),
+  ("dependencies", "violation"),
   [
     ("[]", "1: numpy is imported: add it to dependencies"),
     ('["numpy"]', "2: numpy has no lower bound: write numpy>=..."),
@@ -169,17 +170,17 @@ def test_optional_module_inside_a_function(tmp_path):
     ('["numpy>=2", "flax>=1"]', "2: flax is declared, but the library does not import it"),
   ],
 )
-def test_pyproject(tmp_path, dependencies, fault):
+def test_pyproject(tmp_path, dependencies, violation):
   tree = make(tmp_path, **{PROJECT: f"[project]\ndependencies = {dependencies}"})
-  assert list(map(str, agreement.check_pyproject(tree))) == [f"{PROJECT}:{fault}"]
+  assert list(map(str, agreement.check_pyproject(tree))) == [f"{PROJECT}:{violation}"]
 
 
-def test_pyproject_asks_deferred_imports_as_extras(tmp_path):
+def test_pyproject_requires_deferred_imports_as_extras(tmp_path):
   code = {VIT: "import numpy\ndef f():\n  import tensorflow"}
   project = '[project]\ndependencies = ["numpy>=2"]\n'
   lacking = make(tmp_path, **code, **{PROJECT: project})
-  (fault,) = agreement.check_pyproject(lacking)
-  assert "tensorflow_cpu is imported inside functions: add it to optional" in str(fault)
+  (violation,) = agreement.check_pyproject(lacking)
+  assert "tensorflow_cpu is imported inside functions: add it to optional" in str(violation)
   extras = '[project.optional-dependencies]\ntfds = ["tensorflow>=2"]\n'
   assert agreement.check_pyproject(make(tmp_path, **code, **{PROJECT: project + extras})) == []
 
@@ -215,13 +216,20 @@ def test_words(tmp_path):
   ]
 
 
-def test_native_rules_are_refused(tmp_path):
+def test_language(tmp_path):
+  tree = make(tmp_path, **{"README.md": "The run goes\non, `goes on`, `--pictures`.\n"})
+  assert list(map(str, language.check_language(tree))) == [
+    'README.md:1: "goes on": write resumes, continues'
+  ]
+
+
+def test_native_rules_are_rejected(tmp_path):
   tree = make(tmp_path, **{"apps/BUILD.bazel": 'py_binary(name = "x")'})
   with pytest.raises(ValueError, match="apps/BUILD.bazel:1: py_binary; write ov_py_binary"):
     tree.targets  # noqa: B018
 
 
-def test_glob_keeps_out_of_other_packages(tmp_path):
+def test_glob_excludes_other_packages(tmp_path):
   for path in ("a.py", "b_test.py", "c/d.py", "e/BUILD.bazel", "e/f.py"):
     (tmp_path / path).parent.mkdir(exist_ok=True)
     (tmp_path / path).touch()

@@ -1,4 +1,4 @@
-"""Types of packages/ and apps/, as pyproject.toml says: every function there is annotated."""
+"""Type check packages/, apps/ and tools/ with the mypy settings of pyproject.toml."""
 
 import pathlib
 import sys
@@ -12,7 +12,7 @@ def test_mypy(tmp_path):
   files = [
     path
     for path in Tree(pathlib.Path.cwd()).python_files
-    if path.startswith(("packages/", "apps/")) and not is_test(path)
+    if path.startswith(("packages/", "apps/", "tools/")) and not is_test(path)
   ]
   assert len(files) > 20, "the test does not see the tree"
   report, errors, status = mypy.api.run(

@@ -1,4 +1,4 @@
-"""Lint and format of every Python file, as pyproject.toml says."""
+"""Check lint and format of every Python file with the ruff settings of pyproject.toml."""
 
 import pathlib
 import subprocess
@@ -20,5 +20,5 @@ def test_ruff(command):
     capture_output=True,
     text=True,
   )
-  fix = "To mend what can be mended: tools/bazel run //tools/lint:fix"
+  fix = "To fix what can be fixed automatically: tools/bazel run //tools/lint:fix"
   assert done.returncode == 0, f"{done.stdout}{done.stderr}\n{fix}"

@@ -1,4 +1,4 @@
-"""The source tree as the checks see it: files, modules, imports, targets, pins."""
+"""The source tree for the checks: files, modules, imports, targets and locked versions."""
 
 import collections
 import dataclasses
@@ -14,14 +14,14 @@ from packaging.utils import canonicalize_name
 from tools.lint import buildfiles
 from tools.lint.imports import Import, imports, module_name
 
-PYTHON_TOPS = ("apps", "packages", "tests", "tools")
-# Modules of pins that the lock leaves out for some versions of Python, where nobody can be asked.
+PYTHON_TOPS = ("apps", "docs", "packages", "tests", "tools")
+# Modules of distributions that are not installed for some Python versions, so they cannot be found.
 LEFT_OUT = {"tensorflow": "tensorflow_cpu"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Fault:
-  """A broken rule and its place."""
+class Violation:
+  """A violation of a rule and its location."""
 
   path: str
   line: int
@@ -39,7 +39,7 @@ class Tree:
 
   @functools.cached_property
   def files(self) -> list[str]:
-    """Every file that is not made by a tool."""
+    """Return all files that are not generated."""
     found = []
     for folder, folders, names in os.walk(self.root):
       folders[:] = [name for name in folders if not _made_by_a_tool(name)]
@@ -58,17 +58,17 @@ class Tree:
 
   @functools.cached_property
   def modules(self) -> dict[str, str]:
-    """Our own modules and their files."""
+    """Return the modules of this repository and their files."""
     return {module_name(path): path for path in self.python_files}
 
   @functools.cached_property
   def own(self) -> set[str]:
-    """The first parts of our own modules: ov_models, apps, ..."""
+    """Return the top-level modules of this repository: ov_models, apps, ..."""
     return {module.split(".")[0] for module in self.modules}
 
   @functools.cached_property
   def packages(self) -> list[str]:
-    """ov-data, ov-models, ..."""
+    """Return the names of the packages: ov-data, ov-models, ..."""
     return sorted({path.split("/")[1] for path in self.files if path.startswith("packages/")})
 
   @functools.cached_property
@@ -78,7 +78,7 @@ class Tree:
 
   @functools.cached_property
   def owners(self) -> dict[str, list[buildfiles.Target]]:
-    """The targets that have a file among their srcs."""
+    """Return the targets whose srcs contain a file."""
     owners = collections.defaultdict(list)
     for target in self.targets:
       for src in target.srcs:
@@ -87,7 +87,7 @@ class Tree:
 
   @functools.cached_property
   def pins(self) -> dict[str, list[str]]:
-    """The locked versions of a distribution; several where Python versions differ."""
+    """Return the locked versions of a distribution; they may depend on the Python version."""
     pins = collections.defaultdict(list)
     lock = (self.root / "tools/python/requirements.lock").read_text()
     for name, version in re.findall(r"^([\w.-]+)==([^\s;]+)", lock, re.M):
@@ -101,11 +101,11 @@ class Tree:
     return found.top in self.own
 
   def is_foreign(self, found: Import) -> bool:
-    """Neither Python nor this repository brings it."""
+    """Return whether a module is neither in the standard library nor in this repository."""
     return found.top not in self.own and found.top not in sys.stdlib_module_names
 
   def file_of(self, found: Import) -> str | None:
-    """Our own file behind an import: of the submodule if the name is one, else of the module."""
+    """Return the file in this repository that an import loads, preferably that of a submodule."""
     return self.modules.get(f"{found.module}.{found.name}") or self.modules.get(found.module)
 
 
@@ -119,7 +119,7 @@ def is_test(path: str) -> bool:
 
 
 def target_name(distribution: str) -> str:
-  """What @pypi calls a distribution: lower case, underscores."""
+  """Return the name of a distribution in @pypi: lower case, underscores."""
   return canonicalize_name(distribution).replace("-", "_")
 
 
@@ -138,7 +138,7 @@ def _distributions() -> dict[str, set[str]]:
 
 
 def distributions_of(found: Import) -> set[str]:
-  """The installed distributions that bring a module, or its child where they share it (google)."""
+  """Return the distributions that install a module, or a submodule of a namespace like google."""
   parts = [*found.module.split("."), *filter(None, [found.name])]
   whole = _distributions().get(parts[0]) or {*filter(None, [LEFT_OUT.get(parts[0])])}
   return whole if len(whole) < 2 else _distributions().get(".".join(parts[:2]), whole)

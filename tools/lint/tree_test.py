@@ -1,10 +1,10 @@
-"""The rules of CONTRIBUTING.md hold in this repository."""
+"""Check the rules of CONTRIBUTING.md in this repository."""
 
 import pathlib
 
 import pytest
 
-from tools.lint import agreement, housekeeping, walls
+from tools.lint import agreement, housekeeping, import_rules, language
 from tools.lint.tree import Tree
 
 TREE = Tree(pathlib.Path.cwd())
@@ -13,15 +13,16 @@ TREE = Tree(pathlib.Path.cwd())
 @pytest.mark.parametrize(
   "check",
   [
-    walls.check,
+    import_rules.check,
     agreement.check_deps,
     agreement.check_pyproject,
     housekeeping.check_files,
     housekeeping.check_words,
+    language.check_language,
   ],
-  ids=["walls", "deps", "pyproject", "files", "words"],
+  ids=["import rules", "deps", "pyproject", "files", "words", "language"],
 )
 def test_rule(check):
   assert len(TREE.targets) > 20, "the test does not see the tree"
-  faults = check(TREE)
-  assert not faults, "\n".join([check.__doc__, *map(str, faults)])
+  violations = check(TREE)
+  assert not violations, "\n".join([check.__doc__, *map(str, violations)])

@@ -1,59 +1,59 @@
-"""One stage of a run on one kind of machine: compiled, measured, and searched for what fits."""
+"""Assess a training stage on a target machine: compile its step, and search for settings that fit.
+
+Sizes are bytes on one device.
+"""
 
 from collections.abc import Callable, Iterator
 import dataclasses
 import math
-import re
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
-from apps.trainer.parts import MakeTask
+from apps.trainer.parts import Plan, peak_bytes
+from apps.trainer.run_config import RunConfig
 from apps.trainer.stages import Stage
 import ov_models
 import ov_sharding
-from tools.preflight import collectives, peak, roofline
+from tools.preflight import collectives, roofline
 from tools.preflight.compile import (
   Compiled,
-  Plan,
   compared_bytes,
   compile_step,
   make_plan,
-  stand_in_tokenizer,
+  shape_tokenizer,
+  sized_vocabulary,
   tree_bytes,
 )
 from tools.preflight.topology import Target, can_compile, smallest
 
-_MOST = 8192  # images per device at which a search for the largest batch ends
+_MOST = 8192  # upper limit of the batch size search, in images per device
 
 
 @dataclasses.dataclass(frozen=True)
 class Assessment:
-  """What is known of a stage. Sizes are bytes on one device; None: nothing was compiled.
+  """Metrics of a stage. Sizes are bytes on one device, or None if nothing was compiled.
 
   Attributes:
-    title: names the configuration and the stage.
-    target: the machine asked for.
-    config: of the stage, at full size.
-    compiled_on: the machine compiled for; it stands in for `target` where it is smaller.
+    title: name of the configuration and the stage.
+    target: the requested machine.
+    config: configuration of the stage, at full size.
+    compiled_on: the machine that the step was compiled for; may be smaller than `target`.
     mesh: axis -> size, at full size.
-    numbers: name -> figure, the content of the JSON file.
-    largest: see `peak.grouped`.
-    exchanges: see `collectives.by_kind`, at full size.
-    faults: what should not be in the program.
-    unknown_loops: loops whose number of turns the program does not tell; they count once.
+    numbers: name -> value, the content of the JSON file.
+    collectives: collectives as `collectives.by_kind` returns them, at full size.
+    errors: unwanted layouts and collectives of the program.
+    unknown_loops: loops whose trip count is not in the program; they count once.
   """
 
   title: str
   target: Target
-  config: ConfigDict
+  config: RunConfig
   compiled_on: str
   mesh: dict[str, int]
   numbers: dict[str, Any]
-  largest: list[tuple[int, str, int, str, str]]
-  exchanges: list[tuple[str, str, int, float]]
-  faults: list[str]
+  collectives: list[tuple[str, str, int, float]]
+  errors: list[str]
   unknown_loops: list[str]
 
   @property
@@ -69,47 +69,42 @@ Assess = Callable[[Stage], Assessment]
 
 
 def assess(
-  stage: Stage, make_task: MakeTask, target: Target, *, title: str = "", mfu: float | None = None
+  stage: Stage, target: Target, *, title: str = "", mfu: float | None = None
 ) -> Assessment:
-  """Compiles the stage's step for `target`, or for a smaller slice with the same program.
+  """Compile the stage's step for `target`, or for a smaller slice with the same program.
 
-  A slice stands in where the size of the data axis changes nothing but the number of partners of
-  an all-reduce: not for losses that compare all rows, nor for several slices.
+  A smaller slice is used if the size of the data axis changes only the group size of all-reduces.
+  This excludes losses that compare all rows of the batch, and targets of several slices.
 
   Args:
-    stage: its batch is that of the whole machine.
-    make_task: as for `run_training`.
+    stage: the stage; its batch size is that of all devices together.
     target: the machine.
-    title: of the result.
-    mfu: share of the peak that the model's FLOPs reach; None takes the bound of the roofline.
+    title: title of the result.
+    mfu: expected model FLOPs utilization; None assumes the roofline bound.
 
   Raises:
-    ValueError: settings that do not fit each other or the machine.
+    ValueError: if settings are incompatible with each other or the machine.
   """
-  config = ConfigDict(stage.config.to_dict())
+  tokenizer = shape_tokenizer(stage.config)
+  config = sized_vocabulary(stage.config)
   stage = dataclasses.replace(stage, config=config)
-  tokenizer = stand_in_tokenizer(config)
-  sizes = ov_sharding.MeshConfig(**config.mesh).resolve(target.chips)
-  full = make_plan(
-    stage, make_task, tokenizer, jax.sharding.AbstractMesh(sizes.sizes, ov_sharding.AXES)
-  )
+  sizes = ov_sharding.MeshConfig(**config.mesh.to_dict()).resolve(target.chips)
+  full = make_plan(stage, tokenizer, jax.sharding.AbstractMesh(sizes.sizes, ov_sharding.AXES))
   compiled, plan, compiled_on = None, full, ""
   if can_compile(target):
-    ov_sharding.make_mesh(sizes, target.devices())  # the slice itself must have room for the axes
-    smaller = _stand_in(target, sizes, full)
+    ov_sharding.make_mesh(sizes, target.devices())  # the mesh axes must fit the target, too
+    smaller = _smaller_target(target, sizes, full)
     devices = target.devices() if smaller is None else smaller.devices()
     mesh = ov_sharding.make_mesh(dataclasses.replace(sizes, data=-1), devices)
     per_device = config.batch_size // target.chips
-    resized = ConfigDict(config.to_dict())
-    resized.batch_size = per_device * mesh.size
-    plan = make_plan(dataclasses.replace(stage, config=resized), make_task, tokenizer, mesh)
+    resized = dataclasses.replace(config, batch_size=per_device * mesh.size)
+    plan = make_plan(dataclasses.replace(stage, config=resized), tokenizer, mesh)
     compiled_on = target.name if smaller is None else smaller.name
     compiled = compile_step(plan)
   mesh_sizes = dict(zip(ov_sharding.AXES, sizes.sizes, strict=True))
-  found = _exchanges(compiled, plan, mesh_sizes)
+  found, unknown_loops = _collectives(compiled, plan, mesh_sizes)
   exchanges = collectives.by_kind(found)
   numbers = _numbers(full, compiled, target, [sent for *_, sent in exchanges], mfu)
-  program = compiled.program if compiled else None
   return Assessment(
     title or stage.name,
     target,
@@ -117,15 +112,14 @@ def assess(
     compiled_on,
     mesh_sizes,
     numbers,
-    peak.grouped(compiled.held or []) if compiled else [],
     exchanges,
-    _faults(plan, found, program is not None, mesh_sizes),
-    program.unknown_loops if program else [],
+    _errors(plan, found, mesh_sizes),
+    unknown_loops,
   )
 
 
 def remedies(assess_one: Assess, stage: Stage, target: Target) -> Iterator[tuple[str, Assessment]]:
-  """What might make a stage fit, each tried alone by compiling it: (setting, what came of it)."""
+  """Yield (setting, assessment) for settings that may make a stage fit, each applied alone."""
   config = stage.config
   if config.model.remat != "full":
     yield _tried(assess_one, stage, {"model.remat": "full"})
@@ -152,9 +146,9 @@ def remedies(assess_one: Assess, stage: Stage, target: Target) -> Iterator[tuple
 
 
 def find_batch(
-  assess_one: Assess, stage: Stage, target: Target, say: Callable[[str], None]
+  assess_one: Assess, stage: Stage, target: Target, log: Callable[[str], None]
 ) -> Assessment | None:
-  """The largest batch that fits, to an eighth: doubling, then bisection; None where none fits."""
+  """Return the largest batch size that fits, within 1/8, by doubling and bisection; or None."""
   unit = stage.config.accumulate
   tried: dict[int, Assessment] = {}
 
@@ -163,7 +157,7 @@ def find_batch(
       setting = {"batch_size": count * unit * target.chips}
       tried[count] = assess_one(_changed(stage, setting))
       result = tried[count].numbers
-      say(f"{count * unit:,} images per device: {'fits' if result['fits'] else 'too large'}")
+      log(f"{count * unit:,} images per device: {'fits' if result['fits'] else 'too large'}")
     return bool(tried[count].fits)
 
   low = max(stage.config.batch_size // (target.chips * unit), 1)
@@ -181,9 +175,7 @@ def find_batch(
 
 
 def _changed(stage: Stage, changes: dict[str, Any]) -> Stage:
-  config = ConfigDict(stage.config.to_dict())
-  config.update_from_flattened_dict(changes)
-  return dataclasses.replace(stage, config=config)
+  return dataclasses.replace(stage, config=stage.config.with_settings(changes))
 
 
 def _tried(assess_one: Assess, stage: Stage, changes: dict[str, Any]) -> tuple[str, Assessment]:
@@ -191,45 +183,42 @@ def _tried(assess_one: Assess, stage: Stage, changes: dict[str, Any]) -> tuple[s
   return setting, assess_one(_changed(stage, changes))
 
 
-def _stand_in(target: Target, sizes: ov_sharding.MeshConfig, plan: Plan) -> Any:
-  if target.topology is None or target.topology.slices > 1 or plan.compares_rows:
+def _smaller_target(target: Target, sizes: ov_sharding.MeshConfig, plan: Plan) -> Target | None:
+  if target.slice is None or target.slices > 1 or plan.parts.task.compares_rows:
     return None
   own = sizes.fsdp * sizes.tensor
-  found = smallest(target.topology, own * 2 if sizes.data > 1 else own)
+  found = smallest(target.slice, own * 2 if sizes.data > 1 else own)
   return found if found and found.chips < target.chips else None
 
 
-def _exchanges(
+def _collectives(
   compiled: Compiled | None, plan: Plan, full: dict[str, int]
-) -> list[collectives.Collective]:
-  """Those of the compiled program, with as many partners as at full size."""
-  if compiled is None or compiled.program is None:
-    return []
-  found = collectives.collectives(compiled.program, dict(plan.mesh.shape))
+) -> tuple[list[collectives.Collective], list[str]]:
+  """Return the collectives with the group sizes of the target, and loops of unknown length."""
+  if compiled is None or not compiled.text:
+    return [], []
+  found, unknown = collectives.collectives(compiled.text, dict(plan.mesh.shape))
   return [
     one
     if "?" in one.axes
     else dataclasses.replace(one, group=math.prod(full[axis] for axis in one.axes))
     for one in found
-  ]
+  ], unknown
 
 
-def _faults(
-  plan: Plan, found: list[collectives.Collective], compiled: bool, mesh: dict[str, int]
-) -> list[str]:
+def _errors(plan: Plan, found: list[collectives.Collective], mesh: dict[str, int]) -> list[str]:
   params, shardings = plan.parts.abstract["params"], plan.parts.shardings["params"]
-  faults = [
-    f"{path} is whole on every device although fsdp is {mesh['fsdp']}"
+  errors = [
+    f"{path} is replicated on every device although fsdp is {mesh['fsdp']}"
     for path in collectives.replicated_params(params, shardings, mesh)
   ]
-  if compiled:
-    allowed = compared_bytes(plan)
-    for one in collectives.activation_gathers(found, params, compared_bytes=allowed):
-      faults.append(
-        f"an all-gather of {one.payload:,} bytes along {'+'.join(one.axes)}, {one.times} times a "
-        f"step, is of no parameter: {short_source(one.source)} ({one.name})"
-      )
-  return faults
+  allowed = compared_bytes(plan) if found else 0
+  for one in collectives.activation_gathers(found, params, compared_bytes=allowed):
+    errors.append(
+      f"an all-gather of {one.payload:,} bytes along {'+'.join(one.axes)}, {one.times} times a "
+      f"step, matches no parameter: {one.name}"
+    )
+  return errors
 
 
 def _numbers(
@@ -238,10 +227,13 @@ def _numbers(
   config, task, parts = plan.config, plan.parts.task, plan.parts
   state = tree_bytes(parts.abstract, parts.shardings)
   params = tree_bytes(parts.abstract["params"], parts.shardings["params"])
-  memory, held = (compiled.memory, compiled.held) if compiled else (None, None)
+  memory = compiled.memory if compiled else None
+  peak = peak_bytes(memory) if memory else None
   hbm = compiled.refused[1] if compiled and compiled.refused else target.hbm
-  needed = memory.peak if memory else compiled.refused[0] if compiled and compiled.refused else None
-  moved = roofline.traffic(compiled.program) if compiled and compiled.program else None
+  needed = peak or (compiled.refused[0] if compiled and compiled.refused else None)
+  # XLA's cost analysis counts loop bodies once and includes on-chip memory, so it gives no bound.
+  # Arguments and outputs do: every step reads and writes them.
+  moved = memory.argument_size_in_bytes + memory.output_size_in_bytes if memory else None
   per_device = config.batch_size // target.chips
   executed = roofline.executed_flops(task.flops_per_example, config.model.remat)
   numbers: dict[str, Any] = {
@@ -257,14 +249,13 @@ def _numbers(
     "params_bytes": params,
     "optimizer_bytes": state - params,
     "batch_bytes": tree_bytes(plan.batch),
-    "argument_bytes": memory.arguments if memory else None,
-    "output_bytes": memory.outputs if memory else None,
-    "alias_bytes": memory.aliased if memory else None,
-    "temp_bytes": memory.temporaries if memory else None,
-    "peak_bytes_per_device": memory.peak if memory else None,
-    "held_bytes": None if held is None else sum(one.bytes for one in held),
+    "argument_bytes": memory.argument_size_in_bytes if memory else None,
+    "output_bytes": memory.output_size_in_bytes if memory else None,
+    "alias_bytes": memory.alias_size_in_bytes if memory else None,
+    "temp_bytes": memory.temp_size_in_bytes if memory else None,
+    "peak_bytes_per_device": peak,
     "hbm_bytes": hbm,
-    "fits": bool(memory and (hbm is None or memory.peak <= hbm)) if compiled else None,
+    "fits": bool(peak and (hbm is None or peak <= hbm)) if compiled else None,
     "missing_bytes": max(needed - hbm, 0) if needed and hbm else None,
     "compile_seconds": compiled.seconds if compiled else None,
     "compile_cpu_seconds": compiled.cpu_seconds if compiled else None,
@@ -272,7 +263,6 @@ def _numbers(
     "executed_flops_per_image": executed,
     "moved_bytes_per_step": moved,
     "sent_bytes_per_step": sum(sent) if memory else None,
-    "flops_per_byte": executed * per_device / moved if moved else None,
     "image_tokens_per_step": config.batch_size * _image_tokens(plan),
     "text_tokens_per_step": config.batch_size * _text_tokens(plan),
     "steps": config.total_steps,
@@ -305,16 +295,11 @@ def _numbers(
 
 
 def _image_tokens(plan: Plan) -> int:
-  """Patches of a picture, whether the encoder sees all of them or not."""
+  """Return the number of patches of an image, including those that the encoder drops."""
   _, _, patch = plan.config.model.encoder.partition("/")
   return (plan.parts.task.image_size // int(patch)) ** 2
 
 
 def _text_tokens(plan: Plan) -> int:
-  """Token positions of all texts of one example."""
+  """Return the number of token positions in all texts of an example."""
   return sum(leaf.shape[1] for leaf in plan.batch.values() if len(leaf.shape) == 2)
-
-
-def short_source(source: str) -> str:
-  """A file and line without the folders above the repository or the library."""
-  return re.sub(r".*/(site-packages|packages/[^/]+|(?=apps/|tools/))/?", "", source)

@@ -1,36 +1,30 @@
-"""The train step of a stage, compiled for devices that need not be there.
+"""Compile the train step of a stage for devices that need not be present.
 
-  plan = make_plan(stage, make_task, tokenizer, mesh)
-  compiled = compile_step(plan)       # Compiled; its `memory` is None where it does not fit
+  plan = make_plan(stage, tokenizer, mesh)
+  compiled = compile_step(plan)       # Compiled; `memory` is None if the step does not fit
 
-The step, its shardings and its donation are those of the training loop: `parts.build_parts` and
-`parts.build_step`. Nothing is allocated.
+Step, shardings and donation are those of the training loop (`apps.trainer.parts`). No arrays are
+allocated.
 """
 
 import dataclasses
 import math
 import os
-from pathlib import Path
 import re
-import tempfile
 import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
-from apps.trainer.parts import MakeTask, Parts, build_parts, build_step
+from apps.trainer import inputs
+from apps.trainer.parts import Plan, build_parts, plan_step
+from apps.trainer.run_config import RunConfig
 from apps.trainer.stages import Stage
-from apps.trainer.step import TwoPhase
-from apps.trainer.task import abstract_batch
 import ov_data
-import ov_models
 import ov_sharding
-from tools.preflight import hlo, peak
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_SOME = 1 << 20  # bytes of temporaries; a program with as many has arrays among them
 _USED = (
   re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm"),
   re.compile(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)"),
@@ -38,138 +32,70 @@ _USED = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-  """A stage on a mesh, before anything is compiled.
-
-  Attributes:
-    config: of the stage; its batch size is that of `mesh`.
-    parts: task, optimizer, abstract state.
-    batch: arrays of the devices' batch, abstract.
-  """
-
-  config: ConfigDict
-  parts: Parts
-  batch: dict[str, jax.ShapeDtypeStruct]
-  mesh: Any
-  index: int
-
-  @property
-  def compares_rows(self) -> bool:
-    """Whether the loss looks at all rows of a batch, so that a device's work grows with it."""
-    return isinstance(self.parts.task, TwoPhase)
-
-
-@dataclasses.dataclass(frozen=True)
-class Memory:
-  """What one device needs, in bytes, tiles of the layout filled up."""
-
-  arguments: int
-  outputs: int
-  temporaries: int
-  aliased: int
-
-  @property
-  def peak(self) -> int:
-    return self.arguments + self.outputs + self.temporaries - self.aliased
-
-
-@dataclasses.dataclass(frozen=True)
 class Compiled:
-  """What the compiler made of a plan.
+  """A compiled plan.
 
   Attributes:
-    seconds: it took, tracing included.
-    cpu_seconds: of all cores, which a busy machine does not stretch.
-    memory: None where the program does not fit.
-    program: None where there is none.
-    held: the temporaries that live when they take most, the largest first; less than what the
-      memory counts, of which a part are gaps between them. None: the compiler does not tell.
-    refused: bytes it needs and bytes there are, where it does not fit.
+    seconds: clock time to trace, lower and compile.
+    cpu_seconds: CPU time of the same on all cores, which is independent of other load.
+    memory: `memory_analysis` of the program, including layout padding, or None if it does not fit.
+    text: HLO of the program, or empty if it does not fit.
+    refused: bytes needed and bytes available, if the program does not fit.
   """
 
   seconds: float
   cpu_seconds: float
-  memory: Memory | None
-  program: hlo.Program | None
-  held: list[peak.Held] | None = None
+  memory: Any = None
+  text: str = ""
   refused: tuple[int, int] | None = None
 
 
-def stand_in_tokenizer(config: ConfigDict) -> ov_data.Tokenizer:
-  """A tokenizer for shapes alone; sets the vocabulary size where the configuration leaves it open.
-
-  The configured file is used if there is one.
-  """
+def shape_tokenizer(config: RunConfig) -> ov_data.Tokenizer:
+  """Return a tokenizer that is only used for shapes: the configured one, if its file exists."""
   if path := os.path.expanduser(config.tokenizer.path):
-    if os.path.isdir(path):
-      return ov_data.Tokenizer.load(path)
-    reads_json = path.endswith(".json")
-    return ov_data.Tokenizer.from_file(path) if reads_json else ov_data.Tokenizer.from_vocab(path)
-  if not config.model.vocab_size:
-    config.model.vocab_size = -(-config.tokenizer.train_vocab_size // 128) * 128
+    return inputs.read_tokenizer(path)
   return ov_data.Tokenizer.train(["a"], 16, kind="words")
 
 
-def make_plan(stage: Stage, make_task: MakeTask, tokenizer: ov_data.Tokenizer, mesh: Any) -> Plan:
-  """The abstract step of a stage on `mesh`.
+def sized_vocabulary(config: RunConfig) -> RunConfig:
+  """Set a vocabulary size if the configuration has neither a size nor a tokenizer."""
+  if config.model.vocab_size or config.tokenizer.path:
+    return config
+  size = -(-config.tokenizer.train_vocab_size // 128) * 128
+  return config.with_settings({"model.vocab_size": size})
+
+
+def make_plan(stage: Stage, tokenizer: ov_data.Tokenizer, mesh: Any) -> Plan:
+  """Return the abstract step of a stage on `mesh`.
 
   Raises:
-    ValueError: sizes that do not fit each other or the mesh.
+    ValueError: if sizes are incompatible with each other or the mesh.
   """
-  config = stage.config
-  unit = mesh.size * config.accumulate
-  if config.batch_size % unit:
-    raise ValueError(
-      f"config.batch_size={config.batch_size} is not a multiple of {unit} = {mesh.size} devices x "
-      f"accumulate {config.accumulate}; the next size that is: "
-      f"{-(-config.batch_size // unit) * unit}"
-    )
-  parts = build_parts(config, make_task, tokenizer, mesh)
-  batch = abstract_batch(parts.task, config.batch_size, ov_sharding.batch_sharding(mesh))
-  return Plan(config, parts, batch, mesh, stage.index)
+  return plan_step(stage, build_parts(stage.config, tokenizer, mesh), mesh)
 
 
 def compile_step(plan: Plan) -> Compiled:
-  """Traces and compiles; a program too large for the device is an answer, not an error."""
+  """Trace and compile a plan. A program too large for the device is a result, not an error."""
   began, cpu_began = time.perf_counter(), time.process_time()
-  with ov_models.on_mesh(plan.mesh):
-    step = build_step(plan.config, plan.parts, plan.mesh, plan.index)
-    lowered = step.lower(plan.parts.abstract, plan.batch)
-  with tempfile.TemporaryDirectory() as folder:
-    try:
-      compiled = lowered.compile(compiler_options={"xla_dump_to": folder})
-    except jax.errors.JaxRuntimeError as error:
-      refused = refusal(str(error))
-      if refused is None:
-        raise
-      seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
-      return Compiled(seconds, cpu_seconds, None, None, refused=refused)
-    seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
-    return _read(compiled, Path(folder), seconds, cpu_seconds)
-
-
-def _read(
-  compiled: jax.stages.Compiled, folder: Path, seconds: float, cpu_seconds: float
-) -> Compiled:
-  """What the compiler tells of its program, and wrote into `folder`."""
-  analysis, text = compiled.memory_analysis(), compiled.as_text()
-  if analysis is None or text is None:
-    raise RuntimeError(f"the compiler of {jax.default_backend()} tells neither memory nor program")
-  memory = Memory(
-    analysis.argument_size_in_bytes,
-    analysis.output_size_in_bytes,
-    analysis.temp_size_in_bytes,
-    analysis.alias_size_in_bytes,
-  )
-  program = hlo.parse(text)
-  held = peak.at_peak(folder, program)
-  if not held and memory.temporaries >= _SOME:  # it wrote the files, but not as we read them
-    held = None
-  return Compiled(seconds, cpu_seconds, memory, program, held)
+  lowered = plan.lower()
+  compiled, refused = None, None
+  try:
+    compiled = lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    refused = refusal(str(error))
+    if refused is None:
+      raise
+  seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
+  if compiled is None:
+    return Compiled(seconds, cpu_seconds, refused=refused)
+  memory, text = compiled.memory_analysis(), compiled.as_text()
+  if memory is None or text is None:
+    raise RuntimeError(f"the compiler of {jax.default_backend()} reports neither memory nor HLO")
+  return Compiled(seconds, cpu_seconds, memory, text)
 
 
 def refusal(message: str) -> tuple[int, int] | None:
-  """(bytes needed, bytes there are) of a compiler that found too little memory; else None."""
+  """Return (bytes needed, bytes available) of an out-of-memory error; None for other errors."""
   if "RESOURCE_EXHAUSTED" not in message:
     return None
   for pattern in _USED:
@@ -180,16 +106,16 @@ def refusal(message: str) -> tuple[int, int] | None:
 
 
 def tree_bytes(tree: Any, shardings: Any = None) -> int:
-  """Bytes of a tree of abstract arrays on one device; without shardings, those they carry."""
+  """Return the bytes of abstract arrays on one device, by default with their own shardings."""
   if shardings is None:
     shardings = jax.tree.map(lambda leaf: leaf.sharding, tree)
   return ov_sharding.bytes_per_device(tree, shardings)
 
 
 def compared_bytes(plan: Plan) -> int:
-  """Bytes of what a loss between rows needs of the whole batch; 0 for other losses."""
+  """Return the bytes gathered by a loss that compares all rows of the batch, otherwise 0."""
   task = plan.parts.task
-  if not isinstance(task, TwoPhase):
+  if not task.compares_rows:
     return 0
   images = plan.batch["image"]
   batch = {**plan.batch, "image": jax.ShapeDtypeStruct(images.shape, jnp.float32)}

@@ -1,10 +1,10 @@
-"""What a training run would need and cost, before a machine is rented.
+"""Estimate memory, collectives, step time and duration of a training run without its hardware.
 
   bazel run //tools/preflight -- --config=apps/configs/openvision2.py:img=L/14,res=224
       --topology=v4-512 [--find_batch] [--compare=OTHER_CONFIG] [--json=FILE]
 
-Compiles the train step of every stage for TPUs that need not be there (OV_EXTRAS=tpu brings the
-compiler); --topology=here compiles for this machine. Prints memory, exchanges, time at best, hours.
+Compiles the train step of every stage for TPUs that need not be present (the compiler is installed
+by OV_EXTRAS=tpu); --topology=here compiles for this machine. Step times are lower bounds.
 """
 
 import functools
@@ -13,38 +13,42 @@ import sys
 from typing import TYPE_CHECKING
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
+from apps.configs import base
 from apps.trainer.errors import UserError, run_app, user_errors
+from apps.trainer.run_config import RunConfig
 
 if TYPE_CHECKING:
   from tools.preflight.assess import Assessment
   from tools.preflight.topology import Target
 
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
-_TOPOLOGY = flags.DEFINE_string("topology", None, 'TPU slice such as v4-512 or v5e-16; or "here".')
+_TOPOLOGY = flags.DEFINE_string(
+  "topology", None, 'TPU slice such as v4-512, GPUs such as h100-8, or "here".'
+)
 _SLICES = flags.DEFINE_integer("slices", 1, "How many such slices work together.")
 _FIND_BATCH = flags.DEFINE_bool("find_batch", False, "Search the largest batch that fits.")
 _COMPARE = flags.DEFINE_multi_string(
-  "compare", [], "Another configuration, shown beside; --config.NAME=VALUE hold for it too."
+  "compare", [], "Another configuration to show; --config.NAME=VALUE apply to it, too."
 )
-_JSON = flags.DEFINE_string("json", None, "File to write the figures to.")
-_MFU = flags.DEFINE_float("mfu", None, "Measured share of the peak, for times; else the best case.")
+_JSON = flags.DEFINE_string("json", None, "File to write the numbers to.")
+_MFU = flags.DEFINE_float("mfu", None, "Measured MFU, for times; default: the roofline bound.")
 
 
 def main() -> None:
   if _CONFIG.value is None or not _TOPOLOGY.value:
     raise UserError("give --config=apps/configs/NAME.py and --topology=v4-512 or --topology=here")
   if _MFU.value is not None and not 0 < _MFU.value <= 1:
-    raise UserError(f"--mfu={_MFU.value}; expected a share above 0, at most 1")
+    raise UserError(f"--mfu={_MFU.value}; expected a fraction above 0, at most 1")
   out = Path(_JSON.value).expanduser() if _JSON.value else None
-  if out and (out.is_dir() or not out.parent.is_dir()):  # said before the compiler has run
+  if out and (out.is_dir() or not out.parent.is_dir()):  # validated before the compiler runs
     raise UserError(f"--json={_JSON.value}; expected a file in a folder that exists")
-  from tools.preflight import topology  # not heavy, but for the devices of this machine
+  from tools.preflight import topology  # cheap, except for the devices of this machine
 
   with user_errors():
-    _CONFIG.value.lock()  # where the file could not be loaded, this says so
-    configs = [_CONFIG.value, *map(_load, _COMPARE.value)]
+    _CONFIG.value.lock()  # raises if the file could not be loaded
+    configs = [base.resolve(_CONFIG.value), *map(_load, _COMPARE.value)]
     if _TOPOLOGY.value != "here":
       topology.prepare_environment()
     target = topology.target(_TOPOLOGY.value, _SLICES.value)
@@ -66,7 +70,7 @@ def _print(found: "list[Assessment]", target: "Target") -> None:
   from tools.preflight import report, topology
 
   if not topology.can_compile(target):
-    print(f"arithmetic only: {topology.why_not(target)}\n")
+    print(f"nothing was compiled: {topology.why_not(target)}\n")
   print(report.table(found))
   for one in found:
     print(f"\n{report.details(one)}")
@@ -75,30 +79,27 @@ def _print(found: "list[Assessment]", target: "Target") -> None:
     print(line)
 
 
-def _assess(config: ConfigDict, title: str, target: "Target") -> "list[Assessment]":
-  """One assessment for each stage; where one does not fit, what would make it fit is printed."""
-  # Heavy imports wait until the flags are known to be right.
+def _assess(config: RunConfig, title: str, target: "Target") -> "list[Assessment]":
+  """Assess each stage; if one does not fit, print settings that would make it fit."""
+  # Import heavy modules only after the flags have been validated.
   from apps.trainer.config import check_values
   from apps.trainer.stages import resolve_stages
-  from tools.preflight import assess, configs, topology
+  from tools.preflight import assess, topology
 
   check_values(config)
   if _FIND_BATCH.value and (target.hbm is None or not topology.can_compile(target)):
     raise UserError(
-      f"--find_batch: {target.name} says not how much memory it has, or nothing can be compiled "
-      "for it here; give a TPU as --topology, with OV_EXTRAS=tpu, or --topology=here on its machine"
+      f"--find_batch: the memory of {target.name} is unknown, or nothing can be compiled for it "
+      "here; give a TPU as --topology, with OV_EXTRAS=tpu, or --topology=here on its machine"
     )
-  make_task = configs.task_of(config)
   found = []
   for stage in resolve_stages(config):
     name = title + stage.name
-    one = functools.partial(
-      assess.assess, make_task=make_task, target=target, title=name, mfu=_MFU.value
-    )
+    one = functools.partial(assess.assess, target=target, title=name, mfu=_MFU.value)
     if topology.can_compile(target):
-      _say(f"{name}: compiling for {target.name}")
+      _log(f"{name}: compiling for {target.name}")
     if _FIND_BATCH.value:
-      best = assess.find_batch(one, stage, target, _say)
+      best = assess.find_batch(one, stage, target, _log)
       if best is None:
         raise UserError(f"{name}: not even the smallest batch fits {target.name}")
       found.append(best)
@@ -122,20 +123,20 @@ def _outcome(result: "Assessment") -> str:
   return f"still {numbers['missing_bytes'] / 1e9:,.2f} GB too large"
 
 
-def _load(name: str) -> ConfigDict:
-  """A configuration to compare, with the changes given to the first."""
+def _load(name: str) -> RunConfig:
+  """Return a configuration to compare, with the same command line changes as the first."""
   from tools.preflight import configs
 
   try:
     config = configs.load(name)
     config.lock()
     config.update_from_flattened_dict(config_flags.get_override_values(flags.FLAGS["config"]))
+    return base.resolve(config)
   except (LookupError, TypeError, ValueError) as error:
     raise ValueError(f"--compare={name}: {error}") from error
-  return config
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
   print(f"[preflight] {text}", file=sys.stderr, flush=True)
 
 

@@ -1,4 +1,4 @@
-"""The app, as the user runs it."""
+"""Run the app as a user does."""
 
 import functools
 import json
@@ -17,7 +17,7 @@ _app = functools.partial(program.run, preflight, cwd=Path.cwd())
 
 
 def test_two_configurations_on_this_machine(tmp_path: Path):
-  out = tmp_path / "figures.json"
+  out = tmp_path / "numbers.json"
   done = _app(
     f"--config={CONFIG}:{TINY}",
     "--config.model.decoder_options={'depth': 1}",
@@ -33,16 +33,16 @@ def test_two_configurations_on_this_machine(tmp_path: Path):
   assert found["fits"] == ["yes", "yes"]
   first, second = json.loads(out.read_text())
   assert first["peak_bytes_per_device"] > first["argument_bytes"] > 0
-  # Changes on the command line hold for both.
+  # Changes on the command line apply to both.
   assert first["num_params"] == second["num_params"]
   assert "compiling for" in done.stderr
 
 
-def test_cards_that_are_not_here_get_arithmetic(tmp_path: Path):
-  out = tmp_path / "figures.json"
+def test_absent_gpus_get_estimates_without_compilation(tmp_path: Path):
+  out = tmp_path / "numbers.json"
   done = _app(f"--config={CONFIG}:{TINY}", "--topology=h100-8", "--mfu=0.5", f"--json={out}")
   assert done.returncode == 0, done.stderr
-  assert done.stdout.startswith("arithmetic only: only a machine that has 8 x NVIDIA H100")
+  assert done.stdout.startswith("nothing was compiled: programs for 8 x NVIDIA H100")
   (found,) = json.loads(out.read_text())
   assert found["peak_bytes_per_device"] is None and found["params_bytes"] > 0
   assert found["mfu"] == pytest.approx(0.5) and found["hours"] > 0
@@ -54,7 +54,7 @@ def test_cards_that_are_not_here_get_arithmetic(tmp_path: Path):
     ((), "give --config"),
     ((f"--config={CONFIG}",), "--topology=v4-512 or --topology=here"),
     ((f"--config={CONFIG}", "--topology=v4-7"), "v4 comes in the sizes 8, 16"),
-    ((f"--config={CONFIG}", "--topology=v4-8", "--mfu=2"), "--mfu=2.0; expected a share"),
+    ((f"--config={CONFIG}", "--topology=v4-8", "--mfu=2"), "--mfu=2.0; expected a fraction"),
     ((f"--config={CONFIG}", "--topology=here", "--compare=none.py"), "none.py: expected a"),
     (
       (f"--config={CONFIG}", "--topology=here", "--compare=apps/configs/base.py"),
@@ -62,10 +62,13 @@ def test_cards_that_are_not_here_get_arithmetic(tmp_path: Path):
     ),
     ((f"--config={CONFIG}", "--topology=here", "--json=/no/x.json"), "--json=/no/x.json; expected"),
     ((f"--config={CONFIG}", "--topology=here", "--config.foo=1"), "has no setting 'foo'"),
-    ((f"--config={CONFIG}:{TINY}", "--topology=here", "--find_batch"), "says not how much memory"),
+    (
+      (f"--config={CONFIG}:{TINY}", "--topology=here", "--find_batch"),
+      "is unknown, or nothing can",
+    ),
   ],
 )
-def test_mistakes_end_in_one_line(arguments: tuple[str, ...], message: str):
+def test_mistakes_give_one_line_errors(arguments: tuple[str, ...], message: str):
   done = _app(*arguments)
   assert done.returncode == 2
   assert message in done.stderr.splitlines()[-1] and not done.stdout

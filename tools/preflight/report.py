@@ -1,12 +1,16 @@
-"""Assessments as text and as JSON."""
+"""Format assessments as text and as JSON."""
 
 from collections.abc import Callable, Sequence
+import io
 import json
 from typing import Any
 
-from tools.preflight.assess import Assessment, short_source
+from rich.console import Console
+from rich.table import Table
 
-_GB = 1e9  # sizes are told in GB of 10^9 bytes, as the published figures are
+from tools.preflight.assess import Assessment
+
+_GB = 1e9  # GB of 10^9 bytes, as in data sheets
 
 
 def _gigabytes(value: float) -> str:
@@ -17,7 +21,7 @@ def _count(value: float) -> str:
   return f"{value:,.0f}"
 
 
-# (what, name of the figure, how it is written); a figure nobody knows is left out.
+# (label, key in `numbers`, format). Unknown values are left out.
 _ROWS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
   ("model", "model", str),
   ("image, px", "image_size", str),
@@ -32,7 +36,6 @@ _ROWS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
   ("  batch", "batch_bytes", _gigabytes),
   ("  arguments, as laid out", "argument_bytes", _gigabytes),
   ("  temporaries", "temp_bytes", _gigabytes),
-  ("    alive at once", "held_bytes", _gigabytes),
   ("  peak", "peak_bytes_per_device", _gigabytes),
   ("  memory", "hbm_bytes", _gigabytes),
   ("fits", "fits", lambda value: "yes" if value else "NO"),
@@ -40,15 +43,14 @@ _ROWS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
   ("compile time", "compile_seconds", lambda value: f"{value:,.0f} s"),
   ("  of all cores", "compile_cpu_seconds", lambda value: f"{value:,.0f} s"),
   ("model FLOPs per image", "model_flops_per_image", lambda value: f"{value:.4g}"),
-  ("  with those done twice", "executed_flops_per_image", lambda value: f"{value:.4g}"),
-  ("memory traffic per step", "moved_bytes_per_step", _gigabytes),
-  ("FLOPs per byte", "flops_per_byte", _count),
+  ("  with recomputation", "executed_flops_per_image", lambda value: f"{value:.4g}"),
+  ("memory traffic, at least", "moved_bytes_per_step", _gigabytes),
   ("sent per device and step", "sent_bytes_per_step", _gigabytes),
-  ("at best: products", "bound_compute_seconds", lambda value: f"{value * 1e3:,.1f} ms"),
+  ("at best: matmuls", "bound_compute_seconds", lambda value: f"{value * 1e3:,.1f} ms"),
   ("  memory", "bound_memory_seconds", lambda value: f"{value * 1e3:,.1f} ms"),
   ("  links", "bound_links_seconds", lambda value: f"{value * 1e3:,.1f} ms"),
   ("step", "step_seconds", lambda value: f"{value * 1e3:,.1f} ms"),
-  ("  share of peak (MFU)", "mfu", lambda value: f"{value:.0%}"),
+  ("  fraction of peak (MFU)", "mfu", lambda value: f"{value:.0%}"),
   ("images per second", "images_per_second", _count),
   ("  per host", "images_per_second_per_host", _count),
   (
@@ -65,51 +67,39 @@ _ROWS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
 
 
 def table(assessments: Sequence[Assessment]) -> str:
-  """The figures, one column for each stage of each configuration."""
-  rows = [("", *(one.title for one in assessments))]
-  for what, name, write in _ROWS:
+  """Format the metrics as text, with a column for each stage of each configuration."""
+  shown = Table("", *(one.title for one in assessments), box=None, pad_edge=False)
+  for column in shown.columns[1:]:
+    column.justify = "right"
+  for label, name, write in _ROWS:
     values = [one.numbers.get(name) for one in assessments]
     if any(value is not None for value in values):
-      rows.append((what, *("-" if value is None else write(value) for value in values)))
-  widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-  return "\n".join(
-    "  ".join(
-      cell.ljust(width) if column == 0 else cell.rjust(width)
-      for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-    ).rstrip()
-    for row in rows
-  )
+      shown.add_row(label, *("-" if value is None else write(value) for value in values))
+  text = io.StringIO()
+  Console(file=text, width=1000, highlight=False, markup=False).print(shown)
+  return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
 def details(one: Assessment) -> str:
-  """The largest arrays, the exchanges and the faults of one stage."""
+  """Format the mesh, the collectives and the errors of one stage."""
   lines = [f"{one.title}: mesh {' x '.join(f'{a}={n}' for a, n in one.mesh.items())}"]
   if one.compiled_on and one.compiled_on != one.target.name:
     lines[0] += (
       f"; compiled for {one.compiled_on} at the same images per device, where the program of a "
       "device is the same"
     )
-  if one.numbers["peak_bytes_per_device"] is not None and one.numbers["held_bytes"] is None:
-    lines.append("  what lives when most does: this compiler does not tell")
-  if one.largest:
-    lines.append("  what lives beside the arguments when most does:")
-  for size, array, count, source, name in one.largest:
-    lines.append(
-      f"    {_gigabytes(size)} x {count}  {array}  {short_source(source) or '(moved)'}"
-      f"  {name}".rstrip()
-    )
-  if one.exchanges:
-    lines.append("  exchanges in one step, and what a device sends for them:")
-  for kind, axes, times, sent in one.exchanges:
+  if one.collectives:
+    lines.append("  collectives in one step, and the bytes a device sends for them:")
+  for kind, axes, times, sent in one.collectives:
     lines.append(f"    {kind:<18} along {axes:<12} {times:>6,} times  {_gigabytes(sent)}")
   if one.unknown_loops:
     lines.append(f"  loops of unknown length, counted once: {', '.join(one.unknown_loops)}")
-  lines += [f"  FAULT: {fault}" for fault in one.faults]
+  lines += [f"  ERROR: {error}" for error in one.errors]
   return "\n".join(lines)
 
 
 def totals(assessments: Sequence[Assessment]) -> str:
-  """Hours of all stages together; "" where there is one only, or speeds are not known."""
+  """Format the total hours of all stages; "" for a single stage or unknown speeds."""
   hours = [one.numbers.get("hours") for one in assessments]
   if len(hours) < 2 or None in hours:
     return ""
@@ -121,29 +111,30 @@ def totals(assessments: Sequence[Assessment]) -> str:
 
 
 def assumptions(one: Assessment, mfu: float | None) -> str:
-  """What the figures rest on."""
+  """Format the speeds and assumptions behind the metrics."""
   if one.target.chip is None:
-    return f"{one.target.name}: no table of its speed, so no times are given"
+    return f"{one.target.name}: no table of its speed, so no times are printed"
   chip = one.target.chip
   facts = (
     f"{one.target.name}: {one.target.chips} chips, {one.target.hosts} hosts; per chip "
     f"{chip.peak_flops / 1e12:g} TFLOP/s in bfloat16, {chip.hbm_bandwidth / 1e9:,.0f} GB/s memory"
   )
-  if one.target.topology:
+  if one.target.slice:
     facts += f", {chip.ici_bandwidth / 1e9:,.0f} GB/s out over all links"
   basis = (
-    f"step: model FLOPs at {mfu:.0%} of the peak, as --mfu says"
+    f"step: model FLOPs at {mfu:.0%} of the peak, as set by --mfu"
     if mfu
-    else "step: the longest of products, memory and links, each at its peak and overlapped wholly: "
-    "no run is faster; --mfu takes a measured share of the peak instead"
+    else "step: the longest of matmuls, memory and links, each at its peak and fully overlapped; "
+    "memory traffic counts arguments and outputs alone, so no run is faster; --mfu takes a "
+    "measured fraction of the peak instead"
   )
   if not one.compiled_on:
-    basis += "; nothing was compiled, so only products count"
+    basis += "; nothing was compiled, so only matmuls count"
   return f"{facts}\n{basis}"
 
 
 def to_json(assessments: Sequence[Assessment]) -> str:
-  """A list of objects, one for each stage."""
+  """Return a list of JSON objects, one for each stage."""
   rows = [
     {
       "title": one.title,
@@ -151,21 +142,11 @@ def to_json(assessments: Sequence[Assessment]) -> str:
       "compiled_on": one.compiled_on or None,
       "mesh": one.mesh,
       **one.numbers,
-      "largest": [
-        {
-          "bytes": size,
-          "array": array,
-          "count": count,
-          "source": short_source(source),
-          "name": name,
-        }
-        for size, array, count, source, name in one.largest
-      ],
       "exchanges": [
         {"kind": kind, "axes": axes, "times": times, "sent_bytes": sent}
-        for kind, axes, times, sent in one.exchanges
+        for kind, axes, times, sent in one.collectives
       ],
-      "faults": one.faults,
+      "faults": one.errors,
       "unknown_loops": one.unknown_loops,
     }
     for one in assessments

@@ -1,4 +1,4 @@
-"""Cloud names, shapes of slices, and which slice stands in for which."""
+"""Tests of cloud names, slice shapes, and the choice of smaller slices for compilation."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from tools.preflight.topology import CHIPS, parse, smallest, target
 from tools.tpu.names import GENERATIONS
 
 
-def test_names_are_those_of_the_cloud():
+def test_cloud_names():
   found = parse("v4-512")
   assert (found.name, found.chips, found.hosts) == ("v4-512", 256, 64)
   assert found.chip is CHIPS["v4"] and found.slice.shape == "4x8x8"
@@ -29,18 +29,18 @@ def test_slices():
     ("v5e-16", 0, "--slices=0"),
   ],
 )
-def test_names_that_are_none(name: str, slices: int, message: str):
+def test_invalid_names(name: str, slices: int, message: str):
   with pytest.raises(ValueError, match=message):
     parse(name, slices)
 
 
-def test_what_stands_in():
-  v4 = parse("v4-512")
+def test_smallest_slice():
+  v4 = parse("v4-512").slice
   found = {chips: smallest(v4, chips) for chips in (1, 2, 4, 8, 32)}
   assert {n: slice and slice.chips for n, slice in found.items()} == {
     1: 4, 2: 4, 4: 4, 8: 8, 32: 32,
   }  # fmt: skip
-  assert smallest(parse("v5e-16"), 3) is None
+  assert smallest(parse("v5e-16").slice, 3) is None
 
 
 def test_without_the_compiler(monkeypatch: pytest.MonkeyPatch):
@@ -51,7 +51,7 @@ def test_without_the_compiler(monkeypatch: pytest.MonkeyPatch):
     wanted.devices()
 
 
-def test_cards():
+def test_gpus():
   cards = target("h100-16")
   assert (cards.name, cards.chips, cards.hosts) == ("16 x NVIDIA H100", 16, 2)
   assert target("l4").chips == 1 and not topology.can_compile(cards)
@@ -63,6 +63,6 @@ def test_cards():
 
 def test_this_machine():
   here = target("here")
-  assert here.topology is None and here.hosts == 1 and topology.can_compile(here)
+  assert here.slice is None and here.hosts == 1 and topology.can_compile(here)
   assert len(here.devices()) == here.chips
-  assert here.chip is None and here.hbm is None  # a CPU: no table of its speed
+  assert here.chip is None and here.hbm is None  # a CPU, whose speed is unknown

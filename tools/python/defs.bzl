@@ -2,40 +2,56 @@
 
 load("//tools/python:packages.bzl", "PACKAGES")
 
-# PYTHONSAFEPATH keeps the directory of the main file off sys.path, where undeclared neighbours could be imported.
+# PYTHONSAFEPATH keeps the directory of the main file off sys.path, so that undeclared files cannot be imported.
 _ENV = {
     "PYTHONDONTWRITEBYTECODE": "1",
     "PYTHONSAFEPATH": "1",
     "TF_CPP_MIN_LOG_LEVEL": "2",
 }
 
-# Names the interpreter of the scripts of ov_convert/clients; ov_convert.client_env finds it among the runfiles.
+# Contains the path of the interpreter for ov_convert/clients; ov_convert.client_env finds it in the runfiles.
 _CLIENTS = "@clients//:interpreter"
 
-# XLA maps the buffers of each step anew on a CPU; in huge pages that costs 1/500 of the page faults. glibc only.
+# On CPUs, XLA maps new buffers in each step; huge pages reduce the page faults by a factor of 500. glibc only.
 _HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
+# By default JAX only caches programs that compile for more than a second; those of tests are smaller.
+_KEEP_ALL_PROGRAMS = {
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
+
+# For programs that run for milliseconds, LLVM's optimizations cost more time than they save.
+_UNOPTIMIZED = [
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+]
+
+# Imports of pytest_main.py and shapes.py.
+_RUNNER = ["@pypi//:beartype", "@pypi//:jaxtyping", "@pypi//:pytest"]
+
 def _sources():
-    """Shows the files of this Bazel package to //tools/lint."""
+    """Makes the files of this Bazel package visible to //tools/lint."""
     if native.package_name() not in PACKAGES:
-        fail("add %r to PACKAGES in tools/python/packages.bzl: lint and wall test see what is listed there" % native.package_name())
+        fail("add %r to PACKAGES in tools/python/packages.bzl: lint sees only the directories listed there" % native.package_name())
     if not native.existing_rule("sources"):
         native.filegroup(
             name = "sources",
             srcs = native.glob(["**"], exclude = ["**/__pycache__/**", "**/*.egg-info/**", "build/**"]),
             visibility = [
                 "//:__pkg__",
+                "//tests/docs:__pkg__",
                 "//tests/standalone:__pkg__",
             ],
         )
 
 def ov_py_library(name, srcs, deps = [], **kwargs):
-    """A py_library. A package's own is named like its directory and has imports = ["."]."""
+    """Defines a py_library. The library of a package has the name of its directory and imports = ["."]."""
     _sources()
     native.py_library(name = name, srcs = srcs, deps = deps, srcs_version = "PY3", **kwargs)
 
 def ov_py_binary(name, srcs, deps = [], env = {}, clients = False, **kwargs):
-    """A py_binary; `main` is needed only where there are several srcs. `clients` as for ov_py_test."""
+    """Defines a py_binary. `main` is required only with several srcs. `clients` is as in ov_py_test."""
     _sources()
     if clients:
         kwargs["data"] = kwargs.get("data", []) + [_CLIENTS]
@@ -49,37 +65,51 @@ def ov_py_binary(name, srcs, deps = [], env = {}, clients = False, **kwargs):
         **kwargs
     )
 
-def ov_py_test(name, srcs, deps = [], devices = 1, clients = False, size = "small", args = [], env = {}, **kwargs):
+def ov_py_test(name, srcs, deps = [], devices = 1, clients = False, compile_cache = None, optimize = True, size = "small", args = [], env = {}, tags = [], **kwargs):
     """Runs pytest on the srcs, on simulated CPU devices.
 
     Args:
-      name: of the target.
+      name: name of the target.
       srcs: test files.
-      deps: what the srcs import; pytest itself need not be named.
-      devices: how many CPU devices jax sees.
-      clients: whether scripts of ov_convert/clients are run, so that their environment must be there.
+      deps: targets that the srcs import; pytest is implied.
+      devices: number of simulated CPU devices.
+      clients: whether the test runs scripts of ov_convert/clients and requires their environment.
+      compile_cache: whether to use the compilation cache shared by tests (tools/bazel sets its folder).
+        The default is True except in tools/, where tests time the compiler.
+      optimize: whether XLA optimizes programs. False compiles in 2/3 of the time. Use it only for tests
+        that do not compare numbers with those of another compilation.
       size: small 60 s, medium 300 s, large 900 s.
-      args: for pytest.
-      env: variables beside those above.
-      **kwargs: of py_test: data, shard_count, tags, timeout, ...
+      args: arguments of pytest.
+      env: additional environment variables.
+      tags: tests with "merge" or "manual" are not run by `bazel test //...`; CONTRIBUTING.md explains the tiers.
+      **kwargs: further arguments of py_test: data, shard_count, timeout, ...
     """
     _sources()
     if clients:
         kwargs["data"] = kwargs.get("data", []) + [_CLIENTS]
-    simulated = {"XLA_FLAGS": "--xla_force_host_platform_device_count=%d" % devices} if devices > 1 else {}
+        tags = tags + ["clients"]  # lets //tools/ci:summary find skipped tests
+    xla_flags = ["--xla_force_host_platform_device_count=%d" % devices] if devices > 1 else []
+    if not optimize:
+        xla_flags += _UNOPTIMIZED
+    if compile_cache == None:
+        compile_cache = not native.package_name().startswith("tools/")
+    jax = _KEEP_ALL_PROGRAMS if compile_cache else {"OV_SHARED_COMPILE_CACHE": "no"}
+    if xla_flags:
+        jax = dict(jax, XLA_FLAGS = " ".join(xla_flags))
     native.py_test(
         name = name,
-        srcs = srcs + ["//tools/python:pytest_main.py"],
+        srcs = srcs + ["//tools/python:pytest_main.py", "//tools/python:shapes.py"],
         main = "//tools/python:pytest_main.py",
         args = ["$(rootpath %s)" % src for src in srcs] + args,
-        deps = [dep for dep in deps if dep != "@pypi//:pytest"] + ["@pypi//:pytest"],
+        deps = [dep for dep in deps if dep not in _RUNNER] + _RUNNER,
         env = dict(
             _ENV,
             JAX_PLATFORMS = "cpu",
             PYTEST_DISABLE_PLUGIN_AUTOLOAD = "1",
-            **dict(simulated, **env)
+            **dict(jax, **env)
         ),
         python_version = "PY3",
         size = size,
+        tags = tags,
         **kwargs
     )

@@ -1,7 +1,7 @@
-"""Writes @pypi, with the interpreter of the environment that it describes.
+"""Write the repository @pypi. Run this with the interpreter of the environment.
 
-BUILD.bazel      the tool chain, and a py_library for each distribution of the locks
-locked/NAME.txt  the pins of NAME and of all it needs: what uses NAME runs again when they change
+BUILD.bazel      the toolchain, and a py_library for each distribution in the locks
+locked/NAME.txt  the pins of NAME and its dependencies; a change rebuilds the targets that use NAME
 
 venv/bin/python3 generate_pypi.py OUTPUT requirements.lock [requirements-tpu.lock ...]
 """
@@ -40,7 +40,7 @@ toolchain(
 
 
 def target(name: str) -> str:
-  """The name of a distribution as a target: lower case, underscores."""
+  """Return the target name of a distribution: lower case, underscores."""
   return canonicalize_name(name).replace("-", "_")
 
 
@@ -60,7 +60,7 @@ def main(output: pathlib.Path, locks: list[pathlib.Path]) -> None:
 
 
 def closure(name: str, locked: dict) -> set[str]:
-  """`name` and everything that it needs on this machine, extras such as etils[epath] followed."""
+  """Return `name` and its dependencies on this machine, including extras such as etils[epath]."""
   seen, todo = set(), [(name, "")]
   while todo:
     name, extra = todo.pop()

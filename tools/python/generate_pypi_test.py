@@ -14,10 +14,10 @@ def test_targets_and_their_pins(tmp_path):
   generate_pypi.main(tmp_path, [lock])
 
   build = (tmp_path / "BUILD.bazel").read_text()
-  for name in ("jax", "numpy", "for_another_system"):  # deps may name all, wherever they build
+  for name in ("jax", "numpy", "for_another_system"):  # all platforms have these targets
     assert f'py_library(name = "{name}", data = ["locked/{name}.txt"])' in build
   assert f'interpreter_path = "{tmp_path}/venv/bin/python3"' in build
-  # jax needs scipy too, which this lock does not pin.
+  # jax also needs scipy, which this lock does not pin.
   assert (tmp_path / "locked/jax.txt").read_text() == f"jax=={jax}\nnumpy=={numpy}\n"
   assert (tmp_path / "locked/for_another_system.txt").read_text() == ""
 
@@ -26,6 +26,6 @@ def test_closure_follows_extras():
   installed = {
     generate_pypi.target(dist.metadata["Name"]): dist for dist in importlib.metadata.distributions()
   }
-  # orbax-checkpoint asks for etils[epath]; fsspec comes by that extra alone.
+  # orbax-checkpoint requires etils[epath]; only that extra requires fsspec.
   assert "fsspec" not in generate_pypi.closure("etils", installed)
   assert "fsspec" in generate_pypi.closure("orbax_checkpoint", installed)

@@ -1,10 +1,10 @@
-"""Lets torchvision's CUDA build be imported beside a CPU build of torch.
+"""Make torchvision's CUDA build importable with a CPU build of torch.
 
-PyPI has torchvision for Linux with CUDA only; beside torch without CUDA its import ends in
-"operator torchvision::nms does not exist". open_clip and timm import torchvision for its picture
-transforms, which need no operator. This module lies in the site-packages of the clients'
-environment and is loaded at start by the .pth file beside it: it does nothing until torchvision is
-imported, and then declares the two operators, without an implementation, where nobody did.
+PyPI's torchvision for Linux requires CUDA. With a CPU build of torch its import fails with
+"operator torchvision::nms does not exist". open_clip and timm import torchvision only for its image
+transforms, which use no operator. This module is in the site-packages of the clients' environment
+and is loaded at startup by a .pth file. When torchvision is imported, it declares the two operators
+without an implementation, unless they exist.
 """
 
 import importlib.abc
@@ -13,7 +13,7 @@ import sys
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-  """Finds nothing; sees torchvision being imported."""
+  """Meta path finder that detects the import of torchvision and finds no module."""
 
   def find_spec(
     self, fullname: str, path: object = None, target: object = None
@@ -32,7 +32,7 @@ def _declare() -> None:
   library = torch.library.Library("torchvision", "DEF")
   library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
   library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-  _kept.append(library)  # its declarations end with it
+  _kept.append(library)  # the declarations live as long as the library object
 
 
 _kept: list[object] = []

@@ -1,17 +1,21 @@
-"""The Bazel packages with Python code. Lint, type check and wall test see what is listed here."""
+"""Bazel packages with Python code. Lint, type checks and import rules cover the packages in this list."""
 
 PACKAGES = [
     "apps",
     "apps/configs",
+    "apps/demo",
     "apps/exporter",
     "apps/trainer",
+    "docs",
     "packages/ov-convert",
     "packages/ov-data",
     "packages/ov-eval",
     "packages/ov-losses",
     "packages/ov-models",
+    "packages/ov-serve",
     "packages/ov-sharding",
     "tests/clients",
+    "tests/docs",
     "tests/end_to_end",
     "tests/fuzz",
     "tests/golden",
@@ -22,10 +26,11 @@ PACKAGES = [
     "tools/ci",
     "tools/compare",
     "tools/data",
-    "tools/launch",
+    "tools/learning",
     "tools/lint",
     "tools/preflight",
     "tools/python",
+    "tools/serve",
     "tools/testing",
     "tools/tpu",
 ]

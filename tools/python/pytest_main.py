@@ -1,4 +1,4 @@
-"""Runs pytest on the given files the way `bazel test` wants it: shards, --test_filter, test.xml."""
+"""Run pytest under `bazel test`, with support for shards, --test_filter and test.xml."""
 
 import os
 import pathlib
@@ -6,18 +6,32 @@ import sys
 
 import pytest
 
+from tools.python import shapes
+
 
 class Shard:
-  """Keeps every n-th test, n = TEST_TOTAL_SHARDS."""
+  """Plugin that selects every n-th test, n = TEST_TOTAL_SHARDS."""
 
-  def __init__(self):
+  def __init__(self) -> None:
     self.index = int(os.environ.get("TEST_SHARD_INDEX", "0"))
     self.total = int(os.environ.get("TEST_TOTAL_SHARDS", "1"))
     if "TEST_SHARD_STATUS_FILE" in os.environ:
-      pathlib.Path(os.environ["TEST_SHARD_STATUS_FILE"]).touch()  # says: this runner can shard
+      pathlib.Path(os.environ["TEST_SHARD_STATUS_FILE"]).touch()  # supports sharding
 
-  def pytest_collection_modifyitems(self, items):
+  def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
     items[:] = items[self.index :: self.total]
+
+
+class Unavailable:
+  """Plugin that skips all tests if a library of the clients' environment is not installed."""
+
+  def __init__(self, runfiles: pathlib.Path) -> None:
+    file = runfiles / "clients" / "unavailable.txt"
+    self.reason = file.read_text("utf-8").strip() if file.exists() else ""
+
+  def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+    for item in items if self.reason else ():
+      item.add_marker(pytest.mark.skip(self.reason))
 
 
 def main(args: list[str]) -> int:
@@ -37,8 +51,14 @@ def main(args: list[str]) -> int:
     options.append("--basetemp=" + os.path.join(env["TEST_TMPDIR"], "pytest"))
   if "TESTBRIDGE_TEST_ONLY" in env:
     options += ["-k", env["TESTBRIDGE_TEST_ONLY"]]
+  # A test target cannot unset a variable of --test_env, which takes precedence over its `env`.
+  if env.pop("OV_SHARED_COMPILE_CACHE", None) == "no":
+    env.pop("JAX_COMPILATION_CACHE_DIR", None)
+  shapes.install()
   shard = Shard()
-  code = pytest.main([*options, *args], plugins=[shard])
+  code = pytest.main(
+    [*options, *args], plugins=[shard, Unavailable(pathlib.Path(env.get("TEST_SRCDIR", "")))]
+  )
   empty_shard = code == pytest.ExitCode.NO_TESTS_COLLECTED and shard.total > 1
   return 0 if empty_shard else int(code)
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Pins what requirements*.in ask for: every distribution, with the hashes of its files, for Python 3.11 and newer.
-#   tools/python/update_lock.sh                    keeps the pins it can, adds and removes what the .in files say
-#   tools/python/update_lock.sh --upgrade          moves every pin to the newest release
+# Generate the locks of requirements*.in: all distributions with the hashes of their files, for Python 3.11 and newer.
+#   tools/python/update_lock.sh                    keep existing pins where possible
+#   tools/python/update_lock.sh --upgrade          move every pin to the newest release
 #   tools/python/update_lock.sh --upgrade-package optax
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -17,15 +17,18 @@ compile() {  # compile NAME [uv options]: NAME.in -> NAME.lock
     --no-annotate --custom-compile-command tools/python/update_lock.sh "$@"
 }
 
-without() {  # without NAME...: overrides that leave these distributions out of a lock
+without() {  # without NAME...: overrides that exclude these distributions from a lock
   printf "%s ; python_version < '3'\n" "$@"
 }
 
-# open_clip_torch is there for a file of names: what the package imports stays out.
-compile requirements --override <(without torch torchvision timm ftfy) "$@"
-# What both environments have, they have in one version. torch comes by itself: see requirements-clients.in.
-compile requirements-clients --constraint requirements.lock --override <(without torch) "$@"
-# An extra holds only what it adds to requirements.lock, at versions that agree with it.
+# open_clip_torch and clip-benchmark are only needed for files of names, so their dependencies are excluded.
+compile requirements \
+  --override <(without torch torchvision timm ftfy transformers webdataset pycocoevalcap) "$@"
+# Both environments use equal versions of shared distributions. For torch and pycocoevalcap, see requirements-clients.in.
+compile requirements-clients --constraint requirements.lock --override <(without torch pycocoevalcap) "$@"
+# The environment of the site does not contain JAX: see requirements-docs.in.
+compile requirements-docs "$@"
+# The lock of an extra contains only additions to requirements.lock, at compatible versions.
 held=()
 for name in $(grep -oE '^[a-z0-9][a-z0-9._-]*==' requirements.lock | sed 's/==//' | sort -u); do
   held+=(--no-emit-package "$name")

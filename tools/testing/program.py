@@ -1,4 +1,4 @@
-"""Runs a program of this repository as the user does, for tests of what it prints and returns."""
+"""Run a program of this repository as a user does, for tests of its output and exit code."""
 
 import os
 from pathlib import Path
@@ -8,11 +8,11 @@ from types import ModuleType
 
 
 def run(module: ModuleType, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-  """What became of `python -m MODULE ARGUMENTS`, output as text.
+  """Run `python -m MODULE ARGUMENTS` and return the result with its output as text.
 
   Args:
-    module: has a main; it sees the packages that this process sees.
-    cwd: folder the user stands in, as `bazel run` tells it.
+    module: module to run; it can import the same packages as this process.
+    cwd: working directory of the user, passed like `bazel run` does.
   """
   path = os.pathsep.join(os.path.abspath(p or ".") for p in sys.path)
   return subprocess.run(

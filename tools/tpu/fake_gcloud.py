@@ -1,7 +1,7 @@
-"""A gcloud for tests: notes its arguments, answers, fails, hangs; its workers are folders.
+"""Fake gcloud for tests: records its arguments and returns configured answers.
 
-`install` puts it on a PATH. `ssh --command` runs the command in a shell whose home is the worker's
-folder, so what reaches the worker is what a shell makes of the line. A rule changes one answer:
+`install` creates the program. Each worker is a folder, and `ssh --command` runs the command in a
+real shell with that folder as its home. A rule changes one answer:
 
   {"match": ["ssh", "--worker=1"], "times": 1, "sleep": 0, "code": 1, "stdout": "", "stderr": ""}
 """
@@ -20,9 +20,9 @@ from typing import Any
 
 
 def install(folder: Path, hosts: int = 2, kind: str = "v4-16") -> None:
-  """Makes FOLDER/bin/gcloud, and FOLDER/worker-N, the homes of the workers."""
+  """Create FOLDER/bin/gcloud, and the homes of the workers, FOLDER/worker-N."""
   script(folder / "bin/gcloud", sys.executable, str(Path(__file__).absolute()), str(folder))
-  for name in ("python3", "python3.12"):  # the workers': the one that runs the test
+  for name in ("python3", "python3.12"):  # interpreter of the workers: the one of the test
     script(folder / "worker-bin" / name, sys.executable)
   for number in range(hosts):
     (folder / f"worker-{number}").mkdir()
@@ -38,19 +38,19 @@ def install(folder: Path, hosts: int = 2, kind: str = "v4-16") -> None:
 
 
 def script(path: Path, *command: str) -> None:
-  """A program that runs a command with further arguments."""
+  """Create a program that runs a command and appends its own arguments."""
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
   path.chmod(0o755)
 
 
 def rules(folder: Path, *changes: dict[str, Any]) -> None:
-  """What is answered otherwise; the first rule that matches and is not used up holds."""
+  """Set the rules; the first rule that matches and is not used up applies."""
   (folder / "rules.json").write_text(json.dumps(changes))
 
 
 def calls(folder: Path) -> list[list[str]]:
-  """The arguments of every call, in the order they began."""
+  """Return the arguments of all calls, ordered by start time."""
   return [json.loads(line) for line in (folder / "calls.jsonl").read_text().splitlines()]
 
 
@@ -74,7 +74,7 @@ def main(folder: Path, arguments: Sequence[str]) -> int:
 
 
 def _note(folder: Path, arguments: Sequence[str]) -> dict[str, Any] | None:
-  """Writes the call down, and finds the rule for it."""
+  """Record the call and find the rule for it."""
   with open(folder / "calls.jsonl", "a") as file:
     fcntl.flock(file, fcntl.LOCK_EX)
     file.write(json.dumps(list(arguments)) + "\n")

@@ -1,11 +1,11 @@
-"""What is let through to gcloud, and what a topology holds."""
+"""Tests of flag validation and topologies."""
 
 import pytest
 
 from tools.tpu import names
 from tools.tpu.names import Topology
 
-# Chips, hosts and shapes as the cloud's tables of configurations have them.
+# Chips, hosts and shapes from the configuration tables of Google Cloud.
 _TABLE = [
   ("v4-8", 4, 1, "2x2x1"),
   ("v4-16", 8, 2, "2x2x2"),
@@ -28,7 +28,7 @@ def test_topologies(name: str, chips: int, hosts: int, shape: str):
   assert found.chips_per_host * hosts == chips
 
 
-def test_every_shape_holds_its_chips():
+def test_every_shape_has_its_number_of_chips():
   for kind, generation in names.GENERATIONS.items():
     for chips in generation.shapes:
       found = Topology.parse(f"{kind}-{chips * generation.per_chip}")
@@ -52,7 +52,7 @@ def test_every_shape_holds_its_chips():
     ("v6e-512", "sizes 1, 4, 8, 16, 32, 64, 128, 256"),
   ],
 )
-def test_topologies_that_are_none(value: str, message: str):
+def test_invalid_topologies(value: str, message: str):
   with pytest.raises(ValueError, match="--topology=") as error:
     Topology.parse(value)
   assert message in str(error.value)
@@ -60,7 +60,7 @@ def test_topologies_that_are_none(value: str, message: str):
 
 @pytest.mark.parametrize("name", ["a", "pod", "pod-1", "a" * 63])
 def test_names(name: str):
-  assert names.name(name) == name
+  assert names.check("name", name) == name
 
 
 @pytest.mark.parametrize(
@@ -70,39 +70,39 @@ def test_names(name: str):
     "a" * 64, "pod pod", "pod:x",
   ],
 )  # fmt: skip
-def test_names_that_are_none(name: str):
+def test_invalid_names(name: str):
   with pytest.raises(ValueError, match="--name") as error:
-    names.name(name)
+    names.check("name", name)
   assert "\n" not in str(error.value)
 
 
 def test_other_values():
-  assert names.zone("europe-west4-a") == "europe-west4-a"
-  assert names.project("example.com:my-project-1") == "example.com:my-project-1"
-  assert names.run_name("L14_336.2") == "L14_336.2"
-  assert names.bucket("gs://my-bucket/a/b", "--bucket") == "gs://my-bucket/a/b"
-  for check, value in [
-    (names.zone, "us-central2"), (names.zone, "us-central2-b;id"), (names.project, "p"),
-    (names.run_name, "../x"), (names.run_name, ".hidden"), (names.version, "a b"),
+  assert names.check("zone", "europe-west4-a") == "europe-west4-a"
+  assert names.check("project", "example.com:my-project-1") == "example.com:my-project-1"
+  assert names.check("run", "L14_336.2") == "L14_336.2"
+  assert names.check("bucket", "gs://my-bucket/a/b") == "gs://my-bucket/a/b"
+  for kind, value in [
+    ("zone", "us-central2"), ("zone", "us-central2-b;id"), ("project", "p"), ("run", "../x"),
+    ("run", ".hidden"), ("version", "a b"),
   ]:  # fmt: skip
-    with pytest.raises(ValueError, match="expected"):
-      check(value)
+    with pytest.raises(ValueError, match=f"--{kind}=.*; expected"):
+      names.check(kind, value)
   for value in ("s3://bucket", "gs://b", "gs://bucket/$(id)", "gs://bucket/a b"):
-    with pytest.raises(ValueError, match="--bucket="):
-      names.bucket(value, "--bucket")
+    with pytest.raises(ValueError, match="--libtpu="):
+      names.check("bucket", value, "libtpu")
 
 
-def test_local_files_are_no_flags_and_no_hosts():
-  assert names.local_file("-x", "--libtpu").endswith("/-x")
+def test_local_files_are_not_read_as_flags_or_hosts():
+  assert names.local_file("-x", "libtpu").endswith("/-x")
   with pytest.raises(ValueError, match="without a colon"):
-    names.local_file("pod:x", "--libtpu")
+    names.local_file("pod:x", "libtpu")
 
 
 def test_cost():
   topology = Topology.parse("v4-512")
   assert "256 chips" in names.cost(topology, None, None)
   assert names.cost(topology, 57, None).endswith("14,592 chip-hours in 57 hours")
-  # 256 chips x 1.50 = 384 an hour, x 10 hours = 3,840.
+  # 256 chips x 1.50 = 384 per hour, x 10 hours = 3,840.
   assert "384.00 an hour" in names.cost(topology, 10, 1.5)
   assert "3,840.00 for 10 hours" in names.cost(topology, 10, 1.5)
   for bad in (0, -1, float("nan"), float("inf")):

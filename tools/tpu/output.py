@@ -1,55 +1,51 @@
-"""What a verb found, as a table for people or as one JSON object for programs."""
+"""Terminal output of the tool: progress, tables and confirmation prompts."""
 
-from collections.abc import Sequence
-import dataclasses
-import json
-import shlex
+import sys
 from typing import Any
 
+from absl import flags
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
-@dataclasses.dataclass(frozen=True)
-class Result:
-  """What a verb found.
-
-  Attributes:
-    rows: one for each worker or TPU; all with the same keys.
-    text: a line for people below the table.
-    failed: how many of the rows are failures; they have the key `error`.
-  """
-
-  rows: list[dict[str, Any]]
-  text: str = ""
-  failed: int = 0
+Result = tuple[list[dict[str, Any]], str]  # rows for workers or TPUs, and a line of text
+FLAGS = flags.FLAGS
 
 
-def as_text(result: Result) -> str:
-  """The table, and the line below it."""
-  columns = list(dict.fromkeys(key for row in result.rows for key in row))
-  cells = [columns, *([cell(row.get(column)) for column in columns] for row in result.rows)]
-  widths = [max(map(len, column)) for column in zip(*cells)]
-  lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in cells] if result.rows else []
-  return "\n".join([*lines, *([result.text] if result.text else [])])
+def log(text: str) -> None:
+  """Print progress to stderr; stdout is reserved for results."""
+  print(f"tpu: {text}", file=sys.stderr, flush=True)
 
 
-def as_json(verb: str, result: Result) -> str:
-  found = {"verb": verb, "ok": not result.failed, "rows": result.rows, "text": result.text}
-  return json.dumps(found)
+def show(rows: list[dict[str, Any]], text: str, file: Any) -> None:
+  """Print a table, then a line of text."""
+  columns = list(dict.fromkeys(key for row in rows for key in row))
+  table = Table(*columns, box=None, padding=(0, 2, 0, 0), pad_edge=False)
+  for row in rows:
+    table.add_row(*(Text(_cell(row.get(column))) for column in columns))
+  console = Console(file=file, width=None if file.isatty() else 10_000)
+  if rows:
+    console.print(table)
+  if text:
+    print(text, file=file, flush=True)
 
 
-def plan_as_text(commands: Sequence[Sequence[str]]) -> str:
-  return "\n".join(shlex.join(command) for command in commands)
-
-
-def plan_as_json(verb: str, commands: Sequence[Sequence[str]]) -> str:
-  return json.dumps({"verb": verb, "dry_run": True, "commands": commands})
-
-
-def cell(value: Any) -> str:
-  """A value in one line; what a terminal would act on is written as its escape."""
-  if value is None:
-    return "-"
+def _cell(value: Any) -> str:
+  """Format a value on one line; control characters are escaped."""
   if isinstance(value, bool):
     return "yes" if value else "no"
-  if isinstance(value, list):
-    value = ", ".join(map(str, value)) or "-"
-  return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value))
+  text = (
+    ", ".join(map(str, value)) if isinstance(value, list) else str("" if value is None else value)
+  )
+  return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text) or "-"
+
+
+def confirm(question: str) -> None:
+  """Raise ValueError unless the user confirms, by --yes or on the terminal."""
+  if FLAGS.yes or FLAGS.dry_run:
+    return
+  if not sys.stdin.isatty():
+    raise ValueError(f"{question} There is no terminal to ask on; add --yes")
+  print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+  if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+    raise ValueError("nothing was done")

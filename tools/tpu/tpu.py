@@ -1,222 +1,217 @@
-"""Creates TPUs, brings the checkout there, runs apps on them, and ends both.
+"""Create TPU VMs and run apps on them, and write manifests for GKE, Slurm and ssh hosts.
 
   tools/bazel run //tools/tpu -- VERB --name=pod --zone=us-central2-b [flags] [-- APP ARGUMENTS]
+  tools/bazel run //tools/tpu -- launch --kind=jobset|slurm|ssh [flags] [-- ARGUMENTS]
 
-Verbs: create list sync setup run status logs check clean kill stop ssh delete. --dry_run prints
-the commands of gcloud that a verb would run.
+Verbs for TPU VMs: create list sync setup run status logs check clean kill stop ssh delete.
+--dry_run prints the gcloud commands of a verb instead of running them. `launch` writes a JobSet for
+GKE, a batch script for Slurm, or a program for hosts connected by ssh; it starts nothing.
 """
 
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
+import json
+import random
+import shlex
+import subprocess
 import sys
+import time
+from typing import Any
 
 from absl import flags
 
 from apps.trainer.errors import UserError, run_app, user_errors
-from tools.tpu import archive, commands, names, output, provision
-from tools.tpu.fleet import Fleet, open_fleet
-from tools.tpu.gcloud import Gcloud, GcloudError, Place
+from tools.tpu import gcloud, launch, names, output, workers
+from tools.tpu.gcloud import Gcloud, GcloudError
+from tools.tpu.job import PLATFORMS
 from tools.tpu.output import Result
 
-_NAME = flags.DEFINE_string("name", "", "Name of the TPU.")
-_ZONE = flags.DEFINE_string("zone", "", "Zone, such as us-central2-b.")
-_PROJECT = flags.DEFINE_string("project", "", "Project; default: that of gcloud's configuration.")
-_TOPOLOGY = flags.DEFINE_string("topology", "", "v4-512, v5litepod-256, v5p-128, v6e-256, ...")
-_VERSION = flags.DEFINE_string("version", "", "Runtime version; default: the generation's.")
-_SPOT = flags.DEFINE_bool("spot", False, "create: cheaper, and may be taken away.")
-_QUEUED = flags.DEFINE_bool("queued", False, "create, delete: as a queued resource.")
-_ATTEMPTS = flags.DEFINE_integer("attempts", 20, "create: tries, with pauses.", lower_bound=1)
-_HOURS = flags.DEFINE_float("hours", None, "create: for the reminder of cost.")
-_PRICE = flags.DEFINE_float("price_per_chip_hour", None, "create: for the reminder of cost.")
-_WORKER = flags.DEFINE_string("worker", "all", "all, or the number of one.")
-_RUN = flags.DEFINE_string("run", "train", "Name of the run: its folder is ~/ov-run/NAME.")
-_RESTARTS = flags.DEFINE_integer("restarts", 0, "run: starts after a failure.", lower_bound=0)
-_GRACE = flags.DEFINE_float(
-  "grace", None, "stop, kill: seconds from SIGTERM to SIGKILL; 300, for kill 10."
-)
-_EXTRAS = flags.DEFINE_string("extras", "tpu", "setup: tpu, cuda or cpu; which locks.")
-_LIBTPU = flags.DEFINE_string("libtpu", "", "setup: another libtpu.so, a file or gs://...")
-_BUCKET = flags.DEFINE_string("bucket", "", "check: gs://... that a run will write to.")
-_OUT = flags.DEFINE_string("out", "", "logs: folder; default: ov-logs/NAME/RUN.")
-_INTERNAL_IP = flags.DEFINE_bool("internal_ip", False, "Workers have no address outside.")
-_TIMEOUT = flags.DEFINE_float("timeout", None, "Seconds for each call of gcloud.", lower_bound=0.1)
-_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the commands, run none.")
-_JSON = flags.DEFINE_bool("json", False, "One JSON object on stdout.")
-_STOP_GRACE, _KILL_GRACE, _LONGEST_GRACE = 300.0, 10.0, 86400.0
-_YES = flags.DEFINE_bool("yes", False, "Do not ask before create, delete, stop, clean, kill.")
+FLAGS = flags.FLAGS
+flags.adopt_module_key_flags(launch)  # for --help
+flags.DEFINE_string("name", "", "Name of the TPU; launch: of the job, default openvision.")
+flags.DEFINE_string("zone", "", "Zone, such as us-central2-b.")
+flags.DEFINE_string("project", "", "Project; default: that of gcloud's configuration.")
+flags.DEFINE_string("topology", "", "v4-512, v5litepod-256, v5p-128, v6e-256, ...")
+flags.DEFINE_string("version", "", "Runtime version; default: the generation's.")
+flags.DEFINE_bool("spot", False, "create, launch: cheaper, may be preempted.")
+flags.DEFINE_bool("queued", False, "create, delete: as a queued resource.")
+flags.DEFINE_integer("attempts", 20, "create: attempts, with pauses.", lower_bound=1)
+flags.DEFINE_float("hours", None, "create: for the reminder of the cost.")
+flags.DEFINE_float("price_per_chip_hour", None, "create: for the reminder of the cost.")
+flags.DEFINE_string("worker", "all", "all, or the number of a worker.")
+flags.DEFINE_string("run", "train", "Name of the run; its folder is ~/ov-run/NAME.")
+flags.DEFINE_integer("restarts", None, "Restarts after a failure; run: 0, launch: 20.", 0, 10**6)
+flags.DEFINE_float("grace", None, "Seconds from SIGTERM to SIGKILL; 300, kill: 10.")
+flags.DEFINE_enum("extras", None, list(PLATFORMS), "setup: tpu, launch: cuda; what to lock.")
+flags.DEFINE_string("libtpu", "", "setup: another libtpu.so, a file or gs://...")
+flags.DEFINE_string("bucket", "", "check: gs://... that a run will write to.")
+flags.DEFINE_string("out", "", "logs: folder, default ov-logs/NAME/RUN; launch: file, or stdout.")
+flags.DEFINE_bool("internal_ip", False, "Reach workers by their internal address.")
+flags.DEFINE_float("timeout", None, "Seconds for each call of gcloud.", lower_bound=0.1)
+flags.DEFINE_bool("dry_run", False, "Print the commands, run none.")
+flags.DEFINE_bool("json", False, "Print one JSON object.")
+flags.DEFINE_bool("yes", False, "Do not ask before create, delete, stop, clean, kill.")
+
+_OF_BOTH = {"name", "topology", "spot", "restarts", "grace", "extras", "out"}
+_SECONDS = 1800.0  # time limit for creating a large slice
+_WAITING = ("ACCEPTED", "CREATING", "PROVISIONING", "WAITING_FOR_RESOURCES", "STATE_UNSPECIFIED")
+_ADVICE = {
+  "no capacity": "try later, another zone, or --queued",
+  "quota": "raise the quota, or take a smaller --topology",
+  "exists already": "choose another --name, or first: tpu delete{queued} --name={name}",
+  "permission": "see gcloud auth list, and the roles in --project",
+  "wrong argument": "see --topology, --zone and --version",
+  "time limit": "it may still appear: see tpu list before you try again",
+}
 
 
 def main(arguments: list[str]) -> None:
-  if not arguments or arguments[0] not in _VERBS:
-    given = f"{arguments[0]!r} is no verb" if arguments else "a verb is missing"
-    raise UserError(f"{given}; expected one of {', '.join(_VERBS)}")
+  if not arguments or arguments[0] not in VERBS:
+    given = f"{arguments[0]!r} is not a verb" if arguments else "a verb is missing"
+    raise UserError(f"{given}; expected one of {', '.join(VERBS)}")
   verb, *rest = arguments
-  if rest and verb != "run":
+  module = FLAGS.find_module_defining_flag("zone" if verb == "launch" else "kind") or ""
+  others = {flag.name for flag in FLAGS.flags_by_module_dict()[module] if flag.present}
+  if wrong := sorted(others - (_OF_BOTH if verb == "launch" else set())):
+    raise UserError(f"--{wrong[0]} is not a flag of {verb}; see --help")
+  if rest and verb not in ("run", "launch"):
     raise UserError(f"unexpected arguments {' '.join(rest)!r}; flags start with --")
-  dry_run = _DRY_RUN.value
-  if "--dry_run" in rest:  # behind --, where it is easily put: no app may start by mistake
-    rest, dry_run = [argument for argument in rest if argument != "--dry_run"], True
-    _say("--dry_run after -- is taken as this tool's; --dry_run=true goes to the app")
+  if "--dry_run" in rest and verb == "run":  # likely mistakes after --
+    rest = [argument for argument in rest if argument != "--dry_run"]
+    FLAGS["dry_run"].value = True
+    output.log("--dry_run after -- is a flag of this tool; --dry_run=true goes to the app")
+  launch.main(rest) if verb == "launch" else _call_verb(verb, rest)
+
+
+def _call_verb(verb: str, arguments: list[str]) -> None:
   with user_errors():
-    place = Place(names.zone(_ZONE.value), _PROJECT.value and names.project(_PROJECT.value))
-    gcloud = Gcloud(place, _TIMEOUT.value, dry_run, _INTERNAL_IP.value)
+    project = FLAGS.project and names.check("project", FLAGS.project)
+    zone = names.check("zone", FLAGS.zone)
+    cloud = Gcloud(zone, project, FLAGS.timeout, FLAGS.dry_run, FLAGS.internal_ip)
     try:
-      result = _VERBS[verb](gcloud, rest)
+      rows, text = VERBS[verb](cloud, *([arguments] if verb == "run" else []))
     except GcloudError as error:
-      raise ValueError(f"{verb}: {error.cause.value}: {error}") from error
-  if gcloud.dry_run:
-    show = output.plan_as_json(verb, gcloud.planned) if _JSON.value else None
-    print(show or output.plan_as_text(gcloud.planned))
-    return
-  if text := output.as_json(verb, result) if _JSON.value else output.as_text(result):
-    print(text)
-  if result.failed:
+      raise ValueError(f"{verb}: {error.cause}: {error}") from error
+  ok = not any(row.get(key) for row in rows for key in ("error", "problems", "holds the chip"))
+  if cloud.dry_run and FLAGS.json:
+    print(json.dumps({"verb": verb, "dry_run": True, "commands": cloud.planned}))
+  elif cloud.dry_run:
+    print("\n".join(map(shlex.join, cloud.planned)))
+  elif FLAGS.json:
+    print(json.dumps({"verb": verb, "ok": ok, "rows": rows, "text": text}))
+  else:
+    output.show(rows, text, sys.stdout)
+  if not ok:
     sys.exit(1)
 
 
-def _say(text: str) -> None:
-  """Progress: stdout is for the answer."""
-  print(f"tpu: {text}", file=sys.stderr, flush=True)
+def attempts(number: int) -> Iterator[int]:
+  """Yield 1, 2, ... with pauses of 15, 30, 60 ... 600 s, randomly shortened by up to a half."""
+  yield 1
+  for attempt in range(2, number + 1):
+    time.sleep(min(600.0, 15.0 * 2 ** (attempt - 2)) * random.uniform(0.5, 1.0))
+    yield attempt
 
 
-def _confirm(gcloud: Gcloud, question: str) -> None:
-  """Raises ValueError unless the user agrees, by --yes or on the terminal."""
-  if _YES.value or gcloud.dry_run:
-    return
-  if not sys.stdin.isatty():
-    raise ValueError(f"{question} There is no terminal to ask on; add --yes")
-  print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
-  if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-    raise ValueError("nothing was done")
+def create(cloud: Gcloud) -> Result:
+  """Create a TPU; retry while there is no capacity or quota."""
+  name, tries = names.check("name", FLAGS.name), FLAGS.attempts
+  topology = names.Topology.parse(FLAGS.topology)
+  version = names.check("version", FLAGS.version or topology.generation.version)
+  output.log(f"{topology}, {version}")
+  output.log(f"cost: {names.cost(topology, FLAGS.hours, FLAGS.price_per_chip_hour)}")
+  output.confirm(f"Create {name}?")
+  kind, spot = f"--accelerator-type={topology.name}", ["--spot"] if FLAGS.spot else []
+  request = ["tpu-vm", "create", name, kind, f"--version={version}", *spot]
+  if FLAGS.queued:
+    more = [f"--node-id={name}", kind, f"--runtime-version={version}", *spot]
+    request = ["queued-resources", "create", name, *more]
+  for attempt in attempts(tries):
+    try:
+      cloud.tpus(*request, timeout=_SECONDS)
+      break
+    except GcloudError as error:
+      if error.cause not in ("no capacity", "quota") or attempt == tries:
+        after = f" after {attempt} attempts" if attempt > 1 else ""
+        advice = _ADVICE.get(error.cause, "see tpu list before you try again")
+        advice = advice.format(name=name, queued=" --queued" if FLAGS.queued else "")
+        text = f"{name} was not created{after}: {error.cause}: {error}; {advice}"
+        raise ValueError(text) from error
+      output.log(f"attempt {attempt} of {tries}: {error.cause}: {error}")
+  for number in attempts(tries) if FLAGS.queued else ():
+    state = _state(cloud.json("queued-resources", "describe", name))
+    if cloud.dry_run or state == "ACTIVE":
+      break
+    if state not in _WAITING:
+      again = f"delete it (tpu delete --queued --name={name}) and create it again"
+      raise ValueError(f"the request {name} is {state}; expected ACTIVE: {again}")
+    output.log(f"query {number} of {tries}: {state}")
+    if number == tries:
+      again = "it stays in the queue: see tpu list, or raise --attempts"
+      raise ValueError(f"the request {name} still waits after {tries} queries; {again}")
+  size = {"topology": topology.name, "chips": topology.chips, "hosts": topology.hosts}
+  return [{"name": name, **size, "attempts": attempt}], f"{name} is created: {topology}"
 
 
-def _create(gcloud: Gcloud, _: list[str]) -> Result:
-  topology = names.Topology.parse(_TOPOLOGY.value)
-  version = names.version(_VERSION.value or topology.generation.version)
-  wish = provision.Wish(names.name(_NAME.value), topology, version, _SPOT.value, _QUEUED.value)
-  _say(f"{topology}, {version}")
-  _say(f"cost: {names.cost(topology, _HOURS.value, _PRICE.value)}")
-  _confirm(gcloud, f"Create {wish.name}?")
-  return provision.create(gcloud, wish, provision.Patience(_ATTEMPTS.value), _say)
+def list_all(cloud: Gcloud) -> Result:
+  """Return the TPUs and the pending requests of a zone."""
+  rows = [
+    {
+      "name": str(node.get("name", "?")).rpartition("/")[2],
+      "topology": str(node.get("acceleratorType", "?")),
+      "state": str(node.get("state", "?")),
+      "workers": len(node.get("networkEndpoints") or ()),
+      "kind": "spot" if (node.get("schedulingConfig") or {}).get("spot") else "on demand",
+    }
+    for node in cloud.json("tpu-vm", "list") or []
+  ]
+  present = {row["name"] for row in rows}
+  for request in cloud.json("queued-resources", "list") or []:
+    name, state = str(request.get("name", "?")).rpartition("/")[2], _state(request)
+    if name not in present or state != "ACTIVE":
+      spec = ((request.get("tpu") or {}).get("nodeSpec") or [{}])[0]
+      kind = str((spec.get("node") or {}).get("acceleratorType", "?"))
+      rows.append({"name": name, "topology": kind, "state": state, "workers": 0, "kind": "queued"})
+  return rows, "" if rows else f"no TPUs in {cloud.zone}"
 
 
-def _list(gcloud: Gcloud, _: list[str]) -> Result:
-  return provision.list_all(gcloud)
+def delete(cloud: Gcloud) -> Result:
+  """Delete a TPU, or a queued resource with its TPU."""
+  name = names.check("name", FLAGS.name)
+  output.confirm(f"Delete {name} in {cloud.zone}, and all that is on its disks?")
+  queued = ["queued-resources", "delete", name, "--force"]
+  cloud.tpus(*(queued if FLAGS.queued else ["tpu-vm", "delete", name]), timeout=_SECONDS)
+  return [{"name": name}], f"{name} is deleted"
 
 
-def _delete(gcloud: Gcloud, _: list[str]) -> Result:
-  name = names.name(_NAME.value)
-  _confirm(gcloud, f"Delete {name} in {gcloud.place.zone}, and all that is on its disks?")
-  return provision.delete(gcloud, name, _QUEUED.value)
+def _state(request: Any) -> str:
+  return str(((request or {}).get("state") or {}).get("state", "STATE_UNSPECIFIED"))
 
 
-def _fleet(gcloud: Gcloud) -> Fleet:
-  if _TOPOLOGY.value:
-    names.Topology.parse(_TOPOLOGY.value)
-  elif gcloud.dry_run and _WORKER.value == "all":
-    _say("a dry run asks nobody for the workers: shown is the first; --topology shows all")
-  return open_fleet(gcloud, names.name(_NAME.value), _WORKER.value, _TOPOLOGY.value)
-
-
-def _checkout(gcloud: Gcloud) -> Path | None:
-  """The checkout of the current folder; None for a dry run without one, which reads no file."""
+def ssh(cloud: Gcloud) -> Result:
+  """Open a shell on a worker."""
+  number = "0" if FLAGS.worker == "all" else FLAGS.worker
+  if not (number.isascii() and number.isdecimal()):
+    raise ValueError(f"--worker={number!r}; expected a number")
+  command = cloud.command("tpu-vm", "ssh", names.check("name", FLAGS.name), worker=int(number))
+  if cloud.dry_run:
+    cloud.planned.append(command)
+    return [], ""
   try:
-    return archive.root(Path.cwd())
-  except ValueError:
-    if gcloud.dry_run:
-      return None
-    raise
+    sys.exit(subprocess.run(command, check=False).returncode)
+  except FileNotFoundError:
+    raise gcloud.missing() from None
 
 
-def _grace(default: float) -> float:
-  grace = default if _GRACE.value is None else _GRACE.value
-  if not 0 <= grace <= _LONGEST_GRACE:
-    raise ValueError(f"--grace={grace:g}; expected seconds from 0 to {_LONGEST_GRACE:g}")
-  return grace
-
-
-def _sync(gcloud: Gcloud, _: list[str]) -> Result:
-  checkout = _checkout(gcloud)
-  return commands.sync(_fleet(gcloud), checkout, _say)
-
-
-def _setup(gcloud: Gcloud, _: list[str]) -> Result:
-  libtpu = _LIBTPU.value
-  if libtpu.startswith("gs://"):
-    names.bucket(libtpu, "--libtpu")
-  return commands.setup(_fleet(gcloud), _EXTRAS.value, libtpu)
-
-
-def _run(gcloud: Gcloud, command: list[str]) -> Result:
-  run, checkout = names.run_name(_RUN.value), _checkout(gcloud)
-  return commands.run(_fleet(gcloud), run, _RESTARTS.value, checkout, command)
-
-
-def _status(gcloud: Gcloud, _: list[str]) -> Result:
-  return commands.status(_fleet(gcloud), names.run_name(_RUN.value))
-
-
-def _logs(gcloud: Gcloud, _: list[str]) -> Result:
-  run, name = names.run_name(_RUN.value), names.name(_NAME.value)
-  out = Path(_OUT.value).expanduser() if _OUT.value else Path("ov-logs") / name / run
-  return commands.logs(_fleet(gcloud), run, out)
-
-
-def _check(gcloud: Gcloud, _: list[str]) -> Result:
-  bucket = _BUCKET.value and names.bucket(_BUCKET.value, "--bucket")
-  return commands.check(_fleet(gcloud), bucket)
-
-
-def _clean(gcloud: Gcloud, _: list[str]) -> Result:
-  fleet = _fleet(gcloud)
-  _confirm(gcloud, f"Remove the lock file and logs of libtpu on {len(fleet.workers)} workers?")
-  return commands.clean(fleet)
-
-
-def _kill(gcloud: Gcloud, _: list[str]) -> Result:
-  grace, fleet = _grace(_KILL_GRACE), _fleet(gcloud)
-  answers = commands.held(fleet)
-  rows = commands.holder_rows(answers)
-  ending = [row for row in rows if "pid" in row and not row["kept"]]
-  failed = sum("error" in row for row in rows)
-  if not ending and not gcloud.dry_run:
-    return Result(rows, "nothing to end" if rows else "no process has a chip open", failed)
-  if rows:
-    print(output.as_text(Result(rows)), file=sys.stderr, flush=True)
-  workers = len({row["worker"] for row in ending})
-  _confirm(gcloud, f"End {len(ending)} processes on {workers} workers?")
-  return commands.kill(fleet, answers, grace)
-
-
-def _stop(gcloud: Gcloud, _: list[str]) -> Result:
-  run, grace, fleet = names.run_name(_RUN.value), _grace(_STOP_GRACE), _fleet(gcloud)
-  _confirm(gcloud, f"Stop the run {run} on {len(fleet.workers)} workers of {fleet.name}?")
-  return commands.stop(fleet, run, grace)
-
-
-def _ssh(gcloud: Gcloud, _: list[str]) -> Result:
-  worker = "0" if _WORKER.value == "all" else _WORKER.value
-  if not (worker.isascii() and worker.isdecimal()):
-    raise ValueError(f"--worker={worker!r}; expected a number")
-  if code := gcloud.shell(names.name(_NAME.value), int(worker)):
-    sys.exit(code)
-  return Result([])
-
-
-_VERBS: dict[str, Callable[[Gcloud, list[str]], Result]] = {
-  "create": _create,
-  "list": _list,
-  "sync": _sync,
-  "setup": _setup,
-  "run": _run,
-  "status": _status,
-  "logs": _logs,
-  "check": _check,
-  "clean": _clean,
-  "kill": _kill,
-  "stop": _stop,
-  "ssh": _ssh,
-  "delete": _delete,
+VERBS: dict[str, Callable[..., Any]] = {
+  "create": create,
+  "list": list_all,
+  **{
+    verb: getattr(workers, verb)
+    for verb in ("sync", "setup", "run", "status", "logs", "check", "clean", "kill", "stop")
+  },
+  "ssh": ssh,
+  "delete": delete,
+  "launch": launch.main,
 }
 
 if __name__ == "__main__":
