@@ -7,7 +7,6 @@ ranges too, but its messages do not contain the value.
 """
 
 from collections.abc import Callable, Mapping
-import importlib
 import re
 import typing
 from typing import Any
@@ -84,11 +83,6 @@ def choice(*allowed: str) -> Rule:
       raise wrong(name, value, f"one of {', '.join(allowed)}")
 
   return rule
-
-
-def key_of(module: str, table: str) -> Rule:
-  """Return the rule of the keys of a table in a module, which is imported at the first check."""
-  return lambda name, value: choice(*getattr(importlib.import_module(module), table))(name, value)
 
 
 def flag(name: str, value: Any) -> None:

@@ -20,7 +20,6 @@ from apps.trainer.rules import (
   fields,
   flag,
   integer,
-  key_of,
   one_or_several,
   optional,
   pair,
@@ -46,10 +45,28 @@ _FRACTION = real(0, 1)
 
 _PATCH_RESIZE = choice("pseudoinverse", "bilinear")
 _PART = choice("params", "ema")
-# These modules import JAX.
-_OPTIMIZERS = key_of("apps.trainer.optimizers", "OPTIMIZERS")
-_SCHEDULES = key_of("apps.trainer.schedules", "SCHEDULES")
-_COOLDOWNS = key_of("apps.trainer.schedules", "COOLDOWNS")
+
+
+# The imports below are local because these modules import JAX or open files.
+def _optimizer(name: str, value: Any) -> None:
+  """Check that a value is the name of an optimizer."""
+  from apps.trainer.optimizers import OPTIMIZERS
+
+  choice(*OPTIMIZERS)(name, value)
+
+
+def _schedule(name: str, value: Any) -> None:
+  """Check that a value is the name of a learning-rate schedule."""
+  from apps.trainer.schedules import SCHEDULES
+
+  choice(*SCHEDULES)(name, value)
+
+
+def _cooldown(name: str, value: Any) -> None:
+  """Check that a value is the name of the shape of a cooldown."""
+  from apps.trainer.schedules import COOLDOWNS
+
+  choice(*COOLDOWNS)(name, value)
 
 
 def _suite(name: str, value: Any) -> None:
@@ -163,11 +180,11 @@ class TokenizerSettings(Section):
 class ScheduleSettings(Section):
   """Learning-rate schedule of a stage."""
 
-  kind: str = setting("warmup_cosine", _SCHEDULES)  # warmup_cosine | wsd | rsqrt | constant
+  kind: str = setting("warmup_cosine", _schedule)  # warmup_cosine | wsd | rsqrt | constant
   warmup_steps: int = setting(0, integer(0))
   min_multiplier: float = setting(0.0, real(0, 1, below=True))
   cooldown_steps: int = setting(0, integer(0))  # wsd: length of the final decay
-  cooldown_shape: str = setting("linear", _COOLDOWNS)  # linear | cosine | sqrt
+  cooldown_shape: str = setting("linear", _cooldown)  # linear | cosine | sqrt
   timescale: int = setting(10000, integer(1))  # rsqrt, in steps
 
 
@@ -176,7 +193,7 @@ class OptimizerSettings(Section):
   """Optimizer; b1 to second_moment are settings of AdamW, which Muon uses for non-matrices."""
 
   # name in apps/trainer/optimizers: adamw | adafactor | muon | lion
-  name: str = setting("adamw", _OPTIMIZERS)
+  name: str = setting("adamw", _optimizer)
   # fields of the dataclass of the optimizer, such as {"beta": 0.9} for muon
   options: Mapping[str, Any] = setting({}, plain_dict)
   learning_rate: float = setting(1e-3, real(0))  # peak
