@@ -2,9 +2,8 @@
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent import futures
-import contextlib
 from typing import Any, Generic, TypeVar
 
 _Item = TypeVar("_Item")
@@ -12,7 +11,7 @@ _Result = TypeVar("_Result")
 
 
 class Busy(Exception):
-  """Too many requests are waiting; the client should try again later."""
+  """Too many requests are waiting, or the server is stopping; the client should try again later."""
 
 
 class Batcher(Generic[_Item, _Result]):
@@ -41,6 +40,7 @@ class Batcher(Generic[_Item, _Result]):
     self._waiting: deque[tuple[_Item, asyncio.Future[_Result]]] = deque()
     self._task: asyncio.Task[None] | None = None
     self._pool = futures.ThreadPoolExecutor(1, "ov-batch")
+    self._closed = False
 
   @property
   def waiting(self) -> int:
@@ -48,30 +48,49 @@ class Batcher(Generic[_Item, _Result]):
     return len(self._waiting)
 
   async def __call__(self, item: _Item) -> _Result:
-    """Return the result of an item.
+    """Return the result of an item; see `run_all`."""
+    [result] = await self.run_all([item])
+    return result
+
+  async def run_all(self, items: Sequence[_Item]) -> list[_Result]:
+    """Return the results of the items of one request, which may run in several batches.
 
     Raises:
-      Busy: if too many items are waiting.
-      Exception: the exception of `run`, for every item of the batch.
+      Busy: if there is no room for all items, in which case none is computed, or the batcher is
+        closed before their batches start.
+      Exception: the exception of `run`. The other items of the request are withdrawn.
     """
-    if len(self._waiting) >= self._max_waiting:
-      raise Busy(f"{len(self._waiting)} items are waiting, the most that are accepted")
-    result: asyncio.Future[_Result] = asyncio.get_running_loop().create_future()
-    self._waiting.append((item, result))
+    if self._closed:
+      raise _stopping()
+    if len(self._waiting) + len(items) > self._max_waiting:
+      raise Busy(
+        f"{len(self._waiting)} items are waiting; with the {len(items)} items of this request they "
+        f"exceed the maximum of {self._max_waiting}"
+      )
+    loop = asyncio.get_running_loop()
+    results: list[asyncio.Future[_Result]] = [loop.create_future() for _ in items]
+    self._waiting.extend(zip(items, results, strict=True))
     if self._task is None:
       self._task = asyncio.create_task(self._work())
-    return await result
+    try:
+      return await asyncio.gather(*results)
+    except BaseException:
+      for result in results:
+        result.cancel()  # `_next` skips it
+      raise
 
   async def close(self) -> None:
-    """Cancel waiting items and end the worker after its batch."""
+    """Complete the running batch, and answer all waiting items with `Busy`."""
+    self._closed = True
+    _refuse(self._waiting)
+    self._waiting.clear()
     if self._task is not None:
-      self._task.cancel()
-      with contextlib.suppress(asyncio.CancelledError):
-        await self._task
-    self._pool.shutdown()
+      await self._task
+    self._pool.shutdown(wait=False)  # idle by now
 
   async def _work(self) -> None:
     loop = asyncio.get_running_loop()
+    batch: list[tuple[_Item, asyncio.Future[_Result]]] = []
     try:
       while batch := self._next():
         self._observe(len(batch))
@@ -89,9 +108,8 @@ class Batcher(Generic[_Item, _Result]):
               waiter.set_result(result)
     finally:
       self._task = None
-      # Only a cancelled worker leaves items.
-      for _, waiter in self._waiting:
-        waiter.cancel()
+      # Items are left only if the event loop cancels this task.
+      _refuse([*batch, *self._waiting])
       self._waiting.clear()
 
   def _next(self) -> list[tuple[_Item, asyncio.Future[_Result]]]:
@@ -102,3 +120,13 @@ class Batcher(Generic[_Item, _Result]):
       if not waiter.done():
         batch.append((item, waiter))
     return batch
+
+
+def _refuse(items: Iterable[tuple[Any, asyncio.Future[Any]]]) -> None:
+  for _, waiter in items:
+    if not waiter.done():
+      waiter.set_exception(_stopping())
+
+
+def _stopping() -> Busy:
+  return Busy("the server is stopping")

@@ -65,7 +65,7 @@ def test_too_many_waiting_requests_are_refused():
     waiting = [asyncio.create_task(batcher(item)) for item in (1, 2)]
     await asyncio.sleep(0)
     assert batcher.waiting == 2
-    with pytest.raises(Busy, match="2 items are waiting"):
+    with pytest.raises(Busy, match="2 items are waiting; .* maximum of 2"):
       await batcher(3)
     worker.go.set()
     assert await asyncio.gather(running, *waiting) == [0, 2, 4]
@@ -98,5 +98,69 @@ def test_a_wrong_number_of_results_is_an_error():
     with pytest.raises(RuntimeError, match="0 results for a batch of 1"):
       await batcher(1)
     await batcher.close()
+
+  asyncio.run(main())
+
+
+def test_close_answers_every_request():
+  async def main():
+    worker = Worker(open_gate=False)
+    batcher = Batcher(worker, max_batch=1)
+    running, waiting = asyncio.create_task(batcher(1)), asyncio.create_task(batcher(2))
+    await asyncio.sleep(0.05)
+    closing = asyncio.create_task(batcher.close())
+    await asyncio.sleep(0.05)
+    worker.go.set()
+    async with asyncio.timeout(20):
+      results = await asyncio.gather(running, waiting, return_exceptions=True)
+      await closing
+    assert results[0] == 2
+    assert isinstance(results[1], Busy) and "stopping" in str(results[1])
+    with pytest.raises(Busy, match="stopping"):
+      await batcher(3)
+
+  asyncio.run(main())
+
+
+def test_close_answers_requests_whose_batch_has_not_started():
+  async def main():
+    batcher = Batcher(Worker(), max_batch=1)
+    request = asyncio.create_task(batcher(1))
+    await asyncio.sleep(0)  # the item is waiting; the task that runs batches has not begun
+    async with asyncio.timeout(20):
+      await batcher.close()
+      [result] = await asyncio.gather(request, return_exceptions=True)
+    assert result == 2 or isinstance(result, Busy)
+
+  asyncio.run(main())
+
+
+def test_several_items_are_accepted_together_or_not_at_all():
+  async def main():
+    worker = Worker(open_gate=False)
+    batcher = Batcher(worker, max_batch=4, max_waiting=3)
+    running = asyncio.create_task(batcher(0))
+    await asyncio.sleep(0.05)
+    with pytest.raises(Busy, match="the 4 items"):
+      await batcher.run_all([1, 2, 3, 4])
+    assert batcher.waiting == 0
+    accepted = asyncio.create_task(batcher.run_all([5, 6]))
+    await asyncio.sleep(0)
+    worker.go.set()
+    assert (await running, await accepted) == (0, [10, 12])
+    assert worker.batches == [[0], [5, 6]]
+    await batcher.close()
+
+  asyncio.run(main())
+
+
+def test_a_failed_item_withdraws_the_others_of_its_request():
+  async def main():
+    worker = Worker()
+    batcher = Batcher(worker, max_batch=1)
+    with pytest.raises(ValueError, match="negative"):
+      await batcher.run_all([-1, 2, 3])
+    await batcher.close()
+    assert worker.batches[0] == [-1] and len(worker.batches) < 3
 
   asyncio.run(main())
