@@ -38,6 +38,7 @@ class Limits:
     pixels: maximum width x height of an image.
     body_seconds: maximum time to receive a body.
     header_seconds: maximum time to receive the headers of a request.
+    response_seconds: maximum time that a client may leave responses unread.
     buffered_bytes: maximum size of all bodies in memory.
     connections: maximum number of connections.
     waiting: maximum number of items that wait for the model.
@@ -50,6 +51,7 @@ class Limits:
   pixels: int = 32_000_000
   body_seconds: float = 30.0
   header_seconds: float = 15.0
+  response_seconds: float = 60.0
   buffered_bytes: int = 128 << 20
   connections: int = 256
   waiting: int = 512
@@ -62,6 +64,8 @@ class Limits:
       value = getattr(self, field.name)
       if not (math.isfinite(value) and value > 0):
         raise ValueError(f"{field.name}={value}: expected a number above 0")
+    if self.waiting < self.texts:  # a request of that many texts would never be accepted
+      raise ValueError(f"waiting={self.waiting}: expected at least texts={self.texts}")
 
 
 class Refused(Exception):
@@ -93,8 +97,10 @@ class Bodies:
     """
     most, length = self._limits.body_bytes, request.headers.get("content-length")
     refused = None
-    if length is not None and (not length.isdecimal() or int(length) > most):
-      refused = Refused(413, f"the body has {length} bytes; at most {most} are accepted")
+    if length is not None and not _is_at_most(length, most):
+      refused = Refused(
+        413, f"the body has {length[:20]} bytes; at most {most} are accepted; send a smaller image"
+      )
       if "100-continue" in request.headers.get("expect", "").lower():
         raise refused  # the client waits for the answer before it sends the body
     parts: list[bytes] = []
@@ -111,9 +117,13 @@ class Bodies:
           size += len(part)
           self.buffered += len(part)
           if size > most:
-            refused = Refused(413, f"the body has more than {most} bytes")
+            refused = Refused(413, f"the body has more than {most} bytes; send a smaller image")
           elif self.buffered > self._limits.buffered_bytes:
-            refused = Refused(503, "too many bodies are being received; try again later")
+            refused = Refused(
+              503,
+              f"all bodies together have more than {self._limits.buffered_bytes} bytes; "
+              "try again later",
+            )
           if refused is not None:
             self.release(size)
             size = 0
@@ -125,7 +135,9 @@ class Bodies:
       self.release(size)
       if isinstance(error, TimeoutError):
         seconds = self._limits.body_seconds
-        raise refused or Refused(408, f"the body was not complete after {seconds:g} s") from None
+        raise refused or Refused(
+          408, f"the body was not complete after {seconds:g} s; send a smaller image"
+        ) from None
       if isinstance(error, ClientDisconnect):
         raise Refused(400, "the client closed the connection") from None
       raise
@@ -165,13 +177,23 @@ class Guard:
           headers.setdefault(name, value)
       await send(message)
 
-    host = _name(Headers(scope=scope).get("host", ""))
+    given = Headers(scope=scope).get("host", "")
+    host = _name(given)
     app = self._app
     if "*" not in self._hosts and host not in self._hosts:
       app = self._refuse(
-        Refused(421, "unknown Host header; add the name of this server with --allow_host")
+        Refused(
+          421,
+          f"the Host header is {given[:80]!r}; expected one of {', '.join(sorted(self._hosts))}; "
+          "start the server with --allow_host=NAME to add a name",
+        )
       )
     await app(scope, receive, with_headers)
+
+
+def _is_at_most(length: str, most: int) -> bool:
+  """Return whether a Content-Length is a number of at most `most`."""
+  return length.isdecimal() and len(length) <= 20 and int(length) <= most
 
 
 def _name(host: str) -> str:
@@ -182,43 +204,63 @@ def _name(host: str) -> str:
   return host.partition(":")[0]
 
 
-def protocol(seconds: float) -> type[H11Protocol]:
-  """Return uvicorn's protocol with a limit on the time to receive the headers of a request.
+def protocol(limits: Limits) -> type[H11Protocol]:
+  """Return uvicorn's protocol with limits on the time to send headers and to read responses.
 
-  uvicorn limits only the idle time between requests, so a client could keep a connection for ever
-  by sending one byte of a header from time to time.
+  uvicorn limits only the idle time between requests. A client could keep a connection for ever by
+  sending one byte of a header from time to time, or by not reading the responses.
   """
 
   class TimedProtocol(H11Protocol):
-    _timer: asyncio.TimerHandle | None = None
+    _headers_timer: asyncio.TimerHandle | None = None
+    _unread_timer: asyncio.TimerHandle | None = None
+    _unread_since: float | None = None
 
     def connection_made(self, transport: Any) -> None:
       super().connection_made(transport)
-      self._watch()
+      self._watch_headers()
+      self._watch_unread()
 
     def data_received(self, data: bytes) -> None:
       super().data_received(data)
-      self._watch()
+      self._watch_headers()
 
     def connection_lost(self, exc: Exception | None) -> None:
       super().connection_lost(exc)
-      self._stop()
+      self._stop_headers()
+      if self._unread_timer is not None:
+        self._unread_timer.cancel()
 
-    def _watch(self) -> None:
-      """Start the timer unless a request is being answered."""
+    def _watch_headers(self) -> None:
+      """Start the timer of the headers unless a request is being answered."""
       if self.cycle is not None and not self.cycle.response_complete:
-        self._stop()
-      elif self._timer is None:
-        self._timer = self.loop.call_later(seconds, self._close)
+        self._stop_headers()
+      elif self._headers_timer is None:
+        self._headers_timer = self.loop.call_later(limits.header_seconds, self._close)
 
-    def _stop(self) -> None:
-      if self._timer is not None:
-        self._timer.cancel()
-        self._timer = None
+    def _stop_headers(self) -> None:
+      if self._headers_timer is not None:
+        self._headers_timer.cancel()
+        self._headers_timer = None
 
     def _close(self) -> None:
-      self._timer = None
+      self._headers_timer = None
       if self.cycle is None or self.cycle.response_complete:
         self.transport.close()
+
+    def _watch_unread(self) -> None:
+      """Abort the connection if bytes have waited for the client for too long.
+
+      A closed connection also ends only when all bytes are sent, so this continues until then.
+      """
+      now = self.loop.time()
+      if not self.transport.get_write_buffer_size():
+        self._unread_since = None
+      elif self._unread_since is None:
+        self._unread_since = now
+      elif now - self._unread_since > limits.response_seconds:
+        self.transport.abort()
+        return
+      self._unread_timer = self.loop.call_later(limits.response_seconds / 4, self._watch_unread)
 
   return TimedProtocol

@@ -1,5 +1,6 @@
 """Run the application with uvicorn."""
 
+import errno
 import ipaddress
 import logging
 import socket
@@ -35,7 +36,8 @@ def serve(
     limits: limits of requests.
 
   Raises:
-    ValueError: if other machines could connect but no accepted name is given.
+    ValueError: if other machines could connect but no accepted name is given, or `port` is out of
+      range.
     OSError: if the address cannot be used.
   """
   limits = limits or Limits()
@@ -44,11 +46,13 @@ def serve(
       f"host={host} accepts connections of other machines, without passwords or encryption; name "
       "this server with allow_host, or use 127.0.0.1"
     )
+  if not 0 <= port <= 65_535:
+    raise ValueError(f"port={port}: expected 0 to 65535")
   listener = _listen(host, port)
   names = allow_hosts if _is_loopback(host) else (*allow_hosts, host)
   config = uvicorn.Config(
     create_app(model, index, hosts=names, limits=limits),
-    http=protocol(limits.header_seconds),
+    http=protocol(limits),
     ws="none",
     lifespan="on",
     log_config=None,
@@ -77,9 +81,9 @@ def _listen(host: str, port: int) -> socket.socket:
     listener.listen(128)
   except OSError as error:
     listener.close()
-    raise OSError(
-      error.errno, f"{error.strerror}; choose another --port", f"{host}:{port}"
-    ) from None
+    is_name = isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
+    remedy = "choose an address of this machine" if is_name else "choose another port"
+    raise OSError(error.errno, f"{error.strerror}; {remedy}", f"{host}:{port}") from None
   return listener
 
 

@@ -1,6 +1,7 @@
 """The server on a real socket: slow clients, large bodies, bombs, termination."""
 
 import concurrent.futures
+import contextlib
 import http.client
 import json
 import os
@@ -21,21 +22,33 @@ import logging, sys
 import ov_serve
 from ov_serve import guard, serving
 logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
-limits = guard.Limits(body_bytes=2**20, pixels=10**6, body_seconds=2.0, header_seconds=1.0)
+limits = guard.Limits(
+  body_bytes=2**20, pixels=10**6, body_seconds=2.0, header_seconds=1.0, response_seconds=2.0
+)
 index = ov_serve.Index.open(sys.argv[1])
 serving.serve(ov_serve.Model.of_index(index), index, port=0, limits=limits)
 """
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
+def folder(tmp_path_factory):
+  """Return the folder of an exported model."""
+  return write_model(tmp_path_factory.mktemp("exported") / "model", caption=False)
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+  return ov_serve.Model.load(folder)
+
+
+@pytest.fixture(scope="module")
+def server(folder, model, tmp_path_factory):
   """Yield the process and its port."""
-  folder = tmp_path_factory.mktemp("served")
-  place = write_model(folder / "model", caption=False)
-  source = ov_serve.find_source(str(write_images(folder / "photos", range(8))))
-  ov_serve.embed(ov_serve.Model.load(place), source, folder / "index", model_folder=place)
+  place = tmp_path_factory.mktemp("served")
+  source = ov_serve.find_source(str(write_images(place / "photos", range(8))))
+  ov_serve.embed(model, source, place / "index", model_folder=folder)
   process = subprocess.Popen(
-    [sys.executable, "-c", _SERVE, str(folder / "index")],
+    [sys.executable, "-c", _SERVE, str(place / "index")],
     env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     stderr=subprocess.PIPE,
     text=True,
@@ -109,6 +122,23 @@ def test_slow_bodies_are_cut(server):
   )
   answer, seconds = exchange(server[1], head, b"{")
   assert answer.startswith(b"HTTP/1.1 408") and 1.9 < seconds < 30
+
+
+def test_clients_that_do_not_read_are_cut(server):
+  # More responses than the buffers of both sockets hold: 10 MB and more.
+  size = len(ask(server[1], "GET", "/static/app.js")[1])
+  count = 1 + (10 << 20) // size
+  with socket.socket() as connection:
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.settimeout(60)
+    connection.connect(("127.0.0.1", server[1]))
+    connection.sendall(b"GET /static/app.js HTTP/1.1\r\nhost: localhost\r\n\r\n" * count)
+    time.sleep(6)  # the limit is 2 s
+    received = 0
+    with contextlib.suppress(ConnectionError):
+      while data := connection.recv(1 << 20):
+        received += len(data)
+  assert received < count * size
 
 
 _IMAGE = b"POST /api/search HTTP/1.1\r\nhost: localhost\r\ncontent-type: image/jpeg\r\n"
@@ -188,18 +218,27 @@ def test_termination_ends_the_process(server):
     ask(port, "GET", "/health")
 
 
-def test_other_machines_require_a_name():
-  with pytest.raises(ValueError, match="name this server with allow_host"):
-    serving.serve(None, host="0.0.0.0")  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+  ("options", "error", "message"),
+  [
+    ({"host": "0.0.0.0"}, ValueError, "name this server with allow_host"),
+    ({"port": 65_536}, ValueError, "port=65536: expected 0 to 65535"),
+    ({"port": -1}, ValueError, "port=-1: expected 0 to 65535"),
+    ({"host": "192.0.2.1", "allow_hosts": ("a",)}, OSError, "an address of this machine"),
+  ],
+)
+def test_wrong_addresses_are_reported(model, options, error, message):
+  with pytest.raises(error, match=message):
+    serving.serve(model, **options)
 
 
-def test_a_used_port_is_named():
+def test_a_used_port_is_reported(model):
   with socket.socket() as other:
     other.bind(("127.0.0.1", 0))
     other.listen()
     port = other.getsockname()[1]
-    with pytest.raises(OSError, match="choose another --port"):
-      serving.serve(None, port=port)  # type: ignore[arg-type]
+    with pytest.raises(OSError, match="choose another port"):
+      serving.serve(model, port=port)
 
 
 def test_the_module_runs_a_server_and_reports_mistakes_in_one_line(tmp_path):
