@@ -32,13 +32,6 @@ _T = TypeVar("_T", bound=msgspec.Struct)
 Handler = Callable[[Request], Awaitable[Response]]
 
 STATIC = pathlib.Path(__file__).parent / "static"
-# The files of the page; nothing else is read from the disk by name.
-_FILES = {
-  "index.html": "text/html; charset=utf-8",
-  "app.js": "text/javascript; charset=utf-8",
-  "style.css": "text/css; charset=utf-8",
-  "icon.svg": "image/svg+xml",
-}
 _THUMBNAIL = 320
 
 
@@ -63,22 +56,27 @@ def create_app(
   """
   limits = limits or Limits()
   app = _App(Service(model, index, limits), Bodies(limits))
-  routes = [
-    Route("/", app.page("index.html")),
-    *(Route(f"/static/{name}", app.page(name)) for name in _FILES if name != "index.html"),
-    Route("/health", app.health),
-    Route("/metrics", app.metrics),
-    Route("/openapi.json", app.openapi),
-    Route("/api/info", app.info),
-    Route("/images/{row:int}", app.timed("/images", app.image)),
-    Route("/v1/models", app.models),
-    *(
-      Route(path, app.timed(path, getattr(app, path.rpartition("/")[2])), methods=["POST"])
-      for path, *_ in api.OPERATIONS
-    ),
-  ]
+  table: tuple[tuple[str, str, Handler], ...] = (
+    ("/", "GET", _file("index.html", "text/html; charset=utf-8")),
+    ("/static/app.js", "GET", _file("app.js", "text/javascript; charset=utf-8")),
+    ("/static/style.css", "GET", _file("style.css", "text/css; charset=utf-8")),
+    ("/static/icon.svg", "GET", _file("icon.svg", "image/svg+xml")),
+    ("/health", "GET", app.health),
+    ("/metrics", "GET", app.metrics),
+    ("/openapi.json", "GET", app.openapi),
+    ("/images/{row}", "GET", app.image),
+    ("/api/info", "GET", app.info),
+    ("/api/search", "POST", app.search),
+    ("/api/classify", "POST", app.classify),
+    ("/api/caption", "POST", app.caption),
+    ("/api/embed", "POST", app.embed),
+    ("/v1/models", "GET", app.models),
+    ("/v1/embeddings", "POST", app.embeddings),
+  )
   starlette = Starlette(
-    routes=routes,
+    routes=[
+      Route(path, app.timed(path, handler), methods=[method]) for path, method, handler in table
+    ],
     exception_handlers={HTTPException: _http_error, Refused: _refused, Exception: _bug},
     lifespan=app.lifespan,
   )
@@ -122,15 +120,6 @@ class _App:
 
     return handle
 
-  def page(self, name: str) -> Handler:
-    """Return the handler of a file of the page, which is read once."""
-    content, kind = (STATIC / name).read_bytes(), _FILES[name]
-
-    async def handle(request: Request) -> Response:
-      return Response(content, media_type=kind, headers={"cache-control": "no-cache"})
-
-    return handle
-
   async def health(self, request: Request) -> Response:
     """Return that the server is running."""
     return _json({"status": "ok", "model": self._service.model.name})
@@ -154,10 +143,13 @@ class _App:
 
   async def image(self, request: Request) -> Response:
     """Return a thumbnail of an image of the index."""
+    row = request.path_params["row"]
+    if (number := _number(row)) is None:
+      raise Refused(404, f"row={row[:20]!r}: expected the number of a row", "row")
     size = request.query_params.get("size", str(_THUMBNAIL))
-    if not size.isdecimal() or len(size) > 6:
-      raise Refused(400, f"size={size[:20]!r}: expected a number", "size")
-    content, tag = await self._service.thumbnail(request.path_params["row"], int(size))
+    if (side := _number(size)) is None:
+      raise Refused(400, f"size={size[:20]!r}: expected a number of pixels", "size")
+    content, tag = await self._service.thumbnail(number, side)
     # `private`: photos must not stay in a shared cache.
     headers = {"etag": f'"{tag}"', "cache-control": "private, max-age=3600"}
     if request.headers.get("if-none-match") == headers["etag"]:
@@ -198,7 +190,12 @@ class _App:
     async with self._read(request, api.EmbeddingsRequest) as (given, _):
       inputs = [given.input] if isinstance(given.input, str) else given.input
       if given.dimensions not in (None, self._service.model.dim):
-        raise Refused(400, f"dimensions: this model has {self._service.model.dim}", "dimensions")
+        raise Refused(
+          400,
+          f"dimensions={given.dimensions}: the vectors of this model have size "
+          f"{self._service.model.dim}; omit dimensions",
+          "dimensions",
+        )
       if not 1 <= len(inputs) <= self._service.limits.texts:
         limit = self._service.limits.texts
         raise Refused(400, f"input: {len(inputs)} items; expected 1 to {limit}", "input")
@@ -210,7 +207,7 @@ class _App:
           vectors.append(await self._service.embed_image(api.image_bytes(text)))
         else:
           vectors.append(next(of_texts))
-    tokens = self._service.count_tokens(texts)
+    tokens = await self._service.count_tokens(texts)
     numbers = given.encoding_format == "float"
     data = [
       api.Embedding("embedding", i, v.tolist() if numbers else api.floats_as_base64(v))
@@ -249,6 +246,21 @@ class _App:
       self._bodies.release(len(body))
 
 
+def _file(name: str, kind: str) -> Handler:
+  """Return the handler of a file of the page, which is read once."""
+  content = (STATIC / name).read_bytes()
+
+  async def handle(request: Request) -> Response:
+    return Response(content, media_type=kind, headers={"cache-control": "no-cache"})
+
+  return handle
+
+
+def _number(text: str) -> int | None:
+  """Return the number in a URL, or None if it is not one or has more than 18 digits."""
+  return int(text) if text.isascii() and text.isdecimal() and len(text) <= 18 else None
+
+
 def _needed(image: bytes | None) -> bytes:
   if image is None:
     raise Refused(400, "image: expected an image", "image")
@@ -283,7 +295,14 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 async def _http_error(request: Request, error: Exception) -> Response:
   assert isinstance(error, HTTPException)
-  response = _error(Refused(error.status_code, error.detail))
+  path = request.url.path[:80]
+  allowed = ", ".join(sorted((error.headers or {}).get("Allow", "").split(", ")))
+  messages = {
+    404: f"{path!r}: no such path; GET /openapi.json lists the paths of the API",
+    405: f"{request.method[:20]} {path!r}: expected {allowed}",
+  }
+  message = messages.get(error.status_code, error.detail)
+  response = _error(Refused(error.status_code, message))
   response.headers.update(error.headers or {})
   return response
 

@@ -3,11 +3,13 @@
 import base64
 import io
 import re
+import shutil
 
 import numpy as np
 from PIL import Image
 import pytest
 
+import ov_data
 import ov_serve
 from ov_serve import app as app_module
 from ov_serve.app import create_app
@@ -25,7 +27,7 @@ def folder(tmp_path_factory):
   model = ov_serve.Model.load(write_model(folder / "model"))
   images = write_images(folder / "photos", range(20))
   (images / "001.jpg").rename(images / f"{EVIL}.jpg")
-  (folder / "secret.txt").write_text("secret")
+  (folder / "secret.txt").write_text("classified")
   ov_serve.embed(model, ov_serve.find_source(str(images)), folder / "index", batch_size=8)
   return folder
 
@@ -149,15 +151,16 @@ def test_no_path_leads_outside(client, path):
   for raw in (True, False):
     answer = client.send("GET", path, {}, raw=raw)
     assert answer.status == 404
-    assert b"secret" not in answer.body and b"import" not in answer.body
+    assert b"classified" not in answer.body and b"import" not in answer.body
 
 
 def test_a_changed_image_is_not_shown(model, folder, tmp_path):
   images = write_images(tmp_path / "photos", range(3))
   ov_serve.embed(model, ov_serve.find_source(str(images)), tmp_path / "index")
+  client = Client(create_app(model, ov_serve.Index.open(tmp_path / "index")))
+  assert [client.get(f"/images/{row}").status for row in range(3)] == [200, 200, 200]
   (images / "001.jpg").write_bytes(jpeg(99))
   (images / "002.jpg").unlink()
-  client = Client(create_app(model, ov_serve.Index.open(tmp_path / "index")))
   assert [client.get(f"/images/{row}").status for row in range(3)] == [200, 410, 410]
 
 
@@ -190,6 +193,7 @@ def test_health_info_and_description(client, model):
   assert (info["images"], info["text_search"], info["captions"]) == (20, True, True)
   paths = client.get("/openapi.json").json["paths"]
   assert set(paths) == {path for path, *_ in app_module.api.OPERATIONS}
+  assert {client.post(path, {}).status for path in paths} == {400}  # each has a handler
   client.post("/api/search", {"text": "a"})
   text = client.get("/metrics").body.decode()
   assert 'ov_requests_total{route="/api/search",status="200"}' in text
@@ -255,6 +259,12 @@ def test_malformed_searches(client, value, status, message):
     ("/api/classify", {"image": encoded(jpeg(1)), "labels": ["a"] * 9}, 400),
     ("/api/classify", {"image": encoded(jpeg(1)), "labels": ["a"], "template": "b"}, 400),
     ("/api/classify", {"labels": ["a"]}, 400),
+    # 50 copies of 90 characters: each text is short enough, but not the prompt.
+    (
+      "/api/classify",
+      {"image": encoded(jpeg(1)), "labels": ["a" * 90], "template": "{}" * 50},
+      400,
+    ),
     ("/api/caption", {}, 400),
     ("/v1/embeddings", {"input": []}, 400),
     ("/v1/embeddings", {"input": ["a"] * 9}, 400),
@@ -268,6 +278,68 @@ def test_malformed_requests(client, path, value, status):
   answer = client.post(path, value)
   assert answer.status == status, answer.body
   assert answer.json["error"]["type"] == "invalid_request_error"
+
+
+def test_long_prompts_are_refused_before_they_are_built(client, monkeypatch):
+  monkeypatch.setattr(ov_serve.Model, "classify", None)
+  for label, template in (("a" * 101, "{}"), ("a", "{}" + "b" * 100), ("a" * 90, "{}" * 50)):
+    answer = client.image("/api/classify", jpeg(1), labels=[label], template=template)
+    assert answer.status == 400 and "at most 100 are accepted" in answer.message
+
+
+def test_as_many_labels_as_texts_are_accepted(client):
+  assert client.image("/api/classify", jpeg(1), labels=["a"] * LIMITS.texts).status == 200
+
+
+@pytest.mark.parametrize("path", ["/images/" + "9" * 5000, "/images/" + "9" * 15, "/images/1x"])
+def test_numbers_of_any_length_are_no_images(client, path):
+  assert client.get(path).status == 404
+
+
+def test_a_length_of_any_number_of_digits_is_refused(client):
+  answer = client.send(
+    "POST", "/api/search", {}, b"{}", "application/json", {"content-length": "9" * 5000}
+  )
+  assert answer.status == 413
+
+
+def test_an_image_that_is_too_extreme_for_a_thumbnail_is_refused(model, tmp_path):
+  (tmp_path / "photos").mkdir()
+  (tmp_path / "photos" / "line.png").write_bytes(png(2000, 1))
+  dataset = ov_serve.find_source(str(tmp_path / "photos"))
+  limits = ov_data.decode.Limits(max_aspect=5000)
+  ov_serve.embed(model, dataset, tmp_path / "index", limits=limits)
+  client = Client(create_app(model, ov_serve.Index.open(tmp_path / "index")))
+  answer = client.get("/images/0")
+  assert answer.status == 422 and "aspect ratio" in answer.message
+
+
+def test_a_damaged_record_of_the_index_is_an_error_with_a_remedy(model, folder, tmp_path):
+  shutil.copytree(folder / "index", tmp_path / "index")
+  [file] = (tmp_path / "index").glob("records-*")
+  file.write_bytes(file.read_bytes().replace(b'"record"', b'"rec\xff\xfed"'))
+  client = Client(create_app(model, ov_serve.Index.open(tmp_path / "index")))
+  for answer in (client.post("/api/search", {"text": "a"}), client.get("/images/0")):
+    assert answer.status == 500 and "embed the images again" in answer.message
+
+
+def test_messages_have_the_value_and_the_remedy(model, client):
+  answer = Client(create_app(model), "evil.example").get("/api/info")
+  assert "evil.example" in answer.message and "--allow_host" in answer.message
+  answer = client.post("/v1/embeddings", {"input": "a", "dimensions": 3})
+  assert "dimensions=3" in answer.message and "omit" in answer.message
+  assert "/openapi.json" in client.get("/nowhere").message
+  answer = client.get("/api/search")
+  assert "GET" in answer.message and "POST" in answer.message
+  assert "POST" in answer.headers["allow"]
+  small = Client(create_app(model, limits=Limits(body_bytes=200_000, buffered_bytes=1000)))
+  answer = small.post("/api/embed", {"image": "A" * 2000})
+  assert answer.status == 503 and "1000 bytes" in answer.message and "again" in answer.message
+
+
+def test_limits_accept_at_least_one_full_request():
+  with pytest.raises(ValueError, match="waiting=8: expected at least texts=256"):
+    Limits(waiting=8)
 
 
 @pytest.mark.parametrize("kind", ["", "text/plain", "multipart/form-data", "application/xml"])

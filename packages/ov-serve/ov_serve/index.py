@@ -182,12 +182,19 @@ class Index:
 
     Raises:
       IndexError: if there is no such row.
+      ValueError: if the file of the records is damaged.
     """
     if not 0 <= row < self.info.count:
       raise IndexError(f"row={row}: the index has the rows 0 to {self.info.count - 1}")
     start = self._offsets[row]
     stop = self._offsets[row + 1] if row + 1 < self.info.count else None
-    return msgspec.json.decode(bytes(self._records[start:stop]), type=RecordEntry)
+    try:
+      return msgspec.json.decode(bytes(self._records[start:stop]), type=RecordEntry)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+      file = self.folder / self.info.records.name
+      raise ValueError(
+        f"{file}, line {row + 1}, is damaged: {error}; embed the images again"
+      ) from None
 
   def records(self) -> Iterator[RecordEntry]:
     """Yield the records of all rows."""

@@ -18,7 +18,7 @@ from ov_data import decode
 from ov_serve import api
 from ov_serve.batching import Batcher
 from ov_serve.guard import Limits, Refused
-from ov_serve.index import Hit, Index
+from ov_serve.index import Hit, Index, RecordEntry
 from ov_serve.metrics import Metrics
 from ov_serve.model import SIZES, Caption, Model
 
@@ -27,7 +27,6 @@ log = logging.getLogger("ov_serve")
 MAX_BATCH = 32
 _DECODERS = 2  # images that are decoded at the same time, each of up to `Limits.pixels`
 THUMBNAILS = (32, 1024)  # smallest and largest side
-_CACHED_THUMBNAILS = 512
 
 
 class Service:
@@ -57,7 +56,6 @@ class Service:
     self._images = self._batcher("image", self._embed_images, MAX_BATCH)
     self._texts = self._batcher("text", self._embed_texts, MAX_BATCH)
     self._captions = self._batcher("caption", self._write_captions, 8)
-    self._thumbnail = functools.lru_cache(_CACHED_THUMBNAILS)(self._make_thumbnail)
 
   def _batcher(self, kind: str, run: Any, size: int) -> Batcher[Any, Any]:
     observe = functools.partial(self.metrics.batch, kind)
@@ -116,7 +114,7 @@ class Service:
       Refused: if the model has no text tower, or a text is too long.
     """
     self._check_texts(texts, "text")
-    return np.stack(await asyncio.gather(*map(self._texts, texts)))
+    return np.stack(await self._texts.run_all(texts))
 
   async def search(self, vector: np.ndarray, k: int) -> api.SearchResponse:
     """Return the k nearest images of a unit vector [E].
@@ -152,7 +150,7 @@ class Service:
     Raises:
       Refused: if the labels or the template are invalid.
     """
-    self._check_texts([*labels, template], "labels")
+    self._check_texts(labels, "labels", template)
     vector = await self.embed_image(data)
     run = functools.partial(self.model.classify, vector[None], labels, template)
     try:
@@ -173,30 +171,32 @@ class Service:
     found: Caption = await self._captions(await self.decode(data))
     return api.CaptionResponse(found.text, found.log_prob, found.tokens)
 
-  def count_tokens(self, texts: Sequence[str]) -> int:
+  async def count_tokens(self, texts: Sequence[str]) -> int:
     """Return the number of tokens of texts, without padding."""
     processor = self.model.processor
     if processor is None or not texts:
       return 0
-    return int(processor.tokenizer.encode_batch(list(texts), processor.length)[1].sum())
+    run = functools.partial(processor.tokenizer.encode_batch, list(texts), processor.length)
+    _, mask = await asyncio.get_running_loop().run_in_executor(self._searchers, run)
+    return int(mask.sum())
 
   async def thumbnail(self, row: int, side: int) -> tuple[bytes, str]:
     """Return a JPEG of an image of the index, and its tag for caches.
 
     Raises:
-      Refused: if there is no such image, or its file changed.
+      Refused: if there is no such image, its file changed, or it cannot be decoded.
     """
     index = self._index()
     if self._dataset is None or not 0 <= row < len(index):
       raise Refused(404, f"row={row}: no such image", "row")
     if not THUMBNAILS[0] <= side <= THUMBNAILS[1]:
       raise Refused(400, f"size={side}: expected {THUMBNAILS[0]} to {THUMBNAILS[1]}", "size")
-    run = functools.partial(self._thumbnail, row, side)
+    run = functools.partial(self._make_thumbnail, index, row, side)
     return await asyncio.get_running_loop().run_in_executor(self._workers, run)
 
-  def _make_thumbnail(self, row: int, side: int) -> tuple[bytes, str]:
-    assert self.index is not None and self._dataset is not None  # `thumbnail`
-    entry = self.index.record(row)
+  def _make_thumbnail(self, index: Index, row: int, side: int) -> tuple[bytes, str]:
+    assert self._dataset is not None  # `thumbnail`
+    entry = _record(index, row)
     try:
       data = self._dataset.read(entry.record, (self._dataset.source.image_key,)).image
     except (ValueError, OSError, IndexError) as error:
@@ -204,7 +204,12 @@ class Service:
       data = None
     if data is None or hashlib.blake2b(data, digest_size=16).hexdigest() != entry.hash:
       raise Refused(410, f"row={row}: the image changed since it was embedded; embed again", "row")
-    image = decode.full(data)
+    try:
+      image = decode.full(data)
+    except decode.DecodeError as error:
+      raise Refused(
+        422, f"row={row}: {entry.key} has no thumbnail: {error}; open the file itself", "row"
+      ) from None
     image.thumbnail((side, side), Image.Resampling.BICUBIC)
     file = io.BytesIO()
     image.save(file, "JPEG", quality=88)
@@ -215,15 +220,23 @@ class Service:
       raise Refused(404, "this server has no index; start it with --index")
     return self.index
 
-  def _check_texts(self, texts: Sequence[str], param: str) -> None:
+  def _check_texts(self, texts: Sequence[str], param: str, template: str = "{}") -> None:
+    """Check number and lengths of texts, before they are copied into a template or tokenized.
+
+    Raises:
+      Refused: if the model has no text tower, or a limit is exceeded.
+    """
     if not self.model.can_embed_text:
       raise Refused(501, "this model has no text tower; use images", param)
     if not texts or len(texts) > self.limits.texts:
       raise Refused(400, f"{len(texts)} texts; expected 1 to {self.limits.texts}", param)
-    longest = max(map(len, texts))
+    places = template.count("{}")
+    longest = len(template) - 2 * places + max(places, 1) * max(map(len, texts))
     if longest > self.limits.characters:
       limit = self.limits.characters
-      raise Refused(400, f"a text of {longest} characters; at most {limit} are accepted", param)
+      raise Refused(
+        400, f"a text of {longest} characters; at most {limit} are accepted; shorten it", param
+      )
 
   def _embed_images(self, images: list[np.ndarray]) -> np.ndarray:
     return self.model.embed_images(np.stack(images))
@@ -235,8 +248,21 @@ class Service:
     return self.model.caption(np.stack(images))
 
 
+def _record(index: Index, row: int) -> RecordEntry:
+  """Return a record of the index.
+
+  Raises:
+    Refused: if the file of the records is damaged.
+  """
+  try:
+    return index.record(row)
+  except ValueError as error:
+    log.error("%s", error)
+    raise Refused(500, str(error)) from None
+
+
 def _match(index: Index, hit: Hit) -> api.Match:
-  entry = index.record(hit.row)
+  entry = _record(index, hit.row)
   return api.Match(hit.row, round(hit.score, 6), entry.key, entry.captions, entry.class_name)
 
 
