@@ -13,6 +13,8 @@ from apps.trainer import startup
 if __name__ == "__main__":
   startup.set_up()  # before slow imports
 
+import contextlib
+
 from absl import flags
 
 from apps.trainer.errors import UserError, run_app, user_errors
@@ -59,7 +61,7 @@ def embed(model_folder: str, path: str, out: str) -> str:
   import ov_serve
   from tools.data.progress import Counter
 
-  source = ov_serve.find_source(
+  dataset = ov_serve.open_images(
     path,
     split=_SPLIT.value,
     format=_FORMAT.value,
@@ -69,18 +71,21 @@ def embed(model_folder: str, path: str, out: str) -> str:
     follow_links=_FOLLOW_LINKS.value,
   )
   model = ov_serve.Model.load(model_folder)
-  with Counter("embedding", len(ov_data.Dataset(source))) as counter:
+  with contextlib.ExitStack() as stack:
+    counter: Counter | None = None
     seen = 0
 
     def progress(done: int, total: int) -> None:
-      nonlocal seen
+      nonlocal counter, seen
+      if counter is None:
+        counter = stack.enter_context(Counter("embedding", total))
       counter(done - seen)
       seen = done
 
     try:
       summary = ov_serve.embed(
         model,
-        source,
+        dataset,
         out,
         model_folder=model_folder,
         batch_size=_BATCH_SIZE.value,
@@ -96,6 +101,8 @@ def embed(model_folder: str, path: str, out: str) -> str:
   if not summary.complete:
     return f"{done}; other hosts are still embedding"
   lines = [f"{out}: {summary.count:,} images; {done}"]
+  if summary.damaged:
+    lines.append(f"damaged: {summary.damaged:,}, moved to {out}/damaged-* and embedded again")
   lines += [f"skipped: {count:,} {reason}" for reason, count in summary.bad.items()]
   if summary.bad:
     lines.append(f"{out}/errors-*.jsonl lists them")

@@ -6,7 +6,7 @@ from ov_serve.evaluation import evaluate
 from ov_serve.guard import Limits
 from ov_serve.index import Hit, Index, Info, RecordEntry
 from ov_serve.model import Caption, Model
-from ov_serve.source import find_source
+from ov_serve.source import open_images
 
 __all__ = [
   "Caption",
@@ -20,5 +20,5 @@ __all__ = [
   "create_app",
   "embed",
   "evaluate",
-  "find_source",
+  "open_images",
 ]

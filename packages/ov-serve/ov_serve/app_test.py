@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
   images = write_images(folder / "photos", range(20))
   (images / "001.jpg").rename(images / f"{EVIL}.jpg")
   (folder / "secret.txt").write_text("classified")
-  ov_serve.embed(model, ov_serve.find_source(str(images)), folder / "index", batch_size=8)
+  ov_serve.embed(model, ov_serve.open_images(str(images)), folder / "index", batch_size=8)
   return folder
 
 
@@ -156,7 +156,7 @@ def test_no_path_leads_outside(client, path):
 
 def test_a_changed_image_is_not_shown(model, folder, tmp_path):
   images = write_images(tmp_path / "photos", range(3))
-  ov_serve.embed(model, ov_serve.find_source(str(images)), tmp_path / "index")
+  ov_serve.embed(model, ov_serve.open_images(str(images)), tmp_path / "index")
   client = Client(create_app(model, ov_serve.Index.open(tmp_path / "index")))
   assert [client.get(f"/images/{row}").status for row in range(3)] == [200, 200, 200]
   (images / "001.jpg").write_bytes(jpeg(99))
@@ -306,7 +306,7 @@ def test_a_length_of_any_number_of_digits_is_refused(client):
 def test_an_image_that_is_too_extreme_for_a_thumbnail_is_refused(model, tmp_path):
   (tmp_path / "photos").mkdir()
   (tmp_path / "photos" / "line.png").write_bytes(png(2000, 1))
-  dataset = ov_serve.find_source(str(tmp_path / "photos"))
+  dataset = ov_serve.open_images(str(tmp_path / "photos"))
   limits = ov_data.decode.Limits(max_aspect=5000)
   ov_serve.embed(model, dataset, tmp_path / "index", limits=limits)
   client = Client(create_app(model, ov_serve.Index.open(tmp_path / "index")))

@@ -1,11 +1,13 @@
 """Embedding of folders: resume, incremental updates, bad images, several hosts."""
 
+from concurrent import futures
 import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -28,12 +30,16 @@ def model(folder):
 
 def contents(index):
   """Return the SHA-256 of every file of an index, by name."""
-  return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in index.iterdir()}
+  return {
+    file.name: hashlib.sha256(file.read_bytes()).hexdigest()
+    for file in index.iterdir()
+    if file.is_file()
+  }
 
 
 def embed(model, images, out, **options):
-  source = ov_serve.find_source(str(images))
-  return ov_serve.embed(model, source, out, batch_size=4, part_records=8, **options)
+  dataset = ov_serve.open_images(str(images))
+  return ov_serve.embed(model, dataset, out, batch_size=4, part_records=8, **options)
 
 
 def test_vectors_are_those_of_the_model_in_order_of_the_source(model, tmp_path):
@@ -97,17 +103,17 @@ def test_too_many_bad_images_stop_the_run(model, tmp_path):
 _KILLED = """
 import os, signal, sys
 import ov_serve
-from ov_serve import embedding as embed
+from ov_serve.parts import Parts
 model = ov_serve.Model.load(sys.argv[1])
-write, left = embed._write_atomic, [int(sys.argv[4])]
-def kill_later(file, **arrays):
+write, left = Parts.write, [int(sys.argv[4])]
+def kill_later(*arguments):
   if not left[0]:
     os.kill(os.getpid(), signal.SIGKILL)
   left[0] -= 1
-  write(file, **arrays)
-embed._write_atomic = kill_later
-source = ov_serve.find_source(sys.argv[2])
-ov_serve.embed(model, source, sys.argv[3], batch_size=4, part_records=8)
+  write(*arguments)
+Parts.write = kill_later
+dataset = ov_serve.open_images(sys.argv[2])
+ov_serve.embed(model, dataset, sys.argv[3], batch_size=4, part_records=8)
 """
 
 
@@ -206,3 +212,103 @@ def test_files_read_back_into_evaluation(model, tmp_path):
   want = ov_eval.retrieval(vectors, model.embed_texts(captions), np.arange(12)).results()
   assert [results[r.name].value for r in want] == pytest.approx([r.value for r in want], abs=0.1)
   assert results["txt2img_r10"].count == 12
+
+
+def damage(file, how):
+  data = bytearray(file.read_bytes())
+  if how == "truncated":
+    del data[len(data) // 2 :]
+  elif how == "empty":
+    data.clear()
+  else:
+    data[len(data) // 2] ^= 1
+  file.write_bytes(data)
+
+
+@pytest.mark.parametrize("how", ["truncated", "empty", "flipped"])
+@pytest.mark.parametrize("name", ["index.json", "vectors-*", "records-*"])
+def test_a_damaged_index_is_set_aside_and_embedded_again(model, tmp_path, name, how):
+  images = write_images(tmp_path / "photos", range(9))
+  embed(model, images, tmp_path / "index")
+  before = contents(tmp_path / "index")
+  [file] = (tmp_path / "index").glob(name)
+  damage(file, how)
+  damaged = contents(tmp_path / "index")
+  summary = embed(model, images, tmp_path / "index")
+  assert (summary.damaged, summary.count, summary.embedded) == (1, 9, 9)
+  assert contents(tmp_path / "index") == before
+  assert contents(tmp_path / "index" / "damaged-1") == damaged  # nothing is deleted
+  ov_serve.Index.open(tmp_path / "index", verify=True)
+  # The next damage goes to another folder.
+  damage(file, how)
+  assert embed(model, images, tmp_path / "index").damaged == 1
+  assert contents(tmp_path / "index" / "damaged-2") == damaged
+  assert embed(model, images, tmp_path / "index").damaged == 0
+
+
+def interrupt(model, images, out, monkeypatch, **options):
+  """Embed, and stop when all parts are written but no index."""
+
+  def stop(*_):
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch:
+    patch.setattr("ov_serve.index.write_info", stop)
+    with pytest.raises(KeyboardInterrupt):
+      embed(model, images, out, **options)
+
+
+@pytest.mark.parametrize("how", ["truncated", "empty", "flipped"])
+def test_a_damaged_part_is_set_aside_and_computed_again(model, tmp_path, monkeypatch, how):
+  images = write_images(tmp_path / "photos", range(20))
+  embed(model, images, tmp_path / "straight")
+  interrupt(model, images, tmp_path / "index", monkeypatch)
+  [file] = (tmp_path / "index").glob("parts-*/000001.npz")
+  damage(file, how)
+  damaged = file.read_bytes()
+  summary = embed(model, images, tmp_path / "index")
+  assert (summary.damaged, summary.embedded, summary.count) == (1, 8, 20)
+  assert contents(tmp_path / "index") == contents(tmp_path / "straight")
+  assert (tmp_path / "index" / "damaged-1" / "000001.npz").read_bytes() == damaged
+
+
+def test_damaged_parts_of_an_earlier_run_are_not_reused(model, tmp_path, monkeypatch):
+  images = write_images(tmp_path / "photos", range(20))
+  interrupt(model, images, tmp_path / "index", monkeypatch)
+  [file] = (tmp_path / "index").glob("parts-*/000001.npz")
+  damage(file, "flipped")
+  write_images(images, range(20, 21))  # another recipe
+  summary = embed(model, images, tmp_path / "index")
+  assert (summary.damaged, summary.embedded, summary.reused) == (1, 9, 12)
+
+
+def test_a_damaged_part_of_another_host_is_computed_again(model, tmp_path):
+  images = write_images(tmp_path / "photos", range(35))
+  embed(model, images, tmp_path / "one")
+  embed(model, images, tmp_path / "two", host=0, hosts=2)
+  [file] = (tmp_path / "two").glob("parts-*/000002.npz")
+  damage(file, "truncated")
+  summary = embed(model, images, tmp_path / "two", host=1, hosts=2)
+  assert (summary.complete, summary.damaged, summary.count) == (True, 1, 35)
+  assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_hosts_that_finish_at_once_both_succeed(model, tmp_path):
+  images = write_images(tmp_path / "photos", range(35))
+  embed(model, images, tmp_path / "one")
+  out, barrier = tmp_path / "two", threading.Barrier(2)
+
+  def run(host):
+    def wait_for_the_other(done, total):
+      files = [[*out.glob(f"parts-*/{part:06}.npz")] for part in range(host, 5, 2)]
+      if done == total and all(files):
+        barrier.wait(120)
+
+    return embed(model, images, out, host=host, hosts=2, progress=wait_for_the_other)
+
+  with futures.ThreadPoolExecutor(2) as pool:
+    summaries = [*pool.map(run, (0, 1))]
+  assert [summary.complete for summary in summaries] == [True, True]
+  assert [summary.count for summary in summaries] == [35, 35]
+  assert sum(summary.embedded for summary in summaries) == 35
+  assert contents(out) == contents(tmp_path / "one")

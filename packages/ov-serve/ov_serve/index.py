@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import ov_data
+from ov_data import fs
 from ov_serve import search
 
 INDEX = "index.json"
@@ -287,12 +288,8 @@ def read_info(folder: pathlib.Path) -> Info:
 
 def write_info(folder: pathlib.Path, info: Info) -> None:
   """Replace index.json atomically."""
-  part = folder / f"{INDEX}.part"
-  with open(part, "wb") as file:
-    file.write(msgspec.json.format(msgspec.json.encode(info), indent=2) + b"\n")
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(part, folder / INDEX)
+  content = msgspec.json.format(msgspec.json.encode(info), indent=2) + b"\n"
+  fs.write_atomic(str(folder / INDEX), content)
 
 
 def file_entry(file: pathlib.Path) -> FileEntry:

@@ -15,8 +15,8 @@ def built(tmp_path_factory):
   folder = tmp_path_factory.mktemp("built")
   model = ov_serve.Model.load(write_model(folder / "model", caption=False))
   images = write_images(folder / "photos", range(40), captions=True)
-  source = ov_serve.find_source(str(images))
-  ov_serve.embed(model, source, folder / "index", batch_size=16, graph=True)
+  dataset = ov_serve.open_images(str(images))
+  ov_serve.embed(model, dataset, folder / "index", batch_size=16, graph=True)
   return model, folder / "index"
 
 

@@ -153,8 +153,8 @@ def test_wrong_labels_are_reported(model, pixels):
 
 def test_the_model_of_an_index_is_checked(model, folder, tmp_path):
   images = write_images(tmp_path / "photos", range(3))
-  source = ov_serve.find_source(str(images))
-  ov_serve.embed(model, source, tmp_path / "index", model_folder=folder)
+  dataset = ov_serve.open_images(str(images))
+  ov_serve.embed(model, dataset, tmp_path / "index", model_folder=folder)
   index = ov_serve.Index.open(tmp_path / "index")
   assert ov_serve.Model.of_index(index).fingerprint == model.fingerprint
   other = write_model(tmp_path / "other", caption=False)

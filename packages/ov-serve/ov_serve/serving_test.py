@@ -45,8 +45,8 @@ def model(folder):
 def server(folder, model, tmp_path_factory):
   """Yield the process and its port."""
   place = tmp_path_factory.mktemp("served")
-  source = ov_serve.find_source(str(write_images(place / "photos", range(8))))
-  ov_serve.embed(model, source, place / "index", model_folder=folder)
+  dataset = ov_serve.open_images(str(write_images(place / "photos", range(8))))
+  ov_serve.embed(model, dataset, place / "index", model_folder=folder)
   process = subprocess.Popen(
     [sys.executable, "-c", _SERVE, str(place / "index")],
     env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},

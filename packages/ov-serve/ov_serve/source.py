@@ -12,8 +12,10 @@ log = logging.getLogger("ov_serve")
 _CAPTIONS = ("txt",)
 
 
-def find_source(path: str, *, caption_keys: tuple[str, ...] | None = None, **fields: Any) -> Any:
-  """Return the `ov_data.Source` of a path.
+def open_images(
+  path: str, *, caption_keys: tuple[str, ...] | None = None, **fields: Any
+) -> ov_data.Dataset:
+  """Open the images of a path.
 
   A folder of images without captions and classes is read in the layout `images`.
 
@@ -31,8 +33,7 @@ def find_source(path: str, *, caption_keys: tuple[str, ...] | None = None, **fie
     dataset = ov_data.Dataset(source)
   except UndefinedLayout:
     log.info("%s has neither captions nor classes; reading every image below it", path)
-    source = dataclasses.replace(source, format="images", caption_keys=())
-    return source
+    return ov_data.Dataset(dataclasses.replace(source, format="images", caption_keys=()))
   if caption_keys is None and not set(keys) & dataset.present_keys:
-    source = dataclasses.replace(source, caption_keys=())
-  return source
+    return ov_data.Dataset(dataclasses.replace(source, caption_keys=()))
+  return dataset
