@@ -2,6 +2,7 @@
 
 from pathlib import Path
 import shutil
+import socket
 
 import pytest
 
@@ -40,6 +41,7 @@ def test_search_by_text_and_by_image(home: Path):
     (embed, ["--model=model"], "give --model=FOLDER, --input=IMAGES and --out=FOLDER"),
     (embed, ["--model=no", "--input=photos", "--out=x"], "no model in no: config.json is missing"),
     (embed, ["--model=model", "--input=nowhere", "--out=x"], "nowhere"),
+    (embed, ["--wrong=1"], "Unknown command line flag 'wrong'"),
     (search, ["--index=index"], "give --index=FOLDER, and a text"),
     (search, ["--index=photos", "red"], "photos holds no index"),
     (search, ["--index=index", "--image=none.jpg"], "none.jpg: No such file"),
@@ -47,13 +49,40 @@ def test_search_by_text_and_by_image(home: Path):
     (serve, [], "give --index=FOLDER, or --model=FOLDER"),
     (serve, ["--index=photos"], "photos holds no index"),
     (serve, ["--index=index", "--host=0.0.0.0"], "allow_host"),
-    (serve, ["--index=index", "--max_mb=0"], "body_bytes=0"),
+    (serve, ["--index=index", "--max_mb=0"], "max_mb=0: expected a number above 0"),
+    (serve, ["--index=index", "--max_mb=nan"], "max_mb=nan: expected a number above 0"),
+    (serve, ["--index=index", "--port=65536"], "port=65536: expected 0 to 65535"),
   ],
 )
 def test_mistakes_are_reported_in_one_line(home: Path, command, arguments, message):
   done = program.run(command, *arguments, cwd=home)
   assert done.returncode == 2
   assert len(done.stderr.splitlines()) == 1 and message in done.stderr
+
+
+def test_a_used_port_is_reported_in_one_line(home: Path):
+  with socket.socket() as other:
+    other.bind(("127.0.0.1", 0))
+    other.listen()
+    port = other.getsockname()[1]
+    done = program.run(serve, "--index=index", f"--port={port}", cwd=home)
+  assert done.returncode != 0
+  assert len(done.stderr.splitlines()) == 1 and "choose another port" in done.stderr
+
+
+def test_a_damaged_index_is_reported_and_repaired(home: Path, tmp_path: Path):
+  shutil.copytree(home / "index", tmp_path / "index")
+  (tmp_path / "index" / "index.json").write_text("{")
+  arguments = f"--model={home / 'model'}", f"--input={home / 'photos'}"
+  done = program.run(search, "--index=index", "red", cwd=tmp_path)
+  assert done.returncode == 2
+  assert len(done.stderr.splitlines()) == 1 and "embed the images again" in done.stderr
+  done = program.run(embed, *arguments, "--out=index", cwd=tmp_path)
+  assert done.returncode == 0, done.stderr
+  assert "damaged: 1, moved to index/damaged-*" in done.stdout
+  assert (tmp_path / "index" / "damaged-1" / "index.json").read_text() == "{"
+  done = program.run(search, "--index=index", "red", cwd=tmp_path)
+  assert done.returncode == 0, done.stderr
 
 
 def test_a_moved_model_is_named(home: Path, tmp_path: Path):

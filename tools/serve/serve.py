@@ -12,6 +12,7 @@ if __name__ == "__main__":
   startup.set_up()  # before slow imports
 
 import logging
+import math
 
 from absl import flags
 
@@ -42,6 +43,8 @@ def serve() -> None:
   from ov_serve import guard, serving
 
   logging.getLogger("ov_serve").setLevel(logging.INFO)
+  if not 0 < _MAX_MB.value < math.inf:
+    raise ValueError(f"max_mb={_MAX_MB.value:g}: expected a number above 0")
   limits = guard.Limits(body_bytes=int(_MAX_MB.value * 2**20), pixels=_MAX_PIXELS.value)
   index = ov_serve.Index.open(INDEX.value) if INDEX.value else None
   if index is None:
