@@ -45,6 +45,7 @@ def test_search_by_text_and_by_image(home: Path):
     (search, ["--index=index"], "give --index=FOLDER, and a text"),
     (search, ["--index=photos", "red"], "photos holds no index"),
     (search, ["--index=index", "--image=none.jpg"], "none.jpg: No such file"),
+    (search, ["--index=index", "--image=photos/broken.jpg"], "photos/broken.jpg is not usable"),
     (search, ["--index=index", "--count=0", "red"], "k=0"),
     (serve, [], "give --index=FOLDER, or --model=FOLDER"),
     (serve, ["--index=photos"], "photos holds no index"),

@@ -36,13 +36,18 @@ def search(folder: str, text: str) -> str:
   Raises:
     ValueError, OSError: if flags or files are invalid; the messages address the user.
   """
+  from ov_data import decode
   import ov_serve
   from ov_serve.model import read_image
 
   index = ov_serve.Index.open(folder)
   model = ov_serve.Model.of_index(index, MODEL.value)
   if _IMAGE.value:
-    vector = model.embed_images(model.decode(read_image(Path(_IMAGE.value)))[None])
+    try:
+      pixels = model.decode(read_image(Path(_IMAGE.value)))
+    except decode.DecodeError as error:
+      raise ValueError(f"--image={_IMAGE.value} is not usable: {error}") from error
+    vector = model.embed_images(pixels[None])
   else:
     vector = model.embed_texts([text])
   [hits] = index.search(vector, _COUNT.value, method="exact" if _EXACT.value else "auto")

@@ -105,6 +105,8 @@ def embed(
   if not 0 <= host < hosts:
     raise ValueError(f"host={host}, hosts={hosts}: expected 0 <= host < hosts")
   path = pathlib.Path(out)
+  if path.exists() and not path.is_dir():
+    raise ValueError(f"{path} is a file; expected a new folder, or the folder of an index")
   dataset.check_keys()
   recipe = _recipe(model, dataset, batch_size, part_records, limits)
   store = parts.Parts(path, recipe, model.fingerprint, model.dim)

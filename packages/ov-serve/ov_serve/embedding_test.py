@@ -193,6 +193,14 @@ def test_two_hosts_give_the_files_of_one(model, tmp_path):
   assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
+def test_a_file_is_not_replaced_by_an_index(model, tmp_path):
+  images = write_images(tmp_path / "photos", range(2))
+  (tmp_path / "notes").write_text("mine")
+  with pytest.raises(ValueError, match="notes is a file; expected a new folder"):
+    embed(model, images, tmp_path / "notes")
+  assert (tmp_path / "notes").read_text() == "mine"
+
+
 def test_record_shards(model, tmp_path):
   with ov_data.ShardWriter(str(tmp_path / "a.tfrecord")) as shard:
     for seed in range(5):

@@ -137,7 +137,7 @@ class Parts:
       with contextlib.suppress(FileNotFoundError):  # an index without this file
         file.rename(folder / file.name)
     self.damaged += 1
-    log.warning("%s; moved to %s, its images are embedded again", error, folder)
+    log.warning("moved damaged files to %s, their images are embedded again: %s", folder, error)
 
 
 def read(file: pathlib.Path, dim: int) -> Part:
