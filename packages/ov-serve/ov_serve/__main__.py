@@ -19,7 +19,8 @@ def main(arguments: list[str] | None = None) -> None:
   given = parser.parse_args(arguments)
   if not (given.index or given.model):
     parser.error("give --index=FOLDER, or --model=FOLDER for a server without search")
-  logging.basicConfig(level=logging.INFO, format="%(message)s")
+  logging.basicConfig(format="%(message)s")
+  logging.getLogger("ov_serve").setLevel(logging.INFO)  # not those of libraries
   try:
     index = ov_serve.Index.open(given.index) if given.index else None
     if index is None:
@@ -34,7 +35,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _report(error: Exception) -> int:
-  print(f"ov_serve: error: {' '.join(str(error).split())}", file=sys.stderr)
+  text = str(error)
+  if isinstance(error, OSError) and error.filename:
+    text = f"{error.filename}: {error.strerror}"
+  print(f"ov_serve: error: {' '.join(text.split())}", file=sys.stderr)
   return 2
 
 

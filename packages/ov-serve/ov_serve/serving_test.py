@@ -241,7 +241,7 @@ def test_a_used_port_is_reported(model):
       serving.serve(model, port=port)
 
 
-def test_the_module_runs_a_server_and_reports_mistakes_in_one_line(tmp_path):
+def test_the_module_runs_a_server_and_reports_mistakes_in_one_line(folder, tmp_path):
   def run(*arguments):
     command = [sys.executable, "-m", "ov_serve", *arguments]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
@@ -250,4 +250,11 @@ def test_the_module_runs_a_server_and_reports_mistakes_in_one_line(tmp_path):
   done = run(f"--index={tmp_path}")
   assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
   assert "holds no index" in done.stderr
+  with socket.socket() as other:
+    other.bind(("127.0.0.1", 0))
+    other.listen()
+    port = other.getsockname()[1]
+    done = run(f"--model={folder}", f"--port={port}")
+  expected = f"127.0.0.1:{port}: Address already in use; choose another port"
+  assert (done.returncode, done.stderr) == (2, f"ov_serve: error: {expected}\n")
   assert "give --index=FOLDER" in run().stderr
