@@ -3,14 +3,20 @@
 import argparse
 import logging
 import sys
+from typing import NoReturn
 
 import ov_serve
 from ov_serve import serving
 
 
+class _Parser(argparse.ArgumentParser):
+  def error(self, message: str) -> NoReturn:
+    self.exit(2, f"ov_serve: error: {message}; --help lists the flags\n")
+
+
 def main(arguments: list[str] | None = None) -> None:
   """Serve until the process is stopped; mistakes end with one line and exit code 2."""
-  parser = argparse.ArgumentParser("ov_serve", description=__doc__)
+  parser = _Parser("ov_serve", description=__doc__)
   parser.add_argument("--index", help="folder of the index")
   parser.add_argument("--model", help="folder of an exported model; default: of the index")
   parser.add_argument("--host", default="127.0.0.1", help="address to listen on")

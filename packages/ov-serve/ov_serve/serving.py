@@ -36,9 +36,9 @@ def serve(
     limits: limits of requests.
 
   Raises:
-    ValueError: if other machines could connect but no accepted name is given, or `port` is out of
-      range.
-    OSError: if the address cannot be used.
+    ValueError: if other machines could connect but no accepted name is given, `host` is no address
+      of this machine, or `port` is out of range.
+    OSError: if the port is in use or not permitted.
   """
   limits = limits or Limits()
   if not _is_loopback(host) and not allow_hosts:
@@ -81,9 +81,12 @@ def _listen(host: str, port: int) -> socket.socket:
     listener.listen(128)
   except OSError as error:
     listener.close()
-    is_name = isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
-    remedy = "choose an address of this machine" if is_name else "choose another port"
-    raise OSError(error.errno, f"{error.strerror}; {remedy}", f"{host}:{port}") from None
+    if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+      raise ValueError(
+        f"host={host}: {error.strerror}; choose an address of this machine"
+      ) from None
+    text = f"{error.strerror}; choose another port"
+    raise OSError(error.errno, text, f"{host}:{port}") from None
   return listener
 
 

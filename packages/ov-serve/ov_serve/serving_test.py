@@ -224,7 +224,7 @@ def test_termination_ends_the_process(server):
     ({"host": "0.0.0.0"}, ValueError, "name this server with allow_host"),
     ({"port": 65_536}, ValueError, "port=65536: expected 0 to 65535"),
     ({"port": -1}, ValueError, "port=-1: expected 0 to 65535"),
-    ({"host": "192.0.2.1", "allow_hosts": ("a",)}, OSError, "an address of this machine"),
+    ({"host": "192.0.2.1", "allow_hosts": ("a",)}, ValueError, "an address of this machine"),
   ],
 )
 def test_wrong_addresses_are_reported(model, options, error, message):
@@ -257,4 +257,10 @@ def test_the_module_runs_a_server_and_reports_mistakes_in_one_line(folder, tmp_p
     done = run(f"--model={folder}", f"--port={port}")
   expected = f"127.0.0.1:{port}: Address already in use; choose another port"
   assert (done.returncode, done.stderr) == (2, f"ov_serve: error: {expected}\n")
-  assert "give --index=FOLDER" in run().stderr
+  for arguments, message in (
+    ((), "give --index=FOLDER"),
+    (("--port=x",), "invalid int value: 'x'"),
+  ):
+    done = run(*arguments)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert message in done.stderr
