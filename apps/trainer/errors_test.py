@@ -112,7 +112,7 @@ def test_bug_keeps_traceback():
   (
     (KeyError("x"), "KeyError: 'x'"),
     (TypeError("got an unexpected keyword argument 'x'"), "TypeError: got an unexpected"),
-    (re.error("missing ]", "[", 0), "error: missing ]"),
+    (re.error("missing ]", "[", 0), f"{re.error.__name__}: missing ]"),
     (MemoryError(), "this machine has too little memory"),
     (OverflowError("Python int too large"), "OverflowError: Python int too large"),
     (ValueError(), "ValueError"),
