@@ -18,7 +18,8 @@ from ov_models.positions import resample_positions, sincos2d
 from ov_models.presets import EMBED_DIMS, PRESETS, Preset
 from ov_models.query_decoder import QueryDecoder, QueryDecoderConfig
 from ov_models.text import TEXT_VARIANTS, TextConfig, TextEncoder, TextOutput
-from ov_models.vit import VIT_VARIANTS, ViT, ViTConfig, ViTOutput
+from ov_models.vit import ViT, ViTOutput
+from ov_models.vit_config import VIT_VARIANTS, ViTConfig
 
 __all__ = [
   "DECODER_VARIANTS",

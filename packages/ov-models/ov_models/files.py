@@ -36,7 +36,7 @@ from ov_models.model_config import VisionLanguageConfig
 from ov_models.query_decoder import QueryDecoderConfig
 from ov_models.text import TextConfig
 from ov_models.upgrade import upgrade_model
-from ov_models.vit import ViTConfig
+from ov_models.vit_config import ViTConfig
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"

@@ -16,7 +16,8 @@ from ov_models.model import VisionLanguageModel
 from ov_models.model_config import VisionLanguageConfig
 from ov_models.query_decoder import QueryDecoderConfig
 from ov_models.text import TextConfig, TextEncoder
-from ov_models.vit import ViT, ViTConfig
+from ov_models.vit import ViT
+from ov_models.vit_config import ViTConfig
 
 Params = dict[str, Any]
 Config = ViTConfig | TextConfig | VisionLanguageConfig

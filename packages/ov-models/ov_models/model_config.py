@@ -18,7 +18,7 @@ from ov_models.decoder import DecoderConfig
 from ov_models.presets import EMBED_DIMS, PRESETS
 from ov_models.query_decoder import QueryDecoderConfig
 from ov_models.text import TextConfig
-from ov_models.vit import ViTConfig
+from ov_models.vit_config import ViTConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -23,10 +23,10 @@ from ov_models.config import TransformerConfig, check_choice, from_fields, shown
 from ov_models.contexts import any_mesh
 from ov_models.decoder import text_style
 from ov_models.partition import HIDDEN, constrain
+from ov_models.pooling import MapPool, pool_config
 from ov_models.presets import PRESETS
 from ov_models.shapes import AnyArray
 from ov_models.tokens import mean_of
-from ov_models.vit import MapPool
 
 # name: (width, depth, mlp_dim, num_heads)
 TEXT_VARIANTS = {
@@ -139,7 +139,7 @@ class TextEncoder(nnx.Module):
     self.blocks = stack_blocks(config, style, rngs=rngs)
     self.norm = norm_of(config, rngs, dtype=jnp.dtype("float32"))
     if config.pool == "map":
-      float32 = dataclasses.replace(config, dtype="float32", attention="xla")
+      float32 = dataclasses.replace(pool_config(config), dtype="float32", attention="xla")
       self.pool = MapPool(float32, style, rngs=rngs)
 
   @any_mesh()

@@ -125,6 +125,17 @@ def test_pooling_against_a_direct_computation(pool, padding):
   np.testing.assert_allclose(out.pooled, direct, atol=2e-5)
 
 
+def test_attention_pooling_has_plain_attention_and_mlp():
+  config = options(
+    pool="map", mlp="gated", qk_norm=True, attention_gate=True, layer_scale=0.5, padding="attend"
+  )
+  params = random_params(config)
+  out = run(config, params=params)
+  normed = layer_norm(out.tokens, params["norm"])
+  direct = [attention_pool(x, params["pool"], np.ones(T, bool)) for x in normed]
+  np.testing.assert_allclose(out.pooled, direct, atol=2e-5)  # as above
+
+
 def test_argmax_is_where_the_id_is_largest():
   config = options(pool="argmax", mask="causal")
   params = random_params(config)
