@@ -34,20 +34,14 @@ def check(release: Release) -> None:
 
   Graphs are float32; conversion to half precision depends on the runtime and is left to the user.
   """
-  problems = []
+  problems = torch_module.problems(release)
   if release.dtype != "float32":
     problems.append(
       f"dtype={release.dtype!r}, but graphs are written in float32; set dtype='float32', and "
       "convert the graph for the hardware that runs it"
     )
-  try:
-    torch_module.check(release)
-  except ValueError as error:
-    problems += str(error).splitlines()[1:]
   if problems:
-    raise ValueError(
-      "ONNX does not support this model:\n  " + "\n  ".join(map(str.strip, problems))
-    )
+    raise ValueError(f"ONNX does not support this model: {'; '.join(problems)}.")
 
 
 def write(

@@ -164,7 +164,8 @@ def option_problems(config: Config, supported: Collection[str] = ()) -> list[str
   Returns:
     Messages such as "encoder.pre_norm=True".
   """
-  parts: list[tuple[str, Any]] = [("encoder.", encoder_of(config))]
+  encoder = None if isinstance(config, ov_models.TextConfig) else encoder_of(config)
+  parts: list[tuple[str, Any]] = [("text.", config) if encoder is None else ("encoder.", encoder)]
   if isinstance(config, ov_models.VisionLanguageConfig):
     parts += [("", config)]
     parts += [(f"{n}.", p) for n in ("text", "decoder") if (p := getattr(config, n)) is not None]
@@ -175,9 +176,9 @@ def option_problems(config: Config, supported: Collection[str] = ()) -> list[str
     if field.name not in _NOT_OPTIONS and prefix + field.name not in supported
     if (value := getattr(part, field.name)) != field.default
   ]
-  encoder = encoder_of(config)
   for name, plain in (("pool", ("gap", "tok", "map")), ("position", ("sincos2d", "learned"))):
-    if (value := getattr(encoder, name)) not in plain and f"encoder.{name}" not in supported:
+    value = getattr(encoder, name, None)
+    if value not in (None, *plain) and f"encoder.{name}" not in supported:
       found.append(f"encoder.{name}={value!r}")
   return found
 

@@ -73,10 +73,9 @@ def module_facts(module: Any, tower: str) -> dict[str, Any]:
   facts: dict[str, Any] = {}
   for name, child in module.named_modules():
     kind = type(child).__name__
-    if "LayerNorm" in kind and hasattr(child, "eps"):
-      facts[f"{tower}/{name}: layer norm eps"] = child.eps
-    elif "RMSNorm" in kind and hasattr(child, "variance_epsilon"):
-      facts[f"{tower}/{name}: layer norm eps"] = child.variance_epsilon
+    epsilon = getattr(child, "eps", getattr(child, "variance_epsilon", None))
+    if epsilon is not None and ("LayerNorm" in kind or "RMSNorm" in kind):
+      facts[f"{tower}/{name}: layer norm eps"] = epsilon
     elif "GELU" in kind:
       tanh = getattr(child, "approximate", "none") == "tanh" or "Tanh" in kind
       gelu = "quick gelu" if "Quick" in kind else "gelu tanh" if tanh else "gelu"

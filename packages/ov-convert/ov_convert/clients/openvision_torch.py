@@ -7,7 +7,7 @@ logits = model.logits(image.embedding, text.embedding)  # [B, N]
 captions = model.generate(pixels, max_len=64, bos_id=1, eos_id=2, pad_id=0)
 """
 
-from collections import OrderedDict, namedtuple
+from collections import namedtuple
 import json
 import re
 from types import SimpleNamespace
@@ -23,6 +23,36 @@ import torch.nn.functional as F
 Encoded = namedtuple("Encoded", ["pooled", "tokens", "embedding"])
 table = lambda *shape: nn.Parameter(torch.empty(shape))
 
+# Options of OpenVision, which folders of earlier versions do not state.
+DEFAULTS: dict[str, Any] = dict(
+  mlp="plain", norm="layer", norm_eps=1e-6, qkv_bias="all", out_bias=True, mlp_bias=True,
+  qk_norm=False, attention_gate=False, layer_scale=None, cls_token=True, registers=0,
+  patch_bias=False, patch_norm=False, pre_norm=False, rotary="none", rotary_base=100.0,
+  pool=None, pool_heads=None, pool_mlp_dim=None, image_head=True, text_head_bias=False,
+)  # fmt: skip
+
+
+def config(fields: dict[str, Any]) -> SimpleNamespace:
+  """Return an object of config.json with the options of earlier versions."""
+  activation = "gelu" if fields.get("kind") == "ViT" else "gelu_tanh"
+  missing = DEFAULTS | {"activation": activation} if "kind" in fields else {}
+  return SimpleNamespace(**missing | fields)
+
+
+class QuickGELU(nn.Module):
+  def forward(self, x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[str, Any] = dict(
+  gelu=nn.GELU, gelu_tanh=lambda: nn.GELU("tanh"), quick_gelu=QuickGELU, silu=nn.SiLU
+)
+
+
+def norm(c: Any, width: int | None = None) -> nn.Module:
+  kind: Any = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}[c.norm]
+  return kind(width or c.width, c.norm_eps)
+
 
 def sincos(length: int, width: int, rows: int = 1) -> Tensor:
   """Return sin-cos positions [rows * length, width] in float64, on the CPU even under "meta"."""
@@ -31,6 +61,36 @@ def sincos(length: int, width: int, rows: int = 1) -> Tensor:
   num = width // (2 * len(parts))
   omega = 10000.0 ** -(torch.arange(num, device="cpu", dtype=torch.float64) / (num - 1))
   return torch.cat([wave(p[:, None] * omega) for p in parts for wave in (torch.sin, torch.cos)], 1)
+
+
+def rotation(c: Any, grid: tuple[int, int]) -> Tensor:
+  """Return cosines and sines [2, T, H] of the rotary angles of all tokens, like `sincos`.
+
+  Prefix tokens have angle 0. Rows rotate the first channels of "dinov3", columns those of "pe".
+  """
+  place = torch.arange(grid[0] * grid[1], device="cpu", dtype=torch.float64)
+  position = torch.stack([place // grid[1], place % grid[1]], 1)
+  num = c.width // c.num_heads // 4
+  frequency = c.rotary_base ** -(torch.arange(num, device="cpu", dtype=torch.float64) / num)
+  if c.rotary == "dinov3":  # from -1 to 1
+    position = 2 * (position + 0.5) / torch.tensor(grid, device="cpu") - 1
+    frequency = 2 * torch.pi * frequency
+  else:
+    position = position.flip(1) + c.cls_token
+  angles = (position[:, :, None] * frequency).flatten(1)  # [T, H / 2]
+  angles = angles.tile(2) if c.rotary == "dinov3" else angles.repeat_interleave(2, 1)
+  angles = F.pad(angles, (0, 0, c.cls_token + c.registers, 0))
+  return torch.stack([angles.cos(), angles.sin()]).float()
+
+
+def rotate(x: Tensor, rotary: Tensor, kind: str) -> Tensor:
+  """Rotate [B, N, T, H]: pairs are channels i and i + H / 2 ("dinov3"), or 2i and 2i + 1 ("pe")."""
+  if kind == "dinov3":
+    a, b = x.float().chunk(2, -1)
+    turned = torch.cat([-b, a], -1)
+  else:
+    turned = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2).float()
+  return (x.float() * rotary[0] + turned * rotary[1]).to(x)
 
 
 def spread(grid: list[int], share: float) -> Tensor:
@@ -54,10 +114,20 @@ def attention_mask(x: Tensor, kind: str, prefix: int = 0, real: Tensor | None = 
   return torch.zeros_like(seen, dtype=x.dtype).masked_fill(~seen, torch.finfo(x.dtype).min)
 
 
-def mlp(c: Any) -> nn.Sequential:
-  up, down = nn.Linear(c.width, c.mlp_dim), nn.Linear(c.mlp_dim, c.width)
-  act = nn.GELU("none" if c.kind == "ViT" else "tanh")  # exact in the image tower only
-  return nn.Sequential(OrderedDict(up=up, act=act, down=down))
+class Mlp(nn.Module):
+  """down(act(up(x))); gated: down(act(gate(x)) * up(x))."""
+
+  def __init__(self, c: Any) -> None:
+    super().__init__()
+    linear = lambda d_in, d_out: nn.Linear(d_in, d_out, c.mlp_bias)
+    self.up, self.down = linear(c.width, c.mlp_dim), linear(c.mlp_dim, c.width)
+    self.gate = linear(c.width, c.mlp_dim) if c.mlp == "gated" else None
+    self.act = ACTIVATIONS[c.activation]()
+
+  def forward(self, x: Tensor) -> Tensor:
+    if self.gate is not None:
+      return self.down(self.act(self.gate(x)) * self.up(x))
+    return self.down(self.act(self.up(x)))
 
 
 class Attention(nn.Module):
@@ -65,37 +135,53 @@ class Attention(nn.Module):
 
   def __init__(self, c: Any) -> None:
     super().__init__()
-    self.num_heads = c.num_heads
-    self.query, self.key, self.value, self.out = (nn.Linear(c.width, c.width) for _ in range(4))
+    self.num_heads, self.rotary = c.num_heads, c.rotary
+    linear = lambda bias: nn.Linear(c.width, c.width, bias)
+    bias = c.qkv_bias != "none"
+    self.query, self.key, self.value = linear(bias), linear(c.qkv_bias == "all"), linear(bias)
+    self.gate, self.out = linear(bias) if c.attention_gate else None, linear(c.out_bias)
+    per_head = lambda: norm(c, c.width // c.num_heads) if c.qk_norm else nn.Identity()
+    self.query_norm, self.key_norm = per_head(), per_head()
 
-  def forward(self, x: Tensor, source: Tensor, mask: Any = None, cache: Any = None) -> Tensor:
+  def forward(
+    self, x: Tensor, source: Tensor, mask: Any = None, cache: Any = None, rotary: Any = None
+  ) -> Tensor:
     flat = self.query(x), self.key(source), self.value(source)
     q, k, v = (a.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for a in flat)  # [B, N, T, H]
+    q, k = self.query_norm(q), self.key_norm(k)
+    if rotary is not None:
+      q, k = rotate(q, rotary, self.rotary), rotate(k, rotary, self.rotary)
     if cache is not None:
       if cache:
         k, v = torch.cat([cache["k"], k], 2), torch.cat([cache["v"], v], 2)
       cache.update(k=k, v=v)
-    return self.out(F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2))
+    values = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
+    return self.out(values if self.gate is None else values * self.gate(x).sigmoid())
 
 
 class Block(nn.Module):
-  """Pre-norm block: x + attention(norm(x)), then x + mlp(norm(x))."""
+  """Pre-norm block: x + attention(norm(x)), then x + mlp(norm(x)), with optional layer scales."""
 
   def __init__(self, c: Any) -> None:
     super().__init__()
-    self.norm1, self.norm2 = nn.LayerNorm(c.width, 1e-6), nn.LayerNorm(c.width, 1e-6)
-    self.attn, self.mlp = Attention(c), mlp(c)
+    self.norm1, self.norm2 = norm(c), norm(c)
+    self.attn, self.mlp = Attention(c), Mlp(c)
+    self.scale1, self.scale2 = (
+      (None, None) if c.layer_scale is None else (table(c.width), table(c.width))
+    )
 
-  def forward(self, x: Tensor, mask: Any = None, cache: Any = None) -> Tensor:
-    x = x + self.attn(normed := self.norm1(x), normed, mask, cache)
-    return x + self.mlp(self.norm2(x))
+  def forward(self, x: Tensor, mask: Any = None, cache: Any = None, rotary: Any = None) -> Tensor:
+    branch = self.attn(normed := self.norm1(x), normed, mask, cache, rotary)
+    x = x + (branch if self.scale1 is None else branch * self.scale1)
+    branch = self.mlp(self.norm2(x))
+    return x + (branch if self.scale2 is None else branch * self.scale2)
 
 
 class MapPool(nn.Module):  # attention pooling by one learned query: [B, T, D] -> [B, D]
   def __init__(self, c: Any) -> None:
     super().__init__()
-    self.probe, self.norm = table(c.width), nn.LayerNorm(c.width, 1e-6)
-    self.attn, self.mlp = Attention(c), mlp(c)
+    self.probe, self.norm = table(c.width), norm(c)
+    self.attn, self.mlp = Attention(c), Mlp(c)
 
   def forward(self, x: Tensor, real: Tensor | None = None) -> Tensor:
     mask = None if real is None else attention_mask(x, "full", real=real)[:, :, :1]
@@ -103,21 +189,43 @@ class MapPool(nn.Module):  # attention pooling by one learned query: [B, T, D] -
     return (pooled + self.mlp(self.norm(pooled)))[:, 0]
 
 
+class AttendPool(nn.Module):  # attention pooling by a learned query, without projecting it
+  def __init__(self, c: Any) -> None:
+    super().__init__()
+    self.num_heads, self.query = c.num_heads, table(c.width)
+    self.key, self.value = (nn.Linear(c.width, c.width, c.qkv_bias == "all") for _ in range(2))
+    self.out = nn.Linear(c.width, c.width)
+
+  def forward(self, x: Tensor) -> Tensor:
+    flat = self.query.expand(x.shape[0], 1, -1), self.key(x), self.value(x)
+    q, k, v = (a.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for a in flat)
+    return self.out(F.scaled_dot_product_attention(q, k, v).flatten(1))
+
+
+POOLS: dict[str, Any] = {"map": MapPool, "attend": AttendPool}
+
+
 class Transformer(nn.Module):
   """Base class of towers and decoders: blocks, final norm and optional attention pooling."""
 
   def __init__(self, c: Any) -> None:
     super().__init__()
-    self.config, self.norm = c, nn.LayerNorm(c.width, 1e-6)
+    self.config, self.norm = c, norm(c)
     self.blocks = nn.ModuleList(Block(c) for _ in range(c.depth))
-    self.pool = MapPool(c) if getattr(c, "pool", "") == "map" else None
+    # Of the options of blocks, the attention pooling has only the biases and the norm.
+    plain = dict(num_heads=c.pool_heads or c.num_heads, mlp_dim=c.pool_mlp_dim or c.mlp_dim)
+    plain |= dict(mlp="plain", qk_norm=False, attention_gate=False)
+    pool = SimpleNamespace(**vars(c) | plain)
+    self.pool = POOLS[c.pool](pool) if c.pool in POOLS else None
 
-  def run(self, x: Tensor, mask: Any = None, caches: Any = None, states: Any = None) -> Tensor:
+  def run(
+    self, x: Tensor, mask: Any = None, caches: Any = None, states: Any = None, rotary: Any = None
+  ) -> Tensor:
     """Run the blocks; append the input of the first and the outputs of all to `states`."""
     note = (lambda _: None) if states is None else states.append
     note(x)
     for layer, block in enumerate(self.blocks):
-      x = block(x, mask, caches and caches[layer])
+      x = block(x, mask, caches and caches[layer], rotary)
       note(x)
     return x
 
@@ -126,29 +234,55 @@ class ImageTower(Transformer):
   def __init__(self, c: Any) -> None:
     super().__init__(c)
     self.grid = (c.image_size // c.patch_size,) * 2
-    self.patch_embed = nn.Conv2d(3, c.width, c.patch_size, c.patch_size, bias=False)
-    self.cls = table(c.width)
+    self.patch_embed = nn.Conv2d(3, c.width, c.patch_size, c.patch_size, bias=c.patch_bias)
+    self.cls = table(c.width) if c.cls_token else None
+    self.registers = table(c.registers, c.width) if c.registers else None
+    self.patch_norm = norm(c) if c.patch_norm else nn.Identity()
+    self.pre_norm = norm(c) if c.pre_norm else nn.Identity()
+    positions, rotary = self.computed(self.grid)
+    self.register_buffer("rotary", rotary, persistent=False)
     if c.position == "learned":
-      self.position_embedding = table(1 + self.grid[0] ** 2, c.width)
+      self.position_embedding = table(c.cls_token + self.grid[0] ** 2, c.width)
     else:
-      self.register_buffer("position_embedding", self.computed(self.grid), persistent=False)
+      self.register_buffer("position_embedding", positions, persistent=False)
 
-  def computed(self, grid: tuple[int, int]) -> Tensor:
-    """Return computed positions [1 + T, D] of cls (zero) and of the patches in row order."""
-    return F.pad(sincos(grid[1], self.config.width, rows=grid[0]).float(), (0, 0, 1, 0))
+  def computed(self, grid: tuple[int, int]) -> tuple[Tensor | None, Tensor | None]:
+    """Return computed positions [cls + T, D] (of cls: zero) and rotary angles, None if unused."""
+    c, positions = self.config, None
+    if c.position == "sincos2d":
+      positions = sincos(grid[1], c.width, rows=grid[0]).float()
+      positions = F.pad(positions, (0, 0, int(c.cls_token), 0))
+    return positions, None if c.rotary == "none" else rotation(c, grid)
 
-  def forward(self, pixels: Tensor, states: list | None = None) -> tuple[Tensor, Tensor]:
-    """Encode [B, 3, H, W] to pooled [B, D], tokens [B, T, D]; partial patches are dropped."""
-    x, positions = self.patch_embed(pixels), self.position_embedding
+  def embed(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return the input [B, cls + registers + T, D] of the first block, and the rotary angles."""
+    x, positions, rotary = self.patch_embed(pixels), self.position_embedding, self.rotary
     if (grid := (x.shape[2], x.shape[3])) != self.grid:
       if self.config.position == "learned":
         raise ValueError(f"{grid} patches, but learned positions of {self.grid}: resize images.")
-      positions = self.computed(grid).to(x)
-    x = torch.cat([self.cls.expand(x.shape[0], 1, -1), x.flatten(2).transpose(1, 2)], 1)
-    x = self.run(x + positions, states=states)
+      positions, rotary = (a if a is None else a.to(x.device) for a in self.computed(grid))
+    x = self.patch_norm(x.flatten(2).transpose(1, 2))
+    learned = lambda tokens: tokens.expand(x.shape[0], -1, -1)
+    if self.cls is not None:
+      x = torch.cat([learned(self.cls[None]), x], 1)
+    if positions is not None:
+      x = x + positions.to(x)
+    if self.registers is not None:  # they have no position
+      first = int(self.config.cls_token)
+      x = torch.cat([x[:, :first], learned(self.registers), x[:, first:]], 1)
+    return self.pre_norm(x), rotary
+
+  def forward(self, pixels: Tensor, states: list | None = None) -> tuple[Tensor, Tensor]:
+    """Encode [B, 3, H, W] to pooled [B, D], tokens [B, T, D]; partial patches are dropped."""
+    x, rotary = self.embed(pixels)
+    x, pool = self.run(x, states=states, rotary=rotary), self.config.pool
+    patches = x[:, self.config.cls_token + self.config.registers :]
     if self.pool is not None:
-      return self.pool(self.norm(x)), x[:, 1:]
-    return self.norm(x[:, 1:].mean(1) if self.config.pool == "gap" else x[:, 0]), x[:, 1:]
+      return self.pool(self.norm(x)), patches
+    if pool == "mean":
+      return self.norm(patches).mean(1), patches
+    pooled = {"gap": patches.mean(1), "tok": x[:, 0], "last": x[:, -1]}[pool]
+    return self.norm(pooled), patches
 
 
 class TextTower(Transformer):
@@ -231,15 +365,16 @@ class OpenVision(nn.Module):
     self.text: Any = text and TextTower(text)
     self.decoder: Any = decoder and Decoder(decoder, image.width, text and text.width)
     if image and text:
-      self.image_head = nn.Linear(image.width, c.embed_dim, bias=False)
-      self.text_head = nn.Linear(text.width, c.embed_dim, bias=False)
+      head = nn.Linear(image.width, c.embed_dim, bias=False)
+      self.image_head = head if c.image_head else nn.Identity()
+      self.text_head = nn.Linear(text.width, c.embed_dim, bias=c.text_head_bias)
       self.log_scale, self.bias = table(), None if c.bias_init is None else table()
 
   @classmethod
   def from_folder(cls, folder: str, dtype: torch.dtype = torch.float32) -> "OpenVision":
     """Load config.json and model.safetensors; missing or unexpected tensors are an error."""
     with open(f"{folder}/config.json", encoding="utf-8") as file:
-      content = json.load(file, object_hook=lambda fields: SimpleNamespace(**fields))
+      content = json.load(file, object_hook=config)
     if getattr(content, "library", None) != "openvision" or content.format not in (1, 2):
       raise ValueError(f"{folder} is not an OpenVision model of format 1 or 2.")
     with torch.device("meta"):  # do not allocate parameters that are loaded below
@@ -252,11 +387,11 @@ class OpenVision(nn.Module):
           part = part.T if part.ndim == 2 else part.permute(3, 2, 0, 1)
         state[name.replace("blocks.", f"blocks.{layer}.")] = part.to(dtype).contiguous()
     model.load_state_dict(state, assign=True)
-    return model.to(dtype).eval()
+    return model.eval()
 
   def encode_image(self, pixels: Tensor) -> Encoded:
     """Encode normalised float32 [B, 3, H, W]; computed positions support any size."""
-    return self.encoded("image_head", *self.encoder(pixels.to(self.encoder.cls)))
+    return self.encoded("image_head", *self.encoder(pixels.to(self.encoder.patch_embed.weight)))
 
   def encode_text(self, ids: Tensor) -> Encoded:  # int64 [B, T]
     return self.encoded("text_head", *self.text(ids))
