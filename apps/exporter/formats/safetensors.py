@@ -60,7 +60,7 @@ def compare_loaded(folder: Path, release: "Release") -> "list[Row]":
 
 
 def _sizes(release: "Release") -> str:
-  if release.encoder.position != "sincos2d":
+  if release.encoder.position == "learned":
     return form.fixed_size(release)
   side = release.encoder.image_size
   return f"The programs read images of {side} x {side} pixels; the models take any size."

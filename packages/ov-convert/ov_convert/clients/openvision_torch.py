@@ -23,7 +23,7 @@ import torch.nn.functional as F
 Encoded = namedtuple("Encoded", ["pooled", "tokens", "embedding"])
 table = lambda *shape: nn.Parameter(torch.empty(shape))
 
-# Options of OpenVision, which folders of earlier versions do not state.
+# Values of the options that config.json of earlier versions lacks.
 DEFAULTS: dict[str, Any] = dict(
   mlp="plain", norm="layer", norm_eps=1e-6, qkv_bias="all", out_bias=True, mlp_bias=True,
   qk_norm=False, attention_gate=False, layer_scale=None, cls_token=True, registers=0,
@@ -33,7 +33,7 @@ DEFAULTS: dict[str, Any] = dict(
 
 
 def config(fields: dict[str, Any]) -> SimpleNamespace:
-  """Return an object of config.json with the options of earlier versions."""
+  """Return the fields of an object in config.json, with `DEFAULTS` for missing options."""
   activation = "gelu" if fields.get("kind") == "ViT" else "gelu_tanh"
   missing = DEFAULTS | {"activation": activation} if "kind" in fields else {}
   return SimpleNamespace(**missing | fields)
@@ -64,12 +64,13 @@ def sincos(length: int, width: int, rows: int = 1) -> Tensor:
 
 
 def rotation(c: Any, grid: tuple[int, int]) -> Tensor:
-  """Return cosines and sines [2, T, H] of the rotary angles of all tokens, like `sincos`.
+  """Return float32 cosines and sines [2, T, H] of the rotary angles of all tokens, on the CPU.
 
-  Prefix tokens have angle 0. Rows rotate the first channels of "dinov3", columns those of "pe".
+  Cls and registers have angle 0. The row of a patch sets the angles of the first half of the
+  channels, the column those of the second half; with "pe" it is the other way round.
   """
-  place = torch.arange(grid[0] * grid[1], device="cpu", dtype=torch.float64)
-  position = torch.stack([place // grid[1], place % grid[1]], 1)
+  index = torch.arange(grid[0] * grid[1], device="cpu", dtype=torch.float64)
+  position = torch.stack([index // grid[1], index % grid[1]], 1)
   num = c.width // c.num_heads // 4
   frequency = c.rotary_base ** -(torch.arange(num, device="cpu", dtype=torch.float64) / num)
   if c.rotary == "dinov3":  # from -1 to 1
@@ -177,7 +178,7 @@ class Block(nn.Module):
     return x + (branch if self.scale2 is None else branch * self.scale2)
 
 
-class MapPool(nn.Module):  # attention pooling by one learned query: [B, T, D] -> [B, D]
+class MapPool(nn.Module):  # attention pooling by one learned query, and an MLP
   def __init__(self, c: Any) -> None:
     super().__init__()
     self.probe, self.norm = table(c.width), norm(c)
@@ -189,7 +190,7 @@ class MapPool(nn.Module):  # attention pooling by one learned query: [B, T, D] -
     return (pooled + self.mlp(self.norm(pooled)))[:, 0]
 
 
-class AttendPool(nn.Module):  # attention pooling by a learned query, without projecting it
+class AttendPool(nn.Module):  # attention pooling by one learned query that is not projected
   def __init__(self, c: Any) -> None:
     super().__init__()
     self.num_heads, self.query = c.num_heads, table(c.width)
@@ -212,7 +213,7 @@ class Transformer(nn.Module):
     super().__init__()
     self.config, self.norm = c, norm(c)
     self.blocks = nn.ModuleList(Block(c) for _ in range(c.depth))
-    # Of the options of blocks, the attention pooling has only the biases and the norm.
+    # Attention pooling has the activation, norm and biases of the blocks, and no other options.
     plain = dict(num_heads=c.pool_heads or c.num_heads, mlp_dim=c.pool_mlp_dim or c.mlp_dim)
     plain |= dict(mlp="plain", qk_norm=False, attention_gate=False)
     pool = SimpleNamespace(**vars(c) | plain)
@@ -247,7 +248,7 @@ class ImageTower(Transformer):
       self.register_buffer("position_embedding", positions, persistent=False)
 
   def computed(self, grid: tuple[int, int]) -> tuple[Tensor | None, Tensor | None]:
-    """Return computed positions [cls + T, D] (of cls: zero) and rotary angles, None if unused."""
+    """Return computed positions [cls + T, D], zero for cls, and rotary angles, or None."""
     c, positions = self.config, None
     if c.position == "sincos2d":
       positions = sincos(grid[1], c.width, rows=grid[0]).float()
@@ -281,8 +282,9 @@ class ImageTower(Transformer):
       return self.pool(self.norm(x)), patches
     if pool == "mean":
       return self.norm(patches).mean(1), patches
-    pooled = {"gap": patches.mean(1), "tok": x[:, 0], "last": x[:, -1]}[pool]
-    return self.norm(pooled), patches
+    if pool == "gap":
+      return self.norm(patches.mean(1)), patches
+    return self.norm(x[:, {"tok": 0, "last": -1}[pool]]), patches
 
 
 class TextTower(Transformer):
