@@ -125,8 +125,8 @@ def tokenizer_spec_from(
       f"{TOKENIZER_FILE} has no token for {', '.join(missing)} among its {len(names)}. Name them "
       f"in {CONFIG_FILE}, or use the usual names ({usual})."
     )
-  ids = {f"{role}_id": number for role, number in found.items()}
-  return TokenizerSpec(tokenizer_json, length, append_cls, **ids)  # type: ignore[arg-type]
+  ids = {f"{role}_id": number for role, number in found.items() if number is not None}
+  return TokenizerSpec(tokenizer_json, length, append_cls, **ids)
 
 
 def _named(words: TokenizerSpec, role: str) -> str | None:

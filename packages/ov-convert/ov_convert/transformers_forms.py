@@ -99,7 +99,7 @@ def vit_config(content: Mapping[str, Any]) -> ov_models.ViTConfig:
   elif isinstance(kind, str) and kind in _OTHERS:
     defaults, reasons = _OTHERS[kind]
     tower = fields.get("vision_config")
-    fields = defaults | (tower if isinstance(tower, Mapping) else fields)  # type: ignore[operator]
+    fields = {**defaults, **(tower if isinstance(tower, Mapping) else fields)}
     problems += reasons
   else:
     problems.append(

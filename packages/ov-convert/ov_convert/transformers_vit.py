@@ -131,7 +131,7 @@ def write(folder: pathlib.Path, release: Release) -> None:
 
 
 def read(folder: str | os.PathLike[str], python: str | os.PathLike[str] | None = None) -> Imported:
-  """Read a folder written by `write`, a compatible ViT or BEiT, or a family with an own class.
+  """Read a folder written by `write`, a compatible ViT or BEiT, or a family with a separate class.
 
   Args:
     folder: directory with config.json and weights as *.safetensors or *.bin.
@@ -225,7 +225,8 @@ def name_map(config: Config) -> NameMap:
   vit = encoder_of(config)
   kind = KINDS[vit.pool][0]
   ours = "" if config is vit else "encoder/"
-  with_head = getattr(config, "text", None) is not None
+  pair = config if isinstance(config, ov_models.VisionLanguageConfig) else None
+  with_head = pair is not None and pair.text is not None
   prefix = f"{kind}." if with_head else ""
   entries = list(_tower(vit, prefix, ours))
   fixed = [
@@ -244,10 +245,10 @@ def name_map(config: Config) -> NameMap:
     why = "the pooler returns the normed cls token"
     fixed.append(Fixed(f"{prefix}pooler.dense.weight", np.eye(vit.width, dtype=np.float32), why))
     fixed.append(Fixed(f"{prefix}pooler.dense.bias", np.zeros(vit.width, np.float32), why))
-  if with_head:
+  if pair is not None and with_head:
     entries.append(Entry("classifier.weight", ("image_head/kernel",), TRANSPOSE))
-    embed = np.zeros(config.embed_dim, np.float32)  # type: ignore[union-attr]
-    fixed.append(Fixed("classifier.bias", embed, "the head of OpenVision has no bias"))
+    zeros = np.zeros(pair.embed_dim, np.float32)
+    fixed.append(Fixed("classifier.bias", zeros, "the head of OpenVision has no bias"))
   return NameMap(
     "transformers", tuple(entries), tuple(fixed), tuple(_dropped(vit, ours, with_head))
   )
@@ -318,6 +319,6 @@ def image_config(release: Release) -> dict[str, Any]:
   if with_head:
     scale = math.exp(float(release.params["log_scale"]))
     bias = float(release.params["bias"]) if "bias" in release.params else None
-    content["num_labels"] = release.config.embed_dim  # type: ignore[union-attr]
+    content["num_labels"] = release.params["image_head"]["kernel"].shape[1]
     content["openvision"] = {"logit_scale": scale, "logit_bias": bias}
   return content

@@ -68,13 +68,11 @@ def rotation(
   cos, sin = (jnp.asarray(f(angles), jnp.float32)[:, :, None, :] for f in (x.cos, x.sin))
   pairs = _half_pairs if kind == "dinov3" else _adjacent_pairs
 
-  def rotate(q: Heads, k: Heads) -> tuple[Heads, Heads]:
-    return tuple(  # type: ignore[return-value]
-      (a.astype(jnp.float32) * cos + pairs(a.astype(jnp.float32)) * sin).astype(a.dtype)
-      for a in (q, k)
-    )
+  def turn(heads: Heads) -> Heads:
+    x = heads.astype(jnp.float32)
+    return (x * cos + pairs(x) * sin).astype(heads.dtype)
 
-  return rotate
+  return lambda q, k: (turn(q), turn(k))
 
 
 def _half_pairs(x: jax.Array) -> jax.Array:

@@ -106,7 +106,7 @@ _HEAD_LINES = (
 BUFFERS = {
   f"{tower}_model.embeddings.position_ids": "numbers from 0" for tower in ("vision", "text")
 }
-_VISION = {
+_VISION: dict[str, Any] = {
   "fields": (
     *sizes(768, 12, 3072, 12), *image_sides(224, 32), *act_and_eps("quick_gelu", 1e-5)
   ),
@@ -122,7 +122,7 @@ MODEL = Family(
   model_type="clip",
   architecture="CLIPModel",
   sections=(
-    Section("encoder", "vision_config", **_VISION),  # type: ignore[arg-type]
+    Section("encoder", "vision_config", **_VISION),
     Section(
       "text",
       "text_config",
@@ -148,7 +148,7 @@ TOWER = Family(
   name="CLIP vision",
   model_type="clip_vision_model",
   architecture="CLIPVisionModel",
-  sections=(Section("encoder", "", **_VISION),),  # type: ignore[arg-type]
+  sections=(Section("encoder", "", **_VISION),),
   lines=_VISION_LINES,
   renames=((r"^(?!vision_model\.|visual_projection)", "vision_model."),),
   ignored={

@@ -30,7 +30,7 @@ _FLAG = {True: True, False: False}
 _GATED = {False: "plain", True: "gated"}
 
 
-def _swiglu_width(width: int, ratio: int) -> int:
+def _swiglu_width(width: int, ratio: float) -> int:
   """Return the hidden width of SwiGLU in DINOv2: 2/3 of the MLP, rounded up to a multiple of 8."""
   return (int(width * ratio * 2 / 3) + 7) // 8 * 8
 
@@ -41,7 +41,7 @@ def _read_mlp(content: Mapping[str, Any]) -> dict[str, Any]:
   gated = content.get("use_swiglu_ffn", False)
   act = content.get("hidden_act", "gelu")
   if gated:
-    return {"mlp_dim": _swiglu_width(width, ratio), "activation": "silu"}  # type: ignore[arg-type]
+    return {"mlp_dim": _swiglu_width(width, ratio), "activation": "silu"}
   if not isinstance(act, str) or act not in ACTIVATIONS:
     raise ValueError(f"hidden_act={shown(act)} (supported: {' or '.join(ACTIVATIONS)})")
   return {"mlp_dim": int(width * ratio), "activation": ACTIVATIONS[act]}

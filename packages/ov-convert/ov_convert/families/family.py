@@ -1,8 +1,9 @@
 """Declarative description of a model family of another library.
 
-A `Family` lists the fields of its configuration and the names of its tensors, each with the
-counterpart of ours. It is used in both directions. A field without counterpart is an error that
-names it, and a config of ours fits a family if it is unchanged by writing and reading it again.
+A `Family` lists the fields of its configuration and the names of its tensors, each with its
+counterpart in ov_models. "Theirs" is the other library, "ours" is ov_models. A family is used in
+both directions. A field without counterpart is an error that names it. A config of ov_models fits a
+family if it is unchanged by writing and reading it again.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -14,11 +15,11 @@ import numpy as np
 
 from ov_convert import fields as fields_lib
 from ov_convert.name_map import SAME, TRANSPOSE, Entry, NameMap, Transform, flatten
-from ov_convert.release import Config, portable
+from ov_convert.release import Config, encoder_of, portable
 import ov_models
 
-# Tensor of theirs, with "{layer}" for the number of a block; tensors of ours; transform. The paths
-# of ours start with "encoder/" or "text/" for the parameters of a tower.
+# Name of their tensor, with "{layer}" for the number of a block; paths of our tensors; transform.
+# Our paths start with "encoder/" or "text/" for the parameters of a tower.
 Line = tuple[str, tuple[str, ...], Transform]
 
 # Fields of every configuration of transformers that do not affect a forward pass of an encoder, or
@@ -52,7 +53,7 @@ NUMBER = "number"
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-  """A field of theirs and the field of ours with the same meaning.
+  """A field of the other library and our field with the same meaning.
 
   Attributes:
     theirs: name of their field.
@@ -100,12 +101,12 @@ class Section:
     part: "encoder", "text", or "model" for those of both towers.
     path: object of the configuration with these fields; "" for the top level.
     fields: fields with a counterpart.
-    ours: values of other fields of ours.
-    required: fields of theirs with the only value that ours represents, which is also the default
+    ours: values of our other fields.
+    required: their fields with the only value that ours represents, which is also the default
       of their library.
-    unused: fields of theirs that do not affect the model, in addition to GENERIC.
-    derive: returns further fields of ours from theirs; raises ValueError that names a field.
-    extra: returns further fields of theirs for our config of the whole model.
+    unused: their fields that do not affect the model, in addition to GENERIC.
+    derive: returns our further fields from their fields; raises ValueError that names a field.
+    extra: returns their further fields for our config of the complete model.
   """
 
   part: str
@@ -118,7 +119,7 @@ class Section:
   extra: Callable[[Any], Mapping[str, Any]] | None = None
 
   def read(self, content: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
-    """Return our fields; add messages on fields that ours does not represent to `problems`."""
+    """Return our fields; add messages on fields without counterpart to `problems`."""
     prefix = f"{self.path}." if self.path else ""
     found = dict(self.ours)
     for field in self.fields:
@@ -146,7 +147,7 @@ class Section:
     return found
 
   def write(self, config: Any) -> dict[str, Any]:
-    """Return their fields for a config of the whole model."""
+    """Return their fields for a config of the complete model."""
     part = _part(config, self.part)
     ours = {field.theirs: field.write(getattr(part, field.ours)) for field in self.fields}
     extra = {} if self.extra is None else self.extra(config)
@@ -231,7 +232,7 @@ class Family:
       return [f"text (the family has {'a' if self.joint else 'no'} text tower)"]
     config = inference(config)
     if not self.joint:
-      config = config if isinstance(config, ov_models.ViTConfig) else config.encoder  # type: ignore[union-attr]
+      config = encoder_of(config)
     content = self.write_config(config)
     if not self.applies(content):
       return ["mlp (another variant of the family has it)"]
@@ -274,7 +275,7 @@ class Family:
 
 
 def dense(theirs: str, *ours: str) -> tuple[Line, ...]:
-  """Return the lines of a dense layer; several of ours are concatenated along the outputs."""
+  """Return the lines of a dense layer; several of our layers are concatenated along the outputs."""
   return (
     (f"{theirs}.weight", tuple(f"{path}/kernel" for path in ours), TRANSPOSE),
     (f"{theirs}.bias", tuple(f"{path}/bias" for path in ours), SAME),
