@@ -24,12 +24,12 @@ Shape = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-  """Invertible transform of a tensor of ours (of one layer) to theirs.
+  """Invertible transform of a parameter of ov_models (one layer) to a tensor of the other library.
 
   Attributes:
     name: name for messages and tables.
     axes: permutation of our axes; None for the identity.
-    shape: maps the permuted shape of ours to that of theirs; None for the identity.
+    shape: maps our permuted shape to their shape; None for the identity.
   """
 
   name: str
@@ -37,18 +37,18 @@ class Transform:
   shape: Callable[[Shape], Shape] | None = None
 
   def their_shape(self, ours: Shape) -> Shape:
-    """Return the shape of theirs for a shape of ours."""
+    """Return their shape for our shape."""
     if self.axes is not None:
       ours = tuple(ours[axis] for axis in self.axes)
     return self.shape(ours) if self.shape else ours
 
   def forward(self, tensor: np.ndarray) -> np.ndarray:
-    """Transform ours to theirs."""
+    """Transform our tensor to theirs."""
     moved = tensor if self.axes is None else tensor.transpose(self.axes)
     return np.ascontiguousarray(moved).reshape(self.their_shape(tensor.shape))
 
   def back(self, tensor: np.ndarray, ours: Shape) -> np.ndarray:
-    """Transform theirs to ours, which has the shape `ours`."""
+    """Transform their tensor to ours, which has the shape `ours`."""
     if self.axes is None:
       return tensor.reshape(ours)
     moved = tensor.reshape([ours[axis] for axis in self.axes])
@@ -64,12 +64,12 @@ LEAD_1_1 = Transform("leading 1, 1", shape=lambda s: (1, 1, *s))
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-  """One tensor of theirs and the corresponding tensors of ours.
+  """One tensor of the other library and our corresponding tensors.
 
   Attributes:
     theirs: name of the tensor.
     ours: paths of our tensors, with "/" as separator. Several are concatenated along the first axis
-      of theirs.
+      of their tensor.
     transform: transform of each of our tensors.
     layer: index into the leading axis of our stacked tensors, or None.
     also: further transforms that are accepted on import.
@@ -84,7 +84,7 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Fixed:
-  """Tensor of theirs that ours does not store: written as `value`, and required to equal it."""
+  """Tensor that only the other library stores: written as `value`, and required to equal it."""
 
   theirs: str
   value: np.ndarray
@@ -93,7 +93,7 @@ class Fixed:
 
 @dataclasses.dataclass(frozen=True)
 class Dropped:
-  """Tensor of ours that theirs lacks; a path ending in "/" covers all tensors below it."""
+  """Tensor that only ov_models has; a path ending in "/" covers all tensors below it."""
 
   ours: str
   why: str
@@ -109,7 +109,7 @@ class NameMap:
   Attributes:
     target: name of the other library for messages.
     entries, fixed, dropped: see the module docstring.
-    ignored: names of theirs without information, such as buffers, with the reason.
+    ignored: names of their tensors without information, such as buffers, with the reason.
   """
 
   target: str

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ov_convert import client_env, onnx_export
-from ov_convert.testing.whole import (
+from ov_convert.testing.complete_models import (
   LENGTH,
   largest_difference,
   our_arrays,
@@ -22,7 +22,7 @@ from ov_models import DecoderConfig, TextConfig, VisionLanguageConfig, ViTConfig
 VIT = ViTConfig(width=16, depth=2, mlp_dim=24, num_heads=2, patch_size=4, image_size=18)
 TEXT = TextConfig(width=12, depth=2, mlp_dim=20, num_heads=3, vocab_size=40, max_len=LENGTH)
 WRITER = DecoderConfig(width=20, depth=1, mlp_dim=28, num_heads=2, vocab_size=40, max_len=9)
-# What differs in the graphs: masked padding and a mask of heads, a causal mask and an index.
+# The graphs differ in masked padding, attention masks, causal masks and indexing.
 TOWERS = VisionLanguageConfig(encoder=VIT, text=TEXT, decoder=WRITER, embed_dim=10, bias_init=-3.0)
 CAUSAL = dataclasses.replace(
   TOWERS,
@@ -103,7 +103,7 @@ def test_other_dtypes_are_refused_with_everything_else(tmp_path):
 
 
 @pytest.mark.parametrize("opset", [18, 21, 23])
-def test_the_opset_is_the_one_that_was_asked_for(tmp_path, opset):
+def test_graphs_have_the_requested_opset(tmp_path, opset):
   release = small_release(VIT)
   folder = tmp_path / "model"
   onnx_export.write(folder, release, opset=opset)

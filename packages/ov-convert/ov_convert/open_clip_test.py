@@ -129,7 +129,7 @@ def test_published_architectures():
     assert open_clip_config.config_mismatches(model) == []
 
 
-# Fields of text_cfg and vision_cfg that open_clip 2.23 knows; tokenizer_mode came with 3.0.
+# Fields of text_cfg and vision_cfg in open_clip 2.23; tokenizer_mode was added in 3.0.
 _KNOWN_TO_2_23 = {
   "layers", "width", "heads", "head_width", "mlp_ratio", "patch_size", "image_size", "no_ln_pre",
   "final_ln_after_pool", "pool_type", "act_kwargs", "norm_kwargs", "context_length", "vocab_size",
@@ -183,7 +183,7 @@ def test_the_library_computes_the_same(name, tmp_path):
   assert theirs.arrays["image/pixels"].shape == (3, size, size, 3)
   squashed = "CenterCrop" not in theirs.facts["preprocessing"]
   assert squashed == (source.preprocess.fit == "squash")
-  # Padding must have a say where it is attended to, or the masked run shows nothing.
+  # Padding must affect the result where it is attended to; otherwise masking it has no effect.
   if name == "towers":
     masked = ov_models.bind(CONFIGS["masked padding"], source.params)
     other = masked.encode_text(testing.expected_ids(source.words)).unit

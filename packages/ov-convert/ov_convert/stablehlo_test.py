@@ -11,7 +11,7 @@ import pytest
 
 from ov_convert import stablehlo
 from ov_convert.release import portable
-from ov_convert.testing.whole import (
+from ov_convert.testing.complete_models import (
   LENGTH,
   largest_difference,
   our_arrays,

@@ -53,7 +53,7 @@ _Lines = tuple[tuple[str, tuple[str, ...], Transform], ...]
 
 
 def _dense(theirs: str, *ours: str) -> _Lines:
-  """Return the map of a dense layer; several of ours are concatenated along the output axis."""
+  """Return the map of a dense layer; our layers are concatenated along the output axis."""
   return (
     (f"{theirs}.weight", tuple(f"{path}/kernel" for path in ours), TRANSPOSE),
     (f"{theirs}.bias", tuple(f"{path}/bias" for path in ours), SAME),

@@ -8,7 +8,7 @@ import pytest
 from ov_convert import onnx_export, timm_families, torch_module
 from ov_convert.families import aimv2, clip, dino, siglip
 from ov_convert.release import encoder_of
-from ov_convert.testing.whole import (
+from ov_convert.testing.complete_models import (
   LENGTH,
   largest_difference,
   our_arrays,

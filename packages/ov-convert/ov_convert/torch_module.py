@@ -58,7 +58,7 @@ def check(release: Release, *, module: bool = True) -> None:
 
 def problems(release: Release, *, module: bool = True) -> list[str]:
   """Return the problems that `check` raises, with the same arguments."""
-  found = [*_picture_problems(release), *_word_problems(release)]
+  found = [*_image_problems(release), *_text_problems(release)]
   options = option_problems(release.config, _SUPPORTED) if module else []
   if options:
     found.append(f"{MODULE_FILE} does not support {', '.join(options)}; export as stablehlo")
@@ -186,7 +186,7 @@ def _tokenizer(file: pathlib.Path) -> str:
   return file.read_text("utf-8")
 
 
-def _picture_problems(release: Release) -> list[str]:
+def _image_problems(release: Release) -> list[str]:
   size, image = release.preprocess.image_size, getattr(release.config, "encoder", release.config)
   if not isinstance(image, ov_models.ViTConfig) or size == image.image_size:
     return []
@@ -196,7 +196,7 @@ def _picture_problems(release: Release) -> list[str]:
   ]
 
 
-def _word_problems(release: Release) -> list[str]:
+def _text_problems(release: Release) -> list[str]:
   words, text = release.words, release.text
   if isinstance(release.config, ov_models.TextConfig):
     text = release.config

@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 
 from ov_convert import client_env, name_map, torch_module
-from ov_convert.testing.whole import (
+from ov_convert.testing.complete_models import (
   LENGTH,
   largest_difference,
   our_arrays,
@@ -30,8 +30,8 @@ QUERIES = ov_models.QueryDecoderConfig(
 )
 TOWERS = VisionLanguageConfig(encoder=VIT, text=TEXT, decoder=None, embed_dim=10)
 replace = dataclasses.replace
-# Between them every position, pool, mask, padding and decoder; with the dtype of the file, and an
-# end token that some caption has before its last column.
+# They cover every position, pool, mask, padding and decoder. Each has the dtype of the file, and an
+# end token that occurs in some caption before its last column.
 MODELS = {
   "two towers, prefix decoder": (
     replace(TOWERS, decoder=replace(WRITER, parallel=True), bias_init=-3.0, parallel_ratio=0.5),
@@ -96,7 +96,7 @@ def test_outputs_equal_ov_models(case):
       lengths = {tuple(row).index(end) for row in array if (end := release.words.eos_id) in row}
       assert (
         min(lengths) + 1 < array.shape[1] and len(np.unique(array)) > 3
-      )  # something to get wrong
+      )  # captions of different lengths, with several tokens
     else:
       difference = largest_difference(array, theirs.arrays[name])
       assert difference < TOLERANCE, (name, difference)
@@ -136,7 +136,7 @@ def rewrite(folder, change):
   safetensors.numpy.save_file(tensors, file)
 
 
-def test_a_transposed_kernel_shows(written, tmp_path):
+def test_a_transposed_kernel_is_detected(written, tmp_path):
   release, folder, inputs = written
 
   def change(tensors):

@@ -1,4 +1,4 @@
-"""transformers format of model families with an own class there: CLIP, SigLIP, DINOv2 and others.
+"""transformers format of model families with a separate class: CLIP, SigLIP, DINOv2 and others.
 
 A folder of these classes is read and written with its own tensors, so a model that was imported
 from it is exported as the same class. `transformers_vit` handles all other models.

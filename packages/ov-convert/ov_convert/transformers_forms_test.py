@@ -102,7 +102,7 @@ def made(tmp_path_factory):
   np.save(root / "pixels.npy", pixels)
   transformers_vit.write(root / "ours", testing.release(OURS))
   command = [client_env.find_python(), "-c", MAKE, root]
-  # As client_env does it: what Bazel sets for our Python is not for theirs.
+  # As in client_env: Bazel sets PYTHON* for our interpreter, not for that of the clients.
   kept = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
   env = kept | {"HF_HUB_OFFLINE": "1"}
   done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)

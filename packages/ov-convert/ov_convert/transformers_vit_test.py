@@ -245,7 +245,7 @@ def test_the_library_computes_the_same(name, tmp_path):
   picture = np.frombuffer(raw, np.uint8).reshape(size, size, 3) / 255
   mean, std = np.array(model.preprocess.mean), np.array(model.preprocess.std)
   np.testing.assert_allclose(pixels[2], (picture - mean) / std, atol=1e-5)
-  if name == "towers":  # padding must have a say where it is seen, or masking it shows nothing
+  if name == "towers":  # padding must affect the result, or masking it has no effect
     seen = dataclasses.replace(model.config, text=dataclasses.replace(TEXT, padding="attend"))
     other = ov_models.bind(seen, model.params)
     other = other.encode_text(testing.expected_ids(model.words)).unit

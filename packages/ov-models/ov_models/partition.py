@@ -105,5 +105,6 @@ def _spec(
       entries.append(None)
     else:
       entries.append(axes or None)
-    used.update(axes)  # also if they do not divide: rows that stay whole do not spread "embed"
+    # Also if they do not divide the size: later dimensions must not use the axes of this one.
+    used.update(axes)
   return PartitionSpec(*entries)

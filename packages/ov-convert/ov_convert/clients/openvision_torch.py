@@ -56,8 +56,8 @@ def norm(c: Any, width: int | None = None) -> nn.Module:
 
 def sincos(length: int, width: int, rows: int = 1) -> Tensor:
   """Return sin-cos positions [rows * length, width] in float64, on the CPU even under "meta"."""
-  place = torch.arange(rows * length, device="cpu", dtype=torch.float64)
-  parts = [place] if rows == 1 else [place % length, place // length]
+  index = torch.arange(rows * length, device="cpu", dtype=torch.float64)
+  parts = [index] if rows == 1 else [index % length, index // length]
   num = width // (2 * len(parts))
   omega = 10000.0 ** -(torch.arange(num, device="cpu", dtype=torch.float64) / (num - 1))
   return torch.cat([wave(p[:, None] * omega) for p in parts for wave in (torch.sin, torch.cos)], 1)
@@ -94,9 +94,9 @@ def rotate(x: Tensor, rotary: Tensor, kind: str) -> Tensor:
   return (x.float() * rotary[0] + turned * rotary[1]).to(x)
 
 
-def spread(grid: list[int], share: float) -> Tensor:
+def spread(grid: list[int], fraction: float) -> Tensor:
   """Return [K] patch indices spread evenly over the grid: the lowest ranks of a Bayer matrix."""
-  keep = max(1, int(grid[0] * grid[1] * share + 1e-6))  # 1e-6: binary fractions fall short
+  keep = max(1, int(grid[0] * grid[1] * fraction + 1e-6))  # 1e-6: binary fractions fall short
   rank = torch.zeros(1, 1, dtype=torch.long)
   while len(rank) < max(grid):
     rank = 4 * rank.tile(2, 2) + torch.tensor([[0, 2], [3, 1]]).kron(torch.ones_like(rank))
@@ -167,9 +167,9 @@ class Block(nn.Module):
     super().__init__()
     self.norm1, self.norm2 = norm(c), norm(c)
     self.attn, self.mlp = Attention(c), Mlp(c)
-    self.scale1, self.scale2 = (
-      (None, None) if c.layer_scale is None else (table(c.width), table(c.width))
-    )
+    scaled = c.layer_scale is not None
+    self.scale1 = table(c.width) if scaled else None
+    self.scale2 = table(c.width) if scaled else None
 
   def forward(self, x: Tensor, mask: Any = None, cache: Any = None, rotary: Any = None) -> Tensor:
     branch = self.attn(normed := self.norm1(x), normed, mask, cache, rotary)

@@ -3,7 +3,7 @@
 from ov_convert.families import aimv2, clip, dino, siglip
 from ov_convert.families.family import Family
 
-# In the order in which they are tried for a config of ours.
+# In the order in which they are tried for a config of ov_models.
 TRANSFORMERS: tuple[Family, ...] = (
   clip.MODEL,
   clip.TOWER,

@@ -169,7 +169,7 @@ def make(
   (root / "specs.json").write_text(json.dumps(full), "utf-8")
   for name, arrays in inputs.items():
     np.savez(root / f"{name}.inputs.npz", allow_pickle=False, **arrays)
-  # As client_env does it: what Bazel sets for our Python is not for theirs.
+  # As in client_env: Bazel sets PYTHON* for our interpreter, not for that of the clients.
   kept = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
   command = [str(client_env.find_python()), "-c", _SCRIPT, str(root)]
   env = kept | {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}

@@ -28,7 +28,7 @@ def small_release(config: Config, dtype: str = "float32", eos_id: int | None = N
     words = words if eos_id is None else dataclasses.replace(words, eos_id=eos_id)
   params = testing.random_params(config)
   if "embed" in params.get("decoder", {}):
-    params["decoder"]["embed"]["embedding"] *= 8  # what was written decides what follows
+    params["decoder"]["embed"]["embedding"] *= 8  # makes the next token depend on the last one
   params = round_params(params, dtype)
   return Release(config, params, Preprocess(image.image_size if image else 1), words, dtype)
 
