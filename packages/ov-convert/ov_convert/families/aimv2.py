@@ -8,7 +8,10 @@ from typing import Any
 
 from ov_convert.families.clip import (
   ACTIVATIONS,
+  HEAD_FIELDS,
+  HEAD_LINES,
   TEXT,
+  TEXT_EMBEDDINGS,
   check_end,
   image_sides,
   sizes,
@@ -16,7 +19,7 @@ from ov_convert.families.clip import (
   texts,
 )
 from ov_convert.families.family import NUMBER, Family, Field, Line, Section, dense, norm
-from ov_convert.name_map import CONV, LEAD_1_1, SAME, TRANSPOSE
+from ov_convert.name_map import CONV, LEAD_1_1, SAME
 
 _FLAG = {True: True, False: False}
 _BIASES = {True: "all", False: "none"}
@@ -91,25 +94,14 @@ MODEL = Family(
       derive=check_end,
       extra=special_ids,
     ),
-    Section(
-      "model",
-      "",
-      (
-        Field("projection_dim", "embed_dim", 512),
-        Field("logit_scale_init_value", "log_scale_init", 2.6592, NUMBER),
-      ),
-      required={"max_logit_scale": 100.0},
-    ),
+    Section("model", "", HEAD_FIELDS, required={"max_logit_scale": 100.0}),
   ),
   lines=(
     *_vision_lines("vision_model."),
-    ("text_model.embeddings.token_embedding.weight", ("text/embed/embedding",), SAME),
-    ("text_model.embeddings.position_embedding.weight", ("text/position_embedding",), SAME),
+    *TEXT_EMBEDDINGS,
     *_blocks("text_model.", "text/"),
     *norm("text_model.rms_norm", "text/norm"),
-    ("visual_projection.weight", ("image_head/kernel",), TRANSPOSE),
-    ("text_projection.weight", ("text_head/kernel",), TRANSPOSE),
-    ("logit_scale", ("log_scale",), SAME),
+    *HEAD_LINES,
   ),
 )
 TOWER = Family(

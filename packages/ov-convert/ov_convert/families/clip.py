@@ -92,16 +92,24 @@ _VISION_LINES = (
   *blocks("vision_model.", "encoder/"),
   *norm("vision_model.post_layernorm", "encoder/norm"),
 )
-_TEXT_LINES = (
+# Text embeddings have the same names in CLIP, SigLIP and AIMv2, projections in CLIP and AIMv2.
+TEXT_EMBEDDINGS: tuple[Line, ...] = (
   ("text_model.embeddings.token_embedding.weight", ("text/embed/embedding",), SAME),
   ("text_model.embeddings.position_embedding.weight", ("text/position_embedding",), SAME),
+)
+_TEXT_LINES = (
+  *TEXT_EMBEDDINGS,
   *blocks("text_model.", "text/"),
   *norm("text_model.final_layer_norm", "text/norm"),
 )
-_HEAD_LINES = (
+HEAD_LINES: tuple[Line, ...] = (
   ("visual_projection.weight", ("image_head/kernel",), TRANSPOSE),
   ("text_projection.weight", ("text_head/kernel",), TRANSPOSE),
   ("logit_scale", ("log_scale",), SAME),
+)
+HEAD_FIELDS = (
+  Field("projection_dim", "embed_dim", 512),
+  Field("logit_scale_init_value", "log_scale_init", 2.6592, NUMBER),
 )
 BUFFERS = {
   f"{tower}_model.embeddings.position_ids": "numbers from 0" for tower in ("vision", "text")
@@ -132,16 +140,9 @@ MODEL = Family(
       derive=check_end,
       extra=special_ids,
     ),
-    Section(
-      "model",
-      "",
-      (
-        Field("projection_dim", "embed_dim", 512),
-        Field("logit_scale_init_value", "log_scale_init", 2.6592, NUMBER),
-      ),
-    ),
+    Section("model", "", HEAD_FIELDS),
   ),
-  lines=(*_VISION_LINES, *_TEXT_LINES, *_HEAD_LINES),
+  lines=(*_VISION_LINES, *_TEXT_LINES, *HEAD_LINES),
   ignored=BUFFERS,
 )
 TOWER = Family(

@@ -7,7 +7,15 @@ position.
 
 from typing import Any
 
-from ov_convert.families.clip import act_and_eps, blocks, image_sides, sizes, texts
+from ov_convert.families.clip import (
+  BUFFERS,
+  TEXT_EMBEDDINGS,
+  act_and_eps,
+  blocks,
+  image_sides,
+  sizes,
+  texts,
+)
 from ov_convert.families.family import Family, Field, Section, dense, norm
 from ov_convert.name_map import CONV, LEAD_1, LEAD_1_1, SAME, TRANSPOSE
 
@@ -36,8 +44,7 @@ _VISION_LINES = (
   *dense(f"{_POOL}mlp.fc2", "encoder/pool/mlp/down"),
 )
 _TEXT_LINES = (
-  ("text_model.embeddings.token_embedding.weight", ("text/embed/embedding",), SAME),
-  ("text_model.embeddings.position_embedding.weight", ("text/position_embedding",), SAME),
+  *TEXT_EMBEDDINGS,
   *blocks("text_model.", "text/"),
   *norm("text_model.final_layer_norm", "text/norm"),
   *dense("text_model.head", "text_head"),
@@ -75,9 +82,7 @@ MODEL = Family(
     Section("model", "", (), {"image_head": False, "text_head_bias": True, "bias_init": 0.0}),
   ),
   lines=(*_VISION_LINES, *_TEXT_LINES),
-  ignored={
-    f"{tower}_model.embeddings.position_ids": "numbers from 0" for tower in ("vision", "text")
-  },
+  ignored=BUFFERS,
 )
 TOWER = Family(
   name="SigLIP vision",
