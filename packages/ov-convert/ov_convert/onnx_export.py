@@ -34,12 +34,13 @@ def check(release: Release) -> None:
 
   Graphs are float32; conversion to half precision depends on the runtime and is left to the user.
   """
-  problems = torch_module.problems(release)
+  problems = []
   if release.dtype != "float32":
     problems.append(
       f"dtype={release.dtype!r}, but graphs are written in float32; set dtype='float32', and "
       "convert the graph for the hardware that runs it"
     )
+  problems += torch_module.problems(release)
   if problems:
     raise ValueError(f"ONNX does not support this model: {'; '.join(problems)}.")
 
