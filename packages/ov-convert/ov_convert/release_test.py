@@ -42,6 +42,7 @@ def test_options_that_a_library_lacks_are_named():
   assert option_problems(pair, ["encoder.registers", "encoder.pool"]) == [
     name for name in names if "registers" not in name and "pool" not in name
   ]
+  assert option_problems(dataclasses.replace(TEXT, qk_norm=True)) == ["text.qk_norm=True"]
   with pytest.raises(ValueError, match=r"timm does not support encoder.norm_eps=1e-05, .*library"):
     check_options(pair, "timm")
 
