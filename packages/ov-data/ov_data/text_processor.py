@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 import tokenizers
 
-from ov_data import fs, tokenizer_folder, tokenizer_json
+from ov_data import fs, text_cleaning, text_presets, tokenizer_folder, tokenizer_json
 from ov_data.tokenizer import (
   MAX_LENGTH,
   PACKING_FILE,
@@ -52,7 +52,7 @@ class TextProcessor:
 
   Attributes:
     tokenizer: tokenizer; its `append_cls` is ignored.
-    length: number of tokens T of a text, including [bos], [eos] and [CLS].
+    length: number of tokens T of a text, including the special tokens.
     append_cls: whether the last column is [CLS].
     pool, padding: configuration of the text tower: the pooled token, and whether padding is
       attended to.
@@ -74,10 +74,10 @@ class TextProcessor:
     for name, kind in (("pool", Pool), ("padding", Padding)):
       if (value := getattr(self, name)) not in get_args(kind):
         raise ValueError(f"{name}={value!r}: expected one of {', '.join(get_args(kind))}")
-    if self.pool == "last" and not self.append_cls:
+    if self.pool == "last" and not self.append_cls and self.padding != "attend":
       raise ValueError(
         "pool='last' reads the last column, which is usually padding; "
-        "set append_cls=True, or use another pooling"
+        "set append_cls=True, padding='attend' as in SigLIP, or use another pooling"
       )
     for name in ("append_cls", "canonical"):
       if type(value := getattr(self, name)) is not bool:
@@ -91,6 +91,37 @@ class TextProcessor:
         f"{end} of 0 to {last}, so it would read a word. Use pool='last' with append_cls=True"
       )
     self.encode([])  # validates length and [CLS]
+
+  @classmethod
+  def from_preset(
+    cls,
+    name: str,
+    path: str | os.PathLike[str],
+    *,
+    length: int | None = None,
+    clean: text_cleaning.Clean | None = None,
+  ) -> "TextProcessor":
+    """Return the text processor of a published family with the vocabulary of a tokenizer.json.
+
+    A folder of `spiece.model` or `tokenizer.model` must first be converted to tokenizer.json.
+
+    Args:
+      name: "clip", "siglip" or "siglip2".
+      path: tokenizer.json of the model.
+      length: number of tokens T of a text; by default that of the published models.
+      clean: cleaning of texts, see `text_cleaning`; by default that of transformers. Use
+        "canonicalize" for models of open_clip whose `tokenizer_kwargs` say so.
+
+    Raises:
+      ValueError: if the preset is unknown, or the file is malformed or lacks a special token.
+      FileNotFoundError: if the file does not exist.
+    """
+    if (preset := text_presets.PRESETS.get(name)) is None:
+      raise ValueError(f"preset={name!r}: expected one of {', '.join(text_presets.PRESETS)}")
+    clean = preset.clean if clean is None else clean
+    tokenizer = Tokenizer.from_file(path, special=preset.special, clean=clean)
+    length = preset.length if length is None else length
+    return cls(tokenizer, length, False, preset.pool, preset.padding, canonical=False)
 
   @property
   def pad_id(self) -> int:

@@ -1,14 +1,16 @@
-"""WordPiece tokenizer on top of the `tokenizers` library, and packing of captions.
+"""Tokenizer on top of the `tokenizers` library, and packing of captions.
 
 A caption becomes `[bos] pieces [eos]`, padded or truncated to a fixed length. Truncated rows also
-end with [eos]. With `append_cls` the last column is [CLS], after the padding.
+end with [eos]. With `append_cls` the last column is [CLS], after the padding. Tokenizers without a
+[bos] token, such as those of SigLIP, omit it.
 
 The tokenizer is part of a trained model. `save` writes it to a folder with checksums and a few
 texts with their ids. `load` rejects a folder that was modified or no longer reproduces the ids.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+import functools
 import hashlib
 import json
 import os
@@ -24,6 +26,7 @@ from ov_data import (
   detokenize,
   fs,
   reversible_pieces,
+  text_cleaning,
   tokenizer_folder,
   tokenizer_json,
   word_pieces,
@@ -63,16 +66,30 @@ class Tokenizer:
 
   Attributes:
     append_cls: whether rows end with [CLS].
-    pad_id, bos_id, eos_id: ids of the special tokens.
+    pad_id, eos_id: ids of the special tokens.
+    bos_id: id of the first token of a row, or None if rows begin with the first piece.
     unk_id, cls_id: ids of the special tokens, or None if the vocabulary lacks them.
+    special: see `__init__`.
     vocab_size: largest id + 1; lower bound of the vocabulary size of the model.
   """
 
-  def __init__(self, backend: tokenizers.Tokenizer, *, append_cls: bool = False):
+  def __init__(
+    self,
+    backend: tokenizers.Tokenizer,
+    *,
+    append_cls: bool = False,
+    special: Mapping[str, str] | None = None,
+  ):
     """Wrap a tokenizer of the `tokenizers` library; see also the named constructors.
 
+    Args:
+      backend: tokenizer of the library.
+      append_cls: whether rows end with [CLS].
+      special: special tokens by role: "pad", "eos", and optionally "bos", "unk" and "cls". By
+        default they are found by their usual names, and "bos" is required.
+
     Raises:
-      ValueError: if the vocabulary lacks a pad, bos, eos or (if requested) [CLS] token.
+      ValueError: if the vocabulary lacks a required token, or `special` has an unknown role.
     """
     backend.no_padding()
     backend.no_truncation()
@@ -81,15 +98,14 @@ class Tokenizer:
     self._ascii = bert.ascii_fast_path(backend)
     self._splits_as_bert = detokenize.splits_as_bert(backend)
     vocabulary = backend.get_vocab(with_added_tokens=True)
-    found = {
-      role: next((vocabulary[n] for n in names if n in vocabulary), None)
-      for role, names in _SPECIAL_NAMES.items()
-    }
-    for role in ("pad", "bos", "eos", *(("cls",) if append_cls else ())):
+    found = _special_ids(vocabulary, special)
+    required = ("pad", "eos") if special is not None else ("pad", "bos", "eos")
+    for role in (*required, *(("cls",) if append_cls else ())):
       if found[role] is None:
         raise ValueError(_missing_special(role, vocabulary))
-    self.pad_id, self.bos_id, self.eos_id = (int(found[r] or 0) for r in ("pad", "bos", "eos"))
-    self.unk_id, self.cls_id = found["unk"], found["cls"]
+    self.pad_id, self.eos_id = int(found["pad"] or 0), int(found["eos"] or 0)
+    self.bos_id, self.unk_id, self.cls_id = found["bos"], found["unk"], found["cls"]
+    self.special = None if special is None else dict(special)
     self.append_cls = append_cls
     self.vocab_size = max(vocabulary.values()) + 1
 
@@ -120,10 +136,23 @@ class Tokenizer:
       raise ValueError(f"vocabulary {path}: {error}") from None
 
   @classmethod
-  def from_file(cls, path: str | os.PathLike[str], *, append_cls: bool = False) -> "Tokenizer":
+  def from_file(
+    cls,
+    path: str | os.PathLike[str],
+    *,
+    append_cls: bool = False,
+    special: Mapping[str, str] | None = None,
+    clean: text_cleaning.Clean = "none",
+  ) -> "Tokenizer":
     """Create a tokenizer from a tokenizer.json of the `tokenizers` library.
 
     Padding, truncation and template of the file are ignored.
+
+    Args:
+      path: tokenizer.json.
+      append_cls: whether rows end with [CLS].
+      special: see `__init__`.
+      clean: cleaning of texts that the file does not contain, see `text_cleaning`.
 
     Raises:
       ValueError: if the file is malformed, ids are out of range, or pad, bos or eos tokens are
@@ -131,8 +160,9 @@ class Tokenizer:
       FileNotFoundError: if the file does not exist.
     """
     backend = tokenizer_json.parse(_read(path), path)
+    text_cleaning.add(backend, clean)
     try:
-      return cls(backend, append_cls=append_cls)
+      return cls(backend, append_cls=append_cls, special=special)
     except ValueError as error:
       raise ValueError(f"{path}: {error}") from None
 
@@ -215,20 +245,19 @@ class Tokenizer:
     if append_cls and cls_id is None:
       raise ValueError(f"append_cls: {_missing_special('cls', self._backend.get_vocab())}")
     content = length - 1 if append_cls else length
+    first = [] if self.bos_id is None else [self.bos_id]
     if not isinstance(length, int | np.integer) or length > MAX_LENGTH:
       raise ValueError(f"length={length!r}: expected an integer of at most {MAX_LENGTH:,}.")
-    if content < 2:
+    if content < 1 + len(first):
       specials = "[bos], [eos] and [CLS]" if append_cls else "[bos] and [eos]"
       raise ValueError(f"length={length} is too short for {specials}; raise it.")
     encodings = self._encodings([_clean(text) for text in texts])
     ids = np.full((len(encodings), length), self.pad_id, np.int32)
     mask = np.zeros((len(encodings), length), bool)
     for row, used, encoding in zip(ids, mask, encodings):
-      words = encoding.ids[: content - 2]
-      used[: len(words) + 2] = True
-      row[0] = self.bos_id
-      row[1 : 1 + len(words)] = words
-      row[1 + len(words)] = self.eos_id
+      words = [*first, *encoding.ids[: content - 1 - len(first)], self.eos_id]
+      used[: len(words)] = True
+      row[: len(words)] = words
     if cls_id is not None:
       ids[:, -1] = cls_id
       mask[:, -1] = True
@@ -278,11 +307,13 @@ class Tokenizer:
     """Return the tokenizer as a tokenizer.json of the `tokenizers` library, without packing."""
     return self._backend.to_str(pretty=True)
 
-  @property
+  @functools.cached_property
   def fingerprint(self) -> str:
     """Hex digits of everything that affects ids."""
-    content = json.loads(self.to_json())
-    text = json.dumps([content, self.append_cls], sort_keys=True)
+    content = [json.loads(self.to_json()), self.append_cls]
+    if self.special is not None:
+      content.append(self.special)
+    text = json.dumps(content, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
   def files(self) -> dict[str, bytes]:
@@ -290,6 +321,7 @@ class Tokenizer:
     tokenizer = self.to_json().encode()
     packing = {
       "append_cls": self.append_cls,
+      **({} if self.special is None else {"special": self.special}),
       "vocab_size": self.vocab_size,
       "max_chars": MAX_CHARS,
       "fingerprint": self.fingerprint,
@@ -342,7 +374,10 @@ class Tokenizer:
       length, append_cls = packing["golden_length"], packing["append_cls"]
       if type(append_cls) is not bool or type(length) is not int or not 2 <= length <= 4096:
         raise ValueError(f"append_cls is {append_cls!r}, golden_length {str(length)[:40]}")
-    except (ValueError, KeyError, TypeError) as error:
+      special = packing.get("special")
+      if special is not None and not all(isinstance(token, str) for token in special.values()):
+        raise ValueError(f"special is {str(special)[:40]}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
       raise ValueError(f"{path / PACKING_FILE} is damaged: {error!r}.") from None
     data = _read(path / TOKENIZER_FILE)
     if packing.get("tokenizer_sha256") not in (None, tokenizer_folder.sha256(data)):
@@ -350,7 +385,7 @@ class Tokenizer:
         f"{path / TOKENIZER_FILE} was modified or replaced after {PACKING_FILE} was written; a "
         "model needs the tokenizer that it was trained with. Copy both files from its run again."
       )
-    tokenizer = cls.from_file(path / TOKENIZER_FILE, append_cls=append_cls)
+    tokenizer = cls.from_file(path / TOKENIZER_FILE, append_cls=append_cls, special=special)
     same_library = packing.get("tokenizers_version") == tokenizers.__version__
     if same_library and packing.get("fingerprint") not in (None, tokenizer.fingerprint):
       raise ValueError(
@@ -406,6 +441,24 @@ def _read(path: str | os.PathLike[str]) -> bytes:
   if fs.is_remote(name):
     raise FileNotFoundError(f"{name}: expected a local file; copy it to a local disk first")
   return fs.read_regular(name, tokenizer_json.MAX_BYTES)
+
+
+def _special_ids(
+  vocabulary: dict[str, int], special: Mapping[str, str] | None
+) -> dict[str, int | None]:
+  """Return the ids of special tokens by role; see `Tokenizer`."""
+  if special is None:
+    return {
+      role: next((vocabulary[n] for n in names if n in vocabulary), None)
+      for role, names in _SPECIAL_NAMES.items()
+    }
+  for role, token in special.items():
+    if role not in _SPECIAL_NAMES or token not in vocabulary:
+      raise ValueError(
+        f"special={{{str(role)[:40]!r}: {str(token)[:40]!r}}}: expected a role of "
+        f"{', '.join(_SPECIAL_NAMES)} with one of the {len(vocabulary)} tokens"
+      )
+  return {role: vocabulary[special[role]] if role in special else None for role in _SPECIAL_NAMES}
 
 
 def _missing_special(role: str, vocabulary: dict[str, int]) -> str:
