@@ -355,10 +355,12 @@ def _words(facts: CardFacts) -> str:
   words, text = facts.release.words, facts.release.text
   if words is None:
     return ""
-  shape = "[bos] pieces [eos]" + (" padding [CLS]" if words.append_cls else " padding")
+  begin = "" if words.bos_id is None else "[bos] "
+  shape = f"{begin}pieces [eos]" + (" padding [CLS]" if words.append_cls else " padding")
   whose = "Texts" if text is not None else "Captions"
   return (
-    f"{whose} are {shape}, truncated or padded to {words.length} tokens; [bos] is {words.bos_id}, "
-    f"[eos] {words.eos_id}, padding {words.pad_id}"
+    f"{whose} are {shape}, truncated or padded to {words.length} tokens; [eos] is {words.eos_id}, "
+    f"padding {words.pad_id}"
+    + ("" if words.bos_id is None else f", [bos] {words.bos_id}")
     + (f", [CLS] {words.cls_id}" if words.append_cls else "")
   )

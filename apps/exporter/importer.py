@@ -157,7 +157,7 @@ def _tokenizer(words: TokenizerSpec) -> ov_data.Tokenizer:
     file = Path(folder) / "tokenizer.json"
     file.write_text(words.tokenizer_json, "utf-8")
     try:
-      tokenizer = ov_data.Tokenizer.from_file(file)
+      tokenizer = ov_data.Tokenizer.from_file(file, special=_special(words))
     except ValueError as error:
       raise ValueError(str(error).replace(str(file), file.name)) from None
   roles = ["pad_id", "bos_id", "eos_id"] + ["cls_id"] * words.append_cls
@@ -169,6 +169,14 @@ def _tokenizer(words: TokenizerSpec) -> ov_data.Tokenizer:
       + ", ".join(f"{role} {getattr(tokenizer, role)}" for role in differing)
     )
   return tokenizer
+
+
+def _special(words: TokenizerSpec) -> dict[str, str] | None:
+  """Return the special tokens of texts without [bos] by role; None for usual names."""
+  if words.bos_id is not None:
+    return None
+  ids = {"pad": words.pad_id, "eos": words.eos_id, "unk": words.unk_id}
+  return {role: token for role, number in ids.items() if (token := words.token(number)) is not None}
 
 
 def _write_checkpoint(

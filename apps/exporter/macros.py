@@ -67,7 +67,11 @@ texts = {{ prompts }}
 ids = np.full((len(texts), {{ words.length }}), {{ words.pad_id }}, {{ dtype }})
 for row, text in zip(ids, texts):
   pieces = tokenizer.encode(text, add_special_tokens=False).ids[:{{ room }}]
+{% if words.bos_id is none %}
+  row[: len(pieces) + 1] = [*pieces, {{ words.eos_id }}]
+{% else %}
   row[: len(pieces) + 2] = [{{ words.bos_id }}, *pieces, {{ words.eos_id }}]
+{% endif %}
 {% if words.append_cls %}
 ids[:, -1] = {{ words.cls_id }}  # [CLS], after the padding
 {% endif %}

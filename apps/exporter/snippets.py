@@ -88,7 +88,7 @@ def _values(release: Release) -> dict[str, Any]:
     "pre": release.preprocess,
     "size": release.preprocess.image_size,
     "words": words,
-    "room": words.length - words.append_cls - 2 if words else 0,
+    "room": words.length - words.append_cls - 1 - (words.bos_id is not None) if words else 0,
     "text": release.text,
     "family": bool(option_problems(release.config)),
     "plain": not option_problems(release.config),

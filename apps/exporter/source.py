@@ -91,8 +91,8 @@ class Source:
 
   @property
   def specials(self) -> tuple[int, int, int] | None:
-    """Ids of [bos], [eos] and padding for captions; None without a tokenizer."""
-    if self.tokenizer is None:
+    """Ids of [bos], [eos] and padding for captions; None without a tokenizer with [bos]."""
+    if self.tokenizer is None or self.tokenizer.bos_id is None:
       return None
     return self.tokenizer.bos_id, self.tokenizer.eos_id, self.tokenizer.pad_id
 

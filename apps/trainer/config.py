@@ -18,7 +18,7 @@ from apps.trainer.optimizers import OPTIMIZERS, AdamW, UpdateRule
 from apps.trainer.rules import fields, integer, of_type, real, shown
 from apps.trainer.run_config import LossSettings, ModelSettings, RunConfig
 from apps.trainer.section import Section
-from apps.trainer.task import Task
+from apps.trainer.task import Task, appends_cls
 import ov_data
 import ov_models
 
@@ -88,12 +88,19 @@ def make_task(config: RunConfig, tokenizer: ov_data.Tokenizer, mesh: jax.shardin
     raise ValueError(
       'config.model.decoder is set and config.loss.caption is 0; set config.model.decoder=""'
     )
-  if model.text is not None and model.text.pool == "last" and tokenizer.cls_id is None:
+  text = model.text
+  masked = text is not None and text.padding == "mask"
+  if text is not None and appends_cls(text, tokenizer) and tokenizer.cls_id is None:
     raise ValueError(
       "the text tower reads the last token, and the tokenizer has no [CLS] to put there; "
-      'set config.model.text_options={"pool": "mean"} or use a vocabulary with [CLS]'
+      'set config.model.text_options={"pool": "mean"}, or {"padding": "attend"} as in SigLIP, or '
+      "use a vocabulary with [CLS]"
     )
-  masked = model.text is not None and model.text.padding == "mask"
+  if model.decoder is not None and tokenizer.bos_id is None:
+    raise ValueError(
+      "the texts of the tokenizer have no begin token, which captions need; set "
+      'config.model.decoder="", or use a vocabulary with [bos]'
+    )
   if tokenizer.pad_id == tokenizer.eos_id and (masked or model.decoder is not None):
     raise ValueError(
       f"the tokenizer pads with its end token, id {tokenizer.eos_id}, so captions and masked texts "
@@ -107,7 +114,7 @@ def make_task(config: RunConfig, tokenizer: ov_data.Tokenizer, mesh: jax.shardin
     tokenizer.pad_id,
     mesh,
     " + ".join(part for part in names if part),
-    _text_specs(config, model, any(term.compares_rows for term in losses)),
+    _text_specs(config, model, tokenizer, any(term.compares_rows for term in losses)),
   )
 
 
@@ -181,7 +188,10 @@ def loss_terms(loss: LossSettings) -> tuple[LossTerm, ...]:
 
 
 def _text_specs(
-  config: RunConfig, model: ov_models.VisionLanguageConfig, contrastive: bool
+  config: RunConfig,
+  model: ov_models.VisionLanguageConfig,
+  tokenizer: ov_data.Tokenizer,
+  contrastive: bool,
 ) -> tuple[tuple[str, ov_data.TextSpec], ...] | None:
   """Return the texts of a batch; if a record lacks one kind of text, the other one is used."""
   alt_keys, caption_keys = config.input.alt_keys, config.input.caption_keys
@@ -200,7 +210,7 @@ def _text_specs(
     )
   specs = {}
   if (text := model.text) is not None:
-    cls = text.pool == "last"
+    cls = appends_cls(text, tokenizer)
     instead = caption_keys if sentences or model.decoder is not None else ()
     # Alt texts that consist of punctuation are trained on, as in the released code.
     specs["alt_ids"] = ov_data.TextSpec(

@@ -20,6 +20,14 @@ import ov_models
 _TEXTS = ("alt_ids", "sentence_ids")  # of the text tower, in the order of its K texts
 
 
+def appends_cls(text: ov_models.TextConfig, tokenizer: ov_data.Tokenizer) -> bool:
+  """Return whether the last column of the texts of a tower is [CLS].
+
+  A tower that reads the last column, and attends to padding, works without [CLS] as SigLIP does.
+  """
+  return text.pool == "last" and (text.padding == "mask" or tokenizer.cls_id is not None)
+
+
 @dataclasses.dataclass(frozen=True)
 class Task:
   """A model and its losses, independent of optimizer, files and loop.
@@ -107,7 +115,7 @@ class Task:
     return ov_data.TextProcessor(
       tokenizer,
       text.max_len,
-      append_cls=text.pool == "last",
+      append_cls=appends_cls(text, tokenizer),
       pool=text.pool,
       padding=text.padding,
     )

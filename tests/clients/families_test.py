@@ -13,6 +13,7 @@ from apps.trainer.progress import Terminal
 from ov_convert import client_env, hf_tokenizer
 from ov_convert.testing import foreign
 import ov_data
+import ov_models
 
 TOWER = {
   "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -149,12 +150,18 @@ def test_clip_tokenizer(tmp_path):
   )
   assert done.returncode == 0, done.stderr[-2000:]
   theirs, plain = (np.array(ids) for ids in json.loads(done.stdout.splitlines()[-1]))
-  words, notes = hf_tokenizer.read_folder(folder, length=20, append_cls=False)
+  tower = ov_models.TextConfig(
+    width=8, depth=1, mlp_dim=8, num_heads=1, vocab_size=49408, max_len=20, pool="argmax",
+    mask="causal", padding="attend",
+  )  # fmt: skip
+  words, notes = hf_tokenizer.read_folder(folder, tower)
   assert words is not None and notes == []
   assert (words.bos_id, words.eos_id, words.pad_id) == (49406, 49407, 49407)
   tokenizer = importer._tokenizer(words)
   processor = ov_data.TextProcessor(tokenizer, 20, False, "argmax", "attend", False)
   np.testing.assert_array_equal(processor.encode(texts), theirs)
+  preset = ov_data.TextProcessor.from_preset("clip", folder / "tokenizer.json", length=20)
+  assert preset.fingerprint == processor.fingerprint
   ends = plain.argmax(1)
   padded = np.where(np.arange(20) > ends[:, None], 49407, plain)
   np.testing.assert_array_equal(padded, theirs)

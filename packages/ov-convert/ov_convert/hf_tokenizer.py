@@ -6,13 +6,15 @@ PreTrainedTokenizerFast, which uses tokenizer.json unchanged. BertTokenizer woul
 normaliser by one that differs from training for compatibility characters such as fractions.
 """
 
+from collections.abc import Mapping
 import json
 import pathlib
 from typing import Any
 
-from ov_convert import fields, reading
+from ov_convert import fields, reading, text_cleaning
 from ov_convert.release import TokenizerSpec
 from ov_convert.writing import write_json
+import ov_models
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
@@ -27,6 +29,17 @@ _USUAL_NAMES = {
   "unk": ("[UNK]", "<unk>"),
   "cls": ("[CLS]", "<cls>"),
 }
+# Vocabularies of SentencePiece, which this package cannot read.
+_SENTENCEPIECE_FILES = ("spiece.model", "tokenizer.model", "sentencepiece.bpe.model")
+# By the model of tokenizer.json: padding token and cleaning of SigLIP's classes in transformers.
+_SIGLIP: dict[str, tuple[str, text_cleaning.Clean]] = {
+  "Unigram": ("</s>", "siglip"),  # SiglipTokenizer
+  "BPE": ("<pad>", "lower"),  # Siglip2Tokenizer
+}
+# `clean` of HFTokenizer of open_clip.
+_OPEN_CLIP_CLEAN: dict[str, text_cleaning.Clean] = {
+  "whitespace": "none", "lower": "lower", "canonicalize": "canonicalize"
+}  # fmt: skip
 
 
 def write_tokenizer(folder: pathlib.Path, words: TokenizerSpec, *, template: bool) -> None:
@@ -35,8 +48,8 @@ def write_tokenizer(folder: pathlib.Path, words: TokenizerSpec, *, template: boo
   Args:
     folder: existing directory.
     words: tokenizer.
-    template: whether the tokenizer adds [bos] and [eos]. Otherwise it returns the pieces only, and
-      the caller adds special tokens.
+    template: whether the tokenizer adds [bos], if any, and [eos]. Otherwise it returns the pieces
+      only, and the caller adds special tokens.
 
   Raises:
     ValueError: if the tokenizer has no token for an id of `words`.
@@ -65,27 +78,84 @@ def write_tokenizer(folder: pathlib.Path, words: TokenizerSpec, *, template: boo
 
 
 def read_folder(
-  root: pathlib.Path, *, length: int, append_cls: bool
+  root: pathlib.Path,
+  text: ov_models.TextConfig,
+  *,
+  append_cls: bool = False,
+  open_clip: Mapping[str, Any] | None = None,
+  unpadded: bool = False,
 ) -> tuple[TokenizerSpec | None, list[str]]:
   """Return the tokenizer of a folder, or notes on why there is none.
 
+  A SentencePiece vocabulary of a tower that reads the last column is that of SigLIP or SigLIP 2:
+  texts have no [bos] and no [CLS], and are cleaned.
+
   Args:
     root: folder with tokenizer.json and, optionally, tokenizer_config.json.
-    length: see `TokenizerSpec`.
-    append_cls: see `TokenizerSpec`.
+    text: text tower.
+    append_cls: see `TokenizerSpec`; ignored for SigLIP.
+    open_clip: tokenizer_kwargs of open_clip, which then define the cleaning; None for transformers.
+    unpadded: whether to ignore the padding token of tokenizer_config.json.
+
+  Raises:
+    ValueError: if the folder has a SentencePiece vocabulary without tokenizer.json.
   """
   if not (root / TOKENIZER_FILE).is_file():
+    for name in _SENTENCEPIECE_FILES:
+      if (root / name).is_file():
+        raise ValueError(
+          f"{root} has {name}, which needs SentencePiece, but no {TOKENIZER_FILE}; convert it with "
+          "transformers, see docs/fine_tune.md."
+        )
     return None, [f"no {TOKENIZER_FILE} in the folder; provide the tokenizer separately"]
-  content = json.dumps(reading.read_json(root / TOKENIZER_FILE), ensure_ascii=False)
+  content = reading.read_json(root / TOKENIZER_FILE, reading.MAX_TOKENIZER_BYTES)
   settings = reading.read_json(root / CONFIG_FILE) if (root / CONFIG_FILE).is_file() else {}
+  if unpadded:
+    settings.pop("pad_token", None)
+  notes = []
+  begins = True
+  kind = _sentencepiece_kind(content)
+  clean: text_cleaning.Clean = "none"
   try:
-    return tokenizer_spec_from(content, settings, length=length, append_cls=append_cls), []
+    if kind and text.pool == "last" and text.padding == "attend":
+      begins = append_cls = False
+      pad, clean = _SIGLIP[kind]
+      if settings.get("pad_token") is None:
+        settings["pad_token"] = pad
+      if settings.get("padding_side") == "left":
+        notes.append("texts are padded on the right, not on the left: the last column is pooled")
+    if open_clip is not None:
+      named = open_clip.get("clean", "whitespace")
+      if not isinstance(named, str) or named not in _OPEN_CLIP_CLEAN:
+        raise ValueError(
+          f"tokenizer_kwargs.clean={fields.shown(named)} (supported: {', '.join(_OPEN_CLIP_CLEAN)})"
+        )
+      clean = _OPEN_CLIP_CLEAN[named]
+    cleaned = json.dumps(text_cleaning.add(content, clean), ensure_ascii=False)
+    words = tokenizer_spec_from(
+      cleaned, settings, length=text.max_len, append_cls=append_cls, begins=begins
+    )
   except ValueError as error:
     return None, [f"the tokenizer is not imported: {error}"]
+  return words, notes
+
+
+def _sentencepiece_kind(content: Mapping[str, Any]) -> str:
+  """Return "Unigram" or "BPE" for a vocabulary of SentencePiece, "" for others."""
+  model = content.get("model")
+  model = model if isinstance(model, Mapping) else {}
+  if model.get("type") == "BPE" and model.get("byte_fallback") is True:
+    return "BPE"
+  return "Unigram" if model.get("type") == "Unigram" else ""
 
 
 def tokenizer_spec_from(
-  tokenizer_json: str, settings: dict[str, Any], *, length: int, append_cls: bool
+  tokenizer_json: str,
+  settings: dict[str, Any],
+  *,
+  length: int,
+  append_cls: bool,
+  begins: bool = True,
 ) -> TokenizerSpec:
   """Return the tokenizer defined by the content of tokenizer files.
 
@@ -94,10 +164,11 @@ def tokenizer_spec_from(
     settings: content of tokenizer_config.json, or {}.
     length: see `TokenizerSpec`.
     append_cls: see `TokenizerSpec`.
+    begins: whether texts begin with [bos].
 
   Raises:
-    ValueError: if tokenizer.json is malformed, or has no [PAD], [bos], [eos] or (with `append_cls`)
-      [CLS] token.
+    ValueError: if tokenizer.json is malformed, or has no [PAD], [bos] (with `begins`), [eos] or
+      (with `append_cls`) [CLS] token.
   """
   try:
     names = TokenizerSpec(tokenizer_json, length, append_cls, 0, 0, 0).vocabulary
@@ -118,7 +189,9 @@ def tokenizer_spec_from(
     named = named.get("content") if isinstance(named, dict) else named
     candidates = ([named] if isinstance(named, str) else []) + list(_USUAL_NAMES[role])
     found[role] = next((names[name] for name in candidates if name in names), None)
-  needed = ("pad", "bos", "eos", "cls") if append_cls else ("pad", "bos", "eos")
+  if not begins:
+    found |= {"bos": None, "cls": None}
+  needed = ["pad", *["bos"] * begins, "eos", *["cls"] * append_cls]
   if missing := [role for role in needed if found[role] is None]:
     usual = "; ".join(f"{role}: {' or '.join(_USUAL_NAMES[role])}" for role in missing)
     raise ValueError(
@@ -140,15 +213,17 @@ def _named(words: TokenizerSpec, role: str) -> str | None:
 
 
 def _template(words: TokenizerSpec) -> dict[str, Any]:
-  """Return the post-processor that adds [bos] and [eos] to single texts and pairs."""
-  ids = {"bos": words.bos_id, "eos": words.eos_id}
+  """Return the post-processor that adds [bos], if any, and [eos] to single texts and pairs."""
+  ids = {} if words.bos_id is None else {"bos": words.bos_id}
+  ids["eos"] = words.eos_id
   tokens = {role: str(words.token(number)) for role, number in ids.items()}
 
   def special(role: str) -> dict[str, Any]:
     return {"SpecialToken": {"id": tokens[role], "type_id": 0}}
 
   def text(name: str) -> list[dict[str, Any]]:
-    return [special("bos"), {"Sequence": {"id": name, "type_id": 0}}, special("eos")]
+    first = [special("bos")] if "bos" in ids else []
+    return [*first, {"Sequence": {"id": name, "type_id": 0}}, special("eos")]
 
   return {
     "type": "TemplateProcessing",

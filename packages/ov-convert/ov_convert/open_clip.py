@@ -17,7 +17,6 @@ are the same; ids have [eos] where training has [PAD]. See `mask_padding`.
 
 from collections.abc import Iterator, Mapping
 import dataclasses
-import json
 import os
 import pathlib
 from typing import Any
@@ -291,21 +290,17 @@ def _read_words(
   root: pathlib.Path, text_cfg: Mapping[str, Any], text: ov_models.TextConfig
 ) -> tuple[TokenizerSpec | None, list[str]]:
   """Return the tokenizer in the folder, or a note on why there is none."""
-  if not (root / hf_tokenizer.TOKENIZER_FILE).is_file():
-    note = f"no {hf_tokenizer.TOKENIZER_FILE} in the folder; provide the tokenizer separately"
-    if (root / "vocab.txt").is_file():
-      note += "; ov_data.Tokenizer.from_vocab creates one from its vocab.txt"
-    return None, [note]
-  content = json.dumps(reading.read_json(root / hf_tokenizer.TOKENIZER_FILE), ensure_ascii=False)
-  settings_file = root / hf_tokenizer.CONFIG_FILE
-  settings = reading.read_json(settings_file) if settings_file.is_file() else {}
-  if open_clip_config.masks_padding(text):
-    settings.pop("pad_token", None)  # it is [eos], see `mask_padding`
+  if not (root / hf_tokenizer.TOKENIZER_FILE).is_file() and (root / "vocab.txt").is_file():
+    return None, [
+      f"no {hf_tokenizer.TOKENIZER_FILE} in the folder; provide the tokenizer separately; "
+      "ov_data.Tokenizer.from_vocab creates one from its vocab.txt"
+    ]
   # Published configs do not state that rows end with [CLS], but their pooling requires it.
   append_cls = text_cfg.get("tokenizer_mode") == "clips" or text.pool == "last"
-  try:
-    return hf_tokenizer.tokenizer_spec_from(
-      content, settings, length=text.max_len, append_cls=append_cls
-    ), []
-  except ValueError as error:
-    return None, [f"the tokenizer is not imported: {error}"]
+  return hf_tokenizer.read_folder(
+    root,
+    text,
+    append_cls=append_cls,
+    open_clip=fields.section(text_cfg, "tokenizer_kwargs", "text_cfg."),
+    unpadded=open_clip_config.masks_padding(text),  # its padding is [eos], see `mask_padding`
+  )

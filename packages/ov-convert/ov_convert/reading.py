@@ -19,6 +19,7 @@ import safetensors
 from ov_convert.client_env import ClientError, run_client
 
 MAX_JSON_BYTES = 16 << 20
+MAX_TOKENIZER_BYTES = 64 << 20  # tokenizer.json of Gemma, with 256,000 tokens, has about 34 MB
 MAX_HEADER_BYTES = 32 << 20  # header of a safetensors file, enough for 200,000 tensors
 MAX_TENSOR_BYTES = 64 << 30  # all files of a model together
 
@@ -42,15 +43,19 @@ _DTYPES = (
 Folder = str | os.PathLike[str]
 
 
-def read_json(path: Folder) -> dict[str, Any]:
+def read_json(path: Folder, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
   """Read a JSON file that contains an object.
+
+  Args:
+    path: file.
+    max_bytes: largest size of the file.
 
   Raises:
     FileNotFoundError: if the file does not exist.
     ValueError: if the file is too large, a link out of the folder, not a JSON object, or contains
       NaN or Inf.
   """
-  text = _read_json_bytes(path)
+  text = _read_json_bytes(path, max_bytes)
   try:
     content = json.loads(text, parse_constant=_number, parse_float=_number)
   except RecursionError:
@@ -62,17 +67,17 @@ def read_json(path: Folder) -> dict[str, Any]:
   return content
 
 
-def read_json_text(path: Folder) -> str:
+def read_json_text(path: Folder, max_bytes: int = MAX_JSON_BYTES) -> str:
   """Return the text of a JSON file after checking it with `read_json`."""
-  read_json(path)
-  return _read_json_bytes(path).decode("utf-8")
+  read_json(path, max_bytes)
+  return _read_json_bytes(path, max_bytes).decode("utf-8")
 
 
-def _read_json_bytes(path: Folder) -> bytes:
+def _read_json_bytes(path: Folder, max_bytes: int) -> bytes:
   path = pathlib.Path(path)
   file = inside(path.parent, path.name)
-  if (size := file.stat().st_size) > MAX_JSON_BYTES:
-    raise ValueError(f"{path} has {size} bytes; expected at most {MAX_JSON_BYTES} for JSON.")
+  if (size := file.stat().st_size) > max_bytes:
+    raise ValueError(f"{path} has {size} bytes; expected at most {max_bytes} for JSON.")
   return file.read_bytes()
 
 

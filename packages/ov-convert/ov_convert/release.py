@@ -57,18 +57,22 @@ class Preprocess:
 class TokenizerSpec:
   """Conversion of texts to ids: `[bos] pieces [eos]`, truncated and padded to `length`.
 
+  The tokenizers of SigLIP and SigLIP 2 omit [bos].
+
   Attributes:
     tokenizer_json: tokenizer.json of the `tokenizers` library.
     length: sequence length T, including special tokens.
     append_cls: whether the last column is [CLS], after the padding.
-    pad_id, bos_id, eos_id, unk_id, cls_id: ids of special tokens; None if the vocabulary lacks one.
+    pad_id, eos_id: ids of special tokens.
+    bos_id: id of the first token; None if texts begin with their first piece.
+    unk_id, cls_id: ids of special tokens; None if the vocabulary lacks one.
   """
 
   tokenizer_json: str
   length: int
   append_cls: bool
   pad_id: int
-  bos_id: int
+  bos_id: int | None
   eos_id: int
   unk_id: int | None = None
   cls_id: int | None = None

@@ -119,8 +119,9 @@ def functions(config: Config, release: Release) -> dict[str, tuple[Function, Any
 
     found["text"] = (encode_text, jax.ShapeDtypeStruct((batch, text.max_len), jnp.int32))
   decoder, words = getattr(config, "decoder", None), release.words
-  if isinstance(decoder, ov_models.DecoderConfig) and words is not None:
-    bos_id, eos_id, pad_id = words.bos_id, words.eos_id, words.pad_id
+  bos_id = None if words is None else words.bos_id
+  if isinstance(decoder, ov_models.DecoderConfig) and words is not None and bos_id is not None:
+    eos_id, pad_id = words.eos_id, words.pad_id
 
     def caption(params: Flat, pixels: jax.Array) -> dict[str, jax.Array]:
       out = ov_models.generate(

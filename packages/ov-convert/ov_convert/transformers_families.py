@@ -83,7 +83,7 @@ def read(
     notes += more
   words, text = None, getattr(config, "text", None)
   if text is not None:
-    words, more = hf_tokenizer.read_folder(root, length=text.max_len, append_cls=False)
+    words, more = hf_tokenizer.read_folder(root, text)
     notes += more
   return Imported(config, params, preprocess, words, tuple(notes))
 

@@ -134,8 +134,9 @@ def read(folder: pathlib.Path, python: str | os.PathLike[str] | None = None) -> 
   fields.check_against_weights(flat, config.depth, sizes, str(folder / CONFIG_FILE))
   settings = reading.read_json(folder / TOKENIZER_CONFIG_FILE)
   words = tokenizer_spec_from(
-    reading.read_json_text(folder / TOKENIZER_FILE), settings, length=config.max_len,
-    append_cls=bool(content["openvision"]["append_cls"]),
+    reading.read_json_text(folder / TOKENIZER_FILE, reading.MAX_TOKENIZER_BYTES), settings,
+    length=config.max_len, append_cls=bool(content["openvision"]["append_cls"]),
+    begins=content.get("bos_token_id") is not None,
   )  # fmt: skip
   return TextTower(config, embed_dim, flat, words)
 

@@ -64,7 +64,7 @@ def add(backend: tokenizers.Tokenizer, clean: Clean) -> None:
   if own is None:
     old = []
   elif isinstance(own, normalizers.Sequence):
-    old = list(own)
+    old = [own[i] for i in range(len(own))]
   else:
     old = [own]
   if [step.__getstate__() for step in old[: len(new)]] != [step.__getstate__() for step in new]:

@@ -139,7 +139,8 @@ class Model:
   def can_caption(self) -> bool:
     """Whether the model generates captions."""
     decoder = getattr(self.config, "decoder", None)
-    return self.tokenizer is not None and isinstance(decoder, ov_models.DecoderConfig)
+    begins = self.tokenizer is not None and self.tokenizer.bos_id is not None
+    return begins and isinstance(decoder, ov_models.DecoderConfig)
 
   @property
   def _is_pair(self) -> bool:
@@ -234,7 +235,7 @@ class Model:
 
   def _caption(self, images: np.ndarray) -> list[Caption]:
     words = self.tokenizer
-    assert words is not None  # `can_caption`
+    assert words is not None and words.bos_id is not None  # `can_caption`
     with self._lock:
       out = ov_models.generate(
         ov_models.bind(self.config, self._params), self._normalise(_padded(images)),

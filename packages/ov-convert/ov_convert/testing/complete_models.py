@@ -89,7 +89,7 @@ def our_arrays(release: Release, inputs: dict[str, np.ndarray]) -> dict[str, np.
       model: Any = ov_models.bind(config, release.params)
       captions = ov_models.generate(
         model, jnp.asarray(inputs["pixels"]), max_len=decoder.max_len,
-        bos_id=words.bos_id, eos_id=words.eos_id, pad_id=words.pad_id,
+        bos_id=words.bos_id or 0, eos_id=words.eos_id, pad_id=words.pad_id,
       )  # fmt: skip
       found["caption/ids"] = captions.ids
   return {name: np.asarray(array) for name, array in found.items()}
