@@ -19,13 +19,13 @@ TOKENIZER = ov_data.Tokenizer.train(["a dog"], 20)
 MESH = ov_sharding.make_mesh(ov_sharding.MeshConfig())
 
 
-def make_task(**model):
+def make_task(tokenizer=TOKENIZER, **model):
   config = (
     base.clip_config() if "text" in model or "text_options" in model else base.caption_config()
   )
   config.model.vocab_size = 0
   config = base.resolve(config).with_settings({f"model.{k}": v for k, v in model.items()})
-  return config, config_lib.make_task(config, TOKENIZER, MESH)
+  return config, config_lib.make_task(config, tokenizer, MESH)
 
 
 def test_border_note_counts_ignored_pixels():
@@ -112,3 +112,19 @@ def test_batch_larger_than_memory():
 def test_invalid_options(model, message):
   with pytest.raises(ValueError, match=message):
     make_task(**model)
+
+
+def test_tokenizer_of_siglip(tmp_path):
+  """Texts without [bos] and [CLS] are read at their last column, where padding is attended to."""
+  path = tmp_path / "tokenizer.json"
+  path.write_text(TOKENIZER.to_json(), "utf-8")
+  tokenizer = ov_data.Tokenizer.from_file(path, special={"pad": "[PAD]", "eos": "[eos]"})
+  attend = {"padding": "attend"}
+  _, task = make_task(tokenizer=tokenizer, text="Ti", decoder="", text_options=attend)
+  processor = task.text_processor(tokenizer)
+  assert (processor.append_cls, processor.pool, processor.padding) == (False, "last", "attend")
+  assert task.specs is not None and not dict(task.specs)["alt_ids"].append_cls
+  with pytest.raises(ValueError, match='no .CLS. to put there; .* {"padding": "attend"} as in Si'):
+    make_task(tokenizer=tokenizer, text="Ti", decoder="")
+  with pytest.raises(ValueError, match="the tokenizer have no begin token, which captions need"):
+    make_task(tokenizer=tokenizer, text="Ti", decoder="Ti", text_options=attend)

@@ -1,19 +1,24 @@
 """Tests that imports are workdirs for training, evaluation and export."""
 
 import dataclasses
+import json
+import typing
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers import normalizers
 
 from apps.exporter.importer import import_model
 from apps.trainer.checkpoint import find_checkpoint, read_metadata
 from apps.trainer.init_from import check_tokenizer, plan_init
 from apps.trainer.init_source import open_source
-from ov_convert import hf_tokenizer, openvision_jax, torch_module
+from ov_convert import hf_tokenizer, openvision_jax, text_cleaning, torch_module
 from ov_convert.release import Preprocess, Release, TokenizerSpec
 import ov_data
+import ov_data.text_cleaning
 import ov_data.tokenizer
 import ov_models
 
@@ -278,3 +283,38 @@ def test_a_failed_write_leaves_no_output(tmp_path, monkeypatch):
 def test_training_and_conversion_look_for_special_tokens_by_the_same_names():
   """Tests that import and training agree on the special tokens of a vocabulary."""
   assert hf_tokenizer._USUAL_NAMES == ov_data.tokenizer._SPECIAL_NAMES
+
+
+@pytest.mark.parametrize("clean", typing.get_args(text_cleaning.Clean))
+@pytest.mark.parametrize("own", [None, normalizers.NFKC(), normalizers.Sequence([])])
+def test_training_and_conversion_clean_texts_alike(clean, own):
+  """Both put the same normalizers in front of those of the file, and only once."""
+  backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+  backend.normalizer = own
+  content = json.loads(backend.to_str())
+  for _ in range(2):
+    content = text_cleaning.add(content, clean)
+    ov_data.text_cleaning.add(backend, clean)
+    assert content["normalizer"] == json.loads(backend.to_str())["normalizer"]
+  assert tokenizers.Tokenizer.from_str(json.dumps(content)).to_str() == backend.to_str()
+
+
+def test_texts_without_begin_token(tmp_path):
+  """A model of our format keeps the special tokens of SigLIP."""
+  path = tmp_path / "tokenizer.json"
+  path.write_text(TOKENIZER.to_json(), "utf-8")
+  special = {"pad": "[eos]", "eos": "[eos]", "unk": "[UNK]"}
+  tokenizer = ov_data.Tokenizer.from_file(path, special=special, clean="siglip")
+  spec = words(
+    append_cls=False, pad_id=tokenizer.pad_id, bos_id=None, eos_id=tokenizer.eos_id, cls_id=None
+  )
+  spec = dataclasses.replace(spec, tokenizer_json=tokenizer.to_json())
+  config = dataclasses.replace(TOWERS, decoder=None)
+  saved(tmp_path / "model", config, spec)
+  lines = import_model(f"safetensors:{tmp_path / 'model'}", tmp_path / "workdir")
+  assert not any("tokenizer" in line for line in lines), lines
+  processor = ov_data.TextProcessor.load(tmp_path / "workdir" / "tokenizer")
+  assert processor.tokenizer.fingerprint == tokenizer.fingerprint
+  assert processor.encode(["A red, SQUARE!"]).tolist() == [
+    [*tokenizer.encode("a red square"), *[tokenizer.eos_id] * 5]
+  ]

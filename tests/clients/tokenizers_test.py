@@ -27,11 +27,13 @@ import ov_models
 LENGTH = 16
 CORPUS = [
   "a photo of a red circle above a blue square", "two dogs play under a green tree, near a house",
-  "the owner's café in a sunny street; it's naïve", "东京 タワー, größe und straße!", "I don't know",
+  "the owner's café in a sunny street; it's naïve", "东京 タワー, größe und straße!",
+  "I don't know",
 ]  # fmt: skip
 TEXTS = [
   "A photo of a RED circle!", "", "   ", "!?", "dog " * 99, "don't, it's  a_cat </s> dog", "</s>",
-  "<eos> a <pad> <bos> b", "tab\tand\nline", "東京 Tower 😀👍🏽", "Café naïve GRÖSSE", "  lead  trail ",
+  "<eos> a <pad> <bos> b", "tab\tand\nline", "東京 Tower 😀👍🏽", "Café naïve GRÖSSE",
+  "  lead  trail ",
   "x" * 300, "<|endoftext|>", "a.b-c",
 ]  # fmt: skip
 SIZES = {

@@ -31,10 +31,11 @@ _USUAL_NAMES = {
 }
 # Vocabularies of SentencePiece, which this package cannot read.
 _SENTENCEPIECE_FILES = ("spiece.model", "tokenizer.model", "sentencepiece.bpe.model")
-# By the model of tokenizer.json: padding token and cleaning of SigLIP's classes in transformers.
-_SIGLIP: dict[str, tuple[str, text_cleaning.Clean]] = {
-  "Unigram": ("</s>", "siglip"),  # SiglipTokenizer
-  "BPE": ("<pad>", "lower"),  # Siglip2Tokenizer
+# By the model of tokenizer.json: padding and end token, and cleaning, of the classes of SigLIP in
+# transformers.
+_SIGLIP: dict[str, tuple[str, str, text_cleaning.Clean]] = {
+  "Unigram": ("</s>", "</s>", "siglip"),  # SiglipTokenizer
+  "BPE": ("<pad>", "<eos>", "lower"),  # Siglip2Tokenizer
 }
 # `clean` of HFTokenizer of open_clip.
 _OPEN_CLIP_CLEAN: dict[str, text_cleaning.Clean] = {
@@ -119,9 +120,10 @@ def read_folder(
   try:
     if kind and text.pool == "last" and text.padding == "attend":
       begins = append_cls = False
-      pad, clean = _SIGLIP[kind]
-      if settings.get("pad_token") is None:
-        settings["pad_token"] = pad
+      pad, end, clean = _SIGLIP[kind]
+      for role, token in (("pad_token", pad), ("eos_token", end)):
+        if settings.get(role) is None:
+          settings[role] = token
       if settings.get("padding_side") == "left":
         notes.append("texts are padded on the right, not on the left: the last column is pooled")
     if open_clip is not None:

@@ -4,12 +4,14 @@ That transformers and open_clip make the same ids of these files is tested where
 open_clip_test.py.
 """
 
+import dataclasses
 import json
 
 import pytest
 
-from ov_convert import hf_tokenizer
+from ov_convert import hf_tokenizer, reading
 from ov_convert.release import TokenizerSpec
+import ov_models
 
 TOKENS = ("[PAD]", "[bos]", "[eos]", "[UNK]", "[CLS]", "red", "circle", "##s")
 CONTENT = {
@@ -100,3 +102,97 @@ def test_reading_other_tokenizers():
   for broken in ("{", "[]", "{}", '{"model": {"vocab": 3}}'):
     with pytest.raises(ValueError, match="is not a file of the tokenizers library"):
       hf_tokenizer.tokenizer_spec_from(broken, {}, length=8, append_cls=False)
+
+
+SIGLIP_TOKENS = ("<pad>", "</s>", "<unk>", "<bos>", "<eos>", "▁red", "▁", "s")
+UNIGRAM = {"type": "Unigram", "unk_id": 2, "vocab": [[token, -1.0] for token in SIGLIP_TOKENS]}
+BPE = {
+  "type": "BPE", "byte_fallback": True, "merges": [],
+  "vocab": {token: i for i, token in enumerate(SIGLIP_TOKENS)},
+}  # fmt: skip
+TOWER = ov_models.TextConfig(
+  width=8, depth=1, mlp_dim=8, num_heads=1, vocab_size=8, max_len=6, padding="attend"
+)
+
+
+def write_siglip(folder, model, settings=None):
+  content = CONTENT | {"model": model, "normalizer": {"type": "NFKC"}}
+  (folder / "tokenizer.json").write_text(json.dumps(content))
+  if settings is not None:
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def steps(words):
+  return [step["type"] for step in json.loads(words.tokenizer_json)["normalizer"]["normalizers"]]
+
+
+@pytest.mark.parametrize(
+  ("model", "ids", "cleaning"),
+  [
+    (UNIGRAM, (1, None, 1), ["Replace", "Lowercase", "Replace", "Replace", "Strip"]),
+    (BPE, (0, None, 4), ["Lowercase"]),
+  ],
+)
+def test_siglip(model, ids, cleaning, tmp_path):
+  """Texts have no [bos], SigLIP pads with its end token, and the cleaning precedes the file's."""
+  write_siglip(tmp_path, model, {"bos_token": "<bos>", "padding_side": "left", "pad_token": None})
+  words, notes = hf_tokenizer.read_folder(tmp_path, TOWER, append_cls=True)
+  assert words is not None and notes == [
+    "texts are padded on the right, not on the left: the last column is pooled"
+  ]
+  assert (words.pad_id, words.bos_id, words.eos_id) == ids
+  assert (words.length, words.append_cls, words.cls_id) == (6, False, None)
+  assert steps(words) == [*cleaning, "NFKC"]
+  out = tmp_path / "out"
+  out.mkdir()
+  hf_tokenizer.write_tokenizer(out, words, template=True)
+  content = json.loads((out / "tokenizer.json").read_text("utf-8"))
+  assert [next(iter(part)) for part in content["post_processor"]["single"]] == [
+    "Sequence", "SpecialToken"
+  ]  # fmt: skip
+  config = json.loads((out / "tokenizer_config.json").read_text("utf-8"))
+  assert "bos_token" not in config and config["padding_side"] == "right"
+  again, notes = hf_tokenizer.read_folder(out, TOWER)
+  assert again is not None and steps(again) == steps(words) and not notes
+
+
+def test_cleaning_of_open_clip(tmp_path):
+  write_siglip(tmp_path, UNIGRAM)
+  for given, expected in (
+    ({}, ["NFKC"]),
+    ({"clean": "lower"}, ["Lowercase", "NFKC"]),
+    ({"clean": "canonicalize"}, ["NFC", "Replace", "Replace", "Replace", "Lowercase", "Replace",
+                                 "Replace", "Strip", "NFKC"]),
+  ):  # fmt: skip
+    words, notes = hf_tokenizer.read_folder(tmp_path, TOWER, append_cls=True, open_clip=given)
+    assert words is not None and not notes
+    content = json.loads(words.tokenizer_json)["normalizer"]
+    assert (steps(words) if "normalizers" in content else [content["type"]]) == expected
+  words, notes = hf_tokenizer.read_folder(tmp_path, TOWER, open_clip={"clean": "upper"})
+  assert words is None and "tokenizer_kwargs.clean='upper' (supported: whitespace" in notes[0]
+
+
+def test_other_towers_have_a_begin_token(tmp_path):
+  """Only towers that read the last column, with padding, have the texts of SigLIP."""
+  write_siglip(tmp_path, BPE)
+  tower = dataclasses.replace(TOWER, pool="mean", padding="mask")
+  words, _ = hf_tokenizer.read_folder(tmp_path, tower)
+  assert words is not None and words.bos_id == 3
+
+
+@pytest.mark.parametrize("name", ["spiece.model", "tokenizer.model"])
+def test_sentencepiece_without_tokenizer_json_is_refused(name, tmp_path):
+  assert hf_tokenizer.read_folder(tmp_path, TOWER)[0] is None
+  (tmp_path / name).write_bytes(b"\n")
+  with pytest.raises(ValueError, match=f"has {name}, which needs SentencePiece, but no tokenizer"):
+    hf_tokenizer.read_folder(tmp_path, TOWER)
+
+
+def test_size_of_tokenizer_json(monkeypatch, tmp_path):
+  """A vocabulary may be larger than other JSON files, but is bounded."""
+  write_siglip(tmp_path, UNIGRAM)
+  monkeypatch.setattr(reading, "MAX_JSON_BYTES", 10)
+  assert hf_tokenizer.read_folder(tmp_path, TOWER)[0] is not None
+  monkeypatch.setattr(reading, "MAX_TOKENIZER_BYTES", 10)
+  with pytest.raises(ValueError, match="bytes; expected at most 10 for JSON"):
+    hf_tokenizer.read_folder(tmp_path, TOWER)

@@ -165,6 +165,7 @@ def _words(content: Mapping[str, Any], tokenizer_json: str) -> TokenizerSpec:
   given["length"] = fields.integer(given, "length", None, fields.MAX_TOKENS)
   for name in ("pad_id", "bos_id", "eos_id", "unk_id", "cls_id"):
     if name in ("bos_id", "unk_id", "cls_id") and given.get(name) is None:
+      given[name] = None
       continue
     given[name] = fields.integer(given, name, None, fields.MAX_VOCABULARY, low=0)
   if not isinstance(given.get("append_cls"), bool):
