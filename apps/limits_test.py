@@ -127,4 +127,4 @@ def test_tokenizer_of_siglip(tmp_path):
   with pytest.raises(ValueError, match='no .CLS. to put there; .* {"padding": "attend"} as in Si'):
     make_task(tokenizer=tokenizer, text="Ti", decoder="")
   with pytest.raises(ValueError, match="the tokenizer have no begin token, which captions need"):
-    make_task(tokenizer=tokenizer, text="Ti", decoder="Ti", text_options=attend)
+    make_task(tokenizer=tokenizer)
