@@ -61,6 +61,8 @@ def ascii_fast_path(tokenizer: tokenizers.Tokenizer) -> AsciiFastPath | None:
 
   Returns None if the ids could differ because of another normalizer or added tokens.
   """
+  if not isinstance(tokenizer.model, models.WordPiece):
+    return None  # without serializing a vocabulary that may be large
   content = json.loads(tokenizer.to_str())
   if content["added_tokens"]:
     return None
