@@ -119,12 +119,17 @@ def test_tokenizer_of_siglip(tmp_path):
   path = tmp_path / "tokenizer.json"
   path.write_text(TOKENIZER.to_json(), "utf-8")
   tokenizer = ov_data.Tokenizer.from_file(path, special={"pad": "[PAD]", "eos": "[eos]"})
-  attend = {"padding": "attend"}
-  _, task = make_task(tokenizer=tokenizer, text="Ti", decoder="", text_options=attend)
+  given = {
+    "model.text": "Ti", "model.decoder": "", "model.vocab_size": 0, "loss.caption": 0.0,
+    "model.text_options": {"padding": "attend"},
+  }  # fmt: skip
+  config = base.resolve(base.clip_config()).with_settings(given)
+  task = config_lib.make_task(config, tokenizer, MESH)
   processor = task.text_processor(tokenizer)
   assert (processor.append_cls, processor.pool, processor.padding) == (False, "last", "attend")
   assert task.specs is not None and not dict(task.specs)["alt_ids"].append_cls
+  config = config.with_settings({"model.text_options": {}})
   with pytest.raises(ValueError, match='no .CLS. to put there; .* {"padding": "attend"} as in Si'):
-    make_task(tokenizer=tokenizer, text="Ti", decoder="")
+    config_lib.make_task(config, tokenizer, MESH)
   with pytest.raises(ValueError, match="the tokenizer have no begin token, which captions need"):
     make_task(tokenizer=tokenizer)
