@@ -15,7 +15,6 @@ import numpy as np
 
 from apps.demo import scenes
 from apps.label_data import LabeledImages, check_distinct
-from apps.trainer.augment import normalise
 from apps.trainer.held_out import HeldOut, HostBatch
 from apps.trainer.report import ClassTable, Sample
 from apps.trainer.task import Evaluation, Params
@@ -108,7 +107,7 @@ class CaptionGenerator:
 
     def generate(batch: HostBatch) -> Any:
       model = ov_models.bind(task.model, params)
-      images = normalise(_on_device(batch, mesh))
+      images = task.normalization(_on_device(batch, mesh))
       with jax.set_mesh(mesh):
         ids = ov_models.generate(model, images, **options).ids
       return ov_sharding.local_rows(jax.device_put(ids, ov_sharding.batch_sharding(mesh)))
@@ -149,7 +148,7 @@ class LikelihoodClassifier:
     def encode(batch: HostBatch) -> jax.Array:
       images = _on_device(batch, mesh)
       with jax.set_mesh(mesh):
-        return _encode(task.model, rows, params, images)
+        return _encode(task, rows, params, images)
 
     def score(tokens: jax.Array, chunk: np.ndarray) -> tuple[Any, np.ndarray]:
       with jax.set_mesh(mesh):
@@ -174,16 +173,14 @@ def _score(
   task: Any, rows: NamedSharding, params: Params, batch: dict[str, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
   """Return NLL [B] and number of target tokens [B] of the captions of a batch."""
-  scores = task.score(params, {**batch, "image": normalise(batch["image"])})
+  scores = task.score(params, {**batch, "image": task.normalization(batch["image"])})
   return jax.lax.with_sharding_constraint(scores, rows)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _encode(
-  config: ModelConfig, rows: NamedSharding, params: Params, images: jax.Array
-) -> jax.Array:
+def _encode(task: Any, rows: NamedSharding, params: Params, images: jax.Array) -> jax.Array:
   """Encode uint8 [B, H, W, 3] to the image tokens [B, K, D] that the decoder receives."""
-  tokens = ov_models.bind(config, params).encode(normalise(images))[1]
+  tokens = ov_models.bind(task.model, params).encode(task.normalization(images))[1]
   return jax.lax.with_sharding_constraint(tokens, rows)
 
 

@@ -45,7 +45,7 @@ class Embedder:
 
   def images(self, params: Params, gallery_images: dict[int, np.ndarray]) -> features.EmbedImages:
     """Return a function from a batch to float32 [b, E]; it stores `gallery_images`."""
-    embed = features.image_embedder(self._held_out.task.model, params, self._held_out.mesh)
+    embed = features.image_embedder(self._held_out.task, params, self._held_out.mesh)
     if not self._held_out.config.eval.gallery:
       return embed
 

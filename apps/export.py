@@ -24,6 +24,13 @@ _FORMAT = flags.DEFINE_list("format", ["safetensors"], f"Some of {', '.join(EXPO
 _OUT = flags.DEFINE_string("out", None, "Output folder; each format gets a sub-folder.")
 _STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; the newest by default.")
 _PART = flags.DEFINE_enum("part", "params", ["params", "ema"], "Parameters or their average.")
+_WISE_FT = flags.DEFINE_float(
+  "wise_ft",
+  None,
+  "Export alpha * trained + (1 - alpha) * initial weights of a fine-tuned run, alpha in [0, 1].",
+  lower_bound=0,
+  upper_bound=1,
+)
 _DTYPE = flags.DEFINE_enum(
   "dtype", "float32", ["float32", "bfloat16", "float16"], "Dtype of the exported weights."
 )
@@ -136,6 +143,7 @@ def _export(workdir: str, formats: list[str], out: Path) -> None:
       part=_PART.value,
       image_size=_IMAGE_SIZE.value,
       dtype=_DTYPE.value,
+      wise_ft=_WISE_FT.value,
     )
     agreed = exporting.export(
       source, formats, out, pictures, source.license(_LICENSE.value), Terminal(), options

@@ -38,8 +38,7 @@ class FeatureEvaluator:
   def __call__(self, params: Any) -> Evaluation:
     """Return the results of kNN, linear and few-shot probes, and of a majority-class baseline."""
     config = self._config
-    encoder, mesh = self._held_out.task.model.encoder, self._held_out.mesh
-    embed = features.feature_extractor(encoder, params["encoder"], mesh)
+    embed = features.feature_extractor(self._held_out.task, params, self._held_out.mesh)
     train, train_names = self._features("training features", embed, self._train)
     test, test_names = self._features("test features", embed, self._test)
     # Classes that occur only in the test set are never predicted; the results contain their number.

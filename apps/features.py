@@ -11,27 +11,24 @@ import jax
 from jax.sharding import NamedSharding
 import numpy as np
 
-from apps.trainer.augment import normalise
+from apps.trainer.augment import Normalization
 from apps.trainer.held_out import HostBatch
-from apps.trainer.task import Params
+from apps.trainer.task import Params, Task
 import ov_models
 import ov_sharding
 
 EmbedImages = Callable[[HostBatch], np.ndarray]
 
 
-def image_embedder(
-  model: ov_models.VisionLanguageConfig, params: Params, mesh: jax.sharding.Mesh
-) -> EmbedImages:
+def image_embedder(task: Task, params: Params, mesh: jax.sharding.Mesh) -> EmbedImages:
   """Return a function from a batch to unit vectors float32 [b, E] of the shared space."""
-  return _on_rows(functools.partial(_embed_images, model), params, mesh)
+  return _on_rows(functools.partial(_embed_images, task.model, task.normalization), params, mesh)
 
 
-def feature_extractor(
-  encoder: ov_models.ViTConfig, params: Params, mesh: jax.sharding.Mesh
-) -> EmbedImages:
-  """Return a function from a batch to pooled features float32 [b, D] of a vision tower."""
-  return _on_rows(functools.partial(_pooled, encoder), params, mesh)
+def feature_extractor(task: Task, params: Params, mesh: jax.sharding.Mesh) -> EmbedImages:
+  """Return a function from a batch to pooled features float32 [b, D] of the vision tower."""
+  compute = functools.partial(_pooled, task.model.encoder, task.normalization)
+  return _on_rows(compute, params["encoder"], mesh)
 
 
 def text_embedder(
@@ -64,17 +61,25 @@ def _on_rows(compute: Callable[..., Any], params: Params, mesh: Any) -> EmbedIma
   return embed
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _embed_images(
-  model: ov_models.VisionLanguageConfig, rows: NamedSharding, params: Params, images: jax.Array
+  model: ov_models.VisionLanguageConfig,
+  normalise: Normalization,
+  rows: NamedSharding,
+  params: Params,
+  images: jax.Array,
 ) -> jax.Array:
   unit = ov_models.bind(model, params).encode_image(normalise(images)).unit
   return jax.lax.with_sharding_constraint(unit, rows)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _pooled(
-  encoder: ov_models.ViTConfig, rows: NamedSharding, params: Params, images: jax.Array
+  encoder: ov_models.ViTConfig,
+  normalise: Normalization,
+  rows: NamedSharding,
+  params: Params,
+  images: jax.Array,
 ) -> jax.Array:
   pooled = ov_models.bind(encoder, params)(normalise(images)).pooled
   return jax.lax.with_sharding_constraint(pooled.astype("float32"), rows)

@@ -81,6 +81,7 @@ def launch(base: str) -> None:
 
   from apps import demo_data
   from apps.evaluators import make_evaluators
+  from apps.trainer.baseline import Baseline
   from apps.trainer.check import check_run, compile_run
   from apps.trainer.hooks import Hooks
   from apps.trainer.hosts import Hosts
@@ -103,7 +104,9 @@ def launch(base: str) -> None:
     elif _COMPILE.value:
       compile_run(config, workdir, terminal)
     else:
-      code = run_training(config, workdir, make_evaluators, terminal, Hooks([hosts, Report()]))
+      code = run_training(
+        config, workdir, make_evaluators, terminal, Hooks([hosts, Report(), Baseline()])
+      )
   if code:
     sys.exit(code)
 

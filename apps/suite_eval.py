@@ -207,7 +207,7 @@ class SuiteEvaluator:
     return [found.vectors[row] for row in rows], captions, [right[row] for row in rows]
 
   def _embed(self, params: Params) -> features.EmbedImages:
-    return features.image_embedder(self._held_out.task.model, params, self._held_out.mesh)
+    return features.image_embedder(self._held_out.task, params, self._held_out.mesh)
 
   def _class_matrix(self, opened: OpenSet, params: Params) -> tuple[np.ndarray, str]:
     """Return the vectors of the classes [C, E], and a hash of their prompts."""

@@ -11,8 +11,11 @@ import numpy as np
 
 from apps.configs.base import model_of
 from apps.trainer.augment import MEAN, STD
-from apps.trainer.checkpoint import find_checkpoint, read_metadata, restore_arrays
-from apps.trainer.config import model_config
+from apps.trainer.checkpoint import find_checkpoint, read_metadata
+from apps.trainer.config import init_sources, model_config
+from apps.trainer.init_from import interpolate
+from apps.trainer.init_source import restore_params
+from apps.trainer.run_config import RunConfig
 from apps.trainer.workdir import Workdir, open_workdir
 from ov_convert.release import (
   Preprocess,
@@ -104,6 +107,7 @@ def load_source(
   part: str = "params",
   image_size: int | None = None,
   dtype: str = "float32",
+  wise_ft: float | None = None,
 ) -> Source:
   """Read the workdir of a training run or of an import.
 
@@ -113,6 +117,7 @@ def load_source(
     part: "params" for the trained parameters, or "ema" for their average.
     image_size: image size if different from training; positions are computed or resampled.
     dtype: dtype of the files to be written.
+    wise_ft: weight alpha of the trained parameters, see `init_from.interpolate`; None for 1.
 
   Raises:
     ValueError, OSError: if there is no such checkpoint, or files do not match each other.
@@ -121,7 +126,7 @@ def load_source(
     checkpoint = find_checkpoint(_checkpoints(workdir), step)
     metadata = read_metadata(checkpoint)
     tokenizer, processor = _texts(workdir.path / "tokenizer")
-    results = _results(workdir.path, metadata["step"], part)
+    results = _results(workdir.path, metadata["step"], part) if wise_ft is None else ()
   if tokenizer and metadata.get("tokenizer", tokenizer.fingerprint) != tokenizer.fingerprint:
     raise ValueError(
       f"{workdir.uri}/tokenizer is not the tokenizer of {checkpoint}: its fingerprint is "
@@ -130,7 +135,7 @@ def load_source(
   config = portable(_model(metadata, tokenizer))
   if isinstance(config, ov_models.TextConfig):
     raise ValueError(f"{workdir.uri} contains only a text tower; exports require an image tower")
-  params = _params(checkpoint, config, part)
+  params = _params(checkpoint, metadata, config, part, wise_ft)
   if image_size:
     config, params = _at(config, params, image_size)
   text = getattr(config, "text", None)
@@ -145,7 +150,7 @@ def load_source(
     dtype,
   )
   names = ("config", "stage", "step", "versions", "imported", "fingerprint")
-  about = {name: metadata.get(name) for name in names}
+  about = {name: metadata.get(name) for name in names} | {"wise_ft": wise_ft}
   return Source(release, tokenizer, processor, about, results)
 
 
@@ -176,7 +181,9 @@ def _model(metadata: Mapping[str, Any], tokenizer: ov_data.Tokenizer | None) -> 
   return model_config(model_of(metadata["config"]["model"]), vocab_size=tokenizer.vocab_size)
 
 
-def _params(checkpoint: Any, config: Any, part: str) -> Any:
+def _params(
+  checkpoint: Any, metadata: Mapping[str, Any], config: Any, part: str, wise_ft: float | None
+) -> Any:
   """Return parameters on the host; a single image tower is stored under "encoder"."""
   where = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
   abstract = jax.tree.map(
@@ -184,8 +191,11 @@ def _params(checkpoint: Any, config: Any, part: str) -> Any:
     ov_models.abstract_params(config),
   )
   alone = isinstance(config, ov_models.ViTConfig)
-  wanted = {part: {"encoder": abstract} if alone else abstract}
-  params = restore_arrays(checkpoint, wanted, partial=True)[part]
+  params = restore_params(checkpoint, {"encoder": abstract} if alone else abstract, part)
+  if wise_ft is not None:
+    saved = metadata.get("config") or {}
+    given = {name: saved[name] for name in ("init_from", "ft_from") if name in saved}
+    params = interpolate(init_sources(RunConfig.parse(given)), params, wise_ft)
   return jax.tree.map(np.asarray, params["encoder"] if alone else params)
 
 
@@ -211,8 +221,10 @@ def _preprocess(metadata: Mapping[str, Any], image_size: int) -> Preprocess:
     fields["interpolation"] = given.get("interpolation", "bilinear")
     return Preprocess(image_size, **fields)
   config = metadata.get("config")
-  squash = config is not None and config["input"]["fit"] == "squash"
-  return Preprocess(image_size, "squash" if squash else "center", MEAN, STD)
+  data = config["input"] if config is not None else {}
+  mean, std = (tuple(data.get(name, known)) for name, known in (("mean", MEAN), ("std", STD)))
+  squash = data.get("fit") == "squash"
+  return Preprocess(image_size, "squash" if squash else "center", mean, std)
 
 
 def _words(

@@ -1,7 +1,7 @@
 """Normalisation, colour jitter and grayscale on the device, as part of the jitted step.
 
   preprocess = make_preprocess(AugmentConfig(), seed)     # batch -> batch, for make_train_step
-  images = normalise(batch["image"])                      # evaluation: no randomness
+  images = Normalization()(batch["image"])                # evaluation: no randomness
 
 The jitter is that of SimCLR v2 (Chen et al. 2020, https://arxiv.org/abs/2006.10029) with the
 strengths of the released OpenVision code: with probability 0.8 apply brightness, contrast,
@@ -30,6 +30,26 @@ LUMA = (0.2989, 0.5870, 0.1140)
 
 
 @dataclasses.dataclass(frozen=True)
+class Normalization:
+  """Normalization of images, (x / 255 - mean) / std.
+
+  Attributes:
+    mean, std: values of the three channels, for pixels in [0, 1].
+  """
+
+  mean: tuple[float, ...] = MEAN
+  std: tuple[float, ...] = STD
+
+  def __call__(self, images: jax.Array) -> jax.Array:
+    """Return normalized float32 for uint8 [B, H, W, 3]."""
+    return self.scale(unit_range(images))
+
+  def scale(self, x: jax.Array) -> jax.Array:
+    """Return normalized float32 for float32 [..., 3] in [0, 1]."""
+    return (x - jnp.array(self.mean, jnp.float32)) / jnp.array(self.std, jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
 class AugmentConfig:
   """Configuration of the image augmentation on the device.
 
@@ -38,6 +58,7 @@ class AugmentConfig:
     brightness, contrast, saturation: half-widths of the ranges of the factors around 1.
     hue: half-width of the range of hue shifts, in turns.
     gray_probability: fraction of examples converted to grayscale; 0 disables it.
+    normalization: applied to the augmented images.
   """
 
   jitter_probability: float = 0.8
@@ -46,6 +67,7 @@ class AugmentConfig:
   saturation: float = 0.32
   hue: float = 0.08
   gray_probability: float = 0.2
+  normalization: Normalization = Normalization()
 
   def __post_init__(self) -> None:
     for name in ("jitter_probability", "gray_probability", "brightness", "contrast", "saturation"):
@@ -69,14 +91,14 @@ def make_preprocess(
     x = unit_range(batch["image"])
     if config.jitter_probability or config.gray_probability:
       x = jitter(x, batch["index"], config, seed)
-    return {**batch, "image": _standardise(x)}
+    return {**batch, "image": config.normalization.scale(x)}
 
   return preprocess
 
 
 def normalise(images: jax.Array) -> jax.Array:
   """Return (x / 255 - MEAN) / STD as float32 for uint8 [B, H, W, 3]."""
-  return _standardise(unit_range(images))
+  return Normalization()(images)
 
 
 def unit_range(images: jax.Array) -> jax.Array:
@@ -149,7 +171,3 @@ def _adjust_hsv(x: jax.Array, saturation: jax.Array, hue: jax.Array) -> jax.Arra
     return v - chroma * jnp.clip(jnp.minimum(k, 4.0 - k), 0.0, 1.0)
 
   return jnp.stack([channel(5.0), channel(3.0), channel(1.0)])
-
-
-def _standardise(x: jax.Array) -> jax.Array:
-  return (x - jnp.array(MEAN, jnp.float32)) / jnp.array(STD, jnp.float32)

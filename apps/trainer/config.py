@@ -1,6 +1,6 @@
 """Conversion of the settings to the configs of the components, with checks of their values."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import json
 import math
@@ -9,14 +9,14 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 
-from apps.trainer.augment import AugmentConfig
+from apps.trainer.augment import AugmentConfig, Normalization
 from apps.trainer.losses import LOSSES
 from apps.trainer.losses.loss_term import LossTerm
 from apps.trainer.model_options import check_loss_options, check_options
 from apps.trainer.optimizer import OptimizerConfig
 from apps.trainer.optimizers import OPTIMIZERS, AdamW, UpdateRule
 from apps.trainer.rules import fields, integer, of_type, real, shown
-from apps.trainer.run_config import LossSettings, ModelSettings, RunConfig
+from apps.trainer.run_config import LoraSettings, LossSettings, ModelSettings, RunConfig
 from apps.trainer.section import Section
 from apps.trainer.task import Task, appends_cls
 import ov_data
@@ -66,9 +66,10 @@ def _update_rule(name: str, options: dict[str, Any], adamw: AdamW) -> UpdateRule
 
 def augment_config(config: RunConfig) -> AugmentConfig:
   """Return the augmentation with jitter on or off, with the strengths of the released code."""
+  normalization = Normalization(config.input.mean, config.input.std)
   if config.input.color_jitter:
-    return AugmentConfig()
-  return AugmentConfig(jitter_probability=0.0, gray_probability=0.0)
+    return AugmentConfig(normalization=normalization)
+  return AugmentConfig(jitter_probability=0.0, gray_probability=0.0, normalization=normalization)
 
 
 def make_task(config: RunConfig, tokenizer: ov_data.Tokenizer, mesh: jax.sharding.Mesh) -> Task:
@@ -115,6 +116,9 @@ def make_task(config: RunConfig, tokenizer: ov_data.Tokenizer, mesh: jax.shardin
     mesh,
     " + ".join(part for part in names if part),
     _text_specs(config, model, tokenizer, any(term.compares_rows for term in losses)),
+    Normalization(config.input.mean, config.input.std),
+    config.tokenizer.canonical_prompts,
+    lora_config(config.lora),
   )
 
 
@@ -152,6 +156,8 @@ def model_config(model: ModelSettings, *, vocab_size: int) -> ov_models.VisionLa
     embed_dim=model.embed_dim or None,
     log_scale_init=math.log(model.scale_init),
     bias_init=model.bias_init,
+    image_head=model.image_head,
+    text_head_bias=model.text_head_bias,
     parallel_ratio=model.parallel_ratio,
     keep_ratio=model.keep_ratio,
     encoder_options=model.encoder_options,
@@ -161,6 +167,88 @@ def model_config(model: ModelSettings, *, vocab_size: int) -> ov_models.VisionLa
     remat=model.remat,
     attention=model.attention,
   )
+
+
+def lora_config(lora: LoraSettings) -> ov_models.LoraConfig | None:
+  """Return the adapters of `config.lora`; None without."""
+  return ov_models.LoraConfig(**lora.to_dict()) if lora.rank else None
+
+
+def model_settings(config: ov_models.VisionLanguageConfig | ov_models.ViTConfig) -> ModelSettings:
+  """Return the settings of a model, the inverse of `model_config`.
+
+  Compute dtype, rematerialization and attention implementation are those of the defaults.
+
+  Args:
+    config: model of an import or of a run; an image tower alone gives settings without `text` and
+      `decoder`.
+
+  Raises:
+    ValueError: no settings describe the model.
+  """
+  alone = isinstance(config, ov_models.ViTConfig)
+  encoder = config if alone else config.encoder
+  text, decoder = (None, None) if alone else (config.text, config.decoder)
+  values: dict[str, Any] = {
+    "encoder": f"{_variant(encoder, ov_models.VIT_VARIANTS)}/{encoder.patch_size}",
+    "text": "",
+    "decoder": "",
+    "image_size": encoder.image_size,
+  }
+  plain = ov_models.ViTConfig.from_name(values["encoder"], encoder.image_size)
+  values["encoder_options"] = _options(encoder, plain)
+  if alone:
+    return ModelSettings(**values)
+  for part in (decoder, text):
+    if part is not None:
+      values["vocab_size"] = part.vocab_size
+  if text is not None:
+    values["text"] = _variant(text, ov_models.TEXT_VARIANTS)
+    values |= {"token_len": text.max_len, "embed_dim": config.embed_dim}
+    plain_text = ov_models.TextConfig.from_name(values["text"], text.vocab_size, text.max_len)
+    values["text_options"] = _options(text, plain_text)
+  if decoder is not None:
+    kind = type(decoder)
+    values["decoder"] = _variant(decoder, ov_models.DECODER_VARIANTS)
+    values["decoder_kind"] = "queries" if kind is ov_models.QueryDecoderConfig else "teacher_forced"
+    values["caption_len"] = config.caption_len
+    sizes = (decoder.vocab_size, config.caption_len)
+    values["decoder_options"] = _options(decoder, kind.from_name(values["decoder"], *sizes))
+  for name in ("bias_init", "image_head", "text_head_bias", "parallel_ratio", "keep_ratio"):
+    values[name] = getattr(config, name)
+  values["scale_init"] = math.exp(config.log_scale_init)
+  rows = values.get("vocab_size", 0)
+  for preset in ov_models.PRESETS:
+    # Options override the preset, except for the order of the tokens that a decoder receives.
+    settings = ModelSettings.parse(values | {"preset": preset}, path="model")
+    found = model_config(settings, vocab_size=rows)
+    if dataclasses.replace(found, log_scale_init=config.log_scale_init) == config:
+      return settings
+  raise ValueError(
+    "the model has fields that no setting of config.model describes; the nearest settings give "
+    f"{found}, not {config}"
+  )
+
+
+# Fields with their own settings, and those that do not change the model.
+_SHARED = (
+  "patch_size", "image_size", "vocab_size", "max_len", "num_queries", "dtype", "remat", "attention"
+)  # fmt: skip
+
+
+def _variant(tower: Any, table: Mapping[str, tuple[int, int, int, int]]) -> str:
+  """Return the variant with the sizes of a tower, or else the one with the nearest width."""
+  sizes = (tower.width, tower.depth, tower.mlp_dim, tower.num_heads)
+  return min(table, key=lambda name: (table[name] != sizes, abs(table[name][0] - tower.width)))
+
+
+def _options(tower: Any, plain: Any) -> dict[str, Any]:
+  """Return the fields of a tower that differ from those of its variant."""
+  return {
+    field.name: getattr(tower, field.name)
+    for field in dataclasses.fields(tower)
+    if field.name not in _SHARED and getattr(tower, field.name) != getattr(plain, field.name)
+  }
 
 
 def loss_terms(loss: LossSettings) -> tuple[LossTerm, ...]:
@@ -284,7 +372,11 @@ def check_values(config: RunConfig) -> None:
       f"config.eval.checkpoint_step={config.eval.checkpoint_step} needs config.eval_only=True; "
       "training resumes from the newest checkpoint"
     )
-  init_sources(config)
+  if config.eval.wise_ft is not None and not init_sources(config):
+    raise ValueError(
+      f"config.eval.wise_ft={config.eval.wise_ft:g} needs config.init_from.path, the run with the "
+      "initial parameters"
+    )
 
 
 def to_json(config: Section) -> str:

@@ -31,7 +31,8 @@ from etils import epath
 import jax
 import jax.numpy as jnp
 
-from apps.trainer.init_source import InitSource
+from apps.trainer.config import InitSettings
+from apps.trainer.init_source import InitSource, open_source
 from apps.trainer.paths import flatten_paths, path_str
 from ov_data import fs
 import ov_models
@@ -40,7 +41,8 @@ PyTree = Any
 Resample = Callable[[jax.Array], jax.Array]
 
 _TOKEN_ROWS = re.compile("embed/embedding$|decoder/head/kernel$")  # one row or column per token
-_REQUESTED = ("not included", "excluded")  # requested reasons to keep a parameter
+# Expected reasons to keep a parameter.
+_EXPECTED = ("not included", "excluded", "of adapters")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,10 +77,10 @@ class InitReport:
         "not name it: config.tokenizer.path must be that vocabulary"
       )
     lines += [f"  resampled {path}: {how}" for path, how in self.resampled.items()]
-    for why in _REQUESTED:
+    for why in _EXPECTED:
       if count := list(self.fresh.values()).count(why):
         lines.append(f"  unchanged: {count} arrays {why}")
-    lines += [f"  fresh {path}: {why}" for path, why in self.fresh.items() if why not in _REQUESTED]
+    lines += [f"  fresh {path}: {why}" for path, why in self.fresh.items() if why not in _EXPECTED]
     lines += [f"  unused {path}" for path in self.unused]
     return "\n".join(lines)
 
@@ -155,9 +157,11 @@ def plan_init(
   fresh: dict[str, str] = {}
   for path, leaf in new.items():
     if include and not any(re.search(regex, path) for regex in include):
-      fresh[path] = _REQUESTED[0]
+      fresh[path] = _EXPECTED[0]
     elif any(re.search(regex, path) for regex in exclude):
-      fresh[path] = _REQUESTED[1]
+      fresh[path] = _EXPECTED[1]
+    elif path.startswith(f"{ov_models.ADAPTERS}/"):
+      fresh[path] = _EXPECTED[2]
     elif path not in old:
       fresh[path] = "not in the source"
     elif old[path].shape == leaf.shape:
@@ -183,6 +187,36 @@ def plan_init(
     unused=tuple(path for path in old if path not in new),
   )
   return InitPlan(source, functions, report)
+
+
+def interpolate(sources: Sequence[InitSettings], params: PyTree, alpha: float) -> PyTree:
+  """Return alpha * params + (1 - alpha) * initial, weight-space ensembling as in WiSE-FT.
+
+  Parameters that no source initialized stay unchanged. Paper: Wortsman et al. 2021,
+  https://arxiv.org/abs/2109.01903.
+
+  Args:
+    sources: sources of the initial parameters, in order.
+    params: trained parameters of the model.
+    alpha: weight of the trained parameters, in [0, 1].
+
+  Raises:
+    ValueError, OSError: a source cannot be read any more, or there is none.
+  """
+  if not sources:
+    raise ValueError(
+      f"wise_ft={alpha:g} needs the initial parameters, and the run has none from another run; "
+      "set config.init_from.path, or omit it"
+    )
+  initial = params
+  for wanted in sources:
+    source = open_source(wanted.path, wanted.step, wanted.part)
+    initial = plan_init(source, initial, **wanted.options).apply(initial)
+  mean = lambda new, old: alpha * new + (1.0 - alpha) * old
+  shardings = jax.tree.map(lambda x: x.sharding, params)
+  return jax.jit(lambda new, old: jax.tree.map(mean, new, old), out_shardings=shardings)(
+    params, initial
+  )
 
 
 def check_tokenizer(report: InitReport, fingerprint: str) -> None:

@@ -9,6 +9,7 @@ An export is a folder written by `//apps:export --format=safetensors`.
 """
 
 from collections.abc import Callable, Mapping
+import functools
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -33,6 +34,7 @@ import ov_models
 Part = Literal["params", "ema"]
 Read = Callable[[Mapping[str, jax.ShapeDtypeStruct]], dict[str, jax.Array]]
 
+_ADAPTERS = f"{ov_models.ADAPTERS}/"
 _EXPECTED = (
   "expected the workdir of a run, its checkpoints folder or one step of it, of the published code "
   "a workdir, its checkpoint.npz folder or one step of it, or an export of safetensors"
@@ -48,6 +50,7 @@ class InitSource(NamedTuple):
     read: function from shapes, dtypes and shardings by path to arrays.
     tokenizer: fingerprint of the tokenizer of its run; None if the checkpoint does not include it.
     notes: remarks for the report.
+    imported: origin, licence and citation of the import that the parameters come from, or None.
   """
 
   name: str
@@ -55,6 +58,7 @@ class InitSource(NamedTuple):
   read: Read
   tokenizer: str | None
   notes: tuple[str, ...] = ()
+  imported: Mapping[str, Any] | None = None
 
 
 def open_source(path: epath.PathLike, step: int | None = None, part: Part = "params") -> InitSource:
@@ -110,15 +114,52 @@ def _open_own(root: epath.Path, step: int | None, part: Part) -> InitSource:
   checkpoint = find_checkpoint(root, step)
   saved = saved_arrays(checkpoint)
   arrays = {p.removeprefix(f"{part}/"): a for p, a in saved.items() if p.startswith(f"{part}/")}
+  metadata = read_metadata(checkpoint)
   if not arrays:
     parts = sorted({path.split("/")[0] for path in saved})
     raise ValueError(f"{checkpoint} holds no {part!r}; it holds {', '.join(parts)}.")
 
   def read(targets: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    tree = {part: unflatten(targets)}
-    return flatten_paths(restore_arrays(checkpoint, tree, partial=True)[part])
+    return flatten_paths(restore_params(checkpoint, unflatten(targets), part))
 
-  return InitSource(str(checkpoint), arrays, read, read_metadata(checkpoint).get("tokenizer"))
+  notes = ()
+  if any(path.startswith(_ADAPTERS) for path in arrays):
+    notes = ("its adapters are merged",)
+  arrays = {path: array for path, array in arrays.items() if not path.startswith(_ADAPTERS)}
+  return InitSource(
+    str(checkpoint), arrays, read, metadata.get("tokenizer"), notes, metadata.get("imported")
+  )
+
+
+def restore_params(checkpoint: epath.Path, abstract: Any, part: str) -> Any:
+  """Restore parameters of a model, with the adapters of the run merged.
+
+  Args:
+    checkpoint: directory returned by `find_checkpoint`.
+    abstract: nested dict of ShapeDtypeStructs with their target shardings, of any parameters.
+    part: "params" or "ema".
+
+  Raises:
+    CheckpointError: an array is missing or cannot be read.
+  """
+  lora = (read_metadata(checkpoint).get("config") or {}).get("lora", {})
+  wanted = flatten_paths(abstract)
+  prefix = f"{part}/{_ADAPTERS}"
+  adapters = {}
+  for path, array in saved_arrays(checkpoint).items():
+    kernel = wanted.get(path.removeprefix(prefix).rpartition("/")[0])
+    if path.startswith(prefix) and kernel is not None:
+      adapters[path.removeprefix(f"{part}/")] = jax.ShapeDtypeStruct(
+        array.shape, array.dtype, sharding=_replicated(kernel.sharding)
+      )
+  tree = {part: unflatten({**wanted, **adapters})}
+  params = restore_arrays(checkpoint, tree, partial=True)[part]
+  if not adapters:
+    return params
+  config = ov_models.LoraConfig(rank=lora["rank"], alpha=lora["alpha"])
+  merge = functools.partial(ov_models.merge_adapters, config)
+  shardings = jax.tree.map(lambda x: x.sharding, abstract)
+  return jax.jit(merge, out_shardings=shardings)(params)
 
 
 def _open_published(root: epath.Path, step: int | None, part: Part) -> InitSource:
@@ -130,6 +171,13 @@ def _open_published(root: epath.Path, step: int | None, part: Part) -> InitSourc
     raise CheckpointError(f"{error} {_EXPECTED}") from error
   name = str(orbax_folder.find(folder, step))
   return _in_memory(name, found, part, "a checkpoint of the published code")
+
+
+def _replicated(sharding: Any) -> Any:
+  """Return the sharding of a small array next to one with this sharding."""
+  if isinstance(sharding, jax.sharding.NamedSharding):
+    return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+  return sharding
 
 
 def _in_memory(name: str, found: Imported, part: Part, note: str) -> InitSource:

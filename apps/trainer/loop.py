@@ -163,6 +163,8 @@ def _train_stage(run: Run, prepared_stage: PreparedStage, prepared: Prepared) ->
     if loader is None or step == stage.last_step:
       stepper.evaluate(state, record=False)
     else:
+      if config.eval.warn_below_initial and stage.index == step == 0:
+        stepper.evaluate(state)
       state, signal = stepper.train(state, train_step, loader)
   run.step = stage.first_step + int(state["step"])
   if loader is not None:
@@ -186,6 +188,7 @@ def _start(
     check_step(int(state["step"]), saved, stage)
     if loader is not None:
       loader.restore(metadata["loader"])
+    run.imported = metadata.get("imported")
     return state
   run.terminal.phase(f"{stage.name}: initialising")
   state = init_state(
@@ -200,6 +203,7 @@ def _start(
     state = replace_params(state, plan.apply(state["params"]))
     run.terminal.phase(plan.report.text())
     run.init_from.append(plan.report.source)
+    run.imported = run.imported or plan.source.imported
     if jax.process_index() == 0:
       name = f"init_from_{stage.name}{f'_{number}' if number else ''}.json"
       plan.report.save(run.workdir.path / name)

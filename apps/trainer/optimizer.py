@@ -63,6 +63,8 @@ class OptimizerConfig:
     input_regex: regex of the paths that layer-wise decay treats as preceding the blocks:
       embeddings, positions and cls.
     frozen: regexes of parameters that keep their value and get no optimizer state.
+    last_blocks: (regex, N) pairs; of stacked parameters that match, only the last N blocks are
+      trained. The first match of a path applies. The other blocks keep their value.
     ema_decay: decay of an average of the parameters in the train state; None disables it. The
       average starts at the initial parameters and is not debiased; its decay at step t is
       min(ema_decay, (1 + t) / (10 + t)), so that early parameters fade quickly.
@@ -79,6 +81,7 @@ class OptimizerConfig:
   layer_decay_regex: str = ""
   input_regex: str = r"(^|/)(patch_embed\w*|embed\w*|pos\w*|cls)(/|$)"
   frozen: tuple[str, ...] = ()
+  last_blocks: tuple[tuple[str, int], ...] = ()
   ema_decay: float | None = None
 
 
@@ -88,7 +91,8 @@ class Optimizer(NamedTuple):
   Attributes:
     tx: gradient transformation; its `update` needs the params.
     learning_rate: step -> learning rate of parameters with multiplier 1, float32 [].
-    trainable: tree of the params with True for updated parameters.
+    trainable: tree of the params with True for updated parameters, False for frozen ones, and a
+      bool array [L, 1, ...] for stacked parameters of which some blocks are frozen.
     groups: path -> "frozen" or a short description of decay and multiplier, for logs and tests.
   """
 
@@ -107,28 +111,34 @@ def make_optimizer(config: OptimizerConfig, abstract_params: PyTree, total_steps
     total_steps: number of optimizer steps of the run, for the schedule.
 
   Raises:
-    ValueError: a regex of frozen or lr_multipliers matches no parameter, all parameters are frozen,
-      or layer-wise decay finds no stacked blocks.
+    ValueError: a regex of frozen, last_blocks or lr_multipliers matches no parameter, all
+      parameters are frozen, or layer-wise decay finds no stacked blocks.
   """
   shapes = flatten_paths(abstract_params)
   _require_matches("frozen", config.frozen, shapes)
   _require_matches("lr_multipliers", [regex for regex, _ in config.lr_multipliers], shapes)
-  frozen = {path: _any_match(config.frozen, path) for path in shapes}
+  stacked = {path: leaf for path, leaf in shapes.items() if is_stacked(path)}
+  _require_matches("last_blocks", [regex for regex, _ in config.last_blocks], stacked)
+  trained = {path: _trained(config, path, leaf) for path, leaf in shapes.items()}
+  frozen = {path: not np.any(blocks) for path, blocks in trained.items()}
   if all(frozen.values()):
     raise ValueError(f"frozen={config.frozen!r} freezes every parameter; nothing is left to train.")
   decayed = {path: bool(re.search(config.decay_regex, path)) for path in shapes}
-  multipliers = _multipliers(config, shapes)
+  multipliers = {
+    path: factor if isinstance(trained[path], bool) else factor * trained[path]
+    for path, factor in _multipliers(config, shapes).items()
+  }
 
   def tree(by_path: dict[str, Any]) -> PyTree:
     return jax.tree_util.tree_map_with_path(lambda p, _: by_path[path_str(p)], abstract_params)
 
-  trainable = tree({path: not is_frozen for path, is_frozen in frozen.items()})
+  has_state = tree({path: not is_frozen for path, is_frozen in frozen.items()})
   multiplier = make_schedule(config.schedule, total_steps)
   clip = optax.clip_by_global_norm(config.grad_clip_norm) if config.grad_clip_norm else None
   name = next(name for name, kind in OPTIMIZERS.items() if type(config.rule) is kind)
   tx = named_chain(
-    ("clip", optax.masked(clip, trainable) if clip else optax.identity()),
-    (name, optax.masked(config.rule.build(), trainable)),
+    ("clip", optax.masked(clip, has_state) if clip else optax.identity()),
+    (name, optax.masked(config.rule.build(), has_state)),
     ("weight_decay", optax.add_decayed_weights(config.weight_decay, mask=tree(decayed))),
     ("rate", optax.scale(config.learning_rate)),
     ("multipliers", _scale_by_multipliers(tree(multipliers))),
@@ -139,7 +149,7 @@ def make_optimizer(config: OptimizerConfig, abstract_params: PyTree, total_steps
   return Optimizer(
     tx=tx,
     learning_rate=lambda step: config.learning_rate * multiplier(step),
-    trainable=trainable,
+    trainable=tree(trained),
     groups={path: _describe(frozen[path], decayed[path], multipliers[path]) for path in shapes},
   )
 
@@ -167,6 +177,17 @@ def summarize_groups(groups: dict[str, str]) -> str:
     f"{group}: {len(paths)} arrays ({', '.join(paths[:3])}{', ...' if len(paths) > 3 else ''})"
     for group, paths in sorted(by_group.items())
   )
+
+
+def _trained(config: OptimizerConfig, path: str, leaf: Any) -> bool | np.ndarray:
+  """Return whether a parameter is trained, or a bool array [L, 1, ...] of its blocks."""
+  if _any_match(config.frozen, path):
+    return False
+  count = next((n for regex, n in config.last_blocks if re.search(regex, path)), None)
+  if count is None or not is_stacked(path) or count >= leaf.shape[0]:
+    return True
+  blocks = np.arange(leaf.shape[0]) >= leaf.shape[0] - count
+  return blocks.reshape(-1, *[1] * (leaf.ndim - 1))
 
 
 def _multipliers(config: OptimizerConfig, shapes: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -201,10 +222,15 @@ def _multipliers(config: OptimizerConfig, shapes: dict[str, Any]) -> dict[str, n
 
 
 def _scale_by_multipliers(multipliers: PyTree) -> optax.GradientTransformation:
+  def scaled(u: jax.Array, m: np.ndarray) -> jax.Array:
+    if np.all(m == 1):  # keeps the arithmetic of the plain chain
+      return u
+    # The update of a frozen block is +0, because -0.0 + 0.0 would change the sign bit.
+    return jnp.where(m == 0, 0, u * m) if np.any(m == 0) else u * m
+
   def update(updates: PyTree, params: PyTree | None = None) -> PyTree:
     del params
-    # A factor of 1 is skipped to keep the arithmetic of the plain chain.
-    return jax.tree.map(lambda u, m: u if np.all(m == 1) else u * m, updates, multipliers)
+    return jax.tree.map(scaled, updates, multipliers)
 
   return optax.stateless(update)
 

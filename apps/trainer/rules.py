@@ -137,6 +137,18 @@ def several(rule: Rule, example: str) -> Rule:
   return every
 
 
+def exactly(count: int, rule: Rule, example: str) -> Rule:
+  """Return the rule of tuples of `count` items that follow `rule`; see `several`."""
+  every = several(rule, example)
+
+  def items(name: str, value: Any) -> None:
+    every(name, value)
+    if len(value) != count:
+      raise wrong(name, value, f"{count} values, such as {example}")
+
+  return items
+
+
 def one_or_several(rule: Rule, example: str) -> Rule:
   """Return the rule of a string that follows `rule`, or a tuple of them; see `several`."""
 

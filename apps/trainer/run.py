@@ -1,6 +1,8 @@
 """State of a run that all stages share."""
 
+from collections.abc import Mapping
 import dataclasses
+from typing import Any
 
 import jax
 
@@ -36,4 +38,5 @@ class Run:
   step: int = 0  # completed steps of finished stages, and of the current one once it ends
   model_name: str = ""
   num_params: int = 0
+  imported: Mapping[str, Any] | None = None  # origin and licence of the initial parameters
   init_from: list[str] = dataclasses.field(default_factory=list)

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from apps.trainer.rules import (
   choice,
   dicts,
+  exactly,
   fields,
   flag,
   integer,
@@ -42,6 +43,8 @@ _NAMES = several(string, "('txt',)")
 _REGEXES = several(regex, "('^encoder/', 'bias$')")
 _WEIGHT = real(0)
 _FRACTION = real(0, 1)
+_STD = real(0, 1, above=True)
+_CHANNEL = "(0.5, 0.5, 0.5)"
 
 _PATCH_RESIZE = choice("pseudoinverse", "bilinear")
 _PART = choice("params", "ema")
@@ -154,6 +157,9 @@ class InputSettings(Section):
   # minimum fraction of the image area in a training crop
   area_min: float = setting(0.4, real(0, 1, above=True))
   color_jitter: bool = setting(True, flag)  # on the device
+  # normalization of the channels, for pixels in [0, 1]
+  mean: tuple[float, ...] = setting((0.485, 0.456, 0.406), exactly(3, _FRACTION, _CHANNEL))
+  std: tuple[float, ...] = setting((0.229, 0.224, 0.225), exactly(3, _STD, _CHANNEL))
   num_threads: int = setting(0, integer(0, 1024))  # decoding threads; 0 uses one per core
   # maximum fraction of invalid records before the run stops
   max_bad_fraction: float = setting(0.01, _FRACTION)
@@ -172,6 +178,8 @@ class TokenizerSettings(Section):
   train_vocab_size: int = setting(4096, integer(8, _MAX_VOCABULARY))
   # True as in the released code; also removes vowel signs of many scripts
   train_strip_accents: bool = setting(False, flag)
+  # remove the punctuation of prompts, as in the evaluation of OpenVision
+  canonical_prompts: bool = setting(True, flag)
   # pieces: WordPiece; words: whole words, for small closed vocabularies
   train_kind: Literal["pieces", "words"] = setting("pieces")
 
@@ -215,6 +223,10 @@ class OptimizerSettings(Section):
   layer_decay: float | None = setting(None, optional(real(0, 1, above=True)))  # None: disabled
   layer_decay_regex: str = setting("^encoder/", regex)
   frozen: tuple[str, ...] = setting((), _REGEXES)  # regexes of parameter paths
+  # (regex, N) pairs: of matching blocks, only the last N are trained
+  last_blocks: tuple[Any, ...] = setting(
+    (), several(pair(regex, integer(0), "('^encoder/', 2)"), "(('^encoder/', 2),)")
+  )
   # None: no parameter average
   ema_decay: float | None = setting(None, optional(real(0, 1, above=True, below=True)))
 
@@ -272,6 +284,16 @@ class InitFromSettings(Section):
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraSettings(Section):
+  """Low-rank adapters; freeze the other parameters with optimizer.frozen=('^(?!lora/)',)."""
+
+  rank: int = setting(0, integer(0, 2**16))  # 0: no adapters
+  alpha: float = setting(16.0, real(0, above=True))  # adapters are scaled by alpha / rank
+  # regexes of the kernels [L, in, out] with adapters
+  include: tuple[str, ...] = setting((r"(^|/)blocks/(attn|mlp)/\w+/kernel$",), _REGEXES)
+
+
+@dataclasses.dataclass(frozen=True)
 class HostSettings(Section):
   """Timeouts for slow or dead processes, in seconds."""
 
@@ -316,6 +338,8 @@ class ModelSettings(Section):
   scale_init: float = setting(1 / 0.07, real(0, above=True))  # initial inverse temperature
   # initial bias of the logits, for SigLIP; None: no bias
   bias_init: float | None = setting(None, optional(real(-1e6, 1e6)))
+  image_head: bool = setting(True, flag)  # project image features to the shared space
+  text_head_bias: bool = setting(False, flag)  # of the projection of text features
   # fraction of examples captioned in parallel, as in CapPa
   parallel_ratio: float = setting(0.0, _FRACTION)
   # compute dtype of the towers; params stay float32
@@ -395,6 +419,11 @@ class EvalSettings(Section):
   """Evaluation on held-out data. An evaluator without data is disabled."""
 
   every: int = setting(0, integer(0))  # steps; 0: only at the end of each stage
+  # weights alpha * trained + (1 - alpha) * initial (WiSE-FT); None: trained weights
+  wise_ft: float | None = setting(None, optional(_FRACTION))
+  # evaluate the initial model too, and warn when a main metric falls below this fraction of its
+  # value; 0: neither
+  warn_below_initial: float = setting(0.0, _FRACTION)
   # checkpoint for eval_only; None: the newest
   checkpoint_step: int | None = setting(None, optional(integer(0)))
   batch_size: int = setting(0, integer(0, _MAX_ROWS))  # 0: the training batch size
@@ -442,6 +471,7 @@ class RunConfig(Section):
   checkpoint: CheckpointSettings = CheckpointSettings()
   init_from: InitFromSettings = InitFromSettings()
   ft_from: str = setting("", string)  # name of init_from.path in the released code
+  lora: LoraSettings = LoraSettings()
   hosts: HostSettings = HostSettings()
   log_every: int = setting(50, integer(1))  # steps between lines of metrics.jsonl
   tensorboard: bool = setting(True, flag)

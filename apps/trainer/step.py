@@ -17,6 +17,7 @@ from einops import rearrange
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
+import numpy as np
 import optax
 
 from apps.trainer import optimizer as optimizer_lib
@@ -93,7 +94,7 @@ def make_train_step(
     preprocess: batch -> batch on the device, e.g. `augment.make_preprocess(...)`; called for each
       micro-batch.
     ema_decay: see `OptimizerConfig.ema_decay`.
-    trainable: params tree of bools; no gradient is computed where it is False.
+    trainable: `Optimizer.trainable`; parameters and blocks have no gradient where it is False.
     two_phase: components of a `loss_fn` that is not a mean; used if `accumulate` > 1.
     project: params -> params within their limits, applied to trainable params after every update,
       before the average. A limit inside the loss would have no gradient beyond it.
@@ -117,12 +118,12 @@ def make_train_step(
   def freeze(params: PyTree) -> PyTree:
     if trainable is None:
       return params
-    return jax.tree.map(lambda p, t: p if t else jax.lax.stop_gradient(p), params, trainable)
+    return jax.tree.map(lambda p, t: _where(t, p, jax.lax.stop_gradient(p)), params, trainable)
 
   def within_limits(params: PyTree) -> PyTree:
     if project is None or trainable is None:
       return params if project is None else project(params)
-    return jax.tree.map(lambda n, p, t: n if t else p, project(params), params, trainable)
+    return jax.tree.map(lambda n, p, t: _where(t, n, p), project(params), params, trainable)
 
   prepare = preprocess or (lambda batch: batch)
 
@@ -190,6 +191,13 @@ def make_train_step(
     out_shardings=(state_shardings, replicated),
     donate_argnums=0,
   )
+
+
+def _where(condition: bool | np.ndarray, x: jax.Array, y: jax.Array) -> jax.Array:
+  """Return `jnp.where` for arrays, and one of the arguments unchanged for bools."""
+  if isinstance(condition, bool):
+    return x if condition else y
+  return jnp.where(condition, x, y)
 
 
 def _split(batch: Batch, k: int, sharding: NamedSharding) -> Batch:

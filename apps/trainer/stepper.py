@@ -10,14 +10,16 @@ import jax
 
 from apps.trainer import inputs
 from apps.trainer.checkpoint_metadata import StageData
+from apps.trainer.config import init_sources
 from apps.trainer.errors import UserError, user_errors
 from apps.trainer.hooks import COMPILING, EVALUATING, INPUT, SAVING, STEP
+from apps.trainer.init_from import interpolate
 from apps.trainer.meter import Meter
 from apps.trainer.progress import StageProgress
 from apps.trainer.run import Run
 from apps.trainer.stages import Stage
 from apps.trainer.state import TrainState
-from apps.trainer.task import Evaluate, Task
+from apps.trainer.task import Evaluate, Params, Task
 import ov_data
 import ov_sharding
 
@@ -39,7 +41,7 @@ class Stepper:
     progress: StageProgress,
   ):
     self._run, self._stage, self._config = run, stage, stage.config
-    self._evaluate, self._batch_keys = evaluate, task.batch_keys
+    self._evaluate, self._task, self._batch_keys = evaluate, task, task.batch_keys
     self._evaluated = False
     self._progress = progress
     self._meter = Meter(
@@ -99,7 +101,8 @@ class Stepper:
     """Evaluate, write the metrics, and pass the result to the hooks.
 
     Args:
-      state: train state; its average is used if there is one.
+      state: train state; its average is used if there is one, interpolated with the initial
+        parameters by `config.eval.wise_ft`.
       record: add a line to metrics.jsonl; False for a step that already has one.
     """
     run, done = self._run, int(state["step"])
@@ -111,12 +114,22 @@ class Stepper:
     began = time.perf_counter()
     # The first evaluation may reveal a setting that does not fit the data.
     with contextlib.nullcontext() if self._evaluated else user_errors():
-      evaluation = self._evaluate(state.get("ema", state["params"]))
+      evaluation = self._evaluate(self._evaluated_params(state))
     self._evaluated = True
     values = {f"eval/{result.name}": result.value for result in evaluation.results}
     if record:
       run.writer.write(step, {**values, "eval/seconds": time.perf_counter() - began})
     run.hooks.on_eval(self._stage, step, evaluation)
+
+  def _evaluated_params(self, state: TrainState) -> Params:
+    """Return the parameters of the model to evaluate."""
+    params = state.get("ema", state["params"])
+    if self._task.lora is not None:
+      params = jax.jit(self._task.merged)(params)
+    if self._config.eval.wise_ft is not None:
+      sources = init_sources(self._run.stages[0].config)
+      params = interpolate(sources, params, self._config.eval.wise_ft)
+    return params
 
   def _enter(self, step: int, phase: str) -> None:
     """Enter a phase after `step` steps of the stage."""
@@ -199,6 +212,7 @@ class Stepper:
           "fingerprint": loader.fingerprint,
           "tokenizer": run.tokenizer.fingerprint,
           "config": self._config.to_dict(),
+          "imported": run.imported,
           "examples": run.history.examples(global_step),
           "history": [dataclasses.asdict(span) for span in run.history.spans],
           "stages": {name: dataclasses.asdict(data) for name, data in run.stage_data.items()},

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from apps.trainer.augment import Normalization
 from apps.trainer.gallery import Gallery
 from apps.trainer.losses import LOSSES
 from apps.trainer.losses.loss_term import Batch, LossContext, LossOutput, LossTerm, Params
@@ -17,6 +18,7 @@ import ov_eval
 import ov_losses
 import ov_models
 
+_ADAPTERS = 1  # of the random keys that `init` derives
 _TEXTS = ("alt_ids", "sentence_ids")  # of the text tower, in the order of its K texts
 
 
@@ -43,6 +45,9 @@ class Task:
     mesh: devices that compute the loss.
     name: short name of the model, such as "Ti/16 + Ti".
     specs: names and specs of the texts of a batch; None: one caption.
+    normalization: normalization of the images.
+    canonical: whether prompts are canonicalized, see `ov_data.TextProcessor`.
+    lora: adapters of the model; None for none.
   """
 
   model: ov_models.VisionLanguageConfig
@@ -51,6 +56,9 @@ class Task:
   mesh: jax.sharding.Mesh
   name: str = "model"
   specs: tuple[tuple[str, ov_data.TextSpec], ...] | None = None
+  normalization: Normalization = Normalization()
+  canonical: bool = True
+  lora: ov_models.LoraConfig | None = None
 
   def __post_init__(self) -> None:
     if not self.losses:
@@ -118,19 +126,30 @@ class Task:
       append_cls=appends_cls(text, tokenizer),
       pool=text.pool,
       padding=text.padding,
+      canonical=self.canonical,
     )
 
   def init(self, key: jax.Array) -> Params:
     """Return fresh params; traceable."""
-    return ov_models.init(self.model, key)
+    params = ov_models.init(self.model, key)
+    if self.lora is None:
+      return params
+    return ov_models.add_adapters(self.lora, params, jax.random.fold_in(key, _ADAPTERS))
 
   def abstract_params(self) -> Params:
     """Return shapes and dtypes of the params."""
-    return ov_models.abstract_params(self.model)
+    if self.lora is None:
+      return ov_models.abstract_params(self.model)
+    return jax.eval_shape(self.init, jax.random.key(0))
 
   def logical_axes(self) -> Params:
     """Return the tree of the params with a tuple of logical axis names for each."""
-    return ov_models.logical_axes(self.model)
+    axes = ov_models.logical_axes(self.model)
+    return axes if self.lora is None else ov_models.adapter_axes(self.lora, axes)
+
+  def merged(self, params: Params) -> Params:
+    """Return the parameters of the model: those of the run, with the adapters merged."""
+    return params if self.lora is None else ov_models.merge_adapters(self.lora, params)
 
   def loss(
     self,
@@ -175,6 +194,7 @@ class Task:
       own: the weighted losses that compare no rows.
     """
     batch = self._named(batch)
+    params, ema = self.merged(params), None if ema is None else self.merged(ema)
     model, texts, outputs = self._forward(params, batch, key)
     step = jnp.zeros((), jnp.int32) if step is None else step
     context = LossContext(
@@ -191,7 +211,7 @@ class Task:
 
   def combine(self, params: Params, rows: dict[str, Any]) -> LossOutput:
     """Return the sum of the weighted losses that compare rows over all rows of a batch, or 0."""
-    valid = rows["valid"]
+    valid, params = rows["valid"], self.merged(params)
     terms = [
       _weighted(term, term.compare(params, rows[str(number)] | {"valid": valid}, self.mesh))
       for number, term in enumerate(self.losses)

@@ -11,6 +11,7 @@ from ov_models.functional import (
   num_params,
 )
 from ov_models.generate import GenerateOutput, generate
+from ov_models.lora import ADAPTERS, LoraConfig, adapter_axes, add_adapters, merge_adapters
 from ov_models.model import Embedded, VisionLanguageModel, VisionLanguageOutput
 from ov_models.model_config import VisionLanguageConfig
 from ov_models.partition import RULES
@@ -22,6 +23,7 @@ from ov_models.vit import ViT, ViTOutput
 from ov_models.vit_config import VIT_VARIANTS, ViTConfig
 
 __all__ = [
+  "ADAPTERS",
   "DECODER_VARIANTS",
   "EMBED_DIMS",
   "PRESETS",
@@ -31,6 +33,7 @@ __all__ = [
   "Decoder",
   "DecoderConfig",
   "Embedded",
+  "LoraConfig",
   "GenerateOutput",
   "Preset",
   "QueryDecoder",
@@ -45,6 +48,8 @@ __all__ = [
   "VisionLanguageModel",
   "VisionLanguageOutput",
   "abstract_params",
+  "adapter_axes",
+  "add_adapters",
   "bind",
   "config_from_dict",
   "config_to_dict",
@@ -53,6 +58,7 @@ __all__ = [
   "init",
   "load",
   "logical_axes",
+  "merge_adapters",
   "num_params",
   "read_config",
   "resample_positions",
