@@ -15,7 +15,7 @@ from apps.trainer.checkpoint import find_checkpoint, read_metadata
 from apps.trainer.config import init_sources, model_config
 from apps.trainer.init_from import interpolate
 from apps.trainer.init_source import restore_params
-from apps.trainer.run_config import RunConfig
+from apps.trainer.run_config import ModelSettings, RunConfig
 from apps.trainer.workdir import Workdir, open_workdir
 from ov_convert.release import (
   Preprocess,
@@ -195,7 +195,9 @@ def _params(
   if wise_ft is not None:
     saved = metadata.get("config") or {}
     given = {name: saved[name] for name in ("init_from", "ft_from") if name in saved}
-    params = interpolate(init_sources(RunConfig.parse(given)), params, wise_ft)
+    model = model_of(saved["model"]) if saved else ModelSettings()
+    sources = init_sources(dataclasses.replace(RunConfig.parse(given), model=model))
+    params = interpolate(sources, params, wise_ft)
   return jax.tree.map(np.asarray, params["encoder"] if alone else params)
 
 

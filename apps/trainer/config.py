@@ -19,6 +19,7 @@ from apps.trainer.rules import fields, integer, of_type, real, shown
 from apps.trainer.run_config import LoraSettings, LossSettings, ModelSettings, RunConfig
 from apps.trainer.section import Section
 from apps.trainer.task import Task, appends_cls
+from ov_convert.release import portable
 import ov_data
 import ov_models
 
@@ -186,6 +187,7 @@ def model_settings(config: ov_models.VisionLanguageConfig | ov_models.ViTConfig)
   Raises:
     ValueError: no settings describe the model.
   """
+  config = portable(config)
   alone = isinstance(config, ov_models.ViTConfig)
   encoder = config if alone else config.encoder
   text, decoder = (None, None) if alone else (config.text, config.decoder)
@@ -353,9 +355,14 @@ def init_sources(config: RunConfig) -> list[InitSettings]:
     setting, shared["path"] = "config.ft_from", config.ft_from
   sources = [(setting, shared)] if shared["path"] else []
   sources += [(f"config.init_from.more[{i}].path", source) for i, source in enumerate(more)]
+  resize = config.model.encoder_options.get("position_resize", "bilinear")
   return [
     InitSettings(
-      name, source.pop("path"), source.pop("step", None), source.pop("part", "params"), source
+      name,
+      source.pop("path"),
+      source.pop("step", None),
+      source.pop("part", "params"),
+      source | {"position_resize": resize},
     )
     for name, source in sources
   ]

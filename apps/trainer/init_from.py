@@ -127,6 +127,7 @@ def plan_init(
   include: Sequence[str] = (),
   exclude: Sequence[str] = (),
   patch_resize: Literal["pseudoinverse", "bilinear"] = "pseudoinverse",
+  position_resize: Literal["bilinear", "bicubic"] = "bilinear",
 ) -> InitPlan:
   """Match the parameters of a source and of a model, without reading arrays.
 
@@ -136,6 +137,7 @@ def plan_init(
     include: regexes of paths to copy; empty means all.
     exclude: regexes of paths to keep fresh.
     patch_resize: method of `resize_patches`.
+    position_resize: method of `ov_models.resample_positions` for positions of patches.
 
   Returns:
     The plan.
@@ -167,7 +169,7 @@ def plan_init(
     elif old[path].shape == leaf.shape:
       taken.append(path)
     else:
-      fit = _fit(path, old[path].shape, leaf.shape, new.keys(), patch_resize)
+      fit = _fit(path, old[path].shape, leaf.shape, new.keys(), patch_resize, position_resize)
       if isinstance(fit, str):
         fresh[path] = fit
       else:
@@ -264,6 +266,7 @@ def _fit(
   new: tuple[int, ...],
   paths: Any,
   patch_resize: Literal["pseudoinverse", "bilinear"],
+  position_resize: Literal["bilinear", "bicubic"],
 ) -> tuple[str, Resample] | str:
   """Return how an array of another shape is resampled, or why it cannot be."""
   tower, _, name = path.rpartition("/")
@@ -276,7 +279,9 @@ def _fit(
     sides = [math.isqrt(rows - prefix) for rows in (old[0], new[0])]
     if all(side**2 + prefix == rows for side, rows in zip(sides, (old[0], new[0]), strict=True)):
       before, after = ((side, side) for side in sides)
-      return "bilinear", lambda x: ov_models.resample_positions(x, before, after, prefix)
+      return position_resize, lambda x: ov_models.resample_positions(
+        x, before, after, prefix, position_resize
+      )
     return f"position tables of {old[0]} and {new[0]} rows are not {prefix} + a square grid"
   return f"the source has {list(old)}, the model {list(new)}"
 

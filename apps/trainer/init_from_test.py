@@ -2,13 +2,15 @@
 
 import json
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from apps.trainer.checkpoint import CheckpointError, Checkpoints
-from apps.trainer.init_from import check_tokenizer, plan_init, resize_patches
+from apps.trainer.config import InitSettings
+from apps.trainer.init_from import check_tokenizer, interpolate, plan_init, resize_patches
 from apps.trainer.init_source import open_source
 import ov_models
 from ov_models import DecoderConfig, VisionLanguageConfig, ViTConfig
@@ -210,3 +212,51 @@ def test_token_rows_require_same_tokenizer(tmp_path):
     open_source(tmp_path), fresh(), exclude=("embed/embedding$|decoder/head/kernel$",)
   ).report
   check_tokenizer(rest, "c3d4")
+
+
+def test_interpolation_with_the_initial_parameters(source):
+  initial = [InitSettings("config.init_from.path", str(source), None, "params", {})]
+  tuned = make_params(model(), 1)
+  mix = lambda alpha: interpolate(initial, tuned, alpha)
+  chex.assert_trees_all_equal(mix(1.0), tuned)
+  chex.assert_trees_all_equal(mix(0.0), OLD)
+  expected = jax.tree.map(lambda new, old: 0.25 * new + 0.75 * old, tuned, OLD)
+  # One float32 rounding of each product and sum.
+  chex.assert_trees_all_close(mix(0.25), expected, rtol=1e-6, atol=1e-7)
+  with pytest.raises(ValueError, match="wise_ft=0.5 needs the initial parameters"):
+    interpolate([], tuned, 0.5)
+
+
+def test_interpolation_keeps_what_the_source_lacks_and_resamples(source):
+  initial = [InitSettings("config.init_from.path", str(source), None, "params", {})]
+  tuned = make_params(model(image=48, vocab=50), 1)
+  mixed, plain = interpolate(initial, tuned, 0.0), tuned
+  start, _ = copy(source, tuned)
+  chex.assert_trees_all_equal(mixed, start)
+  chex.assert_trees_all_equal(mixed["decoder"]["head"], plain["decoder"]["head"])
+
+
+def test_adapters_of_a_source_are_merged(tmp_path):
+  lora = ov_models.LoraConfig(rank=2, alpha=6.0)
+  adapted = jax.tree.map(lambda p: p + 0.1, ov_models.add_adapters(lora, OLD, jax.random.key(0)))
+  metadata = {"config": {"lora": {"rank": 2, "alpha": 6.0}}}
+  with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+    checkpoints.save(1, {"params": adapted}, metadata)
+  new = ov_models.add_adapters(lora, fresh(), jax.random.key(1))
+  found, report = copy(tmp_path, new)
+  # Compiled and eager matmuls differ by float32 rounding.
+  merged = ov_models.merge_adapters(lora, adapted)
+  chex.assert_trees_all_close({name: found[name] for name in OLD}, merged, rtol=1e-5, atol=1e-6)
+  chex.assert_trees_all_equal(found["lora"], new["lora"])
+  assert report.notes == ("its adapters are merged",) and not report.unused
+  assert "unchanged: 24 arrays of adapters" in report.text()
+
+
+def test_positions_are_resampled_as_the_model_does(source):
+  new = fresh(image=64)
+  found, report = copy(source, new, position_resize="bicubic")
+  expected = ov_models.resample_positions(
+    OLD["encoder"]["position_embedding"], (4, 4), (8, 8), 1, "bicubic"
+  )
+  np.testing.assert_allclose(found["encoder"]["position_embedding"], expected, rtol=1e-6, atol=1e-6)
+  assert report.resampled["encoder/position_embedding"].endswith("bicubic")

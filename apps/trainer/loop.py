@@ -198,7 +198,8 @@ def _start(
   if stage.index:  # parameters of the previous stage
     run.checkpoints.wait()
     source = open_source(run.checkpoints.directory, saved)
-    init = [plan_init(source, state["params"])]
+    resize = parts.task.model.encoder.position_resize
+    init = [plan_init(source, state["params"], position_resize=resize)]
   for number, plan in enumerate(init):
     state = replace_params(state, plan.apply(state["params"]))
     run.terminal.phase(plan.report.text())

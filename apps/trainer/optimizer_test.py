@@ -1,6 +1,7 @@
 """Tests of the optimizer chain: arithmetic of each entry, groups by path, errors."""
 
 import dataclasses
+import functools
 
 import chex
 import jax
@@ -199,3 +200,33 @@ def test_ema_decay_warms_up():
 def test_error_messages(kwargs, message):
   with pytest.raises(ValueError, match=message):
     make_optimizer(OptimizerConfig(1.0, **kwargs), make_params(), 10)
+
+
+def test_last_blocks_keep_the_bits_of_the_others():
+  config = OptimizerConfig(
+    1.0, CONSTANT, frozen=("/(patch_embed|cls)",), last_blocks=(("^encoder/", 1),)
+  )
+  params = make_params()
+  kernel = params["encoder"]["blocks"]["mlp"]["kernel"].at[0, 0, 0].set(-0.0)
+  params["encoder"]["blocks"]["mlp"]["kernel"] = kernel
+  optimizer = make_optimizer(config, params, total_steps=10)
+  assert optimizer.groups["encoder/blocks/mlp/kernel"] == "decayed, lr x 0..1"
+  trained = optimizer.trainable["encoder"]["blocks"]["mlp"]["kernel"]
+  np.testing.assert_array_equal(trained, np.array([False, False, True]).reshape(3, 1, 1))
+  for sign in (1, -1):
+    grads = jax.tree.map(functools.partial(jnp.multiply, sign), jax.tree.map(jnp.cos, params))
+    updates, _ = one_update(config, params, grads)
+    for path, old in flatten_paths(params).items():
+      new = np.asarray(old + updates[path])
+      frozen = slice(0, 2) if path.startswith("encoder/blocks") else slice(0, 0)
+      if "patch_embed" in path or "cls" in path:
+        frozen = slice(None)
+      assert new[frozen].tobytes() == np.asarray(old)[frozen].tobytes(), path
+      if frozen != slice(None):
+        assert (new[frozen.stop :] != old[frozen.stop :]).any(), path
+
+
+def test_last_blocks_must_match_stacked_parameters():
+  config = OptimizerConfig(1.0, last_blocks=(("^encoder/norm", 1),))
+  with pytest.raises(ValueError, match="last_blocks regex '.encoder/norm' matches no parameter"):
+    make_optimizer(config, make_params(), total_steps=10)

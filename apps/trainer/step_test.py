@@ -245,3 +245,39 @@ def test_error_messages():
     ValueError, match="24 rows is not a multiple of 5 .* next size that fits is 25"
   ):
     step(state, make_batch())
+
+
+def test_frozen_blocks_have_no_gradient():
+  def init(key):
+    return {"blocks": {"kernel": 0.3 * jax.random.normal(key, (3, D, D))}}
+
+  def loss(params, batch, key, ema=None, step=None):
+    x = batch["x"]
+    for layer in range(3):
+      x = jnp.tanh(x @ params["blocks"]["kernel"][layer])
+    return LossOutput(jnp.square(x.sum(axis=1) - batch["y"]).mean(), jnp.float32(1), {})
+
+  params = init(jax.random.key(0))
+  config = OptimizerConfig(0.01, grad_clip_norm=0.1, last_blocks=(("^blocks/", 1),))
+  optimizer = make_optimizer(config, params, total_steps=10)
+  mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
+  replicated = NamedSharding(mesh, PartitionSpec())
+  state = state_lib.new_state(params, optimizer.tx)
+  step = make_train_step(
+    loss,
+    optimizer.tx,
+    state_shardings=jax.tree.map(lambda _: replicated, state),
+    batch_sharding=NamedSharding(mesh, PartitionSpec("data")),
+    seed=0,
+    learning_rate=optimizer.learning_rate,
+    trainable=optimizer.trainable,
+    project=lambda params: jax.tree.map(lambda x: 2 * x, params),
+  )
+  before = np.asarray(params["blocks"]["kernel"])
+  batch = make_batch()
+  expected = jax.grad(lambda p: loss(p, batch, None).loss)(params)["blocks"]["kernel"]
+  state, metrics = step(jax.device_put(state, replicated), batch)
+  after = np.asarray(state["params"]["blocks"]["kernel"])
+  assert after[:2].tobytes() == before[:2].tobytes()
+  assert (after[2] != before[2]).all()
+  np.testing.assert_allclose(metrics["grad_norm"], jnp.linalg.norm(expected[2]), rtol=1e-5)
