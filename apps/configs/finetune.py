@@ -1,6 +1,6 @@
 """Fine-tune an imported model, or the model of a run, with its own sizes, texts and preprocessing.
 
-  bazel run //apps:export -- --from=transformers:/data/siglip2-base-patch16-224
+  bazel run //apps:export -- --from=transformers:/data/clip-vit-base-patch16
       --to_workdir=/data/start
   bazel run //apps:clip_train -- --workdir=/data/run
       --config=apps/configs/finetune.py:init=/data/start,batch_size=1024
@@ -13,7 +13,6 @@ docs/fine_tune.md describes the modes.
 import os
 from typing import Any
 
-from etils import epath
 from ml_collections import ConfigDict
 
 from apps.configs.arguments import parse_arguments
@@ -58,6 +57,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
   a = parse_arguments(arg, ARGUMENTS)
   if a.mode not in RATES:
     raise ValueError(f"mode={a.mode!r}: expected one of {', '.join(RATES)}")
+  if a.text and a.mode == "lora":
+    raise ValueError(
+      f"text={a.text} with mode=lora, which would not train the new text tower; use lit or full"
+    )
   if a.last_blocks and a.mode != "full":
     raise ValueError(
       f"last_blocks={a.last_blocks} needs mode=full; mode={a.mode} freezes the whole image tower"
@@ -93,7 +96,7 @@ def _read(init: str) -> dict[str, Any]:
       "init= is missing; give the workdir of an import or of a run: init=/data/start"
     )
   try:
-    return read_metadata(find_checkpoint(epath.Path(init).expanduser()))
+    return read_metadata(find_checkpoint(os.path.expanduser(init)))
   except (ValueError, OSError) as error:
     raise ValueError(f"init={init}: {error}") from error
 
@@ -121,8 +124,8 @@ def _as_imported(config: ConfigDict, metadata: dict[str, Any], text: str) -> Non
   if not alone and text:
     raise ValueError(f"text={text} is for an init without a text tower; omit it")
   if alone:
-    config.model.update(text=text, vocab_size=0, token_len=80)
-    config.model.embed_dim = 0  # by variant
+    # Texts are projected to the pooled vector of an image, which needs no new head.
+    config.model.update(text=text, vocab_size=0, image_head=False, embed_dim=model.width)
   if config.model.text:
     siglip = config.model.bias_init is not None
     scale, bias = config.model.scale_init, config.model.bias_init

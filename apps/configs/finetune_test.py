@@ -92,6 +92,7 @@ def test_an_image_tower_gets_a_new_text_tower(tmp_path):
   settings = resolved(f"init={workdir},text=Ti,mode=lit")
   found = model_config(settings.model, vocab_size=100)
   assert found.encoder == ENCODER and found.text is not None
+  assert (found.image_head, found.embed_dim) == (False, 16)
   assert settings.tokenizer.path == ""  # trained on the captions
 
 
@@ -132,6 +133,7 @@ def test_modes_set_the_trained_parameters(clip, mode, trained, frozen):
     ("init=/nowhere", "init=/nowhere: no intact checkpoint in /nowhere"),
     ("mode=half", "mode='half': expected one of full, lit, lora"),
     ("mode=lora,last_blocks=2", "last_blocks=2 needs mode=full"),
+    ("mode=lora,text=Ti", "would not train the new text tower; use lit or full"),
     ("init=CLIP,text=Ti", "text=Ti is for an init without a text tower"),
     ("init=CLIP,vocab_path=/v.txt", "init has its own tokenizer"),
     ("init=VIT", "init has only an image tower; add the variant of a new text tower: text=B"),

@@ -168,7 +168,8 @@ def _header(facts: CardFacts) -> list[str]:
 def _title(release: Release, about: Mapping[str, Any]) -> str:
   encoder = release.encoder
   if name := clean(about.get("imported") or {}).get("name"):
-    return f"{name}, {encoder.image_size} px"
+    tuned = ", fine-tuned" if about.get("config") else ""
+    return f"{name}{tuned}, {encoder.image_size} px"
   sizes = (encoder.width, encoder.depth, encoder.mlp_dim, encoder.num_heads)
   variants = {values: name for name, values in ov_models.VIT_VARIANTS.items()}
   name = variants.get(sizes, f"ViT of width {encoder.width} and {encoder.depth} layers, patch ")
@@ -292,6 +293,7 @@ def _training(facts: CardFacts, config: Mapping[str, Any]) -> list[tuple[str, An
       value = json.loads(flat[name])
       if value or not name.startswith("loss."):  # omit losses of weight 0
         values[label] = value
+  values["weight of the trained parameters (WiSE-FT)"] = about.get("wise_ft")
   values["fingerprint of the tokenizer"] = facts.tokenizer
   return [(name, _joined(v)) for name, v in values.items() if v not in (None, "", [], {})]
 

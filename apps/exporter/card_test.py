@@ -381,3 +381,16 @@ def test_the_card_says_the_opset():
   release = Release(ov_models.ViTConfig.from_name("mu/16", image_size=32), {}, Preprocess(32))
   page = card.render(CardFacts("onnx", release, "mit", parity={"opset": 19}))
   assert "version 19 of the ONNX operators" in page
+
+
+def test_a_fine_tuned_import_states_its_source_and_its_training():
+  about = {
+    "imported": {"from": "timm:vit_b16", "notes": ["no head"], "license": "cc-by-nc-4.0"},
+    "config": {"batch_size": 64},
+    "step": 100,
+    "wise_ft": 0.5,
+  }
+  page = card.render(_facts(about=about))
+  assert "Fine-tuned from timm:vit_b16; see there" in page
+  assert "| batch size | 64 |" in page and "The training of this model is unknown" not in page
+  assert "WiSE-FT" in page and "| 0.5 |" in page

@@ -137,3 +137,10 @@ def test_golden_checkpoint():
   plan = plan_init(open_source(golden), fresh)
   assert_equal(plan.apply(fresh), expected.params)
   assert not plan.report.fresh and not plan.report.unused
+
+
+def test_the_origin_of_an_import_is_passed_on(tmp_path):
+  about = {"from": "timm:vit", "license": "cc-by-nc-4.0"}
+  with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+    checkpoints.save(0, {"params": make_params(CONFIG, 0)}, {"imported": about})
+  assert open_source(tmp_path).imported == about
