@@ -27,6 +27,7 @@ _INPUTS = ("fit", "mean", "std", "alt_keys", "caption_keys", "sentence_positive"
 # The layers before the first block of the image tower.
 _STEM = r"^encoder/(patch_embed|patch_norm|pre_norm|position_embedding|cls|registers)(/|$)"
 _IMAGE_TOWER = r"^(encoder|image_head)/"
+_TEXT_GIVEN = "text={} is for an init that is an image tower alone; omit it"
 
 ARGUMENTS = {
   "init": "",  # workdir of an import or of a run
@@ -40,7 +41,8 @@ ARGUMENTS = {
   "rank": 8,  # of the adapters
   "alpha": 16.0,  # scale of the adapters is alpha / rank
   "loss": "",  # see objectives.py; "": that of a run, or the one of the imported model
-  "txt_key": "txt",  # record feature with the text; several as a+b, one is drawn
+  # record feature with the text; several as a+b, one is drawn; "": that of a run, or txt
+  "txt_key": "",
   "text": "",  # variant of a new text tower, if `init` is an image tower alone
   "vocab_path": "",  # tokenizer, if `init` has none; "" trains one on the captions
   "dtype": "float32",
@@ -68,10 +70,14 @@ def get_config(arg: str | None = None) -> ConfigDict:
   metadata = _read(a.init)
   config = clip_config()
   config.batch_size, config.total_steps = a.batch_size, a.steps
-  keys = tuple(a.txt_key.split("+"))
+  keys = tuple((a.txt_key or "txt").split("+"))
   config.input.update(alt_keys=keys, caption_keys=keys, color_jitter=False)
   if saved := metadata.get("config"):
+    if a.text:
+      raise ValueError(_TEXT_GIVEN.format(a.text))
     _as_in_run(config, saved)
+    if a.txt_key:
+      config.input.update(alt_keys=keys if config.model.text else (), caption_keys=keys)
   else:
     _as_imported(config, metadata, a.text)
   if a.loss:
@@ -122,7 +128,7 @@ def _as_imported(config: ConfigDict, metadata: dict[str, Any], text: str) -> Non
   if alone and not text:
     raise ValueError("init has only an image tower; add the variant of a new text tower: text=B")
   if not alone and text:
-    raise ValueError(f"text={text} is for an init without a text tower; omit it")
+    raise ValueError(_TEXT_GIVEN.format(text))
   if alone:
     # Texts are projected to the pooled vector of an image, which needs no new head.
     config.model.update(text=text, vocab_size=0, image_head=False, embed_dim=model.width)

@@ -134,7 +134,7 @@ def test_modes_set_the_trained_parameters(clip, mode, trained, frozen):
     ("mode=half", "mode='half': expected one of full, lit, lora"),
     ("mode=lora,last_blocks=2", "last_blocks=2 needs mode=full"),
     ("mode=lora,text=Ti", "would not train the new text tower; use lit or full"),
-    ("init=CLIP,text=Ti", "text=Ti is for an init without a text tower"),
+    ("init=CLIP,text=Ti", "text=Ti is for an init that is an image tower alone"),
     ("init=CLIP,vocab_path=/v.txt", "init has its own tokenizer"),
     ("init=VIT", "init has only an image tower; add the variant of a new text tower: text=B"),
     ("init=TEXT", "init has only a text tower"),
