@@ -188,19 +188,10 @@ def model_settings(config: ov_models.VisionLanguageConfig | ov_models.ViTConfig)
     ValueError: no settings describe the model.
   """
   config = portable(config)
-  alone = isinstance(config, ov_models.ViTConfig)
-  encoder = config if alone else config.encoder
-  text, decoder = (None, None) if alone else (config.text, config.decoder)
-  values: dict[str, Any] = {
-    "encoder": f"{_variant(encoder, ov_models.VIT_VARIANTS)}/{encoder.patch_size}",
-    "text": "",
-    "decoder": "",
-    "image_size": encoder.image_size,
-  }
-  plain = ov_models.ViTConfig.from_name(values["encoder"], encoder.image_size)
-  values["encoder_options"] = _options(encoder, plain)
-  if alone:
-    return ModelSettings(**values)
+  if isinstance(config, ov_models.ViTConfig):
+    return ModelSettings(**_encoder_values(config))
+  text, decoder = config.text, config.decoder
+  values = _encoder_values(config.encoder)
   for part in (decoder, text):
     if part is not None:
       values["vocab_size"] = part.vocab_size
@@ -230,6 +221,19 @@ def model_settings(config: ov_models.VisionLanguageConfig | ov_models.ViTConfig)
     "the model has fields that no setting of config.model describes; the nearest settings give "
     f"{found}, not {config}"
   )
+
+
+def _encoder_values(encoder: ov_models.ViTConfig) -> dict[str, Any]:
+  """Return the settings of a model that is an image tower alone."""
+  name = f"{_variant(encoder, ov_models.VIT_VARIANTS)}/{encoder.patch_size}"
+  plain = ov_models.ViTConfig.from_name(name, encoder.image_size)
+  return {
+    "encoder": name,
+    "text": "",
+    "decoder": "",
+    "image_size": encoder.image_size,
+    "encoder_options": _options(encoder, plain),
+  }
 
 
 # Fields with their own settings, and those that do not change the model.

@@ -122,9 +122,8 @@ def _open_own(root: epath.Path, step: int | None, part: Part) -> InitSource:
   def read(targets: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
     return flatten_paths(restore_params(checkpoint, unflatten(targets), part))
 
-  notes = ()
-  if any(path.startswith(_ADAPTERS) for path in arrays):
-    notes = ("its adapters are merged",)
+  adapted = any(path.startswith(_ADAPTERS) for path in arrays)
+  notes = ("its adapters are merged",) if adapted else ()
   arrays = {path: array for path, array in arrays.items() if not path.startswith(_ADAPTERS)}
   return InitSource(
     str(checkpoint), arrays, read, metadata.get("tokenizer"), notes, metadata.get("imported")
