@@ -29,6 +29,11 @@ _COMPILE = flags.DEFINE_bool(
   "compile", False, "Compile the train step of every stage for the cache, and stop."
 )
 _CHECK = flags.DEFINE_bool("check", False, "Resolve everything, read one batch, and stop.")
+_STORE_TEACHER = flags.DEFINE_string(
+  "store_teacher",
+  None,
+  "Write the embeddings of the teacher for all positions of the run to this folder, and stop.",
+)
 
 # Sections whose fields are those of another config.
 _FREE = (
@@ -65,8 +70,8 @@ def launch(base: str) -> None:
     UserError: flags, settings or data are invalid.
   """
   config = _CONFIG.value
-  if _CHECK.value and _COMPILE.value:
-    raise UserError("--check --compile: give one of them; --check compiles nothing")
+  if sum(map(bool, (_CHECK.value, _COMPILE.value, _STORE_TEACHER.value))) > 1:
+    raise UserError("--check, --compile and --store_teacher: give one of them")
   if config is None or not _WORKDIR.value:
     raise UserError("give --config=apps/configs/NAME.py and --workdir=DIRECTORY")
   with user_errors():
@@ -87,6 +92,7 @@ def launch(base: str) -> None:
   from apps.trainer.hosts import Hosts
   from apps.trainer.loop import run_training
   from apps.trainer.progress import Terminal
+  from apps.trainer.store_teacher import store_teacher
   from apps.trainer.summary import Report
   import ov_sharding
 
@@ -103,6 +109,8 @@ def launch(base: str) -> None:
       check_run(config, workdir, make_evaluators, terminal)
     elif _COMPILE.value:
       compile_run(config, workdir, terminal)
+    elif _STORE_TEACHER.value:
+      store_teacher(config, workdir, terminal, _STORE_TEACHER.value)
     else:
       code = run_training(
         config, workdir, make_evaluators, terminal, Hooks([hosts, Report(), Baseline()])

@@ -48,7 +48,7 @@ def check_run(
       terminal.phase(f"{prepared.checkpoints}: the run {verb} step {prepared.saved:,}")
     table = Table("", title=f"{workdir.uri}: {_devices()}")
     columns = []
-    for index, (stage, _, evaluate) in enumerate(prepared.stages):
+    for index, (stage, _, evaluate, _) in enumerate(prepared.stages):
       table.add_column(stage.name, justify="right")
       columns.append(_facts(prepared, index) | {"evaluators": describe_evaluators(evaluate)})
     for name in columns[0]:
@@ -107,13 +107,13 @@ def _devices() -> str:
 
 def _facts(prepared: Prepared, index: int) -> dict[str, str]:
   """Return the sizes of a stage and of its first batch; skip data that the run does not open."""
-  stage, parts, _ = prepared.stages[index]
+  stage, parts, *_ = prepared.stages[index]
   config, task = stage.config, parts.task
   state = ov_sharding.bytes_per_device(parts.abstract, parts.shardings)
   params = ov_sharding.bytes_per_device(parts.abstract["params"], parts.shardings["params"])
   examples = config.total_steps * config.batch_size
   facts = {
-    "parameters": f"{ov_models.num_params(task.abstract_params()):,}",
+    "parameters": f"{ov_models.num_params(task.model):,}",
     "params per device": _mebibytes(params),
     "optimizer and counters per device": _mebibytes(state - params),
     "image": f"{task.image_size} px",

@@ -37,6 +37,19 @@ class StageData:
 
 
 @dataclasses.dataclass(frozen=True)
+class TeacherIdentity:
+  """Teacher of a distillation; checkpoints do not contain its parameters.
+
+  Attributes:
+    path: folder that it was read from.
+    fingerprint: 16 hex digits over its configuration and parameters.
+  """
+
+  path: str
+  fingerprint: str
+
+
+@dataclasses.dataclass(frozen=True)
 class LoaderState:
   """State of an `ov_data.Loader`."""
 
@@ -64,6 +77,7 @@ class Metadata:
     examples: number of examples seen in all stages.
     history: the spans of the run's `History`.
     stages: stage name -> data of the stage.
+    teacher: teacher of the stage; None without one.
   """
 
   step: Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
@@ -76,6 +90,7 @@ class Metadata:
   examples: Count | None = None
   history: tuple[Span, ...] = ()
   stages: dict[str, StageData] = dataclasses.field(default_factory=dict)
+  teacher: TeacherIdentity | None = None
 
 
 def read_metadata(checkpoint: epath.Path) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from apps.trainer.startup import printable
 from apps.trainer.state import TrainState, init_state, replace_params
 from apps.trainer.stepper import Stepper
 from apps.trainer.stop import StopRequest
+from apps.trainer.stored_teacher import add_teacher
 from apps.trainer.workdir import Workdir
 import ov_data
 from ov_data import fs
@@ -124,14 +125,14 @@ def run_training(
 
 def _train_stage(run: Run, prepared_stage: PreparedStage, prepared: Prepared) -> str | None:
   """Train one stage to its end; return the signal that stopped it, if any."""
-  stage, parts, evaluate = prepared_stage
+  stage, parts, evaluate, teacher = prepared_stage
   config, mesh, phase = stage.config, run.mesh, run.terminal.phase
   with user_errors():
     task, optimizer = parts.task, parts.optimizer
     texts = task.text_processor(run.tokenizer)
     inputs.save_text_processor(run.workdir, texts, replace=not config.eval_only)
     run.model_name = task.name
-    run.num_params = ov_models.num_params(task.abstract_params())
+    run.num_params = ov_models.num_params(task.model)
     phase(
       f"{stage.name}: {task.name} at {task.image_size} px, "
       f"{run.num_params:,} parameters, {config.total_steps:,} steps of {config.batch_size:,}"
@@ -140,6 +141,11 @@ def _train_stage(run: Run, prepared_stage: PreparedStage, prepared: Prepared) ->
     if wanted.frozen or wanted.lr_multipliers or wanted.layer_decay:  # show what the regexes match
       phase(f"{stage.name}: parameter groups\n{summarize_groups(optimizer.groups)}")
     train_step = build_step(config, parts, mesh, stage.index)
+    add = identity = None
+    if teacher is not None:
+      identity = teacher.identity
+      phase(f"{stage.name}: teacher {identity.path}, fingerprint {identity.fingerprint}")
+      add = add_teacher(teacher, config, mesh, stage.index)
     loader = prepared.loader
     if stage.index > prepared.first:
       phase(f"{stage.name}: opening the data")
@@ -158,7 +164,7 @@ def _train_stage(run: Run, prepared_stage: PreparedStage, prepared: Prepared) ->
       last_step=stage.last_step,
     ) as progress,
   ):
-    stepper = Stepper(run, stage, task, evaluate, progress)
+    stepper = Stepper(run, stage, task, evaluate, progress, add, identity)
     signal = None
     if loader is None or step == stage.last_step:
       stepper.evaluate(state, record=False)

@@ -15,6 +15,7 @@ from apps.trainer.run_config import RunConfig
 from apps.trainer.stages import Stage
 from apps.trainer.state import TrainState, abstract_state, state_shardings, with_shardings
 from apps.trainer.step import make_train_step
+from apps.trainer.stored_teacher import with_teacher
 from apps.trainer.task import Evaluate, Task, abstract_batch
 import ov_data
 import ov_models
@@ -34,7 +35,7 @@ class Parts(NamedTuple):
 
 def build_parts(config: RunConfig, tokenizer: ov_data.Tokenizer, mesh: jax.sharding.Mesh) -> Parts:
   """Return task, optimizer and abstract state of a stage; raise ValueError for invalid settings."""
-  task = make_task(config, tokenizer, mesh)
+  task = with_teacher(make_task(config, tokenizer, mesh))
   check_patches(task)
   params = task.abstract_params()
   wanted = optimizer_config(config)

@@ -29,6 +29,7 @@ from apps.trainer.resume import Progress, check_resumes
 from apps.trainer.run_config import RunConfig
 from apps.trainer.sinks import check_wandb
 from apps.trainer.stages import Stage, resolve_stages
+from apps.trainer.stored_teacher import AnyTeacher, StoredTeacher, open_teacher
 from apps.trainer.task import Evaluate
 from apps.trainer.workdir import Workdir
 import ov_data
@@ -44,11 +45,13 @@ class PreparedStage(NamedTuple):
     stage: configuration and steps of the stage.
     parts: task, optimizer and abstract state of the stage.
     evaluate: evaluators; None without held-out data, and for stages that will not run.
+    teacher: teacher of a distillation; None without one, and for stages that will not train.
   """
 
   stage: Stage
   parts: Parts
   evaluate: Evaluate | None
+  teacher: AnyTeacher | None
 
 
 class Prepared(NamedTuple):
@@ -147,6 +150,8 @@ def prepare(
   first = _first_stage(model.stages, step, config.eval_only)
   init: list[InitPlan] = []
   progress = Progress(History(), {})
+  teachers: dict[str, AnyTeacher] = {}
+  teacher = None if config.eval_only else open_teacher(tasks[first], teachers)
   if saved is not None and int(saved.name) > 0:
     progress = check_resumes(
       saved,
@@ -154,6 +159,7 @@ def prepare(
       first,
       model.parts[first].abstract,
       model.tokenizer.fingerprint,
+      None if teacher is None else teacher.identity,
       eval_only=config.eval_only,
     )
     if progress.note:
@@ -164,7 +170,7 @@ def prepare(
   loader = None
   seen = set()
   for stage, parts in zip(model.stages, model.parts, strict=True):
-    evaluate = None
+    evaluate, teacher = None, None
     if stage.index == first or (stage.index > first and not config.eval_only):
       inputs.check_batch_size(stage.config, model.mesh)
       data = to_json(stage.config.input)
@@ -177,6 +183,10 @@ def prepare(
         else:  # reopened by its stage
           opened.close()
       seen.add(data)
+      if not config.eval_only:
+        teacher = open_teacher(parts.task, teachers)
+      if isinstance(teacher, StoredTeacher) and loader is not None:
+        teacher.check(stage.config, loader, len(model.stages))
       held_out = HeldOut(
         stage.config,
         parts.task,
@@ -191,7 +201,7 @@ def prepare(
         raise ValueError(
           "eval_only: nothing to evaluate; set config.input.eval_data_dir or data of config.eval"
         )
-    stages.append(PreparedStage(stage, parts, evaluate))
+    stages.append(PreparedStage(stage, parts, evaluate, teacher))
   return Prepared(
     stages,
     first,

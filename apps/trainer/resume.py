@@ -6,7 +6,7 @@ from typing import NamedTuple
 from etils import epath
 
 from apps.trainer.checkpoint import check_restorable, read_metadata
-from apps.trainer.checkpoint_metadata import Metadata, StageData, parse_metadata
+from apps.trainer.checkpoint_metadata import Metadata, StageData, TeacherIdentity, parse_metadata
 from apps.trainer.history import History, Span
 from apps.trainer.init_from import plan_init
 from apps.trainer.init_source import open_source
@@ -34,6 +34,7 @@ def check_resumes(
   first: int,
   abstract: TrainState,
   tokenizer: str,
+  teacher: TeacherIdentity | None = None,
   *,
   eval_only: bool,
 ) -> Progress:
@@ -45,6 +46,7 @@ def check_resumes(
     first: index of the stage that resumes, or that starts from the parameters.
     abstract: abstract state of that stage.
     tokenizer: fingerprint of the run's tokenizer.
+    teacher: teacher of that stage; ignored by an evaluation.
     eval_only: whether the run only evaluates.
 
   Returns:
@@ -69,6 +71,8 @@ def check_resumes(
     )
   if step > stage.first_step:
     _check_stage(metadata, stage)
+    if not eval_only:
+      _check_teacher(saved, metadata.teacher, teacher)
     check_restorable(saved, abstract, config=stage.config.to_dict(), saved_config=metadata.config)
   else:
     if step and first:
@@ -104,6 +108,22 @@ def _check_stage(metadata: Metadata, stage: Stage) -> None:
   began = History(metadata.history).first_step(stage.name)
   if began not in (None, stage.first_step):
     raise ValueError(_other_start(step, stage, began))
+
+
+def _check_teacher(
+  saved: epath.Path, before: TeacherIdentity | None, now: TeacherIdentity | None
+) -> None:
+  """Raise ValueError unless a checkpoint was trained with the same teacher, at any path."""
+  fingerprints = [None if t is None else t.fingerprint for t in (before, now)]
+  if fingerprints[0] != fingerprints[1]:
+    described = [
+      "no teacher" if t is None else f"the teacher {t.path} (fingerprint {t.fingerprint})"
+      for t in (before, now)
+    ]
+    raise ValueError(
+      f"{saved} was trained with {described[0]}, and this run has {described[1]}; set "
+      "config.loss.more as it was, or start another --workdir with config.init_from"
+    )
 
 
 def _other_start(step: int, stage: Stage, began: int) -> str:

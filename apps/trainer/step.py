@@ -143,7 +143,7 @@ def make_train_step(
     if accumulate == 1:
       grads, out = gradient(params, batch, key)
     else:
-      batches = _split(batch, accumulate, batch_sharding)
+      batches = split(batch, accumulate, batch_sharding)
       shardings = state_shardings["params"]
       if two_phase is None:
         grads, out = _accumulated(gradient, params, batches, key, shardings)
@@ -200,7 +200,7 @@ def _where(condition: bool | np.ndarray, x: jax.Array, y: jax.Array) -> jax.Arra
   return jnp.where(condition, x, y)
 
 
-def _split(batch: Batch, k: int, sharding: NamedSharding) -> Batch:
+def split(batch: Batch, k: int, sharding: NamedSharding) -> Batch:
   """Reshape [B, ...] to [k, B / k, ...]: micro-batch j has rows j, j + k, ...; no communication."""
   rows = len(next(iter(batch.values())))
   shards = sharding.num_devices // sharding.shard_shape((sharding.num_devices,))[0]

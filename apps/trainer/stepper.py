@@ -9,7 +9,7 @@ from absl import logging
 import jax
 
 from apps.trainer import inputs
-from apps.trainer.checkpoint_metadata import StageData
+from apps.trainer.checkpoint_metadata import StageData, TeacherIdentity
 from apps.trainer.config import init_sources
 from apps.trainer.errors import UserError, user_errors
 from apps.trainer.hooks import COMPILING, EVALUATING, INPUT, SAVING, STEP
@@ -19,6 +19,7 @@ from apps.trainer.progress import StageProgress
 from apps.trainer.run import Run
 from apps.trainer.stages import Stage
 from apps.trainer.state import TrainState
+from apps.trainer.stored_teacher import AddTeacher
 from apps.trainer.task import Evaluate, Params, Task
 import ov_data
 import ov_sharding
@@ -39,9 +40,12 @@ class Stepper:
     task: Task,
     evaluate: Evaluate | None,
     progress: StageProgress,
+    add_teacher: AddTeacher | None = None,
+    teacher: TeacherIdentity | None = None,
   ):
     self._run, self._stage, self._config = run, stage, stage.config
-    self._evaluate, self._task, self._batch_keys = evaluate, task, task.batch_keys
+    self._evaluate, self._task = evaluate, task
+    self._add_teacher, self._teacher = add_teacher, teacher
     self._evaluated = False
     self._progress = progress
     self._meter = Meter(
@@ -74,9 +78,12 @@ class Stepper:
       batch = next(batches)
       waited = time.perf_counter() - began
       self._enter(step, STEP if step > first else COMPILING)
-      batch = ov_sharding.global_batch({k: batch[k] for k in self._batch_keys}, run.mesh)
+      host = {k: batch[k] for k in self._task.batch_keys}
+      batch = ov_sharding.global_batch(host, run.mesh)
       # Tracing may reveal a setting that this machine does not support.
       with user_errors() if step == first else contextlib.nullcontext():
+        if self._add_teacher is not None:
+          batch = self._add_teacher(batch, host)
         state, metrics = train_step(state, batch)
       step += 1
       self._enter(step, STEP)
@@ -124,8 +131,8 @@ class Stepper:
   def _evaluated_params(self, state: TrainState) -> Params:
     """Return the parameters of the model to evaluate."""
     params = state.get("ema", state["params"])
-    if self._task.lora is not None:
-      params = jax.jit(self._task.merged)(params)
+    merge = self._task.model_params
+    params = merge(params) if self._task.lora is None else jax.jit(merge)(params)
     if self._config.eval.wise_ft is not None:
       sources = init_sources(self._run.stages[0].config)
       params = interpolate(sources, params, self._config.eval.wise_ft)
@@ -215,6 +222,7 @@ class Stepper:
           "imported": run.imported,
           "examples": run.history.examples(global_step),
           "history": [dataclasses.asdict(span) for span in run.history.spans],
+          "teacher": None if self._teacher is None else dataclasses.asdict(self._teacher),
           "stages": {name: dataclasses.asdict(data) for name, data in run.stage_data.items()},
         },
       )

@@ -1,6 +1,6 @@
 """Training task: a model, its losses, and the contents of a batch."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 from typing import Any
@@ -18,7 +18,8 @@ import ov_eval
 import ov_losses
 import ov_models
 
-_ADAPTERS = 1  # of the random keys that `init` derives
+_OF_LOSSES = "losses"  # entry of the params with the parameters of loss terms, by name in LOSSES
+_ADAPTERS = 1000  # of the random keys that `init` derives; the lower numbers are those of losses
 _TEXTS = ("alt_ids", "sentence_ids")  # of the text tower, in the order of its K texts
 
 
@@ -48,6 +49,7 @@ class Task:
     normalization: normalization of the images.
     canonical: whether prompts are canonicalized, see `ov_data.TextProcessor`.
     lora: adapters of the model; None for none.
+    teacher_dim: size of the embeddings in `teacher` of a batch; 0 without a teacher.
   """
 
   model: ov_models.VisionLanguageConfig
@@ -59,6 +61,7 @@ class Task:
   normalization: Normalization = Normalization()
   canonical: bool = True
   lora: ov_models.LoraConfig | None = None
+  teacher_dim: int = 0
 
   def __post_init__(self) -> None:
     if not self.losses:
@@ -96,7 +99,7 @@ class Task:
 
   @property
   def batch_keys(self) -> tuple[str, ...]:
-    """Return the arrays of a batch that are sent to the devices."""
+    """Return the arrays of the loader's batch that are sent to the devices."""
     return ("image", "valid", "index", *(self.text_specs or ("ids",)))
 
   @property
@@ -132,23 +135,28 @@ class Task:
   def init(self, key: jax.Array) -> Params:
     """Return fresh params; traceable."""
     params = ov_models.init(self.model, key)
-    if self.lora is None:
-      return params
-    return ov_models.add_adapters(self.lora, params, jax.random.fold_in(key, _ADAPTERS))
+    if self.lora is not None:
+      params = ov_models.add_adapters(self.lora, params, jax.random.fold_in(key, _ADAPTERS))
+    return self._with_own(params, self._init_own(key))
 
   def abstract_params(self) -> Params:
     """Return shapes and dtypes of the params."""
-    if self.lora is None:
-      return ov_models.abstract_params(self.model)
-    return jax.eval_shape(self.init, jax.random.key(0))
+    if self.lora is not None:
+      return jax.eval_shape(self.init, jax.random.key(0))
+    params = ov_models.abstract_params(self.model)
+    return self._with_own(params, jax.eval_shape(self._init_own, jax.random.key(0)))
 
   def logical_axes(self) -> Params:
     """Return the tree of the params with a tuple of logical axis names for each."""
     axes = ov_models.logical_axes(self.model)
-    return axes if self.lora is None else ov_models.adapter_axes(self.lora, axes)
+    if self.lora is not None:
+      axes = ov_models.adapter_axes(self.lora, axes)
+    own = [term.logical_axes(self.model, self.teacher_dim) for term in self.losses]
+    return self._with_own(axes, own)
 
-  def merged(self, params: Params) -> Params:
-    """Return the parameters of the model: those of the run, with the adapters merged."""
+  def model_params(self, params: Params) -> Params:
+    """Return the params of the model: adapters are merged, those of the losses are left out."""
+    params = {name: value for name, value in params.items() if name != _OF_LOSSES}
     return params if self.lora is None else ov_models.merge_adapters(self.lora, params)
 
   def loss(
@@ -194,15 +202,27 @@ class Task:
       own: the weighted losses that compare no rows.
     """
     batch = self._named(batch)
-    params, ema = self.merged(params), None if ema is None else self.merged(ema)
-    model, texts, outputs = self._forward(params, batch, key)
+    of_model = self.model_params(params)
+    model, texts, outputs = self._forward(of_model, batch, key)
     step = jnp.zeros((), jnp.int32) if step is None else step
-    context = LossContext(
-      params, ema, model, outputs, batch, texts, key, step, self.pad_id, self.mesh
+    shared = LossContext(
+      of_model,
+      None if ema is None else self.model_params(ema),
+      {},
+      model,
+      outputs,
+      batch,
+      texts,
+      key,
+      step,
+      self.pad_id,
+      self.mesh,
     )
     rows: dict[str, Any] = {"valid": batch["valid"]}
     own = []
     for number, term in enumerate(self.losses):
+      of_term = params.get(_OF_LOSSES, {}).get(_name_of(term), {})
+      context = dataclasses.replace(shared, own=of_term)
       if term.compares_rows:
         rows[str(number)] = term.rows(context)
       else:
@@ -211,7 +231,7 @@ class Task:
 
   def combine(self, params: Params, rows: dict[str, Any]) -> LossOutput:
     """Return the sum of the weighted losses that compare rows over all rows of a batch, or 0."""
-    valid, params = rows["valid"], self.merged(params)
+    valid, params = rows["valid"], self.model_params(params)
     terms = [
       _weighted(term, term.compare(params, rows[str(number)] | {"valid": valid}, self.mesh))
       for number, term in enumerate(self.losses)
@@ -252,9 +272,25 @@ class Task:
       ids = jnp.stack([batch[name] for name in texts if name in batch], axis=1)
     return model, ids, model(batch["image"], batch.get("caption_ids"), key, texts=ids)
 
+  def _init_own(self, key: jax.Array) -> list[Params]:
+    """Return fresh parameters of each loss; each has its own key."""
+    return [
+      term.init(jax.random.fold_in(key, number), self.model, self.teacher_dim)
+      for number, term in enumerate(self.losses)
+    ]
+
+  def _with_own(self, params: Params, own: Sequence[Params]) -> Params:
+    """Return the params of the model together with those of each loss."""
+    of_losses = {_name_of(term): tree for term, tree in zip(self.losses, own, strict=True) if tree}
+    return params | {_OF_LOSSES: of_losses} if of_losses else params
+
   def _named(self, batch: Batch) -> Batch:
     """Rename the only caption of a batch to the name of one of several texts."""
     return batch | {"caption_ids": batch["ids"]} if self.specs is None else batch
+
+
+def _name_of(term: LossTerm) -> str:
+  return next((name for name, kind in LOSSES.items() if kind is type(term)), type(term).__name__)
 
 
 def _weighted(term: LossTerm, out: LossOutput) -> LossOutput:
@@ -303,4 +339,7 @@ def abstract_batch(
     elif key in ("valid", "index"):
       shape, dtype = (rows,), bool if key == "valid" else jnp.int32
     batch[key] = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+  if task.teacher_dim:
+    shape = (rows, task.teacher_dim)
+    batch["teacher"] = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
   return batch

@@ -6,10 +6,13 @@ of its fields. The three of the published recipes have settings of their own in 
 
 from apps.trainer.losses.caption import Caption
 from apps.trainer.losses.contrastive import Clip, Siglip
+from apps.trainer.losses.distill import Affinity, Distill
 from apps.trainer.losses.loss_term import LossTerm
 
 LOSSES: dict[str, type[LossTerm]] = {
   "clip": Clip,
   "siglip": Siglip,
   "caption": Caption,
+  "distill": Distill,
+  "affinity": Affinity,
 }

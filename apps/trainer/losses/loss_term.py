@@ -32,9 +32,10 @@ class LossContext:
   Attributes:
     params: parameters of the model; frozen ones carry no gradient.
     ema: average of the parameters without gradient; None if the run keeps none.
+    own: parameters of this term, from its `init`.
     model: the model with its parameters.
     outputs: output of the model for the batch.
-    batch: arrays [B, ...]: image, valid, index and the texts.
+    batch: arrays [B, ...]: image, valid, index, the texts, and "teacher" if the run has one.
     texts: int32 [B, K, T], texts of the text tower; None without one.
     key: random key of this step and micro-batch, which `outputs` has also used.
     step: int32 [], completed steps of the stage.
@@ -44,6 +45,7 @@ class LossContext:
 
   params: Params
   ema: Params | None
+  own: Params
   model: ov_models.VisionLanguageModel
   outputs: ov_models.VisionLanguageOutput
   batch: Batch
@@ -77,6 +79,22 @@ class LossTerm:
     Raises:
       ValueError: the message names the setting to change.
     """
+
+  def logical_axes(self, model: ov_models.VisionLanguageConfig, teacher_dim: int) -> Params:
+    """Return the tree of the term's own parameters with a tuple of axis names for each.
+
+    Args:
+      model: configuration of the model.
+      teacher_dim: size of the teacher's embeddings; 0 without a teacher.
+    """
+    return {}
+
+  def init(self, key: jax.Array, model: ov_models.VisionLanguageConfig, teacher_dim: int) -> Params:
+    """Return the initial parameters of the term, in the tree of `logical_axes`; traceable.
+
+    They are trained with those of the model, and are not part of an export.
+    """
+    return {}
 
   def __call__(self, context: LossContext) -> LossOutput:
     """Return the loss of a batch, or of a micro-batch, without the factor `weight`."""
