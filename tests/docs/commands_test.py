@@ -51,6 +51,9 @@ RUN = [
   (r"clip_train -- --config=\S+clip_demo.py --workdir=\S+$", _CLIP),
   (r"clip_train -- --config=\S+clip_demo.py .* --config.eval.suite=vtab", _CLIP),
   (r"clip_train -- --config=\S+clip_demo.py:loss=siglip", _CLIP),
+  (r"clip_train -- .*ov-student .*distill", _CLIP),
+  (r"clip_train -- .*ov-student-stored .* --store_teacher=", _CLIP),
+  (r"clip_train -- .*ov-student-stored (?!.*store_teacher)", _CLIP),
   (r"caption_train -- \S+caption_demo.py \S+ --config.eval_only=True", _CAPTION),
   (r"//tools/compare -- (?!.*--reference)", ()),
   (r"//tools/data:convert -- --input=/data/photos", ()),
@@ -194,7 +197,7 @@ def test_command_runs(pattern: str, small: tuple[str, ...], sandbox: Path):
   for name, run in (("run_a", "ov-demo"), ("run_b", "ov-trial")):
     if "tools/compare" in command.text:
       shutil.copytree(sandbox / "tmp" / run, sandbox / "tmp" / name)
-  words = [re.sub(r"(^|=)/(data|tmp)/", rf"\1{sandbox}/\2/", word) for word in command.arguments]
+  words = [re.sub(r"(^|=|')/(data|tmp)/", rf"\1{sandbox}/\2/", word) for word in command.arguments]
   done = subprocess.run(
     [sys.executable, command.program, *words, *small],
     env=runner.environment(sandbox),
