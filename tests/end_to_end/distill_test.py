@@ -49,7 +49,7 @@ def runs(tmp_path_factory, cache):
     assert code == 0, printed
     return printed
 
-  run("teacher", "--config.total_steps=4")
+  run("teacher", "--config.total_steps=6")
   run("plain")
   printed = run("online", more(teacher=folder / "teacher"))
   assert f"teacher {folder / 'teacher'}, fingerprint " in printed

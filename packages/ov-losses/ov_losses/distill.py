@@ -47,9 +47,11 @@ def embedding_distance(
     student: embeddings of the student, of any length.
     teacher: embeddings of the teacher for the same images, of any length; no gradient.
     valid: rows of the mean; None for all. Other rows have zero gradients.
+
+  Raises:
+    ValueError: if a dtype is not float32 or bfloat16.
   """
-  student, teacher = map(jnp.asarray, (student, teacher))
-  rows = jnp.ones(len(student), bool) if valid is None else jnp.asarray(valid)
+  student, teacher, rows = _arrays(student, teacher, valid)
   return contexts.run(_embedding_distance, student, teacher, rows)
 
 
@@ -60,7 +62,7 @@ def affinity_divergence(
   valid: Bool[AnyArray, " B"] | None = None,
   temperature: float = 0.1,
 ) -> DistillationLoss:
-  """Compute the mean divergence of the students' similarities of images from the teacher's.
+  """Compute the mean divergence of the student's similarities of images from the teacher's.
 
   The matrices [B, B] are float32. A batch of less than two valid rows has loss 0.
 
@@ -71,14 +73,23 @@ def affinity_divergence(
     temperature: tau, divides the cosine similarities.
 
   Raises:
-    ValueError: if the temperature is not positive and finite.
+    ValueError: if the temperature is not positive and finite, or a dtype is not float32 or
+      bfloat16.
   """
   if not 0 < temperature < math.inf:
     raise ValueError(f"temperature={temperature}; expected a positive number such as 0.1.")
-  student, teacher = map(jnp.asarray, (student, teacher))
-  rows = jnp.ones(len(student), bool) if valid is None else jnp.asarray(valid)
+  student, teacher, rows = _arrays(student, teacher, valid)
   compute = functools.partial(_affinity_divergence, temperature=float(temperature))
   return contexts.run(compute, student, teacher, rows)
+
+
+def _arrays(student: AnyArray, teacher: AnyArray, valid: AnyArray | None) -> tuple[jax.Array, ...]:
+  """Return JAX arrays, with `valid` True by default; raise ValueError for other dtypes."""
+  student, teacher = map(jnp.asarray, (student, teacher))
+  for name, array in (("student", student), ("teacher", teacher)):
+    if array.dtype not in (jnp.float32, jnp.bfloat16):
+      raise ValueError(f"{name} is {array.dtype}; expected float32 or bfloat16.")
+  return student, teacher, jnp.ones(len(student), bool) if valid is None else jnp.asarray(valid)
 
 
 def _embedding_distance(

@@ -118,3 +118,8 @@ def test_one_row_has_no_affinity():
 def test_invalid_temperature():
   with pytest.raises(ValueError, match="temperature=0; expected a positive number"):
     affinity_divergence(np.float32(STUDENT), np.float32(TEACHER), temperature=0)
+
+
+def test_other_dtypes_are_refused():
+  with pytest.raises(ValueError, match="teacher is float16; expected float32 or bfloat16"):
+    embedding_distance(np.float32(SAME_SIZE), np.float16(SAME_SIZE))
