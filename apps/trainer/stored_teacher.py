@@ -180,9 +180,12 @@ def open_teacher(task: Task, opened: dict[str, AnyTeacher]) -> AnyTeacher | None
   setting, path, stored = found
   if path not in opened:
     try:
-      opened[path] = StoredTeacher(path, _read_index(path)) if stored else read_teacher(path)
       if stored:
-        _open_table(path, opened[path].stored)
+        index = _read_index(path)
+        _open_table(path, index)
+        opened[path] = StoredTeacher(path, index)
+      else:
+        opened[path] = read_teacher(path)
     except (ValueError, OSError, LookupError) as error:
       raise ValueError(f"{setting}={path}: {error}") from error
   return opened[path]
