@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from apps.trainer.checkpoint import Checkpoints, find_checkpoint
+from apps.trainer.checkpoint_metadata import TeacherIdentity
 from apps.trainer.history import History, Span
 from apps.trainer.resume import check_resumes, check_step
 from apps.trainer.run_config import RunConfig
@@ -123,3 +124,18 @@ def test_progress_of_earlier_versions_is_derived(tmp_path):
   assert progress.history.examples(8) == progress.history.position(8) == 88
   progress.history.begin("a", 8, 4)
   assert progress.history.examples(10) == 96
+
+
+def test_other_teacher(tmp_path):
+  saved = save(tmp_path, 8, teacher={"path": "/a", "fingerprint": "f1"})
+  check = lambda teacher, **options: check_resumes(
+    saved, stages(9), 0, ABSTRACT, "t1", teacher, **{"eval_only": False} | options
+  )
+  assert check(TeacherIdentity("/moved", "f1")).history.examples(8) == 128
+  assert check(None, eval_only=True).history.examples(8) == 128
+  for teacher, said in (
+    (TeacherIdentity("/b", "f2"), r"the teacher /a \(fingerprint f1\), and .* /b \(fingerprint f2"),
+    (None, "this run has no teacher; set config.loss.more as it was"),
+  ):
+    with pytest.raises(ValueError, match=said):
+      check(teacher)
