@@ -182,7 +182,7 @@ def _set_mode(config: ConfigDict, a: ConfigDict) -> None:
     config.optimizer.frozen = (_IMAGE_TOWER,)
   elif a.mode == "lora":
     config.lora.update(rank=a.rank, alpha=a.alpha)
-    config.optimizer.frozen = (r"^(?!lora/)",)
+    config.optimizer.frozen = (r"^(?!lora/|losses/)",)
   elif a.last_blocks:
     config.optimizer.frozen = (_STEM,)
     config.optimizer.last_blocks = (("^encoder/", a.last_blocks),)

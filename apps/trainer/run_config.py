@@ -285,7 +285,7 @@ class InitFromSettings(Section):
 
 @dataclasses.dataclass(frozen=True)
 class LoraSettings(Section):
-  """Low-rank adapters; freeze the other parameters with optimizer.frozen=('^(?!lora/)',)."""
+  """Low-rank adapters; `optimizer.frozen=('^(?!lora/|losses/)',)` freezes the rest of the model."""
 
   rank: int = setting(0, integer(0, 2**16))  # 0: no adapters
   alpha: float = setting(16.0, real(0, above=True))  # adapters are scaled by alpha / rank

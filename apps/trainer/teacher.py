@@ -24,9 +24,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from apps.trainer.augment import MEAN, STD, Normalization, make_preprocess
-from apps.trainer.checkpoint import find_checkpoint, read_metadata, restore_arrays
+from apps.trainer.checkpoint import find_checkpoint, read_metadata
 from apps.trainer.checkpoint_metadata import TeacherIdentity
 from apps.trainer.config import augment_config, model_config
+from apps.trainer.init_source import restore_params
 from apps.trainer.paths import flatten_paths
 from apps.trainer.run_config import ModelSettings, RunConfig
 from apps.trainer.step import split
@@ -167,7 +168,7 @@ def read_teacher(path: str) -> Teacher:
     target = jax.tree.map(
       lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), abstract
     )
-    params = restore_arrays(checkpoint, {"params": target}, partial=True)["params"]
+    params = restore_params(checkpoint, target, "params")
   params = jax.tree.map(lambda x: np.asarray(x, np.float32), params)
   return Teacher(tower, params, TeacherIdentity(path, _fingerprint(tower, params)))
 
@@ -189,7 +190,8 @@ def _open(path: str) -> tuple[Any, Tower]:
   saved = {name: value for name, value in metadata["config"]["model"].items() if name in known}
   # The vocabulary does not matter for the image tower.
   model = model_config(ModelSettings.parse(known | saved, path="model"), vocab_size=1)
-  return checkpoint, _tower(model, None)
+  given = metadata["config"].get("input", {})
+  return checkpoint, _tower(model, given if "mean" in given else None)
 
 
 def _is_run(path: str) -> bool:
