@@ -394,9 +394,10 @@ def test_counting_does_not_wait(alone: Path):
 
 
 def test_counting_that_fails_or_hangs(alone: Path):
-  _count(alone, "echo 'the TPU is in use' >&2; exit 1")
+  pid = _count(alone, "echo 'the TPU is in use' >&2; exit 1")
   with pytest.raises(worker.Refused, match="could not count its devices: the TPU is in use"):
     worker.counted("20")
+  os.waitpid(pid, 0)  # it writes its exit code before it ends
   pid = _count(alone, "echo waiting; sleep 60")
   with pytest.raises(worker.Refused, match="did not count its devices in 1 s: waiting"):
     worker.counted("1")

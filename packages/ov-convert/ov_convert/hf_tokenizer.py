@@ -200,8 +200,9 @@ def tokenizer_spec_from(
       f"{TOKENIZER_FILE} has no token for {', '.join(missing)} among its {len(names)}. Name them "
       f"in {CONFIG_FILE}, or use the usual names ({usual})."
     )
+  begin = found.pop("bos")
   ids = {f"{role}_id": number for role, number in found.items() if number is not None}
-  return TokenizerSpec(tokenizer_json, length, append_cls, **ids)
+  return TokenizerSpec(tokenizer_json, length, append_cls, bos_id=begin, **ids)
 
 
 def _named(words: TokenizerSpec, role: str) -> str | None:

@@ -1,6 +1,6 @@
 """Folder with the embeddings of a collection, and search in it.
 
-    index.json         counts, sizes and checksums of the other files, model, source; written last
+    index.json         counts, checksums of all files, model, source; written last
     vectors-*.npy      unit vectors, float16 [N, E]
     records-*.jsonl    one JSON object per vector: record, key, hash of the image, captions, class
     errors-*.jsonl     records without a vector: location, reason, detail
@@ -281,15 +281,20 @@ def read_info(folder: pathlib.Path) -> Info:
     version = content["format"]
     if isinstance(version, int) and version > FORMAT:
       raise ValueError(f"format {version}; this version reads up to {FORMAT}")
-    return msgspec.convert(content, Info)
+    checksum = content.pop("sha256")
+    info = msgspec.convert(content, Info)
+    if hashlib.sha256(msgspec.json.encode(info)).hexdigest() != checksum:
+      raise ValueError("its checksum differs")
+    return info
   except (msgspec.MsgspecError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
     raise ValueError(f"{file} cannot be read: {error}; embed the images again") from None
 
 
 def write_info(folder: pathlib.Path, info: Info) -> None:
-  """Replace index.json atomically."""
-  content = msgspec.json.format(msgspec.json.encode(info), indent=2) + b"\n"
-  fs.write_atomic(str(folder / INDEX), content)
+  """Replace index.json atomically; "sha256" is the checksum of its other fields."""
+  checksum = hashlib.sha256(msgspec.json.encode(info)).hexdigest()
+  content = msgspec.json.encode(msgspec.to_builtins(info) | {"sha256": checksum})
+  fs.write_atomic(str(folder / INDEX), msgspec.json.format(content, indent=2) + b"\n")
 
 
 def file_entry(file: pathlib.Path) -> FileEntry:

@@ -2,11 +2,12 @@
 
 import json
 
+import msgspec
 import numpy as np
 import pytest
 
 import ov_serve
-from ov_serve import search
+from ov_serve import index, search
 from ov_serve.testing.models import write_images, write_model
 
 
@@ -126,8 +127,7 @@ def test_a_pickle_is_never_loaded(copy):
   ("change", "message"),
   [
     ({"format": 99}, "format 99; this version reads up to 1"),
-    ({"count": 39}, "has 39 vectors of size 24, but the files have 40"),
-    ({"vectors": {"name": "../x", "bytes": 1, "sha256": ""}}, "plain name"),
+    ({"count": 39}, "its checksum differs"),
     ({"dim": "wide"}, "cannot be read"),
     ({"surprise": 1}, "cannot be read"),
   ],
@@ -135,6 +135,19 @@ def test_a_pickle_is_never_loaded(copy):
 def test_a_changed_index_file_is_rejected(copy, change, message):
   content = json.loads((copy / "index.json").read_text())
   (copy / "index.json").write_text(json.dumps(content | change))
+  with pytest.raises(ValueError, match=message):
+    ov_serve.Index.open(copy)
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"count": 39}, "has 39 vectors of size 24, but the files have 40"),
+    ({"vectors": index.FileEntry("../x", 1, "")}, "plain name"),
+  ],
+)
+def test_an_index_file_with_wrong_fields_is_rejected(copy, change, message):
+  index.write_info(copy, msgspec.structs.replace(index.read_info(copy), **change))
   with pytest.raises(ValueError, match=message):
     ov_serve.Index.open(copy)
 
