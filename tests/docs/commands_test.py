@@ -82,6 +82,7 @@ NOT_RUN = [
   (r"//apps:export -- --workdir=gs:", "a bucket; //tests/end_to_end:bucket_test"),
   (r"//apps:export -- --from=", "published weights; //apps/exporter:importer_test"),
   (r"//apps:export -- --workdir=/data/run ", "PyTorch; //tests/clients:export_test"),
+  (r"^python -c 'import sys, transformers as t", "published vocabularies, and SentencePiece"),
   (r"clip_train -- .*finetune.py:", "imported weights; //tests/end_to_end:finetune_test"),
   (r"caption_train -- --workdir=/tmp/tuned", "imported weights; //apps/trainer:init_from_test"),
   (r"caption_train -- --workdir=/data/runs/b16", "a GPU, imported weights"),
