@@ -38,7 +38,7 @@ class Baseline(Hook):
       if fraction and initial is not None and far_worse(result, initial, fraction):
         self._run.terminal.phase(
           f"warning: {result.name} is {result.value:.4f} at step {step:,}, and the initial model "
-          f"has {initial:.4f}; training destroys the initial weights: lower "
+          f"has {initial:.4f}; if the difference is not chance, lower "
           f"config.optimizer.learning_rate={wanted.learning_rate:g} or weight_decay="
           f"{wanted.weight_decay:g}, or lengthen schedule.warmup_steps="
           f"{wanted.schedule.warmup_steps}"

@@ -194,7 +194,7 @@ def test_open_clip(family, clean, tmp_path):
   text = ov_models.TextConfig(
     width=8, depth=1, mlp_dim=8, num_heads=1, vocab_size=420, max_len=LENGTH, padding="attend"
   )
-  settings = {"context_length": LENGTH, "hf_tokenizer_name": "files beside this one"}
+  settings = {"context_length": LENGTH, "hf_tokenizer_name": "the files in this folder"}
   for folder, more in ((given, {"tokenizer_kwargs": {"clean": clean}}), (written, {})):
     folder.mkdir()
     content = {"model_cfg": {"text_cfg": settings | more}, "preprocess_cfg": {}}

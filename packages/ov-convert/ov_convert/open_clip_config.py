@@ -135,7 +135,7 @@ def write(release: Release) -> dict[str, Any]:
       **_write_options(text),
     }
     if words is not None:  # any name makes the library look for files in the folder
-      model["text_cfg"]["hf_tokenizer_name"] = "files beside this one"
+      model["text_cfg"]["hf_tokenizer_name"] = "the files in this folder"
     if words is not None and words.append_cls:
       model["text_cfg"]["tokenizer_mode"] = "clips"
     if words is not None and masks_padding(text):
