@@ -5,6 +5,7 @@ import numpy as np
 from apps.trainer.sinks import read_metrics
 from tests.end_to_end import runner
 from tests.end_to_end.curricula import STEPS, Curriculum
+from tools.python import simulated_devices
 
 CURRICULUM = Curriculum(
   runner.CAPTION_TRAIN,
@@ -27,7 +28,7 @@ def column(workdir, name):
 
 def simulated(devices):
   """Return the environment variable that simulates this number of CPU devices."""
-  return {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+  return {"XLA_FLAGS": simulated_devices.xla_flags(devices)}
 
 
 def test_examples_and_schedule_do_not_change(tmp_path):

@@ -19,6 +19,8 @@ import tempfile
 import time
 from typing import Self
 
+from tools.python import simulated_devices
+
 
 @dataclasses.dataclass(frozen=True)
 class Result:
@@ -71,7 +73,7 @@ class Group:
       # A Bazel test finds its packages through sys.path, which children do not inherit.
       variables["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
       variables["JAX_PLATFORMS"] = "cpu"
-      variables["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+      variables["XLA_FLAGS"] = simulated_devices.xla_flags(devices)
       for name in ("OV_COORDINATOR", "OV_NUM_PROCESSES", "OV_PROCESS_ID"):
         variables.pop(name, None)
       if processes > 1:

@@ -1,7 +1,7 @@
 """Run the tests of the JAX packages with the oldest and the newest libraries that they allow.
 
-python3.11 tests/standalone/jax_versions_check.py --newest_python=python3.13 [ov-losses ...]
-python3.13 tests/standalone/jax_versions_check.py --only=newest
+python3.11 -m tests.standalone.jax_versions_check --newest_python=python3.13 [ov-losses ...]
+python3.13 -m tests.standalone.jax_versions_check --only=newest
 
 Requires a package index and, as the newest jax requires a newer Python than the packages, two
 interpreters with venv. Creates an environment per package with the lower bounds of its
@@ -22,6 +22,8 @@ import tempfile
 import time
 import tomllib
 from xml.etree import ElementTree
+
+from tools.python import simulated_devices
 
 ROOT = pathlib.Path(__file__).parents[2]
 NAMES = ("ov-sharding", "ov-losses", "ov-models", "ov-eval", "ov-convert")
@@ -127,7 +129,7 @@ def run_pytest(python: str, devices: int, files: list[pathlib.Path]) -> dict[str
       "JAX_PLATFORMS": "cpu",
       "OV_ALL_CONTEXTS": "1",
       "PYTHONPATH": "",
-      "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+      "XLA_FLAGS": simulated_devices.xla_flags(devices),
     }
     options = ["-q", "-rfEs", "--continue-on-collection-errors", f"--junitxml={report}"]
     process = subprocess.run([python, "-m", "pytest", *options, *files], cwd=ROOT, env=variables)

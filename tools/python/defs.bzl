@@ -22,12 +22,10 @@ _KEEP_ALL_PROGRAMS = {
 }
 
 # For programs that run for milliseconds, LLVM's optimizations cost more time than they save.
-_UNOPTIMIZED = [
-    "--xla_backend_optimization_level=0",
-    "--xla_llvm_disable_expensive_passes=true",
-]
+_UNOPTIMIZED = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"}
 
-# Imports of pytest_main.py and shapes.py.
+# The main file of every test, and what it imports.
+_RUNNER_SRCS = ["//tools/python:%s.py" % name for name in ["pytest_main", "shapes", "simulated_devices"]]
 _RUNNER = ["@pypi//:beartype", "@pypi//:jaxtyping", "@pypi//:pytest"]
 
 def _sources():
@@ -88,17 +86,16 @@ def ov_py_test(name, srcs, deps = [], devices = 1, clients = False, compile_cach
     if clients:
         kwargs["data"] = kwargs.get("data", []) + [_CLIENTS]
         tags = tags + ["clients"]  # lets //tools/ci:summary find skipped tests
-    xla_flags = ["--xla_force_host_platform_device_count=%d" % devices] if devices > 1 else []
-    if not optimize:
-        xla_flags += _UNOPTIMIZED
     if compile_cache == None:
         compile_cache = not native.package_name().startswith("tools/")
     jax = _KEEP_ALL_PROGRAMS if compile_cache else {"OV_SHARED_COMPILE_CACHE": "no"}
-    if xla_flags:
-        jax = dict(jax, XLA_FLAGS = " ".join(xla_flags))
+    if not optimize:
+        jax = dict(jax, **_UNOPTIMIZED)
+    if devices > 1:
+        jax = dict(jax, OV_SIMULATED_DEVICES = str(devices))
     native.py_test(
         name = name,
-        srcs = srcs + ["//tools/python:pytest_main.py", "//tools/python:shapes.py"],
+        srcs = srcs + _RUNNER_SRCS,
         main = "//tools/python:pytest_main.py",
         args = ["$(rootpath %s)" % src for src in srcs] + args,
         deps = [dep for dep in deps if dep not in _RUNNER] + _RUNNER,

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tools.python import shapes
+from tools.python import shapes, simulated_devices
 
 
 class Shard:
@@ -54,6 +54,9 @@ def main(args: list[str]) -> int:
   # A test target cannot unset a variable of --test_env, which takes precedence over its `env`.
   if env.pop("OV_SHARED_COMPILE_CACHE", None) == "no":
     env.pop("JAX_COMPILATION_CACHE_DIR", None)
+  if "OV_SIMULATED_DEVICES" in env:
+    flags = simulated_devices.xla_flags(int(env.pop("OV_SIMULATED_DEVICES")))
+    env["XLA_FLAGS"] = " ".join([env.get("XLA_FLAGS", ""), flags])
   shapes.install()
   shard = Shard()
   code = pytest.main(

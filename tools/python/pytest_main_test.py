@@ -35,3 +35,14 @@ def test_tests_are_skipped_if_a_library_is_missing(tmp_path):
 def test_a_shard_runs_its_part(tmp_path):
   assert "1 passed" in run(tmp_path, TEST_TOTAL_SHARDS="2", TEST_SHARD_INDEX="0")
   assert "passed" not in run(tmp_path, TEST_TOTAL_SHARDS="2", TEST_SHARD_INDEX="1")
+
+
+def test_devices_are_simulated_and_run_one_operation_at_a_time(tmp_path):
+  (tmp_path / "conftest.py").write_text(
+    "import os, pathlib\n"
+    "pathlib.Path(__file__).with_name('flags').write_text(os.environ['XLA_FLAGS'])\n"
+  )
+  run(tmp_path, OV_SIMULATED_DEVICES="8", XLA_FLAGS="--xla_other=1")
+  flags = (tmp_path / "flags").read_text()
+  assert "--xla_other=1 --xla_force_host_platform_device_count=8" in flags
+  assert "concurrency_optimized_scheduler=false" in flags
