@@ -152,7 +152,13 @@ def test_a_transposed_kernel_is_detected(written, tmp_path):
 
 
 @pytest.mark.parametrize(
-  "options", [{}, {"rotary": "pe"}, {"rotary": "dinov3", "position": "none", "registers": 2}]
+  "options",
+  [
+    {},
+    {"rotary": "pe"},
+    {"rotary": "mrope", "position": "none"},
+    {"rotary": "dinov3", "position": "none", "registers": 2},
+  ],
 )
 def test_images_of_another_size(options, tmp_path):
   release, folder = small_release(replace(VIT, **options)), tmp_path / "model"

@@ -1,7 +1,7 @@
 """Two-dimensional rotary position embeddings of patches.
 
-RoPE: https://arxiv.org/abs/2104.09864. Two axial conventions are in use. They differ in the order
-of the axes, in the unit of the coordinates and in the channels that form a pair:
+RoPE: https://arxiv.org/abs/2104.09864. Conventions differ in the axis that rotates a pair of
+channels, in the unit of the coordinates and in the channels that form a pair:
 
   "dinov3"  https://arxiv.org/abs/2508.10104: coordinates are 2 (i + 1/2) / size - 1 per axis. The
             first quarter of the channels rotates with the row, the second with the column; channels
@@ -9,6 +9,10 @@ of the axes, in the unit of the coordinates and in the channels that form a pair
   "pe"      https://arxiv.org/abs/2504.13181: coordinates are patch indices, plus 1 with a cls
             token. The first half of the channels rotates with the column, the second with the row;
             channels 2i and 2i + 1 are paired. Angle coordinate / base^(j / (H / 4)).
+  "mrope"   multimodal RoPE with interleaved axes (https://arxiv.org/abs/2511.21631), as in GenLIP:
+            coordinates are patch indices. Channels i and i + H / 2 are paired. Pair j rotates with
+            the row if j mod 3 = 1 and with the column if j mod 3 = 2; the other pairs belong to
+            the time, which is 0 in an image. Angle coordinate / base^(j / (H / 2)).
 
 Tokens of the prefix (cls and registers) are not rotated.
 """
@@ -23,7 +27,7 @@ import numpy as np
 from ov_models.blocks import Heads, Rotate
 from ov_models.tokens import Tokens
 
-Kind = Literal["dinov3", "pe"]
+Kind = Literal["dinov3", "pe", "mrope"]
 
 
 def rotation(
@@ -49,30 +53,37 @@ def rotation(
   position = x.asarray(tokens.coords, x.float32 if x is jnp else np.float64)
   if kind == "dinov3":
     position = 2 * (position + 0.5) / x.asarray(tokens.grid) - 1
-  else:
+  elif kind == "pe":
     position = position + offset
   if scale is not None:
     position = position * scale
-  frequency = base ** -(np.arange(head_dim // 4) / (head_dim // 4))
-  if kind == "dinov3":
-    frequency = 2 * np.pi * frequency
-  # [B, T, 2, H / 4]: rows, then columns.
-  angles = position[..., None] * (frequency if x is np else jnp.asarray(frequency, jnp.float32))
+  factors = _factors(kind, head_dim, base)
+  # Not a matrix product, which accelerators compute in 16 bits. [B, T, H / 2].
+  angles = (position[..., None] * (factors if x is np else jnp.asarray(factors, x.float32))).sum(-2)
   is_patch = np.arange(angles.shape[1]) >= tokens.num_prefix
-  angles = angles * is_patch[:, None, None]
-  if kind == "dinov3":
-    halves = angles.reshape(*angles.shape[:2], head_dim // 2)
-    angles = x.concatenate([halves, halves], axis=-1)
+  angles = angles * is_patch[:, None]
+  if kind == "pe":
+    angles, pairs = x.repeat(angles, 2, axis=-1), _adjacent_pairs
   else:
-    angles = x.repeat(angles[:, :, ::-1], 2, axis=-1).reshape(*angles.shape[:2], head_dim)
+    angles, pairs = x.concatenate([angles, angles], axis=-1), _half_pairs
   cos, sin = (jnp.asarray(f(angles), jnp.float32)[:, :, None, :] for f in (x.cos, x.sin))
-  pairs = _half_pairs if kind == "dinov3" else _adjacent_pairs
 
   def turn(heads: Heads) -> Heads:
     x = heads.astype(jnp.float32)
     return (x * cos + pairs(x) * sin).astype(heads.dtype)
 
   return lambda q, k: (turn(q), turn(k))
+
+
+def _factors(kind: Kind, head_dim: int, base: float) -> Float[np.ndarray, "2 {head_dim//2}"]:
+  """Return the angle of each pair of channels per unit of the row and of the column."""
+  pair = np.arange(head_dim // 2)
+  if kind == "mrope":
+    return (pair % 3 == [[1], [2]]) * base ** -(pair / (head_dim // 2))
+  quarter = head_dim // 4
+  unit = 2 * np.pi if kind == "dinov3" else 1
+  axes = [[0], [1]] if kind == "dinov3" else [[1], [0]]
+  return (pair // quarter == axes) * unit * base ** -(pair % quarter / quarter)
 
 
 def _half_pairs(x: jax.Array) -> jax.Array:

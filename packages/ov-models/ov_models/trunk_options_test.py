@@ -35,6 +35,7 @@ CASES = {
   "LayerScale": {"layer_scale": 0.1},
   "DINOv3 rotary": {"rotary": "dinov3", "position": "none", "registers": 1},
   "PE rotary": {"rotary": "pe", "rotary_base": 1e4},
+  "M-RoPE": {"rotary": "mrope", "position": "none", "registers": 1},
   "PE rotary without cls": {"rotary": "pe", "cls_token": False, "position": "none"},
   "mean": {"pool": "mean"},
   "last": {"pool": "last"},
@@ -89,6 +90,11 @@ def softmax(x):
 def rotate(c, x, coords, grid, scale=1.0):
   """Rotate one vector [H] of a patch at (row, column), pair by pair."""
   h = len(x)
+  if c.rotary == "mrope":
+    place, pairs = (0, *coords), x[: h // 2] + 1j * x[h // 2 :]  # time, row, column
+    for j in range(h // 2):
+      pairs[j] *= np.exp(1j * place[j % 3] / c.rotary_base ** (j / (h / 2)))
+    return np.concatenate([pairs.real, pairs.imag])
   out = np.zeros(h)
   for j in range(h // 4):
     period = c.rotary_base ** (j / (h / 4))
@@ -200,7 +206,7 @@ def test_option(name):
   assert default is None or np.abs(default[1] - expected[0][1]).max() > 1e-3  # the test can fail
 
 
-@pytest.mark.parametrize("kind", ["dinov3", "pe"])
+@pytest.mark.parametrize("kind", ["dinov3", "pe", "mrope"])
 def test_rotary_of_an_oblong_grid_and_of_masked_patches(kind):
   config = dataclasses.replace(
     BASE, rotary=kind, position="none", mask_ratio=0.5, pool="tok", scan=True

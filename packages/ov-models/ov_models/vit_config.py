@@ -42,7 +42,7 @@ VIT_VARIANTS = {
 _CHOICES = {
   "position": ("sincos2d", "learned", "none"),
   "position_resize": ("bilinear", "bicubic"),
-  "rotary": ("none", "dinov3", "pe"),
+  "rotary": ("none", "dinov3", "pe", "mrope"),
   "pool": ("gap", "mean", "tok", "last", "map", "attend"),
   "drop_path_rule": ("linear", "constant"),
   "mask_mode": ("random", "grid"),
@@ -94,7 +94,7 @@ class ViTConfig(TransformerConfig):
   pre_norm: bool = False
   position: Literal["sincos2d", "learned", "none"] = "sincos2d"
   position_resize: Literal["bilinear", "bicubic"] = "bilinear"
-  rotary: Literal["none", "dinov3", "pe"] = "none"
+  rotary: Literal["none", "dinov3", "pe", "mrope"] = "none"
   rotary_base: float = 100.0
   rotary_rescale: float | None = None
   pool: Literal["gap", "mean", "tok", "last", "map", "attend"] = "gap"

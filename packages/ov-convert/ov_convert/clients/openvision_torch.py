@@ -67,26 +67,31 @@ def rotation(c: Any, grid: tuple[int, int]) -> Tensor:
   """Return float32 cosines and sines [2, T, H] of the rotary angles of all tokens, on the CPU.
 
   Cls and registers have angle 0. The row of a patch sets the angles of the first half of the
-  channels, the column those of the second half; with "pe" it is the other way round.
+  channels, the column those of the second half; with "pe" it is the other way round. With "mrope"
+  it sets those of channels 1, 4, 7, ... of each half, and the column those of 2, 5, 8, ...
   """
   index = torch.arange(grid[0] * grid[1], device="cpu", dtype=torch.float64)
   position = torch.stack([index // grid[1], index % grid[1]], 1)
-  num = c.width // c.num_heads // 4
-  frequency = c.rotary_base ** -(torch.arange(num, device="cpu", dtype=torch.float64) / num)
+  num = c.width // c.num_heads // (2 if c.rotary == "mrope" else 4)
+  order = torch.arange(num, device="cpu")
+  frequency = c.rotary_base ** -(order.double() / num)
   if c.rotary == "dinov3":  # from -1 to 1
     position = 2 * (position + 0.5) / torch.tensor(grid, device="cpu") - 1
     frequency = 2 * torch.pi * frequency
-  else:
+  elif c.rotary == "pe":
     position = position.flip(1) + c.cls_token
-  angles = (position[:, :, None] * frequency).flatten(1)  # [T, H / 2]
-  angles = angles.tile(2) if c.rotary == "dinov3" else angles.repeat_interleave(2, 1)
+  angles = position[:, :, None] * frequency
+  if c.rotary == "mrope":
+    angles = torch.where(order % 3 == 1, angles[:, 0], angles[:, 1]) * (order % 3 > 0)
+  angles = angles.flatten(1)  # [T, H / 2]
+  angles = angles.repeat_interleave(2, 1) if c.rotary == "pe" else angles.tile(2)
   angles = F.pad(angles, (0, 0, c.cls_token + c.registers, 0))
   return torch.stack([angles.cos(), angles.sin()]).float()
 
 
 def rotate(x: Tensor, rotary: Tensor, kind: str) -> Tensor:
-  """Rotate [B, N, T, H]: pairs are channels i and i + H / 2 ("dinov3"), or 2i and 2i + 1 ("pe")."""
-  if kind == "dinov3":
+  """Rotate [B, N, T, H]: pairs are channels 2i and 2i + 1 ("pe"), or i and i + H / 2."""
+  if kind != "pe":
     a, b = x.float().chunk(2, -1)
     turned = torch.cat([-b, a], -1)
   else:
