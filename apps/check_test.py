@@ -4,6 +4,7 @@ import json
 import shutil
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from apps import demo_data
@@ -20,6 +21,8 @@ from apps.trainer.loop import run_training
 from apps.trainer.progress import Terminal
 from apps.trainer.summary import Report
 from apps.trainer.workdir import Workdir
+import ov_data
+from ov_data import keep_list
 
 BLOCK = {"width": 32, "depth": 1, "mlp_dim": 64, "num_heads": 2}
 
@@ -240,3 +243,42 @@ def test_evaluation_needs_no_training_data(data, tmp_path, capsys):
   with pytest.raises(UserError, match="data position was saved with fingerprint="):
     check(more, workdir, {"total_steps": 2})
   assert json.loads((workdir / "config.json").read_text())["total_steps"] == 1
+
+
+def test_keep_list(data, tmp_path, capsys):
+  dataset = ov_data.Dataset(ov_data.Source(str(data), split="train"))
+  for name, stop in (("few", 16), ("more", 24)):
+    kept = np.arange(len(dataset)) < stop
+    dropped = {"similarity <= 0.25": 40 - stop}
+    ov_data.KeepList(keep_list.identity(dataset), kept, dropped).write(str(tmp_path / name))
+  few, more = ({"input.keep_list": str(tmp_path / name)} for name in ("few", "more"))
+  check(data, tmp_path / "run", few)
+  printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
+  assert "records 16 dropped by keep-lists 24 epochs 2.00" in printed
+  train(data, tmp_path / "run", {**few, "total_steps": 1})
+  report = json.loads((tmp_path / "run" / "report.json").read_text())
+  facts = report["data"]["Training, stage main"]
+  assert facts["records"] == 16 and facts["dropped by the keep-list: similarity <= 0.25"] == 24
+  for other in (more, {"input.keep_list": ""}):
+    with pytest.raises(UserError, match="data position was saved with fingerprint=") as error:
+      check(data, tmp_path / "run", {**other, "total_steps": 2})
+    assert "\n" not in str(error.value)
+  content = bytearray((tmp_path / "few").read_bytes())
+  content[-1] ^= 1
+  (tmp_path / "few").write_bytes(content)
+  sources = ({"path": str(data), "split": "train", "keep_list": str(tmp_path / "more")},)
+  for settings, message in (
+    (few, "keep_list=.*few: not a usable keep-list"),
+    ({**more, "input.split": "heldout"}, "is for a source of 40 records, and this one has 8"),
+    (
+      {**more, "input.data_dir": "", "input.sources": sources},
+      "each entry of config.input.sources",
+    ),
+  ):
+    for action in (check, train):
+      with pytest.raises(UserError, match=message) as error:
+        action(data, tmp_path / "other", settings)
+      assert "\n" not in str(error.value)
+  check(
+    data, tmp_path / "other", {"input.data_dir": "", "input.split": "", "input.sources": sources}
+  )

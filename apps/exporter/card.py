@@ -41,6 +41,7 @@ _SHOWN_VALUES = (
   ("optimizer.grad_clip_norm", "gradient clipping norm"),
   ("optimizer.ema_decay", "decay of the averaged weights"),
   ("input.data_dir", "data"), ("input.sources", "sources"), ("input.split", "split"),
+  ("input.keep_list", "keep-list"),
   ("input.caption_keys", "captions"), ("input.alt_keys", "short texts"), ("input.fit", "pictures"),
   ("seed", "seed"),
 )  # fmt: skip

@@ -137,12 +137,13 @@ def _facts(prepared: Prepared, index: int) -> dict[str, str]:
       assert checkpoint is not None
       loader.restore(read_metadata(checkpoint)["loader"])
     batch = next(loader)
-    records = loader.num_examples
+    records, dropped = loader.num_examples, sum(loader.dropped.values())
   arrays = [value for value in batch.values() if isinstance(value, np.ndarray)]
   in_batch = sum(array.nbytes for array in arrays) / prepared.mesh.local_mesh.size
   return facts | {
     "batch per device": _mebibytes(in_batch),
     "records": f"{records:,}",
+    **({"dropped by keep-lists": f"{dropped:,}"} if dropped else {}),
     "epochs": f"{examples / records:.2f}",
     "first batch": f"{int(batch['valid'].sum())} of {len(batch['valid'])} rows good",
   }

@@ -29,6 +29,11 @@ def training_sources(config: RunConfig) -> list[ov_data.Source]:
   }
   if inputs.data_dir and inputs.sources:
     raise ValueError("config.input.data_dir and config.input.sources are both set; use one")
+  if inputs.sources and inputs.keep_list:
+    raise ValueError(
+      f"config.input.keep_list={inputs.keep_list} is for config.input.data_dir; give each entry of "
+      "config.input.sources its own 'keep_list'"
+    )
   if inputs.sources:
     return [ov_data.Source(**{**shared, **_expand_home(source)}) for source in inputs.sources]
   if not inputs.data_dir:
@@ -37,7 +42,8 @@ def training_sources(config: RunConfig) -> list[ov_data.Source]:
       "directory, or a split file such as dataset_coco.json (local, gs:// or s3://)"
     )
   path = os.path.expanduser(inputs.data_dir)
-  return [ov_data.Source(path, split=inputs.split or None, **shared)]
+  keep_list = os.path.expanduser(inputs.keep_list) or None
+  return [ov_data.Source(path, split=inputs.split or None, keep_list=keep_list, **shared)]
 
 
 def train_loader(
@@ -228,12 +234,15 @@ def describe(loader: ov_data.Loader) -> dict[str, Any]:
     facts["shards"] = shards
   for reason, count in loader.damaged.items():
     facts[f"left out: {reason}"] = count
+  for reason, count in loader.dropped.items():
+    facts[f"dropped by the keep-list: {reason}"] = count
   return facts
 
 
 def _expand_home(source: Mapping[str, Any]) -> dict[str, Any]:
   """Return the fields of a source with ~ expanded in its paths."""
-  paths = {key: os.path.expanduser(source[key]) for key in ("path", "image_root") if key in source}
+  names = [key for key in ("path", "image_root", "keep_list") if isinstance(source.get(key), str)]
+  paths = {key: os.path.expanduser(source[key]) for key in names}
   return {**source, **paths}
 
 

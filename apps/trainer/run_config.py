@@ -136,12 +136,15 @@ class InputSettings(Section):
           "image_root": optional(string),
           "format": string,
           "follow_links": flag,
+          "keep_list": optional(string),
         },
         "path",
       ),
       "({'path': '/data/a', 'weight': 2.0}, {'path': '/data/b'})",
     ),
   )
+  # file with the records of data_dir to train on, of //tools/data:keep; "" uses all
+  keep_list: str = setting("", string)
   image_key: str = setting("jpg", string)
   # short text of an image, the first positive; () uses caption_keys only
   alt_keys: tuple[str, ...] = setting(("txt",), _NAMES)

@@ -2,6 +2,7 @@
 
 from ov_data.bad_records import TooManyBadRecords
 from ov_data.decode import Crop, DecodeError, Limits
+from ov_data.keep_list import KeepList
 from ov_data.loader import Loader
 from ov_data.order import Order
 from ov_data.record_source import Record, RecordSource, Skip
@@ -17,6 +18,7 @@ __all__ = [
   "Crop",
   "Dataset",
   "DecodeError",
+  "KeepList",
   "Limits",
   "Loader",
   "Order",

@@ -196,7 +196,7 @@ class Loader:
 
   @property
   def num_examples(self) -> int:
-    """Number of usable records over all sources."""
+    """Number of usable records over all sources, without those that keep-lists drop."""
     return sum(map(len, self.datasets))
 
   @property
@@ -221,6 +221,14 @@ class Loader:
   def damaged(self) -> Counter[str]:
     """Number of inputs without a record, by reason; they have no position."""
     return Counter(skip.reason for dataset in self.datasets for skip in dataset.skips)
+
+  @property
+  def dropped(self) -> Counter[str]:
+    """Number of records that the keep-lists drop, by reason; they have no position."""
+    counts: Counter[str] = Counter()
+    for dataset in self.datasets:
+      counts.update({} if dataset.keep is None else dataset.keep.dropped)
+    return counts
 
   @property
   def fingerprint(self) -> str:
@@ -254,8 +262,8 @@ class Loader:
       if saved != value:
         raise ValueError(
           f"the data position was saved with {key}={saved}, and now {key}={value}: examples would "
-          "be lost or repeated. Use the same data and order, or start at another position "
-          f"with Loader(position=...); it was at {state['position']}."
+          "be lost or repeated. Use the same data, keep-lists and order, or start at another "
+          f"position with Loader(position=...); it was at {state['position']}."
         )
     self._start(state["position"], state["skipped"])
 

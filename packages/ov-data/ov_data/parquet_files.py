@@ -137,7 +137,10 @@ class ParquetFiles(ShardFiles):
     first = self._footer(0).metadata.row_group(0)
     rows, size = max(1, first.num_rows), max(1, first.total_byte_size)
     if request.run > 1:
-      return request.cached_runs * (-(-request.run // rows) + 1)
+      # A run of kept records spans more rows, but no more groups than it has records.
+      spread = 1.0 if request.keep is None else len(self) / len(request.keep)
+      groups = min(request.run, -(-int(request.run * spread) // rows) + 1)
+      return request.cached_runs * groups
     kept = max(4, _CACHED_BYTES // size)
     if kept * rows < len(self):
       log.warning(

@@ -11,6 +11,7 @@ import functools
 
 from ov_data import shard_names
 from ov_data.index import Progress
+from ov_data.keep_list import KeepList
 from ov_data.layouts import Collection
 from ov_data.splits import Split
 
@@ -29,6 +30,7 @@ class Source:
       example and epoch: first a key, then a caption of that key.
     image_root: folder of the images of a list; by default the folder of the list.
     format: layout of image files, one of `ov_data.layouts.FORMATS`; "auto" detects it.
+    keep_list: file of a keep-list of this source, see `ov_data.keep_list`; None uses all records.
     follow_links: whether to follow symbolic links that point outside a folder of images; otherwise
       they are counted as bad records. The folder itself and shards may always be links.
 
@@ -45,6 +47,7 @@ class Source:
   image_root: str | None = None
   format: str = "auto"
   follow_links: bool = False
+  keep_list: str | None = None
 
   def __post_init__(self) -> None:
     if isinstance(self.caption_keys, str):
@@ -73,6 +76,7 @@ class Request:
     progress: callback for the indexing, (bytes done, total bytes).
     run: number of consecutive records of a shard that are fetched with one read.
     cached_runs: number of runs to cache.
+    keep: the records that will be read; a run then consists of kept records. None reads all.
   """
 
   source: Source
@@ -80,6 +84,7 @@ class Request:
   progress: Progress | None = None
   run: int = 1
   cached_runs: int = 64
+  keep: KeepList | None = None
 
   @property
   def path(self) -> str | None:

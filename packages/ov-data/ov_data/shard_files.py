@@ -29,6 +29,7 @@ from ov_data.shard_names import find_shards
 from ov_data.splits import Split
 
 _OPEN_FILES = 256
+_MAX_GAP = 8  # dropped records in a row that are read along, to save a request
 
 log = logging.getLogger("ov_data")
 
@@ -123,7 +124,7 @@ class ShardRuns(ShardFiles):
 
   def __init__(self, request: Request, files: Sequence[str] | None = None):
     super().__init__(request, files)
-    self._run = request.run
+    self._run, self._keep = request.run, request.keep
     self._runs = Cache(self._read_run, request.cached_runs)
 
   def read(self, record: int, keys: Collection[str] | None = None) -> Record:
@@ -151,14 +152,31 @@ class ShardRuns(ShardFiles):
 
   def _raw(self, record: int) -> Any:
     if self._run > 1:
-      return self._runs.get(record // self._run)[record % self._run]
+      run, row = divmod(record if self._keep is None else self._keep.rank(record), self._run)
+      return self._runs.get(run)[row]
     shard, number = self._place(record)
     return self._fetch(shard, number, number + 1)[0]
 
   def _read_run(self, run: int) -> list[Any]:
-    """Return the bytes of the records of a run, with one read per shard."""
+    """Return the bytes of the records of a run, with one read per shard and range."""
+    keep = self._keep
+    if keep is None:
+      return self._read_range(run * self._run, min((run + 1) * self._run, len(self)))
+    numbers = range(run * self._run, min((run + 1) * self._run, len(keep)))
+    records = [keep[number] for number in numbers]
     found: list[Any] = []
-    record, stop = run * self._run, min((run + 1) * self._run, len(self))
+    first = 0
+    for end in range(1, len(records) + 1):
+      if end == len(records) or records[end] - records[end - 1] > _MAX_GAP + 1:
+        start = records[first]
+        data = self._read_range(start, records[end - 1] + 1)
+        found += [data[record - start] for record in records[first:end]]
+        first = end
+    return found
+
+  def _read_range(self, record: int, stop: int) -> list[Any]:
+    """Return the bytes of the records [record, stop), with one read per shard."""
+    found: list[Any] = []
     while record < stop:
       shard, number = self._place(record)
       last = min(len(self.indexes[shard]), number + stop - record)

@@ -3,10 +3,12 @@
 from collections.abc import Collection, Sequence
 import contextlib
 import functools
+import hashlib
 
 from ov_data import formats
 from ov_data.example import Feature
 from ov_data.index import Progress
+from ov_data.keep_list import KeepList
 from ov_data.record_source import Record
 from ov_data.request import Request, Source
 from ov_data.splits import Split
@@ -17,7 +19,7 @@ _PROBES = 16  # records inspected for missing keys
 
 
 class Dataset:
-  """The records 0 to len - 1 of a source.
+  """The records 0 to len - 1 of a source, or those of its keep-list.
 
   Args:
     source: source to open.
@@ -26,10 +28,11 @@ class Dataset:
   Attributes:
     class_names, skips: see `RecordSource`.
     indexes: indexes of the shards; empty for formats without shards.
+    keep: the keep-list; None without one.
 
   Raises:
     ValueError: if the path does not exist, shards are missing, the split is unknown, a split file
-      is malformed, or no record is usable.
+      is malformed, no record is usable, or the keep-list is damaged or belongs to other data.
   """
 
   def __init__(
@@ -40,38 +43,49 @@ class Dataset:
     cached_runs: int = 64,
   ):
     self.source = source
-    request = Request(source, Split.parse(source.split), progress, run, cached_runs)
+    # Verified first, because opening the records may build their index.
+    self.keep = None if source.keep_list is None else KeepList.read(source.keep_list)
+    request = Request(source, Split.parse(source.split), progress, run, cached_runs, self.keep)
     self._records = formats.open_records(request)
     if not len(self._records):
       raise ValueError(f"split={source.split!r} selects none of the records of {source.path}")
+    if self.keep is not None:
+      self.keep.check_fits(self._records, str(source.keep_list))
     self.class_names = self._records.class_names
     self.skips = self._records.skips
     self.indexes = self._records.indexes
 
   def __len__(self) -> int:
-    return len(self._records)
+    return len(self._records if self.keep is None else self.keep)
 
   @property
   def fingerprint(self) -> str:
-    """16 hex digits that depend on the content, not on its location."""
-    return self._records.fingerprint
+    """16 hex digits that depend on the content and the keep-list, not on their location."""
+    if self.keep is None:
+      return self._records.fingerprint
+    both = f"{self._records.fingerprint} {self.keep.fingerprint}"
+    return hashlib.sha256(both.encode()).hexdigest()[:16]
 
   def locate(self, record: int) -> tuple[str, int]:
     """Return the file of a record and the offset of the record's data in it."""
-    return self._records.locate(record)
+    return self._records.locate(self._number(record))
 
   def location(self, record: int) -> str:
     """Return the location of a record for a message: "FILE at byte 120"."""
-    file, offset = self._records.locate(record)
+    file, offset = self.locate(record)
     return f"{file} at {self._records.unit} {offset}"
 
   def read(self, record: int, keys: Collection[str] | None = None) -> Record:
     """Read a record; see `RecordSource.read`. Thread-safe."""
-    return self._records.read(record, keys)
+    return self._records.read(self._number(record), keys)
 
   def features(self, record: int, keys: Collection[str] | None = None) -> dict[str, Feature]:
     """Read a record as features by name, with the image under the image key of the source."""
     return self.read(record, keys).features(self.source.image_key)
+
+  def _number(self, record: int) -> int:
+    """Return the number of a record among all records of the source."""
+    return record if self.keep is None else self.keep[record]
 
   @property
   def present_keys(self) -> frozenset[str]:
