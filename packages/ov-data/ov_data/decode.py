@@ -189,6 +189,25 @@ def whole(
   return resized.astype(np.uint8)
 
 
+def thumbnail(data: bytes, size: int, limits: Limits = DEFAULT_LIMITS) -> tuple[Pixels, int, int]:
+  """Return a small copy of an image that ignores its aspect ratio, and the size of the image.
+
+  A JPEG is decoded at the smallest usable scale.
+
+  Returns:
+    The copy as uint8 [size, size, 3], and width and height of the upright image in pixels.
+
+  Raises:
+    DecodeError: if the bytes are not a supported image.
+  """
+  header = _checked_header(data, limits)
+  width, height = _upright_size(header)
+  keep = min(width, height) / size
+  pixels = _decoded(data, header, next((scale for least, scale in _SCALES if keep >= least), 1))
+  box = (0.0, 0.0, float(pixels.shape[1]), float(pixels.shape[0]))
+  return resample.triangle(pixels, box, size), width, height
+
+
 def full(data: bytes, limits: Limits = DEFAULT_LIMITS) -> Image.Image:
   """Decode an image at full size, upright, as RGB, to verify or re-encode it.
 

@@ -10,13 +10,12 @@ block of 512 bits answer both look-ups in microseconds and take an eighth of the
 from collections.abc import Mapping
 import hashlib
 import json
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ov_data import fs
-from ov_data.record_source import RecordSource
 
 FORMAT = "ov_data keep-list 1"
 _BLOCK_BYTES = 64
@@ -24,6 +23,20 @@ _BLOCK = 8 * _BLOCK_BYTES
 _STEP = _BLOCK_BYTES << 14  # bytes counted at a time
 _MAX_BYTES = 16 << 30
 _REMEDY = "copy it again, or write it again with //tools/data:keep"
+
+
+class Located(Protocol):
+  """A `RecordSource`, or a `Dataset` without keep-list."""
+
+  @property
+  def fingerprint(self) -> str:
+    """Hex digits that depend on the content."""
+
+  def __len__(self) -> int:
+    """Return the number of records."""
+
+  def locate(self, record: int) -> tuple[str, int]:
+    """Return the file of a record and its offset in the file."""
 
 
 class KeepList:
@@ -116,7 +129,7 @@ class KeepList:
     line = json.dumps({**header, "sha256": _sha256(header, self._bits)})
     fs.write_atomic(path, line.encode() + b"\n" + self._bits.tobytes())
 
-  def check_fits(self, records: RecordSource, path: str) -> None:
+  def check_fits(self, records: Located, path: str) -> None:
     """Check that the keep-list was written for a source.
 
     Args:
@@ -180,11 +193,11 @@ class KeepList:
     return self._bits[block * _BLOCK_BYTES : (block + 1) * _BLOCK_BYTES]
 
 
-def identity(records: RecordSource) -> str:
+def identity(records: Located) -> str:
   """Return 16 hex digits of a source: its content, and the range of records that a slice selects.
 
   Args:
-    records: the source, or a `Dataset` without keep-list.
+    records: the source.
   """
   ends = []
   for record in (0, len(records) - 1):

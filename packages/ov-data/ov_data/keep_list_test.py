@@ -5,6 +5,8 @@ import time
 
 import numpy as np
 from PIL import Image
+import pyarrow as pa
+from pyarrow import parquet
 import pytest
 
 from ov_data import keep_list, shard_files
@@ -232,8 +234,6 @@ def test_block_order_reads_runs_of_kept_records(tmp_path, monkeypatch):
 
 
 def test_parquet_in_block_order(tmp_path):
-  parquet = pytest.importorskip("pyarrow.parquet")
-  pa = pytest.importorskip("pyarrow")
   table = pa.table({"jpg": [_jpeg()] * 60, "txt": [str(n) for n in range(60)]})
   parquet.write_table(table, tmp_path / "a.parquet", row_group_size=7)
   kept = [0, 8, 9, 30, 31, 59]
