@@ -5,13 +5,16 @@ stablehlo,safetensors --out=/tmp/ov-export
   ... --from=open_clip:/data/some-model --to_workdir=/tmp/imported
 
 Every folder is loaded in its library before it is published. If the outputs differ, the table shows
-the first differing block, no folder is kept, and the exit code is 1.
+the first differing block, no folder is kept, and the exit code is 1. The same applies to smaller
+weights (--onnx_weights) whose embeddings are too far from those of the float32 weights.
 """
 
+from collections.abc import Callable
 import io
 import json
 from pathlib import Path
 import sys
+from typing import Any
 
 from absl import flags
 
@@ -40,8 +43,13 @@ _IMAGE_SIZE = flags.DEFINE_integer(
 _PICTURES = flags.DEFINE_string(
   "pictures", None, "Folder of images for the comparison; synthetic by default."
 )
+_DEFINE: dict[type, Callable[..., flags.FlagHolder[Any]]] = {
+  int: flags.DEFINE_integer,
+  float: flags.DEFINE_float,
+  str: flags.DEFINE_string,
+}
 _OPTIONS = {
-  (form.name, option.name): flags.DEFINE_integer(f"{form.name}_{option.name}", None, option.help)
+  (form.name, option.name): _DEFINE[option.kind](f"{form.name}_{option.name}", None, option.help)
   for form in EXPORTS.values()
   for option in form.options
 }

@@ -119,6 +119,7 @@ def render(facts: CardFacts) -> str:
     evaluated_step=about.get("step"),
     parity=facts.parity,
     rows=[_parity_row(row) for row in facts.parity.get("rows", ())],
+    accuracy=_accuracy(facts.parity.get("accuracy")),
     steps=_preprocessing(release.preprocess),
     own_preprocessing=facts.format.preprocesses,
     words=_words(facts),
@@ -270,7 +271,7 @@ def _model(facts: CardFacts) -> list[tuple[str, str]]:
   rows = [
     ("parameters of the full model", f"{sum(_counts(config).values()):,}"),
     ("image size", f"{release.encoder.image_size} x {release.encoder.image_size} px"),
-    ("dtype of the files", release.dtype),
+    ("dtype of the files", facts.parity.get("weights", release.dtype)),
   ]
   if isinstance(config, ov_models.VisionLanguageConfig) and config.text is not None:
     rows.insert(1, ("width of the shared space", f"{config.embed_dim:,}"))
@@ -331,6 +332,24 @@ def _parity_row(row: Mapping[str, Any]) -> tuple[str, ...]:
     row["name"], largest, "" if cosine is None else f"{cosine:.7f}",
     _number(row.get("tolerance")), verdict,
   )  # fmt: skip
+
+
+def _accuracy(found: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+  """Return the table of the accuracy of converted weights; empty without a conversion."""
+  if found is None:
+    return []
+  rows = []
+  for tower, count in found["count"].items():
+    lowest, mean = found["min_cosine"][tower], found["mean_cosine"][tower]
+    rows.append((f"smallest cosine of {count} {tower} embeddings", f"{lowest:.5f}"))
+    rows.append((f"mean cosine of the {tower} embeddings", f"{mean:.5f}"))
+  if found["overlap"] is not None:
+    rows.append(("overlap of the 10 nearest images", f"{found['overlap']:.1%}"))
+  size, before = found["size"], found["float32_size"]
+  rows.append(("size of the graphs", f"{size / before:.0%} of {before / 1e6:.1f} MB"))
+  for tower, speed in found["speed"].items():
+    rows.append((f"speed of the {tower} tower on the exporting CPU", f"{speed:.2f}x"))
+  return rows
 
 
 def _number(value: float | None) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 import contextlib
 import datetime
+import functools
 import json
 from pathlib import Path
 import sys
@@ -19,7 +20,7 @@ from apps.exporter.formats.table import EXPORTS
 from apps.exporter.new_folder import new_folder
 from apps.exporter.source import Source
 from apps.trainer.progress import Terminal
-from ov_convert import client_env, parity
+from ov_convert import accuracy, client_env, parity
 import ov_models
 
 EXPORT_FILE = "export.json"  # in the output folder
@@ -27,7 +28,7 @@ PARITY_FILE = "parity.json"  # in the folder of each format
 
 
 class _Disagreement(Exception):
-  """Raised to discard an export whose outputs differ from ours."""
+  """Raised to discard an export whose outputs differ from ours, or are too inaccurate."""
 
 
 def export(
@@ -51,7 +52,7 @@ def export(
     options: arguments of the writers by format, such as {"onnx": {"opset": 18}}.
 
   Returns:
-    Whether all outputs agree; otherwise `out` is not created.
+    Whether all outputs agree and are accurate enough; otherwise `out` is not created.
 
   Raises:
     ValueError: if some formats do not support the model; lists all of them.
@@ -79,12 +80,31 @@ def export(
       f"reference outputs for {len(encoded)} images and {len(probe.TEXTS)} texts"
     )
     inputs = probe.write_probe(inputs_folder, source, encoded)
+
+    @functools.cache
+    def large_probe() -> Path:
+      folder = inputs_folder.with_name("large_probe")
+      probe.write_probe(folder, source, probe.pictures(pictures, probe.MANY), probe.many_texts())
+      return folder
+
     ours = probe.our_outputs(source.release, inputs, source.specials)
     for name, chosen in table.items():
+      chosen_options = options.get(name, {})
       rows, versions = _one(
-        chosen, partial / name, source, inputs_folder, ours, terminal, options.get(name, {})
+        chosen, partial / name, source, inputs_folder, ours, terminal, chosen_options
       )
-      facts = _facts(name, source, rows, versions, len(encoded)) | dict(options.get(name, {}))
+      facts = _facts(name, source, rows, versions, len(encoded)) | dict(chosen_options)
+      if chosen.finish is not None and parity.first_failure(rows) is None:
+        terminal.phase(f"{name}: finishing the folder")
+        found = chosen.finish(partial / name, large_probe, **chosen_options)
+        if found is not None:
+          facts["accuracy"] = found.to_json()
+          terminal.phase(f"{name}: {accuracy.summary(found)}")
+          if not found.ok:
+            failed.append(
+              f"{name}: {accuracy.explain(found)}; choose a larger type with --{name}_weights, or "
+              f"lower --{name}_min_cosine"
+            )
       (partial / name / PARITY_FILE).write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
       card.write_card(partial / name, card.facts_of(name, source, facts, license_name))
       if failure := parity.first_failure(rows):

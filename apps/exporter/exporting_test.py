@@ -1,5 +1,6 @@
 """Tests that exports are atomic, with fake libraries."""
 
+import dataclasses
 import json
 
 import jax
@@ -10,7 +11,7 @@ from apps.exporter import exporting
 from apps.exporter.formats import format as form
 from apps.exporter.source import Source
 from apps.trainer.progress import Terminal
-from ov_convert import client_env, parity
+from ov_convert import accuracy, client_env, parity
 from ov_convert.release import Preprocess, Release, round_params
 import ov_data
 import ov_models
@@ -103,6 +104,38 @@ def test_a_mismatch_leaves_no_output(source, tmp_path, monkeypatch, capsys):
   printed = capsys.readouterr().err
   assert "two does not match: image/block_01 differs by 1.0e+00" in printed
   assert "one does not match" not in printed
+
+
+@pytest.mark.parametrize("lowest", [0.97, 0.99])
+def test_an_inaccurate_result_of_finish_leaves_no_output(
+  source, tmp_path, monkeypatch, capsys, lowest
+):
+  library = Library(monkeypatch)
+
+  def finish(folder, probe_of, weights):
+    inputs = np.load(probe_of() / "probe.npz")
+    assert len(inputs["pixels"]) == 64 and weights == "int8"
+    (folder / "weights").write_text("smaller")
+    cosines = {"image": lowest}
+    return accuracy.Accuracy("int8", 0.98, {"image": 64}, cosines, cosines, 0.75, 1, 2, {})
+
+  table = {"one": library._target("one")}
+  table["one"] = dataclasses.replace(
+    table["one"], finish=finish, write=lambda *a, weights: library._target("one").write(*a)
+  )
+  monkeypatch.setattr(exporting, "EXPORTS", table)
+  agreed = exporting.export(
+    source, ["one"], tmp_path / "out", None, "mit", Terminal(), {"one": {"weights": "int8"}}
+  )
+  printed = capsys.readouterr().err
+  assert agreed == (lowest > 0.98)
+  if agreed:
+    content = json.loads((tmp_path / "out/one/parity.json").read_text())
+    assert content["accuracy"]["min_cosine"] == {"image": 0.99} and content["weights"] == "int8"
+    assert (tmp_path / "out/one/weights").read_text() == "smaller"
+  else:
+    assert list(tmp_path.iterdir()) == []
+    assert "with float32 weights is 0.970, expected at least 0.98; choose a larger type" in printed
 
 
 def test_a_load_failure_counts_as_a_mismatch(source, tmp_path, monkeypatch, capsys):

@@ -16,7 +16,7 @@ def test_names_are_unique_and_every_format_is_exported_or_imported():
 def test_scripts_exist_and_options_have_a_default():
   for form in EXPORTS.values():
     assert (client_env.SCRIPTS / form.client).is_file()
-    assert all(isinstance(option.resolve(None), int) for option in form.options)
+    assert all(isinstance(option.resolve(None), option.kind) for option in form.options)
 
 
 def test_listing_formats_imports_no_large_library():

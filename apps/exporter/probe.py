@@ -26,8 +26,15 @@ TEXTS = (
   "a large red striped circle above a small blue solid square",
   "word " * 300,
 )
+# Objects and templates of `many_texts`.
+_OBJECTS = (
+  "dog", "cat", "red car", "mountain", "bridge at night", "bowl of soup", "bicycle", "lighthouse",
+  "crowd", "old map", "blue square", "striped circle", "forest", "keyboard", "white bird", "city",
+)  # fmt: skip
+_TEMPLATES = ("a photo of a {}", "{}", "a small drawing of a {} on paper", "There is no {} here.")
 _SIZES = ((320, 213), (150, 401), (97, 64), (640, 480))  # width, height: none is square
 _NUM_PICTURES = 4
+MANY = 64  # images and texts of the comparison of weights
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
@@ -52,7 +59,15 @@ def pictures(folder: Path | None, count: int = _NUM_PICTURES) -> list[bytes]:
   return encoded
 
 
-def write_probe(folder: Path, source: Source, encoded: Sequence[bytes]) -> dict[str, np.ndarray]:
+def many_texts() -> list[str]:
+  """Return `MANY` different texts."""
+  texts = [template.format(name) for template in _TEMPLATES for name in _OBJECTS]
+  return [*TEXTS, *texts][:MANY]
+
+
+def write_probe(
+  folder: Path, source: Source, encoded: Sequence[bytes], texts: Sequence[str] = TEXTS
+) -> dict[str, np.ndarray]:
   """Write the inputs of `clients/client_io.py`: images, texts, and our pixels and ids.
 
   With center crops, images are written twice: first in a shape whose crop needs no rounding, see
@@ -80,21 +95,21 @@ def write_probe(folder: Path, source: Source, encoded: Sequence[bytes]) -> dict[
     )  # fmt: skip
   pixels = normalise(np.stack(rows), preprocess)
   arrays: dict[str, Any] = {"pixels": pixels[: len(encoded)]}
-  (folder / "texts.json").write_text(json.dumps(TEXTS), "utf-8")
+  (folder / "texts.json").write_text(json.dumps(texts), "utf-8")
   ids: dict[str, np.ndarray] = {}
   if source.processor is not None:
-    arrays["ids"] = ids["text/ids"] = source.processor.encode(TEXTS)
+    arrays["ids"] = ids["text/ids"] = source.processor.encode(texts)
   elif (text := source.release.text) is not None:
-    arrays["ids"] = _random_ids(text)
+    arrays["ids"] = _random_ids(text, len(texts))
   np.savez(folder / "probe.npz", **arrays)
   return {"image/pixels": pixels, **arrays, **ids}
 
 
-def _random_ids(text: ov_models.TextConfig) -> np.ndarray:
+def _random_ids(text: ov_models.TextConfig, count: int) -> np.ndarray:
   """Return texts of random ids of a tower without tokenizer, padded with the largest id."""
-  shape = (len(TEXTS), text.max_len)
+  shape = (count, text.max_len)
   ids = np.random.default_rng(0).integers(0, max(text.vocab_size - 1, 1), shape, np.int32)
-  ends = np.linspace(1, text.max_len - 1, len(TEXTS)).astype(int)
+  ends = np.linspace(1, text.max_len - 1, count).astype(int)
   return np.where(np.arange(text.max_len) < ends[:, None], ids, text.vocab_size - 1)
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
   from apps.exporter.source import Source
+  from ov_convert.accuracy import Accuracy
   from ov_convert.parity import Row
   from ov_convert.release import Imported, Release
 
@@ -66,17 +67,19 @@ class Program:
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-  """Integer option of a writer, set by the flag --<format>_<name>.
+  """Option of a format, set by the flag --<format>_<name>.
 
   Attributes:
-    name: keyword argument of `ExportFormat.write`.
+    name: keyword argument of `ExportFormat.write` and `ExportFormat.finish`.
     help: description of the flag.
     resolve: validates a value, or returns the default for None; raises ValueError.
+    kind: type of the value.
   """
 
   name: str
   help: str
-  resolve: Callable[[int | None], int]
+  resolve: Callable[[Any], int | float | str]
+  kind: type[int] | type[float] | type[str] = int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +129,9 @@ class ExportFormat(Format):
     here: whether `client` runs in this environment, with JAX and no client library.
     offers: names of arrays that the library must return, if our model has them.
     complete: adds files that need more than the release, and returns further comparisons.
+    finish: changes the folder after its outputs agreed with ours, such as to smaller weights, and
+      returns the accuracy of the result, or None if it changed no outputs. Takes a function that
+      writes a large probe and returns its folder, and `options` as keyword arguments.
     programs: programs of the model card, the most useful first.
     tested: versions of libraries that no other format needs; see `libraries`.
     texts: whether the folder contains the text tower.
@@ -134,7 +140,7 @@ class ExportFormat(Format):
     preprocesses: whether the library has its own preprocessing.
     sizes: returns the text of the card on images of another size; see `fixed_size`.
     notes: returns sentences of the card on unexpected behavior, from the release and parity.json.
-    options: options of the writer.
+    options: options of `write` and `finish`.
   """
 
   title: str
@@ -145,6 +151,7 @@ class ExportFormat(Format):
   here: bool = False
   offers: tuple[str, ...]
   complete: "Callable[[Path, Source], list[Row]] | None" = None
+  finish: "Callable[..., Accuracy | None] | None" = None
   programs: tuple[Program, ...]
   tested: Mapping[str, Versions] = dataclasses.field(default_factory=dict)
   texts: bool = True

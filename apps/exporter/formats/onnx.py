@@ -1,12 +1,13 @@
 """Format "onnx": graphs of the image and the text tower for onnxruntime."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from apps.exporter.formats import format as form
 
 if TYPE_CHECKING:
+  from ov_convert.accuracy import Accuracy
   from ov_convert.release import Release
 
 
@@ -16,10 +17,47 @@ def _check(release: "Release") -> None:
   onnx_export.check(release)
 
 
-def _write(folder: Path, release: "Release", *, opset: int | None = None) -> None:
+def _write(
+  folder: Path, release: "Release", *, opset: int | None = None, **finish: float | str | None
+) -> None:
+  del finish  # options of `_finish`
   from ov_convert import onnx_export
 
   onnx_export.write(folder, release, opset=_opset(opset))
+
+
+def _finish(
+  folder: Path,
+  probe: Callable[[], Path],
+  *,
+  weights: str | None = None,
+  min_cosine: float | None = None,
+  **write: int | None,
+) -> "Accuracy | None":
+  """Convert the weights of the graphs, unless they stay float32."""
+  del write  # options of `_write`
+  from ov_convert import onnx_weights
+
+  weights = _weights(weights)
+  if weights == onnx_weights.WEIGHTS[0]:
+    return None
+  return onnx_weights.convert(folder, weights, probe(), min_cosine=_min_cosine(min_cosine))
+
+
+def _weights(value: str | None) -> str:
+  from ov_convert import onnx_weights
+
+  weights = onnx_weights.WEIGHTS[0] if value is None else value
+  onnx_weights.check_weights(weights)
+  return weights
+
+
+def _min_cosine(value: float | None) -> float:
+  from ov_convert import onnx_weights
+
+  bound = onnx_weights.DEFAULT_MIN_COSINE if value is None else value
+  onnx_weights.check_min_cosine(bound)
+  return bound
 
 
 def _opset(value: int | None) -> int:
@@ -31,8 +69,23 @@ def _opset(value: int | None) -> int:
 
 
 def _notes(release: "Release", facts: Mapping[str, Any]) -> Sequence[str]:
-  opset = facts.get("opset")
-  return (f"The graphs use version {opset} of the ONNX operators (opset).",) if opset else ()
+  notes = []
+  if opset := facts.get("opset"):
+    notes.append(f"The graphs use version {opset} of the ONNX operators (opset).")
+  if weights := _SMALLER.get(facts.get("weights", "")):
+    notes.append(f"{weights} The graphs compute in float32 otherwise.")
+  return notes
+
+
+_REST = "and the other large tensors are float16."
+_SMALLER = {
+  "float16": "The large tensors are float16.",
+  "int8": (
+    "The matrices of the layers have 8 bits per weight and are multiplied in int8 (dynamic "
+    f"quantization), {_REST}"
+  ),
+  "int4": f"The matrices of the layers have 4 bits per weight in blocks of 32, {_REST}",
+}
 
 
 _PROGRAM = """\
@@ -78,6 +131,7 @@ FORMAT = form.ExportFormat(
   check=_check,
   write=_write,
   client="run_onnx.py",
+  finish=_finish,
   offers=(*form.IMAGE, *form.TEXT),
   programs=(
     form.Program(
@@ -93,6 +147,19 @@ FORMAT = form.ExportFormat(
       "opset",
       "With --format=onnx: version of the ONNX operators, 18 to 23; 18 by default.",
       _opset,
+    ),
+    form.Option(
+      "weights",
+      "With --format=onnx: type of the weights, float32 (default), float16, int8 or int4.",
+      _weights,
+      str,
+    ),
+    form.Option(
+      "min_cosine",
+      "With --onnx_weights: smallest accepted cosine of embeddings to those in float32; "
+      "0.98 by default.",
+      _min_cosine,
+      float,
     ),
   ),
 )

@@ -32,13 +32,13 @@ def check_opset(opset: int) -> None:
 def check(release: Release) -> None:
   """Raise ValueError listing all properties of a model that the format does not support.
 
-  Graphs are float32; conversion to half precision depends on the runtime and is left to the user.
+  Graphs are written in float32; `onnx_weights.convert` makes them smaller.
   """
   problems = []
   if release.dtype != "float32":
     problems.append(
       f"dtype={release.dtype!r}, but graphs are written in float32; set dtype='float32', and "
-      "convert the graph for the hardware that runs it"
+      "onnx_weights='float16' for smaller files"
     )
   problems += torch_module.problems(release)
   if problems:
