@@ -60,6 +60,9 @@ RUN = [
   (r"//tools/data:convert -- --input=/data/classes", ()),
   (r"//tools/data:convert -- --input=/data/captions_train2017.json", ()),
   (r"//tools/data:convert -- '--input=/data/tars/part-\{000..099\}.tar'", ()),
+  (r"//tools/data:annotate -- ", ()),
+  # The model is random, and the images have 24 pixels.
+  (r"//tools/data:keep -- ", ("--where=similarity > -2 and width >= 24",)),
   (r"caption_train -- --workdir=/tmp/photos .* --check", _CHECK),
   (r"clip_train -- --workdir=/tmp/photos-clip .* --check", _CHECK),
   (r"clip_train -- --workdir=/data/runs/datacomp_small", _PROTOCOL),
