@@ -96,7 +96,7 @@ def export(
       facts = _facts(name, source, rows, versions, len(encoded)) | dict(chosen_options)
       if chosen.finish is not None and parity.first_failure(rows) is None:
         terminal.phase(f"{name}: finishing the folder")
-        found = chosen.finish(partial / name, large_probe, **chosen_options)
+        found = chosen.finish(partial / name, source, large_probe, **chosen_options)
         if found is not None:
           facts["accuracy"] = found.to_json()
           terminal.phase(f"{name}: {accuracy.summary(found)}")

@@ -112,7 +112,8 @@ def test_an_inaccurate_result_of_finish_leaves_no_output(
 ):
   library = Library(monkeypatch)
 
-  def finish(folder, probe_of, weights):
+  def finish(folder, given, probe_of, weights):
+    assert given is source
     inputs = np.load(probe_of() / "probe.npz")
     assert len(inputs["pixels"]) == 64 and weights == "int8"
     (folder / "weights").write_text("smaller")

@@ -46,8 +46,7 @@ def pictures(folder: Path | None, count: int = _NUM_PICTURES) -> list[bytes]:
   """
   if folder is None:
     return [_drawn(number) for number in range(count)]
-  files = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix.lower() in _SUFFIXES)
-  files = files[:count]
+  files = image_files(folder)[:count]
   if not files:
     raise ValueError(f"--pictures={folder}: no file with the suffix {', '.join(_SUFFIXES)}")
   encoded = [file.read_bytes() for file in files]
@@ -57,6 +56,11 @@ def pictures(folder: Path | None, count: int = _NUM_PICTURES) -> list[bytes]:
     except (ValueError, OSError) as error:
       raise ValueError(f"{file} cannot be decoded: {error}; remove it from --pictures") from error
   return encoded
+
+
+def image_files(folder: Path) -> list[Path]:
+  """Return the image files in a folder and its sub-folders, sorted."""
+  return sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix.lower() in _SUFFIXES)
 
 
 def many_texts() -> list[str]:

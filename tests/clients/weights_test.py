@@ -63,8 +63,8 @@ def test_weights_below_the_bar_are_refused_and_leave_no_folder(workdir, cache, t
 
 def test_mistakes_give_one_line_errors(workdir, cache, tmp_path):
   for flag, said in (
-    ("--onnx_weights=int5", "onnx_weights='int5'; expected one of float32, float16, int8, int4"),
-    ("--onnx_min_cosine=2", "onnx_min_cosine=2.0; expected a cosine from -1 to 1"),
+    ("--onnx_weights=int5", "weights='int5'; expected one of float32, float16, int8, int4"),
+    ("--onnx_min_cosine=2", "min_cosine=2.0; expected a cosine from -1 to 1"),
   ):
     code, printed = export(workdir, tmp_path / "out", flag, cache=cache)
     expect_one_line(printed, code, said)

@@ -130,8 +130,9 @@ class ExportFormat(Format):
     offers: names of arrays that the library must return, if our model has them.
     complete: adds files that need more than the release, and returns further comparisons.
     finish: changes the folder after its outputs agreed with ours, such as to smaller weights, and
-      returns the accuracy of the result, or None if it changed no outputs. Takes a function that
-      writes a large probe and returns its folder, and `options` as keyword arguments.
+      returns the accuracy of the result, or None if it changed no outputs. Takes the folder, the
+      source, a function that writes a large probe and returns its folder, and `options` as keyword
+      arguments.
     programs: programs of the model card, the most useful first.
     tested: versions of libraries that no other format needs; see `libraries`.
     texts: whether the folder contains the text tower.

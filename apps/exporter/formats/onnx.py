@@ -7,44 +7,49 @@ from typing import TYPE_CHECKING, Any
 from apps.exporter.formats import format as form
 
 if TYPE_CHECKING:
+  from apps.exporter.source import Source
   from ov_convert.accuracy import Accuracy
   from ov_convert.release import Release
 
 
-def _check(release: "Release") -> None:
+def check(release: "Release") -> None:
+  """Raise ValueError if the graphs cannot hold a model."""
   from ov_convert import onnx_export
 
   onnx_export.check(release)
 
 
-def _write(
-  folder: Path, release: "Release", *, opset: int | None = None, **finish: float | str | None
+def write(
+  folder: Path, release: "Release", *, opset: int | None = None, **rest: float | str | None
 ) -> None:
-  del finish  # options of `_finish`
+  """Write float32 graphs with their preprocessing and tokenizer; `rest` are options of `finish`."""
+  del rest
   from ov_convert import onnx_export
 
   onnx_export.write(folder, release, opset=_opset(opset))
 
 
-def _finish(
+def finish(
   folder: Path,
+  source: "Source",
   probe: Callable[[], Path],
   *,
   weights: str | None = None,
   min_cosine: float | None = None,
-  **write: int | None,
+  **rest: int | None,
 ) -> "Accuracy | None":
-  """Convert the weights of the graphs, unless they stay float32."""
-  del write  # options of `_write`
+  """Convert the weights of the graphs, unless they stay float32; `rest` are options of `write`."""
+  del source, rest
   from ov_convert import onnx_weights
 
-  weights = _weights(weights)
+  weights = weights_of(weights)
   if weights == onnx_weights.WEIGHTS[0]:
     return None
-  return onnx_weights.convert(folder, weights, probe(), min_cosine=_min_cosine(min_cosine))
+  return onnx_weights.convert(folder, weights, probe(), min_cosine=min_cosine_of(min_cosine))
 
 
-def _weights(value: str | None) -> str:
+def weights_of(value: str | None) -> str:
+  """Return the type of the weights; raise ValueError if it is unknown."""
   from ov_convert import onnx_weights
 
   weights = onnx_weights.WEIGHTS[0] if value is None else value
@@ -52,7 +57,8 @@ def _weights(value: str | None) -> str:
   return weights
 
 
-def _min_cosine(value: float | None) -> float:
+def min_cosine_of(value: float | None) -> float:
+  """Return the smallest accepted cosine; raise ValueError if it is none."""
   from ov_convert import onnx_weights
 
   bound = onnx_weights.DEFAULT_MIN_COSINE if value is None else value
@@ -128,10 +134,10 @@ FORMAT = form.ExportFormat(
   name="onnx",
   title="ONNX",
   library="onnx",
-  check=_check,
-  write=_write,
+  check=check,
+  write=write,
   client="run_onnx.py",
-  finish=_finish,
+  finish=finish,
   offers=(*form.IMAGE, *form.TEXT),
   programs=(
     form.Program(
@@ -151,14 +157,14 @@ FORMAT = form.ExportFormat(
     form.Option(
       "weights",
       "With --format=onnx: type of the weights, float32 (default), float16, int8 or int4.",
-      _weights,
+      weights_of,
       str,
     ),
     form.Option(
       "min_cosine",
       "With --onnx_weights: smallest accepted cosine of embeddings to those in float32; "
       "0.98 by default.",
-      _min_cosine,
+      min_cosine_of,
       float,
     ),
   ),

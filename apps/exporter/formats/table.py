@@ -8,6 +8,7 @@ from apps.exporter.formats import (
   stablehlo,
   timm,
   transformers,
+  web,
 )
 from apps.exporter.formats.format import ExportFormat, Format
 
@@ -18,6 +19,7 @@ FORMATS: tuple[Format, ...] = (
   timm.FORMAT,
   transformers.FORMAT,
   onnx.FORMAT,
+  web.FORMAT,
   stablehlo.FORMAT,
 )
 EXPORTS = {f.name: f for f in FORMATS if isinstance(f, ExportFormat)}

@@ -15,14 +15,14 @@ DEFAULT_MIN_COSINE = 0.98
 def check_weights(weights: str) -> None:
   """Raise ValueError for an unknown type of weights."""
   if weights not in WEIGHTS:
-    raise ValueError(f"onnx_weights={weights!r}; expected one of {', '.join(WEIGHTS)}.")
+    raise ValueError(f"weights={weights!r}; expected one of {', '.join(WEIGHTS)}.")
 
 
 def check_min_cosine(value: float) -> None:
   """Raise ValueError for a bound that is no cosine."""
   if not -1 <= value <= 1:
     raise ValueError(
-      f"onnx_min_cosine={value}; expected a cosine from -1 to 1, such as {DEFAULT_MIN_COSINE}."
+      f"min_cosine={value}; expected a cosine from -1 to 1, such as {DEFAULT_MIN_COSINE}."
     )
 
 

@@ -129,8 +129,8 @@ def test_values_beyond_float16_stay_float32(tmp_path):
 
 def test_mistakes_are_errors_before_anything_is_read(tmp_path):
   for weights, bar, message in (
-    ("int5", 0.9, "onnx_weights='int5'; expected one of float32, float16, int8, int4"),
-    ("int8", 1.5, "onnx_min_cosine=1.5; expected a cosine"),
+    ("int5", 0.9, "weights='int5'; expected one of float32, float16, int8, int4"),
+    ("int8", 1.5, "min_cosine=1.5; expected a cosine"),
     ("float32", 0.9, "nothing is to be converted"),
   ):
     with pytest.raises(ValueError, match=message):

@@ -8,6 +8,8 @@ let info = null;
 let image = null; // the chosen file, or null
 let timer = 0;
 const running = {}; // the newest request of each kind
+// The page of `//apps:export --format=web` has no server and answers requests itself.
+const send = globalThis.backend ?? fetch.bind(globalThis);
 
 function status(text, error = false) {
   $("status").textContent = text;
@@ -19,7 +21,7 @@ async function call(kind, path, options = {}) {
   running[kind]?.abort();
   const control = (running[kind] = new AbortController());
   try {
-    const response = await fetch(path, { ...options, signal: control.signal });
+    const response = await send(path, { ...options, signal: control.signal });
     const answer = await response.json();
     if (!response.ok) throw new Error(answer.error?.message ?? `status ${response.status}`);
     return control.signal.aborted ? null : answer;
@@ -54,7 +56,7 @@ function item(match) {
     const picture = document.createElement("img");
     picture.loading = "lazy";
     picture.alt = about || match.key;
-    picture.src = `/images/${match.row}?size=320`;
+    picture.src = match.image ?? `/images/${match.row}?size=320`;
     button.append(picture);
   }
   const text = document.createElement("span");
