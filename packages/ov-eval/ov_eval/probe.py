@@ -3,16 +3,19 @@
 from collections.abc import Sequence
 import dataclasses
 import math
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import optimize, stats
 
 from ov_eval.generative import Classification
 from ov_eval.knn import check_features
 from ov_eval.results import Result
 from ov_eval.states import Mean, Share
+
+if TYPE_CHECKING:
+  from scipy import optimize
 
 L2 = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
@@ -63,6 +66,8 @@ class FewShot:
     The interval combines two variances: that of the mean over draws (Student's t over D draws; 0
     with one draw) and that over test rows.
     """
+    from scipy import stats  # delayed: SciPy takes a second to import
+
     found = []
     for shots, draws in zip(self.shots, self.right, strict=True):
       state = Mean.of(np.mean(draws, axis=0))
@@ -229,8 +234,9 @@ class _Problem:
 
   def fit(
     self, start: np.ndarray, l2: float, max_iterations: int
-  ) -> tuple[np.ndarray, optimize.OptimizeResult]:
+  ) -> tuple[np.ndarray, "optimize.OptimizeResult"]:
     """Return the fitted weights, flat float64 [(E+1) C], and the result of the optimizer."""
+    from scipy import optimize
 
     def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
       weights = flat.reshape(self._shape).astype(np.float32)
