@@ -133,8 +133,8 @@ def _number(node: ast.expr, columns: Columns) -> Any:
   match node:
     case ast.Name(name):
       return np.ma.masked_invalid(columns[name].astype(np.float64))
-    case ast.Constant(value) if type(value) in (int, float) and math.isfinite(_float(value)):
-      return np.ma.masked_array([_float(value)], [False])
+    case ast.Constant(value) if math.isfinite(number := _finite(value)):
+      return np.ma.masked_array([number], [False])
     case ast.UnaryOp(ast.USub() | ast.UAdd() as op, value):
       return _number(value, columns) * (-1 if isinstance(op, ast.USub) else 1)
     case ast.BinOp(left, op, right) if type(op) in _OPERATORS:
@@ -143,7 +143,10 @@ def _number(node: ast.expr, columns: Columns) -> Any:
   raise ValueError(f"{ast.unparse(node)!r} is not a number or column; {_EXAMPLE}")
 
 
-def _float(value: float) -> float:
+def _finite(value: object) -> float:
+  """Return a constant as float; NaN or Inf if it is not a number, or too large."""
+  if isinstance(value, bool) or not isinstance(value, int | float):
+    return math.nan
   try:
     return float(value)
   except OverflowError:

@@ -52,12 +52,9 @@ def test_equals_sqlite(text, sql):
 
 
 def test_parts_of_and_are_separate():
-  found = conditions.parse("similarity > 0.25 and (width > 1 and height > 1)", NAMES)
-  assert [condition.text for condition in found] == [
-    "similarity > 0.25",
-    "width > 1 and height > 1",
-  ]
-  assert [*found[1].columns] and found[1].columns == {"width", "height"}
+  first, second = conditions.parse("similarity > 0.25 and (width > 1 and height > 1)", NAMES)
+  assert (first.text, second.text) == ("similarity > 0.25", "width > 1 and height > 1")
+  assert (first.columns, second.columns) == ({"similarity"}, {"width", "height"})
 
 
 def test_products_do_not_overflow():

@@ -15,7 +15,7 @@ import usearch.index
 GRAPH_FROM = 100_000  # vectors from which a graph is used
 _BATCH = 1024
 _COLUMNS = 8192  # kept vectors compared at a time
-_GRAPH = {"connectivity": 16, "expansion_add": 128, "expansion_search": 128}
+_GRAPH: dict[str, Any] = {"connectivity": 16, "expansion_add": 128, "expansion_search": 128}
 
 
 class NearDuplicates(abc.ABC):

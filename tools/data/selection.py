@@ -156,7 +156,7 @@ def _repeated(selection: _Selection) -> NDArray[np.bool_]:
   for first, kept, columns in selection.each_shard("content_hash"):
     numbers = np.flatnonzero(kept)
     records.append(first + numbers)
-    hashes += [columns["content_hash"][number] for number in numbers]
+    hashes.append(b"".join(columns["content_hash"][number] for number in numbers))
   is_repeated = np.zeros(len(selection.kept), bool)
   if hashes:
     halves = np.frombuffer(b"".join(hashes), "<u8").reshape(-1, 2)
