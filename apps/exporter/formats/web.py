@@ -1,6 +1,6 @@
 """Format "web": a static page that runs the model in the browser, without any other server."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import io
 import json
@@ -41,6 +41,14 @@ def _check(release: "Release") -> None:
         f"the tokenizer is a {kind} model, but the page runs {' and '.join(_MODELS)} only; use "
         "--format=onnx."
       )
+
+
+def _notes(release: "Release", facts: Mapping[str, Any]) -> Sequence[str]:
+  return (
+    "Run `python3 -m http.server` in this folder, or copy it to any web server for static files, "
+    "and open its index.html: the model then runs in the browser.",
+    *onnx.FORMAT.notes(release, facts),
+  )
 
 
 def _runtime(value: str | None) -> str:
@@ -175,7 +183,7 @@ def _embedder(release: "Release") -> "Callable[[np.ndarray], np.ndarray]":
     model: Any = ov_models.bind(config, params)
     if isinstance(config, ov_models.ViTConfig):
       return model(pixels).pooled
-    return model.encoder(pixels).pooled if config.text is None else model.encode_image(pixels).unit
+    return model.encoder(pixels).pooled if release.text is None else model.encode_image(pixels).unit
 
   def unit(pixels: np.ndarray) -> np.ndarray:
     vectors = np.asarray(embed(release.params, pixels))
@@ -189,7 +197,9 @@ FORMAT = dataclasses.replace(
   name="web",
   title="a browser, and onnxruntime",
   check=_check,
+  programs=tuple(dataclasses.replace(p, library="web") for p in onnx.FORMAT.programs),
   finish=_finish,
+  notes=_notes,
   options=(
     *(
       dataclasses.replace(option, help=option.help.replace("onnx", "web"))
