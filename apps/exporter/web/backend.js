@@ -59,12 +59,16 @@ const files = lazy(async () => {
 });
 
 const tower = (name) => lazy(async () => {
-  document.getElementById("status").textContent = `Loading the ${name} model…`;
+  const status = document.getElementById("status");
+  const before = status.textContent;
+  const message = `Loading the ${name} model…`;
+  status.textContent = message;
   const ort = await runtime();
   const session = await ort.InferenceSession.create(`./${name}.onnx`, {
     executionProviders: ["wasm"],
     externalData: [{ path: `${name}.onnx.data`, data: `./${name}.onnx.data` }],
   });
+  if (status.textContent === message) status.textContent = before;
   return { ort, session };
 });
 const towers = { image: tower("image"), text: tower("text") };
