@@ -96,6 +96,8 @@ NOT_RUN = [
   (r"//tools/compare -- .*--reference", "a trained model; //tools/compare:compare_test"),
   (r"//tools/preflight -- (?!--topology=h100)", "libtpu or a GPU; //tools/preflight:tpu_test"),
   (r"//tools/serve -- ", "it runs until it is stopped; //packages/ov-serve:serving_test"),
+  (r"^npm pack ", "a package registry; //tests/clients:web_page_test writes such a folder"),
+  (r"-m http.server", "it runs until it is stopped; //apps/exporter:web_test tests the page"),
   (r"//tools/tpu -- ", "a TPU; //tools/tpu:tpu_test runs those of its README with a fake"),
   (r"//tools/bench", "minutes of an idle machine; //tools/bench:bench_test"),
   (r"//tools/data:convert -- '--input=/data/tars/part-\{00000", "10,000 tars"),
