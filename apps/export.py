@@ -49,7 +49,7 @@ _DEFINE: dict[type, Callable[..., flags.FlagHolder[Any]]] = {
   str: flags.DEFINE_string,
 }
 _OPTIONS = {
-  (form.name, option.name): _DEFINE[option.kind](f"{form.name}_{option.name}", None, option.help)
+  (form.name, option): _DEFINE[option.kind](f"{form.name}_{option.name}", None, option.help)
   for form in EXPORTS.values()
   for option in form.options
 }
@@ -83,10 +83,14 @@ def main() -> None:
     raise UserError("--dry_run requires --push_to_hub=org/name")
   formats = _formats()
   for (form, option), flag in _OPTIONS.items():
-    if flag.value is not None and not (_WORKDIR.value and form in formats):
+    if flag.value is None:
+      continue
+    given = f"--{flag.name}={flag.value}"
+    if not (_WORKDIR.value and form in formats):
+      raise UserError(f"{given} is for exports with --format={form}; add it, or leave it out")
+    if option.requires and flags.FLAGS[f"{form}_{option.requires}"].value is None:
       raise UserError(
-        f"--{form}_{option}={flag.value} is for exports with --format={form}; add it, or leave it "
-        "out"
+        f"{given} has no effect without --{form}_{option.requires}; add it, or leave it out"
       )
   with user_errors():
     out = (places.new if _WORKDIR.value else places.existing)("--out=", _OUT.value)
@@ -142,7 +146,7 @@ def _export(workdir: str, formats: list[str], out: Path) -> None:
       hub.check(formats, _PUSH.value, dry_run=_DRY_RUN.value)
     pictures = places.existing("--pictures=", _PICTURES.value) if _PICTURES.value else None
     options = {
-      name: {o.name: o.resolve(_OPTIONS[name, o.name].value) for o in EXPORTS[name].options}
+      name: {o.name: o.resolve(_OPTIONS[name, o].value) for o in EXPORTS[name].options}
       for name in formats
     }
     source = load_source(

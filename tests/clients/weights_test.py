@@ -62,10 +62,11 @@ def test_weights_below_the_bar_are_refused_and_leave_no_folder(workdir, cache, t
 
 
 def test_mistakes_give_one_line_errors(workdir, cache, tmp_path):
-  for flag, said in (
-    ("--onnx_weights=int5", "weights='int5'; expected one of float32, float16, int8, int4"),
-    ("--onnx_min_cosine=2", "min_cosine=2.0; expected a cosine from -1 to 1"),
+  for flags, said in (
+    (["--onnx_weights=int5"], "weights='int5'; expected one of float32, float16, int8, int4"),
+    (["--onnx_min_cosine=0.9"], "--onnx_min_cosine=0.9 has no effect without --onnx_weights"),
+    (["--onnx_weights=int8", "--onnx_min_cosine=2"], "min_cosine=2.0; expected a cosine from"),
   ):
-    code, printed = export(workdir, tmp_path / "out", flag, cache=cache)
+    code, printed = export(workdir, tmp_path / "out", *flags, cache=cache)
     expect_one_line(printed, code, said)
   assert list(tmp_path.iterdir()) == []

@@ -74,12 +74,14 @@ class Option:
     help: description of the flag.
     resolve: validates a value, or returns the default for None; raises ValueError.
     kind: type of the value.
+    requires: name of the option without which this one has no effect; None for no such option.
   """
 
   name: str
   help: str
   resolve: Callable[[Any], int | float | str]
   kind: type[int] | type[float] | type[str] = int
+  requires: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

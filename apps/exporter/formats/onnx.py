@@ -166,6 +166,7 @@ FORMAT = form.ExportFormat(
       "0.98 by default.",
       min_cosine_of,
       float,
+      requires="weights",
     ),
   ),
 )
