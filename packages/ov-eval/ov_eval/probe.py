@@ -3,19 +3,16 @@
 from collections.abc import Sequence
 import dataclasses
 import math
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy  # loads its modules at first use; together they take a second
 
 from ov_eval.generative import Classification
 from ov_eval.knn import check_features
 from ov_eval.results import Result
 from ov_eval.states import Mean, Share
-
-if TYPE_CHECKING:
-  from scipy import optimize
 
 L2 = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
@@ -66,15 +63,13 @@ class FewShot:
     The interval combines two variances: that of the mean over draws (Student's t over D draws; 0
     with one draw) and that over test rows.
     """
-    from scipy import stats  # delayed: SciPy takes a second to import
-
     found = []
     for shots, draws in zip(self.shots, self.right, strict=True):
       state = Mean.of(np.mean(draws, axis=0))
       half = state.interval(level)[1] - state.value
       if len(draws) > 1:
         error = float(np.std([draw.mean() for draw in draws], ddof=1)) / math.sqrt(len(draws))
-        half = math.hypot(half, error * float(stats.t.ppf((1 + level) / 2, len(draws) - 1)))
+        half = math.hypot(half, error * float(scipy.stats.t.ppf((1 + level) / 2, len(draws) - 1)))
       low, high = max(0.0, state.value - half), min(1.0, state.value + half)
       name = f"few_shot_{shots}_top1"
       found.append(Result(name, state.value, state.count, low, high, "share"))
@@ -234,9 +229,8 @@ class _Problem:
 
   def fit(
     self, start: np.ndarray, l2: float, max_iterations: int
-  ) -> tuple[np.ndarray, "optimize.OptimizeResult"]:
+  ) -> tuple[np.ndarray, "scipy.optimize.OptimizeResult"]:
     """Return the fitted weights, flat float64 [(E+1) C], and the result of the optimizer."""
-    from scipy import optimize
 
     def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
       weights = flat.reshape(self._shape).astype(np.float32)
@@ -248,7 +242,7 @@ class _Problem:
 
     # A smaller ftol is below the rounding error of float32 sums, about 1e-7 of the loss.
     options = {"maxiter": max_iterations, "maxfun": 2 * max_iterations, "ftol": 1e-9, "gtol": 1e-6}
-    found = optimize.minimize(objective, start, jac=True, method="L-BFGS-B", options=options)
+    found = scipy.optimize.minimize(objective, start, jac=True, method="L-BFGS-B", options=options)
     return found.x, found
 
   def scores(self, weights: np.ndarray, features: np.ndarray) -> np.ndarray:
