@@ -68,7 +68,7 @@ replace = dataclasses.replace
 # Options that no family has, or not in these combinations.
 OTHERS = {
   "all options of the blocks": VisionLanguageConfig(
-    encoder=replace(BASE, **BLOCKS, registers=1, pool="last"),
+    encoder=replace(BASE, **BLOCKS, registers=1, rotary="mrope", pool="last"),
     text=replace(WORDS, **BLOCKS, pool="map"),
     decoder=replace(QUERIES, **BLOCKS),
     embed_dim=10,
