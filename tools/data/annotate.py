@@ -19,33 +19,25 @@ import os
 from absl import flags
 
 from apps.trainer.errors import UserError, run_app, user_errors
+from tools.data import source_flags
 
-_INPUT = flags.DEFINE_string("input", None, "Source: shards, a list, or a folder of images.")
 _OUTPUT = flags.DEFINE_string("output", None, "Folder of the annotations.")
 _MODEL = flags.DEFINE_string("model", None, "Folder of an exported model; default: none.")
-_SPLIT = flags.DEFINE_string("split", None, "Split or slice of the input, such as 'train[:1000]'.")
-_FORMAT = flags.DEFINE_string("format", "auto", "Layout of image files, see ov_data.layouts.")
-_IMAGES = flags.DEFINE_string("images", None, "Folder of the images of a list.")
-_IMAGE_KEY = flags.DEFINE_string("image_key", "jpg", "Feature with the image, for shards.")
-_CAPTION_KEYS = flags.DEFINE_list("caption_keys", None, "Features with captions; default: txt.")
-_FOLLOW_LINKS = flags.DEFINE_bool("follow_links", False, "Follow links that leave the folder.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images per batch of the model.")
 _THREADS = flags.DEFINE_integer("threads", 0, "Threads that decode; default: one per core.")
-_MAX_BAD = flags.DEFINE_float("max_bad_fraction", 0.1, "Fraction of unusable records that stops.")
 
 
 def main() -> None:
-  if not (_INPUT.value and _OUTPUT.value):
+  if not (source_flags.INPUT.value and _OUTPUT.value):
     raise UserError("give --input=DATA and --output=FOLDER, and --model=FOLDER for embeddings")
   try:
     with user_errors():
-      print(annotate(os.path.expanduser(_INPUT.value), os.path.expanduser(_OUTPUT.value)))
+      print(annotate(os.path.expanduser(_OUTPUT.value)))
   except KeyboardInterrupt as error:
     error.args = (f"{error or 'interrupted'}; repeat the command to resume",)
     raise
 
 
-def annotate(path: str, out: str) -> str:
+def annotate(out: str) -> str:
   """Annotate according to the flags and return a summary.
 
   Raises:
@@ -57,15 +49,7 @@ def annotate(path: str, out: str) -> str:
   import ov_serve
   from tools.data.progress import Counter
 
-  dataset = ov_serve.open_images(
-    path,
-    split=_SPLIT.value,
-    format=_FORMAT.value,
-    image_root=None if _IMAGES.value is None else os.path.expanduser(_IMAGES.value),
-    image_key=_IMAGE_KEY.value,
-    caption_keys=None if _CAPTION_KEYS.value is None else tuple(_CAPTION_KEYS.value),
-    follow_links=_FOLLOW_LINKS.value,
-  )
+  dataset = source_flags.open_input()
   model = None if not _MODEL.value else ov_serve.Model.load(os.path.expanduser(_MODEL.value))
   try:
     with Counter("annotating", len(dataset)) as counter:
@@ -73,9 +57,9 @@ def annotate(path: str, out: str) -> str:
         dataset,
         out,
         model=model,
-        batch_size=_BATCH_SIZE.value,
+        batch_size=source_flags.BATCH_SIZE.value,
         threads=_THREADS.value or None,
-        max_bad_fraction=_MAX_BAD.value,
+        max_bad_fraction=source_flags.MAX_BAD.value,
         progress=counter,
       )
   except ov_data.TooManyBadRecords as error:

@@ -81,9 +81,13 @@ def parse(text: str, names: frozenset[str]) -> list[Condition]:
     body = ast.parse(text.strip(), mode="eval").body
   except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
     raise ValueError(f"condition {text!r}: {error}; {_EXAMPLE}") from None
-  is_and = isinstance(body, ast.BoolOp) and isinstance(body.op, ast.And)
+  match body:
+    case ast.BoolOp(ast.And(), nodes):
+      pass
+    case _:
+      nodes = [body]
   conditions = []
-  for node in body.values if is_and else [body]:  # type: ignore[attr-defined]
+  for node in nodes:
     found = {name.id for name in ast.walk(node) if isinstance(name, ast.Name)}
     if unknown := sorted(found - names):
       raise ValueError(

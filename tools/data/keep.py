@@ -1,8 +1,8 @@
 """Write a keep-list: the records of a source that pass filters and are no duplicates.
 
   bazel run //tools/data:keep -- --annotations=/data/annotations --output=/data/train.keep \
-    --where='similarity > 0.25 and width >= 200' --exact_duplicates --perceptual_distance=4 \
-    --embedding_similarity=0.95
+    --where='similarity > 0.25 and width >= 200' --exact_duplicates --perceptual_distance=6 \
+    --embedding_similarity=0.97
 
 --annotations is the output of //tools/data:annotate. Train on the kept records with
 --config.input.keep_list=/data/train.keep.

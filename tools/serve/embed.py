@@ -18,17 +18,10 @@ import contextlib
 from absl import flags
 
 from apps.trainer.errors import UserError, run_app, user_errors
+from tools.data import source_flags
 from tools.serve.common_flags import MODEL
 
-_INPUT = flags.DEFINE_string("input", None, "Images: a folder, a list, or record shards.")
 _OUT = flags.DEFINE_string("out", None, "Folder of the index.")
-_SPLIT = flags.DEFINE_string("split", None, "Split or slice of the input, such as 'train[:1000]'.")
-_FORMAT = flags.DEFINE_string("format", "auto", "Layout of image files, see ov_data.layouts.")
-_IMAGES = flags.DEFINE_string("images", None, "Folder of the images of a list.")
-_IMAGE_KEY = flags.DEFINE_string("image_key", "jpg", "Feature with the image, for shards.")
-_CAPTION_KEYS = flags.DEFINE_list("caption_keys", None, "Features with captions; default: txt.")
-_FOLLOW_LINKS = flags.DEFINE_bool("follow_links", False, "Follow links that leave the folder.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images per batch.")
 _GRAPH = flags.DEFINE_enum(
   "graph", "auto", ("auto", "yes", "no"), "Build an HNSW graph; auto: from 100,000 images on."
 )
@@ -36,21 +29,20 @@ _HOST = flags.DEFINE_integer(
   "host_index", 0, "Index of this host, of --host_count hosts with a shared folder."
 )
 _HOSTS = flags.DEFINE_integer("host_count", 1, "Number of hosts that give this command.")
-_MAX_BAD = flags.DEFINE_float("max_bad_fraction", 0.1, "Fraction of unusable images that stops.")
 
 
 def main() -> None:
-  if not (MODEL.value and _INPUT.value and _OUT.value):
+  if not (MODEL.value and source_flags.INPUT.value and _OUT.value):
     raise UserError("give --model=FOLDER, --input=IMAGES and --out=FOLDER")
   try:
     with user_errors():
-      print(embed(MODEL.value, _INPUT.value, _OUT.value))
+      print(embed(MODEL.value, _OUT.value))
   except KeyboardInterrupt as error:
     error.args = (f"{error or 'interrupted'}; repeat the command to resume",)
     raise
 
 
-def embed(model_folder: str, path: str, out: str) -> str:
+def embed(model_folder: str, out: str) -> str:
   """Embed according to the flags and return a summary.
 
   Raises:
@@ -61,15 +53,7 @@ def embed(model_folder: str, path: str, out: str) -> str:
   import ov_serve
   from tools.data.progress import Counter
 
-  dataset = ov_serve.open_images(
-    path,
-    split=_SPLIT.value,
-    format=_FORMAT.value,
-    image_root=_IMAGES.value,
-    image_key=_IMAGE_KEY.value,
-    caption_keys=None if _CAPTION_KEYS.value is None else tuple(_CAPTION_KEYS.value),
-    follow_links=_FOLLOW_LINKS.value,
-  )
+  dataset = source_flags.open_input()
   model = ov_serve.Model.load(model_folder)
   with contextlib.ExitStack() as stack:
     counter: Counter | None = None
@@ -88,11 +72,11 @@ def embed(model_folder: str, path: str, out: str) -> str:
         dataset,
         out,
         model_folder=model_folder,
-        batch_size=_BATCH_SIZE.value,
+        batch_size=source_flags.BATCH_SIZE.value,
         graph={"auto": None, "yes": True, "no": False}[_GRAPH.value],
         host=_HOST.value,
         hosts=_HOSTS.value,
-        max_bad_fraction=_MAX_BAD.value,
+        max_bad_fraction=source_flags.MAX_BAD.value,
         progress=progress,
       )
     except ov_data.TooManyBadRecords as error:
