@@ -93,7 +93,9 @@ def export(
       rows, versions = _one(
         chosen, partial / name, source, inputs_folder, ours, terminal, chosen_options
       )
-      facts = _facts(name, source, rows, versions, len(encoded)) | dict(chosen_options)
+      paths = {option.name for option in chosen.options if option.is_path}
+      recorded = {key: value for key, value in chosen_options.items() if key not in paths}
+      facts = _facts(name, source, rows, versions, len(encoded)) | recorded
       if chosen.finish is not None and parity.first_failure(rows) is None:
         terminal.phase(f"{name}: finishing the folder")
         found = chosen.finish(partial / name, source, large_probe, **chosen_options)

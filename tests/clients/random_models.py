@@ -16,6 +16,11 @@ SIZES = {  # name: (image tower, text tower and decoder, pixels)
   "B/16@224": ("B/16", "B", 224),
   "So400m/14@224": ("So400m/14", "So400m", 224),
 }
+_BLOCK = {"width": 64, "depth": 2, "mlp_dim": 96, "num_heads": 2}
+TINY_CLIP = ov_models.VisionLanguageConfig.from_names(
+  "Ti/8", "Ti", None, image_size=32, vocab_size=512, text_len=16, preset="openvision_released",
+  embed_dim=64, encoder_options=_BLOCK, text_options=_BLOCK,
+)  # fmt: skip
 KINDS = ("clip", "captioner", "image")
 _SENTENCES = (
   "a photo of a dog on a beach",

@@ -11,16 +11,10 @@ from apps.exporter import probe
 from apps.exporter.formats import web
 from apps.exporter.source import load_source
 from ov_data import decode
-import ov_models
-from tests.clients.random_models import make_workdir
+from tests.clients.random_models import TINY_CLIP, make_workdir
 from tests.end_to_end.runner import CAPTION_TRAIN, expect_one_line, run
 
 EXPORT = CAPTION_TRAIN.parent / "export.py"  # importing it would define --workdir twice
-_BLOCK = {"width": 64, "depth": 2, "mlp_dim": 96, "num_heads": 2}
-CLIP = ov_models.VisionLanguageConfig.from_names(
-  "Ti/8", "Ti", None, image_size=32, vocab_size=512, text_len=16, preset="openvision_released",
-  embed_dim=64, encoder_options=_BLOCK, text_options=_BLOCK,
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +25,7 @@ def cache(tmp_path_factory):
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
   folder = tmp_path_factory.mktemp("run") / "workdir"
-  make_workdir(folder, CLIP)
+  make_workdir(folder, TINY_CLIP)
   return folder
 
 
@@ -69,6 +63,9 @@ def test_the_page_is_complete(workdir, cache, tmp_path):
   assert page["texts"] and page["canonical"] and page["runtime"] == web.RUNTIME
   assert json.loads((folder / "parity.json").read_text())["accuracy"]["ok"]
   assert {file.name for file in (folder / "ort").iterdir()} == set(web.RUNTIME_FILES)
+
+  for file in folder.rglob("*"):  # nothing tells where the files came from
+    assert file.is_dir() or str(tmp_path).encode() not in file.read_bytes(), file
 
   # The vectors are the embeddings of the images.
   source = load_source(workdir)

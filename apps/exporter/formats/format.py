@@ -74,6 +74,7 @@ class Option:
     help: description of the flag.
     resolve: validates a value, or returns the default for None; raises ValueError.
     kind: type of the value.
+    is_path: whether the value is a path of this machine, which the exported files do not record.
     requires: name of the option without which this one has no effect; None for no such option.
   """
 
@@ -81,6 +82,7 @@ class Option:
   help: str
   resolve: Callable[[Any], int | float | str]
   kind: type[int] | type[float] | type[str] = int
+  is_path: bool = False
   requires: str | None = None
 
 

@@ -211,12 +211,14 @@ FORMAT = dataclasses.replace(
       f"With --format=web: folder of the npm package {RUNTIME}, which the page needs.",
       _runtime,
       str,
+      is_path=True,
     ),
     form.Option(
       "images",
       f"With --format=web: folder of at most {MAX_IMAGES:,} images that the page searches.",
       _images,
       str,
+      is_path=True,
     ),
   ),
 )
