@@ -58,7 +58,7 @@ def rotation(
   if scale is not None:
     position = position * scale
   factors = _factors(kind, head_dim, base)
-  # Not a matrix product, which accelerators compute in 16 bits. [B, T, H / 2].
+  # [B, T, H / 2]. Not a matrix product, because accelerators would round its inputs to 16 bits.
   angles = (position[..., None] * (factors if x is np else jnp.asarray(factors, x.float32))).sum(-2)
   is_patch = np.arange(angles.shape[1]) >= tokens.num_prefix
   angles = angles * is_patch[:, None]
