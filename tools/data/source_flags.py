@@ -20,11 +20,12 @@ MAX_BAD = flags.DEFINE_float("max_bad_fraction", 0.1, "Fraction of unusable imag
 
 
 def open_input() -> "Dataset":
-  """Open the source that the flags describe.
+  """Open the source that the flags describe; the command has marked `--input` as required.
 
   Raises:
     ValueError, OSError: if it does not exist or is invalid; the messages address the user.
   """
+  assert INPUT.value is not None
   import ov_serve  # imports JAX; missing flags are reported before
 
   return ov_serve.open_images(
