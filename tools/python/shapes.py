@@ -1,6 +1,7 @@
 """Runtime checks of annotated shapes and dtypes, enabled only in tests."""
 
 from collections.abc import Callable
+import importlib
 import importlib.util
 import pkgutil
 import typing
@@ -21,6 +22,10 @@ def install() -> None:
     for module in pkgutil.iter_modules(spec.submodule_search_locations)
     if not module.name.endswith("_test")
   ]
+  if names:
+    # While the hook imports a module, Python finds no bytecode of what this module imports in turn.
+    # To compile JAX takes 3 seconds.
+    importlib.import_module("jax")
   jaxtyping.install_import_hook(names, f"{__name__}.check")
 
 
