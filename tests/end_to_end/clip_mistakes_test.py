@@ -23,7 +23,7 @@ def shards(tmp_path_factory):
 
 
 def expect(flags, said, cache):
-  code, printed = runner.run_forked(*flags, cache=cache, app=runner.CLIP_TRAIN)
+  code, printed = runner.run(*flags, cache=cache, app=runner.CLIP_TRAIN)
   runner.expect_one_line(printed, code, said)
 
 
@@ -129,7 +129,7 @@ def test_split_file_of_another_kind(shards, tmp_path, cache):
 
 def test_texts_processed_differently_than_in_training(tmp_path, cache):
   run = (*TINY, "--config.total_steps=5", f"--workdir={tmp_path}")
-  code, printed = runner.run_forked(*run, cache=cache, app=runner.CLIP_TRAIN)
+  code, printed = runner.run(*run, cache=cache, app=runner.CLIP_TRAIN)
   assert code == 0, printed
   expect(
     (*run, "--config.model.token_len=18"),

@@ -67,7 +67,7 @@ def runs(tmp_path_factory, cache):
 
 def test_wrong_teachers_are_refused_before_compiling(runs, tmp_path, cache):
   def fails(said, *flags):
-    code, printed = runner.run_forked(
+    code, printed = runner.run(
       *FLAGS, data(runs), *flags, cache=cache, app=runner.CLIP_TRAIN, timeout=TIMEOUT
     )
     runner.expect_one_line(printed, code, said)

@@ -125,7 +125,7 @@ def test_wrong_settings(name, tmp_path, cache):
   flags, said = CASES[name]
   if flags and not any(f.startswith("--workdir") for f in flags):
     flags = (*flags, f"--workdir={tmp_path / 'run'}")
-  code, printed = runner.run_forked(*flags, cache=cache, WANDB_API_KEY="")
+  code, printed = runner.run(*flags, cache=cache, WANDB_API_KEY="")
   runner.expect_one_line(printed, code, said)
 
 
@@ -151,7 +151,7 @@ def test_wrong_configuration_files(content, said, tmp_path, cache):
   path = tmp_path / "own.py"
   path.write_text(content)
   flags = (f"--config={path}", f"--workdir={tmp_path / 'run'}")
-  runner.expect_one_line(*reversed(runner.run_forked(*flags, cache=cache)), said)
+  runner.expect_one_line(*reversed(runner.run(*flags, cache=cache)), said)
 
 
 DATA_CASES = {
@@ -171,7 +171,7 @@ def test_wrong_data(name, shards, tmp_path, cache):
   make, said = DATA_CASES[name]
   (tmp_path / "data").mkdir()
   flags = own_data(make(shards, tmp_path / "data"), f"--workdir={tmp_path / 'run'}")
-  runner.expect_one_line(*reversed(runner.run_forked(*flags, cache=cache)), said)
+  runner.expect_one_line(*reversed(runner.run(*flags, cache=cache)), said)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_wrong_data(name, shards, tmp_path, cache):
 )
 def test_invalid_data_description(flags, said, shards, tmp_path, cache):
   flags = own_data(shards, *flags, f"--workdir={tmp_path / 'run'}")
-  runner.expect_one_line(*reversed(runner.run_forked(*flags, cache=cache)), said)
+  runner.expect_one_line(*reversed(runner.run(*flags, cache=cache)), said)
 
 
 @pytest.mark.parametrize(
@@ -199,14 +199,14 @@ def test_wrong_vocabulary(content, said, shards, tmp_path, cache):
   vocabulary = tmp_path / "vocab.txt"
   vocabulary.write_text(content)
   flags = own_data(shards, f"--config.tokenizer.path={vocabulary}", f"--workdir={tmp_path / 'run'}")
-  runner.expect_one_line(*reversed(runner.run_forked(*flags, cache=cache)), said)
+  runner.expect_one_line(*reversed(runner.run(*flags, cache=cache)), said)
 
 
 def test_the_complete_records_of_a_truncated_shard_are_used(shards, tmp_path, cache):
   """The lost records are logged with shard and offset, and are in the report."""
   (tmp_path / "data").mkdir()
   folder = spoil(shards, tmp_path / "data", truncate)
-  code, printed = runner.run_forked(*own_data(folder, f"--workdir={tmp_path / 'run'}"), cache=cache)
+  code, printed = runner.run(*own_data(folder, f"--workdir={tmp_path / 'run'}"), cache=cache)
   assert code == 0, printed
   assert re.search(r"train-00000-of-00001.tfrecord.* byte \d+.*", printed), printed
   assert "truncated" in (tmp_path / "run" / "report.html").read_text()
@@ -223,12 +223,12 @@ def test_check_compares_records_with_the_manifest(kept, shards, tmp_path, cache)
   (folder / "dataset.json").write_bytes((shards / "dataset.json").read_bytes())
   flags = own_data(folder, "--check", f"--workdir={tmp_path / 'run'}")
   said = rf"split 'train' has 60 records, but train-00000-of-00001\.tfrecord holds {kept} of 60"
-  runner.expect_one_line(*reversed(runner.run_forked(*flags, cache=cache)), said)
+  runner.expect_one_line(*reversed(runner.run(*flags, cache=cache)), said)
 
 
 def test_check_prints_a_summary_of_the_run(tmp_path, cache):
   workdir = tmp_path / "run"
-  code, printed = runner.run_forked(*runner.TINY, "--check", f"--workdir={workdir}", cache=cache)
+  code, printed = runner.run(*runner.TINY, "--check", f"--workdir={workdir}", cache=cache)
   assert code == 0, printed
   for fact in ("parameters", "params per device", "text tokens", "16 of 16 rows good", "passed"):
     assert fact in printed
@@ -242,7 +242,7 @@ def test_a_nan_loss_stops_the_run(tmp_path, cache):
     "--config.optimizer.learning_rate=1e30",
     "--config.optimizer.schedule.warmup_steps=0",
   )
-  code, printed = runner.run_forked(*flags, cache=cache)
+  code, printed = runner.run(*flags, cache=cache)
   runner.expect_one_line(
     printed, code, r"step \d+ has a NaN or Inf: loss .*, grad_norm .*, update_norm"
   )

@@ -1,20 +1,17 @@
 """Start the training apps as a user does, with configurations that train in seconds."""
 
 import contextlib
-import importlib
-import multiprocessing
 import os
 from pathlib import Path
 import re
-import runpy
 import subprocess
 import sys
-import tempfile
 import time
 
 import apps.caption_train
 import apps.clip_train
 from apps.trainer.sinks import read_metrics
+from tests.end_to_end import forked
 
 CAPTION_TRAIN = Path(apps.caption_train.__file__)
 CLIP_TRAIN = Path(apps.clip_train.__file__)
@@ -89,14 +86,8 @@ def start(*args: str, cache: Path, app: Path = CAPTION_TRAIN, **more: str) -> su
 def run(
   *args: str, cache: Path, app: Path = CAPTION_TRAIN, timeout: float = 240, **more: str
 ) -> tuple[int, str]:
-  """Run an app to completion and return its exit code and output."""
-  process = start(*args, cache=cache, app=app, **more)
-  try:
-    out, err = process.communicate(timeout=timeout)
-  except subprocess.TimeoutExpired:
-    process.kill()
-    raise
-  return process.returncode, out + err
+  """Run an app to completion in a fork (see `forked`), and return its exit code and output."""
+  return forked.run(app, args, environment(cache, **more), timeout)
 
 
 def wait_for_step(workdir: Path, step: int, process: subprocess.Popen[str]) -> None:
@@ -106,46 +97,6 @@ def wait_for_step(workdir: Path, step: int, process: subprocess.Popen[str]) -> N
     if path.exists() and (lines := read_metrics(path)) and lines[-1]["step"] >= step:
       return
     time.sleep(0.02)
-
-
-def run_forked(
-  *args: str, cache: Path, app: Path = CAPTION_TRAIN, timeout: float = 240, **more: str
-) -> tuple[int, str]:
-  """Run an app like `run` in a fork of this process, which needs no imports.
-
-  The caller must not have used a device, because JAX's threads do not survive a fork.
-  """
-  _import_app()
-  with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
-    process = multiprocessing.get_context("fork").Process(
-      target=_run_here, args=(app, args, environment(cache, **more), output.fileno())
-    )
-    process.start()
-    process.join(timeout)
-    if process.exitcode is None:
-      process.kill()
-      raise subprocess.TimeoutExpired(args, timeout)
-    output.seek(0)
-    return process.exitcode, output.read()
-
-
-def _import_app() -> None:
-  """Import the modules that apps.launch imports late."""
-  for name in ("apps.demo_data", "apps.evaluators", "apps.trainer.check", "apps.trainer.loop"):
-    importlib.import_module(name)
-
-
-def _run_here(app: Path, args: tuple[str, ...], variables: dict[str, str], output: int) -> None:
-  """Run an app in this process with the given flags and environment variables."""
-  for name, descriptor in (("stdout", 1), ("stderr", 2)):
-    os.dup2(output, descriptor)
-    stream = open(descriptor, "w", encoding="utf-8", buffering=1, closefd=False)  # noqa: SIM115 (stays open)
-    setattr(sys, name, stream)
-    setattr(sys, f"__{name}__", stream)
-  os.environ.clear()
-  os.environ.update(variables)
-  sys.argv = [str(app), *args]
-  runpy.run_path(str(app), run_name="__main__")
 
 
 def expect_one_line(printed: str, code: int, said: str) -> None:
