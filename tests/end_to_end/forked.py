@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 
-# Modules that the apps import late. `pytest` is the main module of the caller, which a fork imports.
+# Modules that the apps import late, and pytest, the main module of the caller.
 _MODULES = (
   "pytest",
   "apps.demo_data",
@@ -56,7 +56,9 @@ def run(
     return process.exitcode, output.read()
 
 
-def _run_here(app: Path, arguments: tuple[str, ...], variables: dict[str, str], output: str) -> None:
+def _run_here(
+  app: Path, arguments: tuple[str, ...], variables: dict[str, str], output: str
+) -> None:
   """Run a program in this process; standard output and standard error go to the file `output`."""
   for name, descriptor in (("stdout", 1), ("stderr", 2)):
     stream = open(output, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (stays open)

@@ -25,7 +25,7 @@ _KEEP_ALL_PROGRAMS = {
 _UNOPTIMIZED = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"}
 
 # The main file of every test, and what it imports.
-_RUNNER_SRCS = ["//tools/python:%s.py" % name for name in ["pytest_main", "shapes", "simulated_devices"]]
+_RUNNER_SRCS = ["//tools/python:%s.py" % name for name in ["fork_server", "pytest_main", "shapes", "simulated_devices"]]
 _RUNNER = ["@pypi//:beartype", "@pypi//:jaxtyping", "@pypi//:pytest"]
 
 def _sources():

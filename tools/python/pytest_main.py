@@ -1,12 +1,13 @@
 """Run pytest under `bazel test`, with support for shards, --test_filter and test.xml."""
 
+import contextlib
 import os
 import pathlib
 import sys
 
 import pytest
 
-from tools.python import shapes, simulated_devices
+from tools.python import fork_server, shapes, simulated_devices
 
 
 class Shard:
@@ -26,7 +27,8 @@ class Unavailable:
   """Plugin that skips all tests if a library of the clients' environment is not installed."""
 
   def __init__(self, runfiles: pathlib.Path) -> None:
-    file = runfiles / "clients" / "unavailable.txt"
+    self.folder = runfiles / "clients"
+    file = self.folder / "unavailable.txt"
     self.reason = file.read_text("utf-8").strip() if file.exists() else ""
 
   def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
@@ -58,10 +60,13 @@ def main(args: list[str]) -> int:
     flags = simulated_devices.xla_flags(int(env.pop("OV_SIMULATED_DEVICES")))
     env["XLA_FLAGS"] = " ".join([env.get("XLA_FLAGS", ""), flags])
   shapes.install()
-  shard = Shard()
-  code = pytest.main(
-    [*options, *args], plugins=[shard, Unavailable(pathlib.Path(env.get("TEST_SRCDIR", "")))]
-  )
+  shard, unavailable = Shard(), Unavailable(pathlib.Path(env.get("TEST_SRCDIR", "")))
+  with contextlib.ExitStack() as stack:
+    interpreter = unavailable.folder / "interpreter.txt"
+    if interpreter.exists() and not unavailable.reason:
+      python = interpreter.read_text("utf-8").strip()
+      env["OV_CLIENTS_PYTHON"] = stack.enter_context(fork_server.serving(python))
+    code = pytest.main([*options, *args], plugins=[shard, unavailable])
   empty_shard = code == pytest.ExitCode.NO_TESTS_COLLECTED and shard.total > 1
   return 0 if empty_shard else int(code)
 
