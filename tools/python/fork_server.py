@@ -22,9 +22,13 @@ import socket
 import subprocess
 import sys
 import tempfile
+import traceback
+from typing import Any
 
 _STREAMS = (0, 1, 2)
 _LENGTH = 8  # bytes of the length of a request
+# Modules that torch.onnx.export imports when it is called.
+_LATE = {"write_onnx.py": ("networkx", "onnxscript", "sympy")}
 
 
 @contextlib.contextmanager
@@ -104,20 +108,21 @@ def _serve(listener: socket.socket) -> None:
 
 
 def _import_modules(script: str) -> None:
-  """Import the installed modules that a script imports at its top."""
-  for node in ast.parse(pathlib.Path(script).read_bytes()).body:
-    names = []
+  """Import the installed modules that a script imports at its top, and those of `_LATE`."""
+  path = pathlib.Path(script)
+  names = list(_LATE.get(path.name, ()))
+  for node in ast.parse(path.read_bytes()).body:
     if isinstance(node, ast.Import):
-      names = [alias.name for alias in node.names]
+      names += [alias.name for alias in node.names]
     elif isinstance(node, ast.ImportFrom) and node.module:
-      names = [node.module]
-    for name in names:
-      # Modules of the script's folder are imported in the fork.
-      with contextlib.suppress(ImportError):
-        importlib.import_module(name)
+      names.append(node.module)
+  for name in names:
+    # Modules of the script's folder are imported in the fork.
+    with contextlib.suppress(ImportError):
+      importlib.import_module(name)
 
 
-def _answer(connection: socket.socket, streams: list[int], about: dict) -> None:
+def _answer(connection: socket.socket, streams: list[int], about: dict[str, Any]) -> None:
   """Run the script in a child of this fork, send its exit code, and exit."""
   child = os.fork()
   if child:
@@ -134,8 +139,20 @@ def _answer(connection: socket.socket, streams: list[int], about: dict) -> None:
   tempfile.tempdir = None
   script, *_ = sys.argv = about["argv"]
   sys.path.insert(0, str(pathlib.Path(script).absolute().parent))
-  runpy.run_path(script, run_name="__main__")
-  sys.exit()
+  code = 1
+  try:
+    runpy.run_path(script, run_name="__main__")
+    code = 0
+  except SystemExit as ended:
+    code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    if isinstance(ended.code, str):
+      print(ended.code, file=sys.stderr)
+  except BaseException:
+    traceback.print_exc()
+  finally:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # without the destructors of C++ libraries, which join threads of the server
 
 
 if __name__ == "__main__":
