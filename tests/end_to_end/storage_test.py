@@ -62,15 +62,14 @@ def trained(cache, tmp_path_factory):
 
 def run_failing(pattern, number, workdir, cache):
   """Return exit code and error lines of a run in which writes fail."""
-  done = subprocess.run(
-    [
-      sys.executable, "-c", _FAILING, pattern, str(int(number)), str(runner.CAPTION_TRAIN),
-      *runner.TINY, *STEPS, f"--workdir={workdir}",
-    ],
-    env=runner.environment(cache), capture_output=True, text=True, timeout=240,
+  program = cache / "failing.py"
+  program.write_text(_FAILING)
+  code, printed = runner.run(
+    pattern, str(int(number)), str(runner.CAPTION_TRAIN), *runner.TINY, *STEPS,
+    f"--workdir={workdir}", cache=cache, app=program,
   )  # fmt: skip
-  assert "Traceback" not in done.stderr, done.stderr
-  return done.returncode, [line for line in done.stderr.splitlines() if "error:" in line]
+  assert "Traceback" not in printed, printed
+  return code, [line for line in printed.splitlines() if "error:" in line]
 
 
 def test_a_run_resumes_after_a_full_disk_in_every_phase(trained, cache, tmp_path):
