@@ -28,6 +28,10 @@ from tests.end_to_end import runner
 
 COMMANDS = [command for page in pages() for command in collect(page)]
 
+_APPS = {
+  "apps/caption_train.py": runner.CAPTION_TRAIN,
+  "apps/clip_train.py": runner.CLIP_TRAIN,
+}
 _SHORT = (
   "--config.total_steps=4",
   "--config.optimizer.schedule.warmup_steps=1",
@@ -204,6 +208,10 @@ def test_command_runs(pattern: str, small: tuple[str, ...], sandbox: Path):
     if "tools/compare" in command.text:
       shutil.copytree(sandbox / "tmp" / run, sandbox / "tmp" / name)
   words = [re.sub(r"(^|=|')/(data|tmp)/", rf"\1{sandbox}/\2/", word) for word in command.arguments]
+  if app := _APPS.get(command.program):
+    code, printed = runner.run(*words, *small, cache=sandbox, app=app)
+    assert code == 0, printed
+    return
   done = subprocess.run(
     [sys.executable, command.program, *words, *small],
     env=runner.environment(sandbox),
