@@ -198,6 +198,7 @@ def test_two_machines_share_a_run(bucket, tmp_path):
   machines = [Machine(tmp_path / str(number), bucket) for number in range(2)]
   warmup = "--config.optimizer.schedule.warmup_steps=1"
   flags = ("--config.total_steps=4", "--config.checkpoint.every=4", warmup)
+  flags += (runner.NO_COMPILE_CACHE,)
   launcher.launch(
     [str(runner.CAPTION_TRAIN), *runner.TINY, *flags, f"--workdir={URL}"],
     processes=2,

@@ -21,6 +21,7 @@ FLAGS = (*runner.tiny_clip(), "--config.total_steps=20", "--config.checkpoint.ev
 
 
 def run(workdir, processes, devices, *flags):
+  flags += (runner.NO_COMPILE_CACHE,) if processes > 1 else ()
   launcher.launch(
     [str(runner.CLIP_TRAIN), *FLAGS, f"--workdir={workdir}", *flags],
     processes=processes,

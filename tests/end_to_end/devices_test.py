@@ -23,6 +23,7 @@ def losses(workdir):
 
 def train(workdir, processes, devices, *flags):
   home = workdir.parent / f"home{processes}x{devices}"
+  flags += (runner.NO_COMPILE_CACHE,) if processes > 1 else ()
   launcher.launch(
     [str(runner.CAPTION_TRAIN), *FLAGS, f"--workdir={workdir}", *flags],
     processes=processes,

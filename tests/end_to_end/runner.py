@@ -44,6 +44,10 @@ TINY = (
   "--config.input.demo.zero_shot_examples=8",
 )
 
+# For several processes. On CPUs, only process 0 finds its programs in a warm cache. The others
+# compile them, but Gloo waits for at most 30 s before the first collective operation.
+NO_COMPILE_CACHE = "--config.compile_cache="
+
 
 def tiny_clip(loss: str = "openvision") -> tuple[str, ...]:
   """Return the flags of a small configuration of clip_train with one of its losses."""

@@ -73,7 +73,6 @@ class Group:
       # A Bazel test finds its packages through sys.path, which children do not inherit.
       variables["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
       variables["JAX_PLATFORMS"] = "cpu"
-      variables["XLA_FLAGS"] = simulated_devices.xla_flags(devices)
       for name in ("OV_COORDINATOR", "OV_NUM_PROCESSES", "OV_PROCESS_ID"):
         variables.pop(name, None)
       if processes > 1:
@@ -82,6 +81,8 @@ class Group:
         variables["OV_PROCESS_ID"] = str(index)
       variables.update(env or {})
       variables.update(per_process_env[index] if per_process_env else {})
+      flags = variables.get("XLA_FLAGS", ""), simulated_devices.xla_flags(devices)
+      variables["XLA_FLAGS"] = " ".join(flags)  # the last value of a flag counts
       with (
         (self._root / f"{index}.out").open("wb") as out,
         (self._root / f"{index}.err").open("wb") as err,
