@@ -8,7 +8,7 @@ from einops import rearrange
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
 from ov_models import contexts
 from ov_models.config import check_choice, check_ratio
@@ -39,7 +39,7 @@ class GenerateOutput:
   Attributes:
     ids: int32 token ids after the begin token: words, end token, padding.
     length: int32 number of tokens, including the end token.
-    log_prob: float32 log probability of these tokens, without temperature and top-p.
+    log_prob: float32 log probability of these tokens, without temperature, top-k and top-p.
   """
 
   ids: Int[AnyArray, "B T"]
@@ -55,6 +55,7 @@ class _Options:
   pad_id: int
   method: Method
   temperature: float
+  top_k: int | None
   top_p: float
   num_beams: int
   length_penalty: float
@@ -70,10 +71,11 @@ def generate(
   pad_id: int,
   method: Method = "greedy",
   temperature: float = 1.0,
+  top_k: int | None = None,
   top_p: float = 1.0,
   num_beams: int = 4,
   length_penalty: float = 1.0,
-  key: PRNGKeyArray | None = None,
+  key: Key[Array, ""] | Key[Array, " B"] | None = None,
 ) -> GenerateOutput:
   """Generate one caption per image. Compiled once per model structure, shapes and options.
 
@@ -86,12 +88,14 @@ def generate(
     pad_id: id of the padding token.
     method: decoding method, "greedy", "sample" or "beam".
     temperature: divisor of the logits for "sample".
+    top_k: number of most likely tokens from which "sample" draws, weighted by their probability
+      (https://arxiv.org/abs/1805.04833); None for all. Tokens as likely as the last are included.
     top_p: probability mass for nucleus sampling with "sample"
-      (https://arxiv.org/abs/1904.09751).
+      (https://arxiv.org/abs/1904.09751), of the distribution that `top_k` leaves.
     num_beams: number of hypotheses for "beam". Finished hypotheses stay in the beam.
     length_penalty: exponent for "beam"; hypotheses are ranked by
       log_prob / length ** length_penalty.
-    key: random key for "sample".
+    key: random key for "sample"; with one key per image, a caption does not depend on its row.
 
   Raises:
     TypeError: if the model has no autoregressive decoder.
@@ -104,7 +108,7 @@ def generate(
       "autoregressive Decoder: build the model with a DecoderConfig."
     )
   options = _Options(
-    max_len, bos_id, eos_id, pad_id, method, temperature, top_p, num_beams, length_penalty
+    max_len, bos_id, eos_id, pad_id, method, temperature, top_k, top_p, num_beams, length_penalty
   )
   _check(decoder.config, options, key)
   graphdef, params = nnx.split(model)
@@ -118,8 +122,8 @@ def _check(text: DecoderConfig, options: _Options, key: jax.Array | None) -> Non
   for name in ("bos_id", "eos_id", "pad_id"):
     if not 0 <= (value := getattr(options, name)) < text.vocab_size:
       raise ValueError(f"{name}={value} is outside the vocabulary of {text.vocab_size} tokens.")
-  for name in ("max_len", "num_beams"):
-    if (value := getattr(options, name)) < 1:
+  for name in ("max_len", "num_beams", "top_k"):
+    if (value := getattr(options, name)) is not None and value < 1:
       raise ValueError(f"{name}={value} must be at least 1.")
   if text.position == "learned" and options.max_len > text.max_len:
     raise ValueError(
@@ -164,8 +168,8 @@ def _single(
     hidden, cache = decoder.step(state["token"], t, state["cache"])
     logits = decoder.logits(hidden)
     if key is not None:
-      filtered = _nucleus(logits / options.temperature, options.top_p)
-      token = jax.random.categorical(jax.random.fold_in(key, t), filtered)
+      filtered = _likely(logits / options.temperature, options.top_k)
+      token = _draw(key, t, _nucleus(filtered, options.top_p))
     else:
       token = logits.argmax(axis=-1)
     log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=1)[:, 0]
@@ -192,6 +196,22 @@ def _single(
   state = jax.tree.map(lambda x: contexts.vary_as(x, image_tokens), state)
   state = jax.lax.while_loop(unfinished, step, state)
   return GenerateOutput(state["ids"], state["length"], state["log_prob"])
+
+
+def _draw(key: jax.Array, t: jax.Array, logits: jax.Array) -> jax.Array:
+  """Draw a token from each row of logits [B, V] with one key, or one key per row."""
+  if not key.ndim:
+    return jax.random.categorical(jax.random.fold_in(key, t), logits)
+  draw = lambda key, row: jax.random.categorical(jax.random.fold_in(key, t), row)
+  return jax.vmap(draw)(key, logits)
+
+
+def _likely(logits: jax.Array, top_k: int | None) -> jax.Array:
+  """Return logits [B, V] with all tokens below the top_k-th set to -inf."""
+  if top_k is None or top_k >= logits.shape[-1]:
+    return logits
+  cutoff = jax.lax.top_k(logits, top_k)[0][:, -1:]
+  return jnp.where(logits >= cutoff, logits, -jnp.inf)
 
 
 def _nucleus(logits: jax.Array, top_p: float) -> jax.Array:

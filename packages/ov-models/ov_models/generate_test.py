@@ -185,11 +185,38 @@ def test_top_p_draws_only_from_the_nucleus():
   assert drawn == set(order[:size].tolist())
 
 
+def test_top_k_weights_the_most_likely_tokens():
+  captioner = model()
+  picture = jnp.repeat(images(1), 3000, axis=0)
+  probability = np.exp(Reference(captioner, images(1)).next(np.zeros((1, 0), np.int32))[0])
+  likely = probability.argsort()[-3:]
+  expected = np.zeros(V)
+  expected[likely] = probability[likely] / probability[likely].sum()
+  first = np.asarray(sample(captioner, picture, top_k=3).ids[:, 0])
+  found = np.bincount(first, minlength=V) / 3000
+  assert not found[expected == 0].any()
+  # The standard error of a fraction is at most 0.5 / sqrt(3000) = 0.009; tolerance: four of them.
+  np.testing.assert_allclose(found, expected, atol=0.037)
+
+
+def test_captions_with_own_keys_do_not_depend_on_their_row():
+  captioner = model()
+  options = {"max_len": T, "method": "sample", "top_k": 4, **IDS}
+  keys = jax.random.split(jax.random.key(0), 6)
+  pictures = images()
+  out = generate(captioner, pictures, key=keys, **options)
+  turned = generate(captioner, pictures[::-1], key=keys[::-1], **options)
+  np.testing.assert_array_equal(turned.ids[::-1], out.ids)
+  same = generate(captioner, jnp.repeat(pictures[:1], 6, axis=0), key=keys, **options)
+  assert len({tuple(row) for row in np.asarray(same.ids)}) > 1
+
+
 def test_limits_of_sampling_are_greedy():
   captioner = model()
   greedy = generate(captioner, images(), max_len=T, **IDS).ids
   np.testing.assert_array_equal(sample(captioner, images(), temperature=1e-4).ids, greedy)
   np.testing.assert_array_equal(sample(captioner, images(), top_p=1e-6).ids, greedy)
+  np.testing.assert_array_equal(sample(captioner, images(), top_k=1).ids, greedy)
 
 
 def test_keys_decide_samples():
@@ -271,6 +298,7 @@ def test_bfloat16_runs():
     ({"eos_id": 12}, r"eos_id=12 is outside the vocabulary of 12 tokens"),
     ({"temperature": 0.0}, r"temperature=0.0 must be positive; use method='greedy'"),
     ({"top_p": 0.0}, r"top_p=0.0 is out of range"),
+    ({"top_k": 0}, r"top_k=0 must be at least 1"),
     ({"num_beams": 0, "method": "beam"}, r"num_beams=0 must be at least 1"),
   ],
 )

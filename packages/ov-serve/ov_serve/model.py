@@ -27,6 +27,7 @@ TOKENIZER = "tokenizer"
 # Batches are padded to one of these sizes, so that few programs are compiled.
 SIZES = (1, 8, 32, 64, 128, 256)
 _BLOCK = 1 << 20
+_RANDOM = "threefry2x32"  # generator of sampled captions; its keys are two 32-bit words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,15 +207,50 @@ class Model:
     Raises:
       ValueError: if the model cannot generate captions.
     """
+    self._check_captions()
+    captions: list[Caption] = []
+    for start in range(0, len(images), SIZES[-1]):
+      captions += self._caption(images[start : start + SIZES[-1]])
+    return captions
+
+  def sample_captions(
+    self,
+    images: np.ndarray,
+    seeds: Sequence[int],
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+  ) -> list[Caption]:
+    """Sample one caption for each decoded image uint8 [B, S, S, 3].
+
+    Args:
+      images: B decoded images; repeat an image to sample several captions.
+      seeds: B integers of 64 bits that determine the captions.
+      temperature, top_k, top_p: see `ov_models.generate`.
+
+    Raises:
+      ValueError: if the model cannot generate captions, or an option is out of range.
+    """
+    self._check_captions()
+    captions: list[Caption] = []
+    for start in range(0, len(images), SIZES[-1]):
+      some = slice(start, start + SIZES[-1])
+      words = np.asarray(seeds[some], np.uint64)
+      # A seed of 64 bits as two words, because JAX truncates integers to 32 bits.
+      keys = np.stack([words >> np.uint64(32), words & np.uint64(0xFFFFFFFF)], 1).astype(np.uint32)
+      captions += self._caption(
+        images[some], method="sample", key=jax.random.wrap_key_data(_padded(keys), impl=_RANDOM),
+        temperature=temperature, top_k=top_k, top_p=top_p,
+      )  # fmt: skip
+    return captions
+
+  def _check_captions(self) -> None:
     if not self.can_caption:
       raise ValueError(
         "the model writes no captions; expected one with a teacher-forced decoder, such as the "
         "losses coca and cappa or OpenVision 2"
       )
-    captions: list[Caption] = []
-    for start in range(0, len(images), SIZES[-1]):
-      captions += self._caption(images[start : start + SIZES[-1]])
-    return captions
 
   def _processor(self) -> ov_data.TextProcessor:
     if self.processor is None or not self.can_embed_text:
@@ -233,14 +269,14 @@ class Model:
       found.append(np.asarray(vectors, np.float32)[: len(some)])
     return np.concatenate(found)
 
-  def _caption(self, images: np.ndarray) -> list[Caption]:
+  def _caption(self, images: np.ndarray, **options: Any) -> list[Caption]:
     words = self.tokenizer
     assert words is not None and words.bos_id is not None  # `can_caption`
     with self._lock:
       out = ov_models.generate(
         ov_models.bind(self.config, self._params), self._normalise(_padded(images)),
         max_len=self.config.decoder.max_len,
-        bos_id=words.bos_id, eos_id=words.eos_id, pad_id=words.pad_id,
+        bos_id=words.bos_id, eos_id=words.eos_id, pad_id=words.pad_id, **options,
       )  # fmt: skip
       ids, length, log_prob = map(np.asarray, (out.ids, out.length, out.log_prob))
     texts = words.decode_batch(ids[: len(images)])

@@ -71,6 +71,18 @@ def test_sigmoid_models_give_independent_probabilities(tmp_path, folder):
   )
 
 
+def test_sampled_captions_depend_on_image_and_seed_only(model, pixels):
+  seeds = [7, 1 << 63, 7 + (1 << 40), 7, 8]
+  options = {"temperature": 2.0, "top_k": 20}
+  found = model.sample_captions(pixels, seeds, **options)
+  again = model.sample_captions(pixels[::-1], seeds[::-1], **options)[::-1]
+  assert [caption.text for caption in again] == [caption.text for caption in found]
+  same = model.sample_captions(np.repeat(pixels[:1], 5, 0), seeds, **options)
+  assert same[0].text == same[3].text == found[0].text
+  assert len({caption.text for caption in same}) == 4  # also seeds with equal lower or upper words
+  assert model.sample_captions(pixels[:0], []) == []
+
+
 def test_captions_are_those_of_generate(folder, model, pixels):
   config, params = ov_models.load(folder)
   words = model.tokenizer
