@@ -65,6 +65,7 @@ RUN = [
   (r"//tools/data:convert -- --input=/data/captions_train2017.json", ()),
   (r"//tools/data:convert -- '--input=/data/tars/part-\{000..099\}.tar'", ()),
   (r"//tools/data:annotate -- ", ()),
+  (r"//tools/data:recaption -- .* --model=", ()),
   # The model is random, and the images have 24 pixels.
   (r"//tools/data:keep -- ", ("--where=similarity > -2 and width >= 24",)),
   (r"caption_train -- --workdir=/tmp/photos .* --check", _CHECK),
@@ -103,6 +104,7 @@ NOT_RUN = [
   (r"^npm pack ", "a package registry; //tests/clients:web_page_test writes such a folder"),
   (r"-m http.server", "it runs until it is stopped; //apps/exporter:web_test tests the page"),
   (r"//tools/tpu -- ", "a TPU; //tools/tpu:tpu_test runs those of its README with a fake"),
+  (r"//tools/data:recaption -- .* --server=", "a server; //tools/data:captions_test has a fake"),
   (r"//tools/bench", "minutes of an idle machine; //tools/bench:bench_test"),
   (r"//tools/data:convert -- '--input=/data/tars/part-\{00000", "10,000 tars"),
   (r"//tools/data:icons -- ", "100 MB from npm; //tools/data:icons_test"),

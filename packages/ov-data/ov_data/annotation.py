@@ -132,7 +132,7 @@ def annotate(
   dataset.check_keys()
   has_texts = model is not None and model.can_embed_text and bool(dataset.source.caption_keys)
   columns = annotations.columns_of(model is not None, has_texts)
-  rows = _rows(dataset)
+  rows = shards(dataset)
   info = annotations.Info(
     keep_list.identity(dataset),
     " ".join(dataset.source.paths),
@@ -155,7 +155,7 @@ def annotate(
       elif progress:
         progress(len(records))
     found = writer.finish()
-  bad, first = _bad(found)
+  bad, first = unusable(found)
   return Summary(len(dataset), annotated, bad, first, writer.damaged)
 
 
@@ -247,7 +247,7 @@ class _Work:
     )
 
 
-def _rows(dataset: Dataset) -> list[range]:
+def shards(dataset: Dataset) -> list[range]:
   """Return the records of each shard, or ranges of a fixed size for sources without shards."""
   sizes = counts(dataset.indexes)
   if not sizes:
@@ -263,7 +263,7 @@ def _checked(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
   return vectors
 
 
-def _bad(found: annotations.Annotations) -> tuple[Counter[str], dict[str, str]]:
+def unusable(found: annotations.Annotations) -> tuple[Counter[str], dict[str, str]]:
   """Return the number of unusable records by reason, and the first location of each."""
   bad: Counter[str] = Counter()
   first: dict[str, str] = {}

@@ -156,7 +156,7 @@ def test_damaged_files_are_set_aside(data, tmp_path):
   expected = _content(tmp_path / "a")
   file = tmp_path / "a" / "00003.parquet"
   file.write_bytes(file.read_bytes()[:-20])
-  with pytest.raises(ValueError, match=r"00003.parquet is not usable .*; repeat //tools/data:anno"):
+  with pytest.raises(ValueError, match=r"00003.parquet is not usable .*; repeat the command"):
     Annotations.open(str(tmp_path / "a")).read(3, ["width"])
   summary = annotate(data, tmp_path / "a", model=ColorModel())
   assert (summary.damaged, summary.annotated) == (1, COUNTS[3])

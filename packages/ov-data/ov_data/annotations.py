@@ -16,6 +16,13 @@ Pages have the checksums of Parquet; the footers that describe them have theirs 
 | text_embedding | float16 [E] | unit vector of the first caption, with a text tower |
 | similarity | float32 | their dot product before rounding |
 
+//tools/data:recaption writes the same files with record, error, location and these columns:
+
+| Column | Type | Content |
+|---|---|---|
+| captions | list of string | generated captions |
+| prompt_tokens, completion_tokens | int64 | tokens that were read and generated; null if unknown |
+
 An unusable record has nulls, a record without caption has no text_embedding and similarity.
 """
 
@@ -83,12 +90,20 @@ class Rows:
   image_embedding: list[NDArray[np.float16] | None] = dataclasses.field(default_factory=list)
   text_embedding: list[NDArray[np.float16] | None] = dataclasses.field(default_factory=list)
   similarity: list[float | None] = dataclasses.field(default_factory=list)
+  captions: list[list[str] | None] = dataclasses.field(default_factory=list)
+  prompt_tokens: list[int | None] = dataclasses.field(default_factory=list)
+  completion_tokens: list[int | None] = dataclasses.field(default_factory=list)
+
+
+_COMMON = ("record", "error", "location")
+CAPTION_COLUMNS = (*_COMMON, "captions", "prompt_tokens", "completion_tokens")
 
 
 def columns_of(has_images: bool, has_texts: bool) -> tuple[str, ...]:
   """Return the names of the columns, with a model or a model with texts."""
-  names = [field.name for field in dataclasses.fields(Rows)]
-  return tuple(names if has_texts else names[: -2 if has_images else -3])
+  names = (*_COMMON, "width", "height", "content_hash", "perceptual_hash")
+  images = ("image_embedding",) if has_images else ()
+  return (*names, *images, *(("text_embedding", "similarity") if has_texts else ()))
 
 
 class Writer:
@@ -199,12 +214,12 @@ class Annotations:
       info = Info(**fields)
     except FileNotFoundError:
       raise ValueError(
-        f"{path} has no {MANIFEST}: expected a folder that //tools/data:annotate has completed; "
-        "repeat that command"
+        f"{path} has no {MANIFEST}: expected a folder that //tools/data:annotate or :recaption has "
+        "completed; repeat that command"
       ) from None
     except (ValueError, LookupError, TypeError, AttributeError) as error:
       raise ValueError(
-        f"{path / MANIFEST} is not usable ({error}); repeat //tools/data:annotate"
+        f"{path / MANIFEST} is not usable ({error}); repeat the command that wrote it"
       ) from None
     return cls(path, info)
 
@@ -242,7 +257,7 @@ class Annotations:
     except _errors() as error:
       reason = str(error).partition("\n")[0]
       raise ValueError(
-        f"{file} is not usable ({reason}); repeat //tools/data:annotate to compute it again"
+        f"{file} is not usable ({reason}); repeat the command that wrote it"
       ) from None
     return {name: _values(table.column(name).combine_chunks()) for name in names}
 
@@ -261,6 +276,7 @@ def _schema(columns: Sequence[str], dim: int) -> Any:
     "record": pa.int64(), "error": pa.string(), "location": pa.string(), "width": pa.int32(),
     "height": pa.int32(), "content_hash": pa.binary(16), "perceptual_hash": pa.uint64(),
     "image_embedding": vector, "text_embedding": vector, "similarity": pa.float32(),
+    "captions": pa.list_(pa.string()), "prompt_tokens": pa.int64(), "completion_tokens": pa.int64(),
   }  # fmt: skip
   return pa.schema([(name, types[name]) for name in columns])
 
