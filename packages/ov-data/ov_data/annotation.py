@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import keyword
 import os
 import pathlib
 from typing import Protocol
@@ -50,6 +51,10 @@ class Embedder(Protocol):
   def can_embed_text(self) -> bool:
     """Whether texts and images share one space of embeddings."""
 
+  @property
+  def can_caption(self) -> bool:
+    """Whether the model has a caption decoder."""
+
   def decode(self, data: bytes, limits: decode.Limits) -> NDArray[np.uint8]:
     """Decode an image to uint8 [S, S, 3]."""
 
@@ -58,6 +63,38 @@ class Embedder(Protocol):
 
   def embed_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
     """Embed B texts; return unit vectors [B, E]."""
+
+  def caption_log_likelihood(
+    self, images: NDArray[np.uint8], texts: Sequence[str]
+  ) -> NDArray[np.float32]:
+    """Return the mean log likelihood per token of the caption of each image, [B]."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearHead:
+  """A number for each image: the dot product of a vector and its unit embedding, plus a bias.
+
+  Attributes:
+    weight: float32 [E].
+    bias: added to the dot product.
+
+  Raises:
+    ValueError: if a number is NaN or Inf, or the weight is no vector.
+  """
+
+  weight: NDArray[np.float32]
+  bias: float = 0.0
+
+  def __post_init__(self) -> None:
+    if self.weight.ndim != 1 or not (np.isfinite(self.weight).all() and np.isfinite(self.bias)):
+      raise ValueError(
+        f"weight of shape {self.weight.shape} and bias={self.bias}: expected a vector without NaN "
+        "and Inf, and a number"
+      )
+
+  def __call__(self, embedding: NDArray[np.float32]) -> float:
+    """Return the number of an embedding [E]."""
+    return float(embedding.astype(np.float64) @ self.weight.astype(np.float64) + self.bias)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +125,12 @@ class _Facts:
   content_hash: bytes
   perceptual_hash: int
   pixels: NDArray[np.uint8] | None
-  text: str | None
+  texts: list[str]
+
+  @property
+  def text(self) -> str | None:
+    """The first caption."""
+    return self.texts[0] if self.texts else None
 
 
 def annotate(
@@ -96,6 +138,9 @@ def annotate(
   out: str | os.PathLike[str],
   *,
   model: Embedder | None = None,
+  likelihood: bool = False,
+  heads: Mapping[str, LinearHead] | None = None,
+  texts: bool = False,
   batch_size: int = 64,
   threads: int | None = None,
   limits: decode.Limits = decode.DEFAULT_LIMITS,
@@ -108,6 +153,9 @@ def annotate(
     dataset: source without keep-list.
     out: folder of the annotations; an interrupted run resumes there.
     model: model of the embeddings; None omits them.
+    likelihood: whether to compute the log likelihood of the first caption; requires a captioner.
+    heads: linear heads on the image embedding by the name of their column.
+    texts: whether to store all captions, for example to balance by queries.
     batch_size: number of images per batch of the model.
     threads: number of threads that read and decode; by default one per core.
     limits: limits of encoded images.
@@ -116,7 +164,7 @@ def annotate(
 
   Raises:
     ValueError: if the source has a keep-list, the folder has other annotations, another process
-      writes to it, or the model returns NaN or Inf.
+      writes to it, the model has no captions or another size than a head, or returns NaN or Inf.
     TooManyBadRecords: if too many records are unusable.
     ImportError: if pyarrow is not installed.
   """
@@ -131,7 +179,14 @@ def annotate(
     raise ValueError(f"{folder} is a file; expected a new folder, or one of annotations")
   dataset.check_keys()
   has_texts = model is not None and model.can_embed_text and bool(dataset.source.caption_keys)
+  heads = dict(heads or {})
+  _check_model(dataset, model, likelihood, heads)
   columns = annotations.columns_of(model is not None, has_texts)
+  columns += (
+    *(["texts"] if texts else []),
+    *([annotations.LIKELIHOOD] if likelihood else []),
+    *heads,
+  )
   rows = shards(dataset)
   info = annotations.Info(
     keep_list.identity(dataset),
@@ -141,10 +196,10 @@ def annotate(
     columns,
     0 if model is None else model.dim,
   )
-  recipe = _recipe(info, dataset, batch_size, limits)
+  recipe = _recipe(info, dataset, batch_size, limits, heads)
   writer = annotations.Writer(folder, info, recipe)
-  work = _Work(dataset, model, has_texts, batch_size, threads or _cores(), limits,
-               BadRecords(max_bad_fraction, len(dataset)))  # fmt: skip
+  work = _Work(dataset, model, has_texts, texts, likelihood, heads, batch_size, threads or _cores(),
+               limits, BadRecords(max_bad_fraction, len(dataset)))  # fmt: skip
   annotated = 0
   with output_lock.locked(folder):
     writer.check_recipe()
@@ -166,6 +221,9 @@ class _Work:
   dataset: Dataset
   model: Embedder | None
   has_texts: bool
+  stores_texts: bool
+  likelihood: bool
+  heads: Mapping[str, LinearHead]
   batch_size: int
   threads: int
   limits: decode.Limits
@@ -173,7 +231,9 @@ class _Work:
 
   def run(self, records: range, progress: Progress) -> Rows:
     """Return the rows of records."""
-    rows = Rows()
+    rows = Rows(more={name: [] for name in self.heads})
+    if self.likelihood:
+      rows.more[annotations.LIKELIHOOD] = []
     found = self._read_ahead(records)
     while batch := list(itertools.islice(found, self.batch_size)):
       for record, facts, problems in batch:
@@ -185,6 +245,8 @@ class _Work:
         rows.height.append(None if facts is None else facts.height)
         rows.content_hash.append(None if facts is None else facts.content_hash)
         rows.perceptual_hash.append(None if facts is None else facts.perceptual_hash)
+        if self.stores_texts:
+          rows.texts.append(None if facts is None else facts.texts)
       self._embed([facts for _, facts, _ in batch], rows)
       progress(len(batch))
     return rows
@@ -196,11 +258,25 @@ class _Work:
       return
     pixels = [facts.pixels for facts in batch if facts and facts.pixels is not None]
     images = iter(_checked(model.embed_images(np.stack(pixels))) if pixels else ())
-    texts = [facts.text for facts in batch if facts and facts.text is not None]
-    vectors = iter(_checked(model.embed_texts(texts)) if texts else ())
+    pairs = [
+      (facts.pixels, facts.text)
+      for facts in batch
+      if facts and facts.pixels is not None and facts.text is not None
+    ]
+    texts = [text for _, text in pairs]
+    vectors = iter(_checked(model.embed_texts(texts)) if texts and self.has_texts else ())
+    scores: Iterator[np.float32] = iter(())
+    if self.likelihood and pairs:
+      seen = np.stack([image for image, _ in pairs])
+      scores = iter(_checked(model.caption_log_likelihood(seen, texts)))
     for facts in batch:
       image = None if facts is None else next(images)
-      text = None if facts is None or facts.text is None else next(vectors)
+      has_text = facts is not None and facts.text is not None
+      text = next(vectors) if has_text and self.has_texts else None
+      for name, head in self.heads.items():
+        rows.more[name].append(None if image is None else head(image))
+      if self.likelihood:
+        rows.more[annotations.LIKELIHOOD].append(float(next(scores)) if has_text else None)
       rows.image_embedding.append(None if image is None else image.astype(np.float16))
       rows.text_embedding.append(None if text is None else text.astype(np.float16))
       rows.similarity.append(None if image is None or text is None else float(image @ text))
@@ -229,21 +305,22 @@ class _Work:
 
   def _read(self, record: int) -> _Facts:
     source = self.dataset.source
-    keys = (source.image_key, *(source.caption_keys if self.has_texts else ()))
+    needs_text = self.has_texts or self.likelihood or self.stores_texts
+    keys = (source.image_key, *(source.caption_keys if needs_text else ()))
     found = self.dataset.read(record, keys)
     if found.image is None:
       raise FeatureError(f"no image under {source.image_key}")
     small, width, height = decode.thumbnail(found.image, SIDE, self.limits)
     pixels = None if self.model is None else self.model.decode(found.image, self.limits)
     captions = (text for key in source.caption_keys for text in found.texts.get(key, ()))
-    texts = (caption.decode(errors="replace") for caption in captions if caption.strip())
+    texts = [caption.decode(errors="replace") for caption in captions if caption.strip()]
     return _Facts(
       width,
       height,
       hashlib.blake2b(found.image, digest_size=_HASH_BYTES).digest(),
       perceptual_hash(small),
       pixels,
-      next(texts, None) if self.has_texts else None,
+      texts if needs_text else [],
     )
 
 
@@ -255,6 +332,28 @@ def shards(dataset: Dataset) -> list[range]:
   else:
     bounds = list(itertools.accumulate(sizes, initial=0))
   return [range(first, stop) for first, stop in itertools.pairwise(bounds)]
+
+
+def _check_model(
+  dataset: Dataset, model: Embedder | None, likelihood: bool, heads: Mapping[str, LinearHead]
+) -> None:
+  """Raise ValueError if the model cannot compute the requested columns."""
+  if model is None:
+    if likelihood or heads:
+      raise ValueError("caption likelihoods and linear heads require a model; give one")
+    return
+  if likelihood and not (model.can_caption and dataset.source.caption_keys):
+    missing = "the source no captions" if model.can_caption else "the model no caption decoder"
+    raise ValueError(f"{missing}: expected both for caption likelihoods; omit them")
+  named = {field.name for field in dataclasses.fields(Rows)} | {annotations.LIKELIHOOD}
+  for name, head in heads.items():
+    if not name.isidentifier() or keyword.iskeyword(name) or name in named:
+      raise ValueError(f"head {name!r}: expected a new column name of letters, digits and _")
+    if len(head.weight) != model.dim:
+      raise ValueError(
+        f"head {name!r} has {len(head.weight)} weights, and embeddings of the model have "
+        f"{model.dim} numbers; use the model for which it was trained"
+      )
 
 
 def _checked(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -277,7 +376,11 @@ def unusable(found: annotations.Annotations) -> tuple[Counter[str], dict[str, st
 
 
 def _recipe(
-  info: annotations.Info, dataset: Dataset, batch_size: int, limits: decode.Limits
+  info: annotations.Info,
+  dataset: Dataset,
+  batch_size: int,
+  limits: decode.Limits,
+  heads: Mapping[str, LinearHead],
 ) -> str:
   """Return 16 hex digits of everything that determines the files, except the image bytes."""
   source = dataset.source
@@ -285,6 +388,7 @@ def _recipe(
   content = [
     annotations.FORMAT, facts, batch_size if info.model else 0, dataclasses.asdict(limits),
     source.image_key, source.caption_keys,
+    *([head.weight.tolist(), head.bias] for head in heads.values()),  # their names are columns
   ]  # fmt: skip
   return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 

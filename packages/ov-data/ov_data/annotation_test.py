@@ -26,6 +26,7 @@ class ColorModel:
   fingerprint = "c0105"
   dim = 3
   can_embed_text = True
+  can_caption = True
 
   def __init__(self):
     self.images = 0
@@ -40,6 +41,9 @@ class ColorModel:
 
   def embed_texts(self, texts):
     return np.eye(3, dtype=np.float32)[[COLORS.index(text.split()[0]) for text in texts]]
+
+  def caption_log_likelihood(self, images, texts):
+    return -np.float32([image[0, 0].sum() + len(text) for image, text in zip(images, texts)])
 
 
 def _png(number):
@@ -104,6 +108,60 @@ def test_without_model(data, tmp_path):
   assert "perceptual_hash" in found.info.columns and "similarity" not in found.info.columns
   with pytest.raises(ValueError, match=r"no column 'similarity'; .* Annotate with --model"):
     found.read(0, ["similarity"])
+
+
+@pytest.mark.parametrize("has_tower", [True, False])
+def test_likelihoods_and_heads(data, tmp_path, has_tower):
+  model = ColorModel()
+  model.can_embed_text = has_tower
+  weight = np.array([1.5, -2.0, 0.25], np.float32)
+  heads = {"aesthetics": annotation.LinearHead(weight, 0.5)}
+  options = {"likelihood": True, "heads": heads, "texts": True, "batch_size": 4}
+  annotate(data, tmp_path / "a", model=model, **options)
+  found = Annotations.open(str(tmp_path / "a"))
+  want = [None if n in BAD else [f"{COLORS[n % 3]} square"] for n in range(31)]
+  want[NO_CAPTION] = []
+  assert _all(found, "texts") == want
+  assert found.info.columns[-2:] == ("caption_log_likelihood", "aesthetics")
+  assert ("similarity" in found.info.columns) == has_tower
+  scores, likelihoods = _all(found, "aesthetics"), _all(found, "caption_log_likelihood")
+  for n in range(31):
+    pixels = None if n in BAD else model.decode(_png(n))
+    if pixels is None or n == NO_CAPTION:
+      assert likelihoods[n] is np.ma.masked
+    else:
+      text = f"{COLORS[n % 3]} square"
+      assert likelihoods[n] == model.caption_log_likelihood([pixels], [text])[0]
+    want = np.ma.masked if pixels is None else model.embed_images(pixels[None])[0] @ weight + 0.5
+    # The order of three float32 products.
+    assert scores[n] is want or scores[n] == pytest.approx(want, abs=1e-6)
+  changed = {"aesthetics": annotation.LinearHead(weight, 0.75)}
+  with pytest.raises(ValueError, match="was written for other data, another model or other setti"):
+    annotate(data, tmp_path / "a", model=model, **(options | {"heads": changed}))
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    ({"model": None, "likelihood": True}, "require a model; give one"),
+    ({"can_caption": False, "likelihood": True}, "the model no caption decoder: expected both"),
+    ({"heads": {"similarity": [1, 2, 3]}}, "head 'similarity': expected a new column name"),
+    ({"heads": {"a-b": [1, 2, 3]}}, "head 'a-b': expected a new column name"),
+    ({"heads": {"or": [1, 2, 3]}}, "head 'or': expected a new column name"),
+    ({"heads": {"x": [1, 2]}}, "head 'x' has 2 weights, and embeddings of the model have 3"),
+  ],
+)
+def test_columns_that_the_model_cannot_compute(data, tmp_path, options, message):
+  model = ColorModel()
+  model.can_caption = options.pop("can_caption", True)
+  options["heads"] = {
+    name: annotation.LinearHead(np.float32(weight))
+    for name, weight in options.get("heads", {}).items()
+  }
+  with pytest.raises(ValueError, match=message):
+    annotate(data, tmp_path / "a", **{"model": model, **options})
+  with pytest.raises(ValueError, match="expected a vector without NaN"):
+    annotation.LinearHead(np.float32([np.nan]))
 
 
 def test_completed_shards_are_not_computed_again(data, tmp_path):

@@ -15,6 +15,9 @@ Pages have the checksums of Parquet; the footers that describe them have theirs 
 | image_embedding | float16 [E] | unit vector, with a model |
 | text_embedding | float16 [E] | unit vector of the first caption, with a text tower |
 | similarity | float32 | their dot product before rounding |
+| texts | list of string | all captions, if requested |
+| caption_log_likelihood | float32 | mean per token of the first caption, with a captioner |
+| other names | float32 | linear heads on the image embedding before rounding |
 
 //tools/data:recaption writes the same files with record, error, location and these columns:
 
@@ -90,12 +93,20 @@ class Rows:
   image_embedding: list[NDArray[np.float16] | None] = dataclasses.field(default_factory=list)
   text_embedding: list[NDArray[np.float16] | None] = dataclasses.field(default_factory=list)
   similarity: list[float | None] = dataclasses.field(default_factory=list)
+  texts: list[list[str] | None] = dataclasses.field(default_factory=list)
   captions: list[list[str] | None] = dataclasses.field(default_factory=list)
   prompt_tokens: list[int | None] = dataclasses.field(default_factory=list)
   completion_tokens: list[int | None] = dataclasses.field(default_factory=list)
+  # Columns that are not named above, such as those of linear heads.
+  more: dict[str, list[float | None]] = dataclasses.field(default_factory=dict)
+
+  def column(self, name: str) -> list[Any]:
+    """Return the values of a column."""
+    return self.more[name] if name in self.more else getattr(self, name)
 
 
 _COMMON = ("record", "error", "location")
+LIKELIHOOD = "caption_log_likelihood"
 CAPTION_COLUMNS = (*_COMMON, "captions", "prompt_tokens", "completion_tokens")
 
 
@@ -104,6 +115,13 @@ def columns_of(has_images: bool, has_texts: bool) -> tuple[str, ...]:
   names = (*_COMMON, "width", "height", "content_hash", "perceptual_hash")
   images = ("image_embedding",) if has_images else ()
   return (*names, *images, *(("text_embedding", "similarity") if has_texts else ()))
+
+
+def number_columns(columns: Sequence[str]) -> frozenset[str]:
+  """Return the columns with one number per record, except hashes."""
+  fixed = {"record", "width", "height", "similarity", "prompt_tokens", "completion_tokens"}
+  named = {field.name for field in dataclasses.fields(Rows)}
+  return frozenset(name for name in columns if name in fixed or name not in named)
 
 
 class Writer:
@@ -168,7 +186,7 @@ class Writer:
     """Write the file of a shard atomically."""
     import pyarrow as pa
 
-    arrays = [_array(getattr(rows, field.name), field.type) for field in self._schema]
+    arrays = [_array(rows.column(field.name), field.type) for field in self._schema]
     table = pa.Table.from_arrays(arrays, schema=self._schema)
     buffer = io.BytesIO()
     _parquet().write_table(
@@ -276,9 +294,9 @@ def _schema(columns: Sequence[str], dim: int) -> Any:
     "record": pa.int64(), "error": pa.string(), "location": pa.string(), "width": pa.int32(),
     "height": pa.int32(), "content_hash": pa.binary(16), "perceptual_hash": pa.uint64(),
     "image_embedding": vector, "text_embedding": vector, "similarity": pa.float32(),
-    "captions": pa.list_(pa.string()), "prompt_tokens": pa.int64(), "completion_tokens": pa.int64(),
+    "texts": pa.list_(pa.string()), "captions": pa.list_(pa.string()), "prompt_tokens": pa.int64(), "completion_tokens": pa.int64(),
   }  # fmt: skip
-  return pa.schema([(name, types[name]) for name in columns])
+  return pa.schema([(name, types.get(name, pa.float32())) for name in columns])
 
 
 def _array(values: Sequence[Any], kind: Any) -> Any:

@@ -27,6 +27,7 @@ TOKENIZER = "tokenizer"
 # Batches are padded to one of these sizes, so that few programs are compiled.
 SIZES = (1, 8, 32, 64, 128, 256)
 _BLOCK = 1 << 20
+_SCORED_ROWS = 8  # captions whose logits are in memory at the same time
 _RANDOM = "threefry2x32"  # generator of sampled captions; its keys are two 32-bit words
 
 
@@ -245,6 +246,32 @@ class Model:
       )  # fmt: skip
     return captions
 
+  def caption_log_likelihood(self, images: np.ndarray, texts: Sequence[str]) -> np.ndarray:
+    """Return the mean log likelihood per token of a caption of each image, float32 [B].
+
+    The natural logarithm, over the words and the end token; long texts are cut like in training.
+
+    Args:
+      images: B decoded images uint8 [B, S, S, 3].
+      texts: B captions.
+
+    Raises:
+      ValueError: if the model has no caption decoder, or the lengths differ.
+    """
+    self._check_captions()
+    words = self.tokenizer
+    assert words is not None  # `can_caption`
+    if len(images) != len(texts):
+      raise ValueError(f"{len(images)} images and {len(texts)} texts: expected equal numbers")
+    found = [np.zeros(0, np.float32)]
+    for start in range(0, len(images), SIZES[-1]):
+      some = slice(start, start + SIZES[-1])
+      ids, mask = words.encode_batch(texts[some], self.config.decoder.max_len, append_cls=False)
+      with self._lock:
+        scores = self._score(self._params, *map(_padded, (images[some], ids, mask)))
+      found.append(np.asarray(scores)[: len(ids)])
+    return np.concatenate(found)
+
   def _check_captions(self) -> None:
     if not self.can_caption:
       raise ValueError(
@@ -286,6 +313,25 @@ class Model:
   def _normalise(self) -> Any:
     mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
     return jax.jit(lambda images: (images.astype(jnp.float32) / np.float32(255) - mean) / std)
+
+  @functools.cached_property
+  def _score(self) -> Any:
+    def score(params: Any, images: jax.Array, ids: jax.Array, mask: jax.Array) -> jax.Array:
+      model: Any = ov_models.bind(self.config, params)
+      _, tokens = model.encode(self._normalise(images))
+      hidden = model.caption_hidden(tokens, ids=ids)[:, :-1]  # row i predicts token i + 1
+
+      def of_row(row: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        states, targets, counts = row
+        log_probs = jax.nn.log_softmax(model.logits(states))
+        picked = jnp.take_along_axis(log_probs, targets[:, None], axis=1)[:, 0]
+        return jnp.where(counts, picked, 0).sum() / counts.sum()
+
+      # A few rows at a time, because logits are [T, V] per row.
+      rows = (hidden, ids[:, 1:], mask[:, 1:])
+      return jax.lax.map(of_row, rows, batch_size=_SCORED_ROWS)
+
+    return jax.jit(score)
 
   @functools.cached_property
   def _embed_images(self) -> Any:

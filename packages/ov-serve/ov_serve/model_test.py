@@ -71,6 +71,28 @@ def test_sigmoid_models_give_independent_probabilities(tmp_path, folder):
   )
 
 
+def test_caption_log_likelihood_is_the_mean_over_words_and_end(folder, model, pixels):
+  config, params = ov_models.load(folder)
+  bound = ov_models.bind(config, jax.device_put(params))
+  texts = ["a red square", "a", "two yellow lines at night, and many more words than fit", "", "x"]
+  normalised = (pixels / np.float32(255) - np.float32(0.5)) / np.float32(0.25)
+  found = model.caption_log_likelihood(pixels, texts)
+  _, tokens = bound.encode(normalised)
+  ids, mask = model.tokenizer.encode_batch(texts, 8)
+  logits = np.asarray(bound.logits(bound.caption_hidden(tokens, ids=ids)), np.float64)
+  log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+  lengths = mask.sum(1)
+  assert lengths.min() == 2 and lengths.max() == 8  # only the end token, and a text that is cut
+  want = [
+    np.mean([log_probs[row, i - 1, ids[row, i]] for i in range(1, lengths[row])])
+    for row in range(5)
+  ]
+  # Other batch sizes and fused programs change the last bits of float32.
+  np.testing.assert_allclose(found, want, atol=1e-5)
+  with pytest.raises(ValueError, match="5 images and 1 texts: expected equal numbers"):
+    model.caption_log_likelihood(pixels, ["a"])
+
+
 def test_sampled_captions_depend_on_image_and_seed_only(model, pixels):
   seeds = [7, 1 << 63, 7 + (1 << 40), 7, 8]
   options = {"temperature": 2.0, "top_k": 20}
