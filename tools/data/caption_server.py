@@ -9,7 +9,7 @@ The key is removed from every text of the server before it is stored or reported
 """
 
 import base64
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 import contextlib
 import dataclasses
 import datetime
@@ -289,7 +289,7 @@ class Client:
       raise _Unusable("response without caption", usage=usage)
     return captions, usage
 
-  def _send(self, body: bytes) -> tuple[int, Mapping[str, str], bytes]:
+  def _send(self, body: bytes) -> tuple[int, http.client.HTTPMessage, bytes]:
     """Send a request and return status, headers and content."""
     seconds = self.limits.timeout
     connection = (
@@ -421,8 +421,9 @@ def _usage(content: Any) -> list[tuple[int, int]]:
   usage = content.get("usage") if isinstance(content, dict) else None
   if not isinstance(usage, dict):
     return []
-  pair = usage.get("prompt_tokens"), usage.get("completion_tokens")
-  return [pair] if all(type(n) is int and 0 <= n < _MAX_TOKENS for n in pair) else []
+  prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
+  is_count = lambda value: type(value) is int and 0 <= value < _MAX_TOKENS
+  return [(prompt, completion)] if is_count(prompt) and is_count(completion) else []
 
 
 def _sums(tokens: list[tuple[int, int]]) -> tuple[int | None, int | None]:

@@ -6,7 +6,7 @@ a killed run repeats only the requests that were in flight. The captioner of a f
 unfinished shard again in the same batches.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent import futures
 import contextlib
 import dataclasses
@@ -45,6 +45,7 @@ _SMALL = 8  # pixels of the copy that verifies an image
 _UPRIGHT = 1  # EXIF orientation
 
 _T = TypeVar("_T")
+Answers = Generator[tuple[int, Answer | Problem]]  # in any order
 Progress = Callable[[int], object]
 
 
@@ -94,7 +95,7 @@ class Captioner(Protocol):
 
   keeps_journal: bool
 
-  def run(self, records: Sequence[int], read: Reader) -> Iterator[tuple[int, Answer | Problem]]:
+  def run(self, records: Sequence[int], read: Reader) -> Answers:
     """Yield the answer of each record, in any order."""
 
 
@@ -278,7 +279,7 @@ class ServerCaptioner:
     """Model, prompt, sampling and image size, not URL and limits."""
     return json.dumps([dataclasses.asdict(self._client.request), self._max_side])
 
-  def run(self, records: Sequence[int], read: Reader) -> Iterator[tuple[int, Answer | Problem]]:
+  def run(self, records: Sequence[int], read: Reader) -> Answers:
     """See `Captioner`."""
     concurrent = self._client.limits.concurrent
     waiting = iter(records)
@@ -339,7 +340,7 @@ class FolderCaptioner:
     facts = [self._model.fingerprint, self._captions, self._seed, self._batch, self._options]
     return json.dumps(facts)
 
-  def run(self, records: Sequence[int], read: Reader) -> Iterator[tuple[int, Answer | Problem]]:
+  def run(self, records: Sequence[int], read: Reader) -> Answers:
     """See `Captioner`."""
     with futures.ThreadPoolExecutor(thread_name_prefix="ov-recaption") as pool:
       start = lambda first: [
@@ -407,17 +408,15 @@ def _rows(records: range, found: dict[int, Answer | Problem]) -> annotations.Row
   """Return the rows of a shard; the detail of a failed answer is its location."""
   rows = annotations.Rows()
   for record in records:
-    match found[record]:
-      case Problem(reason, location):
-        error, captions, prompt, completion = reason, None, None, None
-      case Answer(captions, error, location, prompt, completion):
-        pass
+    answer = found[record]
+    if isinstance(answer, Problem):
+      answer = Answer(None, answer.reason, answer.location)
+    rows.error.append(answer.error)
+    rows.location.append(None if answer.error is None else fs.printable(answer.detail))
+    rows.captions.append(None if answer.captions is None else list(answer.captions))
+    rows.prompt_tokens.append(answer.prompt_tokens)
+    rows.completion_tokens.append(answer.completion_tokens)
     rows.record.append(record)
-    rows.error.append(error)
-    rows.location.append(None if error is None else fs.printable(location))
-    rows.captions.append(None if captions is None else list(captions))
-    rows.prompt_tokens.append(prompt)
-    rows.completion_tokens.append(completion)
   return rows
 
 

@@ -1,5 +1,6 @@
 """Planted duplicates and wrong captions are found, and the loader reads what is left."""
 
+import dataclasses
 import io
 
 import numpy as np
@@ -7,7 +8,7 @@ from PIL import Image, ImageDraw
 import pytest
 
 import ov_data
-from ov_data import annotation, decode, keep_list
+from ov_data import annotation, annotations, decode, keep_list
 from ov_data.annotations import Annotations
 from tools.data import keep, selection
 from tools.testing import program
@@ -25,7 +26,7 @@ KINDS = ("exact", "re-encoded", "resized", "cropped")
 class HistogramModel:
   """Fake model: an image is the root of its color histogram, a text the bin of its color."""
 
-  fingerprint, dim, can_embed_text = "4157", 64, True
+  fingerprint, dim, can_embed_text, can_caption = "4157", 64, True, True
 
   def decode(self, data, limits=decode.DEFAULT_LIMITS):
     return decode.whole(data, 64, "squash", limits)
@@ -39,6 +40,9 @@ class HistogramModel:
   def embed_texts(self, texts):
     colors = np.array([NAMES[text.split()[-2]] for text in texts])
     return np.eye(64, dtype=np.float32)[(colors // 64) @ np.array([16, 4, 1])]
+
+  def caption_log_likelihood(self, images, texts):
+    return -np.array([len(text) for text in texts], np.float32)
 
 
 def _drawing(random):
@@ -107,7 +111,7 @@ def _duplicates(planted, rules):
   two records of its drawing is dropped.
   """
   folder, records = planted
-  kept = selection.select(Annotations.open(str(folder / "notes")), rules)[0].kept
+  kept = selection.select(Annotations.open(str(folder / "notes")), rules).keep.kept
   left = {number for (_, number), is_kept in zip(records, kept) if is_kept}
   dropped = [number for (_, number), is_kept in zip(records, kept) if not is_kept]
   precision = sum(number in left for number in dropped) / max(1, len(dropped))
@@ -140,7 +144,7 @@ def test_planted_wrong_captions(planted):
   """The root of the fraction of the named color is above 0.5 for most right captions."""
   folder, records = planted
   rules = selection.Rules("similarity > 0.45")
-  kept = selection.select(Annotations.open(str(folder / "notes")), rules)[0].kept
+  kept = selection.select(Annotations.open(str(folder / "notes")), rules).keep.kept
   is_wrong = np.array([kind == "mismatched" for kind, _ in records])
   precision, recall = (is_wrong & ~kept).sum() / (~kept).sum(), (~kept)[is_wrong].mean()
   print(f"mismatched captions: precision {precision:.3f}, recall {recall:.3f}")
@@ -201,7 +205,10 @@ def small(tmp_path_factory):
     ):  # fmt: skip
       writer.write({"jpg": image, "txt": text})
   dataset = ov_data.Dataset(ov_data.Source(str(folder / "data.tfrecord")))
-  options = dict(model=HistogramModel(), max_bad_fraction=0.5)
+  heads = {"brightness": annotation.LinearHead(np.linspace(0, 1, 64, dtype=np.float32))}
+  options = dict(
+    model=HistogramModel(), texts=True, likelihood=True, heads=heads, max_bad_fraction=0.5
+  )
   annotation.annotate(dataset, folder / "notes", **options)
   return folder
 
@@ -221,13 +228,24 @@ def small(tmp_path_factory):
     (selection.Rules("record > 0", exact_duplicates=True), [1, 2, 5, 6], None),
     (selection.Rules(perceptual_distance=0), [0, 2, 5, 6], None),
     (selection.Rules(embedding_similarity=0.9999), [0, 2, 5, 6], None),
+    (selection.Rules("caption_log_likelihood > -12"), [0, 1, 4, 6], None),
+    (selection.Rules("brightness > -1 and caption_log_likelihood is None"), [5], None),
+    # All but record 5, which has no text, match fewer queries than the limit.
+    (
+      selection.Rules(queries=("red", "BLUE paper", "cat"), limit=4),
+      [0, 1, 2, 4, 6],
+      {"no query matches": 1},
+    ),
+    (selection.Rules("record < 2", queries=("red",), limit=2), [0, 1], None),
+    (selection.Rules(clusters=1, limit=6), [0, 1, 2, 4, 5, 6], {}),
     (selection.Rules("1 < 2"), [0, 1, 2, 4, 5, 6], {}),
   ],
 )
 def test_rules(small, rules, kept, counts):
-  annotations = Annotations.open(str(small / "notes"))
+  notes = Annotations.open(str(small / "notes"))
   visited = []
-  found, dropped = selection.select(annotations, rules, visited.append)
+  selected = selection.select(notes, rules, visited.append)
+  found, dropped = selected.keep, selected.dropped
   assert np.flatnonzero(found.kept).tolist() == kept
   assert dropped["unusable record"] == 1 and sum(dropped.values()) == 7 - len(kept)
   if counts is not None:
@@ -236,6 +254,68 @@ def test_rules(small, rules, kept, counts):
   assert found.source == keep_list.identity(
     ov_data.Dataset(ov_data.Source(str(small / "data.tfrecord")))
   )
+
+
+@pytest.fixture(scope="module")
+def long_tail(tmp_path_factory):
+  """Annotations of 3,000 records: 2,000 red, 900 blue, 100 green; every 50th also has a cat."""
+  folder = tmp_path_factory.mktemp("tail")
+  colors = ["red"] * 2000 + ["blue"] * 900 + ["green"] * 100
+  order = np.random.default_rng(3).permutation(3000)
+  texts = [f"{colors[n]} paper{' and a cat' if not n % 50 else ''}" for n in order]
+  vectors = np.eye(8, dtype=np.float16)[
+    [["red", "blue", "green"].index(text.split()[0]) for text in texts]
+  ]
+  rows = annotations.Rows(record=[*range(3000)], texts=[[text, text] for text in texts])
+  rows.error = rows.location = [None] * 3000
+  rows.image_embedding = [*vectors]
+  info = annotations.Info(
+    "5ource", "", (1000, 0, 2000), "m", ("record", "error", "location", "image_embedding", "texts"),
+    8,
+  )  # fmt: skip
+  writer = annotations.Writer(folder, info, "recipe")
+  start = 0
+  for shard, count in enumerate(info.rows):
+    part = annotations.Rows()
+    for name in info.columns:
+      setattr(part, name, getattr(rows, name)[start : start + count])
+    writer.write(shard, part)
+    start += count
+  return writer.finish(), texts
+
+
+def test_balance_by_queries(long_tail):
+  found, texts = long_tail
+  rules = selection.Rules(queries=("red", "blue", "green", "a cat", "dog"), limit=150, seed=1)
+  selected = selection.select(found, rules)
+  kept = selected.keep.kept
+  assert selected.balance.before.tolist() == [2000, 900, 100, 60, 0]
+  after = {q: sum(q in text for text, keep in zip(texts, kept) if keep) for q in rules.queries}
+  assert [*after.values()] == selected.balance.after.tolist()
+  # Records of small groups are all kept. Others are binomial with a standard deviation below
+  # sqrt(150) = 12, tolerance four of them, and up to 60 are kept by their cat.
+  assert after["green"] == 100 and after["a cat"] == 60 and after["dog"] == 0
+  assert 100 < after["red"] < 260 and 100 < after["blue"] < 260
+  assert selected.dropped["balance of 150 per query"] == 3000 - kept.sum()
+  assert "query groups: 5, of which 4 have records, and 2 more than 150" in str(selected.balance)
+  assert f"'red': 2,000 records, {after['red']:,} kept" in str(selected.balance)
+  assert selection.select(found, rules).keep.fingerprint == selected.keep.fingerprint
+  other = selection.select(found, dataclasses.replace(rules, seed=2))
+  assert other.keep.fingerprint != selected.keep.fingerprint
+
+
+def test_balance_by_clusters(long_tail):
+  found, texts = long_tail
+  for clusters in (3, 30):  # some of 30 centers are equal, and stay empty
+    selected = selection.select(found, selection.Rules(clusters=clusters, limit=150))
+    kept = [text.split()[0] for text, keep in zip(texts, selected.keep.kept) if keep]
+    assert selected.balance.before.sum() == 3000
+    assert selected.balance.after.sum() == len(kept) == len(selected.keep)
+    if clusters == 30:
+      # Random first centers: at least red and blue are among them. Binomial, as above.
+      assert kept.count("green") == 100
+      assert kept.count("red") == pytest.approx(150, abs=50)
+      assert kept.count("blue") == pytest.approx(150, abs=50)
 
 
 @pytest.mark.parametrize(
@@ -249,6 +329,16 @@ def test_rules(small, rules, kept, counts):
     (["--annotations=notes", "--output=x", "--where=width > 9999"], "all 7 records are dropped"),
     (["--annotations=notes", "--output=x", "--perceptual_distance=64"], "distance=64"),
     (["--annotations=notes", "--output=x", "--embedding_similarity=2"], "similarity=2.0"),
+    (["--annotations=notes", "--output=x", "--balance_clusters=2"], "with --balance_limit, or"),
+    (["--annotations=notes", "--output=x", "--balance_limit=2"], "with --balance_limit, or none"),
+    (
+      ["--annotations=notes", "--output=x", "--balance_clusters=7", "--balance_limit=2"],
+      "balance_clusters=7, but only 6 records are left",
+    ),
+    (
+      ["--annotations=notes", "--output=x", "--balance_queries=no", "--balance_limit=2"],
+      "expected a UTF-8 file with one query per line",
+    ),
     (["--annotations=notes", "--output=no/x", "--exact_duplicates"], "no is not a folder"),
     (["--annotations=notes", "--output=data.tfrecord", "--exact_duplicates"], "exists, and runs"),
   ],
@@ -263,10 +353,12 @@ def test_mistakes_are_reported_in_one_line(small, arguments, message):
 def test_annotations_without_model(small):
   dataset = ov_data.Dataset(ov_data.Source(str(small / "data.tfrecord")))
   annotation.annotate(dataset, small / "plain", max_bad_fraction=0.5)
-  annotations = Annotations.open(str(small / "plain"))
+  notes = Annotations.open(str(small / "plain"))
   for rules in (selection.Rules("similarity > 0.2"), selection.Rules(embedding_similarity=0.9)):
     with pytest.raises(ValueError, match=r"has no column .* Annotate with --model"):
-      selection.select(annotations, rules)
+      selection.select(notes, rules)
+  with pytest.raises(ValueError, match=r"has no column 'texts'"):
+    selection.select(notes, selection.Rules(queries=("red",), limit=1))
 
 
 def test_a_table():

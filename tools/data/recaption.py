@@ -88,7 +88,7 @@ def recaption(out: str) -> str:
   from tools.data import captions
   from tools.data.progress import Counter
 
-  captioner = _server() if _SERVER.value else _folder()
+  captioner = _server(_SERVER.value) if _SERVER.value else _folder(_MODEL.value or "")
   dataset = source_flags.open_input()
   try:
     with Counter("captioning", len(dataset)) as counter:
@@ -107,7 +107,7 @@ def recaption(out: str) -> str:
   ])  # fmt: skip
 
 
-def _server() -> "captions.ServerCaptioner":
+def _server(url: str) -> "captions.ServerCaptioner":
   from tools.data import caption_server, captions
 
   request = caption_server.Request(
@@ -118,16 +118,16 @@ def _server() -> "captions.ServerCaptioner":
     _RATE.value, _CONCURRENT.value, _TIMEOUT.value, _ATTEMPTS.value, _MAX_WAIT.value
   )
   key = os.environ.get(_KEY.value, "")
-  client = caption_server.Client(_SERVER.value, request, limits, key)
+  client = caption_server.Client(url, request, limits, key)
   return captions.ServerCaptioner(client, _MAX_SIDE.value)
 
 
-def _folder() -> "captions.FolderCaptioner":
+def _folder(folder: str) -> "captions.FolderCaptioner":
   import ov_serve
   from tools.data import captions
 
   return captions.FolderCaptioner(
-    ov_serve.Model.load(os.path.expanduser(_MODEL.value)), captions=_CAPTIONS.value,
+    ov_serve.Model.load(os.path.expanduser(folder)), captions=_CAPTIONS.value,
     temperature=_TEMPERATURE.value, top_k=_TOP_K.value or None, top_p=_TOP_P.value,
     seed=_SEED.value, batch_size=source_flags.BATCH_SIZE.value,
   )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Select records by their annotations: conditions, exact duplicates and near-duplicates."""
+"""Select records by their annotations: conditions, duplicates, near-duplicates and balance."""
 
 from collections.abc import Callable, Mapping
 import dataclasses
@@ -7,12 +7,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ov_data.annotations import Annotations
+from ov_data.annotations import Annotations, number_columns
 from ov_data.keep_list import KeepList
 from tools.data import conditions
+from tools.data.balance import (
+  Clusters,
+  Groups,
+  Queries,
+  Report,
+  centers_of,
+  drawn,
+  is_sampled,
+  report,
+  sample_fraction,
+)
 from tools.data.near_duplicates import NearDuplicates, NearEmbeddings, NearHashes
 
-NUMBERS = frozenset(("record", "width", "height", "similarity"))  # columns of conditions
 _KEPT = 0
 
 Progress = Callable[[int], object]
@@ -29,12 +39,56 @@ class Rules:
       near-duplicates; None to keep them.
     embedding_similarity: minimum dot product of the image embeddings of near-duplicates; None to
       keep them.
+    queries: queries whose matches balance the records, see `tools.data.balance`; () for none.
+      Records without a match are dropped.
+    clusters: number of clusters of image embeddings that balance the records; 0 for none.
+    limit: number of records that a query or cluster keeps on average.
+    seed: seed of the balance.
+
+  Raises:
+    ValueError: if queries and clusters are both given, or without a valid limit.
   """
 
   where: str = ""
   exact_duplicates: bool = False
   perceptual_distance: int | None = None
   embedding_similarity: float | None = None
+  queries: tuple[str, ...] = ()
+  clusters: int = 0
+  limit: int | None = None
+  seed: int = 0
+
+  def __post_init__(self) -> None:
+    if self.clusters < 0:
+      raise ValueError(f"balance_clusters={self.clusters}: expected at least 1")
+    if self.queries and self.clusters:
+      raise ValueError("both --balance_queries and --balance_clusters: give one of them")
+    if self.is_balanced != (self.limit is not None):
+      raise ValueError(
+        "give --balance_queries or --balance_clusters together with --balance_limit, or none"
+      )
+    if self.limit is not None and self.limit < 1:
+      raise ValueError(f"balance_limit={self.limit}: expected at least 1")
+
+  @property
+  def is_balanced(self) -> bool:
+    """Whether queries or clusters balance the records."""
+    return bool(self.queries or self.clusters)
+
+
+@dataclasses.dataclass(frozen=True)
+class Selected:
+  """Result of `select`.
+
+  Attributes:
+    keep: the keep-list.
+    dropped: number of records that each rule dropped, in order, also without any.
+    balance: statistics of the balance; None without one.
+  """
+
+  keep: KeepList
+  dropped: Mapping[str, int]
+  balance: Report | None = None
 
 
 class _Selection:
@@ -73,9 +127,7 @@ class _Selection:
       self._progress(int(stop - first))
 
 
-def select(
-  annotations: Annotations, rules: Rules, progress: Progress = lambda _: None
-) -> tuple[KeepList, dict[str, int]]:
+def select(annotations: Annotations, rules: Rules, progress: Progress = lambda _: None) -> Selected:
   """Return the keep-list of the records that pass all rules.
 
   Args:
@@ -83,15 +135,15 @@ def select(
     rules: the rules.
     progress: called with numbers of records; each of `passes(rules)` visits all of them.
 
-  Returns:
-    The keep-list, and the number of records that each rule dropped, in order.
-
   Raises:
     ValueError: if a rule is invalid, a column is missing, a file is damaged, or no record is left.
   """
-  parsed = conditions.parse(rules.where, NUMBERS) if rules.where else []
+  numbers = number_columns(annotations.info.columns) | {"similarity"}  # missing without a model
+  parsed = conditions.parse(rules.where, numbers) if rules.where else []
   near = _near_rules(annotations, rules)
   needed = {name for condition in parsed for name in condition.columns} | {*near}
+  needed |= {_texts_of(annotations)} if rules.queries else set()
+  needed |= {Clusters.column} if rules.clusters else set()
   for name in sorted(needed - {*annotations.info.columns}):
     annotations.read(0, [name])  # raises with the existing columns
   selection = _Selection(annotations, progress)
@@ -113,17 +165,19 @@ def select(
       is_near = np.zeros(len(kept), bool)
       is_near[kept] = duplicates.add(vectors[kept])
       selection.drop(is_near, reason, first)
+  statistics = _balance(selection, annotations, rules) if rules.is_balanced else None
   counts = selection.dropped
   keep = KeepList(
     annotations.info.source, selection.kept, {name: n for name, n in counts.items() if n}
   )
-  return keep, counts
+  return Selected(keep, counts, statistics)
 
 
 def passes(rules: Rules) -> int:
   """Return how often `select` visits all records."""
   near = (rules.perceptual_distance, rules.embedding_similarity)
-  return 1 + rules.exact_duplicates + sum(limit is not None for limit in near)
+  balance = 2 * rules.is_balanced + bool(rules.clusters)
+  return 1 + rules.exact_duplicates + sum(limit is not None for limit in near) + balance
 
 
 def table(counts: Mapping[str, int], records: int) -> str:
@@ -148,6 +202,45 @@ def _near_rules(annotations: Annotations, rules: Rules) -> dict[str, tuple[str, 
     dim = max(1, annotations.info.dim)
     found["image_embedding"] = (reason, NearEmbeddings(total, similarity, dim))
   return found
+
+
+def _balance(selection: _Selection, annotations: Annotations, rules: Rules) -> Report:
+  """Drop records so that each group keeps about `rules.limit`, and return the statistics."""
+  assert rules.limit is not None
+  groups: Groups
+  if rules.queries:
+    groups = Queries(rules.queries, _texts_of(annotations))
+  else:
+    groups = Clusters(_centers(selection, rules))
+  before = np.zeros(groups.size, np.int64)
+  for _, kept, columns in selection.each_shard(groups.column):
+    before += np.bincount(groups.members(columns, kept)[1], minlength=groups.size)
+  after = np.zeros(groups.size, np.int64)
+  for first, kept, columns in selection.each_shard(groups.column):
+    rows, group = groups.members(columns, kept)
+    is_member, is_kept = np.zeros((2, len(kept)), bool)
+    is_member[rows] = True
+    is_kept[rows[drawn(rules.seed, first + rows, group, before, rules.limit)]] = True
+    after += np.bincount(group[is_kept[rows]], minlength=groups.size)
+    if rules.queries:
+      selection.drop(~is_member, "no query matches", first)
+    selection.drop(~is_kept, f"balance of {rules.limit:,} per {groups.unit}", first)
+  return report(groups, rules.limit, before, after)
+
+
+def _centers(selection: _Selection, rules: Rules) -> NDArray[np.float32]:
+  """Return the centers of the clusters, from a sample of the kept records."""
+  fraction = sample_fraction(rules.clusters, int(selection.kept.sum()))
+  sample = [np.zeros((0, 1), np.float16)]
+  for first, kept, columns in selection.each_shard(Clusters.column):
+    chosen = kept & is_sampled(rules.seed, np.arange(first, first + len(kept)), fraction)
+    sample.append(columns[Clusters.column][chosen])
+  return centers_of(np.concatenate(sample[1:] or sample), rules.clusters, rules.seed)
+
+
+def _texts_of(annotations: Annotations) -> str:
+  """Return the column of texts: new captions if there are any, or the texts of the source."""
+  return "captions" if "captions" in annotations.info.columns else "texts"
 
 
 def _repeated(selection: _Selection) -> NDArray[np.bool_]:

@@ -294,7 +294,8 @@ def _schema(columns: Sequence[str], dim: int) -> Any:
     "record": pa.int64(), "error": pa.string(), "location": pa.string(), "width": pa.int32(),
     "height": pa.int32(), "content_hash": pa.binary(16), "perceptual_hash": pa.uint64(),
     "image_embedding": vector, "text_embedding": vector, "similarity": pa.float32(),
-    "texts": pa.list_(pa.string()), "captions": pa.list_(pa.string()), "prompt_tokens": pa.int64(), "completion_tokens": pa.int64(),
+    "texts": pa.list_(pa.string()), "captions": pa.list_(pa.string()),
+    "prompt_tokens": pa.int64(), "completion_tokens": pa.int64(),
   }  # fmt: skip
   return pa.schema([(name, types.get(name, pa.float32())) for name in columns])
 

@@ -239,9 +239,10 @@ class Model:
       some = slice(start, start + SIZES[-1])
       words = np.asarray(seeds[some], np.uint64)
       # A seed of 64 bits as two words, because JAX truncates integers to 32 bits.
-      keys = np.stack([words >> np.uint64(32), words & np.uint64(0xFFFFFFFF)], 1).astype(np.uint32)
+      halves = np.stack([words >> np.uint64(32), words & np.uint64(0xFFFFFFFF)], axis=1)
+      keys = jax.random.wrap_key_data(jnp.asarray(_padded(halves.astype(np.uint32))), impl=_RANDOM)
       captions += self._caption(
-        images[some], method="sample", key=jax.random.wrap_key_data(_padded(keys), impl=_RANDOM),
+        images[some], method="sample", key=keys,
         temperature=temperature, top_k=top_k, top_p=top_p,
       )  # fmt: skip
     return captions
