@@ -29,11 +29,12 @@ def training_sources(config: RunConfig) -> list[ov_data.Source]:
   }
   if inputs.data_dir and inputs.sources:
     raise ValueError("config.input.data_dir and config.input.sources are both set; use one")
-  if inputs.sources and inputs.keep_list:
-    raise ValueError(
-      f"config.input.keep_list={inputs.keep_list} is for config.input.data_dir; give each entry of "
-      "config.input.sources its own 'keep_list'"
-    )
+  for name in ("keep_list", "recaptions"):
+    if inputs.sources and (value := getattr(inputs, name)):
+      raise ValueError(
+        f"config.input.{name}={value} is for config.input.data_dir; give each entry of "
+        f"config.input.sources its own {name!r}"
+      )
   if inputs.sources:
     return [ov_data.Source(**{**shared, **_expand_home(source)}) for source in inputs.sources]
   if not inputs.data_dir:
@@ -43,7 +44,12 @@ def training_sources(config: RunConfig) -> list[ov_data.Source]:
     )
   path = os.path.expanduser(inputs.data_dir)
   keep_list = os.path.expanduser(inputs.keep_list) or None
-  return [ov_data.Source(path, split=inputs.split or None, keep_list=keep_list, **shared)]
+  recaptions = os.path.expanduser(inputs.recaptions) or None
+  return [
+    ov_data.Source(
+      path, split=inputs.split or None, keep_list=keep_list, recaptions=recaptions, **shared
+    )
+  ]
 
 
 def train_loader(
@@ -241,9 +247,9 @@ def describe(loader: ov_data.Loader) -> dict[str, Any]:
 
 def _expand_home(source: Mapping[str, Any]) -> dict[str, Any]:
   """Return the fields of a source with ~ expanded in its paths."""
-  names = [key for key in ("path", "image_root", "keep_list") if isinstance(source.get(key), str)]
-  paths = {key: os.path.expanduser(source[key]) for key in names}
-  return {**source, **paths}
+  paths = ("path", "image_root", "keep_list", "recaptions")
+  names = [key for key in paths if isinstance(source.get(key), str)]
+  return {**source, **{key: os.path.expanduser(source[key]) for key in names}}
 
 
 def _saved_processor(workdir: Workdir) -> ov_data.TextProcessor | None:

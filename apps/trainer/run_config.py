@@ -137,6 +137,7 @@ class InputSettings(Section):
           "format": string,
           "follow_links": flag,
           "keep_list": optional(string),
+          "recaptions": optional(string),
         },
         "path",
       ),
@@ -145,6 +146,8 @@ class InputSettings(Section):
   )
   # file with the records of data_dir to train on, of //tools/data:keep; "" uses all
   keep_list: str = setting("", string)
+  # folder of //tools/data:recaption with new captions of data_dir, the feature "recaption"
+  recaptions: str = setting("", string)
   image_key: str = setting("jpg", string)
   # short text of an image, the first positive; () uses caption_keys only
   alt_keys: tuple[str, ...] = setting(("txt",), _NAMES)

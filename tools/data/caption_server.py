@@ -421,9 +421,9 @@ def _usage(content: Any) -> list[tuple[int, int]]:
   usage = content.get("usage") if isinstance(content, dict) else None
   if not isinstance(usage, dict):
     return []
-  prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
-  is_count = lambda value: type(value) is int and 0 <= value < _MAX_TOKENS
-  return [(prompt, completion)] if is_count(prompt) and is_count(completion) else []
+  counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
+  valid = [count for count in counts if type(count) is int and 0 <= count < _MAX_TOKENS]
+  return [(valid[0], valid[1])] if len(valid) == len(counts) else []
 
 
 def _sums(tokens: list[tuple[int, int]]) -> tuple[int | None, int | None]:

@@ -31,6 +31,7 @@ from ov_data import (
   image_header,
   keep_list,
   output_lock,
+  recaptions,
 )
 from ov_data.bad_records import BadRecords, Problem
 from ov_data.example import FeatureError
@@ -176,10 +177,23 @@ def recaption(
         writer.write(shard, _rows(records, found))
       path.unlink(missing_ok=True)
     complete = writer.finish()
+    _write_for_training(folder, complete)
   reasons, first = annotation.unusable(complete)
   return Summary(
     len(dataset), captioned, reasons, first, writer.damaged, *_usage(complete)
   )  # fmt: skip
+
+
+def _write_for_training(folder: pathlib.Path, found: annotations.Annotations) -> None:
+  """Write the files that training reads; see `ov_data.recaptions`."""
+  facts = json.dumps([found.info.source, found.info.rows, found.info.footers])
+  fingerprint = hashlib.sha256(facts.encode()).hexdigest()[:16]
+  captions = (
+    texts
+    for shard in range(len(found.info.rows))
+    for texts in found.read(shard, ("captions",))["captions"]
+  )
+  recaptions.write(folder, found.info.source, fingerprint, len(found), captions)
 
 
 class Journal:

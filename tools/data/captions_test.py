@@ -197,6 +197,10 @@ def test_a_killed_run_resumes_by_record(data, tmp_path, stop_after):
     assert 20 <= sum(server.successes.values()) <= 22
     assert summary.captioned < 21 - (killed - 2) + 1
   assert not [*(tmp_path / "c").glob("*.journal")]
+  trained = Dataset(Source(data.source.path, recaptions=str(tmp_path / "c")))
+  for record, row in enumerate(_rows(tmp_path / "c")):
+    texts = trained.read(record, ("recaption",)).texts.get("recaption", [])
+    assert [text.decode() for text in texts] == (row[3] or [])
 
 
 def test_other_settings_do_not_resume(data, tmp_path):

@@ -64,7 +64,7 @@ def keep(folder: str, out: str) -> str:
   from tools.data import balance, selection
   from tools.data.progress import Counter
 
-  queries = ()
+  queries: tuple[str, ...] = ()
   if _QUERIES.value:
     queries = tuple(balance.read_queries(os.path.expanduser(_QUERIES.value))) or ("",)
   rules = selection.Rules(

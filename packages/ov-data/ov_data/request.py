@@ -31,6 +31,8 @@ class Source:
     image_root: folder of the images of a list; by default the folder of the list.
     format: layout of image files, one of `ov_data.layouts.FORMATS`; "auto" detects it.
     keep_list: file of a keep-list of this source, see `ov_data.keep_list`; None uses all records.
+    recaptions: folder of //tools/data:recaption with new captions of this source, which become the
+      feature "recaption" of its records, see `ov_data.recaptions`; None for none.
     follow_links: whether to follow symbolic links that point outside a folder of images; otherwise
       they are counted as bad records. The folder itself and shards may always be links.
 
@@ -48,6 +50,7 @@ class Source:
   format: str = "auto"
   follow_links: bool = False
   keep_list: str | None = None
+  recaptions: str | None = None
 
   def __post_init__(self) -> None:
     if isinstance(self.caption_keys, str):

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Sequence
 import contextlib
+import dataclasses
 import functools
 import hashlib
 
@@ -9,6 +10,7 @@ from ov_data import formats
 from ov_data.example import Feature
 from ov_data.index import Progress
 from ov_data.keep_list import KeepList
+from ov_data.recaptions import FEATURE, Recaptions
 from ov_data.record_source import Record
 from ov_data.request import Request, Source
 from ov_data.splits import Split
@@ -29,10 +31,12 @@ class Dataset:
     class_names, skips: see `RecordSource`.
     indexes: indexes of the shards; empty for formats without shards.
     keep: the keep-list; None without one.
+    recaptions: the new captions; None without them.
 
   Raises:
     ValueError: if the path does not exist, shards are missing, the split is unknown, a split file
-      is malformed, no record is usable, or the keep-list is damaged or belongs to other data.
+      is malformed, no record is usable, or the keep-list or the
+      new captions are damaged or belong to other data.
   """
 
   def __init__(
@@ -45,12 +49,15 @@ class Dataset:
     self.source = source
     # Verified first, because opening the records may build their index.
     self.keep = None if source.keep_list is None else KeepList.read(source.keep_list)
+    self.recaptions = None if source.recaptions is None else Recaptions.open(source.recaptions)
     request = Request(source, Split.parse(source.split), progress, run, cached_runs, self.keep)
     self._records = formats.open_records(request)
     if not len(self._records):
       raise ValueError(f"split={source.split!r} selects none of the records of {source.path}")
     if self.keep is not None:
       self.keep.check_fits(self._records, str(source.keep_list))
+    if self.recaptions is not None:
+      self.recaptions.check_fits(self._records)
     self.class_names = self._records.class_names
     self.skips = self._records.skips
     self.indexes = self._records.indexes
@@ -60,11 +67,13 @@ class Dataset:
 
   @property
   def fingerprint(self) -> str:
-    """16 hex digits that depend on the content and the keep-list, not on their location."""
-    if self.keep is None:
-      return self._records.fingerprint
-    both = f"{self._records.fingerprint} {self.keep.fingerprint}"
-    return hashlib.sha256(both.encode()).hexdigest()[:16]
+    """16 hex digits that depend on content, keep-list and new captions, not on their location."""
+    parts = [self._records.fingerprint]
+    parts += [] if self.keep is None else [self.keep.fingerprint]
+    parts += [] if self.recaptions is None else [f"{FEATURE} {self.recaptions.fingerprint}"]
+    return (
+      parts[0] if len(parts) == 1 else hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
+    )
 
   def locate(self, record: int) -> tuple[str, int]:
     """Return the file of a record and the offset of the record's data in it."""
@@ -77,7 +86,14 @@ class Dataset:
 
   def read(self, record: int, keys: Collection[str] | None = None) -> Record:
     """Read a record; see `RecordSource.read`. Thread-safe."""
-    return self._records.read(self._number(record), keys)
+    number = self._number(record)
+    found = self._records.read(number, keys)
+    if self.recaptions is None or not (keys is None or FEATURE in keys):
+      return found
+    captions = self.recaptions[number]
+    return (
+      dataclasses.replace(found, texts={**found.texts, FEATURE: captions}) if captions else found
+    )
 
   def features(self, record: int, keys: Collection[str] | None = None) -> dict[str, Feature]:
     """Read a record as features by name, with the image under the image key of the source."""
