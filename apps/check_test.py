@@ -22,7 +22,7 @@ from apps.trainer.progress import Terminal
 from apps.trainer.summary import Report
 from apps.trainer.workdir import Workdir
 import ov_data
-from ov_data import keep_list
+from ov_data import keep_list, recaptions
 
 BLOCK = {"width": 32, "depth": 1, "mlp_dim": 64, "num_heads": 2}
 
@@ -243,6 +243,31 @@ def test_evaluation_needs_no_training_data(data, tmp_path, capsys):
   with pytest.raises(UserError, match="data position was saved with fingerprint="):
     check(more, workdir, {"total_steps": 2})
   assert json.loads((workdir / "config.json").read_text())["total_steps"] == 1
+
+
+def test_new_captions(data, tmp_path):
+  dataset = ov_data.Dataset(ov_data.Source(str(data), split="train"))
+  folder = tmp_path / "captions"
+  folder.mkdir()
+  texts = [[f"a new caption {number % 3}"] for number in range(40)]
+  recaptions.write(folder, keep_list.identity(dataset), "f1", 40, texts)
+  settings = {"input.recaptions": str(folder), "input.caption_keys": ("recaption",)}
+  settings["input.alt_keys"] = ("txt",)  # evaluation uses these captions of the held-out data
+  train(data, tmp_path / "run", {**settings, "total_steps": 1})
+  tokenizer = (tmp_path / "run" / "tokenizer" / "tokenizer.json").read_text()
+  assert "caption" in tokenizer  # trained on the new captions
+  with pytest.raises(UserError, match="data position was saved with fingerprint="):
+    check(data, tmp_path / "run", {"input.caption_keys": ("txt",), "total_steps": 2})
+  sources = ({"path": str(data), "split": "train"},)
+  for changed, message in (
+    ({"input.split": "heldout"}, "write captions of this source and split"),
+    ({"input.recaptions": str(tmp_path / "no")}, "a file is missing"),
+    ({"input.alt_keys": ()}, "held-out data has no feature 'recaption'"),
+    ({"input.data_dir": "", "input.sources": sources}, "sources its own 'recaptions'"),
+  ):
+    with pytest.raises(UserError, match=message) as error:
+      check(data, tmp_path / "other", settings | changed)
+    assert "\n" not in str(error.value)
 
 
 def test_keep_list(data, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Data sources, tokenizer and loaders of a run, built from its configuration."""
 
 from collections.abc import Iterator, Mapping, Sequence
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from apps.trainer.run_config import RunConfig
 from apps.trainer.task import Task
 from apps.trainer.workdir import Workdir, open_workdir
 import ov_data
+from ov_data import recaptions
 import ov_sharding
 
 _TOKENIZER_RECORDS = 200_000  # maximum number of records for training a tokenizer
@@ -44,12 +46,8 @@ def training_sources(config: RunConfig) -> list[ov_data.Source]:
     )
   path = os.path.expanduser(inputs.data_dir)
   keep_list = os.path.expanduser(inputs.keep_list) or None
-  recaptions = os.path.expanduser(inputs.recaptions) or None
-  return [
-    ov_data.Source(
-      path, split=inputs.split or None, keep_list=keep_list, recaptions=recaptions, **shared
-    )
-  ]
+  shared["recaptions"] = os.path.expanduser(inputs.recaptions) or None
+  return [ov_data.Source(path, split=inputs.split or None, keep_list=keep_list, **shared)]
 
 
 def train_loader(
@@ -115,7 +113,8 @@ def eval_loader(
     extra_keys: further features to deliver.
     image_key: feature of the image; "" takes that of the training data.
     image_root: folder of the images of a Karpathy JSON.
-    caption_keys: features of the captions; None takes those of the training data.
+    caption_keys: features of the captions; None takes those of the training data. The feature
+      "recaption", which held-out data lacks, is replaced by the other keys, or by `input.alt_keys`.
     texts: text specs; None takes `task.text_specs`, {} delivers no texts.
     captions: "all" also delivers every text of `caption_keys`, see `Loader`.
     format: format of the data, see `ov_data.Source`.
@@ -133,10 +132,17 @@ def eval_loader(
     os.path.expanduser(path),
     split=split or None,
     image_key=image_key or inputs.image_key,
-    caption_keys=tuple(inputs.caption_keys if caption_keys is None else caption_keys),
+    caption_keys=_held_out_keys(
+      inputs.caption_keys if caption_keys is None else caption_keys, inputs.alt_keys
+    ),
     format=format,
     **folder,
   )
+  options = task.loader_options | ({} if texts is None else {"texts": texts})
+  specs: Mapping[str, ov_data.TextSpec] = options.get("texts") or {}
+  for name, spec in specs.items():
+    keys = _held_out_keys(spec.keys, inputs.alt_keys)
+    specs = {**specs, name: dataclasses.replace(spec, keys=keys)}
   return ov_data.Loader.evaluation(
     source,
     fit="squash" if inputs.fit == "squash" else "center",
@@ -147,8 +153,20 @@ def eval_loader(
     max_bad_fraction=inputs.max_bad_fraction,
     threads=inputs.num_threads or None,
     captions=captions,
-    **task.loader_options | ({} if texts is None else {"texts": texts}),
+    **options | ({"texts": specs} if specs else {}),
   )
+
+
+def _held_out_keys(keys: Sequence[str], alt_keys: Sequence[str]) -> tuple[str, ...]:
+  """Return features of texts of held-out data, which has no new captions of the training data."""
+  if recaptions.FEATURE not in keys:
+    return tuple(keys)
+  if not (found := tuple(key for key in keys if key != recaptions.FEATURE) or tuple(alt_keys)):
+    raise ValueError(
+      f"held-out data has no feature {recaptions.FEATURE!r}, and config.input.alt_keys=(); name "
+      "its captions there, such as ('txt',), or add them to config.input.caption_keys"
+    )
+  return found
 
 
 def open_tokenizer(config: RunConfig, workdir: Workdir, terminal: Terminal) -> ov_data.Tokenizer:
