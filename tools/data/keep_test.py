@@ -350,6 +350,22 @@ def test_mistakes_are_reported_in_one_line(small, arguments, message):
   assert not (small / "x").exists()
 
 
+def test_the_command_balances(small):
+  (small / "queries").write_text("red\nblue paper\n\n!\n")
+  done = program.run(
+    keep, "--annotations=notes", "--output=balanced", "--balance_queries=queries",
+    "--balance_limit=4", cwd=small,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  *_, title, red, blue, last = done.stdout.splitlines()
+  assert title == (
+    "query groups: 2, of which 2 have records, and 0 more than 4; 1 without letters or digits "
+    "ignored"
+  )
+  assert (red, blue) == ("  'red': 4 records, 4 kept", "  'blue paper': 1 records, 1 kept")
+  assert last.startswith("balanced: 5 of 7 records kept")
+
+
 def test_annotations_without_model(small):
   dataset = ov_data.Dataset(ov_data.Source(str(small / "data.tfrecord")))
   annotation.annotate(dataset, small / "plain", max_bad_fraction=0.5)
