@@ -345,6 +345,9 @@ def _accuracy(found: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     rows.append((f"mean cosine of the {tower} embeddings", f"{mean:.5f}"))
   if found["overlap"] is not None:
     rows.append(("overlap of the 10 nearest images", f"{found['overlap']:.1%}"))
+  if found["zero_shot_agreement"] is not None:
+    label = f"images with the same zero-shot class, out of {found['count']['text']} texts"
+    rows.append((label, f"{found['zero_shot_agreement']:.1%}"))
   size, before = found["size"], found["float32_size"]
   rows.append(("size of the graphs", f"{size / before:.0%} of {before / 1e6:.1f} MB"))
   for tower, speed in found["speed"].items():

@@ -118,7 +118,7 @@ def test_an_inaccurate_result_of_finish_leaves_no_output(
     assert len(inputs["pixels"]) == 64 and weights == "int8"
     (folder / "weights").write_text("smaller")
     cosines = {"image": lowest}
-    return accuracy.Accuracy("int8", 0.98, {"image": 64}, cosines, cosines, 0.75, 1, 2, {})
+    return accuracy.Accuracy("int8", 0.98, {"image": 64}, cosines, cosines, 0.75, None, 1, 2, {})
 
   table = {"one": library._target("one")}
   table["one"] = dataclasses.replace(

@@ -21,6 +21,8 @@ class Accuracy:
     mean_cosine: mean cosine, by tower.
     overlap: mean fraction of the 10 nearest images that stay among the 10 nearest: of each text, or
       of each image, without itself, for models without texts. None with fewer than 20 images.
+    zero_shot_agreement: fraction of images whose most similar text, out of all compared texts, is
+      that of the float32 weights. None without texts or images, or with a single text.
     size: size of the files in bytes.
     float32_size: size of the files with float32 weights.
     speed: time of the float32 model on this CPU, divided by that of the converted model, by tower.
@@ -32,6 +34,7 @@ class Accuracy:
   min_cosine: Mapping[str, float]
   mean_cosine: Mapping[str, float]
   overlap: float | None
+  zero_shot_agreement: float | None
   size: int
   float32_size: int
   speed: Mapping[str, float]
@@ -88,6 +91,7 @@ def measure(
     min_cosine={tower: float(values.min()) for tower, values in cosines.items()},
     mean_cosine={tower: float(values.mean()) for tower, values in cosines.items()},
     overlap=_overlap(before, after),
+    zero_shot_agreement=_zero_shot_agreement(before, after),
     size=sizes[1],
     float32_size=sizes[0],
     speed=dict(speed),
@@ -104,6 +108,8 @@ def summary(found: Accuracy) -> str:
     )
   if found.overlap is not None:
     parts.append(f"overlap of the {NEIGHBORS} nearest images {found.overlap:.1%}")
+  if found.zero_shot_agreement is not None:
+    parts.append(f"same zero-shot class of {found.zero_shot_agreement:.1%} of the images")
   parts.append(f"{found.size / 1e6:.1f} of {found.float32_size / 1e6:.1f} MB")
   parts += [f"{tower} tower {speed:.2f}x as fast" for tower, speed in found.speed.items()]
   return "; ".join(parts)
@@ -132,6 +138,17 @@ def _overlap(before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray]) 
   nearest = [_nearest(embeddings) for embeddings in (before, after)]
   shared = [len(set(a) & set(b)) / NEIGHBORS for a, b in zip(*nearest, strict=True)]
   return float(np.mean(shared))
+
+
+def _zero_shot_agreement(
+  before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray]
+) -> float | None:
+  """Return the fraction of equal zero-shot classes; see `Accuracy`. NaN agrees with nothing."""
+  if "image" not in before or len(before.get("text", ())) < 2:
+    return None
+  scores = [embeddings["image"] @ embeddings["text"].T for embeddings in (before, after)]
+  finite = np.logical_and(*[np.isfinite(rows).all(axis=1) for rows in scores])
+  return float(np.mean(finite & (scores[0].argmax(axis=1) == scores[1].argmax(axis=1))))
 
 
 def _nearest(embeddings: Mapping[str, np.ndarray]) -> list[list[int]]:

@@ -44,6 +44,13 @@ def test_cosines_and_overlap_equal_the_formulas():
     ]
     shared.append(len(set(near[0][:10]) & set(near[1][:10])) / 10)
   assert found.overlap == pytest.approx(sum(shared) / 7) and 0.5 < found.overlap < 1
+  classes = [
+    [max(range(7), key=lambda j: cosine(lists[f"text/{w}"][j], x)) for x in lists[f"image/{w}"]]
+    for w in ("before", "after")
+  ]
+  same = sum(a == b for a, b in zip(*classes, strict=True)) / 30
+  assert found.zero_shot_agreement == pytest.approx(same) and 0.5 < same < 1
+  assert "same zero-shot class of" in accuracy.summary(found)
   assert found.count == {"image": 30, "text": 7}
   assert json.loads(json.dumps(found.to_json()))["size"] == 40
 
@@ -59,6 +66,21 @@ def test_few_images_have_no_overlap():
   assert measured({"image/before": image, "image/after": image}).overlap is None
   text = {"text/before": image, "text/after": image}
   assert measured(text).overlap is None and measured(text).ok
+
+
+def test_zero_shot_agreement_requires_both_towers_and_counts_nan_as_a_change():
+  image, text = embeddings(25, 0), embeddings(5, 1)
+  images = {"image/before": image, "image/after": image}
+  assert measured(images).zero_shot_agreement is None
+  assert measured({"text/before": text, "text/after": text}).zero_shot_agreement is None
+  one = {"text/before": text[:1], "text/after": text[:1]}
+  assert measured(images | one).zero_shot_agreement is None
+  texts = {"text/before": text, "text/after": text}
+  assert measured(images | texts).zero_shot_agreement == 1.0
+  broken = image.copy()
+  broken[3] = np.nan
+  assert measured(images | texts | {"image/after": broken}).zero_shot_agreement == 24 / 25
+  assert measured(images | texts | {"text/after": text * np.nan}).zero_shot_agreement == 0.0
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 0.0])

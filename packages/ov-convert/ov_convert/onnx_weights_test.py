@@ -64,6 +64,7 @@ def test_each_type_is_accurate_and_smaller(case, weights, tmp_path):
   assert found.ok, found
   assert found.count == {"image": COUNT, "text": COUNT}
   assert found.overlap is not None and found.overlap > 0.5
+  assert found.zero_shot_agreement is not None and found.zero_shot_agreement > 0.5
   assert all(speed > 0 for speed in found.speed.values())
   names = {file.name for file in folder.iterdir()}
   assert {file.name for file in copy.iterdir()} == names
