@@ -105,7 +105,7 @@ def export(
           if not found.ok:
             failed.append(
               f"{name}: {accuracy.explain(found)}; choose a larger type with --{name}_weights, or "
-              f"lower --{name}_min_cosine"
+              f"lower --{name}_{found.failed}"
             )
       (partial / name / PARITY_FILE).write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
       card.write_card(partial / name, card.facts_of(name, source, facts, license_name))

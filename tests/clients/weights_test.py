@@ -60,6 +60,7 @@ def test_mistakes_give_one_line_errors(workdir, cache, tmp_path):
   for flags, said in (
     (["--onnx_weights=int5"], "weights='int5'; expected one of float32, float16, int8, int4"),
     (["--onnx_min_cosine=0.9"], "--onnx_min_cosine=0.9 has no effect without --onnx_weights"),
+    (["--onnx_weights=int8", "--onnx_min_agreement=2"], "min_agreement=2.0; expected a fraction"),
     (["--onnx_weights=int8", "--onnx_min_cosine=2"], "min_cosine=2.0; expected a cosine from"),
   ):
     code, printed = export(workdir, tmp_path / "out", *flags, cache=cache)

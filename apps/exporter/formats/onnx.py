@@ -36,6 +36,7 @@ def finish(
   *,
   weights: str | None = None,
   min_cosine: float | None = None,
+  min_agreement: float | None = None,
   **rest: int | None,
 ) -> "Accuracy | None":
   """Convert the weights of the graphs, unless they stay float32; `rest` are options of `write`."""
@@ -45,7 +46,10 @@ def finish(
   weights = weights_of(weights)
   if weights == onnx_weights.WEIGHTS[0]:
     return None
-  return onnx_weights.convert(folder, weights, probe(), min_cosine=min_cosine_of(min_cosine))
+  return onnx_weights.convert(
+    folder, weights, probe(),
+    min_cosine=min_cosine_of(min_cosine), min_agreement=min_agreement_of(min_agreement),
+  )  # fmt: skip
 
 
 def weights_of(value: str | None) -> str:
@@ -63,6 +67,15 @@ def min_cosine_of(value: float | None) -> float:
 
   bound = onnx_weights.DEFAULT_MIN_COSINE if value is None else value
   onnx_weights.check_min_cosine(bound)
+  return bound
+
+
+def min_agreement_of(value: float | None) -> float:
+  """Return the smallest accepted zero-shot agreement; raise ValueError if it is no fraction."""
+  from ov_convert import onnx_weights
+
+  bound = 0.0 if value is None else value
+  onnx_weights.check_min_agreement(bound)
   return bound
 
 
@@ -165,6 +178,14 @@ FORMAT = form.ExportFormat(
       "With --onnx_weights: smallest accepted cosine of embeddings to those in float32; "
       "0.98 by default.",
       min_cosine_of,
+      float,
+      requires="weights",
+    ),
+    form.Option(
+      "min_agreement",
+      "With --onnx_weights: smallest accepted fraction of images whose zero-shot class is that in "
+      "float32; 0 by default.",
+      min_agreement_of,
       float,
       requires="weights",
     ),

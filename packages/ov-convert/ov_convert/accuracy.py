@@ -26,6 +26,7 @@ class Accuracy:
     size: size of the files in bytes.
     float32_size: size of the files with float32 weights.
     speed: time of the float32 model on this CPU, divided by that of the converted model, by tower.
+    agreement_bar: smallest accepted zero-shot agreement; 0 accepts any, also None.
   """
 
   weights: str
@@ -38,6 +39,7 @@ class Accuracy:
   size: int
   float32_size: int
   speed: Mapping[str, float]
+  agreement_bar: float = 0.0
 
   @property
   def worst(self) -> str:
@@ -45,8 +47,15 @@ class Accuracy:
     return min(self.min_cosine, key=self.min_cosine.__getitem__)
 
   @property
+  def failed(self) -> str | None:
+    """First bound that is not met, "min_cosine" or "min_agreement"; None if all are met."""
+    if not self.min_cosine[self.worst] >= self.bar:
+      return "min_cosine"
+    return "min_agreement" if (self.zero_shot_agreement or 0.0) < self.agreement_bar else None
+
+  @property
   def ok(self) -> bool:
-    return self.min_cosine[self.worst] >= self.bar
+    return self.failed is None
 
   def to_json(self) -> dict[str, Any]:
     return dataclasses.asdict(self) | {"ok": self.ok}
@@ -59,6 +68,7 @@ def measure(
   bar: float,
   sizes: tuple[int, int],
   speed: Mapping[str, float],
+  agreement_bar: float = 0.0,
 ) -> Accuracy:
   """Compare embeddings.
 
@@ -69,6 +79,7 @@ def measure(
     bar: see `Accuracy`.
     sizes: bytes before and after the conversion.
     speed: see `Accuracy`.
+    agreement_bar: see `Accuracy`.
 
   Returns:
     The accuracy. A vector with NaN or Inf, or of length 0, has cosine -1.
@@ -95,6 +106,7 @@ def measure(
     size=sizes[1],
     float32_size=sizes[0],
     speed=dict(speed),
+    agreement_bar=agreement_bar,
   )
 
 
@@ -116,7 +128,12 @@ def summary(found: Accuracy) -> str:
 
 
 def explain(found: Accuracy) -> str:
-  """Return a one-line description of an accuracy below its bar."""
+  """Return a one-line description of an accuracy below one of its bounds."""
+  if found.failed == "min_agreement" and found.zero_shot_agreement is not None:
+    return (
+      f"the zero-shot agreement of {found.weights} weights with float32 weights is "
+      f"{found.zero_shot_agreement:.3f}, expected at least {found.agreement_bar:g}"
+    )
   tower = found.worst
   return (
     f"the smallest cosine of {tower} embeddings with {found.weights} weights to those with float32 "

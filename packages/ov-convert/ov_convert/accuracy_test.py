@@ -12,8 +12,11 @@ def embeddings(rows: int, seed: int) -> np.ndarray:
   return np.random.default_rng(seed).normal(size=(rows, 6)).astype(np.float32)
 
 
-def measured(arrays, bar=0.9):
-  return accuracy.measure(arrays, weights="int8", bar=bar, sizes=(100, 40), speed={"image": 2.0})
+def measured(arrays, bar=0.9, agreement_bar=0.0):
+  return accuracy.measure(
+    arrays, weights="int8", bar=bar, sizes=(100, 40), speed={"image": 2.0},
+    agreement_bar=agreement_bar,
+  )  # fmt: skip
 
 
 def noisy(x, amount, seed):
@@ -105,6 +108,21 @@ def test_the_worst_tower_is_reported():
     "-1.000, expected at least 0.9"
   )
   assert "40" not in accuracy.explain(found) and "image tower 2.00x" in accuracy.summary(found)
+
+
+def test_an_agreement_below_its_bound_fails_although_the_cosines_are_high():
+  # The image is between two texts that differ by 0.02 radians.
+  image = np.tile(np.array([[1.0, 0.0]]), (4, 1))
+  text = np.array([[1.0, 0.01], [1.0, -0.0101]])
+  after = np.array([[1.0, 0.001]] * 3 + [[1.0, -0.001]])
+  arrays = {"image/before": image, "image/after": after, "text/before": text, "text/after": text}
+  assert measured(arrays, bar=0.999, agreement_bar=0.75).ok
+  found = measured(arrays, bar=0.999, agreement_bar=0.8)
+  assert not found.ok and found.failed == "min_agreement" and not found.to_json()["ok"]
+  assert accuracy.explain(found) == (
+    "the zero-shot agreement of int8 weights with float32 weights is 0.750, expected at least 0.8"
+  )
+  assert measured(arrays, bar=1.0, agreement_bar=0.8).failed == "min_cosine"
 
 
 def test_no_embeddings_is_an_error():

@@ -138,6 +138,14 @@ def test_mistakes_are_errors_before_anything_is_read(tmp_path):
       onnx_weights.convert(tmp_path / "none", weights, tmp_path, min_cosine=bar)
 
 
+def test_bounds_of_the_agreement_are_checked_before_the_conversion(tmp_path):
+  with pytest.raises(ValueError, match=r"min_agreement=1\.5; expected a fraction"):
+    onnx_weights.convert(tmp_path, "int8", tmp_path, min_agreement=1.5)
+  (tmp_path / "image.onnx").touch()
+  with pytest.raises(ValueError, match="expected a model with an image and a text tower"):
+    onnx_weights.convert(tmp_path, "int8", tmp_path, min_agreement=0.5)
+
+
 def test_a_failed_conversion_keeps_the_graphs(case, tmp_path):
   _, folder, _ = case
   copy = shutil.copytree(folder, tmp_path / "copy")
