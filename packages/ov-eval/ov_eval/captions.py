@@ -21,7 +21,7 @@ class CaptionRecord:
   Attributes:
     index: index of the example in the data set.
     generated: generated caption.
-    references: reference captions of the data set, at least one.
+    references: reference captions of the data set, at least one for `caption_metrics`.
     extras: additional data of the caller, such as ground truth.
   """
 
@@ -143,14 +143,15 @@ def caption_statistics(records: Sequence[CaptionRecord]) -> list[Result]:
 
   Returns:
     `caption_words` and `reference_words` (mean lengths), `distinct_captions` and
-    `distinct_references` (fractions of distinct texts); empty without records.
+    `distinct_references` (fractions of distinct texts); without those of captions or references
+    of which there are none.
   """
-  if not records:
-    return []
   generated = [compared_words(r.generated, ())[0] for r in records]
   references = [caption_words(text) for r in records for text in r.references]
   results = []
   for name, captions in (("caption", generated), ("reference", references)):
+    if not captions:
+      continue
     length = Mean.of([len(words) for words in captions])
     results.append(length.result(f"{name}_words", unit="words"))
     distinct = len(set(map(tuple, captions))) / len(captions)

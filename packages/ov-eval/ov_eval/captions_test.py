@@ -127,6 +127,11 @@ def test_statistics_of_repeated_captions():
   assert caption_statistics([]) == []
 
 
+def test_statistics_without_references():
+  stats = {r.name: r.value for r in caption_statistics([CaptionRecord(0, "a cat", ())])}
+  assert stats == {"caption_words": 2.0, "distinct_captions": 1.0}
+
+
 def test_several_attributes_of_a_kind():
   records = [CaptionRecord(i, "x", ("y",)) for i in range(3)]
   scores = [{"colour": (1, 2), "shape": (2, 2)}, {"colour": (0, 1)}, {"colour": (2, 2)}]
